@@ -1,0 +1,30 @@
+"""Errors meant for people: one clear line, an exit code, and what to do next.
+
+`UserError` is a task that failed for a reason its user can act on (a corrupt image, a gated model); `UsageError` is a
+wrong request (a misspelt recipe key, a folder that another recipe made). The command line prints either without a
+traceback. Broken invariants are `assert`s and stay ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something failed; the message says what, where, and what to do next. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """The request itself is wrong, so trying again unchanged cannot help. Exit code 2."""
+
+    exit_code = 2
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint to append to a message, `"; did you mean 'steps'?"`, or `""` when nothing is near."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean '{by_lower[found[0]]}'?" if found else ""

@@ -1,0 +1,153 @@
+"""Where models come from: a name becomes a folder on this machine, and a folder becomes a fingerprint.
+
+A name is `pocket` (weights inside the package), a path that exists, or `owner/name[@revision]` on the Hugging Face Hub.
+Nothing here loads a weight; what opens the folder decides what it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from diptych.errors import UsageError, UserError, nearest
+
+ROLES = ("teacher", "student", "curator", "scorer", "reader")
+BUILT_IN = ("pocket",)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+# A pipeline repository often repeats its weights as single files at its root: 24 GB nobody here reads.
+_HUB_FILES = {"teacher": ["*.json", "*/*"], "student": None}
+_HUB_IGNORE = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ckpt", "*.gguf"]
+
+FLUX_DEV_NOTE = (
+    "FLUX.1-dev and everything trained from it are under the FLUX.1-dev Non-Commercial License: "
+    "research and personal use only, unless you have a licence from Black Forest Labs."
+)
+_noted: set[str] = set()
+_fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def resolve(name: str, role: str) -> Path:
+    """The local folder (or single file) behind a model name, downloaded first if it is a hub name.
+
+    `role` is one of `ROLES`; it picks the folder of a built-in model and the files worth downloading.
+    Raises UsageError for a name that can mean nothing, UserError when the hub does not give it.
+    """
+    assert role in ROLES, role
+    if name in BUILT_IN:
+        folder = packaged("pocket/weights") / role
+        if not folder.is_dir():
+            raise UserError(f"the {name} {role} is not in this installation ({folder}); reinstall diptych")
+        return folder
+    path = Path(name).expanduser()
+    if path.exists():
+        note_licence(name, path)
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise UsageError(
+            f"unknown {role} model '{name}': not a built-in model ({', '.join(BUILT_IN)}), not a local folder or file, "
+            f"and not a hub name (owner/name){nearest(name, BUILT_IN)}"
+        )
+    path = _download(name, role)
+    note_licence(name, path)
+    return path
+
+
+def _download(name: str, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = name.partition("@")
+    where = f"no local path '{name}'"
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=_HUB_FILES.get(role), ignore_patterns=_HUB_IGNORE
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"'{repo}' is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`; "
+            "or give the path of a local copy"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{where}, and the hub has no public model '{repo}'; check the spelling") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"the hub's '{repo}' has no revision '{revision}'") from error
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        # Offline, a proxy in the way, a full disk: huggingface_hub raises many types, most of them OSError.
+        raise UserError(
+            f"{where}, and it cannot be downloaded from the hub ({_first_line(error)}); "
+            "give the path of a local copy, or try again with a network"
+        ) from error
+    except Exception as error:
+        # The hub client lets its HTTP library's own errors through, and has changed that library before.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise
+        raise UserError(
+            f"{where}, and the hub cannot be reached ({_first_line(error)}); give the path of a local copy"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def note_licence(name: str, path: Path) -> str | None:
+    """Logs FLUX.1-dev's licence note once a process when `path` looks like that base or something made from it."""
+    if not _is_flux_dev(name, path):
+        return None
+    if FLUX_DEV_NOTE not in _noted:
+        _noted.add(FLUX_DEV_NOTE)
+        logging.getLogger("diptych").warning(FLUX_DEV_NOTE)
+    return FLUX_DEV_NOTE
+
+
+def _is_flux_dev(name: str, path: Path) -> bool:
+    if re.search(r"flux\.?1-dev", f"{name} {path}", re.IGNORECASE):
+        return True
+    for config in (path / "transformer" / "config.json", path / "config.json"):
+        try:
+            values = json.loads(config.read_text("utf8"))
+        except (OSError, ValueError):
+            continue
+        # What sets dev apart from schnell (Apache-2.0) is the guidance embedding; 24 heads, from small test models.
+        if values.get("guidance_embeds") and values.get("num_attention_heads") == 24:
+            return True
+    return False
+
+
+def packaged(name: str) -> Path:
+    """A folder that ships with diptych: inside the package, or at the root of a source checkout.
+
+    `examples` and `recipes` live at the repository's root and are put inside the package when a wheel is built.
+    """
+    inside = Path(str(files("diptych"))) / name
+    checkout = Path(__file__).resolve().parents[2] / name
+    return checkout if not inside.exists() and checkout.exists() else inside
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 over the relative names, sizes and contents of a model's *.safetensors and *.json, in sorted order.
+
+    Cached per process until a file's size or modification time changes. A single file is its own list.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    else:
+        found = [path]
+    stats = [p.stat() for p in found]
+    key = tuple((str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(found, stats, strict=True))
+    if key not in _fingerprints:
+        total = hashlib.sha256()
+        for p, s in zip(found, stats, strict=True):
+            name = p.relative_to(path).as_posix() if path.is_dir() else p.name
+            with p.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{name}\0{s.st_size}\0{content}\n".encode())
+        _fingerprints[key] = total.hexdigest()
+    return _fingerprints[key]
