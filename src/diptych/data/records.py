@@ -1,0 +1,157 @@
+"""What a row is, at each step of the way: arrow schemas, ids, seeds, and the rule that keeps a pair.
+
+prompts → grids → candidates → pairs (facts.md 1). A pair's columns start with those of the released data set
+(`conditioning`, `image`, `caption`, facts.md 2), so that its readers open ours.
+Image columns are the Hugging Face `Image` struct `{bytes, path}`, and the schema metadata says so:
+`datasets.load_dataset("parquet", …)` and the hub's viewer show pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE = "image"
+
+# Column name → type, in order. `image` is the struct, `list[string]` a list of strings; the rest are arrow's names.
+PROMPT = {
+    "id": "string",
+    "prompt": "string",  # of the whole grid
+    "panels": "list[string]",  # the caption of each panel, row by row
+    "subject": "string",  # its kind, one word or a short phrase
+    "task": "string",
+    "seed": "int64",
+}
+GRID = {
+    "id": "string",
+    "image": IMAGE,
+    "prompt_id": "string",
+    "prompt": "string",
+    "panels": "list[string]",
+    "subject": "string",
+    "task": "string",
+    "seed": "int64",
+    "rows": "int64",  # panels down
+    "cols": "int64",  # panels across
+    "panel_size": "int64",  # pixels
+    "model": "string",  # fingerprint of the teacher
+}
+PAIR = {
+    "conditioning": IMAGE,  # the reference panel
+    "image": IMAGE,  # the target panel
+    "caption": "string",  # of the target
+    "instruction": "string",
+    "id": "string",
+    "grid_id": "string",
+    "reference_caption": "string",
+    "task": "string",
+    "subject": "string",
+    "reference_panel": "int64",
+    "target_panel": "int64",
+    "seed": "int64",
+    "similarity": "float64",  # the judge's, higher = more surely the same subject
+    "copy_distance": "float64",  # pixels after alignment, 0 = a copy
+    "seam": "float64",  # strength of the seam the grid was cut at
+    "kept": "bool",
+    "reason": "string",  # "kept", or the first test that failed
+    "judge": "string",  # fingerprint
+    "evidence": "string",  # JSON: everything else the verdict rests on
+}
+FAILED = {"stage": "string", "id": "string", "reason": "string", "row": "string"}
+
+COLUMNS = {"prompts": PROMPT, "grids": GRID, "candidates": PAIR, "pairs": PAIR, "failed": FAILED}
+
+
+def schema(columns: dict[str, str]) -> pa.Schema:
+    """The arrow schema of a column table, with the metadata that lets `datasets` read images as images."""
+    import pyarrow as pa
+
+    types = {
+        IMAGE: pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "list[string]": pa.list_(pa.string()),
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+    }
+    features: dict[str, Any] = {}
+    for name, kind in columns.items():
+        if kind == IMAGE:
+            features[name] = {"_type": "Image"}
+        elif kind == "list[string]":
+            features[name] = {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
+        else:
+            features[name] = {"dtype": kind, "_type": "Value"}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    return pa.schema([pa.field(name, types[kind]) for name, kind in columns.items()], metadata=metadata)
+
+
+def prompt_id(index: int) -> str:
+    """`p-000012`, the 13th prompt of a run."""
+    return f"p-{index:06d}"
+
+
+def grid_id(from_prompt: str) -> str:
+    """The grid of a prompt has its number: `p-000012` → `g-000012`."""
+    return "g-" + from_prompt.partition("-")[2]
+
+
+def pair_id(from_grid: str, reference: int, target: int) -> str:
+    """An ordered pair of a grid's panels: `g-000012`, 0, 1 → `c-000012-01`."""
+    return f"c-{from_grid.partition('-')[2]}-{reference}{target}"
+
+
+def seed_of(run_seed: int, row_id: str, purpose: str = "") -> int:
+    """A row's own 63-bit seed, from the run's seed and the row's id, so that no order or batch changes it.
+
+    `purpose` gives one row several independent seeds (its wording, its noise, …).
+    """
+    digest = hashlib.sha256(f"{run_seed}\0{row_id}\0{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Thresholds(Protocol):
+    """The part of a recipe that decides (`recipe.Thresholds`)."""
+
+    @property
+    def same(self) -> float: ...
+    @property
+    def near_copy(self) -> float: ...
+    @property
+    def seam(self) -> float: ...
+
+
+TESTS = ("seam", "near_copy", "same")
+
+
+def verdict(similarity: float, copy_distance: float, seam: float, thresholds: Thresholds) -> tuple[bool, str]:
+    """Whether thresholds keep a pair, and `"kept"` or the first test of `TESTS` that failed.
+
+    Geometry first, then the copy test, then identity: a bad cut makes the later numbers meaningless.
+    NaN fails its test.
+    """
+    if not seam >= thresholds.seam:
+        return False, "seam"
+    if not copy_distance >= thresholds.near_copy:
+        return False, "near_copy"
+    if not similarity >= thresholds.same:
+        return False, "same"
+    return True, "kept"
+
+
+def select(rows: list[dict[str, Any]], thresholds: Thresholds) -> list[dict[str, Any]]:
+    """The rows of `candidates` that `thresholds` keep, their verdict brought up to date.
+
+    Needs no judge: only stored numbers. A candidate refused for another reason (no test of `TESTS`) stays refused.
+    """
+    kept = []
+    for row in rows:
+        if row["kept"] or row["reason"] in TESTS:
+            keep, reason = verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds)
+            if keep:
+                kept.append({**row, "kept": keep, "reason": reason})
+    return kept

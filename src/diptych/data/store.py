@@ -1,0 +1,291 @@
+"""A data set is a folder: `part-00000.parquet`, `part-00001.parquet`, … and, last, `manifest.json`.
+
+A part is published whole (a temporary name and a rename on a local disk, one put elsewhere: object stores have no
+rename, and make a put visible at once), so a process killed at any moment leaves only whole parts. The manifest comes
+last and says that nothing is missing. Each part carries the fingerprint of what made it; a part with another one is
+refused, never mixed in. The bytes hold no time, host or path: the same rows make the same file.
+
+Any fsspec URL works (`memory://`, `s3://`, …). One writer at a time per folder: `run.py` holds the lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROW_GROUP = 100  # rows; what the hub's viewer wants of image data
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+_FINGERPRINT = b"diptych.fingerprint"
+
+
+class Dataset:
+    """A sharded parquet folder. `schema` may be left out to read; it is then the parts' own.
+
+    Rows are dicts; an image is `{"bytes": …, "path": …}`.
+    """
+
+    def __init__(self, url: str | Path, schema: pa.Schema | None = None) -> None:
+        self.url = str(url).rstrip("/")
+        self.schema = schema
+        self._hashes: dict[int, str] = {}
+        self._files = _Local(self.url) if "://" not in self.url else _Remote(self.url)
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.url!r})"
+
+    # ---- parts
+
+    def part_name(self, shard: int) -> str:
+        """The file name of a shard."""
+        return f"part-{shard:05d}.parquet"
+
+    def shards(self) -> list[int]:
+        """The numbers of the parts that are there, in order."""
+        return sorted(int(m[1]) for name in self._files.names() if (m := _PART.fullmatch(name)))
+
+    def shards_done(self, fingerprint: str | None = None) -> set[int]:
+        """The shards that are published. With `fingerprint`, a part made by anything else raises UserError."""
+        done = self.shards()
+        if fingerprint is not None:
+            for shard in done:
+                found = self.part_fingerprint(shard)
+                if found != fingerprint:
+                    raise UserError(
+                        f"{self.url}/{self.part_name(shard)} was made by other settings, inputs or weights than this "
+                        f"run's (fingerprint {found[:12] or 'missing'}, wanted {fingerprint[:12]}); "
+                        f"remove {self.url} to make it again, or choose another --out"
+                    )
+        return set(done)
+
+    def part_fingerprint(self, shard: int) -> str:
+        """The fingerprint stored in a part, `""` if none."""
+        with self._open(shard) as part:
+            return (part.schema_arrow.metadata or {}).get(_FINGERPRINT, b"").decode()
+
+    def write_shard(self, shard: int, rows: Sequence[dict[str, Any]], fingerprint: str = "") -> None:
+        """Publishes a shard whole, replacing one of the same number. Columns must be exactly the schema's."""
+        assert self.schema is not None, "a data set that is written needs its schema"
+        data = encode(rows, self.schema, fingerprint)
+        self._files.put(self.part_name(shard), data)
+        self._hashes[shard] = hashlib.sha256(data).hexdigest()
+
+    def drop_shard(self, shard: int) -> None:
+        """Removes a shard if it is there."""
+        self._hashes.pop(shard, None)
+        if shard in self.shards():
+            self._files.remove(self.part_name(shard))
+
+    def read_shard(self, shard: int) -> list[dict[str, Any]]:
+        """All rows of a shard. UserError if the part is missing or not readable."""
+        with self._open(shard) as part:
+            return part.read().to_pylist()
+
+    def rows_in(self, shard: int) -> int:
+        """How many rows a shard has, from its footer alone."""
+        with self._open(shard) as part:
+            return part.metadata.num_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Rows in shard order, a row group at a time: memory stays flat."""
+        for shard in self.shards():
+            with self._open(shard) as part:
+                for batch in part.iter_batches(ROW_GROUP):
+                    yield from batch.to_pylist()
+
+    def __len__(self) -> int:
+        return sum(self.rows_in(shard) for shard in self.shards())
+
+    def columns(self, *names: str) -> list[dict[str, Any]]:
+        """All rows, but only these columns: reads no picture that is not asked for."""
+        rows: list[dict[str, Any]] = []
+        for shard in self.shards():
+            with self._open(shard) as part:
+                rows += part.read(columns=list(names)).to_pylist()
+        return rows
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name = self.part_name(shard)
+        try:
+            part = pq.ParquetFile(self._files.source(name))
+        except FileNotFoundError:
+            raise UserError(f"{self.url}/{name} is missing; run the stage that makes it again") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{self.url}/{name} is not a readable parquet file ({_short(error)}); remove it and run again"
+            ) from error
+        if self.schema is None:
+            own = part.schema_arrow
+            metadata = {k: v for k, v in (own.metadata or {}).items() if k != _FINGERPRINT}
+            self.schema = own.with_metadata(metadata or None)
+        return part
+
+    # ---- manifest
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What `publish` wrote, or None while the data set is unfinished."""
+        try:
+            text = self._files.read(MANIFEST)
+        except FileNotFoundError:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{self.url}/{MANIFEST} is not valid JSON; remove it and run again") from error
+
+    def manifest_hash(self) -> str:
+        """sha256 of the manifest file: names the data set's whole content. Raises UserError while unfinished."""
+        try:
+            return hashlib.sha256(self._files.read(MANIFEST)).hexdigest()
+        except FileNotFoundError:
+            raise UserError(f"{self.url} is not complete; run the stage that makes it first") from None
+
+    def publish(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the manifest, last: `manifest`'s own keys, then counts and the sha256 of every part."""
+        parts = []
+        for shard in self.shards():
+            if shard not in self._hashes:
+                self._hashes[shard] = hashlib.sha256(self._files.read(self.part_name(shard))).hexdigest()
+            parts.append({"name": self.part_name(shard), "rows": self.rows_in(shard), "sha256": self._hashes[shard]})
+        whole = {"format": FORMAT, **(manifest or {}), "rows": sum(p["rows"] for p in parts), "parts": parts}
+        self._files.put(MANIFEST, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
+        return whole
+
+    def unpublish(self) -> None:
+        """Removes the manifest: the data set is unfinished again."""
+        if MANIFEST in self._files.names():
+            self._files.remove(MANIFEST)
+
+    def is_complete(self, fingerprint: str | None = None) -> bool:
+        """Whether a manifest is there (of `fingerprint`, if given) with every part it names."""
+        manifest = self.manifest
+        if manifest is None or (fingerprint is not None and manifest.get("fingerprint") != fingerprint):
+            return False
+        return {part["name"] for part in manifest["parts"]} == {self.part_name(shard) for shard in self.shards()}
+
+    def verify(self) -> None:
+        """Reads every part and compares its sha256 with the manifest's. UserError names the first that differs."""
+        for part in (self.manifest or {"parts": []})["parts"]:
+            try:
+                found = hashlib.sha256(self._files.read(part["name"])).hexdigest()
+            except FileNotFoundError:
+                raise UserError(f"{self.url}/{part['name']} is missing") from None
+            if found != part["sha256"]:
+                raise UserError(f"{self.url}/{part['name']} is not the file its manifest names (sha256 differs)")
+
+    def clean(self) -> None:
+        """Removes what killed writers left behind. Only the folder's one writer may call it."""
+        self._files.clean()
+
+
+def encode(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str = "") -> bytes:
+    """Rows as one parquet file, the same bytes for the same rows. A row with other columns is an AssertionError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = set(schema.names)
+    for row in rows:
+        assert row.keys() == names, f"columns differ from the schema: {sorted(row.keys() ^ names)}"
+    metadata = {**(schema.metadata or {}), _FINGERPRINT: fingerprint.encode()}
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(metadata))
+    out = io.BytesIO()
+    pq.write_table(table, out, row_group_size=ROW_GROUP, compression="zstd", use_dictionary=False, version="2.6")
+    return out.getvalue()
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+class _Local:
+    """A folder on a local disk: a write is a temporary name, a flush to the disk and a rename."""
+
+    def __init__(self, url: str) -> None:
+        self.folder = Path(url)
+
+    def names(self) -> list[str]:
+        return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def source(self, name: str) -> Any:
+        return str(self.folder / name)
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def put(self, name: str, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / name, data)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def clean(self) -> None:
+        for name in self.names():
+            if is_temporary(name):
+                (self.folder / name).unlink()
+
+
+class _Remote:
+    """Any other fsspec file system: a write is one put, which such stores make visible whole or not at all."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.fs, self.root = url_to_fs(url)
+
+    def names(self) -> list[str]:
+        try:
+            return [str(path).rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False, refresh=True)]
+        except FileNotFoundError:
+            return []
+
+    def source(self, name: str) -> Any:
+        return self.fs.open(f"{self.root}/{name}", "rb")
+
+    def read(self, name: str) -> bytes:
+        return self.fs.cat_file(f"{self.root}/{name}")
+
+    def put(self, name: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.root}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        self.fs.rm_file(f"{self.root}/{name}")
+
+    def clean(self) -> None:
+        pass
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a local file whole or not at all: a temporary name beside it, flushed to the disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one of `write_atomic`'s, left by a writer that was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
