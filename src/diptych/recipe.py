@@ -1,0 +1,429 @@
+"""What a run is: one YAML file, checked by one model, frozen beside the results.
+
+    recipe = load("recipes/pocket.yaml", sets=["distill.steps=2000"])
+    recipe.distill.steps         # typed, in range, documented below
+    print(recipe.dump())         # every key, defaults included, always the same text
+
+Defaults are the pocket world's. A key that is not known is refused with the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diptych.errors import UsageError, nearest
+from diptych.models import packaged
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, nothing unknown in it, no bool where a number is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        # YAML reads `yes`, `no`, `on` and `off` as booleans, and pydantic would take them as 1 and 0.
+        if isinstance(value, bool):
+            raise ValueError("a yes/no value makes no sense here")
+        return value
+
+
+class Write(Section):
+    """Stage 1: grid prompts."""
+
+    writer: Literal["grammar"] = "grammar"
+    """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model."""
+    count: int = Field(4000, ge=1, le=100_000_000)
+    """Grids to ask for."""
+    shard_size: int = Field(100, ge=1)
+    """Rows of a shard: what is published whole, and at most what a kill costs."""
+
+
+class Paint(Section):
+    """Stage 2: the teacher draws grids."""
+
+    steps: int = Field(20, ge=1, le=1000)
+    """Sampling steps."""
+    guidance: float = Field(3.5, ge=0)
+    """Distilled guidance, an input of guidance-distilled teachers (FLUX.1-dev); the pocket teacher has none."""
+    true_guidance: float = Field(2.0, ge=0)
+    """Classifier-free guidance against the empty prompt; 1 is off, anything else doubles the cost."""
+    batch_size: int = Field(16, ge=1)
+    """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
+    panel_size: int | None = Field(None, ge=16, le=4096)
+    """Pixels of a panel's side; null is the teacher's own size, at most 512."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the teacher computes in."""
+
+
+class Thresholds(Section):
+    """What keeps a pair. Changing one costs no new judge call: candidates keep their numbers."""
+
+    same: float = 0.5
+    """Least similarity of the two subjects, by the judge."""
+    near_copy: float = Field(0.02, ge=0)
+    """Least distance of the panels in pixels after alignment: below it the target is a copy."""
+    seam: float = Field(0.0, ge=0)
+    """Least strength of the seam between the panels: below it the image is no grid."""
+
+
+class Curate(Section):
+    """Stage 3: panels are cut, compared and captioned."""
+
+    judge: str = Field("pocket", min_length=1)
+    """An embedding model: `pocket`, a folder, or a hub name."""
+    batch_size: int = Field(32, ge=1)
+    """Grids judged at once."""
+    thresholds: Thresholds = Thresholds()
+
+
+class Distill(Section):
+    """Stage 4: the teacher becomes a student, trained on the pairs."""
+
+    mode: Literal["full", "lora"] = "full"
+    """Train every weight, or low-rank adapters and the widened input layer."""
+    rank: int = Field(64, ge=1)
+    """Of the adapters."""
+    lora_targets: list[str] | str = "attention"
+    """Which linears get adapters: a named set, or module name endings."""
+    steps: int = Field(4000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Pairs in a step, over all devices."""
+    learning_rate: float = Field(3e-4, gt=0)
+    """AdamW's, after warm-up."""
+    warmup: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the forward pass computes in; weights being trained are float32."""
+    reference_dropout: float = Field(0.05, ge=0, le=1)
+    """Share of samples whose reference is replaced by the null reference (for image guidance)."""
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples whose text is empty (for text guidance)."""
+    both_dropout: float = Field(0.05, ge=0, le=1)
+    """Share of samples without either."""
+    left_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on the left panel, which learns the identity mapping."""
+    right_weight: float = Field(1.0, ge=0)
+    """Weight of the loss on the right panel, which learns the edit."""
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How noise levels are drawn."""
+    logit_mean: float = 0.0
+    """Of the logit-normal density; above 0 is noisier."""
+    logit_std: float = Field(1.0, gt=0)
+    """Of the logit-normal density."""
+    shift: float = Field(1.0, gt=0)
+    """Timestep shift s·t / (1 + (s − 1)·t); 1 is none."""
+    ema: float = Field(0.998, ge=0, lt=1)
+    """Decay of the weights' moving average, which is what is saved; 0 is off."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints: at most what a kill costs."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept."""
+    validate_every: int = Field(200, ge=1)
+    """Steps between validations, at fixed noise levels."""
+    validation_pairs: int = Field(32, ge=0)
+    """Pairs held out of training for it."""
+    sample_every: int = Field(1000, ge=0)
+    """Steps between sample sheets; 0 is only the last."""
+    init: str | None = None
+    """A student to start from; null widens the teacher."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Distill:
+        if self.reference_dropout + self.text_dropout + self.both_dropout > 1:
+            raise ValueError("reference_dropout + text_dropout + both_dropout is over 1")
+        if self.left_weight + self.right_weight == 0:
+            raise ValueError("left_weight and right_weight are both 0: nothing would be learnt")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        return self
+
+
+Method = Literal["student", "student_shipped", "text_only", "copy", "inpaint"]
+
+
+class Evaluate(Section):
+    """Stage 5: the student next to its baselines, on subjects nobody trained on."""
+
+    suite: Literal["pocket", "none"] = "pocket"
+    """References and prompts; `none` skips this stage."""
+    samples: int = Field(40, ge=2)
+    """Held-out identities."""
+    prompts: int = Field(5, ge=1)
+    """Prompts for each of them."""
+    methods: list[Method] = Field(["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
+    """What is compared; `student_shipped` is the one in the package."""
+    steps: int = Field(20, ge=1, le=1000)
+    """Sampling steps."""
+    image_guidance: float = Field(1.5, ge=0)
+    """Strength of the reference; 1 is off."""
+    text_guidance: float = Field(2.0, ge=0)
+    """Strength of the prompt; 1 is off."""
+    true_guidance: float = Field(2.0, ge=0)
+    """The teacher's classifier-free guidance, for the baselines that draw with it."""
+    seeds: list[int] = Field([0], min_length=1)
+    """One picture of each identity, prompt and seed."""
+    batch_size: int = Field(16, ge=1)
+    """Pictures drawn at once."""
+    bootstrap: int = Field(1000, ge=10)
+    """Resamplings for the 95 % intervals, over identities."""
+    scorer: str = Field("pocket", min_length=1)
+    """The judge that scores; never the one that curated."""
+    reader: str = Field("pocket", min_length=1)
+    """The model that reads what a picture shows."""
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """Of the run; its folder is runs/NAME unless told otherwise."""
+    task: str = Field("subject", min_length=1)
+    """A task's name, or a task file."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Every row's seed comes from this one and the row's id."""
+    teacher: str = Field("pocket", min_length=1)
+    """A text-to-image model: `pocket`, a folder, or a hub name."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
+    """`auto` takes the best that is there."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; null is torch's own choice. Bytes depend on it, so a run freezes it."""
+    write: Write = Write()
+    paint: Paint = Paint()
+    curate: Curate = Curate()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+
+    def values(self) -> dict[str, Any]:
+        """All keys as plain values, in the order of this file."""
+        return self.model_dump(mode="json")
+
+    def dump(self) -> str:
+        """All keys as YAML, defaults included: the same text for the same recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
+
+    def flat(self) -> dict[str, Any]:
+        """All keys with dots: `{"distill.steps": 4000, …}`."""
+        return _flat(self.values())
+
+    def fingerprint(self, *keys: str) -> str:
+        """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
+        values = self.values()
+        if keys:
+            values = {key: _at(values, key) for key in keys}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Keys with another value in `other`, with dots."""
+        mine, theirs = self.flat(), other.flat()
+        return [key for key in mine if mine[key] != theirs[key]]
+
+
+def names() -> list[str]:
+    """The recipes that ship with diptych."""
+    return sorted(path.stem for path in packaged("recipes").glob("*.yaml"))
+
+
+def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Recipe:
+    """A recipe from a file or by the name of one that ships, with `sets` (`"stage.key=value"`, YAML values) laid over.
+
+    Raises UsageError: one line for each thing that is wrong, naming the key and, for a misspelt one, the nearest.
+    """
+    where = find(path)
+    values = _read(where)
+    overlay: dict[str, Any] = {}
+    for text in sets:
+        _merge(overlay, parse_set(text))
+    _merge(values, overlay)
+    return check(values, str(where), overlay)
+
+
+def find(path: str | Path) -> Path:
+    """The recipe file meant by a path or by the name of a recipe that ships."""
+    where = Path(path)
+    if where.is_file():
+        return where
+    if where.is_dir() and (where / "recipe.yaml").is_file():
+        return where / "recipe.yaml"
+    shipped = packaged("recipes") / f"{path}.yaml"
+    if where.name == str(path) and shipped.is_file():
+        return shipped
+    raise UsageError(
+        f"{path}: no such recipe file; recipes that ship: {', '.join(names()) or 'none'}{nearest(where.stem, names())}"
+    )
+
+
+def check(values: Any, where: str, overlay: dict[str, Any] | None = None) -> Recipe:
+    """Plain values as a Recipe; keys in `overlay` are blamed on --set and not on the file `where`."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        from_set = _flat(overlay or {})
+        raise UsageError("\n".join(_lines(error.errors(), where, from_set))) from error
+
+
+def parse_set(text: str) -> dict[str, Any]:
+    """`"distill.steps=200"` as `{"distill": {"steps": 200}}`; the value is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UsageError(f"--set {text}: write it as stage.key=value, for instance --set distill.steps=200")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(path.read_text("utf8"), Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a list of `key: value` lines; this file is not")
+    return values
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+# pydantic's words for the commonest mistakes, in plainer ones.
+_PLAIN = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a section of `key: value` lines",
+    "model_type": "must be a section of `key: value` lines",
+}
+
+
+def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]:
+    """pydantic's errors as one line for each key: the file or --set, the key, what is wrong, what to write."""
+    wrong: dict[str, tuple[list[str], str]] = {}
+    for error in errors:
+        loc = error["loc"]
+        kind = error["type"]
+        known = _every_key()
+        # Where a value may be of several types, pydantic adds the type to the path; where it is a list, the index.
+        key = ".".join(str(p) for p in loc if kind == "extra_forbidden" or (isinstance(p, str) and p in known))
+        got = f", not {json.dumps(error['input'], ensure_ascii=False, default=str)}"
+        if kind == "extra_forbidden":
+            text, got = f"no such key{_nearest_key(loc)}", ""
+        elif kind == "missing" and isinstance(loc[-1], str):
+            text, got = "missing", ""
+        elif kind in ("missing", "too_short", "too_long"):
+            text = "has too few values" if kind != "too_long" else "has too many values"
+            got = ""
+        elif kind == "value_error":
+            text, got = error["msg"].removeprefix("Value error, "), ""
+        elif kind == "string_pattern_mismatch":
+            text = f"must match {error['ctx']['pattern']}"
+        else:
+            text = _PLAIN.get(kind) or error["msg"].replace("Input should be", "must be")
+        wrong.setdefault(key, ([], got))[0].append(text)
+    lines = []
+    for key, (texts, got) in wrong.items():
+        in_set = any(k == key or k.startswith(f"{key}.") for k in from_set)
+        joined = " or ".join(dict.fromkeys(texts)).replace(" or must be", " or")
+        lines.append(f"{f'--set {key}' if in_set else f'{where}: {key}'}: {joined}{got}")
+    return lines
+
+
+def _nearest_key(loc: tuple[Any, ...]) -> str:
+    """The nearest key in the same section; failing that, the same key where it does belong."""
+    section: Any = Recipe
+    for part in loc[:-1]:
+        section = _section(section.model_fields[part].annotation)
+    word = str(loc[-1])
+    hint = nearest(word, section.model_fields)
+    if hint:
+        return hint
+    elsewhere = [f"'{key}'" for key in _every_path() if key.rsplit(".", 1)[-1] == word]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return nearest(word, _every_path()) or f"; keys here: {', '.join(section.model_fields)}"
+
+
+def _section(annotation: Any) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+
+
+def _every_path(section: Any = Recipe, prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for name, field in section.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        paths += [f"{prefix}{name}", *(_every_path(field.annotation, f"{prefix}{name}.") if nested else [])]
+    return paths
+
+
+def _every_key() -> set[str]:
+    return {part for path in _every_path() for part in path.split(".")}
