@@ -1,0 +1,63 @@
+"""The student: a stock FLUX-Control transformer that takes a reference image, and the pipeline around it.
+
+`load` opens a student from any layout, `save` writes an ordinary diffusers folder. Beneath: `geometry` (canvas, panels,
+fit), `weights` (widen, fold, unfold), `files`, `lora`, `pipeline` (the sampler). Nothing heavy is imported before a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from diptych.student.pipeline import DiptychPipeline
+
+__all__ = ["load", "save"]
+
+
+def load(
+    model: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] = (),
+    released_lora: bool = True,
+    fuse: bool = False,
+) -> DiptychPipeline:
+    """Opens a student as a pipeline.
+
+    Args:
+        model: `pocket`, a hub name, or a folder: a whole diffusers pipeline; one with only `transformer/`; or the released
+            layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), which is folded exactly.
+        base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
+            encoders the pipeline takes prompts as embeddings only.
+        dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.
+        device: `cpu`, `cuda`, …; None or `auto` takes the accelerator if there is one.
+        lora: more LoRA files on top, paths or (path, scale).
+        released_lora: also load the folder's own `pytorch_lora_weights.safetensors`, as the release does.
+        fuse: add the LoRAs into the weights (faster; needed before `save`).
+
+    Raises:
+        UserError, UsageError: what is missing, damaged or of another family, and what to do. Nothing is half loaded.
+    """
+    from diptych.student.loading import load as _load
+
+    return _load(model, base, dtype=dtype, device=device, lora=lora, released_lora=released_lora, fuse=fuse)
+
+
+def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes the student as an ordinary diffusers folder that stock `FluxControlPipeline.from_pretrained` opens.
+
+    Written under a temporary name and renamed, so a cut save is never taken for a student. A pipeline without text
+    encoders is saved without them; stock diffusers then needs `text_encoder=None, …` passed explicitly.
+
+    Raises:
+        UserError: `folder` exists (and not `overwrite`), or a LoRA is still unfused.
+    """
+    from diptych.student.loading import save as _save
+
+    return _save(pipe, folder, overwrite=overwrite)

@@ -1,0 +1,174 @@
+"""The diptych canvas: where the two panels lie, in pixels and in tokens, and how a reference is fitted to one.
+
+The student denoises one 1×2 canvas [reference | target] (paper section 3.2; the release's 512×1024 canvas is two 512² panels).
+The VAE shrinks it by its factor, and FLUX packs 2×2 latents into one token, row by row. So the tokens of a panel are
+*columns* of the canvas, not one contiguous half of the sequence. Shapes: B batch, C latent channels, H×W canvas pixels,
+R×K token rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from diptych.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Fit = Literal["crop", "pad", "contain"]
+FITS: tuple[str, ...] = get_args(Fit)
+BLACK = -1.0  # the right half of the condition canvas, in the VAE's range [-1, 1]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A 1×2 canvas of two panels. Sizes of a panel are in pixels; `factor` is the VAE's downsampling."""
+
+    panel_height: int
+    panel_width: int
+    factor: int
+
+    def __post_init__(self) -> None:
+        check_panel_size(self.panel_height, self.panel_width, self.factor)
+
+    @property
+    def height(self) -> int:
+        return self.panel_height
+
+    @property
+    def width(self) -> int:
+        return 2 * self.panel_width
+
+    @property
+    def rows(self) -> int:
+        """Token rows of the canvas, and of either panel."""
+        return self.panel_height // (2 * self.factor)
+
+    @property
+    def panel_columns(self) -> int:
+        """Token columns of one panel."""
+        return self.panel_width // (2 * self.factor)
+
+    @property
+    def columns(self) -> int:
+        """Token columns of the whole canvas."""
+        return 2 * self.panel_columns
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole canvas: the image sequence length that FLUX's schedule shift depends on."""
+        return self.rows * self.columns
+
+
+def check_panel_size(height: int, width: int, factor: int) -> None:
+    """Raises UsageError unless both sides are positive multiples of 2 × the VAE factor (latents are packed 2×2)."""
+    unit = 2 * factor
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % unit:
+            near = max(unit, round(value / unit) * unit) if isinstance(value, (int, float)) else unit
+            raise UsageError(f"panel {name} {value!r} is not a multiple of {unit} pixels for this model; try {near}")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, 2R, 2K) to tokens (B, R·K, 4C), row by row, as FLUX packs them."""
+    b, c, h, w = latents.shape
+    tokens = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Tokens (B, R·K, 4C) to latents (B, C, 2R, 2K); the inverse of `pack`."""
+    b, _, c = tokens.shape
+    latents = tokens.reshape(b, rows, columns, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c // 4, 2 * rows, 2 * columns)
+
+
+def split_tokens(tokens: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
+    """Canvas tokens (B, R·2K, D) to the tokens of the left and of the right panel, (B, R·K, D) each."""
+    b, n, d = tokens.shape
+    assert n == canvas.tokens, (n, canvas)
+    grid = tokens.reshape(b, canvas.rows, 2, canvas.panel_columns, d)
+    return grid[:, :, 0].reshape(b, -1, d), grid[:, :, 1].reshape(b, -1, d)
+
+
+def join_tokens(left: torch.Tensor, right: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    """Two panels' tokens (B, R·K, D) to canvas tokens (B, R·2K, D); the inverse of `split_tokens`."""
+    b, _, d = left.shape
+    shape = (b, canvas.rows, canvas.panel_columns, d)
+    return torch.cat([left.reshape(shape), right.reshape(shape)], dim=2).reshape(b, -1, d)
+
+
+def right_tokens(canvas: Canvas) -> torch.Tensor:
+    """Boolean mask (R·2K,) over the canvas tokens that is true on the right panel: its columns."""
+    column = torch.arange(canvas.tokens) % canvas.columns
+    return column >= canvas.panel_columns
+
+
+def split_panels(canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left and right half of pixels or latents (B, C, H, W), split along the width."""
+    left, right = canvas.chunk(2, dim=-1)
+    return left, right
+
+
+def join_panels(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Two panels (B, C, H, w) side by side: (B, C, H, 2w)."""
+    return torch.cat([left, right], dim=-1)
+
+
+def condition_canvas(reference: torch.Tensor) -> torch.Tensor:
+    """[reference | black]: pixels (B, 3, H, w) in [-1, 1] to the condition canvas (B, 3, H, 2w)."""
+    return join_panels(reference, torch.full_like(reference, BLACK))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as upright 8-bit RGB: EXIF rotation applied, transparency laid over white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # PIL clips 16-bit grey to white on conversion; keep its high byte instead.
+        image = image.point(lambda v: v / 256, "L") if image.mode == "I" else image.convert("I").point(lambda v: v / 256, "L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        over = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(over, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:
+    """`image` as an RGB panel of height × width pixels, its aspect ratio kept.
+
+    - `crop`: scaled to cover the panel, the overhang cut evenly from both sides (the default).
+    - `pad`: scaled to fit inside, the rest filled with white.
+    - `contain`: scaled to fit inside, the rest filled by repeating the picture's own edge pixels, so that no hard bars
+      enter the reference.
+    """
+    from PIL import Image, ImageOps
+
+    if fit not in FITS:
+        raise UsageError(f"unknown fit '{fit}': one of {', '.join(FITS)}{nearest(str(fit), FITS)}")
+    image = to_rgb(image)
+    if image.size == (width, height):
+        return image
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    inside = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
+    if fit == "pad":
+        panel = Image.new("RGB", (width, height), (255, 255, 255))
+        panel.paste(inside, ((width - inside.width) // 2, (height - inside.height) // 2))
+        return panel
+    import numpy as np
+
+    rows, columns = height - inside.height, width - inside.width
+    around = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
+    return Image.fromarray(np.pad(np.asarray(inside), around, mode="edge"))
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """An RGB image as pixels (3, H, W), float32 in [-1, 1], the VAE's range."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
+    return (2.0 * pixels - 1.0).permute(2, 0, 1).contiguous()

@@ -1,0 +1,131 @@
+"""LoRA files on top of a student: every key must find its layer, or nothing is loaded.
+
+diffusers reads the formats (its own keys, kohya, XLabs, …) and peft adds the layers; but both only log keys that match
+nothing. Here a key without a layer, or of a shape that does not fit, is a UserError that names it.
+
+The released LoRA was trained beside two input layers. One on `x_embedder` sees the noisy canvas only, so for the folded
+layer its input side is padded with zero columns: exact. One on `c_embedder` has no counterpart and is refused by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.errors import UserError
+from diptych.student.weights import some
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxControlPipeline
+
+RELEASED_LORA = "pytorch_lora_weights.safetensors"
+
+
+def apply_lora(
+    pipe: FluxControlPipeline, path: Path, scale: float = 1.0, *, name: str | None = None, fuse: bool = False
+) -> str:
+    """Loads one LoRA file onto `pipe` and returns its adapter name.
+
+    `fuse` adds it into the weights and removes the adapter layers: faster, and needed before quantizing or saving.
+    Raises UserError, naming the keys, when any of them finds no layer.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    # Reading consumes the dict (conversions pop what they use), so each reader gets its own.
+    state, *_ = pipe.lora_state_dict(dict(tensors), return_alphas=True)
+    _check(pipe, state, path)
+    name = name or _free_name(pipe, path)
+    try:
+        pipe.load_lora_weights(tensors, adapter_name=name)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise UserError(f"{path} cannot be loaded as a LoRA for this student: {error}") from error
+    _check_loaded(pipe, state, path, name)
+    if fuse:
+        pipe.set_adapters([name], [scale])
+        pipe.fuse_lora(components=["transformer"], adapter_names=[name])
+        pipe.unload_lora_weights()
+    else:
+        _activate(pipe, name, scale)
+    return name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from diptych.student.files import read_tensors
+
+    if path.is_dir():
+        path = path / RELEASED_LORA
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
+    return dict(read_tensors(path))
+
+
+def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Every key must be `<component>.<layer>.lora_A|lora_B…` of a layer that exists and has that width."""
+    strays, shapes = [], []
+    for key, tensor in state.items():
+        component, _, rest = key.partition(".")
+        layer, found, part = rest.partition(".lora_")
+        model = getattr(pipe, component, None) if component in ("transformer", "text_encoder") else None
+        base = _layer(model, layer) if model is not None and found else None
+        if base is None:
+            strays.append(key)
+        elif tensor.ndim == 2:
+            width = base.in_features if part.startswith("A") else base.out_features
+            got = tensor.shape[1] if part.startswith("A") else tensor.shape[0]
+            # diffusers pads the input side with zeros, silently and for any layer; only here is that the right thing.
+            padded = layer == "x_embedder" and part.startswith("A") and 2 * got == width
+            if got != width and not padded:
+                shapes.append(f"{key} has width {got}, its layer {width}")
+    if not state:
+        raise UserError(f"{path} holds no LoRA tensors")
+    if any(".c_embedder." in f".{key}" for key in strays):
+        raise UserError(
+            f"{path} adapts c_embedder ({some([k for k in strays if 'c_embedder' in k])}), which a folded student does "
+            "not have; merge that LoRA into the released weights first. Nothing was loaded"
+        )
+    if strays:
+        raise UserError(f"{path} has {len(strays)} keys that match no layer: {some(sorted(strays))}. Nothing was loaded")
+    if shapes:
+        raise UserError(f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded")
+
+
+def _layer(model: Any, name: str) -> Any:
+    """The linear layer of that name, looked at through an adapter that wraps it already; None if there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    module = getattr(module, "base_layer", module)
+    return module if hasattr(module, "in_features") else None
+
+
+def _check_loaded(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    wanted = {key.removeprefix("transformer.") for key in state if key.startswith("transformer.")}
+    have = {key.replace(f".{name}.", ".") for key in pipe.transformer.state_dict() if f".{name}." in key}
+    if lost := sorted(wanted - have):
+        pipe.delete_adapters(name)
+        raise UserError(f"{path}: {len(lost)} keys were not taken up: {some(lost)}. Nothing was loaded")
+
+
+def _free_name(pipe: FluxControlPipeline, path: Path) -> str:
+    stem = "".join(c if c.isalnum() else "_" for c in path.stem) or "lora"
+    taken = set(getattr(pipe.transformer, "peft_config", {}))
+    names = [stem, *(f"{stem}_{i}" for i in range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
+
+
+def _activate(pipe: FluxControlPipeline, name: str, scale: float) -> None:
+    """Adds `name` to the active adapters; loading a second one would otherwise leave only the newest active."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names, scales = [name], [scale]
+    for other in getattr(pipe.transformer, "peft_config", {}):
+        if other == name:
+            continue
+        layer = next(
+            m for m in pipe.transformer.modules() if isinstance(m, BaseTunerLayer) and other in getattr(m, "scaling", {})
+        )
+        names.append(other)
+        scales.append(layer.scaling[other] * layer.r[other] / layer.lora_alpha[other])
+    pipe.set_adapters(names, scales)

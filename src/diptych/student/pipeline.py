@@ -1,0 +1,446 @@
+"""DiptychPipeline: the stock FLUX-Control pipeline, given a reference image.
+
+Sampling follows the release (paper section 3.2; primecai/diffusion-self-distillation). The canvas [reference | target] is
+denoised as one wide FLUX image with plain position ids; the condition is the VAE encoding of [reference | black], encoded
+jointly. With image guidance > 1 (or, unlike the release, text guidance > 1 alone), from step index 2 on:
+
+    v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
+
+where the null reference 0 is all-zero packed latents. Text guidance alone is the same formula with i = 1, which needs no
+v(0,""). Two differences from the release make results repeatable: the condition takes the posterior's mode, not a sample,
+and noise comes from one generator per image, on the CPU for a seed, so image i of a batch is the image made alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxControlPipeline
+from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift, retrieve_timesteps
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from diptych.errors import UsageError, UserError
+from diptych.student.geometry import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
+from diptych.student.weights import BiasSplit, student_channels
+
+TRUE_GUIDANCE_FROM = 2  # step index at which the release switches true guidance on
+MAX_TEXT_TOKENS = 512
+MAX_PANEL = 512
+Reference = Image.Image | torch.Tensor | None
+Seed = int | torch.Generator
+
+
+@dataclass
+class DiptychOutput(BaseOutput):
+    """`images`: the right panels. `references`: the reconstructed left panels, if they were asked for."""
+
+    images: Any
+    references: Any = None
+
+
+class DiptychPipeline(FluxControlPipeline):
+    """Stock components, stock weights; see `__call__`. Text encoders may be absent: prompts then come as embeddings."""
+
+    _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (diffusers' name)
+
+    def __init__(
+        self, scheduler, vae, transformer, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None
+    ):
+        super().__init__(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,  # pyright: ignore[reportArgumentType]
+            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
+            text_encoder_2=text_encoder_2,  # pyright: ignore[reportArgumentType]
+            tokenizer_2=tokenizer_2,  # pyright: ignore[reportArgumentType]
+            transformer=transformer,
+        )
+        student_channels(transformer.config)
+        self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
+        self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
+        self._truncated: set[str] = set()
+
+    # Sizes and texts -----------------------------------------------------------------------------------------------
+
+    @property
+    def default_panel_size(self) -> int:
+        """Side of a panel in pixels when none is asked for."""
+        return min(MAX_PANEL, int(self.vae.config.sample_size))
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens, from the second tokenizer's own maximum length."""
+        if self.tokenizer_2 is None:
+            return MAX_TEXT_TOKENS
+        return min(MAX_TEXT_TOKENS, int(self.tokenizer_2.model_max_length))
+
+    def encode_text(
+        self, prompt: list[str], prompt_2: list[str] | None = None, max_sequence_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts to (prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)); warns once of each prompt cut short."""
+        absent = [n for n in self._optional_components if getattr(self, n) is None]
+        if absent:
+            raise UserError(
+                f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: give a base with text "
+                "encoders and tokenizers to load(), or pass prompt_embeds and pooled_prompt_embeds"
+            )
+        length = max_sequence_length or self.text_length
+        self._warn_of_truncation(prompt_2 or prompt, length)
+        with _quiet_truncation():
+            embeds, pooled, _ = self.encode_prompt(prompt, prompt_2, max_sequence_length=length)
+        return embeds, pooled
+
+    def _warn_of_truncation(self, prompts: list[str], length: int) -> None:
+        for prompt in prompts:
+            tokens = self.tokenizer_2(prompt).input_ids
+            if len(tokens) > length and prompt not in self._truncated:
+                self._truncated.add(prompt)
+                lost = self.tokenizer_2.decode(tokens[length - 1 :], skip_special_tokens=True)
+                warnings.warn(f"the prompt is longer than {length} tokens; not read: '{lost}'", stacklevel=3)
+
+    # Pictures and latents ------------------------------------------------------------------------------------------
+
+    def encode_canvas(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to packed, scaled latents (B, tokens, 4C): the posterior's mode."""
+        pixels = pixels.to(device=self._execution_device, dtype=self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return pack((latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor)
+
+    def decode_canvas(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+        """Packed latents (B, tokens, 4C) to pixels (B, 3, H, W), about [-1, 1]."""
+        latents = unpack(tokens, canvas.rows, canvas.columns)
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+    def encode_reference(self, references: Sequence[Reference], canvas: Canvas, fit: str = "crop") -> torch.Tensor:
+        """The condition (B, tokens, 4C): [reference | black] encoded jointly; zeros for a reference of None.
+
+        Encoded one at a time, each distinct picture once, so that a batch gives the bits of the single calls.
+        """
+        null = torch.zeros(1, canvas.tokens, self.transformer.config.in_channels // 2, device=self._execution_device)
+        known: dict[int, torch.Tensor] = {}
+        for reference in references:
+            if id(reference) not in known:
+                known[id(reference)] = (
+                    null if reference is None else self.encode_canvas(condition_canvas(_panel(reference, canvas, fit)))
+                )
+        return torch.cat([known[id(reference)].float() for reference in references])
+
+    def _noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
+        """Packed standard noise (B, tokens, 4C) in float32: one seed gives the same noise in every batch and dtype."""
+        shape = (1, self.transformer.config.in_channels // 8, 2 * canvas.rows, 2 * canvas.columns)
+        drawn = []
+        for seed in seeds:
+            generator = torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed
+            drawn.append(torch.randn(shape, generator=generator, device=generator.device if generator else "cpu").cpu())
+        return pack(torch.cat(drawn))
+
+    # The call ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        reference: Reference | Sequence[Reference] = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        image_guidance_scale: float = 1.0,
+        text_guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Seed | Sequence[Seed] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        fit: str = "crop",
+        batched_guidance: bool = False,
+        return_reference: bool = False,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+    ) -> DiptychOutput | tuple:
+        """Draws the right panel: the reference's subject as the prompt asks. diffusers' arguments, and these:
+
+        Args:
+            reference: a PIL image, pixels (3, h, w) or (B, 3, h, w) in [-1, 1] of the panel's size, None (no reference:
+                text only), or a list of those, one for each prompt. One reference serves all prompts.
+            height, width: of ONE panel in pixels, multiples of 2 × the VAE factor; default `default_panel_size`.
+            guidance_scale: distilled guidance; read only by a transformer that has `guidance_embeds`.
+            image_guidance_scale, text_guidance_scale: i and t of the module's formula; 1 is off. A negative prompt
+                stands for the empty text.
+            generator: a seed or torch.Generator, or a list with one for each image. A single seed serves every prompt
+                (each image is then the one made alone), and counts up over `num_images_per_prompt`; a single Generator
+                is drawn from in order. Noise is drawn in float32, for a seed on the CPU.
+            latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
+            fit: `crop`, `pad` or `contain`; see `geometry.fit_image`.
+            batched_guidance: run the forwards of one guided step as one batch. The default, one after another, needs the
+                least memory and gives each forward the very kernels of an unguided call.
+            return_reference: also decode the left panel, the model's reconstruction of the reference.
+            output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
+
+        Returns:
+            DiptychOutput, or a tuple if not `return_dict`: (images,) or (images, references).
+
+        Raises:
+            UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
+        """
+        factor = self.vae_scale_factor
+        canvas = Canvas(_size(height, self.default_panel_size), _size(width, self.default_panel_size), factor)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UsageError(f"unknown output_type '{output_type}': one of pil, np, pt, latent")
+        if num_inference_steps < 1 or num_images_per_prompt < 1:
+            raise UsageError("num_inference_steps and num_images_per_prompt are at least 1")
+        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise UsageError(f"callbacks can be given {self._callback_tensor_inputs}, not {unknown}")
+        self._guidance_scale = guidance_scale
+        self._joint_attention_kwargs = joint_attention_kwargs
+        self._interrupt = False
+        device = self._execution_device
+
+        # Text: one row for each prompt, then for each image.
+        prompts, references = _match(prompt, prompt_embeds, reference)
+        count = len(references)
+        embeds, pooled = self._text(
+            "prompt", prompts, _texts(prompt_2, count), prompt_embeds, pooled_prompt_embeds, count, max_sequence_length
+        )
+        condition = self.encode_reference(references, canvas, fit)
+        # The formula's two differences vanish where i = 1 or t = 1, and i has no meaning without a reference.
+        has_reference = any(r is not None for r in references)
+        image_scale = image_guidance_scale if has_reference else 1.0
+        guided = image_scale > 1 or text_guidance_scale > 1
+        negative = None
+        if guided:
+            given = negative_prompt if negative_prompt is not None or negative_prompt_embeds is not None else ""
+            negative = self._text(
+                "negative_prompt",
+                _texts(given, count),
+                _texts(negative_prompt_2, count),
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+                count,
+                max_sequence_length,
+            )
+
+        repeats = num_images_per_prompt
+        dtype = embeds.dtype
+        embeds, pooled, condition = (x.repeat_interleave(repeats, dim=0) for x in (embeds, pooled, condition.to(dtype)))
+        if negative is not None:
+            negative = tuple(x.repeat_interleave(repeats, dim=0) for x in negative)
+        total = count * repeats
+        if latents is None:
+            latents = self._noise(_seeds(generator, count, repeats), canvas)
+        if tuple(latents.shape) != (total, canvas.tokens, condition.shape[-1]):
+            raise UsageError(
+                f"latents are packed noise of the whole canvas, {(total, canvas.tokens, condition.shape[-1])} here, "
+                f"not {tuple(latents.shape)}"
+            )
+        x_t = latents.to(device=device, dtype=dtype)
+        image_ids = self._prepare_latent_image_ids(total, canvas.rows, canvas.columns, device, dtype)
+
+        timesteps = self._timesteps(num_inference_steps, sigmas, canvas, device)
+        self._num_timesteps = len(timesteps)
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full([total], guidance_scale, device=device, dtype=torch.float32)
+
+        def velocity(name: str, x: torch.Tensor, c: torch.Tensor, text: torch.Tensor, pool: torch.Tensor, t: torch.Tensor):
+            """v(c, text) at x for any multiple of the batch; `name` tells step caches the branches apart."""
+            times = len(x) // total
+            with self.transformer.cache_context(name):
+                return self.transformer(
+                    hidden_states=torch.cat([x, c], dim=2),
+                    timestep=t.expand(len(x)).to(x.dtype) / 1000,
+                    guidance=guidance.repeat(times) if guidance is not None else None,
+                    pooled_projections=pool,
+                    encoder_hidden_states=text,
+                    txt_ids=torch.zeros(text.shape[1], 3, device=device, dtype=dtype),
+                    img_ids=image_ids,
+                    joint_attention_kwargs=self._joint_attention_kwargs,
+                    return_dict=False,
+                )[0]
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                if guided and negative is not None and i >= TRUE_GUIDANCE_FROM:
+                    branches = [("cond", condition, embeds, pooled), ("reference", condition, *negative)]
+                    if image_scale != 1:
+                        branches.append(("null", torch.zeros_like(condition), *negative))
+                    if batched_guidance:
+                        v_all = _batched(velocity, branches, x_t, t)
+                    else:
+                        v_all = [velocity(name, x_t, c, text, pool, t) for name, c, text, pool in branches]
+                    v = _guide(v_all, image_scale, text_guidance_scale)
+                else:
+                    v = velocity("cond", x_t, condition, embeds, pooled, t)
+                x_t = self.scheduler.step(v, t, x_t, return_dict=False)[0].to(dtype)
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": x_t, "prompt_embeds": embeds}
+                    given = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, given) or {}
+                    x_t, embeds = changed.get("latents", x_t), changed.get("prompt_embeds", embeds)
+                progress.update()
+
+        images, left = self._finish(x_t, canvas, output_type, return_reference)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, left) if return_reference else (images,)
+        return DiptychOutput(images=images, references=left)
+
+    def _text(self, what, texts, texts_2, embeds, pooled, count, max_length) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (count, L, D) and (count, P) from texts or from given embeddings."""
+        if embeds is None:
+            if texts is None:
+                raise UsageError(f"give {what} or {what}_embeds")
+            embeds, pooled = self.encode_text(texts, texts_2, max_length)
+        elif texts is not None or texts_2 is not None:
+            raise UsageError(f"give {what} or {what}_embeds, not both")
+        elif pooled is None:
+            name = "negative_pooled_prompt_embeds" if what.startswith("negative") else "pooled_prompt_embeds"
+            raise UsageError(f"{what}_embeds need {name} from the same text")
+        embeds, pooled = (x.to(self._execution_device) for x in (embeds, pooled))
+        if {len(embeds), len(pooled)} - {1, count}:
+            raise UsageError(f"{what}: {len(embeds)} embeddings and {len(pooled)} pooled ones for {count} images")
+        return embeds.expand(count, -1, -1), pooled.expand(count, -1)
+
+    def _timesteps(self, steps: int, sigmas: list[float] | None, canvas: Canvas, device) -> torch.Tensor:
+        config = self.scheduler.config
+        shift = {}
+        if config.get("use_dynamic_shifting"):
+            shift["mu"] = calculate_shift(
+                canvas.tokens,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
+        given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        timesteps, _ = retrieve_timesteps(self.scheduler, steps, device, sigmas=given, **shift)  # pyright: ignore
+        self.scheduler.set_begin_index(0)
+        return timesteps  # pyright: ignore[reportReturnType]
+
+    def _finish(self, x_0: torch.Tensor, canvas: Canvas, output_type: str, return_reference: bool) -> tuple[Any, Any]:
+        if output_type == "latent":
+            return x_0, None
+        left, right = split_panels(self.decode_canvas(x_0, canvas))
+        images = self.image_processor.postprocess(right, output_type=output_type)
+        return images, self.image_processor.postprocess(left, output_type=output_type) if return_reference else None
+
+    def save_pretrained(self, *args, **kwargs):
+        """Writes an ordinary diffusers folder: its model_index names FluxControlPipeline, so stock diffusers opens it."""
+        stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
+        stock.save_pretrained(*args, **kwargs)
+
+
+def _guide(v: list[torch.Tensor], image_scale: float, text_scale: float) -> torch.Tensor:
+    """The module's formula from [v(ref,text), v(ref,"")] or [v(ref,text), v(ref,""), v(0,"")]."""
+    v_text, v_reference, *rest = v
+    text = text_scale * (v_text - v_reference)
+    if not rest:
+        return v_reference + text
+    return rest[0] + image_scale * (v_reference - rest[0]) + text
+
+
+def _batched(velocity, branches, x_t: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+    """The branches' velocities from one forward; their texts must be equally long."""
+    if len({text.shape[1] for _, _, text, _ in branches}) > 1:
+        raise UsageError("batched guidance needs prompt and negative prompt embeddings of the same length")
+    conditions, texts, pools = (torch.cat(parts) for parts in list(zip(*branches, strict=True))[1:])
+    v = velocity("guided", x_t.repeat(len(branches), 1, 1), conditions, texts, pools, t)
+    return list(v.chunk(len(branches)))
+
+
+def _size(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _texts(value: str | list[str] | None, count: int) -> list[str] | None:
+    """One text for each of `count` rows."""
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else list(value)
+    if len(texts) not in (1, count):
+        raise UsageError(f"{len(texts)} texts for {count} images")
+    return texts * count if len(texts) == 1 else texts
+
+
+def _match(prompt, prompt_embeds, reference) -> tuple[list[str] | None, list[Reference]]:
+    """Prompts and references, one of each for every row of the batch."""
+    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
+        raise UsageError(f"prompt is a string or a list of strings, not {type(prompt).__name__}")
+    if isinstance(reference, torch.Tensor) and reference.ndim == 4:
+        reference = list(reference)
+    references = list(reference) if isinstance(reference, (list, tuple)) else [reference]
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt is not None else None
+    rows = len(prompts) if prompts is not None else len(prompt_embeds) if prompt_embeds is not None else 0
+    if not rows:
+        raise UsageError("give prompt or prompt_embeds (at least one)")
+    count = max(rows, len(references))
+    if {rows, len(references)} - {1, count}:
+        raise UsageError(f"{rows} prompts and {len(references)} references: give one of either, or as many of both")
+    if prompts is not None and len(prompts) == 1:
+        prompts = prompts * count
+    return prompts, references * count if len(references) == 1 else references
+
+
+def _seeds(generator, count: int, repeats: int) -> list[Seed | None]:
+    """One seed or generator for each image."""
+    total = count * repeats
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != total:
+            raise UsageError(f"{len(generator)} generators for {total} images: give one, or one for each image")
+        return list(generator)
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        return [generator + j for _ in range(count) for j in range(repeats)]
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise UsageError(f"generator is a seed, a torch.Generator or a list of them, not {type(generator).__name__}")
+    return [generator] * total
+
+
+def _panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
+    """A reference as one panel of pixels (1, 3, h, w) in [-1, 1]."""
+    if isinstance(reference, Image.Image):
+        return to_pixels(fit_image(reference, canvas.panel_height, canvas.panel_width, fit))[None]
+    if isinstance(reference, torch.Tensor):
+        wanted = (3, canvas.panel_height, canvas.panel_width)
+        if tuple(reference.shape) != wanted:
+            raise UsageError(f"a reference tensor is {wanted} here (one panel, in [-1, 1]), not {tuple(reference.shape)}")
+        return reference[None]
+    raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+
+
+@contextmanager
+def _quiet_truncation() -> Iterator[None]:
+    """Holds back diffusers' own truncation messages: they come at every call, and name the wrong part of the text."""
+    logger = logging.getLogger("diffusers.pipelines.flux.pipeline_flux_control")
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return "was truncated" not in record.getMessage()
+
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
