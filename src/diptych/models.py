@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import re
-from importlib.resources import files
 from pathlib import Path
 
 from diptych.errors import UsageError, UserError, nearest
+from diptych.paths import packaged
 
 ROLES = ("teacher", "student", "curator", "scorer", "reader")
 BUILT_IN = ("pocket",)
@@ -118,16 +118,6 @@ def _is_flux_dev(name: str, path: Path) -> bool:
         if values.get("guidance_embeds") and values.get("num_attention_heads") == 24:
             return True
     return False
-
-
-def packaged(name: str) -> Path:
-    """A folder that ships with diptych: inside the package, or at the root of a source checkout.
-
-    `examples` and `recipes` live at the repository's root and are put inside the package when a wheel is built.
-    """
-    inside = Path(str(files("diptych"))) / name
-    checkout = Path(__file__).resolve().parents[2] / name
-    return checkout if not inside.exists() and checkout.exists() else inside
 
 
 def fingerprint(path: str | Path) -> str:

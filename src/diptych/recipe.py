@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
-from diptych.models import packaged
+from diptych.paths import packaged
 
 
 class Section(BaseModel):

@@ -1,0 +1,278 @@
+"""The command line. Thin: each command checks its words, calls the function that Python users call, prints the result.
+
+Nothing heavy is imported here: `diptych --help` answers at once. Results go to stdout, progress and errors to stderr.
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diptych.errors import UsageError, UserError
+
+app = typer.Typer(
+    name="diptych",
+    help="Diffusion Self-Distillation: teach a text-to-image model to take a reference image, "
+    "from data it draws and curates itself.",
+    epilog="Start with: diptych doctor · diptych run demo · diptych generate --help",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
+OutDir = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder [default: runs/NAME].")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, for instance distill.steps=200. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from diptych import __version__
+
+        print(f"diptych {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def _run(recipe: str, out: str | None, sets: list[str] | None, as_json: bool, stages: tuple[str, ...] | None) -> None:
+    from diptych import recipe as recipes
+    from diptych.console import Display, duration
+    from diptych.run import STAGES, run
+
+    if out == "":
+        raise UsageError("--out is empty; name a folder")
+    loaded = recipes.load(recipe, sets or ())
+    summary = run(loaded, out, stages or STAGES, Display(quiet=as_json))
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    for name, result in summary["stages"].items():
+        counts = ", ".join(
+            f"{result[key]} {word}"
+            for key, word in (("rows", "rows"), ("failed", "failed"), ("pairs", "pairs"), ("steps", "steps"))
+            if result.get(key) or (key in ("rows", "pairs") and key in result)
+        )
+        print(f"{name:<9} {duration(result['seconds']):>7}  {counts}")
+    print(summary.get("report") or summary["run"])
+
+
+@app.command("run", epilog="Example: diptych run recipes/pocket.yaml --out runs/first --set write.count=500")
+def run_all(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Run a whole recipe: write, paint, curate, distill, evaluate, report.
+
+    Interrupted or killed, the same command continues. The folder belongs to one recipe: another one is refused.
+    """
+    _run(recipe, out, sets, as_json, None)
+
+
+@app.command("write", epilog="Example: diptych write recipes/pocket.yaml --out runs/first")
+def write(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Write the grid prompts only (prompts/)."""
+    _run(recipe, out, sets, as_json, ("write",))
+
+
+@app.command("paint", epilog="Example: diptych paint recipes/pocket.yaml --out runs/first")
+def paint(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Let the teacher draw the grids only (prompts/ → grids/)."""
+    _run(recipe, out, sets, as_json, ("paint",))
+
+
+@app.command("curate", epilog="Example: diptych curate recipes/pocket.yaml --out runs/first")
+def curate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Cut, judge and select pairs only (grids/ → candidates/ → pairs/)."""
+    _run(recipe, out, sets, as_json, ("curate",))
+
+
+@app.command("distill", epilog="Example: diptych distill recipes/pocket.yaml --out runs/first")
+def distill(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Train the student only (pairs/ → student/)."""
+    _run(recipe, out, sets, as_json, ("distill",))
+
+
+@app.command("evaluate", epilog="Example: diptych evaluate recipes/pocket.yaml --out runs/first")
+def evaluate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+    """Score the student beside its baselines and write the report only (student/ → samples/, report/)."""
+    _run(recipe, out, sets, as_json, ("evaluate",))
+
+
+@app.command(
+    "generate",
+    epilog='Example: diptych generate --model pocket --reference examples/references/cat.png --prompt "a cat on the '
+    'moon" --out cat.png --seed 1',
+)
+def generate(
+    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="The picture of your subject.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the new picture shows, the whole of it.")],
+    model: Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")] = (
+        "pocket"
+    ),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="A .png file; replaced if it is there.")] = (
+        "diptych.png"
+    ),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same picture.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", min=0, help="Distilled guidance, for models that have it.")
+    ] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option("--image-guidance", min=0, help="Strength of the reference; 1 is off.")
+    ] = None,
+    text_guidance: Annotated[
+        float | None, typer.Option("--text-guidance", min=0, help="Strength of the prompt; 1 is off.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of the picture [default: the model's].")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="How the reference meets the size: crop, pad or contain.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw your subject in a new scene: one picture from one reference and a prompt."""
+    from diptych.console import Display
+    from diptych.data.images import open_image, save_image
+
+    started = time.monotonic()
+    if Path(out).suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: pictures are written as PNG; end the name in .png")
+    if not prompt.strip():
+        raise UsageError("--prompt is empty; say what the new picture shows")
+    wanted: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "image_guidance": image_guidance,
+        "text_guidance": text_guidance,
+        "size": parse_size(size),
+        "fit": fit,
+    }
+    # Before anything is loaded: a picture that cannot be read should cost no waiting.
+    picture = open_image(reference)
+    display = Display(quiet=as_json)
+    display.say(f"loading {model}")
+    from diptych.api import Student
+
+    student = Student.load(model, base=base, device=device)
+    image = student.generate(picture, prompt, seed=seed, **{k: v for k, v in wanted.items() if v is not None})
+    provenance = {**image.info, "reference_file": Path(reference).name}
+    path = save_image(image, out, provenance)
+    seconds = round(time.monotonic() - started, 2)
+    if as_json:
+        print(json.dumps({"out": str(path), "seconds": seconds, "provenance": provenance}, default=str))
+    else:
+        display.say(f"{image.width}×{image.height}, {seconds:.1f} s")
+        print(path)
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """`"64"` as 64, `"512x768"` as (512, 768), width first."""
+    if text is None:
+        return None
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--size {text}: give pixels, for instance 512 or 512x768")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+@app.command("doctor", epilog="Example: diptych doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do: versions, devices, memory, extras, models that ship, what fits.
+
+    Exit code 1 if something keeps diptych from working.
+    """
+    from diptych.doctor import examine, lines
+
+    found = examine()
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+class _Warnings(logging.Handler):
+    """diptych's own warnings, one line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script: runs a command and exits with its code."""
+    sys.exit(call(args))
+
+
+def call(args: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code; errors become one line on stderr."""
+    logger = logging.getLogger("diptych")
+    if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+        logger.addHandler(_Warnings(logging.WARNING))
+        logger.propagate = False
+    debug = os.environ.get("DIPTYCH_DEBUG", "") not in ("", "0")
+    if not debug:
+        quiet_libraries()
+    try:
+        result = app(args=args, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return _say("interrupted; run the same command to continue", 130)
+    except UserError as error:
+        if debug:
+            raise
+        return _say(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output went away (`diptych … | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            return _say("interrupted; run the same command to continue", 130)
+        message = getattr(error, "format_message", None)
+        if message is None:
+            if debug:
+                raise
+            # Not a mistake of the user's. One line all the same, and how to see where it came from.
+            text = " ".join(str(error).split())[:500] or "no message"
+            return _say(f"error: {type(error).__name__}: {text} (DIPTYCH_DEBUG=1 shows where)", 1)
+        context = getattr(error, "ctx", None)
+        hint = f" (try: {context.command_path} --help)" if context else ""
+        return _say(f"error: {message()}{hint}", getattr(error, "exit_code", 2))
+
+
+def quiet_libraries() -> None:
+    """Keeps the bars and the chatter of the libraries below off the terminal; errors still come through."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub|accelerate|peft)\b")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""A run: write → paint → curate → select → distill → evaluate → report, in one folder, resumable at any moment.
+
+    run(load("recipes/demo.yaml"), "runs/demo")
+
+The folder is that of docs/runs.md. The recipe is frozen in it, and a different one is refused; a lock keeps a second
+process out (the system drops it with its holder, so a killed run leaves nothing to clear); each stage does only what
+is missing. Started again after a kill, a run ends with the rows it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diptych import __version__, models, tasks
+from diptych import recipe as recipes
+from diptych.console import Display
+from diptych.data import log, records
+from diptych.data.engine import LocalEngine, Result, Row, Work
+from diptych.data.store import Dataset, write_atomic
+from diptych.errors import UsageError, UserError
+from diptych.recipe import Recipe
+
+STAGES = ("write", "paint", "curate", "distill", "evaluate")
+# Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
+VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
+PACKAGES = ("diptych", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
+
+
+def run(
+    recipe: Recipe, out: str | Path | None = None, stages: Sequence[str] = STAGES, display: Display | None = None
+) -> dict[str, Any]:
+    """Runs `stages` of a recipe in the folder `out` (runs/NAME if None) and returns a summary of plain values.
+
+    Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage cannot go
+    on. KeyboardInterrupt passes through and leaves a folder that the same call continues.
+    """
+    display = display or Display()
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    task = tasks.load(recipe.task)
+    started = time.monotonic()
+    with lock(folder):
+        recipe = freeze(recipe, folder)
+        use_threads(recipe.threads)
+        log.append(folder, "start", stages=list(stages), machine=machine(), versions=versions())
+        pipeline = _Pipeline(recipe, task, folder, display)
+        done: dict[str, Any] = {}
+        for name in STAGES:
+            if name in stages:
+                before = time.monotonic()
+                done[name] = pipeline.stage(name)
+                done[name]["seconds"] = round(time.monotonic() - before, 2)
+                log.append(folder, "stage", stage=name, **done[name])
+    summary: dict[str, Any] = {"run": str(folder), "recipe": recipe.name, "stages": done}
+    for key, path in (("report", "report/report.html"), ("metrics", "report/metrics.json"), ("student", "student")):
+        if (folder / path).exists():
+            summary[key] = str(folder / path)
+    summary["seconds"] = round(time.monotonic() - started, 2)
+    return summary
+
+
+class _Pipeline:
+    """The stages of one run, each knowing what made its input."""
+
+    def __init__(self, recipe: Recipe, task: tasks.Task, folder: Path, display: Display) -> None:
+        self.recipe, self.task, self.folder, self.display = recipe, task, folder, display
+        self.engine = LocalEngine()
+
+    def stage(self, name: str) -> dict[str, Any]:
+        return {
+            "write": self.write,
+            "paint": self.paint,
+            "curate": self.curate,
+            "distill": self.distill,
+            "evaluate": self.evaluate,
+        }[name]()
+
+    # ---- rows
+
+    def write(self) -> dict[str, Any]:
+        from diptych.stages.write import Write
+
+        shards = prompt_shards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
+        return self._rows(Write(self.recipe), shards, "prompts", "prompts", self.fingerprints("write"), {})
+
+    def paint(self) -> dict[str, Any]:
+        from diptych.stages.paint import Paint
+
+        prompts = self._input("prompts", "write", self.fingerprints("write"))
+        teacher = {"teacher": self.recipe.teacher, "teacher_sha256": self._model(self.recipe.teacher, "teacher")}
+        return self._rows(Paint(self.recipe), prompts, "grids", "grids", self.fingerprints("paint"), teacher)
+
+    def curate(self) -> dict[str, Any]:
+        from diptych.stages.curate import Curate
+
+        grids = self._input("grids", "paint", self.fingerprints("paint"))
+        judge = self.recipe.curate.judge
+        made_by = {"judge": judge, "judge_sha256": self._model(judge, "curator")}
+        print_ = self.fingerprints("curate")
+        result = self._rows(Curate(self.recipe), grids, "candidates", "grids", print_, made_by)
+        return {**result, "pairs": self.select()}
+
+    def select(self) -> int:
+        """`pairs/`: the candidates that the thresholds keep. Reads stored numbers only."""
+        candidates = self._input("candidates", "curate", self.fingerprints("curate"))
+        thresholds = self.recipe.curate.thresholds
+        made_by = {"thresholds": thresholds.model_dump()}
+        fingerprint = self.fingerprints("select")
+        result = self._rows(_Select(self.recipe), candidates, "pairs", "pairs", fingerprint, made_by, quiet=True)
+        if not result["rows"]:
+            reasons = count(row["reason"] for row in candidates.columns("reason"))
+            raise UserError(
+                f"curation kept none of {len(candidates)} candidate pairs "
+                f"({', '.join(f'{n} failed {reason}' for reason, n in reasons.items()) or 'there were none'}); "
+                f"see {candidates.url}, then lower curate.thresholds or draw more grids, in another --out"
+            )
+        return result["rows"]
+
+    def _rows(
+        self,
+        stage: Any,
+        inputs: Dataset | list[list[Row]],
+        output: str,
+        unit: str,
+        fingerprint: str,
+        made_by: dict[str, Any],
+        quiet: bool = False,
+    ) -> dict[str, Any]:
+        """One stage through the engine, into the folder `output`."""
+        target = Dataset(self.folder / output, records.schema(records.COLUMNS[output]))
+        failed = Dataset(self.folder / "failed" / stage.name, records.schema(records.FAILED))
+        manifest: dict[str, Any] = {"run": self.recipe.name, "task": self.task.name, "task_version": self.task.version}
+        manifest |= {"seed": self.recipe.seed, "versions": versions(), **made_by}
+        if isinstance(inputs, Dataset):
+            manifest["inputs"] = {Path(inputs.url).name: inputs.manifest_hash()}
+        display = Display(quiet=True) if quiet else self.display
+        with display.stage(stage.name, unit) as report:
+            result: Result = self.engine.run(stage, inputs, target, failed, fingerprint, report, manifest)
+        if result.failed:
+            first = f" (first: {result.reasons[0]})" if result.reasons else ""
+            self.display.say(f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}")
+        return asdict(result)
+
+    def _input(self, name: str, made_by: str, fingerprint: str) -> Dataset:
+        data = Dataset(self.folder / name, records.schema(records.COLUMNS[name]))
+        data.shards_done(fingerprint)
+        if not data.is_complete(fingerprint):
+            raise UserError(
+                f"{data.url} is not complete; first: diptych {made_by} {self.folder}/recipe.yaml --out {self.folder}"
+            )
+        return data
+
+    # ---- training and scores
+
+    def distill(self) -> dict[str, Any]:
+        from diptych.stages.distill import distill
+
+        pairs = self._input("pairs", "curate", self.fingerprints("select"))
+        with self.display.stage("distill", "steps") as report:
+            distill(self.recipe, pairs, self.folder / "student", report)
+        return {"steps": self.recipe.distill.steps, "pairs": len(pairs)}
+
+    def evaluate(self) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        if self.recipe.evaluate.suite != "none":
+            from diptych.evaluate.run_suite import evaluate
+
+            with self.display.stage("evaluate", "images") as report:
+                evaluate(self.recipe, self.folder, report)
+            result["suite"] = self.recipe.evaluate.suite
+        from diptych.evaluate import report as page
+
+        with self.display.stage("report", "pages") as progress:
+            page.write(self.recipe, self.folder)
+            progress(1, 1)
+        return result
+
+    # ---- identity
+
+    def _model(self, name: str, role: str) -> str:
+        return models.fingerprint(models.resolve(name, role))
+
+    def fingerprints(self, stage: str) -> str:
+        """What makes a stage's rows: its settings, its models, and, through its input's own fingerprint, all before."""
+        recipe = self.recipe
+        settings: list[str]
+        if stage == "write":
+            task = hashlib.sha256(self.task.model_dump_json().encode()).hexdigest()
+            settings = [recipe.fingerprint("seed", "write"), task]
+        elif stage == "paint":
+            teacher = self._model(recipe.teacher, "teacher")
+            settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]
+        elif stage == "curate":
+            judge = self._model(recipe.curate.judge, "curator")
+            settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge]
+        else:
+            settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
+        return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
+
+
+class _Select:
+    """The stage that makes `pairs/` of `candidates/`."""
+
+    name = "select"
+    batch_size = 256
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.thresholds = recipe.curate.thresholds
+
+    def load(self) -> Work:
+        """Rows to the same rows, or to nothing."""
+        return lambda rows: [records.select([row], self.thresholds) for row in rows]
+
+
+def prompt_shards(seed: int, total: int, shard_size: int) -> list[list[Row]]:
+    """The input of the first stage: for each grid to ask for its id, its number and its seed."""
+    rows = [
+        {"id": records.prompt_id(i), "index": i, "seed": records.seed_of(seed, records.prompt_id(i), "write")}
+        for i in range(total)
+    ]
+    return [rows[start : start + shard_size] for start in range(0, total, shard_size)]
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, most frequent first."""
+    from collections import Counter
+
+    return dict(Counter(values).most_common())
+
+
+def freeze(recipe: Recipe, folder: Path) -> Recipe:
+    """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
+
+    `device: auto` and `threads: null` become what this machine has, and on a later call what the folder says. Raises
+    UsageError with the keys that differ.
+    """
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        recipe = settle(recipe)
+        write_atomic(path, recipe.dump().encode())
+        return recipe
+    frozen = recipes.load(path)
+    wanted = recipe.model_copy(
+        update={
+            "device": frozen.device if recipe.device == "auto" else recipe.device,
+            "threads": frozen.threads if recipe.threads is None else recipe.threads,
+        }
+    )
+    if differ := frozen.differences(wanted):
+        there, here = frozen.flat(), wanted.flat()
+        shown = [f"{key} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)" for key in differ[:6]]
+        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
+        raise UsageError(
+            f"{folder} was made by another recipe: {', '.join(shown)}{more}; choose another --out, "
+            f"or continue with {path}"
+        )
+    return frozen
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """`device: auto` and `threads: null` as what this machine has."""
+    import torch
+
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return recipe.model_copy(update={"device": device, "threads": recipe.threads or torch.get_num_threads()})
+
+
+def use_threads(threads: int | None) -> None:
+    """Tells torch how many CPU threads to use."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps every other process out of a run folder, which is made if need be. UserError if one is already in."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    with (folder / ".lock").open("a+") as stream:
+        if not _take(stream.fileno()):
+            stream.seek(0)
+            holder = stream.read().strip()
+            raise UserError(
+                f"another diptych{f' (process {holder})' if holder else ''} is writing {folder}; "
+                "wait for it to end, or choose another --out"
+            )
+        stream.seek(0)
+        stream.truncate()
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def _take(descriptor: int) -> bool:
+    """A lock that the system drops when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: its own lock, on the first byte
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+            return True
+        except OSError:
+            return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what the bytes depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = __version__ if name == "diptych" else "not installed"  # run from a checkout
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """This machine in a few words, for the log."""
+    return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
