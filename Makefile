@@ -1,0 +1,53 @@
+# make demo   installs, runs the whole loop on the pocket world, ends with a report   (minutes, two CPU cores)
+# make test   installs, lints, checks types and imports, runs the tests              (under ten minutes)
+# make soak   what takes longer than a test should
+# make lint   the checks of `make test` without the tests
+# make clean  removes what these made, but no run
+
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= runs/demo
+
+.PHONY: demo test soak lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/diptych run recipes/demo.yaml --out $(OUT)
+	@echo "report: $(CURDIR)/$(OUT)/report/report.html"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m soak
+
+# A stamp is newer than what it was made from, so that an install runs only when there is something to install.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -e '.[dev]' -c constraints.txt
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "diptych needs Python 3.11 or newer; '$(PYTHON)' was not found. Try: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"diptych needs Python 3.11 or newer; $(PYTHON) is {v}. Try: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv support; install it (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
