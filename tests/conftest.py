@@ -1,0 +1,53 @@
+"""What every test shares: no hub, and small real images and rows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+# Before any library reads it: a test that would need the hub must fail here as it fails offline.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIPTYCH_DEBUG", raising=False)
+
+
+@pytest.fixture
+def pair_rows() -> list[dict[str, Any]]:
+    """Three complete rows of `candidates`, with real PNGs: kept, a near copy, and not the same."""
+    from PIL import Image
+
+    from diptych.data.images import image_cell
+
+    rows = []
+    for i, (distance, similarity, kept, reason) in enumerate(
+        [(0.3, 0.9, True, "kept"), (0.001, 0.99, False, "near_copy"), (0.3, 0.2, False, "same")]
+    ):
+        rows.append(
+            {
+                "conditioning": image_cell(Image.new("RGB", (8, 8), (200, i, 0))),
+                "image": image_cell(Image.new("RGB", (8, 8), (0, i, 200))),
+                "caption": f"a cat number {i} — «ñ»",
+                "instruction": "show the same cat",
+                "id": f"c-{i:06d}-01",
+                "grid_id": f"g-{i:06d}",
+                "reference_caption": "a cat",
+                "task": "subject",
+                "subject": "cat",
+                "reference_panel": 0,
+                "target_panel": 1,
+                "seed": 2**62 + i,
+                "similarity": similarity,
+                "copy_distance": distance,
+                "seam": 1.0,
+                "kept": kept,
+                "reason": reason,
+                "judge": "ab" * 32,
+                "evidence": "{}",
+            }
+        )
+    return rows

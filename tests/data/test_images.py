@@ -1,0 +1,210 @@
+"""Whatever people have comes in as upright RGB or is refused in one line; PNGs say what made them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from diptych.data import images
+from diptych.data.images import encode_png, image_cell, open_image, read_provenance, save_image
+from diptych.errors import UserError
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def gradient(size: tuple[int, int] = (32, 16)) -> Image.Image:
+    across = np.linspace(0, 255, size[0]).astype(np.uint8)
+    down = np.linspace(0, 255, size[1]).astype(np.uint8)
+    x, y = np.meshgrid(across, down)
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims a huge size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_bytes_paths_and_row_cells_open_alike(tmp_path: Path) -> None:
+    image = gradient()
+    path = tmp_path / "ñ «a».png"
+    image.save(path)
+    for source in (path, str(path), path.read_bytes(), image_cell(image), {"bytes": None, "path": str(path)}):
+        assert open_image(source).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("megapixels", [(10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_a_bomb_is_refused_before_it_is_decoded(megapixels: tuple[int, int]) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="megapixels"):
+        open_image(bomb(*megapixels), name="bomb.png")
+    assert time.monotonic() - started < 1
+
+
+def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "big.png"
+    with path.open("wb") as stream:
+        stream.truncate(300 * 2**20)  # sparse
+    with pytest.raises(UserError, match=r"big\.png: 300 MiB is over the limit of 200 MiB"):
+        open_image(path)
+    with pytest.raises(UserError, match="over the limit"):
+        open_image(encoded(gradient()), max_bytes=10)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, I am no image", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "x.png: "),
+        (encoded(gradient((256, 256)))[:400], "broken or cut short"),
+        (encoded(gradient((256, 256)), "JPEG")[:900], "broken or cut short"),
+        (encoded(gradient((256, 256)), "WEBP")[:-100], "x.png: "),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    ],
+)
+def test_what_is_broken_is_refused_in_one_line(data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        open_image(data, name="x.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.png: no such file"):
+        open_image(tmp_path / "nope.png")
+    with pytest.raises(UserError, match="is a folder, not an image"):
+        open_image(tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_file_opens_or_is_a_user_error(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    good = bytearray(encoded(gradient(), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(good)))
+    try:
+        assert open_image(bytes(good[:cut])).mode == "RGB"
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation: int) -> None:
+    upright = gradient((40, 24))
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = upright
+    for step in undo.get(orientation, []):
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_image(encoded(stored, exif=exif.tobytes()))
+    assert opened.size == upright.size and opened.tobytes() == upright.tobytes()
+
+
+def test_alpha_is_laid_over_white() -> None:
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    rgba.putpixel((1, 0), (0, 0, 0, 128))
+    opened = open_image(encoded(rgba))
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+    assert opened.getpixel((1, 0)) == (127, 127, 127)
+
+
+def test_a_transparent_palette_is_laid_over_white() -> None:
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    for kind in ("PNG", "GIF"):
+        opened = open_image(encoded(palette, kind, transparency=0))
+        assert opened.getpixel((0, 0)) == (255, 255, 255)
+        assert opened.getpixel((1, 0)) == (0, 255, 0)
+
+
+def test_grey_with_alpha_one_bit_and_cmyk_are_read() -> None:
+    assert open_image(encoded(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encoded(Image.new("1", (1, 1), 1))).getpixel((0, 0)) == (255, 255, 255)
+    red = open_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).getpixel((4, 4))
+    assert isinstance(red, tuple) and red[0] > 240 and max(red[1:]) < 15
+
+
+def test_sixteen_bit_and_float_grey_are_scaled_not_clipped() -> None:
+    ramp = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    for image, kind in (
+        (Image.fromarray(ramp), "PNG"),
+        (Image.fromarray(ramp), "TIFF"),
+        (Image.fromarray((ramp / 65535).astype(np.float32)), "TIFF"),
+    ):
+        values = np.asarray(open_image(encoded(image, kind)))[0, :, 0]
+        assert values.tolist() == [0, 128, 255]
+
+
+def test_the_same_picture_makes_the_same_png() -> None:
+    first, again = gradient(), gradient()
+    again.info["dpi"] = (72, 72)  # what a file brought along must not show
+    again.info["icc_profile"] = b"x"
+    provenance = {"seed": 1, "prompt": "a cat"}
+    assert encode_png(first, provenance) == encode_png(again, provenance)
+    assert encode_png(first) != encode_png(first, provenance)
+
+
+def test_provenance_comes_back_in_any_language(tmp_path: Path) -> None:
+    provenance = {"prompt": "un gato — 猫\nline two", "seed": 2**62, "model": {"sha256": "ab"}, "guidance": 1.5}
+    path = save_image(gradient(), tmp_path / "new" / "a.png", provenance)
+    assert read_provenance(path) == provenance
+    text = Image.open(path).info["parameters"]
+    assert text.startswith("un gato") and f"seed: {2**62}" in text
+    assert read_provenance(save_image(gradient(), tmp_path / "b.png")) is None
+    assert open_image(path).tobytes() == gradient().tobytes()
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_image(gradient(), tmp_path / "a.png", {"seed": 1})
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(UserError, match="No space left"):
+        save_image(gradient((64, 64)), path, {"seed": 2})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.jpg", "written as PNG"), ("file/b.png", "cannot be made")])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=message):
+        save_image(gradient(), tmp_path / name)
+
+
+def test_the_limit_is_below_what_hurts() -> None:
+    assert images.MAX_PIXELS < 100_000_000

@@ -1,0 +1,195 @@
+"""The store publishes whole parts, the manifest last, and refuses what it did not make."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diptych.data import records
+from diptych.data.images import open_image
+from diptych.data.store import Dataset, encode, is_temporary
+from diptych.errors import UserError
+
+PROMPTS = records.schema(records.PROMPT)
+PAIRS = records.schema(records.PAIR)
+
+
+def prompt(i: int, **changes: Any) -> dict[str, Any]:
+    row = {"id": records.prompt_id(i), "prompt": f"p {i}", "panels": ["a", "b"], "subject": "cat"}
+    return {**row, "task": "subject", "seed": records.seed_of(0, records.prompt_id(i)), **changes}
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
+
+
+def test_rows_come_back_as_they_were_written(url: str, pair_rows: list[dict[str, Any]]) -> None:
+    data = Dataset(url, PAIRS)
+    data.write_shard(1, pair_rows[2:], "f")
+    data.write_shard(0, pair_rows[:2], "f")
+    assert data.shards() == [0, 1]
+    assert data.read_shard(0) == pair_rows[:2]
+    assert list(Dataset(url)) == pair_rows
+    assert len(data) == 3
+    assert data.columns("id", "kept")[1] == {"id": "c-000001-01", "kept": False}
+
+
+def test_a_set_is_complete_only_with_its_manifest_and_every_part(url: str) -> None:
+    data = Dataset(url, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    data.write_shard(1, [prompt(1), prompt(2)], "f")
+    assert not data.is_complete() and data.manifest is None
+    with pytest.raises(UserError, match="not complete"):
+        data.manifest_hash()
+    data.publish({"fingerprint": "f", "seed": 7})
+    assert data.is_complete() and data.is_complete("f") and not data.is_complete("g")
+    manifest = Dataset(url).manifest
+    assert manifest is not None and manifest["rows"] == 3 and manifest["seed"] == 7
+    assert [part["rows"] for part in manifest["parts"]] == [1, 2]
+    data.drop_shard(1)
+    assert not data.is_complete()
+    with pytest.raises(UserError, match="part-00001.parquet is missing"):
+        data.verify()
+
+
+def test_a_part_of_another_fingerprint_is_refused_not_mixed_in(url: str) -> None:
+    Dataset(url, PROMPTS).write_shard(0, [prompt(0)], "old")
+    data = Dataset(url, PROMPTS)
+    assert data.shards_done() == {0}
+    assert data.shards_done("old") == {0}
+    with pytest.raises(UserError, match=r"part-00000\.parquet was made by other settings"):
+        data.shards_done("new")
+
+
+def test_the_same_rows_make_the_same_bytes_and_manifest(tmp_path: Path, pair_rows: list[dict[str, Any]]) -> None:
+    for name in ("a", "b"):
+        data = Dataset(tmp_path / name, PAIRS)
+        data.write_shard(0, pair_rows, "f")
+        data.publish({"fingerprint": "f"})
+        time.sleep(0.01)
+    for name in ("part-00000.parquet", "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_changed_part_is_found_by_its_hash(url: str) -> None:
+    data = Dataset(url, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    data.publish()
+    data.verify()
+    data.write_shard(0, [prompt(0, subject="dog")], "f")
+    with pytest.raises(UserError, match="sha256 differs"):
+        data.verify()
+
+
+def test_a_part_that_was_cut_is_named(tmp_path: Path) -> None:
+    data = Dataset(tmp_path, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    part = tmp_path / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"part-00000\.parquet is not a readable parquet file"):
+        data.shards_done("f")
+    with pytest.raises(UserError, match=r"part-00007\.parquet is missing"):
+        data.read_shard(7)
+
+
+def test_a_row_with_other_columns_is_an_error(tmp_path: Path) -> None:
+    row = prompt(0)
+    del row["seed"]
+    with pytest.raises(AssertionError, match="seed"):
+        Dataset(tmp_path, PROMPTS).write_shard(0, [row], "f")
+
+
+def test_leftovers_of_killed_writers_are_no_parts_and_are_cleaned(tmp_path: Path) -> None:
+    data = Dataset(tmp_path, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    leftover = tmp_path / ".part-00001.parquet.123.tmp"
+    leftover.write_bytes(b"half")
+    assert data.shards() == [0]
+    data.clean()
+    assert not leftover.exists() and data.shards() == [0]
+
+
+@given(st.text(max_size=50), st.integers(0, 2**63 - 1), st.lists(st.text(max_size=20), max_size=4))
+def test_any_text_survives(text: str, seed: int, panels: list[str]) -> None:
+    row = prompt(0, prompt=text, seed=seed, panels=panels)
+    data = encode([row], PROMPTS)
+    import pyarrow as pa
+
+    assert pq.read_table(pa.BufferReader(data)).to_pylist() == [row]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from diptych.data import records
+from diptych.data.store import Dataset
+
+data = Dataset(sys.argv[1], records.schema(records.PROMPT))
+print("ready", flush=True)
+for shard in range(10_000):
+    text = str(shard) * 2_000_000
+    row = {"id": str(shard), "prompt": text, "panels": [], "subject": "", "task": "", "seed": shard}
+    data.write_shard(shard, [row] * 3, "f")
+"""
+
+
+def test_a_killed_writer_leaves_only_whole_parts(tmp_path: Path) -> None:
+    for attempt, wait in enumerate((0.03, 0.1, 0.21)):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        data = Dataset(folder)
+        assert data.manifest is None
+        for shard in data.shards_done("f"):
+            assert [row["seed"] for row in data.read_shard(shard)] == [shard] * 3
+        others = [p.name for p in folder.glob("*") if not p.name.endswith(".parquet")] if folder.exists() else []
+        others += [p.name for p in folder.glob(".*")] if folder.exists() else []
+        assert all(is_temporary(name) for name in others)
+
+
+def test_the_real_datasets_library_opens_pairs_as_images(
+    tmp_path: Path, pair_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = Dataset(tmp_path / "pairs", PAIRS)
+    data.write_shard(0, pair_rows[:2], "f")
+    data.write_shard(1, pair_rows[2:], "f")
+    data.publish()
+    files = str(tmp_path / "pairs" / "*.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.column_names == list(records.PAIR)
+    assert loaded.column_names[:3] == ["conditioning", "image", "caption"]
+    assert isinstance(loaded.features["image"], datasets.Image)
+    assert loaded[2]["conditioning"].getpixel((0, 0)) == (200, 2, 0)
+    assert loaded[2]["caption"] == pair_rows[2]["caption"] and loaded[2]["seed"] == 2**62 + 2
+    prompts = Dataset(tmp_path / "prompts", PROMPTS)
+    prompts.write_shard(0, [prompt(0)])
+    files = str(tmp_path / "prompts" / "*.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded[0]["panels"] == ["a", "b"]
+
+
+def test_the_metadata_says_which_columns_are_images() -> None:
+    features = json.loads((PAIRS.metadata or {})[b"huggingface"])["info"]["features"]
+    assert [name for name, kind in features.items() if kind["_type"] == "Image"] == ["conditioning", "image"]
+    assert list(features) == PAIRS.names
+
+
+def test_an_image_cell_opens(pair_rows: list[dict[str, Any]]) -> None:
+    assert open_image(pair_rows[1]["image"]).getpixel((0, 0)) == (0, 1, 200)
