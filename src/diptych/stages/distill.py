@@ -1,0 +1,208 @@
+"""Stage 4, distill: the teacher becomes a student, trained on its own curated pairs (paper section 3.2).
+
+    distill(recipe, Dataset("runs/demo/pairs"), Path("runs/demo/student"))
+
+The folder ends as an ordinary diffusers pipeline (mode full) or a control-LoRA file (mode lora), with a model card and
+`training/`: metrics.jsonl, checkpoints, sample sheets, the latent cache. Called again it continues; when it is finished
+it returns its summary at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych import models
+from diptych.data.store import Dataset, write_atomic
+from diptych.errors import UserError
+from diptych.train.card import model_card
+from diptych.train.metrics import Progress, report
+
+if TYPE_CHECKING:
+    from diptych.recipe import Recipe
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.train.loop import Trainer
+
+TRAINING = "training"
+SUMMARY = "summary.json"
+INDEX = "model_index.json"
+log = logging.getLogger(__name__)
+
+
+def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains a student on `pairs` into the folder `out` and returns a summary of plain values.
+
+    Args:
+        recipe: `distill`, `teacher`, `seed`, `device`, `threads` and `paint.panel_size` are read.
+        pairs: rows of `records.PAIR`; those that curation did not keep are passed over.
+        out: made if need be; a checkpoint in it is continued exactly.
+        progress: called, or its `update` called, with (step, total, text).
+
+    Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
+    training). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    """
+    import torch
+
+    from diptych.student.geometry import Canvas
+    from diptych.student.loading import pick_device
+    from diptych.train import checkpoint, latents, text
+    from diptych.train.hardware import pick_precision
+    from diptych.train.loop import Job, train
+    from diptych.train.options import Options
+
+    out = Path(out)
+    folder = out / TRAINING
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    if not len(pairs):
+        raise UserError(
+            f"{pairs.url} holds no pairs, so there is nothing to train on; lower curate.thresholds "
+            "or draw more grids (write.count)"
+        )
+    device = pick_device(recipe.device)
+    options = Options.of(recipe.distill, seed=recipe.seed)
+    precision, reason = pick_precision(options.precision, device)
+    options = replace(options, precision=precision)  # pyright: ignore[reportArgumentType]
+    log.info("training on %s in %s: %s", device, precision, reason)
+
+    made_from = {"base": models.fingerprint(_base(recipe)), "pairs": pairs_fingerprint(pairs)}
+    if (done := finished(out, recipe, made_from)) is not None:
+        report(progress, options.steps, options.steps, "already trained")
+        return done
+
+    pipe = start(recipe, device)
+    size = recipe.paint.panel_size or pipe.default_panel_size
+    made_from["panel_size"] = str(size)
+    canvas = Canvas(size, size, pipe.vae_scale_factor)
+    at = checkpoint.pointer(folder, checkpoint.LATEST)
+    step = int(at.removeprefix("step-")) if at else 0
+
+    def preparing(done: int, total: int, what: str) -> None:
+        report(progress, step, options.steps, f"{what} {done}/{total}")
+
+    encode = latents.canvas_encoder(pipe.encode_canvas)
+    key = f"{_vae_fingerprint(pipe)} {made_from['pairs']}"
+    cache = latents.build(pairs, folder / "latents", encode, canvas, key, preparing)
+    captions = [sample.caption for sample in cache.samples]
+    embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
+    train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
+    job = Job(pipe, canvas, options, device, cache, embeddings, train_rows, validation_rows, folder, made_from)
+    trainer = train(job, progress)
+    return finish(trainer, recipe, pairs, out)
+
+
+def _base(recipe: Recipe) -> Path:
+    """The folder that the weights come from: `distill.init`, else the teacher."""
+    if recipe.distill.init:
+        return models.resolve(recipe.distill.init, "student")
+    return models.resolve(recipe.teacher, "teacher")
+
+
+def start(recipe: Recipe, device: Any) -> DiptychPipeline:
+    """The student before its first step: the teacher widened, or the student that `distill.init` names."""
+    from diffusers import FluxPipeline
+
+    from diptych import student
+    from diptych.student.loading import pick_dtype
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.weights import widen
+
+    teacher = models.resolve(recipe.teacher, "teacher")
+    if recipe.distill.init:
+        return student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
+    dtype = pick_dtype(teacher / "transformer", device)
+    try:
+        stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the teacher in {teacher} cannot be opened as a FLUX pipeline ({line})") from error
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    components = {name: stock.components[name] for name in names}
+    pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
+    pipe.loaded_from = (teacher,)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def pairs_fingerprint(pairs: Dataset) -> str:
+    """What a set of pairs holds: sha256 over its manifest's part hashes. UserError while it is unfinished."""
+    manifest = pairs.manifest
+    if manifest is None or not pairs.is_complete():
+        raise UserError(f"{pairs.url} is not complete; run the stage that makes it first")
+    return hashlib.sha256(json.dumps([part["sha256"] for part in manifest["parts"]]).encode()).hexdigest()
+
+
+def _vae_fingerprint(pipe: DiptychPipeline) -> str:
+    """sha256 over the VAE's weights in memory and its scaling: names what a latent means."""
+    import torch
+
+    digest = hashlib.sha256(repr((pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)).encode())
+    for name, tensor in pipe.vae.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def finished(out: Path, recipe: Recipe, made_from: dict[str, str]) -> dict[str, Any] | None:
+    """The summary of a training that this recipe, base and data have finished in `out` before; None otherwise."""
+    path = out / TRAINING / SUMMARY
+    try:
+        stored = json.loads(path.read_text("utf8"))
+    except (OSError, ValueError):
+        return None
+    same = stored.get("made_by") == {
+        "distill": recipe.distill.model_dump(mode="json"),
+        "seed": recipe.seed,
+        **made_from,
+    }
+    return stored["summary"] if same else None
+
+
+def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[str, Any]:
+    """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole."""
+    from diptych.train import parts
+    from diptych.train.loop import summary
+
+    numbers = summary(trainer)
+    options, made_from = trainer.options, trainer.job.made_from
+    provenance = {"base": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    temporary = out / TRAINING / ".export"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with parts.averaged(trainer.ema, trainer.trained.parameters):
+            if options.mode == "full":
+                from diptych import student
+
+                student.save(trainer.job.pipe, temporary)
+            else:
+                parts.save_lora(trainer.transformer, trainer.trained, options, temporary, provenance)
+        (temporary / "README.md").write_text(model_card(recipe, numbers, pairs), "utf8")
+        _publish(temporary, out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the student to {out}: {error.strerror or error}; its last checkpoint is whole: "
+            "make room and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    made_by = {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed}
+    made_by |= {key: made_from[key] for key in ("base", "pairs")}
+    stored = {"summary": numbers, "made_by": made_by}
+    write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
+    return numbers
+
+
+def _publish(written: Path, out: Path) -> None:
+    """Moves a whole student into `out`, beside `training/`; the index that makes it one comes last."""
+    (out / INDEX).unlink(missing_ok=True)
+    for path in sorted(written.iterdir(), key=lambda p: p.name == INDEX):
+        target = out / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)

@@ -1,0 +1,119 @@
+"""The model card of a student: what it is, what it was trained on, how, and whose licence it is under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from diptych import __version__, models
+from diptych.data.store import Dataset
+
+if TYPE_CHECKING:
+    from diptych.recipe import Recipe
+
+FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
+
+
+def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
+    """README.md with the hub's front matter. `numbers` is `loop.summary`'s."""
+    lora = recipe.distill.mode == "lora"
+    licence, terms = base_licence(recipe.teacher)
+    front = {
+        **licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "base_model": recipe.teacher,
+        "base_model_relation": "adapter" if lora else "finetune",
+        "tags": ["diptych", "diffusion-self-distillation", "flux", *(["lora"] if lora else [])],
+    }
+    if "/" not in recipe.teacher or Path(recipe.teacher).exists():
+        # The hub would look a local path up and refuse the card.
+        del front["base_model"], front["base_model_relation"]
+    validation = numbers["validation"]
+    rows = {
+        "task": recipe.task,
+        "base": recipe.distill.init or recipe.teacher,
+        "mode": f"LoRA, rank {recipe.distill.rank}, and the input layer" if lora else "all weights",
+        "parameters trained": f"{numbers['parameters']:,}",
+        "pairs trained on / held out": f"{numbers['pairs']:,} / {numbers['validation_pairs']:,}",
+        "steps × batch": f"{numbers['steps']:,} × {recipe.distill.batch_size} ({numbers['epochs']:g} epochs)",
+        "learning rate": f"{recipe.distill.learning_rate:g}",
+        "precision": numbers["precision"],
+        "loss, left / right panel": f"{numbers['loss']['left']:.4f} / {numbers['loss']['right']:.4f}",
+        "validation loss": "none held out" if validation is None else f"{validation['loss']:.4f}",
+        "seed": recipe.seed,
+        "seconds of training": f"{numbers['seconds']:,.0f}",
+        "diptych": __version__,
+    }
+    thresholds = {f"threshold: {k}": v for k, v in recipe.curate.thresholds.model_dump().items()}
+    use = (
+        f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
+        if lora
+        else 'Student.load(FOLDER).generate(reference, "…", seed=0)'
+    )
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+            "---",
+            "",
+            f"# {recipe.name}",
+            "",
+            "A Diffusion Self-Distillation student (arXiv 2411.18616): a text-to-image model that also takes a "
+            "reference image. It was trained by diptych on pairs that its own teacher drew.",
+            "",
+            f"`{use}`",
+            "",
+            "## Training",
+            "",
+            *_table(rows),
+            "",
+            "## Data",
+            "",
+            "Drawn by the teacher itself; a pair was kept when its panels show the same subject, are not copies of "
+            "each other, and were cut at a clear seam.",
+            "",
+            *_table({"pairs": f"{len(pairs):,}", "judge": recipe.curate.judge, **thresholds, **curation(pairs)}),
+            "",
+            "## Licence",
+            "",
+            terms,
+            "",
+        ]
+    )
+
+
+def curation(pairs: Dataset) -> dict[str, Any]:
+    """How many candidates curation saw and which share it kept, where the run's folder still has them."""
+    if "://" in pairs.url:
+        return {}
+    candidates = Dataset(Path(pairs.url).parent / "candidates")
+    manifest = candidates.manifest
+    if not manifest or not manifest["rows"]:
+        return {}
+    return {"candidates": f"{manifest['rows']:,}", "kept": f"{len(pairs) / manifest['rows']:.1%}"}
+
+
+def base_licence(teacher: str) -> tuple[dict[str, Any], str]:
+    """The base's licence, which its student inherits: card fields, and a sentence."""
+    if teacher in models.BUILT_IN:
+        return {"license": "apache-2.0"}, "Apache-2.0, as its base."
+    path = models.resolve(teacher, "teacher")
+    if models.note_licence(teacher, path):
+        kind, name, link = FLUX_DEV
+        return {"license": kind, "license_name": name, "license_link": link}, models.FLUX_DEV_NOTE
+    try:
+        text = (path / "README.md").read_text("utf8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        front = None
+    if isinstance(front, dict) and front.get("license"):
+        fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
+        return fields, f"As its base, {teacher}: {front.get('license_name') or front['license']}."
+    return {"license": "other"}, f"As its base, {teacher}, which states none here: look it up before you publish."
+
+
+def _table(rows: dict[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]

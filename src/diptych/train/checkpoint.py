@@ -1,0 +1,170 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong one.
+
+A checkpoint is a folder `step-000300` of safetensors and JSON files and a `manifest.json` with the sha256 of each. It
+is written under a temporary name, flushed to the disk and renamed; the pointer file `latest` (and `best`) is replaced
+last. Loading believes nothing: it takes the pointer's checkpoint, compares every hash, and falls back to the one before
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.data.store import write_atomic
+from diptych.errors import UserError
+
+LATEST, BEST, MANIFEST, STATE = "latest", "best", "manifest.json", "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_TEMPORARY = ".writing-"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint in memory: `state` is JSON, `tensors` are groups (`weights`, `ema`, `optimizer`) of named ones."""
+
+    step: int
+    state: dict[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) -> Path:
+    """Writes a checkpoint, points `latest` (and `best`) at it, and removes all but the last `keep` and the best.
+
+    Raises UserError when it cannot be written; what was there before is then untouched.
+    """
+    from safetensors.torch import save as to_bytes
+
+    final = folder / f"step-{checkpoint.step:06d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    try:
+        _remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+        hashes = {}
+        for name, group in checkpoint.tensors.items():
+            data = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
+            hashes[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", data)
+        state = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1).encode()
+        hashes[STATE] = _write(temporary / STATE, state)
+        _write(temporary / MANIFEST, json.dumps({"step": checkpoint.step, "sha256": hashes}, indent=1).encode())
+        _sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = pointer(folder, LATEST)
+        raise UserError(
+            f"cannot write the checkpoint {final}: {error.strerror or error}; "
+            f"{f'the last good one is {before}' if before else 'there is no earlier one'}; "
+            "make room or set it right, then run the same command again"
+        ) from error
+    write_atomic(folder / LATEST, final.name.encode())
+    if best:
+        write_atomic(folder / BEST, final.name.encode())
+    _thin(folder, keep)
+    return final
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, None if there is none at all.
+
+    Starts at `latest` and goes back step by step past damaged ones, saying so. UserError when there are checkpoints but
+    not one that is whole.
+    """
+    names = [path.name for path in checkpoints(folder)]
+    latest = pointer(folder, LATEST)
+    if latest in names:
+        # One that was renamed but never pointed at is whole too, but it is not what the run had announced.
+        names = names[: names.index(latest) + 1]
+    for name in reversed(names):
+        try:
+            return read(folder / name)
+        except UserError as error:
+            log.warning("%s; going back to the checkpoint before it", error)
+    if names:
+        raise UserError(
+            f"none of the checkpoints in {folder} ({', '.join(names)}) is whole; remove that folder to start again"
+        )
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint. UserError if a file is missing or its hash is not the manifest's."""
+    from safetensors.torch import load as from_bytes
+
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        tensors, state = {}, {}
+        for name, wanted in manifest["sha256"].items():
+            data = (path / name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != wanted:
+                raise UserError(f"{path / name} is damaged (its hash is not the one in {MANIFEST})")
+            if name == STATE:
+                state = json.loads(data)
+            else:
+                tensors[name.removesuffix(".safetensors")] = from_bytes(data)
+        return Checkpoint(state.pop("step"), state, tensors)
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All finished checkpoint folders, oldest step first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_step)
+
+
+def pointer(folder: Path, name: str) -> str | None:
+    """What `latest` or `best` names, None if there is no such file or it names nothing that is there."""
+    try:
+        target = (folder / name).read_text("utf8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return target if _NAME.fullmatch(target) and (folder / target).is_dir() else None
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _write(path: Path, data: bytes) -> str:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _thin(folder: Path, keep: int) -> None:
+    best = pointer(folder, BEST)
+    for path in checkpoints(folder)[:-keep]:
+        if path.name != best:
+            shutil.rmtree(path, ignore_errors=True)

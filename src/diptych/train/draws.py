@@ -1,0 +1,79 @@
+"""What is random in training, and why a run can be repeated: nothing is drawn from a global generator.
+
+A sample's noise level, dropout and noise are a function of (run seed, sample id, epoch); the order of an epoch is a
+function of (run seed, epoch); the position in it is a function of the step. So a resumed run, a prefetching one and one
+on another number of devices all see the same samples with the same noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from diptych.data.records import seed_of
+from diptych.train.objective import shifted
+from diptych.train.options import Options
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample's share of chance in one epoch."""
+
+    sigma: float
+    drop_reference: bool
+    drop_text: bool
+    noise: torch.Tensor  # (N, C) float32
+
+
+def draw(options: Options, sample_id: str, epoch: int, shape: tuple[int, int]) -> Draw:
+    """Noise level, dropout and noise (of `shape`) of a sample in an epoch; always on the CPU."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    generator = torch.Generator().manual_seed(seed_of(options.seed, sample_id, f"train {epoch}"))
+    density = compute_density_for_timestep_sampling(
+        "logit_normal" if options.timestep_density == "logit_normal" else "none",
+        1,
+        options.logit_mean,
+        options.logit_std,
+        generator=generator,
+    )
+    chance = torch.rand(1, generator=generator).item()
+    both = options.both_dropout
+    reference = both + options.reference_dropout
+    return Draw(
+        sigma=shifted(density, options.shift).item(),
+        drop_reference=chance < reference,
+        drop_text=chance < both or reference <= chance < reference + options.text_dropout,
+        noise=torch.randn(shape, generator=generator),
+    )
+
+
+def fixed_noise(seed: int, sample_id: str, sigma: float, shape: tuple[int, int]) -> torch.Tensor:
+    """The noise of a validation sample at a noise level: the same at every validation of every run with this seed."""
+    generator = torch.Generator().manual_seed(seed_of(seed, sample_id, f"validate {sigma}"))
+    return torch.randn(shape, generator=generator)
+
+
+@dataclass
+class Order:
+    """Which samples a step takes: each epoch is a permutation of all of them, and batches run on across epochs."""
+
+    count: int
+    batch_size: int
+    seed: int
+    _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    def at(self, step: int) -> list[tuple[int, int]]:
+        """(row, epoch) of every sample of the batch that makes step `step` (the first is 1)."""
+        first = (step - 1) * self.batch_size
+        places = [divmod(i, self.count) for i in range(first, first + self.batch_size)]
+        for gone in [epoch for epoch in self._epochs if epoch < places[0][0]]:
+            del self._epochs[gone]
+        return [(self._permutation(epoch)[place], epoch) for epoch, place in places]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, f"epoch {epoch}", "order"))
+            self._epochs[epoch] = torch.randperm(self.count, generator=generator).tolist()
+        return self._epochs[epoch]

@@ -1,0 +1,48 @@
+"""What the forward pass computes in, and how, on the machine at hand. Every automatic choice says why it was made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """`"float32"` or `"bfloat16"` for what a recipe asks (`"auto"` chooses), and the reason in words."""
+    if asked != "auto":
+        return asked, "the recipe asks for it"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return "bfloat16", "this GPU computes in it"
+        return "float32", "this GPU has no bfloat16"
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "this CPU has AMX, which multiplies matrices several times faster in it"
+    return "float32", f"this {device.type} gains nothing from bfloat16"
+
+
+@contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """The context of a training forward pass: autocast, and on a CPU the attention kernel that is fast in bfloat16.
+
+    Weights stay as they are. torch's CPU flash attention has a bfloat16 backward pass four times slower than the plain
+    matrix products of its math kernel, which use AMX; in float32 flash is the faster one.
+    """
+    if precision == "float32":
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if device.type == "cpu":
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+            # Despite its name it governs the CPU's math kernel as well: without it, bfloat16 goes through float32.
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, before)
+        # Query and key norms keep float32 weights under autocast; torch says each time that it has no fused kernel.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield

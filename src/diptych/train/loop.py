@@ -1,0 +1,353 @@
+"""The training loop. Kill it at any step: the next call goes on from the last checkpoint as if nothing had happened.
+
+Exactness rests on three things: chance is keyed (`draws`), the position in the data is a function of the step, and a
+checkpoint holds every number that the next step reads (weights, average, optimizer, the guard's memory). What is logged
+after the checkpoint is logged again, so `metrics.jsonl` has each step once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.data.images import save_image
+from diptych.errors import UsageError, UserError
+from diptych.student.geometry import Canvas
+from diptych.train import checkpoint as checkpoints
+from diptych.train import parts, validate
+from diptych.train.draws import Order, draw
+from diptych.train.hardware import computing
+from diptych.train.latents import Latents
+from diptych.train.metrics import Guard, Metrics, Progress, read, report
+from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.train.options import Options, identity
+from diptych.train.text import Text
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+SHOWN = 20  # steps that the summary's losses are the mean of
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """All that a run of the loop needs. `pipe.transformer` is trained in place."""
+
+    pipe: Any  # DiptychPipeline
+    canvas: Canvas
+    options: Options  # with `precision` decided
+    device: torch.device
+    latents: Latents
+    text: Text
+    train_rows: list[int]
+    validation_rows: list[int]
+    folder: Path  # checkpoints, metrics.jsonl, samples/
+    made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
+
+    def __post_init__(self) -> None:
+        if len(self.train_rows) < self.options.batch_size:
+            raise UserError(
+                f"{len(self.train_rows)} pairs to train on are fewer than one batch of {self.options.batch_size}"
+                f"{f' ({len(self.validation_rows)} more are held out)' if self.validation_rows else ''}: "
+                "lower curate.thresholds, draw more grids (write.count), or lower distill.batch_size"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this job."""
+        return {**identity(self.options), **self.made_from}
+
+
+class Trainer:
+    """A job in progress: `step` steps are done."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.options = job.options
+        self.transformer = job.pipe.transformer
+        self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device)
+        self.optimizer = parts.optimizer(self.trained.parameters, job.options)
+        self.ema = parts.moving_average(self.trained.parameters, job.options)
+        self.order = Order(len(job.train_rows), job.options.batch_size, job.options.seed)
+        self.img_ids = image_ids(job.canvas).to(job.device)
+        self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
+        self.step = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
+        self.guard = Guard([])
+        self._resume()
+        if job.options.compile:
+            self.transformer.compile()
+        self._unproven = job.options.compile  # torch.compile was asked for, and no step has run with it yet
+
+    # One step -----------------------------------------------------------------------------------------------------
+
+    def assemble(self, step: int) -> Batch:
+        """The batch of a step, on the CPU: nothing but (seed, step) decides it."""
+        job, options = self.job, self.options
+        places = [(job.train_rows[place], epoch) for place, epoch in self.order.at(step)]
+        clean, condition = job.latents.gather([row for row, _ in places])
+        samples = [job.latents.samples[row] for row, _ in places]
+        draws = [draw(options, s.id, epoch, job.latents.shape) for s, (_, epoch) in zip(samples, places, strict=True)]
+        captions = ["" if d.drop_text else s.caption for s, d in zip(samples, draws, strict=True)]
+        for row, chance in enumerate(draws):
+            if chance.drop_reference:
+                condition[row] = 0
+        sigma = torch.tensor([d.sigma for d in draws])
+        return Batch(clean, condition, torch.stack([d.noise for d in draws]), sigma, *job.text.gather(captions))
+
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left and right loss of each sample, (B,) each, in the job's precision."""
+        with computing(self.options.precision, self.job.device):
+            return panel_losses(self.transformer, batch, self.job.canvas, self.img_ids, self.guidance)
+
+    def advance(self, batch: Batch) -> dict[str, Any]:
+        """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""
+        options, step = self.options, self.step + 1
+        started = time.perf_counter()
+        left, right = self._backward(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters, options.grad_clip).item()
+        loss = options.left_weight * left + options.right_weight * right
+        self.guard.check(step, loss, norm, self._advice())
+        rate = parts.learning_rate(step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.step(self.trained.parameters)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return {
+            "step": step,
+            "loss": loss,
+            "left": left,
+            "right": right,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "epoch": (step * options.batch_size - 1) // self.order.count,
+            "seconds": round(seconds, 4),
+        }
+
+    def _backward(self, batch: Batch) -> tuple[float, float]:
+        """Gradients of the weighted loss; its two parts' batch means."""
+        try:
+            left, right = (side.mean() for side in self.losses(batch))
+            (self.options.left_weight * left + self.options.right_weight * right).backward()
+        except (RuntimeError, OSError) as error:
+            # No compiler, a graph break that cannot be: training goes on uncompiled, once. Anything else is a fault.
+            if not self._unproven or isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.warning("distill.compile: torch.compile failed here (%s); going on without", str(error).split("\n")[0])
+            self._unproven = False
+            self.transformer._compiled_call_impl = None
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._backward(batch)
+        self._unproven = False
+        return left.item(), right.item()
+
+    def _advice(self) -> str:
+        last = checkpoints.pointer(self.job.folder, checkpoints.LATEST)
+        state = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        remedy = "lower distill.learning_rate, raise distill.warmup"
+        if self.options.precision == "bfloat16":
+            remedy += ", or set distill.precision=float32"
+        return f"training stopped before the weights took that step, and {state}; {remedy}, and train in a new --out"
+
+    # Judging ------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, Any]:
+        """Validation loss of the averaged weights."""
+        job = self.job
+        with parts.averaged(self.ema, self.trained.parameters), _eager():
+            return validate.validation_loss(
+                self.losses, job.latents, job.text, job.validation_rows, self.options, job.device
+            )
+
+    def draw_samples(self) -> None:
+        """The sample sheet of this step, drawn with the averaged weights."""
+        job = self.job
+        rows = (job.validation_rows or job.train_rows)[: self.options.sample_pairs]
+        with parts.averaged(self.ema, self.trained.parameters), _eager():
+            sheet = validate.sample_sheet(job.pipe, job.latents, job.text, rows, job.canvas, self.options)
+        pairs = [job.latents.samples[row].id for row in rows]
+        save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", {"step": self.step, "pairs": pairs})
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, best: bool = False) -> None:
+        """A checkpoint of this step."""
+        tensors = {"weights": self.trained.tensors(), "optimizer": parts.optimizer_tensors(self.optimizer)}
+        average = 0
+        if self.ema is not None:
+            tensors["ema"] = dict(zip(self.trained.names, self.ema.shadow_params, strict=True))
+            average = self.ema.optimization_step
+        state = {
+            "samples_seen": self.step * self.options.batch_size,
+            "seconds": self.seconds,
+            "average_steps": average,
+            "guard": list(self.guard.recent),
+            "best": self.best,
+            "identity": self.job.identity(),
+            "torch": torch.__version__,
+        }
+        checkpoints.save(self.job.folder, checkpoints.Checkpoint(self.step, state, tensors), self.options.keep, best)
+
+    def _resume(self) -> None:
+        found = checkpoints.load(self.job.folder)
+        if found is None:
+            return
+        theirs, mine = found.state["identity"], self.job.identity()
+        differ = sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
+        if differ:
+            changes = "; ".join(f"{_key(k)} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in differ)
+            raise UsageError(
+                f"{self.job.folder} holds a checkpoint of another training: {changes}. "
+                "Set them back, choose another --out, or remove that folder to start again"
+            )
+        if found.step > self.options.steps:
+            raise UsageError(
+                f"{self.job.folder} was trained for {found.step} steps already, and distill.steps is "
+                f"{self.options.steps}; raise it, or choose another --out"
+            )
+        self.trained.put(dict(found.tensors["weights"]))
+        parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
+        if self.ema is not None:
+            for shadow, name in zip(self.ema.shadow_params, self.trained.names, strict=True):
+                shadow.copy_(found.tensors["ema"][name])
+            self.ema.optimization_step = found.state["average_steps"]
+        self.step = found.step
+        self.seconds = found.state["seconds"]
+        self.best = found.state["best"]
+        self.guard = Guard(found.state["guard"])
+        log.info("going on from step %d of %d", self.step, self.options.steps)
+
+
+def train(job: Job, progress: Progress | None = None) -> Trainer:
+    """Trains until `job.options.steps` steps are done, and returns the trainer with its last weights.
+
+    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (a second one leaves at once).
+    Raises UserError (a step that went wrong, a full disk) and UsageError (a checkpoint of another training).
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(job)
+    options = job.options
+    metrics = Metrics(job.folder / METRICS, trainer.step)
+    try:
+        with _Interrupts() as interrupts:
+            for batch in _batches(trainer):
+                line = trainer.advance(batch)
+                step, last = trainer.step, trainer.step == options.steps
+                better = False
+                if job.validation_rows and (last or step % options.validate_every == 0):
+                    line["validation"] = trainer.validate()
+                    better = trainer.best is None or line["validation"]["loss"] < trainer.best["loss"]
+                    if better:
+                        trainer.best = {"step": step, "loss": line["validation"]["loss"]}
+                metrics.write(line)
+                if last or (options.sample_every and step % options.sample_every == 0):
+                    trainer.draw_samples()
+                if better or last or step % options.checkpoint_every == 0 or interrupts.asked:
+                    metrics.sync()
+                    trainer.save(better)
+                text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
+                report(progress, step, options.steps, text)
+                interrupts.leave_if_asked()
+    finally:
+        metrics.close()
+    return trainer
+
+
+def summary(trainer: Trainer) -> dict[str, Any]:
+    """What a finished run is, in numbers."""
+    lines = read(trainer.job.folder / METRICS)[-SHOWN:]
+    validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
+    return {
+        "steps": trainer.step,
+        "samples_seen": trainer.step * trainer.options.batch_size,
+        "epochs": round(trainer.step * trainer.options.batch_size / trainer.order.count, 2),
+        "pairs": trainer.order.count,
+        "validation_pairs": len(trainer.job.validation_rows),
+        "pairs_skipped": trainer.job.latents.skipped,
+        "parameters": trainer.trained.count,
+        "precision": trainer.options.precision,
+        "loss": {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "left", "right")},
+        "validation": validation,
+        "best": trainer.best,
+        "seconds": round(trainer.seconds, 1),
+    }
+
+
+def _batches(trainer: Trainer) -> Iterator[Batch]:
+    """The batches of the steps still to do, on the device; an accelerator computes while the next one is made."""
+    steps = range(trainer.step + 1, trainer.options.steps + 1)
+    device = trainer.job.device
+    if device.type == "cpu":
+        # A second thread would only take cores from the step.
+        for step in steps:
+            yield trainer.assemble(step)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(_pinned, trainer, steps[0]) if steps else None
+        for step in steps:
+            assert ahead is not None
+            batch = ahead.result()
+            ahead = pool.submit(_pinned, trainer, step + 1) if step < steps[-1] else None
+            yield _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _pinned(trainer: Trainer, step: int) -> Batch:
+    cuda = trainer.job.device.type == "cuda"
+    return _map(trainer.assemble(step), lambda tensor: tensor.cpu().pin_memory() if cuda else tensor)
+
+
+def _map(batch: Batch, change: Any) -> Batch:
+    return Batch(**{name: change(tensor) for name, tensor in vars(batch).items()})
+
+
+def _eager() -> Any:
+    """Validation and sampling run uncompiled: another graph for a few forward passes costs more than it saves."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _key(name: str) -> str:
+    return name if name in ("base", "pairs", "seed", "panel_size") else f"distill.{name}"
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM are answered between two steps, when the weights are whole; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = number
+        log.warning("stopping after this step; the run can be continued with the same command")
+
+    def leave_if_asked(self) -> None:
+        if self.asked == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        if self.asked is not None:
+            raise KeyboardInterrupt

@@ -1,0 +1,71 @@
+"""The two-panel flow-matching loss: the heart of Diffusion Self-Distillation (paper section 3.2; facts.md 1.5 and 2).
+
+Both panels of the canvas are noised and both are learnt. On the left the model sees its reference and learns the
+identity mapping; on the right it learns the edit. With clean latents x_0, noise ε and noise level σ:
+
+    x_t = (1 − σ)·x_0 + σ·ε        v = model([x_t ; c], σ, text)        loss = ‖v − (ε − x_0)‖²
+
+c is the VAE encoding of [reference | black], joined to x_t channel by channel, token by token. Shapes: B batch, N
+canvas tokens, C channels of a token, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from diptych.student.geometry import Canvas, split_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tensors, on the model's device."""
+
+    clean: torch.Tensor  # (B, N, C) x_0, packed latents of [reference | target]
+    condition: torch.Tensor  # (B, N, C) c, packed latents of [reference | black]; all zero is the null reference
+    noise: torch.Tensor  # (B, N, C) ε
+    sigma: torch.Tensor  # (B,) in [0, 1]
+    prompt_embeds: torch.Tensor  # (B, L, D) T5's
+    pooled: torch.Tensor  # (B, P) CLIP's
+
+
+def panel_losses(
+    transformer: Callable[..., tuple[torch.Tensor, ...]],
+    batch: Batch,
+    canvas: Canvas,
+    img_ids: torch.Tensor,
+    guidance: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32.
+
+    `img_ids` (N, 3) are FLUX's plain position ids of the wide canvas; `guidance` is what a guidance-distilled
+    transformer is told, None for one that is not.
+    """
+    sigma = batch.sigma[:, None, None]
+    x_t = (1 - sigma) * batch.clean + sigma * batch.noise
+    (velocity,) = transformer(
+        hidden_states=torch.cat([x_t, batch.condition], dim=-1),
+        timestep=batch.sigma,
+        guidance=None if guidance is None else torch.full_like(batch.sigma, guidance),
+        pooled_projections=batch.pooled,
+        encoder_hidden_states=batch.prompt_embeds,
+        txt_ids=img_ids.new_zeros(batch.prompt_embeds.shape[1], 3),
+        img_ids=img_ids,
+        return_dict=False,
+    )
+    error = (velocity.float() - (batch.noise - batch.clean)).square()
+    left, right = split_tokens(error, canvas)
+    return left.mean(dim=(1, 2)), right.mean(dim=(1, 2))
+
+
+def image_ids(canvas: Canvas) -> torch.Tensor:
+    """FLUX's position ids of the whole canvas, (N, 3): 0, token row, token column (float32)."""
+    rows, columns = torch.meshgrid(torch.arange(canvas.rows), torch.arange(canvas.columns), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """SD3's timestep shift: s·σ / (1 + (s − 1)·σ). Above 1, training sees more noise; 1 changes nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)

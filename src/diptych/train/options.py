@@ -1,0 +1,75 @@
+"""What training can be told. A recipe's `distill` section, plus what only the machine or an expert decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
+
+
+@dataclass(frozen=True)
+class Options:
+    """Named as in the recipe (`recipe.Distill` documents and bounds them); the last block has no key there yet."""
+
+    mode: Literal["full", "lora"] = "full"
+    rank: int = 64
+    lora_targets: list[str] | str = "attention"
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    reference_dropout: float = 0.05
+    text_dropout: float = 0.1
+    both_dropout: float = 0.05
+    left_weight: float = 1.0
+    right_weight: float = 1.0
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    ema: float = 0.998
+    checkpoint_every: int = 200
+    keep: int = 2
+    validate_every: int = 200
+    validation_pairs: int = 32
+    sample_every: int = 1000
+    init: str | None = None
+
+    guidance: float = 1.0  # what a guidance-distilled transformer is told while it trains
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, after warm-up
+    compile: bool = False  # torch.compile the transformer
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    sample_pairs: int = 4  # rows of a sample sheet
+    sample_steps: int = 20  # sampling steps of a sample sheet
+    sample_guidance: float = 3.5  # distilled guidance of a sample sheet, where the transformer takes one
+    seed: int = 0
+
+    @classmethod
+    def of(cls, section: Any, **extra: Any) -> Options:
+        """Options from any object with (some of) these fields, a recipe section for one; the rest are defaults."""
+        values: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(cls) if hasattr(section, f.name)}
+        values |= extra
+        if "betas" in values:
+            values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+
+# Changing one of these between two sittings of a run changes no weight up to the step it was stopped at.
+HARMLESS = frozenset(
+    {"checkpoint_every", "keep", "validate_every", "sample_every", "sample_pairs", "sample_steps", "sample_guidance"}
+)
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """The options that a checkpoint must agree with to be continued exactly.
+
+    `steps` may be raised while the learning rate does not depend on it.
+    """
+    skip = HARMLESS | ({"steps"} if options.schedule == "constant" else set())
+    values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in skip}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,188 @@
+"""What is trained and how its weights move: full or LoRA, AdamW, learning rate, moving average, and the LoRA file.
+
+LoRA mode trains adapters on the named linears and the whole widened input layer. Stock diffusers takes a trained input
+layer only as an adapter (facts.md 3.5), so the file holds its change as one of rank 2C: A is the identity, B the
+change of the weight, B's bias the change of the bias. That is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.data.records import seed_of
+from diptych.errors import UsageError, nearest
+from diptych.train.options import Options
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
+TARGETS: dict[str, list[str]] = {
+    "attention": _ATTENTION,  # what the release's file fits (facts.md 2)
+    "attention+mlp": [*_ATTENTION, *_FEED_FORWARD],
+}
+ADAPTER = "default"
+INPUT_LAYER = "x_embedder"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parameters that learn, by name, in a fixed order."""
+
+    names: list[str]
+    parameters: list[torch.nn.Parameter]
+    start: dict[str, torch.Tensor]  # LoRA mode: the input layer's weight and bias before training
+
+    @property
+    def count(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+
+    @torch.no_grad()
+    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Overwrites the parameters in place; every name must be there."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            parameter.copy_(tensors[name])
+
+
+def select(transformer: Any, options: Options, precision: str, device: torch.device) -> Trained:
+    """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32."""
+    start: dict[str, torch.Tensor] = {}
+    if options.mode == "full":
+        transformer.to(device, torch.float32).requires_grad_(True)
+    else:
+        # A frozen base may stay in bfloat16 where autocast computes in it anyway; what is trained never does.
+        frozen = torch.bfloat16 if precision == "bfloat16" and device.type != "cpu" else torch.float32
+        transformer.to(device, frozen)
+        _add_adapter(transformer, options)
+        layer = transformer.get_submodule(INPUT_LAYER).requires_grad_(True)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    transformer.train()
+    if options.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
+    return Trained([name for name, _ in named], [p for _, p in named], start)
+
+
+def _add_adapter(transformer: Any, options: Options) -> None:
+    from peft import LoraConfig
+
+    targets = options.lora_targets
+    if isinstance(targets, str):
+        if targets not in TARGETS:
+            hint = nearest(targets, TARGETS)
+            raise UsageError(f"distill.lora_targets: no set '{targets}'; sets: {', '.join(TARGETS)}{hint}")
+        targets = TARGETS[targets]
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = {name.split(".", 2)[-1] for name in names}
+            raise UsageError(f"distill.lora_targets: no linear layer is called '{target}'{nearest(target, known)}")
+    if INPUT_LAYER in targets:
+        raise UsageError(f"distill.lora_targets: {INPUT_LAYER} is trained whole; leave it out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(options.seed, "adapters", "start"))
+        transformer.add_adapter(
+            LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=list(targets)), adapter_name=ADAPTER
+        )
+
+
+def optimizer(parameters: Sequence[torch.nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has it for the device."""
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay, fused=fused
+    )
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """The rate of step `step` (the first is 1): linear warm-up, then constant, or a cosine down to 0."""
+    rate = options.learning_rate
+    if step <= options.warmup:
+        return rate * step / options.warmup
+    if options.schedule == "constant":
+        return rate
+    return rate * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup))) / 2
+
+
+def moving_average(parameters: Sequence[torch.nn.Parameter], options: Options) -> Any | None:
+    """diffusers' EMAModel over exactly the trained parameters; None when the recipe switches it off."""
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=options.ema, foreach=True) if options.ema else None
+
+
+@contextmanager
+def averaged(ema: Any | None, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """The model with its averaged weights, for validation, samples and the final save; the others come back after."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    try:
+        ema.copy_to(parameters)
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state as flat tensors: `12.exp_avg` is parameter 12's."""
+    state = opt.state_dict()["state"]
+    return {f"{i}.{k}": v if torch.is_tensor(v) else torch.tensor(v) for i, s in state.items() for k, v in s.items()}
+
+
+def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `optimizer_tensors`. Tensors are copied: memory of a file read is not aligned as torch's own."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor.clone()
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+
+
+def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path, metadata: dict[str, Any]) -> Path:
+    """The control-LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
+
+    Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
+    what the student draws. `metadata` goes beside the adapter's own.
+    """
+    from diffusers import FluxControlPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    state: dict[str, Any] = {key: value.detach().float().cpu() for key, value in adapter.items() if ".lora_" in key}
+    layers = sorted({key.partition(".lora_")[0] for key in state})
+    # One file has biases on all adapters or on none (peft's `lora_bias` is one switch): the others' are zero.
+    for layer in layers:
+        state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
+    layer = transformer.get_submodule(INPUT_LAYER)
+    change = {name: (p.detach() - trained.start[name]).float().cpu() for name, p in layer.named_parameters()}
+    rank = change["weight"].shape[1]
+    state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(rank)
+    state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"]
+    state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"]
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        target_modules=[*layers, INPUT_LAYER],
+        rank_pattern={INPUT_LAYER: rank},
+        alpha_pattern={INPUT_LAYER: rank},
+        lora_bias=True,
+    ).to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config["diptych"] = metadata
+    FluxControlPipeline.save_lora_weights(
+        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
+    )
+    return folder / "pytorch_lora_weights.safetensors"
