@@ -1,4 +1,4 @@
-"""diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference image from data it drew itself.
+"""diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference from data it drew itself.
 
 `from diptych import Student` is the one object most people need; it is imported on first use, so that `import diptych`
 stays light.

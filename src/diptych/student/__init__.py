@@ -1,7 +1,7 @@
 """The student: a stock FLUX-Control transformer that takes a reference image, and the pipeline around it.
 
 `load` opens a student from any layout, `save` writes an ordinary diffusers folder. Beneath: `geometry` (canvas, panels,
-fit), `weights` (widen, fold, unfold), `files`, `lora`, `pipeline` (the sampler). Nothing heavy is imported before a call.
+fit), `weights` (widen, fold, unfold), `files`, `lora`, `pipeline` (the sampler). Nothing heavy is imported before use.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def load(
     """Opens a student as a pipeline.
 
     Args:
-        model: `pocket`, a hub name, or a folder: a whole diffusers pipeline; one with only `transformer/`; or the released
-            layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), which is folded exactly.
+        model: `pocket`, a hub name, or a folder: a whole diffusers pipeline; one with only `transformer/`; or the
+            released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly.
         base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
             encoders the pipeline takes prompts as embeddings only.
         dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     name = str(config.get("_class_name", ""))
     if not name.startswith("FluxTransformer2D"):
-        raise UserError(f"{path} describes a {name or 'model of no class'}, not a FLUX transformer; give another folder")
+        raise UserError(f"{path} describes a {name or 'model of no class'}, not a FLUX transformer")
     if not isinstance(config.get("in_channels"), int):
         raise UserError(f"{path} has no in_channels; the file is damaged, fetch it again")
     return config
@@ -67,14 +67,14 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         if not (folder / WEIGHTS_FILE).is_file() and list(folder.glob("*.bin")):
-            raise UserError(f"{folder} holds only pickled weights (*.bin), which are not opened; convert to safetensors")
+            raise UserError(f"{folder} holds only pickled weights (*.bin), never opened here; convert to safetensors")
         return read_tensors(folder / WEIGHTS_FILE)
     places = read_json(index).get("weight_map", {})
     state: dict[str, torch.Tensor] = {}
     for name in sorted(set(places.values())):
         state.update(read_tensors(folder / name))
     if absent := sorted(places.keys() - state.keys()):
-        raise UserError(f"{index} promises tensors that its shards lack: {weights.some(absent)}; fetch the shards again")
+        raise UserError(f"the shards of {index} lack {weights.some(absent)}; fetch them again")
     return state
 
 
@@ -85,7 +85,7 @@ def read_split(folder: Path) -> BiasSplit | None:
         return None
     parts = read_tensors(path)
     if absent := [key for key in ("x_embedder.bias", "c_embedder.bias") if key not in parts]:
-        raise UserError(f"{path} lacks {', '.join(absent)}; delete it (only the way back to the released layout needs it)")
+        raise UserError(f"{path} lacks {', '.join(absent)}; delete it: only unfolding to the released layout uses it")
     return BiasSplit(x=parts["x_embedder.bias"], c=parts["c_embedder.bias"])
 
 

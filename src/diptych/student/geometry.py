@@ -1,6 +1,6 @@
 """The diptych canvas: where the two panels lie, in pixels and in tokens, and how a reference is fitted to one.
 
-The student denoises one 1×2 canvas [reference | target] (paper section 3.2; the release's 512×1024 canvas is two 512² panels).
+The student denoises one 1×2 canvas [reference | target] (the release's 512×1024 canvas is two 512² panels).
 The VAE shrinks it by its factor, and FLUX packs 2×2 latents into one token, row by row. So the tokens of a panel are
 *columns* of the canvas, not one contiguous half of the sequence. Shapes: B batch, C latent channels, H×W canvas pixels,
 R×K token rows and columns.
@@ -130,7 +130,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         # PIL clips 16-bit grey to white on conversion; keep its high byte instead.
-        image = image.point(lambda v: v / 256, "L") if image.mode == "I" else image.convert("I").point(lambda v: v / 256, "L")
+        image = image.convert("I").point(lambda v: v / 256, "L")
     if "A" in image.getbands() or "transparency" in image.info:
         over = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(over, image.convert("RGBA"))

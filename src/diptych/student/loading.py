@@ -186,7 +186,7 @@ def _open_part(part: str, place: Path, dtype: torch.dtype) -> Any:
         opened = cls.from_pretrained(str(place), **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the {part} in {place} cannot be opened as {name} ({line}); fetch that folder again") from error
+        raise UserError(f"the {part} in {place} cannot be opened as {name} ({line}); fetch it again") from error
     if not is_model:
         return opened
     opened, info = opened

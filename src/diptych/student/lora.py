@@ -85,7 +85,7 @@ def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path
             "not have; merge that LoRA into the released weights first. Nothing was loaded"
         )
     if strays:
-        raise UserError(f"{path} has {len(strays)} keys that match no layer: {some(sorted(strays))}. Nothing was loaded")
+        raise UserError(f"{path}: {len(strays)} keys match no layer: {some(sorted(strays))}. Nothing was loaded")
     if shapes:
         raise UserError(f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded")
 
@@ -123,9 +123,8 @@ def _activate(pipe: FluxControlPipeline, name: str, scale: float) -> None:
     for other in getattr(pipe.transformer, "peft_config", {}):
         if other == name:
             continue
-        layer = next(
-            m for m in pipe.transformer.modules() if isinstance(m, BaseTunerLayer) and other in getattr(m, "scaling", {})
-        )
+        layers = (m for m in pipe.transformer.modules() if isinstance(m, BaseTunerLayer))
+        layer: Any = next(m for m in layers if other in getattr(m, "scaling", {}))
         names.append(other)
         scales.append(layer.scaling[other] * layer.r[other] / layer.lora_alpha[other])
     pipe.set_adapters(names, scales)

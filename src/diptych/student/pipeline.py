@@ -1,20 +1,19 @@
 """DiptychPipeline: the stock FLUX-Control pipeline, given a reference image.
 
-Sampling follows the release (paper section 3.2; primecai/diffusion-self-distillation). The canvas [reference | target] is
-denoised as one wide FLUX image with plain position ids; the condition is the VAE encoding of [reference | black], encoded
-jointly. With image guidance > 1 (or, unlike the release, text guidance > 1 alone), from step index 2 on:
+Sampling follows the release (github primecai/diffusion-self-distillation). The canvas [reference | target] is denoised
+as one wide FLUX image with plain position ids; the condition is the VAE encoding of [reference | black], encoded jointly.
+With image guidance > 1 (or, unlike the release, text guidance > 1 alone), from step index 2 on:
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 
-where the null reference 0 is all-zero packed latents. Text guidance alone is the same formula with i = 1, which needs no
-v(0,""). Two differences from the release make results repeatable: the condition takes the posterior's mode, not a sample,
-and noise comes from one generator per image, on the CPU for a seed, so image i of a batch is the image made alone.
+where the null reference 0 is all-zero packed latents. Text guidance alone is the same formula with i = 1, which needs
+no v(0,""). Two differences from the release make results repeatable: the condition takes the posterior's mode, not a
+sample; and noise comes from one generator per image, on the CPU for a seed: image i of a batch is the image made alone.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ from PIL import Image
 
 from diptych.errors import UsageError, UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
+from diptych.student.timesteps import exact_timesteps
 from diptych.student.weights import BiasSplit, student_channels
 
+log = logging.getLogger("diptych.student")
 TRUE_GUIDANCE_FROM = 2  # step index at which the release switches true guidance on
 MAX_TEXT_TOKENS = 512
 MAX_PANEL = 512
@@ -67,6 +68,7 @@ class DiptychPipeline(FluxControlPipeline):
         student_channels(transformer.config)
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
+        self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
         self._truncated: set[str] = set()
 
     # Sizes and texts -----------------------------------------------------------------------------------------------
@@ -83,6 +85,7 @@ class DiptychPipeline(FluxControlPipeline):
             return MAX_TEXT_TOKENS
         return min(MAX_TEXT_TOKENS, int(self.tokenizer_2.model_max_length))
 
+    @torch.no_grad()
     def encode_text(
         self, prompt: list[str], prompt_2: list[str] | None = None, max_sequence_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,13 +93,14 @@ class DiptychPipeline(FluxControlPipeline):
         absent = [n for n in self._optional_components if getattr(self, n) is None]
         if absent:
             raise UserError(
-                f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: give a base with text "
-                "encoders and tokenizers to load(), or pass prompt_embeds and pooled_prompt_embeds"
+                f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: load it with a base "
+                "that has text encoders and tokenizers, or pass prompt_embeds and pooled_prompt_embeds"
             )
         length = max_sequence_length or self.text_length
         self._warn_of_truncation(prompt_2 or prompt, length)
         with _quiet_truncation():
             embeds, pooled, _ = self.encode_prompt(prompt, prompt_2, max_sequence_length=length)
+        assert embeds is not None and pooled is not None
         return embeds, pooled
 
     def _warn_of_truncation(self, prompts: list[str], length: int) -> None:
@@ -105,16 +109,18 @@ class DiptychPipeline(FluxControlPipeline):
             if len(tokens) > length and prompt not in self._truncated:
                 self._truncated.add(prompt)
                 lost = self.tokenizer_2.decode(tokens[length - 1 :], skip_special_tokens=True)
-                warnings.warn(f"the prompt is longer than {length} tokens; not read: '{lost}'", stacklevel=3)
+                log.warning("the prompt is longer than %d tokens; not read: '%s'", length, lost)
 
     # Pictures and latents ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def encode_canvas(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to packed, scaled latents (B, tokens, 4C): the posterior's mode."""
         pixels = pixels.to(device=self._execution_device, dtype=self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         return pack((latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor)
 
+    @torch.no_grad()
     def decode_canvas(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         """Packed latents (B, tokens, 4C) to pixels (B, 3, H, W), about [-1, 1]."""
         latents = unpack(tokens, canvas.rows, canvas.columns)
@@ -193,8 +199,8 @@ class DiptychPipeline(FluxControlPipeline):
                 is drawn from in order. Noise is drawn in float32, for a seed on the CPU.
             latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
             fit: `crop`, `pad` or `contain`; see `geometry.fit_image`.
-            batched_guidance: run the forwards of one guided step as one batch. The default, one after another, needs the
-                least memory and gives each forward the very kernels of an unguided call.
+            batched_guidance: run the forwards of one guided step as one batch. The default, one after another, needs
+                the least memory and gives each forward the very kernels of an unguided call.
             return_reference: also decode the left panel, the model's reconstruction of the reference.
             output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
 
@@ -263,7 +269,7 @@ class DiptychPipeline(FluxControlPipeline):
         if self.transformer.config.guidance_embeds:
             guidance = torch.full([total], guidance_scale, device=device, dtype=torch.float32)
 
-        def velocity(name: str, x: torch.Tensor, c: torch.Tensor, text: torch.Tensor, pool: torch.Tensor, t: torch.Tensor):
+        def velocity(name: str, x, c, text, pool, t) -> torch.Tensor:
             """v(c, text) at x for any multiple of the batch; `name` tells step caches the branches apart."""
             times = len(x) // total
             with self.transformer.cache_context(name):
@@ -279,7 +285,8 @@ class DiptychPipeline(FluxControlPipeline):
                     return_dict=False,
                 )[0]
 
-        with self.progress_bar(total=len(timesteps)) as progress:
+        bar: Any = self.progress_bar  # decorated in a way that hides its arguments from a type checker
+        with bar(total=len(timesteps)) as progress, exact_timesteps(self.transformer):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -349,7 +356,7 @@ class DiptychPipeline(FluxControlPipeline):
         return images, self.image_processor.postprocess(left, output_type=output_type) if return_reference else None
 
     def save_pretrained(self, *args, **kwargs):
-        """Writes an ordinary diffusers folder: its model_index names FluxControlPipeline, so stock diffusers opens it."""
+        """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it."""
         stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
         stock.save_pretrained(*args, **kwargs)
 
@@ -391,8 +398,8 @@ def _match(prompt, prompt_embeds, reference) -> tuple[list[str] | None, list[Ref
     if prompt is not None and not isinstance(prompt, (str, list, tuple)):
         raise UsageError(f"prompt is a string or a list of strings, not {type(prompt).__name__}")
     if isinstance(reference, torch.Tensor) and reference.ndim == 4:
-        reference = list(reference)
-    references = list(reference) if isinstance(reference, (list, tuple)) else [reference]
+        reference = [*reference]
+    references: list[Reference] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt is not None else None
     rows = len(prompts) if prompts is not None else len(prompt_embeds) if prompt_embeds is not None else 0
     if not rows:
@@ -426,7 +433,7 @@ def _panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
     if isinstance(reference, torch.Tensor):
         wanted = (3, canvas.panel_height, canvas.panel_width)
         if tuple(reference.shape) != wanted:
-            raise UsageError(f"a reference tensor is {wanted} here (one panel, in [-1, 1]), not {tuple(reference.shape)}")
+            raise UsageError(f"a reference tensor is {wanted} here (a panel in [-1, 1]), not {tuple(reference.shape)}")
         return reference[None]
     raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
 

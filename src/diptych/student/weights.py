@@ -1,12 +1,12 @@
 """Widen, fold and unfold: a DSD student's weights as a stock FLUX-Control transformer.
 
-The release adds one layer to FLUX, `c_embedder`, and feeds the blocks `x_embedder(x) + c_embedder(c)` (x the noisy canvas,
-c the condition canvas). That equals one linear on `[x ; c]` with `W = [Wx | Wc]` and `b = bx + bc`, so the released layout
-*folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A new student is the
-teacher with zero columns added: `widen`.
+The release adds one layer to FLUX, `c_embedder`, and feeds the blocks `x_embedder(x) + c_embedder(c)` (x the noisy
+canvas, c the condition canvas). That equals one linear on `[x ; c]` with `W = [Wx | Wc]` and `b = bx + bc`, so the
+released layout *folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A new
+student is the teacher with zero columns added: `widen`.
 
-`b = bx + bc` loses how the bias was split, so both parts are kept beside the folded weights (`files.SPLIT_FILE`) and released →
-folded → released is bit-equal. The released file also carries adapter tensors that its own code ignores
+`b = bx + bc` loses how the bias was split, so both parts are kept beside the folded weights (`files.SPLIT_FILE`), and
+released → folded → released is bit-equal. The released file also carries adapter tensors that its own code ignores
 (`….lora_A.default.weight`): they are dropped and counted. Any other key that does not match is refused by name.
 """
 
@@ -50,11 +50,11 @@ class Folded:
 
 
 def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A student at its start: the teacher with in_channels doubled, out_channels kept and zero columns for the condition.
+    """A student at its start: the teacher with in_channels doubled, out_channels kept, zero columns for the condition.
 
-    Whatever the condition, it computes the teacher's output. Every tensor but `x_embedder.weight` *shares* the teacher's
-    storage (a 12 B model is not held twice), so training the student in place changes the teacher too; hand over a
-    `copy.deepcopy` to keep it. Built explicitly, because loading plain FLUX weights into a widened layer with
+    Whatever the condition, it computes the teacher's output. Every tensor but `x_embedder.weight` *shares* the
+    teacher's storage (a 12 B model is not held twice), so training the student in place changes the teacher too; hand
+    over a `copy.deepcopy` to keep it. Built explicitly, because loading plain FLUX weights into a widened layer with
     `from_pretrained` leaves that layer uninitialised or on the meta device.
     """
     config = dict(transformer.config)
@@ -72,7 +72,9 @@ def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student.train(transformer.training)
 
 
-def fold(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: str = "the released weights") -> Folded:
+def fold(
+    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: str = "the released weights"
+) -> Folded:
     """The released layout (`x_embedder` and `c_embedder`) as stock FLUX-Control weights.
 
     Raises UserError that names every key that is missing, unexpected or of the wrong shape.
