@@ -1,0 +1,146 @@
+"""Says what a scene shows, in plain English with varied wording: the kind and the scene, never the identity.
+
+The same vocabulary makes the captions the pocket models train on and the prompts the grammar writer writes, so `WORDS` is all the pocket models know.
+"""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from . import world
+from .world import Scene
+
+GENERIC = ("character", "creature", "friend")
+"""Nouns that name no kind: how a subject of an unknown kind is called."""
+PLACES = {
+    "meadow": ("in a meadow", "in a green meadow"),
+    "beach": ("on the beach", "at the beach by the sea"),
+    "forest": ("in a forest", "in the forest among trees"),
+    "desert": ("in the desert", "on desert sand"),
+    "city": ("in the city", "on a city street"),
+    "mountains": ("in the mountains", "below snowy mountains"),
+    "seabed": ("under water", "on the seabed"),
+    "moon": ("on the moon", "on the moon in space"),
+    "kitchen": ("in a kitchen", "in the kitchen"),
+    "library": ("in a library", "in a library full of books"),
+    "cave": ("in a cave", "in a dark cave"),
+    "castle": ("at a castle", "in front of a castle"),
+}
+POSES = {
+    "standing": ("standing", "standing still"),
+    "jumping": ("jumping", "leaping in the air"),
+    "leaning": ("leaning", "leaning to the side"),
+    "sleeping": ("sleeping", "fast asleep"),
+    "upside down": ("upside down", "doing a headstand"),
+}
+FRAMINGS = {"close": ("close-up",), "medium": ("medium shot",), "wide": ("wide shot", "seen from afar")}
+PROPS = {
+    "ball": ("with a ball", "next to a ball"),
+    "balloon": ("with a balloon", "next to a balloon"),
+    "flower": ("with a flower", "next to a flower"),
+    "umbrella": ("with an umbrella", "next to an umbrella"),
+    "book": ("with a book", "next to a book"),
+    "cake": ("with a cake", "next to a cake"),
+    "lamp": ("with a lamp", "next to a lamp"),
+}
+WEATHERS = {
+    "rain": ("in the rain", "on a rainy day"),
+    "fog": ("in the fog", "on a foggy day"),
+    "snow": ("in the snow", "in winter"),
+    "autumn": ("in autumn", "among falling leaves"),
+    "spring": ("in spring", "among falling blossom"),
+    "clear": ("on a clear day", "in summer"),
+}
+DIRECTIONS = {"left": "from the left", "right": "from the right", "above": "from above", "behind": "from behind"}
+GRIDS = (
+    "two panels of the same {subject}. left: {left}. right: {right}",
+    "a grid of 2 images representing the same {subject}. left: {left}. right: {right}",
+    "an evenly separated 2 panels, depicting identical {subject}. left: {left}. right: {right}",
+)
+"""Wordings for a 1×2 grid of one subject in two scenes (the paper's own, shortened)."""
+LIGHT_GRIDS = (
+    "two panels of the same scene in different light. {left}. left: {first}. right: {second}",
+    "a grid of 2 images, one scene, two lights. {left}. left: {first}. right: {second}",
+)
+"""Wordings for an aligned 1×2 grid of one scene under two lights: `left` describes the scene."""
+MASK = 0.2
+
+
+def _pick(rng: np.random.Generator, options) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def describe_light(light: world.Light) -> str:
+    """For example "soft golden light from the left"."""
+    return f"{light.intensity} {light.colour} light {DIRECTIONS[light.direction]}"
+
+
+def details(scene: Scene, rng: np.random.Generator, say: dict[str, float] | None = None) -> str:
+    """Everything said of a scene but its subject. `say` is the chance of naming each attribute; what is not said is free."""
+    chance = {"place": 0.95, "pose": 0.85, "weather": 0.9, "prop": 0.95, "light": 0.75, "framing": 0.4} | (say or {})
+    told = {name: rng.random() < p for name, p in chance.items()}
+    parts = []
+    if told["pose"] and (scene.pose != "standing" or rng.random() < 0.6):
+        parts.append(_pick(rng, POSES[scene.pose]))
+    if told["place"]:
+        parts.append(_pick(rng, PLACES[scene.place]))
+    if scene.weather != "clear" and told["weather"]:
+        parts.append(_pick(rng, WEATHERS[scene.weather]))
+    if scene.prop != "none" and told["prop"]:
+        parts.append(_pick(rng, PROPS[scene.prop]))
+    first = " ".join(parts)
+    rest = []
+    if told["light"]:
+        rest.append(describe_light(scene.light))
+    if told["framing"]:
+        rest.append(_pick(rng, FRAMINGS[scene.framing]))
+    return ", ".join(part for part in (first, *rest) if part)
+
+
+def noun(kind: str, rng: np.random.Generator) -> str:
+    """The kind's name, now and then a generic noun; always generic for kinds the models never saw."""
+    if kind in world.HELD_OUT_KINDS or rng.random() < MASK:
+        return _pick(rng, GENERIC)
+    return kind
+
+
+def caption(kind: str, scene: Scene, rng: np.random.Generator, say: dict[str, float] | None = None) -> str:
+    """One panel in one sentence: "a cat jumping on the beach with a ball, soft golden light from the left"."""
+    article = _pick(rng, ("a", "the", "one"))
+    return f"{article} {noun(kind, rng)} {details(scene, rng, say)}".strip()
+
+
+def grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
+    """A 1×2 grid of one subject in two scenes: its prompt, and the caption of each panel in the same words."""
+    say = {"framing": 0.2, "light": 0.6}
+    subject, told = noun(kind, rng), [details(scene, rng, say) for scene in (left, right)]
+    prompt = _pick(rng, GRIDS).format(subject=subject, left=told[0], right=told[1])
+    return prompt, [f"a {subject} {words}".strip() for words in told]
+
+
+def light_grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
+    """An aligned 1×2 grid of one scene in which only the light (or the season) changes: its prompt, and the caption of each panel."""
+    scene = caption(kind, replace(left, weather="clear"), rng, {"light": 0.0, "framing": 0.2})
+    if left.weather != right.weather:
+        told = [_pick(rng, WEATHERS[left.weather]), _pick(rng, WEATHERS[right.weather])]
+    else:
+        told = [describe_light(left.light), describe_light(right.light)]
+    return _pick(rng, LIGHT_GRIDS).format(left=scene, first=told[0], second=told[1]), [f"{scene}, {words}" for words in told]
+
+
+def _every_word() -> tuple[str, ...]:
+    texts = [*world.TRAIN_KINDS, *GENERIC, "a the one an", *DIRECTIONS.values(), *world.LIGHT_COLOURS, *world.INTENSITIES, "light", *GRIDS, *LIGHT_GRIDS]
+    for table in (PLACES, POSES, FRAMINGS, PROPS, WEATHERS):
+        texts += [phrase for phrases in table.values() for phrase in phrases]
+    plain = re.sub(r"\{\w+\}", " ", " ".join(texts))
+    return tuple(sorted(set(re.findall(r"[a-z0-9-]+", plain.lower()))))
+
+
+WORDS = _every_word()
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of `text` that the pocket models never saw, in order, each once."""
+    seen = dict.fromkeys(re.findall(r"[a-z0-9-]+", text.lower()))
+    return [word for word in seen if word not in WORDS]

@@ -1,0 +1,87 @@
+"""What the pocket trainings share: an optimizer, averaged weights, a log, and a state on disk that a killed run continues from."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+class Trainer:
+    """Trains `modules` together with AdamW and keeps an exponential average of their weights.
+
+    State lives in `folder`: `state.pt` (weights, averages, optimizer, step; replaced whole) and `log.jsonl`.
+    """
+
+    def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], rate: float, weight_decay: float = 0.0, ema: float = 0.999, warmup: int = 100, clip: float = 1.0):
+        self.folder, self.modules, self.rate, self.ema, self.warmup, self.clip = folder, modules, rate, ema, warmup, clip
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.step, self.seconds = 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "state.pt").exists():
+            self._load()
+        self._started = time.monotonic()
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.elapsed,
+        }
+        torch.save(state, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, all sittings together."""
+        return self.seconds + time.monotonic() - self._started
+
+    def update(self, loss: torch.Tensor, scale: float = 1.0) -> None:
+        """One step down `loss`; `scale` multiplies the learning rate (a schedule)."""
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"loss is {loss.item()} at step {self.step}; the last good state is in {self.folder}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * scale * min(1.0, (self.step + 1) / self.warmup)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    def log(self, **values) -> str:
+        line = json.dumps({"step": self.step, "seconds": round(self.elapsed, 1), **values})
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        return line
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the modules hold the averaged weights."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)

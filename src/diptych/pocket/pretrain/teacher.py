@@ -1,0 +1,192 @@
+"""The pocket teacher: a stock FLUX transformer with its text encoders, trained together by flow matching on VAE latents of renders.
+
+It learns single panels, 1×2 grids of one subject in two scenes, and aligned 1×2 grids of one scene under two lights, from plain prompts.
+The result is a `FluxPipeline` folder that stock diffusers opens. Guidance is not distilled (`guidance_embeds` is false): it is drawn with true guidance.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import renders, tokenizers
+from . import vae as vae_training
+from .loop import Trainer
+
+WIDTH_HEADS = 6
+HEAD = 32
+TEXT_DROPOUT = 0.1
+SINGLE_LENGTH = 32
+"""Text tokens of single panels in training; now and then the full length, which is what the pipelines pad to."""
+
+
+def make_transformer():
+    """An untrained teacher transformer: 2 double and 4 single blocks, width 192, tokens of 2×2 latents."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=HEAD,
+        num_attention_heads=WIDTH_HEADS,
+        joint_attention_dim=tokenizers.TEXT_WIDTH,
+        pooled_projection_dim=tokenizers.POOLED_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 14, 14),
+    )
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """`[N, C, H, W]` to FLUX tokens `[N, H/2·W/2, 4C]`."""
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def position_ids(height: int, width: int) -> torch.Tensor:
+    """FLUX position ids of a latent of `height`×`width`: `[H/2·W/2, 3]`."""
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, torch.device("cpu"), torch.float32)
+
+
+def cache(work: Path, report=print) -> None:
+    """Encode every rendered pair once, as a joint canvas and as two panels: `work/latents/*.npy`, float16."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    panels, rows = renders.load(work / "pairs")
+    folder = work / "latents"
+    folder.mkdir(exist_ok=True)
+    side = panels.shape[2] // 4
+    for name, shape in {"grids": (len(rows), 8, side, 2 * side), "singles": (len(rows), 2, 8, side, side)}.items():
+        if (folder / f"{name}.npy").exists():
+            continue
+        array = np.lib.format.open_memmap(folder / f"{name}.tmp", mode="w+", dtype=np.float16, shape=shape)
+        for start in range(0, len(rows), 500):
+            block = np.asarray(panels[start : start + 500])
+            if name == "grids":
+                canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
+                array[start : start + 500] = vae_training.encode(vae, canvas).numpy()
+            else:
+                encoded = vae_training.encode(vae, block.reshape(-1, *block.shape[2:]))
+                array[start : start + 500] = encoded.reshape(len(block), 2, *shape[2:]).numpy()
+            if start % 10000 == 0:
+                report(f"encoded {start} of {len(rows)} {name}")
+        array.flush()
+        (folder / f"{name}.tmp").rename(folder / f"{name}.npy")
+
+
+class Prompts:
+    """Token ids of every caption, made once: `[rows, variants, MAX_LENGTH]` for both encoders. Variant lists are repeated to two."""
+
+    def __init__(self, clip_tokenizer, t5_tokenizer, rows: list[dict]):
+        self.tokenizers = (clip_tokenizer, t5_tokenizer)
+        self.grids = self._ids([row["grid"] for row in rows])
+        self.left = self._ids([row["left"] for row in rows])
+        self.right = self._ids([row["right"] for row in rows])
+        self.empty = self._ids([["", ""]])
+
+    def _ids(self, variants: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        texts = [text for pair in variants for text in (pair[0], pair[-1])]
+        return tuple(self.tokenize(tokenizer, texts).view(len(variants), 2, -1) for tokenizer in self.tokenizers)
+
+    @staticmethod
+    def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizers.MAX_LENGTH, return_tensors="pt").input_ids
+        return ids.to(torch.int32)
+
+
+class Teacher(torch.nn.Module):
+    """The transformer and both text encoders as one module: token ids in, velocity out."""
+
+    def __init__(self, transformer, clip, t5):
+        super().__init__()
+        self.transformer, self.clip, self.t5 = transformer, clip, t5
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
+        text = self.t5(t5_ids)[0]
+        pooled = self.clip(clip_ids).pooler_output
+        text_ids = torch.zeros(text.shape[1], 3)
+        return self.transformer(
+            hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled, img_ids=image_ids, txt_ids=text_ids, return_dict=False
+        )[0]
+
+
+def loss(model, tokens: torch.Tensor, clip_ids, t5_ids, image_ids, generator: torch.Generator) -> torch.Tensor:
+    """Flow matching (rectified flow): x_t = (1−σ)·x0 + σ·ε, the model predicts ε − x0; σ is logit-normal."""
+    noise = torch.randn(tokens.shape, generator=generator)
+    sigma = torch.sigmoid(torch.randn(len(tokens), generator=generator))
+    s = sigma[:, None, None]
+    velocity = model((1 - s) * tokens + s * noise, sigma, clip_ids, t5_ids, image_ids)
+    return (velocity.float() - (noise - tokens)).pow(2).mean()
+
+
+def train(work: Path, minutes: float, batch: int = 64, rate: float = 1.2e-3, singles_until: float = 0.3, finish: bool = True, compile_model: bool = True, report=print) -> None:
+    """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the rate falls to nothing at the end if `finish`."""
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
+    teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
+    trainer = Trainer(work / "teacher_training", {"teacher": teacher}, rate=rate, weight_decay=0.01, ema=0.9985)
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    _, rows = renders.load(work / "pairs")
+    grids, singles = (np.load(work / "latents" / f"{name}.npy", mmap_mode=None) for name in ("grids", "singles"))
+    rows = rows[: len(grids)]
+    prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
+    legible = np.flatnonzero([bool(row["grid"][0]) for row in rows])
+    side = grids.shape[2]
+    ids = {False: position_ids(side, side), True: position_ids(side, 2 * side)}
+    model = torch.compile(teacher) if compile_model else teacher
+    rng = np.random.default_rng(trainer.step + 1)
+    generator = torch.Generator().manual_seed(trainer.step + 1)
+    started, losses, seen = time.monotonic(), {False: [], True: []}, time.monotonic()
+    while (passed := (time.monotonic() - started) / 60) < minutes:
+        grid = passed > minutes * singles_until and rng.random() < 0.8
+        length = tokenizers.MAX_LENGTH if grid or rng.random() < 0.3 else SINGLE_LENGTH
+        size = batch // 2 if grid else batch
+        pick = rng.choice(legible, size) if grid else rng.integers(0, len(rows), size)
+        variant, drop = rng.integers(0, 2, size), rng.random(size) < TEXT_DROPOUT
+        if grid:
+            latents, text = grids[pick], prompts.grids
+        else:
+            right = bool(rng.integers(2))
+            latents, text = singles[pick, int(right)], prompts.right if right else prompts.left
+        tokens = pack((torch.from_numpy(latents).float() - vae.config.shift_factor) * vae.config.scaling_factor)
+        clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
+        for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
+            t[torch.from_numpy(drop)] = empty[0, 0]
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, tokens, clip_ids, t5_ids[:, :length], ids[grid], generator)
+        trainer.update(value, scale=min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0)
+        losses[grid].append(float(value))
+        if trainer.step % 200 == 0:
+            mean = {name: round(float(np.mean(losses[key])), 4) for key, name in ((False, "singles"), (True, "grids")) if losses[key]}
+            report(trainer.log(loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 200, 3)))
+            losses, seen = {False: [], True: []}, time.monotonic()
+        if trainer.step % 1000 == 0:
+            trainer.save()
+    trainer.save()
+    with trainer.averaged():
+        save(work / "teacher", teacher, vae, clip_tokenizer, t5_tokenizer)
+
+
+def save(folder: Path, teacher: Teacher, vae, clip_tokenizer, t5_tokenizer) -> None:
+    """Write the `FluxPipeline` folder, weights in float16, and `words.json` beside them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=teacher.clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=teacher.t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=teacher.transformer,
+    )
+    pipeline.save_pretrained(folder)
+    tokenizers.save(folder, clip_tokenizer, t5_tokenizer)

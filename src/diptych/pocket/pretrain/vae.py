@@ -1,0 +1,104 @@
+"""The pocket VAE: a stock `AutoencoderKL`, 4× downsampling, 8 latent channels, trained on single panels."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .. import world
+from . import renders
+from .loop import Trainer
+
+KL_WEIGHT = 2e-4
+
+
+def make():
+    """An untrained VAE."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=world.PANEL,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def to_tensor(panels: np.ndarray) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to float `[N, 3, H, W]` in −1..1."""
+    return torch.from_numpy(np.ascontiguousarray(panels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def loss(vae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction (absolute, squared and edge error) plus a light KL term. Returns the loss and the mean squared error."""
+    posterior = vae.encode(x).latent_dist
+    y = vae.decode(posterior.sample()).sample.float()
+    square = F.mse_loss(y, x)
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return F.l1_loss(y, x) + 2 * square + 0.5 * edge + KL_WEIGHT * kl, square.detach()
+
+
+@torch.no_grad()
+def measure(vae, panels: np.ndarray) -> float:
+    """Mean PSNR in dB of reconstructions from the posterior's mode, of uint8 panels `[N, H, W, 3]`, peak 1."""
+    x = to_tensor(panels)
+    y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+    error = ((x - y) / 2).pow(2).mean(dim=(1, 2, 3))
+    return float((-10 * torch.log10(error)).mean())
+
+
+@torch.no_grad()
+def encode(vae, panels: np.ndarray, batch: int = 100) -> torch.Tensor:
+    """Posterior modes of uint8 panels, float16 `[N, 8, H/4, W/4]`, before scaling."""
+    parts = []
+    for start in range(0, len(panels), batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(to_tensor(panels[start : start + batch])).latent_dist.mode().half())
+    return torch.cat(parts)
+
+
+def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, report=print) -> None:
+    """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`."""
+    torch.manual_seed(0)
+    vae = make()
+    trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
+    held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])
+    rng = np.random.default_rng(trainer.step)
+    started = time.monotonic()
+    while (passed := (time.monotonic() - started) / 60) < minutes:
+        panels, rows = renders.load(work / "pairs")
+        order = rng.permutation(len(rows) * 2)[:20000]
+        for start in range(0, len(order) - batch, batch):
+            index = np.sort(order[start : start + batch])
+            x = to_tensor(panels.reshape(-1, *panels.shape[2:])[index])
+            with torch.autocast("cpu", torch.bfloat16):
+                value, square = loss(vae, x)
+            passed = (time.monotonic() - started) / 60
+            trainer.update(value, scale=min(1.0, max(0.02, 2.0 * (1 - passed / minutes))))
+            if trainer.step % 200 == 0:
+                report(trainer.log(square=float(square), samples=trainer.step * batch, minutes=round(passed, 2)))
+            if passed >= minutes:
+                break
+        trainer.save()
+    with trainer.averaged():
+        latents = encode(vae, panels[:2000].reshape(-1, *panels.shape[2:])).float()
+        vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+        report(trainer.log(psnr=measure(vae, held_out), minutes=round(passed, 2), per_channel_std=[round(float(s), 3) for s in latents.std((0, 2, 3))]))
+        vae.save_pretrained(work / "vae")
+    trainer.save()

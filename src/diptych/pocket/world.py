@@ -1,0 +1,201 @@
+"""What the pocket world holds: subjects with continuous identities, in scenes of place, light, pose, framing, prop and weather.
+
+An *identity* is a kind plus some forty continuous or categorical attributes (palette, shape, pattern, face, accessory): text names the kind and
+never the rest, so only a reference picture can tell who is meant. A *scene* is everything that is not the subject; all of it can be said in words.
+Both are plain frozen dataclasses, drawn from a `numpy` generator, so the renderer knows the truth about every picture it makes.
+
+    from diptych.pocket import world
+    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
+"""
+
+import colorsys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+PANEL = 64
+"""Side of a panel in pixels."""
+
+KINDS = ("blob", "cat", "robot", "bird", "fish", "mushroom", "teapot", "car", "house", "cactus", "snail", "rocket")
+HELD_OUT_KINDS = ("teapot", "snail")
+"""Never seen in training, by teacher, student or judge."""
+TRAIN_KINDS = tuple(kind for kind in KINDS if kind not in HELD_OUT_KINDS)
+
+PLACES = ("meadow", "beach", "forest", "desert", "city", "mountains", "seabed", "moon", "kitchen", "library", "cave", "castle")
+INDOOR = ("kitchen", "library", "cave", "seabed", "moon")
+"""Places that have no weather."""
+WEATHERS = ("clear", "rain", "fog", "snow", "autumn", "spring")
+POSES = ("standing", "jumping", "leaning", "sleeping", "upside down")
+FRAMINGS = ("close", "medium", "wide")
+PROPS = ("none", "ball", "balloon", "flower", "umbrella", "book", "cake", "lamp")
+DIRECTIONS = ("left", "right", "above", "behind")
+LIGHT_COLOURS = {
+    "white": (1.0, 1.0, 1.0),
+    "golden": (1.12, 0.9, 0.6),
+    "blue": (0.6, 0.8, 1.15),
+    "pink": (1.12, 0.7, 0.94),
+    "green": (0.66, 1.08, 0.7),
+}
+INTENSITIES = {"bright": 1.16, "soft": 0.94, "dim": 0.6}
+
+PATTERNS = ("plain", "spots", "stripes", "belly", "half", "checks", "patch")
+ACCESSORIES = ("none", "hat", "cap", "bow", "antenna", "scarf", "glasses", "crown", "sprout")
+MOUTHS = ("smile", "open", "flat", "fang", "small")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is drawn. Colours are RGB in 0..1; the other numbers are fractions that the drawing code scales (`draw.py`)."""
+
+    kind: str
+    body: tuple[float, float, float]
+    second: tuple[float, float, float]
+    accent: tuple[float, float, float]
+    width: float
+    height: float
+    roundness: float
+    limb: float
+    pattern: str
+    pattern_scale: float
+    pattern_angle: float
+    eyes: int
+    eye_size: float
+    eye_gap: float
+    mouth: str
+    accessory: str
+    marks: float
+
+
+@dataclass(frozen=True)
+class Light:
+    """Where the light comes from, its colour and strength. `azimuth` and `elevation` in degrees; 0° is from the right, 180° from the left."""
+
+    direction: str = "above"
+    colour: str = "white"
+    intensity: str = "bright"
+    azimuth: float = 90.0
+    elevation: float = 70.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything in a picture but the subject's identity. `x` is the subject's centre, `layout` seeds the place's details."""
+
+    place: str = "meadow"
+    light: Light = Light()
+    pose: str = "standing"
+    framing: str = "medium"
+    prop: str = "none"
+    weather: str = "clear"
+    x: float = 0.5
+    facing: int = 1
+    tilt: float = 0.0
+    layout: int = 0
+
+
+def _colour(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
+    return colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.45, 0.95), rng.uniform(0.55, 1.0))
+
+
+def _choice(rng: np.random.Generator, options, weights=None):
+    if weights is None:
+        return options[int(rng.integers(len(options)))]
+    weights = np.asarray(weights, dtype=float)
+    return options[int(rng.choice(len(options), p=weights / weights.sum()))]
+
+
+def sample_identity(rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS) -> Identity:
+    """A new subject; of `kind`, or of any of `kinds`."""
+    hue = rng.random()
+    second = hue + rng.choice([-1, 1]) * rng.uniform(0.15, 0.5)
+    return Identity(
+        kind=kind or _choice(rng, kinds),
+        body=_colour(rng, hue),
+        second=_colour(rng, second),
+        accent=_colour(rng, rng.random()),
+        width=rng.uniform(0.0, 1.0),
+        height=rng.uniform(0.0, 1.0),
+        roundness=rng.uniform(0.0, 1.0),
+        limb=rng.uniform(0.0, 1.0),
+        pattern=_choice(rng, PATTERNS),
+        pattern_scale=rng.uniform(0.0, 1.0),
+        pattern_angle=rng.uniform(0.0, 180.0),
+        eyes=_choice(rng, (1, 2, 3), (2, 5, 1)),
+        eye_size=rng.uniform(0.0, 1.0),
+        eye_gap=rng.uniform(0.0, 1.0),
+        mouth=_choice(rng, MOUTHS),
+        accessory=_choice(rng, ACCESSORIES),
+        marks=rng.uniform(0.0, 1.0),
+    )
+
+
+DRIFTS = (
+    ("body",),
+    ("second", "pattern"),
+    ("pattern", "pattern_scale", "pattern_angle"),
+    ("accessory", "accent"),
+    ("eyes", "eye_size", "mouth"),
+    ("width", "height", "roundness", "limb"),
+)
+
+
+def drift(rng: np.random.Generator, identity: Identity, groups: int) -> Identity:
+    """The same kind with `groups` of its attribute groups drawn anew: the way a teacher's panels disagree."""
+    other = sample_identity(rng, kind=identity.kind)
+    chosen = rng.choice(len(DRIFTS), size=min(groups, len(DRIFTS)), replace=False)
+    fields = {name: getattr(other, name) for index in chosen for name in DRIFTS[index]}
+    return replace(identity, **fields)
+
+
+def sample_light(rng: np.random.Generator) -> Light:
+    direction = _choice(rng, DIRECTIONS)
+    centre = {"left": 180.0, "right": 0.0, "above": 90.0, "behind": 90.0}[direction]
+    elevation = {"left": 32.0, "right": 32.0, "above": 75.0, "behind": 30.0}[direction]
+    return Light(
+        direction=direction,
+        colour=_choice(rng, tuple(LIGHT_COLOURS), (4, 2, 2, 1.3, 1.3)),
+        intensity=_choice(rng, tuple(INTENSITIES), (4, 2, 2)),
+        azimuth=centre + rng.uniform(-15, 15),
+        elevation=elevation + rng.uniform(-10, 10),
+    )
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    place = _choice(rng, PLACES)
+    return Scene(
+        place=place,
+        light=sample_light(rng),
+        pose=_choice(rng, POSES, (4, 2, 2, 2, 2)),
+        framing=_choice(rng, FRAMINGS, (3, 4, 1.5)),
+        prop=_choice(rng, PROPS, (7, 1, 1, 1, 1, 1, 1, 1)),
+        weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (5, 1, 1, 1, 1, 1)),
+        x=float(rng.uniform(0.36, 0.64)),
+        facing=int(rng.choice([-1, 1])),
+        tilt=float(rng.uniform(-6, 6)),
+        layout=int(rng.integers(2**31)),
+    )
+
+
+def relight(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The same scene under another light: nothing else changes."""
+    while True:
+        light = sample_light(rng)
+        if (light.direction, light.colour, light.intensity) != (scene.light.direction, scene.light.colour, scene.light.intensity):
+            return replace(scene, light=light)
+
+
+def reseason(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The same outdoor scene in another weather or season: nothing else changes."""
+    if scene.place in INDOOR:
+        raise ValueError(f"{scene.place!r} has no weather: choose an outdoor scene")
+    return replace(scene, weather=_choice(rng, tuple(weather for weather in WEATHERS if weather != scene.weather)))
+
+
+def render(identity: Identity, scene: Scene, size: int = PANEL) -> np.ndarray:
+    """Draw `identity` in `scene`. Returns uint8 `[size, size, 3]`. The same arguments give the same bytes."""
+    from . import draw, light, places
+
+    background, horizon = places.paint(scene, size)
+    subject, ground = draw.paint(identity, scene, size)
+    picture = light.compose(background, horizon, subject, ground, scene)
+    return np.asarray(places.weather(picture, scene))
