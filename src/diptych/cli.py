@@ -38,6 +38,9 @@ Sets = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 
 
+INTERRUPTED = "interrupted; run the same command to continue"
+
+
 def _version(value: bool) -> None:
     if value:
         from diptych import __version__
@@ -233,9 +236,10 @@ def call(args: list[str] | None = None) -> int:
         quiet_libraries()
     try:
         result = app(args=args, standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        # typer may turn Ctrl-C into this exit code before it gets here.
+        return _say(INTERRUPTED, 130) if result == 130 else result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        return _say("interrupted; run the same command to continue", 130)
+        return _say(INTERRUPTED, 130)
     except UserError as error:
         if debug:
             raise
@@ -246,7 +250,7 @@ def call(args: list[str] | None = None) -> int:
         return 1
     except Exception as error:
         if type(error).__name__ == "Abort":
-            return _say("interrupted; run the same command to continue", 130)
+            return _say(INTERRUPTED, 130)
         message = getattr(error, "format_message", None)
         if message is None:
             if debug:

@@ -24,7 +24,7 @@ EXTRAS = {
     "flux": ("sentencepiece",),
     "dev": ("pytest", "hypothesis", "datasets"),
 }
-# What fits where: GiB for weights and work (facts.md 4: 23.8 GB of transformer, 9.5 of T5, the rest and activations).
+# What fits where: GiB for weights and work (FLUX.1 in bfloat16: 23.8 GB of transformer, 9.5 of T5, and the rest).
 NEEDS = (
     ("pocket, everything", "memory", 2.0),
     ("FLUX.1-dev in bfloat16 on a GPU", "gpu", 36.0),

@@ -43,7 +43,7 @@ def resolve(name: str, role: str) -> Path:
             raise UserError(f"the {name} {role} is not in this installation ({folder}); reinstall diptych")
         return folder
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         note_licence(name, path)
         return path
     if not _HUB_NAME.fullmatch(name):
@@ -58,15 +58,18 @@ def resolve(name: str, role: str) -> Path:
 
 def _download(name: str, role: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo, _, revision = name.partition("@")
-    where = f"no local path '{name}'"
+    wanted, instead = f"no local path '{name}', and", "give the path of a local copy, or try again with a network"
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision or None, allow_patterns=_HUB_FILES.get(role), ignore_patterns=_HUB_IGNORE
-            )
+        found = snapshot_download(
+            repo, revision=revision or None, allow_patterns=_HUB_FILES.get(role), ignore_patterns=_HUB_IGNORE
         )
     except GatedRepoError as error:
         raise UserError(
@@ -74,22 +77,20 @@ def _download(name: str, role: str) -> Path:
             "or give the path of a local copy"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{where}, and the hub has no public model '{repo}'; check the spelling") from error
+        raise UserError(f"{wanted} the hub has no public model '{repo}'; check the spelling") from error
     except RevisionNotFoundError as error:
-        raise UserError(f"the hub's '{repo}' has no revision '{revision}'") from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        # Offline, a proxy in the way, a full disk: huggingface_hub raises many types, most of them OSError.
+        raise UserError(f"{wanted} the hub's '{repo}' has no revision '{revision}'") from error
+    except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{where}, and it cannot be downloaded from the hub ({_first_line(error)}); "
-            "give the path of a local copy, or try again with a network"
+            f"{wanted} the hub cannot be reached and no copy of '{repo}' is in its cache; {instead}"
         ) from error
     except Exception as error:
-        # The hub client lets its HTTP library's own errors through, and has changed that library before.
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+        # A proxy in the way, a full disk, a broken stream: the hub client lets its HTTP library's own errors through,
+        # and has changed that library before.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        raise UserError(
-            f"{where}, and the hub cannot be reached ({_first_line(error)}); give the path of a local copy"
-        ) from error
+        raise UserError(f"{wanted} it cannot be downloaded from the hub ({_first_line(error)}); {instead}") from error
+    return Path(found)
 
 
 def _first_line(error: Exception) -> str:

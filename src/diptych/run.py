@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,8 +167,8 @@ class _Pipeline:
 
         pairs = self._input("pairs", "curate", self.fingerprints("select"))
         with self.display.stage("distill", "steps") as report:
-            distill(self.recipe, pairs, self.folder / "student", report)
-        return {"steps": self.recipe.distill.steps, "pairs": len(pairs)}
+            numbers = distill(self.recipe, pairs, self.folder / "student", report)
+        return {**numbers, "pairs": len(pairs)}
 
     def evaluate(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -268,20 +269,28 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
 
 def settle(recipe: Recipe) -> Recipe:
     """`device: auto` and `threads: null` as what this machine has."""
-    import torch
+    device, threads = recipe.device, recipe.threads
+    if device == "auto" or threads is None:
+        import torch
 
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return recipe.model_copy(update={"device": device, "threads": recipe.threads or torch.get_num_threads()})
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        threads = threads or torch.get_num_threads()
+    return recipe.model_copy(update={"device": device, "threads": threads})
 
 
 def use_threads(threads: int | None) -> None:
-    """Tells torch how many CPU threads to use."""
-    if threads is not None:
-        import torch
+    """Tells torch how many CPU threads to use; if it is not loaded yet, it will read so when it is.
 
-        torch.set_num_threads(threads)
+    So a call that has nothing to compute does not wait seconds for torch.
+    """
+    if threads is None:
+        return
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    else:
+        # The three that torch.set_num_threads itself decides.
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
 
 
 def _shown(value: Any) -> str:

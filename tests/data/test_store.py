@@ -60,7 +60,7 @@ def test_a_set_is_complete_only_with_its_manifest_and_every_part(url: str) -> No
     assert [part["rows"] for part in manifest["parts"]] == [1, 2]
     data.drop_shard(1)
     assert not data.is_complete()
-    with pytest.raises(UserError, match="part-00001.parquet is missing"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is missing"):
         data.verify()
 
 

@@ -1,7 +1,7 @@
 """What a row is, at each step of the way: arrow schemas, ids, seeds, and the rule that keeps a pair.
 
-prompts → grids → candidates → pairs (facts.md 1). A pair's columns start with those of the released data set
-(`conditioning`, `image`, `caption`, facts.md 2), so that its readers open ours.
+prompts → grids → candidates → pairs. A pair's columns start with those of the released data set
+(`primecai/dsd_data`: `conditioning`, `image`, `caption`), so that its readers open ours.
 Image columns are the Hugging Face `Image` struct `{bytes, path}`, and the schema metadata says so:
 `datasets.load_dataset("parquet", …)` and the hub's viewer show pictures.
 """

@@ -1,7 +1,7 @@
 """What a pair means, as data: a task is one YAML file beside this one, or anywhere.
 
-It holds the wordings of grid prompts, the questions a vision-language judge is asked (the paper's three steps, facts.md
-1.3), the brief for captions, and whether the two panels share their geometry. A new task is one file; no code changes.
+It holds the wordings of grid prompts, the questions a vision-language judge is asked (the paper's three
+steps), the brief for captions, and whether the two panels share their geometry. A new task is one file and no code.
 """
 
 from __future__ import annotations

@@ -1,0 +1,153 @@
+"""Plain stages for tests of the run itself: real rows and pictures, no models. Slow enough to be killed in the middle.
+
+`install(delay)` puts them where `diptych.run` looks for the real ones; as a script (RECIPE OUT DELAY) it runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diptych.data import records
+from diptych.data.engine import Failure, Row, Work
+from diptych.data.images import image_cell
+from diptych.data.store import Dataset, write_atomic
+
+DELAY = [0.0]
+CALLS: list[str] = []
+
+
+class Stage:
+    """What the three row stages share."""
+
+    name = ""
+    batch_size = 2
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe = recipe
+
+    def load(self) -> Work:
+        CALLS.append(f"load {self.name}")
+
+        def work(rows: list[Row]) -> list[list[Row] | Failure]:
+            time.sleep(DELAY[0])
+            return [self.one(row) for row in rows]
+
+        return work
+
+    def one(self, row: Row) -> list[Row] | Failure:
+        raise NotImplementedError
+
+
+class Write(Stage):
+    """Prompts that say their number."""
+
+    name = "write"
+
+    def one(self, row: Row) -> list[Row] | Failure:
+        text = f"number {row['index']}"
+        return [
+            {
+                "id": row["id"],
+                "prompt": text,
+                "panels": [text, text],
+                "subject": "cat",
+                "task": self.recipe.task,
+                "seed": row["seed"],
+            }
+        ]
+
+
+class Paint(Stage):
+    """Two plain panels in colours of the seed; every seventh grid fails."""
+
+    name = "paint"
+
+    def one(self, row: Row) -> list[Row] | Failure:
+        if int(row["id"][2:]) % 7 == 6:
+            return Failure("out of paint")
+        image = Image.new("RGB", (16, 8), tuple(row["seed"].to_bytes(8, "big")[-3:]))
+        shared = {key: row[key] for key in ("prompt", "panels", "subject", "task", "seed")}
+        grid = {"id": records.grid_id(row["id"]), "image": image_cell(image), "prompt_id": row["id"], **shared}
+        return [{**grid, "rows": 1, "cols": 2, "panel_size": 8, "model": "x"}]
+
+
+class Curate(Stage):
+    """Both orders of the two panels, judged by the seed's last bits."""
+
+    name = "curate"
+
+    def one(self, row: Row) -> list[Row] | Failure:
+        pairs = []
+        for reference, target in ((0, 1), (1, 0)):
+            numbers = (row["seed"] % 100 / 100, 1.0, 1.0)
+            kept, reason = records.verdict(*numbers, self.recipe.curate.thresholds)
+            pair = {"conditioning": row["image"], "image": row["image"], "caption": row["panels"][target]}
+            pair |= {"instruction": "", "id": records.pair_id(row["id"], reference, target), "grid_id": row["id"]}
+            pair |= {"reference_caption": "", "task": row["task"], "subject": "cat", "reference_panel": reference}
+            pair |= {"target_panel": target, "seed": row["seed"], "similarity": numbers[0], "copy_distance": 1.0}
+            pairs.append({**pair, "seam": 1.0, "kept": kept, "reason": reason, "judge": "j", "evidence": "{}"})
+        return pairs
+
+
+def distill(recipe: Any, pairs: Dataset, out: Path, progress: Any) -> dict[str, Any]:
+    """A student that is the sum of its pairs."""
+    CALLS.append("distill")
+    for step in range(3):
+        time.sleep(DELAY[0])
+        progress(step + 1, 3, "loss 1")
+    out.mkdir(exist_ok=True)
+    write_atomic(out / "student.json", json.dumps([row["id"] for row in pairs]).encode())
+    return {"steps": 3, "loss": 1.0}
+
+
+def evaluate(recipe: Any, run_dir: Path, progress: Any) -> None:
+    """Scores of nothing."""
+    CALLS.append("evaluate")
+    progress(1, 1)
+    (run_dir / "report").mkdir(exist_ok=True)
+    write_atomic(run_dir / "report" / "metrics.json", b"{}\n")
+
+
+def write_report(recipe: Any, run_dir: Path) -> None:
+    """A page."""
+    (run_dir / "report").mkdir(exist_ok=True)
+    write_atomic(run_dir / "report" / "report.html", b"<p>report</p>\n")
+
+
+def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
+    """Modules to put into sys.modules in place of the real stages."""
+    DELAY[0] = delay
+    report = module("diptych.evaluate.report", write=write_report)
+    suite = module("diptych.evaluate.run_suite", evaluate=evaluate)
+    modules = [
+        module("diptych.stages"),
+        module("diptych.stages.write", Write=Write),
+        module("diptych.stages.paint", Paint=Paint),
+        module("diptych.stages.curate", Curate=Curate),
+        module("diptych.stages.distill", distill=distill),
+        module("diptych.evaluate", report=report, run_suite=suite),
+        suite,
+        report,
+    ]
+    return {m.__name__: m for m in modules}
+
+
+def module(name: str, **members: Any) -> types.ModuleType:
+    """A module that holds `members`."""
+    made = types.ModuleType(name)
+    made.__dict__.update(members)
+    return made
+
+
+if __name__ == "__main__":
+    sys.modules.update(install(float(sys.argv[3])))
+    from diptych.cli import main
+
+    main(["run", sys.argv[1], "--out", sys.argv[2], *sys.argv[4:]])

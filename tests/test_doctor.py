@@ -1,0 +1,39 @@
+"""doctor says what this machine can do, and fails when something keeps diptych from working."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diptych import cli, doctor, models
+
+
+def test_it_finds_versions_memory_and_a_device() -> None:
+    found = doctor.examine()
+    assert set(found["versions"]) >= {"diptych", "torch", "diffusers"}
+    assert found["memory"]["total"] > 0.5 and found["cpu"]["threads"] >= 1
+    assert found["devices"][-1]["device"] == "cpu"
+    assert set(found["pocket"]) == set(models.ROLES) and found["fits"]["pocket, everything"]
+    json.dumps(found)
+    text = "\n".join(doctor.lines(found))
+    for word in ("memory", "device", "extras", "pocket", "fits"):
+        assert word in text
+
+
+def test_missing_weights_are_a_problem_and_exit_code_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def without(name: str) -> Path:
+        return tmp_path / name
+
+    monkeypatch.setattr(doctor, "packaged", without)
+    assert cli.call(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "teacher MISSING" in out and "this installation is incomplete" in out
+
+
+def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"here": ("json",), "absent": ("no_such_module_at_all",)})
+    assert doctor.examine()["extras"] == {"here": True, "absent": False}

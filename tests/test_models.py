@@ -1,0 +1,71 @@
+"""A model's name becomes a folder, or one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from diptych import models
+from diptych.errors import UsageError, UserError
+
+
+def folder(path: Path, **files: str) -> Path:
+    for name, text in files.items():
+        target = path / name.replace("__", "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.with_suffix(".safetensors" if "weights" in name else ".json").write_text(text)
+    return path
+
+
+def test_a_local_folder_or_file_is_itself(tmp_path: Path) -> None:
+    assert models.resolve(str(tmp_path), "student") == tmp_path
+    (tmp_path / "one.safetensors").write_text("")
+    assert models.resolve(str(tmp_path / "one.safetensors"), "student").is_file()
+
+
+@pytest.mark.parametrize("name", ["pockt", "runs/no/such/student", "", "a b/c"])
+def test_a_name_that_can_mean_nothing_is_wrong_use(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown student model") as caught:
+        models.resolve(name, "student")
+    assert ("did you mean 'pocket'" in str(caught.value)) == (name == "pockt")
+
+
+def test_a_hub_name_that_cannot_be_downloaded_fails_in_one_line() -> None:
+    with pytest.raises(UserError, match="the hub cannot be reached and no copy of 'someone/something'") as caught:
+        models.resolve("someone/something@main", "teacher")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+
+
+def test_a_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:
+    one = models.fingerprint(folder(tmp_path / "1", vae__weights="abc", vae__config="{}"))
+    assert one == models.fingerprint(folder(tmp_path / "2", vae__weights="abc", vae__config="{}"))
+    assert one != models.fingerprint(folder(tmp_path / "3", vae__weights="abd", vae__config="{}"))
+    assert one != models.fingerprint(folder(tmp_path / "4", vea__weights="abc", vea__config="{}"))
+    (tmp_path / "1" / "notes.txt").write_text("not part of it")
+    assert one == models.fingerprint(tmp_path / "1")
+
+
+def test_a_fingerprint_is_not_stale_after_a_change_in_the_same_process(tmp_path: Path) -> None:
+    path = folder(tmp_path, weights="abc") / "weights.safetensors"
+    before = models.fingerprint(tmp_path)
+    path.write_text("abd")
+    os.utime(path, ns=(1, 1))
+    assert models.fingerprint(tmp_path) != before
+
+
+def test_the_licence_of_flux_dev_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models._noted.clear()
+    logging.getLogger("diptych").propagate = True
+    dev = json.dumps({"guidance_embeds": True, "num_attention_heads": 24})
+    path = folder(tmp_path / "mine", transformer__config=dev)
+    models.resolve(str(path), "teacher")
+    models.resolve(str(path), "teacher")
+    assert [r.message for r in caplog.records if "Non-Commercial" in r.message] == [models.FLUX_DEV_NOTE]
+    schnell = json.dumps({"guidance_embeds": False, "num_attention_heads": 24})
+    other = folder(tmp_path / "other", transformer__config=schnell)
+    assert models.note_licence("x", other) is None
+    assert models.note_licence("black-forest-labs/FLUX.1-dev", other) is not None
