@@ -4,8 +4,8 @@
     student = Student.load("pocket")
     student.generate(reference, "a cat on a beach at sunset", seed=0).save("cat.png")
 
-Everything below it is `diptych.student`; what diffusers can do to a pipeline (offload, compile, caches, LoRA) is done on
-`student.pipeline`.
+Everything below it is `diptych.student`; what diffusers can do to a pipeline (offload, compile, caches, LoRA) is done
+on `student.pipeline`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.errors import UsageError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Reference = Image.Image | str | Path | None
 
 log = logging.getLogger("diptych.api")
+HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
 _T = TypeVar("_T")
 
 
@@ -63,18 +64,6 @@ class Student:
         pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
         return cls(pipeline, str(model), words=read_words(pipeline))
 
-    @overload
-    def generate(self, reference: Reference, prompt: str, *, seed: int = 0, **options: Any) -> Image.Image: ...
-    @overload
-    def generate(
-        self,
-        reference: Reference | Sequence[Reference],
-        prompt: str | Sequence[str],
-        *,
-        seed: int | Sequence[int] = 0,
-        **options: Any,
-    ) -> Image.Image | list[Image.Image]: ...
-
     def generate(
         self,
         reference: Reference | Sequence[Reference],
@@ -89,7 +78,7 @@ class Student:
         size: int | tuple[int, int] | None = None,
         fit: str = "crop",
         batch_size: int = 1,
-    ) -> Image.Image | list[Image.Image]:
+    ) -> Any:
         """Draws the reference's subject as the prompt asks; one picture, or a list if any argument is a list.
 
         Lists multiply: every reference with every prompt with every seed, seeds running fastest. The same reference,
@@ -107,7 +96,7 @@ class Student:
             batch_size: pictures drawn together.
 
         Returns:
-            RGB images; `image.info` says what made each (model, prompt, seed, options, versions).
+            An RGB image, or a list of them; `image.info` says what made each (model, prompt, seed, options, versions).
 
         Raises:
             UsageError for arguments that do not fit, UserError for a reference that cannot be read.
@@ -194,7 +183,7 @@ class Student:
         from diptych import __version__
         from diptych.models import fingerprint
 
-        folders = [fingerprint(folder) for folder in self.pipeline.loaded_from]
+        folders = [fingerprint(f) if _bytes(f) <= HASHED_BYTES else None for f in self.pipeline.loaded_from]
         return {
             "model": self.name,
             "fingerprints": folders,
@@ -204,6 +193,10 @@ class Student:
             "device": self.pipeline.device.type,
             "versions": {"diptych": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def _as_list(value: _T | Sequence[_T]) -> list[_T]:

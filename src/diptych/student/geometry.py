@@ -154,7 +154,9 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") ->
         return image
     if fit == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    inside = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
+    scale = min(width / image.width, height / image.height)
+    size = [max(1, round(side * scale)) for side in image.size]  # ImageOps.contain rounds a thin strip away to nothing
+    inside = image.resize((min(width, size[0]), min(height, size[1])), Image.Resampling.LANCZOS)
     if fit == "pad":
         panel = Image.new("RGB", (width, height), (255, 255, 255))
         panel.paste(inside, ((width - inside.width) // 2, (height - inside.height) // 2))

@@ -1,8 +1,8 @@
 """DiptychPipeline: the stock FLUX-Control pipeline, given a reference image.
 
 Sampling follows the release (github primecai/diffusion-self-distillation). The canvas [reference | target] is denoised
-as one wide FLUX image with plain position ids; the condition is the VAE encoding of [reference | black], encoded jointly.
-With image guidance > 1 (or, unlike the release, text guidance > 1 alone), from step index 2 on:
+as one wide FLUX image with plain position ids; the condition is the VAE encoding of [reference | black], encoded as one
+image. With image guidance > 1 (or, unlike the release, text guidance > 1 alone), from step index 2 on:
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 
@@ -387,6 +387,8 @@ def _texts(value: str | list[str] | None, count: int) -> list[str] | None:
     """One text for each of `count` rows."""
     if value is None:
         return None
+    if not isinstance(value, (str, list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise UsageError(f"a prompt is a string or a list of strings, not {type(value).__name__}")
     texts = [value] if isinstance(value, str) else list(value)
     if len(texts) not in (1, count):
         raise UsageError(f"{len(texts)} texts for {count} images")

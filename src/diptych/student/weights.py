@@ -2,8 +2,8 @@
 
 The release adds one layer to FLUX, `c_embedder`, and feeds the blocks `x_embedder(x) + c_embedder(c)` (x the noisy
 canvas, c the condition canvas). That equals one linear on `[x ; c]` with `W = [Wx | Wc]` and `b = bx + bc`, so the
-released layout *folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A new
-student is the teacher with zero columns added: `widen`.
+released layout *folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A
+new student is the teacher with zero columns added: `widen`.
 
 `b = bx + bc` loses how the bias was split, so both parts are kept beside the folded weights (`files.SPLIT_FILE`), and
 released → folded → released is bit-equal. The released file also carries adapter tensors that its own code ignores

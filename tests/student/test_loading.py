@@ -1,0 +1,209 @@
+"""Opening and saving: every layout, every damage, one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxControlPipeline
+from safetensors.torch import load_file, save_file
+
+from diptych import student
+from diptych.errors import UsageError, UserError
+from diptych.student import files
+from diptych.student.loading import pick_dtype, read_words
+from diptych.student.lora import apply_lora
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def test_stock_pipeline_opens_a_saved_student_and_computes_the_same(pipe, tmp_path):
+    student.save(pipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "FluxControlPipeline"
+    stock = FluxControlPipeline.from_pretrained(tmp_path / "out")
+    assert type(stock) is FluxControlPipeline
+    inputs = {
+        "hidden_states": torch.randn(1, 8, 32),
+        "timestep": torch.tensor([0.5]),
+        "pooled_projections": torch.randn(1, 20),
+        "encoder_hidden_states": torch.randn(1, 12, 24),
+        "txt_ids": torch.zeros(12, 3),
+        "img_ids": pipe._prepare_latent_image_ids(1, 2, 4, "cpu", torch.float32),
+    }
+    with torch.no_grad():
+        assert torch.equal(stock.transformer(**inputs).sample, pipe.transformer(**inputs).sample)
+    again = student.load(tmp_path / "out", device="cpu")
+    assert read_words(again) == read_words(pipe) != set()
+
+
+def test_a_saved_released_student_keeps_its_bias_split(tmp_path):
+    pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu", released_lora=False)
+    student.save(pipe, tmp_path / "saved")
+    files.unfold_folder(tmp_path / "saved" / "transformer", tmp_path / "released")
+    before = files.read_state(GOLDEN / "dsd_model" / "transformer")
+    after = files.read_state(tmp_path / "released")
+    assert all(torch.equal(before[key], after[key]) for key in after)
+
+
+def test_saving_refuses_what_would_be_lost(pipe, student_folder, teacher, tmp_path):
+    student.save(pipe, tmp_path / "out")
+    with pytest.raises(UserError, match="exists already"):
+        student.save(pipe, tmp_path / "out")
+    student.save(pipe, tmp_path / "out", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # no temporary folders are left
+    lora = make_lora(tmp_path / "lora.safetensors")
+    loaded = student.load(student_folder, teacher, device="cpu", lora=lora)
+    with pytest.raises(UserError, match="unfused LoRA"):
+        student.save(loaded, tmp_path / "other")
+
+
+def test_float16_weights_load_as_float32_on_a_cpu(pipe, teacher, tmp_path):
+    student.save(pipe.to(torch.float16), tmp_path / "half")
+    loaded = student.load(tmp_path / "half", device="cpu")
+    parts = (loaded.transformer, loaded.vae, loaded.text_encoder, loaded.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert student.load(tmp_path / "half", device="cpu", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert pick_dtype(tmp_path / "half" / "transformer", torch.device("cuda")) == torch.float32
+    student.save(pipe.to(torch.bfloat16), tmp_path / "brain")
+    assert pick_dtype(tmp_path / "brain" / "transformer", torch.device("cuda")) == torch.bfloat16
+
+
+def make_lora(path: Path, change=None) -> Path:
+    torch.manual_seed(3)
+    state = {f"{LAYER}.lora_A.weight": torch.randn(2, 32), f"{LAYER}.lora_B.weight": torch.randn(32, 2)}
+    if change:
+        change(state)
+    save_file(state, path)
+    return path
+
+
+def weight(pipe):
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+
+
+def test_fusing_adds_the_scaled_product(student_folder, teacher, tmp_path):
+    state = load_file(make_lora(tmp_path / "a.safetensors"))
+    plain = student.load(student_folder, teacher, device="cpu")
+    fused = student.load(student_folder, teacher, device="cpu", lora=(tmp_path / "a.safetensors", 0.5), fuse=True)
+    a, b = state[f"{LAYER}.lora_A.weight"], state[f"{LAYER}.lora_B.weight"]
+    torch.testing.assert_close(weight(fused), weight(plain) + 0.5 * b @ a)
+    assert not getattr(fused.transformer, "peft_config", {})
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_several_loras_add_up_at_their_scales(student_folder, teacher, tmp_path, pictures, fuse):
+    paths = [make_lora(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    once = student.load(student_folder, teacher, device="cpu", lora=(paths[0], 1.0), fuse=True)
+    scaled = [(paths[0], 0.25), (paths[1], 0.75)]
+    twice = student.load(student_folder, teacher, device="cpu", lora=scaled, fuse=fuse)
+    call = {"prompt": "a cat", "reference": pictures[0], "num_inference_steps": 2, "generator": 0}
+    outs = [p(**call, output_type="latent").images for p in (once, twice)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_on_the_released_input_layer_acts_on_the_noisy_half_only(student_folder, teacher, tmp_path):
+    def change(state):
+        state["transformer.x_embedder.lora_A.weight"] = torch.randn(2, 16)
+        state["transformer.x_embedder.lora_B.weight"] = torch.randn(32, 2)
+
+    plain = student.load(student_folder, teacher, device="cpu")
+    path = make_lora(tmp_path / "x.safetensors", change)
+    pipe = student.load(student_folder, teacher, device="cpu", lora=path, fuse=True)
+    state = load_file(path)
+    expected = plain.transformer.x_embedder.weight.clone()
+    expected[:, :16] += state["transformer.x_embedder.lora_B.weight"] @ state["transformer.x_embedder.lora_A.weight"]
+    torch.testing.assert_close(pipe.transformer.x_embedder.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.update({"transformer.lost.lora_A.weight": torch.zeros(2, 32)}), "transformer.lost.lora_A.weight"),
+        (lambda s: s.update({"transformer.proj_out.weight": torch.zeros(2, 32)}), "transformer.proj_out.weight"),
+        (lambda s: s.update({"unet.to_q.lora_A.weight": torch.zeros(2, 32)}), "unet.to_q.lora_A.weight"),
+        (lambda s: s.update({"transformer.c_embedder.lora_A.weight": torch.zeros(2, 16)}), "c_embedder"),
+        (lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(2, 31)}), "width 31"),
+        (lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(2, 16)}), "width 16"),
+        (lambda s: s.clear(), "no LoRA tensors"),
+    ],
+)
+def test_lora_keys_without_a_layer_are_refused_by_name(pipe, tmp_path, change, says):
+    before = weight(pipe).clone()
+    with pytest.raises(UserError, match=says):
+        apply_lora(pipe, make_lora(tmp_path / "bad.safetensors", change))
+    assert not getattr(pipe.transformer, "peft_config", {})
+    assert torch.equal(weight(pipe), before)
+
+
+def test_missing_base_and_missing_parts_say_what_to_give(student_folder, teacher, tmp_path):
+    with pytest.raises(UsageError, match="give the teacher's folder as base"):
+        student.load(student_folder, device="cpu")
+    with pytest.raises(UserError, match="neither .* has scheduler, vae"):
+        student.load(student_folder, tmp_path, device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no transformer/ folder"):
+        student.load(tmp_path / "empty", teacher, device="cpu")
+    with pytest.raises(UsageError, match="unknown student model 'nosuch'"):
+        student.load("nosuch", teacher)
+    with pytest.raises(UsageError, match="unknown device"):
+        student.load(student_folder, teacher, device="warp")
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "damage", "says"),
+    [
+        ("transformer", files.WEIGHTS_FILE, "cut", "not a whole safetensors"),
+        ("transformer", files.WEIGHTS_FILE, "gone", "is missing"),
+        ("transformer", "config.json", "gone", r"config.json is missing"),
+        ("transformer", "config.json", "cut", "cannot be read as JSON"),
+        ("vae", "config.json", "cut", "vae"),
+        ("vae", files.WEIGHTS_FILE, "cut", "not a whole safetensors"),
+        ("vae", files.WEIGHTS_FILE, "gone", "vae"),
+        ("vae", files.WEIGHTS_FILE, "thinned", "lacks"),
+        ("text_encoder_2", "model.safetensors", "cut", "not a whole safetensors"),
+        ("text_encoder_2", "model.safetensors", "thinned", "lacks"),
+        ("tokenizer", "tokenizer_config.json", "cut", "tokenizer"),
+        ("scheduler", "scheduler_config.json", "gone", "scheduler"),
+    ],
+)
+def test_damaged_files_are_named(pipe, tmp_path, part, file, damage, says):
+    folder = student.save(pipe, tmp_path / "whole")
+    path = folder / part / file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        state = load_file(path)
+        state.pop(sorted(state)[0])
+        save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=says) as caught:
+        student.load(folder, device="cpu")
+    assert part in str(caught.value)
+
+
+def test_a_base_of_another_family_is_refused(student_folder):
+    with pytest.raises(UserError, match=r"another family.*64 wide.*16"):
+        student.load(student_folder, GOLDEN / "base", device="cpu")
+
+
+def test_another_kind_of_transformer_is_refused(student_folder, teacher, tmp_path):
+    folder = copy(student_folder, tmp_path / "other")
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("FluxTransformer2DModel", "SD3Transformer2DModel"))
+    with pytest.raises(UserError, match="SD3Transformer2DModel, not a FLUX"):
+        student.load(folder, teacher, device="cpu")
+
+
+def test_a_transformer_folder_itself_is_a_model(student_folder, teacher):
+    assert student.load(student_folder / "transformer", teacher, device="cpu").transformer.config.in_channels == 32
