@@ -7,6 +7,7 @@ change of the weight, B's bias the change of the bias. That is exact.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,11 +57,15 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
     """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32."""
     start: dict[str, torch.Tensor] = {}
     if options.mode == "full":
-        transformer.to(device, torch.float32).requires_grad_(True)
+        transformer.to(device).requires_grad_(True)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.float()
     else:
         # A frozen base may stay in bfloat16 where autocast computes in it anyway; what is trained never does.
         frozen = torch.bfloat16 if precision == "bfloat16" and device.type != "cpu" else torch.float32
-        transformer.to(device, frozen)
+        transformer.to(device)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(frozen)
         _add_adapter(transformer, options)
         layer = transformer.get_submodule(INPUT_LAYER).requires_grad_(True)
         for parameter in transformer.parameters():
@@ -155,10 +160,13 @@ def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path
     """The control-LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
 
     Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
-    what the student draws. `metadata` goes beside the adapter's own.
+    what the student draws. `metadata` goes into the file's header, as JSON under
+    `diptych`.
     """
     from diffusers import FluxControlPipeline
     from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     state: dict[str, Any] = {key: value.detach().float().cpu() for key, value in adapter.items() if ".lora_" in key}
@@ -181,8 +189,12 @@ def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path
         lora_bias=True,
     ).to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config["diptych"] = metadata
     FluxControlPipeline.save_lora_weights(
         folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
     )
-    return folder / "pytorch_lora_weights.safetensors"
+    path = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        header = {**file.metadata(), "diptych": json.dumps(metadata, sort_keys=True)}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=header)
+    return path

@@ -1,0 +1,74 @@
+"""Chance in training is a function of seed, sample and epoch, and of nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.train.draws import Order, draw, fixed_noise
+from diptych.train.options import Options
+
+OPTIONS = Options(seed=3)
+SHAPE = (6, 4)
+
+
+def test_a_draw_does_not_depend_on_the_global_generator_or_on_other_draws() -> None:
+    torch.manual_seed(1)
+    first = draw(OPTIONS, "c-000001-01", 0, SHAPE)
+    torch.manual_seed(2)
+    draw(OPTIONS, "c-000002-01", 0, SHAPE)
+    again = draw(OPTIONS, "c-000001-01", 0, SHAPE)
+    assert first.sigma == again.sigma
+    assert torch.equal(first.noise, again.noise)
+
+
+def test_another_epoch_sample_or_seed_is_another_draw() -> None:
+    noise = draw(OPTIONS, "a", 0, SHAPE).noise
+    others = [draw(OPTIONS, "a", 1, SHAPE), draw(OPTIONS, "b", 0, SHAPE), draw(replace(OPTIONS, seed=4), "a", 0, SHAPE)]
+    assert all(not torch.equal(noise, other.noise) for other in others)
+    assert not torch.equal(fixed_noise(3, "a", 0.1, SHAPE), fixed_noise(3, "a", 0.3, SHAPE))
+
+
+def test_dropout_shares_are_the_recipes() -> None:
+    options = replace(OPTIONS, reference_dropout=0.1, text_dropout=0.2, both_dropout=0.3)
+    draws = [draw(options, f"c-{i}", 0, (1, 1)) for i in range(4000)]
+    share = {
+        pair: sum((d.drop_reference, d.drop_text) == pair for d in draws) / len(draws)
+        for pair in [(True, False), (False, True), (True, True)]
+    }
+    assert share[True, False] == pytest.approx(0.1, abs=0.02)
+    assert share[False, True] == pytest.approx(0.2, abs=0.025)
+    assert share[True, True] == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("dropped", ["reference_dropout", "text_dropout", "both_dropout"])
+def test_a_share_of_one_drops_always(dropped: str) -> None:
+    none = replace(OPTIONS, reference_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
+    found = {(d.drop_reference, d.drop_text) for d in (draw(none, f"{i}", 0, (1, 1)) for i in range(50))}
+    assert found == {(False, False)}
+    options = replace(none, **{dropped: 1.0})
+    found = {(d.drop_reference, d.drop_text) for d in (draw(options, f"{i}", 0, (1, 1)) for i in range(50))}
+    assert found == {(dropped != "text_dropout", dropped != "reference_dropout")}
+
+
+def test_noise_levels_follow_the_density_and_the_shift() -> None:
+    def mean(**changes: float | str) -> float:
+        options = replace(OPTIONS, **changes)  # pyright: ignore[reportArgumentType]
+        return sum(draw(options, f"{i}", 0, (1, 1)).sigma for i in range(2000)) / 2000
+
+    assert mean() == pytest.approx(0.5, abs=0.02)
+    assert mean(timestep_density="uniform") == pytest.approx(0.5, abs=0.03)
+    assert mean(logit_mean=1.0) > 0.65  # above 0 is noisier
+    assert mean(shift=3.0) > 0.65
+
+
+def test_every_epoch_takes_every_sample_once_in_another_order_and_any_step_can_be_asked_first() -> None:
+    order = Order(10, 4, seed=1)
+    taken = [place for step in range(1, 6) for place in order.at(step)]  # 20 samples: two epochs
+    assert sorted(row for row, epoch in taken if epoch == 0) == list(range(10))
+    assert sorted(row for row, epoch in taken if epoch == 1) == list(range(10))
+    assert [row for row, _ in taken[:10]] != [row for row, _ in taken[10:]]
+    assert Order(10, 4, seed=1).at(4) == order.at(4) == taken[12:16]
+    assert Order(10, 4, seed=2).at(1) != taken[:4]

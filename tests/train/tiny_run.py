@@ -1,0 +1,176 @@
+"""A whole distillation in miniature: a random teacher folder, drawn pairs, a recipe; and, as a script, one training.
+
+    python tests/train/tiny_run.py WORK OUT [stage.key=value …]
+
+trains in WORK's world into OUT. Stock classes throughout; a step takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = ["a", "the", "red", "blue", "cat", "robot", "in", "on", "desert", "snow", "grass"]
+PANEL = 16
+
+
+def make_teacher(folder: Path, guidance_embeds: bool = False) -> Path:
+    """A complete FluxPipeline folder of random weights: 16 px panels of 2×2 tokens."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *(("▁" + word, -1.0) for word in WORDS)]
+    tokenizer_2 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=8)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[], model_max_length=32)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            projection_dim=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=PANEL,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=clip.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=make_transformer(guidance_embeds),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_transformer(guidance_embeds: bool = False, channels: int = 16, seed: int = 1) -> Any:
+    """A text-to-image FLUX of 32 channels, one double and two single blocks."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        in_channels=channels,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def make_pairs(folder: Path, grids: int = 12, shard: int = 10) -> Any:
+    """A published data set of both ordered pairs of each grid: a coloured square on two backgrounds."""
+    from PIL import Image
+
+    from diptych.data import records
+    from diptych.data.images import image_cell
+    from diptych.data.store import Dataset
+
+    places = {"desert": (220, 190, 120), "snow": (240, 240, 250), "grass": (60, 160, 70)}
+    rows = []
+    for grid in range(grids):
+        colour = ((37 * grid) % 256, (91 * grid) % 256, (53 * grid + 80) % 256)
+        names = [list(places)[grid % 3], list(places)[(grid + 1) % 3]]
+        panels = []
+        for index, name in enumerate(names):
+            panel = Image.new("RGB", (PANEL, PANEL), places[name])
+            panel.paste(colour, (3 + 2 * index, 4, 10 + 2 * index, 12))
+            panels.append(panel)
+        for reference, target in ((0, 1), (1, 0)):
+            rows.append(
+                {
+                    "conditioning": image_cell(panels[reference]),
+                    "image": image_cell(panels[target]),
+                    "caption": f"a cat in the {names[target]}",
+                    "instruction": "",
+                    "id": records.pair_id(f"g-{grid:06d}", reference, target),
+                    "grid_id": f"g-{grid:06d}",
+                    "reference_caption": f"a cat in the {names[reference]}",
+                    "task": "subject",
+                    "subject": "cat",
+                    "reference_panel": reference,
+                    "target_panel": target,
+                    "seed": grid,
+                    "similarity": 0.9,
+                    "copy_distance": 0.3,
+                    "seam": 1.0,
+                    "kept": True,
+                    "reason": "kept",
+                    "judge": "test",
+                    "evidence": "{}",
+                }
+            )
+    data = Dataset(folder, records.schema(records.PAIR))
+    for number, first in enumerate(range(0, len(rows), shard)):
+        data.write_shard(number, rows[first : first + shard], "test")
+    data.publish({"fingerprint": "test"})
+    return data
+
+
+DISTILL = {
+    "steps": 12,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup": 3,
+    "precision": "float32",
+    "ema": 0.9,
+    "checkpoint_every": 4,
+    "validate_every": 4,
+    "validation_pairs": 4,
+    "sample_every": 0,
+}
+
+
+def make_recipe(teacher: Path, **distill: Any) -> Any:
+    """A recipe for that teacher, quick to train."""
+    from diptych.recipe import Recipe
+
+    values = {"name": "tiny", "teacher": str(teacher), "seed": 5, "device": "cpu", "threads": 1}
+    return Recipe.model_validate({**values, "distill": {**DISTILL, **distill}})
+
+
+def main(work: str, out: str, *sets: str) -> None:
+    """Trains in the world that `make_teacher` and `make_pairs` made in `work`."""
+    import yaml
+
+    from diptych.data.store import Dataset
+    from diptych.stages.distill import distill
+
+    values = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in sets)}
+    recipe = make_recipe(Path(work) / "teacher", **values)
+    distill(recipe, Dataset(Path(work) / "pairs"), Path(out), lambda step, total, text: print(step, text, flush=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
