@@ -41,24 +41,24 @@ class Write(Section):
 
     writer: Literal["grammar"] = "grammar"
     """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model."""
-    count: int = Field(4000, ge=1, le=100_000_000)
+    count: int = Field(default=4000, ge=1, le=100_000_000)
     """Grids to ask for."""
-    shard_size: int = Field(100, ge=1)
+    shard_size: int = Field(default=100, ge=1)
     """Rows of a shard: what is published whole, and at most what a kill costs."""
 
 
 class Paint(Section):
     """Stage 2: the teacher draws grids."""
 
-    steps: int = Field(20, ge=1, le=1000)
+    steps: int = Field(default=20, ge=1, le=1000)
     """Sampling steps."""
-    guidance: float = Field(3.5, ge=0)
+    guidance: float = Field(default=3.5, ge=0)
     """Distilled guidance, an input of guidance-distilled teachers (FLUX.1-dev); the pocket teacher has none."""
-    true_guidance: float = Field(2.0, ge=0)
+    true_guidance: float = Field(default=2.0, ge=0)
     """Classifier-free guidance against the empty prompt; 1 is off, anything else doubles the cost."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
-    panel_size: int | None = Field(None, ge=16, le=4096)
+    panel_size: int | None = Field(default=None, ge=16, le=4096)
     """Pixels of a panel's side; null is the teacher's own size, at most 512."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the teacher computes in."""
@@ -69,18 +69,18 @@ class Thresholds(Section):
 
     same: float = 0.5
     """Least similarity of the two subjects, by the judge."""
-    near_copy: float = Field(0.02, ge=0)
+    near_copy: float = Field(default=0.02, ge=0)
     """Least distance of the panels in pixels after alignment: below it the target is a copy."""
-    seam: float = Field(0.0, ge=0)
+    seam: float = Field(default=0.0, ge=0)
     """Least strength of the seam between the panels: below it the image is no grid."""
 
 
 class Curate(Section):
     """Stage 3: panels are cut, compared and captioned."""
 
-    judge: str = Field("pocket", min_length=1)
+    judge: str = Field(default="pocket", min_length=1)
     """An embedding model: `pocket`, a folder, or a hub name."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Grids judged at once."""
     thresholds: Thresholds = Thresholds()
 
@@ -90,55 +90,55 @@ class Distill(Section):
 
     mode: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters and the widened input layer."""
-    rank: int = Field(64, ge=1)
+    rank: int = Field(default=64, ge=1)
     """Of the adapters."""
     lora_targets: list[str] | str = "attention"
     """Which linears get adapters: a named set, or module name endings."""
-    steps: int = Field(4000, ge=1)
+    steps: int = Field(default=4000, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Pairs in a step, over all devices."""
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     """AdamW's, after warm-up."""
-    warmup: int = Field(100, ge=0)
+    warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's."""
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the forward pass computes in; weights being trained are float32."""
-    reference_dropout: float = Field(0.05, ge=0, le=1)
+    reference_dropout: float = Field(default=0.05, ge=0, le=1)
     """Share of samples whose reference is replaced by the null reference (for image guidance)."""
-    text_dropout: float = Field(0.1, ge=0, le=1)
+    text_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is empty (for text guidance)."""
-    both_dropout: float = Field(0.05, ge=0, le=1)
+    both_dropout: float = Field(default=0.05, ge=0, le=1)
     """Share of samples without either."""
-    left_weight: float = Field(1.0, ge=0)
+    left_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on the left panel, which learns the identity mapping."""
-    right_weight: float = Field(1.0, ge=0)
+    right_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on the right panel, which learns the edit."""
     timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
     """How noise levels are drawn."""
     logit_mean: float = 0.0
     """Of the logit-normal density; above 0 is noisier."""
-    logit_std: float = Field(1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0)
     """Of the logit-normal density."""
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
     """Timestep shift s·t / (1 + (s − 1)·t); 1 is none."""
-    ema: float = Field(0.998, ge=0, lt=1)
+    ema: float = Field(default=0.998, ge=0, lt=1)
     """Decay of the weights' moving average, which is what is saved; 0 is off."""
-    checkpoint_every: int = Field(200, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints: at most what a kill costs."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept."""
-    validate_every: int = Field(200, ge=1)
+    validate_every: int = Field(default=200, ge=1)
     """Steps between validations, at fixed noise levels."""
-    validation_pairs: int = Field(32, ge=0)
+    validation_pairs: int = Field(default=32, ge=0)
     """Pairs held out of training for it."""
-    sample_every: int = Field(1000, ge=0)
+    sample_every: int = Field(default=1000, ge=0)
     """Steps between sample sheets; 0 is only the last."""
     init: str | None = None
     """A student to start from; null widens the teacher."""
@@ -162,29 +162,29 @@ class Evaluate(Section):
 
     suite: Literal["pocket", "none"] = "pocket"
     """References and prompts; `none` skips this stage."""
-    samples: int = Field(40, ge=2)
+    samples: int = Field(default=40, ge=2)
     """Held-out identities."""
-    prompts: int = Field(5, ge=1)
+    prompts: int = Field(default=5, ge=1)
     """Prompts for each of them."""
-    methods: list[Method] = Field(["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
+    methods: list[Method] = Field(default=["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
     """What is compared; `student_shipped` is the one in the package."""
-    steps: int = Field(20, ge=1, le=1000)
+    steps: int = Field(default=20, ge=1, le=1000)
     """Sampling steps."""
-    image_guidance: float = Field(1.5, ge=0)
+    image_guidance: float = Field(default=1.5, ge=0)
     """Strength of the reference; 1 is off."""
-    text_guidance: float = Field(2.0, ge=0)
+    text_guidance: float = Field(default=2.0, ge=0)
     """Strength of the prompt; 1 is off."""
-    true_guidance: float = Field(2.0, ge=0)
+    true_guidance: float = Field(default=2.0, ge=0)
     """The teacher's classifier-free guidance, for the baselines that draw with it."""
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
     """One picture of each identity, prompt and seed."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Pictures drawn at once."""
-    bootstrap: int = Field(1000, ge=10)
+    bootstrap: int = Field(default=1000, ge=10)
     """Resamplings for the 95 % intervals, over identities."""
-    scorer: str = Field("pocket", min_length=1)
+    scorer: str = Field(default="pocket", min_length=1)
     """The judge that scores; never the one that curated."""
-    reader: str = Field("pocket", min_length=1)
+    reader: str = Field(default="pocket", min_length=1)
     """The model that reads what a picture shows."""
 
 
@@ -193,15 +193,15 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """Of the run; its folder is runs/NAME unless told otherwise."""
-    task: str = Field("subject", min_length=1)
+    task: str = Field(default="subject", min_length=1)
     """A task's name, or a task file."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Every row's seed comes from this one and the row's id."""
-    teacher: str = Field("pocket", min_length=1)
+    teacher: str = Field(default="pocket", min_length=1)
     """A text-to-image model: `pocket`, a folder, or a hub name."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
     """`auto` takes the best that is there."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; null is torch's own choice. Bytes depend on it, so a run freezes it."""
     write: Write = Write()
     paint: Paint = Paint()

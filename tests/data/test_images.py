@@ -96,7 +96,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         open_image(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_opens_or_is_a_user_error(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))

@@ -40,10 +40,12 @@ def open_image(
 
     if isinstance(source, dict):
         name = name or source.get("path")
-        data = source.get("bytes")
-        source = data if data is not None else str(source.get("path") or "")
-    label = name or ("image" if isinstance(source, bytes) else str(source))
-    data = source if isinstance(source, bytes) else _read(Path(source), max_bytes)
+        held = source.get("bytes")
+        place: str | Path | bytes = held if held is not None else str(source.get("path") or "")
+    else:
+        place = source
+    label = name or ("image" if isinstance(place, bytes) else str(place))
+    data = place if isinstance(place, bytes) else _read(Path(place), max_bytes)
     if not data:
         raise UserError(f"{label}: the file is empty")
     if len(data) > max_bytes:
