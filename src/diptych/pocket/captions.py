@@ -1,6 +1,7 @@
 """Says what a scene shows, in plain English with varied wording: the kind and the scene, never the identity.
 
-The same vocabulary makes the captions the pocket models train on and the prompts the grammar writer writes, so `WORDS` is all the pocket models know.
+The same vocabulary makes the captions the pocket models train on and the prompts the grammar writer writes, so
+`WORDS` is all the pocket models know.
 """
 
 import re
@@ -77,7 +78,8 @@ def describe_light(light: world.Light) -> str:
 
 
 def details(scene: Scene, rng: np.random.Generator, say: dict[str, float] | None = None) -> str:
-    """Everything said of a scene but its subject. `say` is the chance of naming each attribute; what is not said is free."""
+    """Everything said of a scene but its subject. `say` is the chance of naming each attribute; what is not said is
+    free."""
     chance = {"place": 0.95, "pose": 0.85, "weather": 0.9, "prop": 0.95, "light": 0.75, "framing": 0.4} | (say or {})
     told = {name: rng.random() < p for name, p in chance.items()}
     parts = []
@@ -120,17 +122,30 @@ def grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tupl
 
 
 def light_grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """An aligned 1×2 grid of one scene in which only the light (or the season) changes: its prompt, and the caption of each panel."""
+    """An aligned 1×2 grid of one scene in which only the light (or the season) changes: its prompt, and the caption
+    of each panel."""
     scene = caption(kind, replace(left, weather="clear"), rng, {"light": 0.0, "framing": 0.2})
     if left.weather != right.weather:
         told = [_pick(rng, WEATHERS[left.weather]), _pick(rng, WEATHERS[right.weather])]
     else:
         told = [describe_light(left.light), describe_light(right.light)]
-    return _pick(rng, LIGHT_GRIDS).format(left=scene, first=told[0], second=told[1]), [f"{scene}, {words}" for words in told]
+    return _pick(rng, LIGHT_GRIDS).format(left=scene, first=told[0], second=told[1]), [
+        f"{scene}, {words}" for words in told
+    ]
 
 
 def _every_word() -> tuple[str, ...]:
-    texts = [*world.TRAIN_KINDS, *GENERIC, "a the one an", *DIRECTIONS.values(), *world.LIGHT_COLOURS, *world.INTENSITIES, "light", *GRIDS, *LIGHT_GRIDS]
+    texts = [
+        *world.TRAIN_KINDS,
+        *GENERIC,
+        "a the one an",
+        *DIRECTIONS.values(),
+        *world.LIGHT_COLOURS,
+        *world.INTENSITIES,
+        "light",
+        *GRIDS,
+        *LIGHT_GRIDS,
+    ]
     for table in (PLACES, POSES, FRAMINGS, PROPS, WEATHERS):
         texts += [phrase for phrases in table.values() for phrase in phrases]
     plain = re.sub(r"\{\w+\}", " ", " ".join(texts))

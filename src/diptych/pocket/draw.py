@@ -1,6 +1,7 @@
 """Draws a subject: vector shapes on a canvas three times the panel's size, shrunk at the end.
 
-Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the picture by one affine map, so every kind, face and accessory poses alike.
+Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the picture by one affine map, so
+every kind, face and accessory poses alike.
 """
 
 import math
@@ -79,7 +80,7 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     if kind == "stripes":
         for k in range(-5, 6):
-            polygon(box(-2.0, k * step - step * 0.24, 2.0, k * step + step * 0.24) @ turn.T + (cx, cy))
+            polygon(box(-2.0, k * step - step * 0.24, 2.0, k * step + step * 0.24) @ turn.T + np.array((cx, cy)))
     elif kind == "spots":
         for i in range(-4, 5):
             for j in range(-4, 5):
@@ -90,7 +91,7 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
         for i in range(-4, 5):
             for j in range(-4, 5):
                 if (i + j) % 2 == 0:
-                    polygon(box(i * step, j * step, (i + 1) * step, (j + 1) * step) + (cx, cy))
+                    polygon(box(i * step, j * step, (i + 1) * step, (j + 1) * step) + np.array((cx, cy)))
     elif kind == "belly":
         size = 0.28 + 0.14 * identity.pattern_scale
         polygon(oval(cx, cy + h * 0.24, w * size, h * size))
@@ -124,7 +125,10 @@ def cat(p: Pen, i: Identity):
         p.fill(oval(x * w, 0.86, 0.13, 0.16), rgb(i.body, 0.75))
     ear = span(0.3, 0.6, i.roundness)
     for s in (-1, 1):
-        p.fill([(s * w * 0.95, 0.85 - h * 1.1), (s * w * 0.75, 0.62 - 2 * h - ear), (s * w * 0.12, 0.95 - 2 * h)], rgb(i.second if i.marks > 0.5 else i.body, 0.9))
+        p.fill(
+            [(s * w * 0.95, 0.85 - h * 1.1), (s * w * 0.75, 0.62 - 2 * h - ear), (s * w * 0.12, 0.95 - 2 * h)],
+            rgb(i.second if i.marks > 0.5 else i.body, 0.9),
+        )
     p.patterned(oval(0, 0.85 - h, w, h, 2.5), i)
     fx, fy = 0, 0.72 - h
     for s in (-1, 1):
@@ -176,7 +180,9 @@ def mushroom(p: Pen, i: Identity):
     p.fill([(-stem, -0.1), (stem, -0.1), (stem * 1.25, 0.95), (-stem * 1.25, 0.95)], rgb((0.96, 0.9, 0.78)))
     t = np.linspace(math.pi, 2 * math.pi, 20)
     power = 2 / span(1.5, 3.2, i.roundness)
-    cap = np.stack([w * np.sign(np.cos(t)) * np.abs(np.cos(t)) ** power, 0.12 - 2 * h * 0.85 * np.abs(np.sin(t)) ** power], 1)
+    cap = np.stack(
+        [w * np.sign(np.cos(t)) * np.abs(np.cos(t)) ** power, 0.12 - 2 * h * 0.85 * np.abs(np.sin(t)) ** power], 1
+    )
     p.patterned(np.concatenate([cap, [(w * 0.6, 0.24), (-w * 0.6, 0.24)]]), i)
     return 0, 0.48, 0.6, 0, 0.12 - 1.7 * h
 
@@ -196,8 +202,13 @@ def car(p: Pen, i: Identity):
     w, h = span(0.85, 1.05, i.width), span(0.26, 0.4, i.height)
     roof = span(0.36, 0.62, i.roundness)
     top = 0.7 - 2 * h
-    p.fill([(-w * 0.62, top + 0.05), (-w * 0.4, top - roof), (w * 0.38, top - roof), (w * 0.66, top + 0.05)], rgb(i.second))
-    p.fill([(-w * 0.46, top), (-w * 0.32, top - roof * 0.72), (w * 0.3, top - roof * 0.72), (w * 0.48, top)], rgb((0.72, 0.88, 0.96)))
+    p.fill(
+        [(-w * 0.62, top + 0.05), (-w * 0.4, top - roof), (w * 0.38, top - roof), (w * 0.66, top + 0.05)], rgb(i.second)
+    )
+    p.fill(
+        [(-w * 0.46, top), (-w * 0.32, top - roof * 0.72), (w * 0.3, top - roof * 0.72), (w * 0.48, top)],
+        rgb((0.72, 0.88, 0.96)),
+    )
     p.patterned(oval(0, 0.7 - h, w, h, span(3, 6, i.marks)), i)
     wheel = span(0.2, 0.3, i.limb)
     for s in (-1, 1):
@@ -273,7 +284,11 @@ def face(p: Pen, i: Identity, x: float, y: float, size: float, asleep: bool) -> 
             p.line(np.stack([x + dx + radius * np.cos(arc), y + radius * 0.8 * np.sin(arc)], 1), width=1.2)
         else:
             p.fill(oval(x + dx, y, radius, radius, steps=16), (250, 250, 250, 255))
-            p.fill(oval(x + dx - radius * 0.15, y + radius * 0.1, radius * 0.55, radius * 0.6, steps=12), (30, 26, 40, 255), outline=False)
+            p.fill(
+                oval(x + dx - radius * 0.15, y + radius * 0.1, radius * 0.55, radius * 0.6, steps=12),
+                (30, 26, 40, 255),
+                outline=False,
+            )
     my, mw = y + size * 0.36, size * 0.22
     if i.mouth == "smile":
         arc = np.linspace(0.1 * math.pi, 0.9 * math.pi, 8)
@@ -314,7 +329,18 @@ def accessory(p: Pen, i: Identity, fx: float, fy: float, size: float, tx: float,
             p.line(oval(fx + s * size * 0.34, fy, size * 0.28, size * 0.26, 3, 16).tolist() * 2, colour, 1.5)
         p.line([(fx - size * 0.08, fy), (fx + size * 0.08, fy)], colour, 1.5)
     elif i.accessory == "crown":
-        p.fill([(tx - 0.34, ty + 0.08), (tx - 0.4, ty - 0.36), (tx - 0.17, ty - 0.14), (tx, ty - 0.44), (tx + 0.17, ty - 0.14), (tx + 0.4, ty - 0.36), (tx + 0.34, ty + 0.08)], colour)
+        p.fill(
+            [
+                (tx - 0.34, ty + 0.08),
+                (tx - 0.4, ty - 0.36),
+                (tx - 0.17, ty - 0.14),
+                (tx, ty - 0.44),
+                (tx + 0.17, ty - 0.14),
+                (tx + 0.4, ty - 0.36),
+                (tx + 0.34, ty + 0.08),
+            ],
+            colour,
+        )
     elif i.accessory == "sprout":
         p.line([(tx, ty + 0.05), (tx, ty - 0.24)], rgb((0.2, 0.5, 0.2)), 1.5)
         for s in (-1, 1):
@@ -324,7 +350,8 @@ def accessory(p: Pen, i: Identity, fx: float, fy: float, size: float, tx: float,
 def paint(identity: Identity, scene: Scene, size: int) -> tuple[Image.Image, tuple[float, float, float]]:
     """Draw the subject alone.
 
-    Returns its RGBA picture of `size`×`size`, colours premultiplied by alpha, and the ground under it, `(x, y, half width)` as fractions of the panel: where its shadow falls.
+    Returns its RGBA picture of `size`×`size`, colours premultiplied by alpha, and the ground under it, `(x, y, half
+    width)` as fractions of the panel: where its shadow falls.
     """
     side = size * OVERSAMPLE
     half = SCALES[scene.framing] * side
@@ -351,7 +378,9 @@ def paint(identity: Identity, scene: Scene, size: int) -> tuple[Image.Image, tup
     if asleep:
         for k in range(2):
             zx, zy, z = 0.75 + 0.28 * k, -0.85 - 0.3 * k, 0.16 + 0.05 * k
-            pen.line([(zx - z, zy - z), (zx + z, zy - z), (zx - z, zy + z), (zx + z, zy + z)], (250, 250, 250, 255), 1.2)
+            pen.line(
+                [(zx - z, zy - z), (zx + z, zy - z), (zx - z, zy + z), (zx + z, zy + z)], (250, 250, 250, 255), 1.2
+            )
     alpha = pen.image.getchannel("A")
     rgb_image = Image.new("RGB", pen.image.size)
     rgb_image.paste(pen.image.convert("RGB"), mask=alpha)

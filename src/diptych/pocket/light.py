@@ -1,6 +1,8 @@
-"""Lights a scene: shading from a soft height field of the subject, a cast shadow, a rim when lit from behind, and the light's fall-off in the place.
+"""Lights a scene: shading from a soft height field of the subject, a cast shadow, a rim when lit from behind, and
+the light's fall-off in the place.
 
-A light changes only what is multiplied here, so the same scene under another light is the same geometry to the pixel: a true relit pair.
+A light changes only what is multiplied here, so the same scene under another light is the same geometry to the
+pixel: a true relit pair.
 """
 
 import math
@@ -38,7 +40,12 @@ def _falloff(light: Light, size: int) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / (size - 1)
     source = {"left": (0.0, 0.3), "right": (1.0, 0.3), "above": (0.5, 0.0), "behind": (0.5, 0.42)}[light.direction]
     distance = np.sqrt((x - source[0]) ** 2 + (y - source[1]) ** 2)
-    low, high, reach = {"left": (0.5, 1.3, 1.1), "right": (0.5, 1.3, 1.1), "above": (0.72, 1.22, 1.1), "behind": (0.5, 1.5, 0.6)}[light.direction]
+    low, high, reach = {
+        "left": (0.5, 1.3, 1.1),
+        "right": (0.5, 1.3, 1.1),
+        "above": (0.72, 1.22, 1.1),
+        "behind": (0.5, 1.5, 0.6),
+    }[light.direction]
     return (high - (high - low) * np.clip(distance / reach, 0, 1))[..., None]
 
 
@@ -49,7 +56,8 @@ def _shadow(alpha: np.ndarray, ground: tuple[float, float, float], light: Light)
     lean = {"left": 0.85, "right": -0.85, "above": 0.0, "behind": 0.0}[light.direction]
     flat = {"left": 0.28, "right": 0.28, "above": 0.12, "behind": -0.3}[light.direction]
     lean += 0.25 * math.cos(math.radians(light.azimuth)) * -1 if light.direction in ("above", "behind") else 0.0
-    # Output (x, y) shows input (x', y'): the height above the feet, y' − feet, is scaled by `flat` and sheared by `lean`.
+    # Output (x, y) shows input (x', y'): the height above the feet, y' − feet, is scaled by `flat` and sheared by
+    # `lean`.
     k = 1.0 / flat
     image = Image.fromarray((alpha * 255).astype(np.uint8))
     coefficients = (1.0, lean * k, -lean * k * feet, 0.0, k, feet - k * feet)
@@ -57,7 +65,9 @@ def _shadow(alpha: np.ndarray, ground: tuple[float, float, float], light: Light)
     return np.asarray(laid.filter(ImageFilter.GaussianBlur(size / 70)), dtype=np.float32) / 255.0
 
 
-def compose(background: np.ndarray, horizon: float, subject: Image.Image, ground: tuple[float, float, float], scene: Scene) -> np.ndarray:
+def compose(
+    background: np.ndarray, horizon: float, subject: Image.Image, ground: tuple[float, float, float], scene: Scene
+) -> np.ndarray:
     """Light the place and the subject and put them together.
 
     `background` float `[H, W, 3]` in 0..1; `subject` RGBA with premultiplied colours; returns uint8 `[H, W, 3]`.

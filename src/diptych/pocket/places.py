@@ -1,6 +1,7 @@
 """Draws where a scene happens: the place, its props and its weather, under neutral light.
 
-Every place is a short function that paints on a canvas three times the panel's size; `layout` moves its hills, trees and windows.
+Every place is a short function that paints on a canvas three times the panel's size; `layout` moves its hills, trees
+and windows.
 Weather and season recolour what grows and add what falls, so one scene can be drawn again in another season.
 """
 
@@ -38,7 +39,14 @@ GROUNDS = {
     "cave": (92, 78, 72),
     "castle": (150, 150, 162),
 }
-FOLIAGE = {"clear": (62, 140, 62), "rain": (52, 118, 62), "fog": (92, 138, 100), "snow": (205, 222, 228), "autumn": (214, 108, 34), "spring": (242, 156, 190)}
+FOLIAGE = {
+    "clear": (62, 140, 62),
+    "rain": (52, 118, 62),
+    "fog": (92, 138, 100),
+    "snow": (205, 222, 228),
+    "autumn": (214, 108, 34),
+    "spring": (242, 156, 190),
+}
 GREEN_GROUND = {"snow": (238, 243, 250), "autumn": (186, 150, 70), "spring": (140, 210, 95), "rain": (84, 150, 76)}
 HORIZON = 0.62
 
@@ -76,13 +84,19 @@ class _Easel:
 
     def oval(self, x, y, rx, ry, fill, outline=None) -> None:
         s = self.side
-        self.draw.ellipse([(x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s], fill=fill, outline=outline, width=self.line)
+        self.draw.ellipse(
+            [(x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s], fill=fill, outline=outline, width=self.line
+        )
 
     def shape(self, points, fill, outline=None) -> None:
-        self.draw.polygon([(x * self.side, y * self.side) for x, y in points], fill=fill, outline=outline, width=self.line)
+        self.draw.polygon(
+            [(x * self.side, y * self.side) for x, y in points], fill=fill, outline=outline, width=self.line
+        )
 
     def stroke(self, points, fill, width: float = 1.0) -> None:
-        self.draw.line([(x * self.side, y * self.side) for x, y in points], fill=fill, width=max(1, round(self.line * width)))
+        self.draw.line(
+            [(x * self.side, y * self.side) for x, y in points], fill=fill, width=max(1, round(self.line * width))
+        )
 
     def spread(self, count: int, low: float = 0.02, high: float = 0.98) -> np.ndarray:
         """`count` places along the horizon, roughly even, never the same."""
@@ -91,7 +105,13 @@ class _Easel:
 
 def _meadow(e: _Easel) -> None:
     for x in e.spread(3):
-        e.oval(x, HORIZON + 0.05, 0.3, e.rng.uniform(0.1, 0.2), tuple(int(c * 0.85) for c in GREEN_GROUND.get(e.scene.weather, GROUNDS["meadow"])))
+        e.oval(
+            x,
+            HORIZON + 0.05,
+            0.3,
+            e.rng.uniform(0.1, 0.2),
+            tuple(int(c * 0.85) for c in GREEN_GROUND.get(e.scene.weather, GROUNDS["meadow"])),
+        )
     e.ground(GREEN_GROUND.get(e.scene.weather))
     for x in e.spread(9):
         colour = [(250, 240, 120), (250, 150, 170), (245, 245, 250)][int(e.rng.integers(3))]
@@ -119,7 +139,9 @@ def _forest(e: _Easel) -> None:
         for k in range(3):
             y = HORIZON - 0.05 - k * height * 0.27
             w = 0.13 - 0.03 * k
-            e.shape([(x - w, y), (x, y - height * 0.42), (x + w, y)], tuple(int(c * (0.72 + 0.12 * k)) for c in e.foliage))
+            e.shape(
+                [(x - w, y), (x, y - height * 0.42), (x + w, y)], tuple(int(c * (0.72 + 0.12 * k)) for c in e.foliage)
+            )
     e.ground({"autumn": (150, 98, 52), "spring": (110, 160, 78)}.get(e.scene.weather))
 
 
@@ -153,7 +175,10 @@ def _mountains(e: _Easel) -> None:
         top, w = e.rng.uniform(0.14, 0.3), e.rng.uniform(0.25, 0.36)
         e.shape([(x - w, HORIZON + 0.02), (x, top), (x + w, HORIZON + 0.02)], (112, 118, 150))
         f = 0.34
-        e.shape([(x - w * f, top + (HORIZON - top) * f), (x, top), (x + w * f, top + (HORIZON - top) * f), (x, top + 0.09)], (245, 248, 252))
+        e.shape(
+            [(x - w * f, top + (HORIZON - top) * f), (x, top), (x + w * f, top + (HORIZON - top) * f), (x, top + 0.09)],
+            (245, 248, 252),
+        )
     e.ground(GREEN_GROUND.get(e.scene.weather))
 
 
@@ -201,7 +226,9 @@ def _library(e: _Easel) -> None:
         x = 0.0
         while x < 1:
             w, h = e.rng.uniform(0.03, 0.06), e.rng.uniform(0.11, 0.16)
-            colour = [(190, 60, 55), (60, 110, 170), (225, 190, 90), (70, 140, 95), (230, 225, 210)][int(e.rng.integers(5))]
+            colour = [(190, 60, 55), (60, 110, 170), (225, 190, 90), (70, 140, 95), (230, 225, 210)][
+                int(e.rng.integers(5))
+            ]
             if e.rng.random() < 0.88:
                 e.box(x, y + 0.17 - h, x + w, y + 0.17, colour)
             x += w + 0.008
@@ -294,7 +321,8 @@ def _prop(e: _Easel, scene: Scene) -> None:
 
 
 def paint(scene: Scene, size: int) -> tuple[np.ndarray, float]:
-    """Draw the place and its prop under neutral light. Returns float `[size, size, 3]` in 0..1 and the horizon as a fraction of the height."""
+    """Draw the place and its prop under neutral light. Returns float `[size, size, 3]` in 0..1 and the horizon as a
+    fraction of the height."""
     easel = _Easel(scene, size)
     easel.sky()
     _PLACES[scene.place](easel)

@@ -1,8 +1,12 @@
-"""What the pocket world holds: subjects with continuous identities, in scenes of place, light, pose, framing, prop and weather.
+"""What the pocket world holds: subjects with continuous identities, in scenes of place, light, pose, framing, prop
+and weather.
 
-An *identity* is a kind plus some forty continuous or categorical attributes (palette, shape, pattern, face, accessory): text names the kind and
-never the rest, so only a reference picture can tell who is meant. A *scene* is everything that is not the subject; all of it can be said in words.
-Both are plain frozen dataclasses, drawn from a `numpy` generator, so the renderer knows the truth about every picture it makes.
+An *identity* is a kind plus some forty continuous or categorical attributes (palette, shape, pattern, face,
+accessory): text names the kind and
+never the rest, so only a reference picture can tell who is meant. A *scene* is everything that is not the subject;
+all of it can be said in words.
+Both are plain frozen dataclasses, drawn from a `numpy` generator, so the renderer knows the truth about every
+picture it makes.
 
     from diptych.pocket import world
     picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
@@ -21,7 +25,20 @@ HELD_OUT_KINDS = ("teapot", "snail")
 """Never seen in training, by teacher, student or judge."""
 TRAIN_KINDS = tuple(kind for kind in KINDS if kind not in HELD_OUT_KINDS)
 
-PLACES = ("meadow", "beach", "forest", "desert", "city", "mountains", "seabed", "moon", "kitchen", "library", "cave", "castle")
+PLACES = (
+    "meadow",
+    "beach",
+    "forest",
+    "desert",
+    "city",
+    "mountains",
+    "seabed",
+    "moon",
+    "kitchen",
+    "library",
+    "cave",
+    "castle",
+)
 INDOOR = ("kitchen", "library", "cave", "seabed", "moon")
 """Places that have no weather."""
 WEATHERS = ("clear", "rain", "fog", "snow", "autumn", "spring")
@@ -45,7 +62,8 @@ MOUTHS = ("smile", "open", "flat", "fang", "small")
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is drawn. Colours are RGB in 0..1; the other numbers are fractions that the drawing code scales (`draw.py`)."""
+    """Who is drawn. Colours are RGB in 0..1; the other numbers are fractions that the drawing code scales
+    (`draw.py`)."""
 
     kind: str
     body: tuple[float, float, float]
@@ -68,7 +86,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class Light:
-    """Where the light comes from, its colour and strength. `azimuth` and `elevation` in degrees; 0° is from the right, 180° from the left."""
+    """Where the light comes from, its colour and strength. `azimuth` and `elevation` in degrees; 0° is from the
+    right, 180° from the left."""
 
     direction: str = "above"
     colour: str = "white"
@@ -79,7 +98,8 @@ class Light:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in a picture but the subject's identity. `x` is the subject's centre, `layout` seeds the place's details."""
+    """Everything in a picture but the subject's identity. `x` is the subject's centre, `layout` seeds the place's
+    details."""
 
     place: str = "meadow"
     light: Light = Light()
@@ -104,7 +124,9 @@ def _choice(rng: np.random.Generator, options, weights=None):
     return options[int(rng.choice(len(options), p=weights / weights.sum()))]
 
 
-def sample_identity(rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS) -> Identity:
+def sample_identity(
+    rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS
+) -> Identity:
     """A new subject; of `kind`, or of any of `kinds`."""
     hue = rng.random()
     second = hue + rng.choice([-1, 1]) * rng.uniform(0.15, 0.5)
@@ -180,7 +202,11 @@ def relight(rng: np.random.Generator, scene: Scene) -> Scene:
     """The same scene under another light: nothing else changes."""
     while True:
         light = sample_light(rng)
-        if (light.direction, light.colour, light.intensity) != (scene.light.direction, scene.light.colour, scene.light.intensity):
+        if (light.direction, light.colour, light.intensity) != (
+            scene.light.direction,
+            scene.light.colour,
+            scene.light.intensity,
+        ):
             return replace(scene, light=light)
 
 

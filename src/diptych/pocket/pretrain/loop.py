@@ -1,4 +1,5 @@
-"""What the pocket trainings share: an optimizer, averaged weights, a log, and a state on disk that a killed run continues from."""
+"""What the pocket trainings share: an optimizer, averaged weights, a log, and a state on disk that a killed run
+continues from."""
 
 import contextlib
 import json
@@ -16,10 +17,28 @@ class Trainer:
     State lives in `folder`: `state.pt` (weights, averages, optimizer, step; replaced whole) and `log.jsonl`.
     """
 
-    def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], rate: float, weight_decay: float = 0.0, ema: float = 0.999, warmup: int = 100, clip: float = 1.0):
-        self.folder, self.modules, self.rate, self.ema, self.warmup, self.clip = folder, modules, rate, ema, warmup, clip
+    def __init__(
+        self,
+        folder: Path,
+        modules: dict[str, torch.nn.Module],
+        rate: float,
+        weight_decay: float = 0.0,
+        ema: float = 0.999,
+        warmup: int = 100,
+        clip: float = 1.0,
+    ):
+        self.folder, self.modules, self.rate, self.ema, self.warmup, self.clip = (
+            folder,
+            modules,
+            rate,
+            ema,
+            warmup,
+            clip,
+        )
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)

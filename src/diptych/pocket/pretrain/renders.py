@@ -1,6 +1,8 @@
-"""The renders the pocket models learn from: pairs of panels with captions, drawn by all cores into memory-mapped arrays.
+"""The renders the pocket models learn from: pairs of panels with captions, drawn by all cores into memory-mapped
+arrays.
 
-A pair is one subject in two scenes (the identity kept in some, drifted in others, as a real teacher's grids are) or one scene under two lights or seasons.
+A pair is one subject in two scenes (the identity kept in some, drifted in others, as a real teacher's grids are) or
+one scene under two lights or seasons.
 Row `n` depends on `n` alone, so a rendering that was interrupted continues where it was.
 """
 
@@ -13,7 +15,8 @@ import numpy as np
 from .. import captions, world
 
 CONSISTENT = 0.6
-"""Share of subject pairs that keep the identity whole; the others drift, so that curation of what the teacher learns has work to do."""
+"""Share of subject pairs that keep the identity whole; the others drift, so that curation of what the teacher learns
+has work to do."""
 ALIGNED = 0.3
 """Share of pairs that show one scene under two lights or in two seasons."""
 LONGEST = 52
@@ -44,7 +47,14 @@ def pair(index: int, seed: int = 0):
     prompts = [prompt for prompt in prompts if _words(prompt) <= LONGEST][:2] or [""]
     singles = [[captions.caption(identity.kind, scene, rng) for _ in range(2)] for scene in (left, right)]
     panels = np.stack([world.render(identity, left), world.render(other, right)])
-    return panels, {"task": task, "same": other is identity, "kind": identity.kind, "grid": prompts, "left": singles[0], "right": singles[1]}
+    return panels, {
+        "task": task,
+        "same": other is identity,
+        "kind": identity.kind,
+        "grid": prompts,
+        "left": singles[0],
+        "right": singles[1],
+    }
 
 
 def _chunk(arguments):
@@ -64,7 +74,11 @@ def make(folder: Path, count: int, seed: int = 0, processes: int = 2, report=pri
             raise ValueError(f"{path} holds {panels.shape[0]} pairs, not {count}: choose another work folder")
     else:
         panels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    todo = [(s, min(s + CHUNK, count), seed) for s in range(0, count, CHUNK) if not (folder / "rows" / f"{s:07d}.json").exists()]
+    todo = [
+        (s, min(s + CHUNK, count), seed)
+        for s in range(0, count, CHUNK)
+        if not (folder / "rows" / f"{s:07d}.json").exists()
+    ]
     with get_context("spawn").Pool(processes) as pool:
         for done, (start, block, rows) in enumerate(pool.imap(_chunk, todo), 1):
             panels[start : start + len(block)] = block

@@ -1,7 +1,10 @@
-"""The pocket teacher: a stock FLUX transformer with its text encoders, trained together by flow matching on VAE latents of renders.
+"""The pocket teacher: a stock FLUX transformer with its text encoders, trained together by flow matching on VAE
+latents of renders.
 
-It learns single panels, 1×2 grids of one subject in two scenes, and aligned 1×2 grids of one scene under two lights, from plain prompts.
-The result is a `FluxPipeline` folder that stock diffusers opens. Guidance is not distilled (`guidance_embeds` is false): it is drawn with true guidance.
+It learns single panels, 1×2 grids of one subject in two scenes, and aligned 1×2 grids of one scene under two lights,
+from plain prompts.
+The result is a `FluxPipeline` folder that stock diffusers opens. Guidance is not distilled (`guidance_embeds` is
+false): it is drawn with true guidance.
 """
 
 import time
@@ -53,35 +56,29 @@ def position_ids(height: int, width: int) -> torch.Tensor:
     return FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, torch.device("cpu"), torch.float32)
 
 
-def cache(work: Path, report=print) -> None:
-    """Encode every rendered pair once, as a joint canvas and as two panels: `work/latents/*.npy`, float16."""
+def cache(work: Path, count: int, report=print) -> None:
+    """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
     panels, rows = renders.load(work / "pairs")
-    folder = work / "latents"
-    folder.mkdir(exist_ok=True)
-    side = panels.shape[2] // 4
-    for name, shape in {"grids": (len(rows), 8, side, 2 * side), "singles": (len(rows), 2, 8, side, side)}.items():
-        if (folder / f"{name}.npy").exists():
-            continue
-        array = np.lib.format.open_memmap(folder / f"{name}.tmp", mode="w+", dtype=np.float16, shape=shape)
-        for start in range(0, len(rows), 500):
-            block = np.asarray(panels[start : start + 500])
-            if name == "grids":
-                canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
-                array[start : start + 500] = vae_training.encode(vae, canvas).numpy()
-            else:
-                encoded = vae_training.encode(vae, block.reshape(-1, *block.shape[2:]))
-                array[start : start + 500] = encoded.reshape(len(block), 2, *shape[2:]).numpy()
-            if start % 10000 == 0:
-                report(f"encoded {start} of {len(rows)} {name}")
-        array.flush()
-        (folder / f"{name}.tmp").rename(folder / f"{name}.npy")
+    count, side = min(count, len(rows)), panels.shape[2] // 4
+    array = np.lib.format.open_memmap(
+        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, 8, side, 2 * side)
+    )
+    for start in range(0, count, 250):
+        block = np.asarray(panels[start : min(start + 250, count)])
+        canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
+        array[start : start + len(block)] = vae_training.encode(vae, canvas).numpy()
+        if start % 5000 == 0:
+            report(f"encoded {start} of {count} pairs")
+    array.flush()
+    (work / "latents.tmp.npy").rename(work / "latents.npy")
 
 
 class Prompts:
-    """Token ids of every caption, made once: `[rows, variants, MAX_LENGTH]` for both encoders. Variant lists are repeated to two."""
+    """Token ids of every caption, made once: `[rows, variants, MAX_LENGTH]` for both encoders. Variant lists are
+    repeated to two."""
 
     def __init__(self, clip_tokenizer, t5_tokenizer, rows: list[dict]):
         self.tokenizers = (clip_tokenizer, t5_tokenizer)
@@ -96,7 +93,9 @@ class Prompts:
 
     @staticmethod
     def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizers.MAX_LENGTH, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=tokenizers.MAX_LENGTH, return_tensors="pt"
+        ).input_ids
         return ids.to(torch.int32)
 
 
@@ -107,12 +106,25 @@ class Teacher(torch.nn.Module):
         super().__init__()
         self.transformer, self.clip, self.t5 = transformer, clip, t5
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor, image_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        clip_ids: torch.Tensor,
+        t5_ids: torch.Tensor,
+        image_ids: torch.Tensor,
+    ) -> torch.Tensor:
         text = self.t5(t5_ids)[0]
         pooled = self.clip(clip_ids).pooler_output
         text_ids = torch.zeros(text.shape[1], 3)
         return self.transformer(
-            hidden_states=x, timestep=sigma, encoder_hidden_states=text, pooled_projections=pooled, img_ids=image_ids, txt_ids=text_ids, return_dict=False
+            hidden_states=x,
+            timestep=sigma,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            return_dict=False,
         )[0]
 
 
@@ -125,8 +137,18 @@ def loss(model, tokens: torch.Tensor, clip_ids, t5_ids, image_ids, generator: to
     return (velocity.float() - (noise - tokens)).pow(2).mean()
 
 
-def train(work: Path, minutes: float, batch: int = 64, rate: float = 1.2e-3, singles_until: float = 0.3, finish: bool = True, compile_model: bool = True, report=print) -> None:
-    """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the rate falls to nothing at the end if `finish`."""
+def train(
+    work: Path,
+    minutes: float,
+    batch: int = 64,
+    rate: float = 1.2e-3,
+    singles_until: float = 0.3,
+    finish: bool = True,
+    compile_model: bool = True,
+    report=print,
+) -> None:
+    """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
+    rate falls to nothing at the end if `finish`."""
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
@@ -135,7 +157,7 @@ def train(work: Path, minutes: float, batch: int = 64, rate: float = 1.2e-3, sin
 
     vae = AutoencoderKL.from_pretrained(work / "vae")
     _, rows = renders.load(work / "pairs")
-    grids, singles = (np.load(work / "latents" / f"{name}.npy", mmap_mode=None) for name in ("grids", "singles"))
+    grids = np.load(work / "latents.npy")
     rows = rows[: len(grids)]
     prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
     legible = np.flatnonzero([bool(row["grid"][0]) for row in rows])
@@ -155,7 +177,8 @@ def train(work: Path, minutes: float, batch: int = 64, rate: float = 1.2e-3, sin
             latents, text = grids[pick], prompts.grids
         else:
             right = bool(rng.integers(2))
-            latents, text = singles[pick, int(right)], prompts.right if right else prompts.left
+            latents = grids[pick][..., side:] if right else grids[pick][..., :side]
+            text = prompts.right if right else prompts.left
         tokens = pack((torch.from_numpy(latents).float() - vae.config.shift_factor) * vae.config.scaling_factor)
         clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
         for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
@@ -165,8 +188,16 @@ def train(work: Path, minutes: float, batch: int = 64, rate: float = 1.2e-3, sin
         trainer.update(value, scale=min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0)
         losses[grid].append(float(value))
         if trainer.step % 200 == 0:
-            mean = {name: round(float(np.mean(losses[key])), 4) for key, name in ((False, "singles"), (True, "grids")) if losses[key]}
-            report(trainer.log(loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 200, 3)))
+            mean = {
+                name: round(float(np.mean(losses[key])), 4)
+                for key, name in ((False, "singles"), (True, "grids"))
+                if losses[key]
+            }
+            report(
+                trainer.log(
+                    loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 200, 3)
+                )
+            )
             losses, seen = {False: [], True: []}, time.monotonic()
         if trainer.step % 1000 == 0:
             trainer.save()

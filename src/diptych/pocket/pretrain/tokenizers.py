@@ -1,6 +1,7 @@
 """Tokenizers and text encoders of the pocket teacher: stock T5 and CLIP classes with the pocket vocabulary.
 
-T5 has one piece per known word, marks, and letters for everything else; CLIP is a byte-level BPE learnt from the same words. Both are lower-case.
+T5 has one piece per known word, marks, and letters for everything else; CLIP is a byte-level BPE learnt from the
+same words. Both are lower-case.
 """
 
 import json
@@ -29,13 +30,18 @@ def make_tokenizers():
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     learner.train_from_iterator([" ".join(captions.WORDS) + " . , :"], trainer)
     model = json.loads(learner.to_str())["model"]
     vocabulary = {token: index for index, token in enumerate(sorted(model["vocab"], key=model["vocab"].get))}
-    # The end mark must be the last id and never 2: CLIP looks for the largest id, or for `eos_token_id` when that is not 2.
+    # The end mark must be the last id and never 2: CLIP looks for the largest id, or for `eos_token_id` when that is
+    # not 2.
     vocabulary |= {start: len(vocabulary), end: len(vocabulary) + 1}
-    clip = CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_LENGTH)
+    clip = CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_LENGTH
+    )
     return clip, t5
 
 

@@ -45,7 +45,8 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss(vae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstruction (absolute, squared and edge error) plus a light KL term. Returns the loss and the mean squared error."""
+    """Reconstruction (absolute, squared and edge error) plus a light KL term. Returns the loss and the mean squared
+    error."""
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample.float()
     square = F.mse_loss(y, x)
@@ -99,6 +100,12 @@ def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, repor
     with trainer.averaged():
         latents = encode(vae, panels[:2000].reshape(-1, *panels.shape[2:])).float()
         vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
-        report(trainer.log(psnr=measure(vae, held_out), minutes=round(passed, 2), per_channel_std=[round(float(s), 3) for s in latents.std((0, 2, 3))]))
+        report(
+            trainer.log(
+                psnr=measure(vae, held_out),
+                minutes=round(passed, 2),
+                per_channel_std=[round(float(s), 3) for s in latents.std((0, 2, 3))],
+            )
+        )
         vae.save_pretrained(work / "vae")
     trainer.save()

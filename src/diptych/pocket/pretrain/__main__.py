@@ -1,0 +1,97 @@
+"""Train the pocket world's models, step by step, in one work folder.
+
+    python -m diptych.pocket.pretrain pairs             # render what they learn from
+    python -m diptych.pocket.pretrain vae --minutes 20
+    python -m diptych.pocket.pretrain latents
+    python -m diptych.pocket.pretrain teacher --minutes 60
+    python -m diptych.pocket.pretrain judges --minutes 8
+    python -m diptych.pocket.pretrain export            # float16, into the package
+
+The student is not trained here: `diptych run recipes/pocket.yaml` distils it from the teacher's own grids, and
+`export --student RUN` ships it.
+Every step can be stopped and started again.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+Work = Annotated[Path, typer.Option(help="Work folder: renders, states, models.")]
+WORK = Path("runs/pretrain")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.command()
+def pairs(work: Work = WORK, count: int = 80000, processes: int = 2) -> None:
+    """Render pairs of panels with their captions."""
+    from . import renders
+
+    renders.make(work / "pairs", count, processes=processes, report=_say)
+
+
+@app.command()
+def vae(work: Work = WORK, minutes: float = 20) -> None:
+    """Train the VAE."""
+    from . import vae as step
+
+    step.train(work, minutes, report=_say)
+
+
+@app.command()
+def latents(work: Work = WORK, count: int = 40000) -> None:
+    """Encode all renders once."""
+    from . import teacher as step
+
+    step.cache(work, count, report=_say)
+
+
+@app.command()
+def teacher(
+    work: Work = WORK,
+    minutes: float = 60,
+    batch: int = 64,
+    rate: float = 1.2e-3,
+    singles_until: float = 0.3,
+    finish: bool = True,
+    compile: bool = True,
+) -> None:
+    """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting."""
+    from . import teacher as step
+
+    step.train(work, minutes, batch, rate, singles_until, finish, compile, report=_say)
+
+
+@app.command()
+def judges(work: Work = WORK, minutes: float = 8, roles: str = "curator scorer reader") -> None:
+    """Train the curator, the scorer and the attribute reader, each on renders of its own."""
+    from . import judges as step
+
+    for role in roles.split():
+        step.train(work, role, minutes, report=_say)
+
+
+@app.command()
+def sheet(
+    work: Work = WORK, out: Path = Path("teacher.png"), guidance: float = 2.5, steps: int = 20, seed: int = 0
+) -> None:
+    """Draw a sheet of the teacher's panels and grids, to look at."""
+    from . import export as step
+
+    step.sheet(work / "teacher", out, guidance, steps, seed)
+
+
+@app.command()
+def export(work: Work = WORK, student: Path | None = None) -> None:
+    """Copy the trained models into the package as float16, with the log of how they came to be."""
+    from . import export as step
+
+    step.export(work, student, report=_say)
+
+
+if __name__ == "__main__":
+    app()

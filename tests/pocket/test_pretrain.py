@@ -1,0 +1,76 @@
+"""The pocket trainings: rows that depend on their number alone, a trainer that continues where it was, tokenizers that survive a save."""
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from diptych.pocket import world
+from diptych.pocket.pretrain import judges, renders, tokenizers
+from diptych.pocket.pretrain.loop import Trainer
+
+
+def test_rendering_continues_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(renders, "CHUNK", 4)
+    renders.make(tmp_path, 8, processes=1, report=lambda line: None)
+    whole = (np.array(renders.load(tmp_path)[0]), renders.load(tmp_path)[1])
+    (tmp_path / "rows" / "0000004.json").unlink()
+    assert len(renders.load(tmp_path)[1]) == 4
+    renders.make(tmp_path, 8, processes=1, report=lambda line: None)
+    again = renders.load(tmp_path)
+    assert np.array_equal(again[0], whole[0]) and again[1] == whole[1]
+
+
+def test_a_pair_depends_on_its_number_alone():
+    first, second = renders.pair(12), renders.pair(12)
+    assert np.array_equal(first[0], second[0]) and first[1] == second[1]
+    tasks = {renders.pair(n)[1]["task"] for n in range(30)}
+    assert tasks == {"subject", "relight"}
+
+
+def test_a_training_killed_and_continued_equals_one_straight_through(tmp_path):
+    def train(folder, steps, trainer=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        trainer = Trainer(folder, {"model": model}, rate=0.1, warmup=3)
+        while trainer.step < steps:
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(trainer.step))
+            trainer.update((model(x) - 1).pow(2).mean())
+        trainer.save()
+        with trainer.averaged():
+            return model.weight.detach().clone()
+
+    straight = train(tmp_path / "a", 20)
+    train(tmp_path / "b", 7)
+    assert torch.equal(train(tmp_path / "b", 20), straight)
+
+
+def test_the_trainer_refuses_a_loss_that_is_not_a_number(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    trainer = Trainer(tmp_path, {"model": model}, rate=0.1)
+    try:
+        trainer.update(model(torch.full((1, 1), torch.nan)).sum())
+    except RuntimeError as error:
+        assert "step 0" in str(error)
+    else:
+        raise AssertionError("not refused")
+
+
+def test_tokenizers_survive_a_save_and_end_marks_are_found(tmp_path):
+    clip, t5 = tokenizers.make_tokenizers()
+    tokenizers.save(tmp_path, clip, t5)
+    text = "a cat jumping on the beach, soft golden light from the left"
+    for name, tokenizer in (("tokenizer", clip), ("tokenizer_2", t5)):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+        assert loaded.model_max_length == tokenizers.MAX_LENGTH
+    encoder, _ = tokenizers.make_encoders(clip, t5)
+    assert encoder.config.eos_token_id == clip.eos_token_id == len(clip) - 1 != 2
+
+
+def test_triplets_carry_the_truth():
+    panels, labels = judges.triplet(3, seed=1)
+    assert panels.shape == (3, 64, 64, 3) and labels.shape == (3, len(judges.GROUPS))
+    rng = np.random.default_rng([1, 3])
+    identity = world.sample_identity(rng)
+    kind = list(judges.GROUPS).index("kind")
+    assert all(judges.GROUPS["kind"][row[kind]] == identity.kind for row in labels)
