@@ -19,7 +19,7 @@ PANEL = 16
 
 def make_teacher(folder: Path, guidance_embeds: bool = False) -> Path:
     """A complete FluxPipeline folder of random weights: 16 px panels of 2×2 tokens."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
     from tokenizers import pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 

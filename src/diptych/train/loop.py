@@ -256,12 +256,14 @@ def train(job: Job, progress: Progress | None = None) -> Trainer:
                 metrics.write(line)
                 if last or (options.sample_every and step % options.sample_every == 0):
                     trainer.draw_samples()
-                if better or last or step % options.checkpoint_every == 0 or interrupts.asked:
-                    metrics.sync()
-                    trainer.save(better)
                 text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
                 report(progress, step, options.steps, text)
-                interrupts.leave_if_asked()
+                stopping = interrupts.asked  # read once: what is asked from here on is answered after the next step
+                if better or last or step % options.checkpoint_every == 0 or stopping:
+                    metrics.sync()
+                    trainer.save(better)
+                if stopping and not last:
+                    raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
     finally:
         metrics.close()
     return trainer
@@ -345,9 +347,3 @@ class _Interrupts:
             raise KeyboardInterrupt
         self.asked = number
         log.warning("stopping after this step; the run can be continued with the same command")
-
-    def leave_if_asked(self) -> None:
-        if self.asked == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        if self.asked is not None:
-            raise KeyboardInterrupt
