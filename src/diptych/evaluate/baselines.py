@@ -1,0 +1,291 @@
+"""The methods that are compared: the students, and baselines that need no training.
+
+A method answers a batch of samples, each with its reference, its prompts and its seed. All methods get the same seeds,
+and a seed means the same noise wherever the canvas is the same. Adding a method is adding one class to `METHODS`.
+
+- `text_only`: the teacher draws one panel from the prompt; the reference is never looked at.
+- `copy`: the reference itself.
+- `inpaint`: the teacher draws a 1×2 grid whose left panel is held to the reference, x_left(t) = (1 − σ)·z + σ·ε, the
+  path that rectified flow takes to z anyway ("diptych prompting", training-free). Stock `FluxPipeline` and a callback.
+- `student`, `student_shipped`: the run's student, and the one in the package.
+- `truth`, `other`: no methods but anchors, drawn by the renderer: the asked picture, and the same with another subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from diptych import models
+from diptych.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from diptych.evaluate.suites import Sample, Suite
+    from diptych.recipe import Recipe
+
+ANCHORS = ("truth", "other")
+
+
+class Method(Protocol):
+    """What is asked of a method."""
+
+    def fingerprint(self) -> str:
+        """What decides its pictures besides suite and seeds: weights. UserError if they are not there."""
+        ...
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        """One picture for each sample, of the reference's size."""
+        ...
+
+
+@dataclass
+class Context:
+    """What methods share. The last opened model is kept, so that neighbours need not open it again."""
+
+    recipe: Recipe
+    run_dir: Path
+    suite: Suite
+    _slot: dict[str, Any] = field(default_factory=dict)
+
+    def opened(self, key: str, open_it: Callable[[], Any]) -> Any:
+        """The model `key`, opened now unless it is the one that was opened last."""
+        if key not in self._slot:
+            self._slot.clear()
+            self._slot[key] = open_it()
+        return self._slot[key]
+
+    def teacher(self) -> Any:
+        """The recipe's teacher as a stock FluxPipeline."""
+        return self.opened("teacher", lambda: open_teacher(self.recipe))
+
+
+class _Base:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.recipe = context.recipe
+
+
+class TextOnly(_Base):
+    """The teacher and the prompt."""
+
+    def fingerprint(self) -> str:
+        return models.fingerprint(models.resolve(self.recipe.teacher, "teacher"))
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        pipe = self.context.teacher()
+        height, width = _size(references)
+        latents = noise(pipe, seeds, height, width)
+        return draw(pipe, [s.prompt for s in samples], height, width, latents, self.recipe)
+
+
+class Inpaint(TextOnly):
+    """The teacher draws a grid; its left panel is held to the reference."""
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        from diptych.student.geometry import Canvas, join_tokens, split_tokens
+
+        pipe = self.context.teacher()
+        height, width = _size(references)
+        canvas = Canvas(height, width, pipe.vae_scale_factor)
+        z = encode(pipe, references)
+        latents = noise(pipe, seeds, height, 2 * width)
+        left_noise, _ = split_tokens(latents.to(z.device, z.dtype), canvas)
+
+        def hold(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            sigma = pipeline.scheduler.sigmas[step + 1].to(z.device, z.dtype)
+            _, right = split_tokens(tensors["latents"], canvas)
+            held = (1 - sigma) * z + sigma * left_noise
+            return {"latents": join_tokens(held.to(right.dtype), right, canvas)}
+
+        prompts = [s.grid_prompt for s in samples]
+        drawn = draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold)
+        return [image.crop((width, 0, 2 * width, height)) for image in drawn]
+
+
+class Copy(_Base):
+    """The reference, whatever was asked."""
+
+    def fingerprint(self) -> str:
+        return "copy"
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        return list(references)
+
+
+class Student(_Base):
+    """The student this run has trained."""
+
+    name: ClassVar[str] = "student"
+
+    def place(self) -> Path:
+        folder = self.context.run_dir / "student"
+        # The summary is what distill writes last.
+        if not (folder / "training" / "summary.json").is_file() and not (folder / "transformer").is_dir():
+            run = self.context.run_dir
+            raise UserError(f"{folder} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
+        return folder
+
+    def base(self) -> str:
+        return self.recipe.teacher
+
+    def fingerprint(self) -> str:
+        folder = self.place()
+        parts = [folder / "transformer", folder / "pytorch_lora_weights.safetensors"]
+        own = "+".join(models.fingerprint(part) for part in parts if part.exists())
+        return f"{own} on {models.fingerprint(models.resolve(self.base(), 'teacher'))}"
+
+    def open(self) -> Any:
+        return open_student(self.place(), self.base(), self.recipe)
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        pipe = self.context.opened(self.name, self.open)
+        height, width = _size(references)
+        settings = self.recipe.evaluate
+        drawn = pipe(
+            prompt=[s.prompt for s in samples],
+            reference=list(references),
+            height=height,
+            width=width,
+            num_inference_steps=settings.steps,
+            guidance_scale=self.recipe.paint.guidance,
+            image_guidance_scale=settings.image_guidance,
+            text_guidance_scale=settings.text_guidance,
+            generator=list(seeds),
+        )
+        return drawn.images
+
+
+class StudentShipped(Student):
+    """The student in the package, on the package's own teacher."""
+
+    name: ClassVar[str] = "student_shipped"
+
+    def place(self) -> Path:
+        return models.resolve("pocket", "student")
+
+    def base(self) -> str:
+        return "pocket"
+
+
+class Truth(_Base):
+    """The asked picture, drawn by the renderer."""
+
+    def fingerprint(self) -> str:
+        return "truth"
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        return [self.context.suite.truth(sample) for sample in samples]
+
+
+class Other(_Base):
+    """The asked picture with another subject of the kind, drawn by the renderer."""
+
+    def fingerprint(self) -> str:
+        return "other"
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        return [self.context.suite.other(sample) for sample in samples]
+
+
+METHODS: dict[str, Callable[[Context], Method]] = {
+    "text_only": TextOnly,
+    "copy": Copy,
+    "inpaint": Inpaint,
+    "student": Student,
+    "student_shipped": StudentShipped,
+    "truth": Truth,
+    "other": Other,
+}
+
+
+def open_teacher(recipe: Recipe) -> Any:
+    """The recipe's teacher as a stock FluxPipeline on the recipe's device. UserError if it cannot be opened."""
+    import torch
+    from diffusers import FluxPipeline
+
+    from diptych.student.loading import pick_device
+
+    folder = models.resolve(recipe.teacher, "teacher")
+    dtype = getattr(torch, recipe.paint.dtype)
+    try:
+        pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the teacher in {folder} cannot be opened as a FLUX pipeline ({line})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(pick_device(recipe.device))
+
+
+def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
+    """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
+    from diptych import student
+    from diptych.student.loading import pick_device
+    from diptych.student.lora import RELEASED_LORA, apply_lora
+
+    device = pick_device(recipe.device)
+    if (folder / "transformer").is_dir() or not (folder / RELEASED_LORA).is_file():
+        pipe = student.load(folder, base=base, device=device, fuse=True)
+    else:
+        from diptych.stages.distill import start
+
+        pipe = start(recipe, device)
+        apply_lora(pipe, folder / RELEASED_LORA, fuse=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: Any, prompts: list[str], height: int, width: int, latents: torch.Tensor, recipe: Recipe, **more: Any
+) -> list[Image]:
+    """The teacher draws, with the recipe's settings for baselines. `latents` is packed noise of the whole image."""
+    length = min(512, int(pipe.tokenizer_2.model_max_length))
+    drawn = pipe(
+        prompt=prompts,
+        negative_prompt=[""] * len(prompts),
+        true_cfg_scale=recipe.evaluate.true_guidance,
+        guidance_scale=recipe.paint.guidance,
+        num_inference_steps=recipe.evaluate.steps,
+        height=height,
+        width=width,
+        latents=latents.to(pipe.device, pipe.transformer.dtype),
+        max_sequence_length=length,
+        **more,
+    )
+    return list(drawn.images)
+
+
+def noise(pipe: Any, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
+    """Packed float32 noise (B, tokens, 4C), one CPU generator for each image: a batch draws what single calls draw."""
+    import torch
+
+    from diptych.student.geometry import pack
+
+    factor = pipe.vae_scale_factor
+    shape = (1, pipe.transformer.config.in_channels // 4, height // factor, width // factor)
+    drawn = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    return pack(torch.cat(drawn))
+
+
+def encode(pipe: Any, images: Sequence[Image]) -> torch.Tensor:
+    """Pictures of one panel as packed, scaled latents (B, tokens, 4C): the posterior's mode."""
+    import torch
+
+    from diptych.student.geometry import pack, to_pixels
+
+    pixels = torch.stack([to_pixels(image) for image in images]).to(pipe.device, pipe.vae.dtype)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode()
+    return pack((latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor)
+
+
+def _size(references: Sequence[Image]) -> tuple[int, int]:
+    """Height and width of a panel: the references'."""
+    sizes = {image.size for image in references}
+    assert len(sizes) == 1, "the references of a suite have one size"
+    width, height = sizes.pop()
+    return height, width

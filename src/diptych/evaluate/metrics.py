@@ -1,0 +1,167 @@
+"""The scores, as plain arithmetic on arrays: CP, PF, CP·PF, copy rate, their intervals, and paired comparison.
+
+- CP, concept preservation: the scoring judge's similarity of reference and output on a scale where 0 is the mean over
+  different identities of one kind and 1 the mean over one identity rendered again elsewhere; clipped to [0, 1].
+- PF, prompt following: the share of asked attributes that the reader finds.
+- CP·PF: mean CP × mean PF (as in DreamBench++).
+- Copy rate: the share of outputs nearer to their reference than the nearest 1 % of true re-renders.
+
+Intervals are 95 % percentile bootstrap intervals over identities, since the prompts of one identity
+are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COPY_SIDE = 32  # pixels that pictures are compared at
+COPY_SHIFT = 4  # of those, in every direction: an eighth of the picture
+COPY_QUANTILE = 0.01
+NAMES = ("cp", "pf", "cp_pf", "copy_rate")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the scores of one split are measured against, from renders."""
+
+    zero: float  # mean similarity of different identities of one kind
+    one: float  # mean similarity of one identity rendered again in another scene
+    copy_distance: float  # below it an output is a copy
+    pairs: int  # identities it rests on
+
+    def concept(self, similarity: np.ndarray) -> np.ndarray:
+        """Similarities (N,) as CP (N,). A scale that tells nothing apart gives 0 to everyone."""
+        if self.one - self.zero < 1e-9:
+            return np.zeros_like(similarity)
+        return np.clip((similarity - self.zero) / (self.one - self.zero), 0.0, 1.0)
+
+
+def following(asked: Mapping[str, str], read: Mapping[str, str]) -> dict[str, bool]:
+    """For each asked attribute whether the reader found the asked value; a group without a head counts as missed."""
+    return {group: read.get(group) == value for group, value in asked.items()}
+
+
+def copy_distances(references: Sequence[Image], outputs: Sequence[Image]) -> np.ndarray:
+    """Mean absolute difference (N,) in [0, 1] of each output to its reference, at the best alignment.
+
+    Alignments: shifts by up to an eighth of the picture, mirrored or not, compared where both overlap.
+    """
+    a, b = _small(references), _small(outputs)
+    best = np.full(len(a), np.inf)
+    for mirrored in (b, b[:, :, ::-1]):
+        for dy in range(-COPY_SHIFT, COPY_SHIFT + 1):
+            for dx in range(-COPY_SHIFT, COPY_SHIFT + 1):
+                (ya, yb), (xa, xb) = _overlap(dy), _overlap(dx)
+                gap = np.abs(a[:, ya, xa] - mirrored[:, yb, xb]).mean((1, 2, 3))
+                best = np.minimum(best, gap)
+    return best
+
+
+def _small(images: Sequence[Image]) -> np.ndarray:
+    """Pictures as float32 (N, COPY_SIDE, COPY_SIDE, 3) in [0, 1]."""
+    from PIL import Image
+
+    size = (COPY_SIDE, COPY_SIDE)
+    small = [np.asarray(i.convert("RGB").resize(size, Image.Resampling.BOX), np.float32) for i in images]
+    return np.stack(small) / 255 if small else np.zeros((0, *size, 3), np.float32)
+
+
+def _overlap(shift: int) -> tuple[slice, slice]:
+    """The overlapping part of two sides, the second moved by `shift`."""
+    low, high = max(0, shift), min(0, shift)
+    return slice(low, COPY_SIDE + high), slice(-high, COPY_SIDE - low)
+
+
+def copy_threshold(distances: np.ndarray) -> float:
+    """The distance that the nearest 1 % of true re-render pairs keep below."""
+    return float(np.quantile(distances, COPY_QUANTILE))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method's outputs, scored: arrays of (N,), `identity` says whose reference each was."""
+
+    identity: np.ndarray
+    cp: np.ndarray
+    pf: np.ndarray
+    copied: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Outcome:
+        """The outputs where `chosen` (N,) is true."""
+        return Outcome(self.identity[chosen], self.cp[chosen], self.pf[chosen], self.copied[chosen])
+
+    def means(self) -> dict[str, float]:
+        """The four scores of `NAMES`."""
+        cp, pf = float(self.cp.mean()), float(self.pf.mean())
+        return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": float(self.copied.mean())}
+
+
+def resample(identities: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
+    """How often each distinct identity is drawn in each of `times` resamplings: (times, identities)."""
+    count = len(np.unique(identities))
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=times)
+
+
+def bootstrap(outcome: Outcome, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """The four scores in each resampling, (times,) each."""
+    _, place = np.unique(outcome.identity, return_inverse=True)
+    sizes = np.bincount(place)
+    total = draws @ sizes
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return (draws @ np.bincount(place, weights=values.astype(float))) / total
+
+    cp, pf = mean(outcome.cp), mean(outcome.pf)
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": mean(outcome.copied)}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The 95 % percentile interval."""
+    return [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))]
+
+
+def summary(outcome: Outcome, times: int) -> dict[str, Any]:
+    """The four scores, `n` and `ci95`, as metrics.json holds them."""
+    spread = bootstrap(outcome, resample(outcome.identity, times))
+    means = {name: round(value, 4) for name, value in outcome.means().items()}
+    return {**means, "n": len(outcome.cp), "ci95": {name: interval(spread[name]) for name in NAMES}}
+
+
+def compare(a: Outcome, b: Outcome, times: int, name: str = "cp_pf") -> dict[str, Any]:
+    """`a` minus `b` on the same samples: difference, ratio, 95 % interval, two-sided p-value, whether intervals part.
+
+    Both are resampled together, so that what an easy or hard identity does to both cancels.
+    """
+    assert np.array_equal(a.identity, b.identity), "only outputs for the same samples can be compared"
+    draws = resample(a.identity, times)
+    first, second = bootstrap(a, draws)[name], bootstrap(b, draws)[name]
+    gap, base = a.means()[name] - b.means()[name], b.means()[name]
+    below = float(((first - second) <= 0).mean())
+    above = float(((first - second) >= 0).mean())
+    p = min(1.0, 2 * (min(below, above) * times + 1) / (times + 1))
+    return {
+        "score": name,
+        "difference": round(gap, 4),
+        "ratio": round(a.means()[name] / base, 4) if base > 0 else None,
+        "ci95": interval(first - second),
+        "p": round(p, 4),
+        "intervals_apart": interval(first)[0] > interval(second)[1] or interval(second)[0] > interval(first)[1],
+        "n": len(a.cp),
+    }
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a random positive scores above a random negative (ties count half)."""
+    values = np.concatenate([positive, negative])
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # mean rank of equal values
+    n, m = len(positive), len(negative)
+    return float((rank[:n].sum() - n * (n + 1) / 2) / (n * m))
