@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
 
     Reference = Image.Image | str | Path | None
@@ -49,7 +50,7 @@ class Student:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] = (),
+        lora: Loras = (),
         released_lora: bool = True,
         fuse: bool = True,
     ) -> Student:

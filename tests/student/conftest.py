@@ -115,7 +115,7 @@ def student_folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pipe(student_folder: Path, teacher: Path):
     from diptych import student
 

@@ -59,7 +59,7 @@ def test_batched_guidance_gives_the_same(released, golden):
 
 
 def test_fused_lora_and_folded_folder_give_the_same(golden, tmp_path):
-    """The other ways in: folded on disk, folder spelt `transformers`, LoRA given by hand and fused, saved and reopened."""
+    """The other ways in: folded on disk, folder spelt `transformers`, LoRA by hand and fused, saved and reopened."""
     files.fold_folder(GOLDEN / "dsd_model" / "transformer", tmp_path / "folded" / "transformers")
     lora = GOLDEN / "dsd_model" / "pytorch_lora_weights.safetensors"
     pipe = student.load(tmp_path / "folded", GOLDEN / "base", device="cpu", lora=lora, fuse=True)

@@ -21,6 +21,12 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
+@pytest.fixture
+def pipe(student_folder: Path, teacher: Path):
+    """A fresh one for each test here: they cast it and put LoRAs on it."""
+    return student.load(student_folder, teacher, device="cpu")
+
+
 def copy(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     return to
@@ -100,6 +106,38 @@ def test_fusing_adds_the_scaled_product(student_folder, teacher, tmp_path):
     assert not getattr(fused.transformer, "peft_config", {})
 
 
+def test_alpha_in_the_header_scales(student_folder, teacher, tmp_path):
+    from peft import LoraConfig
+
+    state = load_file(make_lora(tmp_path / "a.safetensors"))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=[LAYER.removeprefix("transformer.")]).to_dict()
+    config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    save_file(state, tmp_path / "b.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
+    plain = student.load(student_folder, teacher, device="cpu")
+    fused = student.load(student_folder, teacher, device="cpu", lora=tmp_path / "b.safetensors", fuse=True)
+    a, b = state[f"{LAYER}.lora_A.weight"], state[f"{LAYER}.lora_B.weight"]
+    torch.testing.assert_close(weight(fused), weight(plain) + 3 * b @ a)
+
+
+def test_a_control_lora_goes_on_the_widened_teacher(student_folder, teacher, tmp_path):
+    """A folder with only the LoRA file; the input layer as stock diffusers stores it, a full-rank adapter with bias."""
+    wide = files.read_state(student_folder / "transformer")["x_embedder.weight"]
+    start = torch.zeros_like(wide)
+    start[:, :16] = files.read_state(teacher / "transformer")["x_embedder.weight"]
+    bias = torch.randn(32)
+    name = "transformer.x_embedder"
+    state = {f"{name}.lora_A.weight": torch.eye(32), f"{name}.lora_B.weight": wide - start, f"{name}.lora_B.bias": bias}
+    (tmp_path / "lora").mkdir()
+    save_file(state, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    pipe = student.load(tmp_path / "lora", teacher, device="cpu", fuse=True)
+    plain = student.load(student_folder, teacher, device="cpu")
+    torch.testing.assert_close(pipe.transformer.x_embedder.weight, plain.transformer.x_embedder.weight)
+    torch.testing.assert_close(pipe.transformer.x_embedder.bias, plain.transformer.x_embedder.bias + bias)
+    make_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="never see the reference"):
+        student.load(tmp_path / "lora", teacher, device="cpu")
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_several_loras_add_up_at_their_scales(student_folder, teacher, tmp_path, pictures, fuse):
     paths = [make_lora(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
@@ -148,7 +186,7 @@ def test_lora_keys_without_a_layer_are_refused_by_name(pipe, tmp_path, change, s
 def test_missing_base_and_missing_parts_say_what_to_give(student_folder, teacher, tmp_path):
     with pytest.raises(UsageError, match="give the teacher's folder as base"):
         student.load(student_folder, device="cpu")
-    with pytest.raises(UserError, match="neither .* has scheduler, vae"):
+    with pytest.raises(UserError, match=r"neither .* has scheduler, vae"):
         student.load(student_folder, tmp_path, device="cpu")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no transformer/ folder"):

@@ -63,7 +63,7 @@ class TwoLinear(torch.nn.Module):
         return self.x_embedder(x) + self.c_embedder(self.c)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(configs(), st.integers(0, 2**31))
 def test_folded_model_equals_the_two_linear_form(config, seed):
     torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def test_folded_model_equals_the_two_linear_form(config, seed):
     assert {k: v for k, v in back_config.items() if not k.startswith("_")} == config
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(configs(), st.integers(0, 2**31))
 def test_widened_model_computes_the_teacher_whatever_the_condition(config, seed):
     torch.manual_seed(seed)
@@ -154,7 +154,7 @@ def test_a_plain_teacher_is_no_student(teacher):
 def test_a_missing_shard_and_a_broken_index_are_named(tmp_path):
     state = files.read_state(RELEASED)
     (tmp_path / "config.json").write_text((RELEASED / "config.json").read_text())
-    index = {"weight_map": {key: "part-1.safetensors" for key in state}}
+    index = {"weight_map": dict.fromkeys(state, "part-1.safetensors")}
     (tmp_path / f"{files.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"part-1.safetensors is missing"):
         files.read_student(tmp_path)
@@ -163,5 +163,5 @@ def test_a_missing_shard_and_a_broken_index_are_named(tmp_path):
     save_file(state, tmp_path / "part-1.safetensors")
     assert files.read_student(tmp_path).config["in_channels"] == 128
     save_file({k: v for k, v in state.items() if k != "proj_out.bias"}, tmp_path / "part-1.safetensors")
-    with pytest.raises(UserError, match="proj_out.bias"):
+    with pytest.raises(UserError, match=r"proj_out\.bias"):
         files.read_student(tmp_path)

@@ -6,13 +6,13 @@ fit), `weights` (widen, fold, unfold), `files`, `lora`, `pipeline` (the sampler)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
 
 __all__ = ["load", "save"]
@@ -24,7 +24,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] = (),
+    lora: Loras = (),
     released_lora: bool = True,
     fuse: bool = False,
 ) -> DiptychPipeline:
@@ -32,12 +32,13 @@ def load(
 
     Args:
         model: `pocket`, a hub name, or a folder: a whole diffusers pipeline; one with only `transformer/`; or the
-            released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly.
+            released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly;
+            or one with only a control-LoRA, which goes on the base's transformer, widened.
         base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
             encoders the pipeline takes prompts as embeddings only.
         dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.
         device: `cpu`, `cuda`, …; None or `auto` takes the accelerator if there is one.
-        lora: more LoRA files on top, paths or (path, scale).
+        lora: more LoRA files on top: a path, a (path, scale), or a list of those.
         released_lora: also load the folder's own `pytorch_lora_weights.safetensors`, as the release does.
         fuse: add the LoRAs into the weights (faster; needed before `save`).
 

@@ -62,8 +62,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a transformer folder, from one safetensors file or from the shards of its index."""
+def read_state(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a transformer folder, from one file or from its index's shards, cast to `dtype` if given."""
+    state = _read_shards(folder)
+    if dtype is None:
+        return state
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         if not (folder / WEIGHTS_FILE).is_file() and list(folder.glob("*.bin")):
@@ -104,10 +111,7 @@ def is_released(state_dict: Mapping[str, torch.Tensor]) -> bool:
 def read_student(folder: Path, dtype: torch.dtype | None = None) -> weights.Folded:
     """A student's weights from a transformer folder of either layout, folded, cast to `dtype` if given."""
     config = read_config(folder)
-    state = read_state(folder)
-    if dtype is not None:
-        # Cast before folding: bx + bc is then summed in the wider type.
-        state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    state = read_state(folder, dtype)  # cast before folding: bx + bc is then summed in the wider type
     if is_released(state):
         return weights.fold(state, config, where=str(folder))
     weights.student_channels(config, str(folder))

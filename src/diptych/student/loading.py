@@ -21,8 +21,9 @@ from diptych.errors import UsageError, UserError
 from diptych.student import files
 from diptych.student.lora import RELEASED_LORA, apply_lora
 from diptych.student.pipeline import DiptychPipeline
-from diptych.student.weights import build, some
+from diptych.student.weights import Folded, build, some, widen
 
+Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
 WORDS_FILE = "words.json"
 # part: (library, class) unless the folder's model_index.json names another; text parts may be absent.
 _PARTS = {
@@ -43,7 +44,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] = (),
+    lora: Loras = (),
     released_lora: bool = True,
     fuse: bool = False,
 ) -> DiptychPipeline:
@@ -53,25 +54,24 @@ def load(
     base_folder = models.resolve(str(base), "teacher") if base is not None else None
     if base_folder is None and name in models.BUILT_IN:
         base_folder = models.resolve(name, "teacher")
-    weights_folder = transformer_folder(folder)
+    own = folder / RELEASED_LORA
+    # A control-LoRA (what `distill.mode: lora` writes) has no transformer of its own: it goes on the teacher, widened.
+    control = own.is_file() and base_folder is not None and not _has_transformer(folder)
+    weights_folder = transformer_folder(base_folder if control and base_folder else folder)
     models.note_licence(name, weights_folder)
     places = _find_parts(folder, base_folder)
 
     device = pick_device(device)
     dtype = dtype or pick_dtype(weights_folder, device)
-    folded = files.read_student(weights_folder, dtype)
+    folded = _widened(weights_folder, own, dtype) if control else files.read_student(weights_folder, dtype)
     parts = {part: _open_part(part, place, dtype) for part, place in places.items()}
     _check_family(folded.config, parts, folder, base_folder)
     pipe = DiptychPipeline(transformer=build(folded.config, folded.state_dict), **parts)
     pipe.bias_split = folded.split
     pipe.ignored_adapters = folded.adapters
     pipe.loaded_from = (folder, *([base_folder] if base_folder else []))
-    own = folder / RELEASED_LORA
-    loras = [(own, 1.0)] if released_lora and own.is_file() else []
-    for given in [lora] if isinstance(lora, (str, Path)) else lora:
-        path, scale = given if isinstance(given, tuple) else (given, 1.0)
-        loras.append((Path(path), float(scale)))
-    for path, scale in loras:
+    loras = [(own, 1.0)] if own.is_file() and (released_lora or control) else []
+    for path, scale in [*loras, *_scaled(lora)]:
         apply_lora(pipe, path, scale, fuse=fuse)
     return pipe.to(device)
 
@@ -145,6 +145,29 @@ def pick_dtype(weights_folder: Path, device: torch.device) -> torch.dtype:
     except (SafetensorError, OSError):
         return torch.float32  # reading the weights says what is wrong with the file
     return torch.bfloat16 if "BF16" in stored else torch.float32
+
+
+def _scaled(lora: Loras) -> list[tuple[Path, float]]:
+    """(path, scale) of each LoRA; one path, or one (path, scale), need no list around it."""
+    if isinstance(lora, (str, Path)):
+        return [(Path(lora), 1.0)]
+    if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float)):
+        lora = [lora]  # pyright: ignore[reportAssignmentType]
+    pairs = [given if isinstance(given, tuple) else (given, 1.0) for given in lora]
+    return [(Path(path), float(scale)) for path, scale in pairs]  # pyright: ignore[reportArgumentType]
+
+
+def _widened(teacher: Path, lora: Path, dtype: torch.dtype) -> Folded:
+    """The teacher's weights widened, ready for a control-LoRA; UserError if that does not adapt the input layer."""
+    config = files.read_config(teacher)
+    if not any("x_embedder" in key for key in files.read_tensors(lora)):
+        raise UserError(f"{lora} does not adapt x_embedder, so a student made from it would never see the reference")
+    student = widen(build(config, files.read_state(teacher, dtype)))
+    return Folded(dict(student.config), student.state_dict())
+
+
+def _has_transformer(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in _TRANSFORMER_FOLDERS)
 
 
 def transformer_folder(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
+from diptych.student.files import read_tensors
 from diptych.student.weights import some
 
 if TYPE_CHECKING:
@@ -30,15 +31,20 @@ def apply_lora(
     `fuse` adds it into the weights and removes the adapter layers: faster, and needed before quantizing or saving.
     Raises UserError, naming the keys, when any of them finds no layer.
     """
-    path = Path(path)
-    tensors = _read(path)
-    # Reading consumes the dict (conversions pop what they use), so each reader gets its own.
-    state, *_ = pipe.lora_state_dict(dict(tensors), return_alphas=True)
+    path = lora_file(Path(path))
+    read_tensors(path)  # says what is wrong with a damaged file; the reader below would go on to look for a pickle
+    # From the file, not from its tensors: the header may hold ranks and alphas.
+    state, alphas, metadata = pipe.lora_state_dict(
+        str(path.parent), weight_name=path.name, local_files_only=True, return_alphas=True, return_lora_metadata=True
+    )
     _check(pipe, state, path)
     name = name or _free_name(pipe, path)
+    rest = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata, "_pipeline": pipe}
     try:
-        pipe.load_lora_weights(tensors, adapter_name=name)
-    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        pipe.load_lora_into_transformer(_pad_input(pipe, state), transformer=pipe.transformer, **rest)
+        if any(key.startswith("text_encoder.") for key in state):
+            pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, prefix="text_encoder", **rest)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be loaded as a LoRA for this student: {error}") from error
     _check_loaded(pipe, state, path, name)
     if fuse:
@@ -50,14 +56,23 @@ def apply_lora(
     return name
 
 
-def _read(path: Path) -> dict[str, Any]:
-    from diptych.student.files import read_tensors
-
-    if path.is_dir():
-        path = path / RELEASED_LORA
+def lora_file(path: Path) -> Path:
+    """The safetensors file that `path` names: itself, or the released name in a folder."""
+    path = path / RELEASED_LORA if path.is_dir() else path
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
-    return dict(read_tensors(path))
+    return path
+
+
+def _pad_input(pipe: FluxControlPipeline, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with a LoRA on the release's x_embedder made one on the folded layer: no effect on the condition."""
+    import torch
+
+    key = "transformer.x_embedder.lora_A.weight"
+    width = pipe.transformer.config.in_channels
+    if key not in state or state[key].shape[1] == width:
+        return state
+    return {**state, key: torch.nn.functional.pad(state[key], (0, width - state[key].shape[1]))}
 
 
 def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -73,7 +88,6 @@ def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path
         elif tensor.ndim == 2:
             width = base.in_features if part.startswith("A") else base.out_features
             got = tensor.shape[1] if part.startswith("A") else tensor.shape[0]
-            # diffusers pads the input side with zeros, silently and for any layer; only here is that the right thing.
             padded = layer == "x_embedder" and part.startswith("A") and 2 * got == width
             if got != width and not padded:
                 shapes.append(f"{key} has width {got}, its layer {width}")
