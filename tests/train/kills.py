@@ -59,10 +59,10 @@ def steps_logged(out: Path) -> int:
         return 0
 
 
-def result(out: Path) -> tuple[list[dict[str, Any]], str]:
+def result(out: Path, mode: str = "full") -> tuple[list[dict[str, Any]], str]:
     """All that must be equal, bit for bit: the metrics without their times, and the student's weights."""
     lines = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("seconds")
-    weights = out / "transformer" / "diffusion_pytorch_model.safetensors"
-    return lines, hashlib.sha256(weights.read_bytes()).hexdigest()
+    name = "pytorch_lora_weights.safetensors" if mode == "lora" else "transformer/diffusion_pytorch_model.safetensors"
+    return lines, hashlib.sha256((out / name).read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ import torch
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.stages.distill import distill
+from diptych.stages.distill import distill, finish, prepare
 from diptych.train import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
@@ -223,20 +223,13 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     from diffusers import FluxControlPipeline
 
     from diptych.student.geometry import Canvas
-    from diptych.train import loop
-
-    trainers = []
-    real = loop.train
-
-    def keep(job: Any, progress: Any) -> Any:
-        trainers.append(real(job, progress))
-        return trainers[-1]
+    from diptych.train import parts
+    from diptych.train.loop import train
 
     out = tmp_path / "lora"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train", keep)
-        distill(tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2), world.pairs, out)
-    trainer = trainers[0]
+    recipe = tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2)
+    trainer = train(prepare(recipe, world.pairs, out))
+    finish(trainer, recipe, world.pairs, out)
     assert not any(p.requires_grad for n, p in trainer.transformer.named_parameters() if n not in trainer.trained.names)
     assert {n.split(".")[0] for n in trainer.trained.names if "lora" not in n} == {"x_embedder"}
 
@@ -257,16 +250,11 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     stock = FluxControlPipeline.from_pretrained(world.teacher)
     stock.load_lora_weights(out)
     ours = FluxControlPipeline(**trainer.job.pipe.components)
-    from diptych.train import parts
-
     with parts.averaged(trainer.ema, trainer.trained.parameters):
         wanted = draw(ours)
     torch.testing.assert_close(draw(stock), wanted, rtol=1e-4, atol=1e-5)
-    plain = FluxControlPipeline.from_pretrained(world.teacher, transformer=None)
-    assert plain is not None
-    with pytest.raises(AssertionError):
-        stock.set_adapters(stock.get_active_adapters(), [0.0])  # without the adapter it is another picture
-        torch.testing.assert_close(draw(stock), wanted, rtol=1e-4, atol=1e-5)
+    stock.set_adapters(stock.get_active_adapters(), [0.0])
+    assert not torch.allclose(draw(stock), wanted, atol=1e-2)  # without the adapter it is another picture
 
 
 def test_an_unknown_lora_target_is_refused_with_the_nearest(world: Any, tmp_path: Path) -> None:
@@ -280,3 +268,55 @@ def test_training_goes_on_from_a_student_that_init_names(world: Any, straight: A
     lines, _ = kills.result(tmp_path / "out")
     # The first validation after four more steps is better than the teacher's after four.
     assert lines[3]["validation"]["loss"] < kills.result(straight.out)[0][3]["validation"]["loss"]
+
+
+def test_dropout_gives_the_null_reference_and_the_empty_prompt(world: Any, tmp_path: Path) -> None:
+    from diptych.train.loop import Trainer
+
+    def batch(**dropout: float) -> Any:
+        none = {"reference_dropout": 0, "text_dropout": 0, "both_dropout": 0}
+        job = prepare(tiny_run.make_recipe(world.teacher, **{**none, **dropout}), world.pairs, tmp_path / "out")
+        return job, Trainer(job).assemble(1)
+
+    job, plain = batch()
+    empty, _ = job.text.gather([""])
+    assert plain.condition.abs().amin(dim=(1, 2)).shape == (4,) and plain.condition.any(dim=2).all()
+    _, unseen = batch(reference_dropout=1)
+    assert not unseen.condition.any() and torch.equal(unseen.prompt_embeds, plain.prompt_embeds)
+    _, unsaid = batch(text_dropout=1)
+    assert torch.equal(unsaid.condition, plain.condition)
+    assert torch.equal(unsaid.prompt_embeds, empty.expand_as(unsaid.prompt_embeds))
+    _, neither = batch(both_dropout=1)
+    assert not neither.condition.any() and torch.equal(neither.prompt_embeds, unsaid.prompt_embeds)
+    # What training sees of a reference is what the pipeline will see of it.
+    from diptych.data.images import open_image
+
+    row = next(r for r in world.pairs if r["id"] == job.latents.samples[0].id)
+    seen = job.pipe.encode_reference([open_image(row["conditioning"])], job.canvas)
+    torch.testing.assert_close(job.latents.gather([0])[1], seen, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_grids_are_held_out(world: Any, tmp_path: Path) -> None:
+    job = prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
+    grids = [{job.latents.samples[row].grid_id for row in rows} for rows in (job.train_rows, job.validation_rows)]
+    assert len(job.validation_rows) == 4 and not grids[0] & grids[1]
+    assert sorted(job.train_rows + job.validation_rows) == list(range(24))
+
+
+def test_a_guidance_distilled_teacher_trains(world: Any, tmp_path: Path) -> None:
+    teacher = tiny_run.make_teacher(tmp_path / "teacher", guidance_embeds=True)
+    summary = distill(tiny_run.make_recipe(teacher, steps=1), world.pairs, tmp_path / "out")
+    assert summary["steps"] == 1
+
+
+def test_the_average_follows_its_decay(world: Any, tmp_path: Path) -> None:
+    from diptych.train.loop import Trainer
+
+    trainer = Trainer(prepare(tiny_run.make_recipe(world.teacher, warmup=0), world.pairs, tmp_path / "out"))
+    last = trainer.trained.names.index("proj_out.weight")
+    average = trainer.trained.parameters[last].detach().clone()
+    for step in range(1, 4):
+        trainer.advance(trainer.assemble(step))
+        decay = min(0.9, (1 + step - 1) / (10 + step - 1)) if step > 1 else 0.0  # diffusers' ramp
+        average = decay * average + (1 - decay) * trainer.trained.parameters[last].detach()
+    torch.testing.assert_close(trainer.ema.shadow_params[last], average)

@@ -27,7 +27,7 @@ from diptych.train.metrics import Progress, report
 if TYPE_CHECKING:
     from diptych.recipe import Recipe
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.train.loop import Trainer
+    from diptych.train.loop import Job, Trainer
 
 TRAINING = "training"
 SUMMARY = "summary.json"
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains a student on `pairs` into the folder `out` and returns a summary of plain values.
+    """Trains a student on `pairs` into the folder `out` and returns a summary of plain values (`loop.summary`).
 
     Args:
         recipe: `distill`, `teacher`, `seed`, `device`, `threads` and `paint.panel_size` are read.
@@ -47,38 +47,40 @@ def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
     training). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
+    from diptych.train.loop import train
+
+    out = Path(out)
+    steps = recipe.distill.steps
+    if (done := finished(out, recipe, pairs)) is not None:
+        report(progress, steps, steps, "already trained")
+        return done
+    trainer = train(prepare(recipe, pairs, out, progress), progress)
+    return finish(trainer, recipe, pairs, out)
+
+
+def prepare(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None = None) -> Job:
+    """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
     import torch
 
     from diptych.student.geometry import Canvas
     from diptych.student.loading import pick_device
     from diptych.train import checkpoint, latents, text
     from diptych.train.hardware import pick_precision
-    from diptych.train.loop import Job, train
+    from diptych.train.loop import Job
     from diptych.train.options import Options
 
-    out = Path(out)
-    folder = out / TRAINING
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    if not len(pairs):
-        raise UserError(
-            f"{pairs.url} holds no pairs, so there is nothing to train on; lower curate.thresholds "
-            "or draw more grids (write.count)"
-        )
     device = pick_device(recipe.device)
     options = Options.of(recipe.distill, seed=recipe.seed)
     precision, reason = pick_precision(options.precision, device)
     options = replace(options, precision=precision)  # pyright: ignore[reportArgumentType]
     log.info("training on %s in %s: %s", device, precision, reason)
 
-    made_from = {"base": models.fingerprint(_base(recipe)), "pairs": pairs_fingerprint(pairs)}
-    if (done := finished(out, recipe, made_from)) is not None:
-        report(progress, options.steps, options.steps, "already trained")
-        return done
-
+    folder = out / TRAINING
+    made_from = sources(recipe, pairs)
     pipe = start(recipe, device)
     size = recipe.paint.panel_size or pipe.default_panel_size
-    made_from["panel_size"] = str(size)
     canvas = Canvas(size, size, pipe.vae_scale_factor)
     at = checkpoint.pointer(folder, checkpoint.LATEST)
     step = int(at.removeprefix("step-")) if at else 0
@@ -92,9 +94,18 @@ def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     captions = [sample.caption for sample in cache.samples]
     embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
-    job = Job(pipe, canvas, options, device, cache, embeddings, train_rows, validation_rows, folder, made_from)
-    trainer = train(job, progress)
-    return finish(trainer, recipe, pairs, out)
+    made_from["panel_size"] = str(size)
+    return Job(pipe, canvas, options, device, cache, embeddings, train_rows, validation_rows, folder, made_from)
+
+
+def sources(recipe: Recipe, pairs: Dataset) -> dict[str, str]:
+    """Fingerprints of what a student is made from. UserError when there is nothing to train on."""
+    if not len(pairs):
+        raise UserError(
+            f"{pairs.url} holds no pairs, so there is nothing to train on; lower curate.thresholds "
+            "or draw more grids (write.count)"
+        )
+    return {"base": models.fingerprint(_base(recipe)), "pairs": pairs_fingerprint(pairs)}
 
 
 def _base(recipe: Recipe) -> Path:
@@ -149,19 +160,17 @@ def _vae_fingerprint(pipe: DiptychPipeline) -> str:
     return digest.hexdigest()
 
 
-def finished(out: Path, recipe: Recipe, made_from: dict[str, str]) -> dict[str, Any] | None:
+def finished(out: Path, recipe: Recipe, pairs: Dataset) -> dict[str, Any] | None:
     """The summary of a training that this recipe, base and data have finished in `out` before; None otherwise."""
-    path = out / TRAINING / SUMMARY
     try:
-        stored = json.loads(path.read_text("utf8"))
+        stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    same = stored.get("made_by") == {
-        "distill": recipe.distill.model_dump(mode="json"),
-        "seed": recipe.seed,
-        **made_from,
-    }
-    return stored["summary"] if same else None
+    return stored["summary"] if stored.get("made_by") == _made_by(recipe, pairs) else None
+
+
+def _made_by(recipe: Recipe, pairs: Dataset) -> dict[str, Any]:
+    return {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed, **sources(recipe, pairs)}
 
 
 def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[str, Any]:
@@ -191,9 +200,7 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    made_by = {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed}
-    made_by |= {key: made_from[key] for key in ("base", "pairs")}
-    stored = {"summary": numbers, "made_by": made_by}
+    stored = {"summary": numbers, "made_by": _made_by(recipe, pairs)}
     write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
     return numbers
 
