@@ -58,9 +58,10 @@ def run(
         for name in STAGES:
             if name in stages:
                 before = time.monotonic()
-                done[name] = pipeline.stage(name)
-                done[name]["seconds"] = round(time.monotonic() - before, 2)
-                log.append(folder, "stage", stage=name, **done[name])
+                result = pipeline.stage(name)
+                seconds = round(time.monotonic() - before, 2)
+                done[name] = {**result, "seconds": seconds}
+                log.append(folder, "stage", stage=name, seconds=seconds, result=result)
     summary: dict[str, Any] = {"run": str(folder), "recipe": recipe.name, "stages": done}
     for key, path in (("report", "report/report.html"), ("metrics", "report/metrics.json"), ("student", "student")):
         if (folder / path).exists():
@@ -168,7 +169,7 @@ class _Pipeline:
         pairs = self._input("pairs", "curate", self.fingerprints("select"))
         with self.display.stage("distill", "steps") as report:
             numbers = distill(self.recipe, pairs, self.folder / "student", report)
-        return {**numbers, "pairs": len(pairs)}
+        return {"steps": self.recipe.distill.steps, "pairs": len(pairs), "training": numbers}
 
     def evaluate(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
