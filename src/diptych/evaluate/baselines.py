@@ -87,6 +87,12 @@ class Inpaint(TextOnly):
     """The teacher draws a grid; its left panel is held to the reference."""
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        height, width = _size(references)
+        grids = self.grids(references, [s.grid_prompt for s in samples], seeds)
+        return [grid.crop((width, 0, 2 * width, height)) for grid in grids]
+
+    def grids(self, references: Sequence[Image], prompts: list[str], seeds: Sequence[int]) -> list[Image]:
+        """The whole grids: the left panel is the reference as the VAE gives it back."""
         from diptych.student.geometry import Canvas, join_tokens, split_tokens
 
         pipe = self.context.teacher()
@@ -102,9 +108,7 @@ class Inpaint(TextOnly):
             held = (1 - sigma) * z + sigma * left_noise
             return {"latents": join_tokens(held.to(right.dtype), right, canvas)}
 
-        prompts = [s.grid_prompt for s in samples]
-        drawn = draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold)
-        return [image.crop((width, 0, 2 * width, height)) for image in drawn]
+        return draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold)
 
 
 class Copy(_Base):

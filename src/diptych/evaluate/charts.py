@@ -162,7 +162,8 @@ def histogram(
         x, y = frame.px(low + i * width), frame.py(n)
         below = mark is not None and low + (i + 0.5) * width < mark
         colour, css = ("total", "faint") if below else ("truth", "")
-        box = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{frame.px(low + width) - LEFT - 1:.1f}" height="{frame.py(0) - y:.1f}"'
+        across, up = frame.px(low + width) - LEFT - 1, frame.py(0) - y
+        box = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{across:.1f}" height="{up:.1f}"'
         parts.append(f'<rect class="{css}" {box} style="fill:var(--c-{colour})"/>')
     if mark is not None:
         parts.append(f'<path class="mark" d="M{frame.px(mark):.1f} {TOP}V{frame.py(0):.1f}"/>')
@@ -220,6 +221,7 @@ def _legend(items: Sequence[Series] | Sequence[Dot]) -> str:
 
 def _chart(inner: str, title: str, description: str, legend: str, caption: str, height: int = HEIGHT) -> str:
     said = f"<title>{text(title)}</title><desc>{text(description)}</desc>"
-    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(f"{title}. {description}")}">{said}{inner}</svg>'
+    aloud = text(f"{title}. {description}")
+    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{aloud}">{said}{inner}</svg>'
     below = tag("b", text(title)) + (f". {caption}" if caption else "")
     return figure(svg + legend, below, class_="chart")

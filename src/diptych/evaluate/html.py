@@ -79,7 +79,8 @@ def table(
         body.append(tag("tr", cells, class_="muted" if number in muted else None))
     said = tag("caption", caption) if caption else ""
     whole = tag("table", said + tag("thead", tag("tr", top)) + tag("tbody", "".join(body)))
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or head[0] or "table")}">{whole}</div>'
+    aloud = text(caption or head[0] or "table")
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{aloud}">{whole}</div>'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -1,0 +1,61 @@
+"""A tiny world of models, made once, and a run evaluated in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_world as tiny
+from oracle_judges import Oracle
+
+ROLES = ("curator", "scorer", "reader")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_teacher(tmp_path_factory.mktemp("evaluate") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def suite() -> Any:
+    return tiny.make_suite()
+
+
+@pytest.fixture(scope="session")
+def oracle(suite: Any) -> Oracle:
+    return Oracle(suite, 4, 2)
+
+
+@pytest.fixture(scope="session")
+def judge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders that stand for the judges' weights: what tells them apart is their content."""
+    root = tmp_path_factory.mktemp("judges")
+    for role in ROLES:
+        (root / role).mkdir()
+        (root / role / "config.json").write_text(json.dumps({"role": role}))
+    return root
+
+
+@pytest.fixture
+def oracles(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    """Puts the oracle in the judges' place."""
+    from diptych.evaluate import run_suite
+    from diptych.evaluate.scoring import Judges
+
+    def load(recipe: Any, about: Any) -> Judges:
+        return Judges(scorer=oracle, curator=oracle, reader=oracle, about=about)
+
+    monkeypatch.setattr(run_suite, "load_judges", load)
+    return oracle
+
+
+@pytest.fixture
+def run_dir(teacher: Path, tmp_path: Path) -> Path:
+    """A run folder that holds a student and nothing else."""
+    tiny.make_student(teacher, tmp_path / "run" / "student")
+    return tmp_path / "run"

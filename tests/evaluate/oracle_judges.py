@@ -1,0 +1,81 @@
+"""Judges that know the truth: they find the nearest render they have been shown, and say what was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diptych.evaluate import suites, truth
+from diptych.evaluate.suites import Known, Suite
+from diptych.pocket import world
+
+
+@dataclass(frozen=True)
+class Reading:
+    """As `judges.attributes` gives it."""
+
+    values: dict[str, str]
+    identity: np.ndarray
+    probabilities: dict[str, Any] = field(default_factory=dict)
+
+
+class Oracle:
+    """Both judges in one: `embed` and `read`."""
+
+    def __init__(self, suite: Suite, identities: int, prompts: int, noise: float = 0.1) -> None:
+        self.noise = noise
+        self.thumbs: list[np.ndarray] = []
+        self.truths: list[tuple[world.Identity, world.Scene]] = []
+        for split in suite.splits:
+            counts = (suite.calibration.identities if split == "identities" else suite.calibration.kinds,)
+            for purpose, count in (("calibration", counts[0]), ("check", max(suite.check.identities, *counts))):
+                for k in truth.known(suite, purpose, split, count):
+                    self._learn(k.subject, k.reference)
+                    self._learn(k.subject, k.target)
+        for sample in suite.samples(identities, prompts):
+            k = suite.of(sample)
+            self._learn(k.subject, k.reference)
+            self._learn(k.subject, k.target)
+            other = world.sample_identity(suite.rng("suite", sample.split, sample.identity, 4), k.subject.kind)
+            self._learn(other, k.target)
+        self._table = np.stack(self.thumbs)
+
+    def _learn(self, subject: world.Identity, scene: world.Scene) -> None:
+        self.thumbs.append(_thumb(suites.render(subject, scene)))
+        self.truths.append((subject, scene))
+
+    def _find(self, image: Image.Image) -> tuple[world.Identity, world.Scene]:
+        return self.truths[int(np.abs(self._table - _thumb(image)).sum(1).argmin())]
+
+    def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """A direction for the kind, one for the identity, and a little noise of the picture's own."""
+        rows = []
+        for image in images:
+            subject, _ = self._find(image)
+            own = _direction(repr(subject)) + 0.5 * _direction(subject.kind)
+            row = own + self.noise * _direction(_thumb(image).tobytes().hex())
+            rows.append(row / np.linalg.norm(row))
+        return np.stack(rows)
+
+    def read(self, images: Sequence[Image.Image]) -> list[Reading]:
+        """Every attribute as it was drawn."""
+        found = []
+        for image, identity in zip(images, self.embed(images), strict=True):
+            subject, scene = self._find(image)
+            found.append(Reading(truth.attributes(Known(subject, scene, scene)), identity))
+        return found
+
+
+def _thumb(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BOX), np.float32).ravel()
+
+
+def _direction(name: str) -> np.ndarray:
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+    row = rng.standard_normal(64)
+    return row / np.linalg.norm(row)

@@ -1,0 +1,118 @@
+"""Baselines do what their names say, on stock pipelines, with the same noise for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny_world as tiny
+from diptych.errors import UserError
+from diptych.evaluate import baselines, truth
+from diptych.evaluate.baselines import Context
+
+
+@pytest.fixture
+def context(teacher: Path, judge_folders: Path, run_dir: Path, suite: Any) -> Context:
+    return Context(tiny.make_recipe(teacher, judge_folders), run_dir, suite)
+
+
+@pytest.fixture
+def samples(suite: Any) -> Any:
+    return suite.samples(2, 1)[:2]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=float)
+
+
+def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, suite: Any) -> None:
+    method = baselines.TextOnly(context)
+    seen = [suite.picture(s) for s in samples]
+    with_it = method.generate(seen, samples, [3, 4])
+    without = method.generate([Image.new("RGB", (64, 64))] * 2, samples, [3, 4])
+    assert [i.tobytes() for i in with_it] == [i.tobytes() for i in without]
+    assert with_it[0].size == (64, 64) and with_it[0].tobytes() != with_it[1].tobytes()
+
+
+def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
+    context: Context, samples: Any, suite: Any
+) -> None:
+    method = baselines.Inpaint(context)
+    references = [suite.picture(s) for s in samples]
+    grids = method.grids(references, [s.grid_prompt for s in samples], [3, 4])
+    # Two references side by side through the VAE: what an exactly held left panel must look like away from the seam.
+    held = truth.round_trip(context.teacher().vae)(references)
+    for grid, reference in zip(grids, held, strict=True):
+        assert grid.size == (128, 64)
+        gap = np.abs(pixels(grid.crop((0, 0, 40, 64))) - pixels(reference.crop((0, 0, 40, 64))))
+        assert gap.mean() < 1.5
+    drawn = method.generate(references, samples, [3, 4])
+    assert [d.tobytes() for d in drawn] == [g.crop((64, 0, 128, 64)).tobytes() for g in grids]
+
+
+def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite: Any) -> None:
+    method = baselines.Inpaint(context)
+    one, other = (suite.picture(s) for s in samples)
+    first, second = (method.generate([r], samples[:1], [3])[0] for r in (one, other))
+    assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize("name", ["text_only", "inpaint", "student"])
+def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
+    method = baselines.METHODS[name](context)
+    references = [suite.picture(s) for s in samples]
+    together = method.generate(references, samples, [3, 4])
+    alone = [method.generate([r], [s], [n])[0] for r, s, n in zip(references, samples, (3, 4), strict=True)]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 2
+
+
+def test_the_student_is_what_generate_would_draw(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
+    from diptych.api import Student
+
+    references = [suite.picture(s) for s in samples]
+    drawn = baselines.Student(context).generate(references, samples, [3, 4])
+    student = Student.load(context.run_dir / "student", base=teacher, device="cpu")
+    settings = context.recipe.evaluate
+    again = student.generate(
+        references[1],
+        samples[1].prompt,
+        seed=4,
+        steps=settings.steps,
+        image_guidance=settings.image_guidance,
+        text_guidance=settings.text_guidance,
+    )
+    assert np.abs(pixels(drawn[1]) - pixels(again)).max() <= 2
+
+
+def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
+    from diptych.stages.distill import start
+    from diptych.train import parts
+    from diptych.train.options import Options
+
+    pipe = start(context.recipe, "cpu")
+    options = Options(mode="lora", rank=2)
+    trained = parts.select(pipe.transformer, options, "float32", __import__("torch").device("cpu"))
+    folder = context.run_dir / "lora"
+    folder.mkdir()
+    parts.save_lora(pipe.transformer, trained, options, folder, {})
+    opened = baselines.open_student(folder, str(teacher), context.recipe)
+    assert opened.transformer.config.in_channels == 64
+    assert not getattr(opened.transformer, "peft_config", None)
+
+
+def test_copy_and_anchors_need_no_model(context: Context, samples: Any, suite: Any) -> None:
+    references = [suite.picture(s) for s in samples]
+    assert baselines.Copy(context).generate(references, samples, [0, 0]) == references
+    assert baselines.Truth(context).generate(references, samples, [0, 0])[0] == suite.truth(samples[0])
+    assert baselines.Other(context).generate(references, samples, [0, 0])[0] != suite.truth(samples[0])
+
+
+def test_a_run_without_a_student_says_how_to_get_one(context: Context, tmp_path: Path) -> None:
+    empty = Context(context.recipe, tmp_path / "empty", context.suite)
+    with pytest.raises(UserError, match="diptych distill"):
+        baselines.Student(empty).fingerprint()

@@ -1,0 +1,144 @@
+"""Scores mean what they say: truth is near 1, copying and ignoring are near 0, and intervals hold what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny_world as tiny
+from diptych.evaluate import metrics, truth
+from diptych.evaluate.metrics import Outcome
+
+
+def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) -> Outcome:
+    cp = np.asarray(cp, dtype=float)
+    identity = np.arange(len(cp)) // prompts
+    return Outcome(identity, cp, np.broadcast_to(np.asarray(pf, float), cp.shape), np.broadcast_to(copied, cp.shape))
+
+
+# ---- the whole way, with judges that know the truth
+
+
+@pytest.fixture(scope="module")
+def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Anchors and `copy`, drawn and scored as a run does it."""
+    from diptych.evaluate import run_suite, scoring
+    from diptych.evaluate.baselines import METHODS, Context
+
+    folder = tmp_path_factory.mktemp("scored")
+    recipe = tiny.make_recipe(Path("none"), Path("none"))
+    context = Context(recipe, folder, suite)
+    names = ("truth", "other", "copy")
+    samples = suite.samples(4, 2)
+    run_suite.generate(context, samples, {n: METHODS[n](context) for n in names}, dict.fromkeys(names, "x"))
+    scales: dict[Any, metrics.Scale] = {split: truth.scale(suite, split, oracle.embed) for split in suite.splits}
+    lines = [x for n in names for x in scoring.score_method(folder, n, scales, oracle.embed, oracle.read)]
+    return {n: scoring.outcome(lines, n, "identities") for n in names}
+
+
+def test_drawing_the_truth_scores_high(scored: dict[str, Outcome]) -> None:
+    means = scored["truth"].means()
+    assert means["cp"] > 0.95 and means["pf"] == 1 and means["cp_pf"] > 0.95 and means["copy_rate"] <= 0.25
+
+
+def test_ignoring_the_reference_scores_no_concept_preservation(scored: dict[str, Outcome]) -> None:
+    means = scored["other"].means()
+    assert means["cp"] < 0.15 and means["pf"] == 1 and means["cp_pf"] < 0.15
+
+
+def test_copying_the_reference_scores_no_prompt_following_and_is_called_copying(scored: dict[str, Outcome]) -> None:
+    means = scored["copy"].means()
+    assert means["copy_rate"] == 1 and means["cp"] > 0.95 and means["cp_pf"] < 0.1
+
+
+# ---- parts
+
+
+def test_cp_is_zero_at_another_subject_one_at_the_same_and_clipped_beyond() -> None:
+    scale = metrics.Scale(zero=0.2, one=0.8, copy_distance=0.1, pairs=10)
+    assert np.allclose(scale.concept(np.array([0.0, 0.2, 0.5, 0.8, 1.0])), [0, 0, 0.5, 1, 1])
+    blind = metrics.Scale(zero=0.5, one=0.5, copy_distance=0.1, pairs=10)
+    assert not blind.concept(np.array([0.1, 0.9])).any()
+
+
+def test_following_counts_only_what_was_asked() -> None:
+    met = metrics.following({"place": "moon", "pose": "jumping"}, {"place": "moon", "pose": "standing", "prop": "ball"})
+    assert met == {"place": True, "pose": False}
+    assert metrics.following({"place": "moon"}, {}) == {"place": False}
+
+
+def noise_image(seed: int) -> Image.Image:
+    """Smooth noise, so that a shift is not already far away in pixels."""
+    small = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def test_a_shifted_mirrored_or_noisy_copy_is_nearer_than_another_picture() -> None:
+    reference = noise_image(0)
+    pixels = np.asarray(reference)
+    shifted = Image.fromarray(np.roll(pixels, (6, -4), (0, 1)))
+    mirrored = Image.fromarray(pixels[:, ::-1])
+    grain = np.random.default_rng(1).normal(0, 6, pixels.shape)
+    noisy = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
+    copies = metrics.copy_distances([reference] * 4, [reference, shifted, mirrored, noisy])
+    others = metrics.copy_distances([reference] * 4, [noise_image(i) for i in range(1, 5)])
+    assert copies[0] == 0 and copies.max() < 0.04 < 0.08 < others.min()
+
+
+def test_the_copy_threshold_is_below_all_but_the_nearest_hundredth() -> None:
+    distances = np.random.default_rng(0).random(2000)
+    assert (distances < metrics.copy_threshold(distances)).mean() == pytest.approx(0.01, abs=0.001)
+
+
+def test_intervals_are_over_identities_and_so_wider_than_over_pictures() -> None:
+    rng = np.random.default_rng(0)
+    per_identity = np.repeat(rng.random(40), 5)  # five equal prompts each: 40 facts, not 200
+    grouped = metrics.summary(outcome_of(per_identity, prompts=5), 2000)["ci95"]["cp"]
+    loose = metrics.summary(outcome_of(per_identity), 2000)["ci95"]["cp"]
+    assert (grouped[1] - grouped[0]) > 1.8 * (loose[1] - loose[0])
+
+
+def test_about_95_of_100_intervals_hold_the_true_mean() -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        low, high = metrics.summary(outcome_of(np.clip(rng.normal(0.5, 0.2, 50), 0, 1)), 400)["ci95"]["cp"]
+        held += low <= 0.5 <= high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_the_headline_is_a_product_of_means_and_its_interval_lies_around_it() -> None:
+    cp, pf = np.array([1.0, 0.0, 1.0, 0.0]), np.array([0.0, 1.0, 0.0, 1.0])
+    found = metrics.summary(outcome_of(cp, pf), 500)
+    assert found["cp_pf"] == pytest.approx(0.25)
+    low, high = found["ci95"]["cp_pf"]
+    assert low <= 0.25 <= high
+
+
+def test_a_paired_comparison_sees_a_small_steady_gain_that_separate_intervals_hide() -> None:
+    rng = np.random.default_rng(2)
+    base = np.clip(rng.normal(0.5, 0.2, 40), 0.05, 0.9)
+    better, same = outcome_of(base + 0.03), outcome_of(base)
+    compared = metrics.compare(better, same, 1000)
+    assert compared["p"] < 0.01 and compared["ci95"][0] > 0 and not compared["intervals_apart"]
+    assert metrics.compare(same, same, 1000)["p"] == 1.0
+
+
+def test_equal_inputs_give_equal_numbers() -> None:
+    cp = np.random.default_rng(3).random(30)
+    assert metrics.summary(outcome_of(cp), 300) == metrics.summary(outcome_of(cp), 300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_auc_is_the_share_of_pairs_in_the_right_order(positive: list[int], negative: list[int]) -> None:
+    counted = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+    assert metrics.auc(np.array(positive, float), np.array(negative, float)) == pytest.approx(np.mean(counted))
+
+

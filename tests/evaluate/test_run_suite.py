@@ -1,0 +1,143 @@
+"""An evaluation resumes, keeps its contract, and refuses to let a judge score what it chose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny_world as tiny
+from diptych.data.store import Dataset
+from diptych.errors import UsageError, UserError
+from diptych.evaluate import run_suite
+
+METHODS = ["student", "text_only", "copy", "inpaint"]
+
+
+@pytest.fixture
+def recipe(teacher: Path, judge_folders: Path) -> Any:
+    return tiny.make_recipe(teacher, judge_folders)
+
+
+@pytest.fixture
+def done(recipe: Any, run_dir: Path, suite: Any, oracles: Any) -> dict[str, Any]:
+    return run_suite.evaluate(recipe, run_dir, suite=suite)
+
+
+def test_the_metrics_keep_their_contract(done: dict[str, Any], run_dir: Path) -> None:
+    found = json.loads((run_dir / "report" / "metrics.json").read_text())
+    assert found == done
+    assert found["suite"] == "pocket" and found["version"] == 1 and found["seeds"] == [0] and found["machine"]["cores"]
+    assert list(found["methods"]) == METHODS
+    for scores in (*found["methods"].values(), *found["splits"]["kinds"]["methods"].values()):
+        assert {"cp", "pf", "cp_pf", "copy_rate", "n", "ci95", "seconds_per_image"} <= scores.keys()
+        assert all(0 <= scores[key] <= 1 for key in ("cp", "pf", "cp_pf", "copy_rate"))
+        assert all(low <= high for low, high in scores["ci95"].values())
+    assert found["methods"]["student"]["n"] == 8 and found["splits"]["kinds"]["methods"]["student"]["n"] == 4
+    assert found["methods"]["copy"]["copy_rate"] == 1
+    assert found["anchors"]["truth"]["cp_pf"] > 0.9 and found["anchors"]["other"]["cp"] < 0.2
+    assert found["judges"]["reader"]["accuracy"]["identities"]["place"] == 1
+    assert found["judges"]["scorer"]["auc"]["identities"] > 0.99
+    assert set(found["comparisons"]["student"]) == {"text_only", "copy", "inpaint"}
+    assert 0 <= found["copy_rate_of_renders"]["copy_rate"] <= 0.2
+    assert found["curation"]["grids"] is None  # this run has none
+
+
+def test_there_is_one_line_for_each_picture(done: dict[str, Any], run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "samples" / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == (8 + 4) * (len(METHODS) + 2)
+    assert {line["method"] for line in lines} == {*METHODS, "truth", "other"}
+    assert all(line["met"].keys() == line["asked"].keys() for line in lines)
+
+
+def test_a_finished_evaluation_is_not_done_again(
+    done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_suite, "generate", lambda *_: pytest.fail("drawn again"))
+    assert run_suite.evaluate(recipe, run_dir, suite=suite) == done
+
+
+def test_what_is_missing_is_drawn_again_and_nothing_else(
+    done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any
+) -> None:
+    part, kept = (run_dir / "samples" / "student" / f"part-0000{i}.parquet" for i in (0, 1))
+    before, untouched = part.read_bytes(), kept.stat().st_mtime_ns
+    part.unlink()
+    (run_dir / "report" / "metrics.json").unlink()
+    log_before = (run_dir / "log.jsonl").read_text().count('"drawn"')
+    again = run_suite.evaluate(recipe, run_dir, suite=suite)
+    assert part.read_bytes() == before and kept.stat().st_mtime_ns == untouched
+    assert (run_dir / "log.jsonl").read_text().count('"drawn"') - log_before == run_suite.SHARD
+    varying = {"seconds"}
+    for found in (done, again):
+        for scores in (*found["methods"].values(), *found["splits"]["kinds"]["methods"].values()):
+            scores["seconds_per_image"] = None
+    assert {k: v for k, v in again.items() if k not in varying} == {k: v for k, v in done.items() if k not in varying}
+
+
+def test_pictures_of_another_student_are_not_mixed_in(
+    done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any, teacher: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = run_dir / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["proj_out.bias"] = torch.ones_like(state["proj_out.bias"])
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="made by other settings"):
+        run_suite.evaluate(recipe, run_dir, suite=suite)
+
+
+def test_progress_counts_every_picture(recipe: Any, run_dir: Path, suite: Any, oracles: Any) -> None:
+    seen: list[tuple[int, int, str]] = []
+    only = tiny.make_recipe(Path(recipe.teacher), Path(recipe.curate.judge).parent, methods=["copy"])
+    run_suite.evaluate(only, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
+    assert seen[-1][:2] == (36, 36) and {note for _, _, note in seen} == {"copy", "truth", "other"}
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+
+
+def test_the_judge_that_curated_may_not_score(recipe: Any, judge_folders: Path, run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
+    same = tiny.make_recipe(Path(recipe.teacher), judge_folders, scorer=str(tmp_path / "renamed"))
+    with pytest.raises(UsageError, match="is the judge that curated"):
+        run_suite.evaluate(same, run_dir)
+
+
+def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, run_dir: Path, tmp_path: Path) -> None:
+    for name in ("curator", "scorer", "reader"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "model.safetensors").write_bytes(b"the same weights")
+    same = tiny.make_recipe(Path(recipe.teacher), tmp_path)
+    with pytest.raises(UsageError, match="is the judge that curated"):
+        run_suite.evaluate(same, run_dir)
+
+
+def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
+    recipe: Any, run_dir: Path, suite: Any, oracles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diptych import models
+
+    real = models.resolve
+
+    def resolve(name: str, role: str) -> Path:
+        if name == "pocket":
+            raise UserError("the pocket student is not in this installation")
+        return real(name, role)
+
+    monkeypatch.setattr(models, "resolve", resolve)
+    asked = tiny.make_recipe(Path(recipe.teacher), Path(recipe.curate.judge).parent, methods=["student_shipped", "copy"])
+    found = run_suite.evaluate(asked, run_dir, suite=suite)
+    assert "not in this installation" in found["skipped"]["student_shipped"] and list(found["methods"]) == ["copy"]
+
+
+def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
+    recipe: Any, tmp_path: Path, suite: Any, oracles: Any
+) -> None:
+    with pytest.raises(UserError, match="holds no student yet"):
+        run_suite.evaluate(recipe, tmp_path / "new", suite=suite)
+    assert not (tmp_path / "new" / "samples").exists()

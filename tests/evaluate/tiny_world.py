@@ -1,0 +1,115 @@
+"""A pocket world of random models, small enough for tests: 64 px panels, real classes, real tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diptych.evaluate import suites
+from diptych.evaluate.suites import Suite
+
+
+def make_teacher(folder: Path) -> Path:
+    """A complete FluxPipeline folder of random weights that reads the pocket vocabulary."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    from diptych.pocket.pretrain import tokenizers
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
+    clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae.eval(),
+        text_encoder=clip.eval(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=t5_tokenizer,
+        transformer=make_transformer().eval(),
+    ).save_pretrained(folder)
+    tokenizers.save(folder, clip_tokenizer, t5_tokenizer)
+    return folder
+
+
+def make_transformer() -> Any:
+    """One double and one single block of width 32 on 32-channel tokens."""
+    from diffusers import FluxTransformer2DModel
+
+    from diptych.pocket.pretrain import tokenizers
+
+    return FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=tokenizers.TEXT_WIDTH,
+        pooled_projection_dim=tokenizers.POOLED_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def make_student(teacher: Path, folder: Path) -> Path:
+    """A student's folder as distill leaves it, its condition columns random."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from diptych.student.weights import widen
+
+    student = widen(FluxTransformer2DModel.from_pretrained(teacher / "transformer"))  # pyright: ignore
+    torch.manual_seed(2)
+    with torch.no_grad():
+        student.x_embedder.weight[:, 32:].normal_()
+    student.save_pretrained(folder / "transformer")
+    return folder
+
+
+def make_suite(calibration: int = 20, check: int = 20) -> Suite:
+    """The pocket suite with few renders."""
+    suite = suites.load("pocket")
+    fewer = suites.Calibration(identities=calibration, kinds=4)
+    return suite.model_copy(
+        update={"calibration": fewer, "check": suite.check.model_copy(update={"identities": check})}
+    )
+
+
+def make_recipe(teacher: Path, judges: Path, **evaluate: Any) -> Any:
+    """A recipe for that teacher and those judges, quick to evaluate."""
+    from diptych.recipe import Recipe
+
+    settings = {
+        "samples": 4,
+        "prompts": 2,
+        "methods": ["student", "text_only", "copy", "inpaint"],
+        "steps": 3,
+        "batch_size": 4,
+        "bootstrap": 100,
+        "scorer": str(judges / "scorer"),
+        "reader": str(judges / "reader"),
+    }
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "teacher": str(teacher),
+            "device": "cpu",
+            "threads": 1,
+            "curate": {"judge": str(judges / "curator")},
+            "evaluate": {**settings, **evaluate},
+        }
+    )
