@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def test_a_fingerprint_is_not_stale_after_a_change_in_the_same_process(tmp_path:
 
 def test_the_licence_of_flux_dev_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     models._noted.clear()
-    logging.getLogger("diptych").propagate = True
     dev = json.dumps({"guidance_embeds": True, "num_attention_heads": 24})
     path = folder(tmp_path / "mine", transformer__config=dev)
     models.resolve(str(path), "teacher")

@@ -230,7 +230,6 @@ def call(args: list[str] | None = None) -> int:
     logger = logging.getLogger("diptych")
     if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
         logger.addHandler(_Warnings(logging.WARNING))
-        logger.propagate = False
     debug = os.environ.get("DIPTYCH_DEBUG", "") not in ("", "0")
     if not debug:
         quiet_libraries()
