@@ -93,5 +93,13 @@ def export(work: Work = WORK, student: Path | None = None) -> None:
     step.export(work, student, report=_say)
 
 
+@app.command()
+def references(out: Path = Path("examples/references")) -> None:
+    """Draw the example references: one held-out subject of every kind."""
+    from . import export as step
+
+    step.references(out)
+
+
 if __name__ == "__main__":
     app()

@@ -4,6 +4,7 @@ and the machine."""
 import json
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,23 @@ def sheet(folder: Path, out: Path, guidance: float = 2.5, steps: int = 20, seed:
     ]
     picture = Image.fromarray(np.concatenate(rows, 0))
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(out)
+
+
+EXAMPLES = 20261121
+"""The seed namespace of the example references: training seeds are small numbers."""
+
+
+def references(folder: Path) -> None:
+    """Draw one reference of every kind, held-out ones included, of a subject nothing was trained on: `folder/KIND.png`."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, kind in enumerate(world.KINDS):
+        rng = np.random.default_rng([EXAMPLES, number])
+        scene = replace(
+            world.sample_scene(rng), pose="standing", framing="medium", prop="none", weather="clear", x=0.5, tilt=0.0
+        )
+        direction, azimuth = (("left", 180.0), ("right", 0.0), ("above", 90.0))[number % 3]
+        light = world.Light(direction=direction, azimuth=azimuth, elevation=75.0 if direction == "above" else 32.0)
+        picture = world.render(world.sample_identity(rng, kind=kind), replace(scene, light=light))
+        Image.fromarray(picture).save(folder / f"{kind}.png", optimize=True)

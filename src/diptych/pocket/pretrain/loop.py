@@ -1,18 +1,20 @@
-"""What the pocket trainings share: an optimizer, averaged weights, a log, and a state on disk that a killed run
+"""What the pocket trainings share: optimizers, averaged weights, a log, and a state on disk that a killed run
 continues from."""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 
 class Trainer:
-    """Trains `modules` together with AdamW and keeps an exponential average of their weights.
+    """Trains `modules` together and keeps an exponential average of their weights.
+
+    AdamW updates everything but `orthogonal`: matrices of hidden layers, which Muon updates (at AdamW's scale of step).
 
     State lives in `folder`: `state.pt` (weights, averages, optimizer, step; replaced whole) and `log.jsonl`.
     """
@@ -26,6 +28,7 @@ class Trainer:
         ema: float = 0.999,
         warmup: int = 100,
         clip: float = 1.0,
+        orthogonal: Sequence[torch.nn.Parameter] = (),
     ):
         self.folder, self.modules, self.rate, self.ema, self.warmup, self.clip = (
             folder,
@@ -36,9 +39,15 @@ class Trainer:
             clip,
         )
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+        hidden = {id(p) for p in orthogonal}
+        rest = [p for p in self.parameters if id(p) not in hidden]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        ]
+        if orthogonal:
+            self.optimizers.append(
+                torch.optim.Muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,14 +60,15 @@ class Trainer:
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
         state = {
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.elapsed,
         }
@@ -74,12 +84,14 @@ class Trainer:
         """One step down `loss`; `scale` multiplies the learning rate (a schedule)."""
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {self.step}; the last good state is in {self.folder}")
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * scale * min(1.0, (self.step + 1) / self.warmup)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * scale * min(1.0, (self.step + 1) / self.warmup)
+            optimizer.step()
         self.step += 1
         decay = min(self.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)

@@ -19,7 +19,7 @@ CONSISTENT = 0.6
 has work to do."""
 ALIGNED = 0.3
 """Share of pairs that show one scene under two lights or in two seasons."""
-LONGEST = 52
+LONGEST = 44
 """Words and marks in the longest caption kept: what the text encoders are given room for."""
 CHUNK = 500
 

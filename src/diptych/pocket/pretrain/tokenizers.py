@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import captions
 
-MAX_LENGTH = 56
+MAX_LENGTH = 48
 """Tokens in a prompt, for both encoders: the longest grid prompt and its end mark."""
 TEXT_WIDTH = 128
 POOLED_WIDTH = 96
