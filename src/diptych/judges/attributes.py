@@ -1,0 +1,94 @@
+"""Reads what a picture shows: its place, light, pose, kind, …, and an embedding of who is in it.
+
+The reader is a stock image classifier whose labels are `group:value` ("place:beach"): a softmax within each group. The
+labels `identity:0`, `identity:1`, … are no classes but the coordinates of an identity embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diptych.errors import UserError
+from diptych.judges.vision import Vision, open_vision, refuse_missing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of one picture: the likeliest value of each group, its probability, and the identity embedding (length 1)."""
+
+    values: dict[str, str]
+    probabilities: dict[str, float]
+    identity: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttributeReader:
+    """Reads pictures. `groups` are the values of each group; `columns` the logits they lie in."""
+
+    vision: Vision
+    groups: dict[str, tuple[str, ...]]
+    columns: dict[str, list[int]]
+
+    @classmethod
+    def load(cls, name: str = "pocket", device: str = "cpu") -> AttributeReader:
+        """Opens `pocket`, a folder or a hub name. UserError if it is not whole or its labels are not `group:value`."""
+        vision = open_vision(name, "reader", "AutoModelForImageClassification", device)
+        refuse_missing(sorted(vision.missing), name)
+        groups, columns = label_groups(vision.model.config.id2label, name)
+        return cls(vision, groups, columns)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the model's files."""
+        return self.vision.fingerprint
+
+    def read(self, images: Sequence[Image]) -> list[Reading]:
+        """One reading for each image, in order; computed in batches of 32."""
+        readings: list[Reading] = []
+        for pixels in self.vision.batches(images):
+            readings += self._read(self.vision.model(pixel_values=pixels).logits.double().cpu().numpy())
+        return readings
+
+    def _read(self, logits: np.ndarray) -> list[Reading]:
+        """Readings of logits (B, labels)."""
+        values: list[dict[str, str]] = [{} for _ in logits]
+        certain: list[dict[str, float]] = [{} for _ in logits]
+        for group, names in self.groups.items():
+            part = logits[:, self.columns[group]]
+            chances = np.exp(part - part.max(1, keepdims=True))
+            chances /= chances.sum(1, keepdims=True)
+            for row, best in enumerate(chances.argmax(1)):
+                values[row][group] = names[best]
+                certain[row][group] = float(chances[row, best])
+        identity = logits[:, self.columns.get(IDENTITY, [])]
+        identity = identity / np.maximum(np.linalg.norm(identity, axis=1, keepdims=True), 1e-12)
+        return [Reading(*parts) for parts in zip(values, certain, identity.astype(np.float32), strict=True)]
+
+
+def label_groups(id2label: dict[int, str], name: str) -> tuple[dict[str, tuple[str, ...]], dict[str, list[int]]]:
+    """Each group's values and the columns of all groups, the identity's in the order of its coordinates."""
+    groups: dict[str, list[str]] = {}
+    columns: dict[str, list[int]] = {}
+    for column, label in sorted((int(i), label) for i, label in id2label.items()):
+        group, colon, value = label.partition(":")
+        if not colon or not group or not value:
+            raise UserError(f"'{name}' is no attribute reader: its label '{label}' is not of the form group:value")
+        groups.setdefault(group, []).append(value)
+        columns.setdefault(group, []).append(column)
+    if IDENTITY in groups:
+        try:
+            order = sorted(range(len(columns[IDENTITY])), key=lambda i: int(groups[IDENTITY][i]))
+        except ValueError as error:
+            raise UserError(f"'{name}' is no attribute reader: its identity labels are not numbers") from error
+        columns[IDENTITY] = [columns[IDENTITY][i] for i in order]
+        del groups[IDENTITY]
+    return {group: tuple(values) for group, values in groups.items()}, columns

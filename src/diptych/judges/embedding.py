@@ -1,0 +1,77 @@
+"""A judge of identity: any transformers vision model whose embeddings of the same subject lie close together.
+
+    judge = EmbeddingJudge.load("facebook/dinov2-base")
+    judge.similarity(judge.embed(references), judge.embed(targets))      # cosines, 1 = the same
+
+An embedding is, of what the model offers, the first of: the projected image embedding (CLIP, SigLIP), the pooled output,
+the class token, the mean of the patch tokens or of the feature map. A pooling layer that the files do not hold would be
+random (DINO's checkpoints), so it is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diptych.judges.vision import Vision, open_vision, refuse_missing
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class EmbeddingJudge:
+    """Embeds images. On one machine the same images in the same order give the same bits."""
+
+    vision: Vision
+    pooled: bool  # whether the model's own pooling is whole
+    class_token: bool
+
+    @classmethod
+    def load(cls, name: str = "pocket", role: str = "curator", device: str = "cpu") -> EmbeddingJudge:
+        """Opens `pocket`, a folder or a hub name, as the `curator` or the `scorer`. UserError if it is not whole."""
+        vision = open_vision(name, role, "AutoModel", device)
+        random_pooler = {key for key in vision.missing if "pooler." in f"{key}."}
+        # A dual encoder's text tower is not needed here; it may be absent.
+        text = {key for key in vision.missing if key.startswith(("text_model.", "text_projection", "logit_"))}
+        refuse_missing(sorted(vision.missing - random_pooler - text), name)
+        class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in vision.model.named_parameters())
+        return cls(vision, pooled=not random_pooler, class_token=class_token)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the model's files."""
+        return self.vision.fingerprint
+
+    def embed(self, images: Sequence[Image]) -> np.ndarray:
+        """Images of any size to float32 [N, D] of length 1. Computed in batches of 32, in order."""
+        import torch
+
+        if not images:
+            raise ValueError("no images to embed")
+        rows = [self._embed(pixels) for pixels in self.vision.batches(images)]
+        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).cpu().numpy()
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) to embeddings (B, D)."""
+        model: Any = self.vision.model
+        if hasattr(model, "get_image_features"):
+            found = model.get_image_features(pixel_values=pixels)
+            return getattr(found, "pooler_output", found)
+        out = model(pixel_values=pixels)
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None and self.pooled:
+            return pooled.flatten(1)
+        hidden = out.last_hidden_state
+        if hidden.ndim == 4:  # a feature map (B, D, H, W)
+            return hidden.mean((2, 3))
+        return hidden[:, 0] if self.class_token else hidden.mean(1)
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosines (N,) of the rows of two arrays of embeddings [N, D]."""
+        return (a * b).sum(1)

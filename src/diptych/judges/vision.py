@@ -1,0 +1,96 @@
+"""Opens stock transformers vision models and their image processors, the same way for every judge.
+
+Processors always run on Pillow: the torchvision back-end resizes a little differently, and a score must not change
+because a package is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych import models
+from diptych.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A model on its device and its processor. `missing`: weights that its files do not hold."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+    fingerprint: str
+    missing: frozenset[str]
+
+    def batches(self, images: Sequence[Image]) -> Iterator[torch.Tensor]:
+        """Pixels (≤ BATCH, 3, H, W) of the images, in order, on the device; no gradient is kept of what is done."""
+        import torch
+
+        with torch.no_grad():
+            for first in range(0, len(images), BATCH):
+                batch = [image.convert("RGB") for image in images[first : first + BATCH]]
+                yield self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
+
+
+def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
+    """The model `name` of `role` through the transformers class `auto`, in float32. UserError if it cannot be opened."""
+    import torch
+    import transformers
+
+    folder = models.resolve(name, role)
+    place = _device(device)
+    try:
+        with _without_bars():
+            loader = getattr(transformers, auto)
+            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+            model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
+            processor = _processor(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
+    return Vision(model.eval().to(place), processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
+
+
+def refuse_missing(missing: Sequence[str], name: str) -> None:
+    """UserError for weights that would be random."""
+    if missing:
+        shown = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
+        raise UserError(f"the files of '{name}' lack {shown}: the model would be partly random; fetch it again")
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, backend="pil")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{name}': auto, cpu, cuda, cuda:0, mps, …") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    with ExitStack() as stack:
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            stack.callback(logging.enable_progress_bar)
+        yield

@@ -1,0 +1,109 @@
+"""Grammars: what a grid shows, drawn from a vocabulary, for a writer that needs no language model.
+
+A grammar is a function from a grid's number and a generator to a `Draft`; `GRAMMARS` holds one for each task. The
+vocabulary is the pocket world's (`diptych.pocket.captions`), whose words the pocket teacher knows.
+
+Kinds and places come even by construction: in each run of as many grids as there are of them, each occurs once, in an
+order of its own. So the first thousand grids of a run are as mixed as all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diptych.data.records import seed_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from diptych.pocket.world import Scene
+
+SEASONS = 0.3  # share of outdoor light grids that change the weather instead of the light, as the teacher was taught
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A grid in words: its subject (one word) and the caption of each panel, as the task's `panel_template` has it."""
+
+    subject: str
+    panels: list[str]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is: a grid's number in its run, and the run's seed."""
+
+    run_seed: int
+    index: int
+
+    def of(self, choices: Sequence[str], purpose: str) -> str:
+        """The choice that has its turn: each once in every `len(choices)` grids."""
+        import numpy as np
+
+        block, place = divmod(self.index, len(choices))
+        order = np.random.default_rng(seed_of(self.run_seed, f"{purpose}-{block}", "write")).permutation(len(choices))
+        return choices[int(order[place])]
+
+
+Grammar = Callable[[Turn, "np.random.Generator"], Draft | None]
+
+
+def subject_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
+    """One subject in two different places; None where a panel does not say its place, to be drawn again."""
+    from diptych.pocket import captions, world
+
+    kind = turn.of(world.TRAIN_KINDS, "kind")
+    left = turn.of(world.PLACES, "left")
+    right = turn.of(world.PLACES, "right")
+    if right == left:  # a pair in one place teaches little, and has the weakest seam
+        right = world.PLACES[
+            (world.PLACES.index(left) + 1 + int(rng.integers(len(world.PLACES) - 1))) % len(world.PLACES)
+        ]
+    scenes = [_scene(rng, left), _scene(rng, right)]
+    _, panels = captions.grid(kind, scenes[0], scenes[1], rng)
+    named = all(_says(panel, scene.place) for panel, scene in zip(panels, scenes, strict=True))
+    return Draft(_noun(kind, panels[0]), panels) if named else None
+
+
+def light_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
+    """One scene under two lights, or outdoors now and then in two seasons."""
+    from diptych.pocket import captions, world
+
+    kind, place = turn.of(world.TRAIN_KINDS, "kind"), turn.of(world.PLACES, "left")
+    scene = _scene(rng, place)
+    season = place not in world.INDOOR and rng.random() < SEASONS
+    other = world.reseason(rng, scene) if season else world.relight(rng, scene)
+    _, panels = captions.light_grid(kind, scene, other, rng)
+    return Draft(_noun(kind, panels[0]), panels) if _says(panels[0], place) else None
+
+
+GRAMMARS: dict[str, Grammar] = {"subject": subject_grid, "relight": light_grid}
+
+
+def _scene(rng: np.random.Generator, place: str) -> Scene:
+    """A scene at `place`: the world's own mixture of everything else."""
+    from dataclasses import replace
+
+    from diptych.pocket import world
+
+    while True:
+        scene = world.sample_scene(rng)
+        # Only weather depends on the place, and only on whether it is out of doors.
+        if (scene.place in world.INDOOR) == (place in world.INDOOR):
+            return replace(scene, place=place)
+
+
+def _says(caption: str, place: str) -> bool:
+    from diptych.pocket import captions
+
+    return any(phrase in caption for phrase in captions.PLACES[place])
+
+
+def _noun(kind: str, caption: str) -> str:
+    """What the caption calls its subject: its kind, or a generic noun."""
+    from diptych.pocket import captions
+
+    words = caption.split()
+    return next(noun for noun in (kind, *captions.GENERIC) if noun in words)

@@ -1,0 +1,178 @@
+"""Stage 2, paint: the teacher draws grids (paper section 3.1), with any diffusers text-to-image folder.
+
+Each row's noise comes from its own CPU generator, seeded from its id, so a grid does not depend on its batch or device
+beyond the last bits of float sums; with batches formed by the engine, one machine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych import models, tasks
+from diptych.data.engine import Failure, Row, Work
+from diptych.data.images import image_cell
+from diptych.data.records import grid_id, seed_of
+from diptych.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diptych.recipe import Recipe
+
+MAX_PANEL = 512
+MAX_TEXT_TOKENS = 512
+log = logging.getLogger(__name__)
+
+
+class Paint:
+    """Prompt rows to grid rows."""
+
+    name = "paint"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.batch_size = recipe.paint.batch_size
+        self.task = tasks.load(recipe.task)
+
+    def load(self) -> Work:
+        """Opens the teacher. UserError if it cannot be, UsageError if it cannot draw panels of the recipe's size."""
+        import torch
+
+        from diptych.student.loading import pick_device
+
+        if self.recipe.threads is not None:
+            torch.set_num_threads(self.recipe.threads)
+        folder = models.resolve(self.recipe.teacher, "teacher")
+        model = models.fingerprint(folder)
+        pipe = open_teacher(folder, getattr(torch, self.recipe.paint.dtype)).to(pick_device(self.recipe.device))
+        size = panel_size(pipe, self.recipe.paint.panel_size)
+
+        def work(rows: list[Row]) -> list[list[Row] | Failure]:
+            results: dict[str, list[Row] | Failure] = {}
+            for layout, group in self._by_layout(rows, results):
+                seeds = [seed_of(self.recipe.seed, row["id"], "paint") for row in group]
+                options = call_options(pipe, self.recipe.paint, len(group))
+                canvas = {"height": layout.rows * size, "width": layout.cols * size}
+                images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
+                for row, seed, image in zip(group, seeds, images, strict=True):
+                    results[row["id"]] = _grid(row, seed, image, layout, size, model)
+            return [results[row["id"]] for row in rows]
+
+        return work
+
+    def _by_layout(
+        self, rows: list[Row], results: dict[str, list[Row] | Failure]
+    ) -> Iterator[tuple[tasks.Grid, list[Row]]]:
+        """The rows of each of the task's layouts, found by their number of panels; the others become Failures."""
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(len(row["panels"]), []).append(row)
+        for count, group in groups.items():
+            layout = next((grid for grid in self.task.grids if grid.rows * grid.cols == count), None)
+            if layout is None:
+                failure = Failure(f"the task '{self.task.name}' has no grid of {count} panels")
+                results.update({row["id"]: failure for row in group})
+            else:
+                yield layout, group
+
+
+def _grid(row: Row, seed: int, image: torch.Tensor, layout: tasks.Grid, size: int, model: str) -> list[Row] | Failure:
+    """A grid row from its picture (3, H, W) in 0..1."""
+    from PIL import Image
+
+    if not bool(image.isfinite().all()):
+        return Failure("the teacher drew no picture (numbers that are not finite); try paint.dtype: float32")
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    name = grid_id(row["id"])
+    shared = {key: row[key] for key in ("prompt", "panels", "subject", "task")}
+    place = {"rows": layout.rows, "cols": layout.cols, "panel_size": size}
+    cell = image_cell(Image.fromarray(pixels), f"{name}.png")
+    return [{"id": name, "image": cell, "prompt_id": row["id"], **shared, "seed": seed, **place, "model": model}]
+
+
+def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
+    """The text-to-image pipeline in a diffusers folder, computing in `dtype` whatever its files hold. UserError if it
+    cannot be opened."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        with _without_bars():
+            pipe: Any = DiffusionPipeline.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the teacher in {folder} cannot be opened as a diffusers pipeline ({line})") from error
+    asks = inspect.signature(pipe.__call__).parameters
+    if absent := [name for name in ("prompt", "height", "width", "generator") if name not in asks]:
+        raise UserError(
+            f"{folder} is a {type(pipe).__name__}, which takes no {', '.join(absent)}; "
+            "give a text-to-image pipeline as the teacher"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def panel_size(pipe: Any, asked: int | None) -> int:
+    """Pixels of a panel's side: `asked`, or the teacher's own size, at most 512. UsageError if it cannot draw that."""
+    config = getattr(getattr(pipe, "vae", None), "config", None)
+    size = asked or min(MAX_PANEL, int(getattr(config, "sample_size", None) or MAX_PANEL))
+    unit = 2 * int(getattr(pipe, "vae_scale_factor", 8))  # the student packs 2×2 latents into a token
+    if size % unit:
+        near = max(unit, round(size / unit) * unit)
+        raise UsageError(f"paint.panel_size {size} is not a multiple of {unit} pixels for this teacher; try {near}")
+    return size
+
+
+def call_options(pipe: Any, paint: Any, count: int) -> dict[str, Any]:
+    """What `paint` means to this pipeline, as arguments of its call for `count` prompts.
+
+    FLUX takes both kinds of guidance: distilled (`guidance_scale`) and true (`true_cfg_scale` against the empty
+    prompt). Pipelines with one take the distilled one if their transformer embeds it, else the true one.
+    """
+    asks = inspect.signature(pipe.__call__).parameters
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    options: dict[str, Any] = {"num_inference_steps": paint.steps}
+    if "true_cfg_scale" in asks:
+        options |= {"guidance_scale": paint.guidance, "true_cfg_scale": paint.true_guidance}
+    elif config.get("guidance_embeds"):
+        options["guidance_scale"] = paint.guidance
+    else:
+        options["guidance_scale"] = paint.true_guidance
+    if paint.true_guidance > 1:
+        options["negative_prompt"] = [""] * count
+    # FLUX's second encoder reads the whole prompt, in a length of its own; the default is FLUX.1-dev's 512.
+    if "tokenizer_2" in pipe.components:
+        limits = [t.model_max_length for name, t in pipe.components.items() if name.startswith("tokenizer") and t]
+        options["max_sequence_length"] = min(MAX_TEXT_TOKENS, max(limits, default=MAX_TEXT_TOKENS))
+    options["use_resolution_binning"] = False
+    return {name: value for name, value in options.items() if name in asks}
+
+
+def draw(pipe: Any, prompts: list[str], seeds: list[int], **options: Any) -> torch.Tensor:
+    """Pictures (N, 3, H, W), float32 in 0..1 on the CPU, each from the noise of its own seed."""
+    import torch
+
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        images = pipe(prompts, generator=generators, output_type="pt", **options).images
+    return images.float().cpu()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps the loading bars of diffusers and transformers off the terminal; the run shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with ExitStack() as stack:
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+        yield
