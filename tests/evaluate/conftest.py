@@ -41,9 +41,7 @@ def judge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def oracles(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Oracle:
-    """Puts the oracle in the judges' place."""
+def _put(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     from diptych.evaluate import run_suite
     from diptych.evaluate.scoring import Judges
 
@@ -51,6 +49,12 @@ def oracles(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Oracle:
         return Judges(scorer=oracle, curator=oracle, reader=oracle, about=about)
 
     monkeypatch.setattr(run_suite, "load_judges", load)
+
+
+@pytest.fixture
+def oracles(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    """Puts the oracle in the judges' place."""
+    _put(oracle, monkeypatch)
     return oracle
 
 
@@ -59,3 +63,18 @@ def run_dir(teacher: Path, tmp_path: Path) -> Path:
     """A run folder that holds a student and nothing else."""
     tiny.make_student(teacher, tmp_path / "run" / "student")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def evaluated(
+    teacher: Path, judge_folders: Path, suite: Any, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run folder that has been evaluated; to be copied, not changed."""
+    from diptych.evaluate import run_suite
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    tiny.make_student(teacher, folder / "student")
+    with pytest.MonkeyPatch.context() as patch:
+        _put(oracle, patch)
+        run_suite.evaluate(tiny.make_recipe(teacher, judge_folders), folder, suite=suite)
+    return folder

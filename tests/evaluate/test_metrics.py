@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_world as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import tiny_world as tiny
 from diptych.evaluate import metrics, truth
 from diptych.evaluate.metrics import Outcome
 
@@ -140,5 +140,3 @@ def test_equal_inputs_give_equal_numbers() -> None:
 def test_auc_is_the_share_of_pairs_in_the_right_order(positive: list[int], negative: list[int]) -> None:
     counted = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
     assert metrics.auc(np.array(positive, float), np.array(negative, float)) == pytest.approx(np.mean(counted))
-
-

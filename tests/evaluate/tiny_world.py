@@ -113,3 +113,50 @@ def make_recipe(teacher: Path, judges: Path, **evaluate: Any) -> Any:
             "evaluate": {**settings, **evaluate},
         }
     )
+
+
+def make_data(folder: Path, grids: int = 12) -> None:
+    """prompts/, grids/, candidates/ and pairs/ of a run whose teacher is the renderer: true pictures, plain numbers."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    from diptych.data import records
+    from diptych.data.images import image_cell
+    from diptych.data.store import Dataset
+    from diptych.evaluate import metrics
+    from diptych.pocket import captions, world
+    from diptych.recipe import Thresholds
+
+    rows: dict[str, list[dict[str, Any]]] = {"prompts": [], "grids": [], "candidates": []}
+    for i in range(grids):
+        rng = np.random.default_rng([7, i])
+        subject = world.sample_identity(rng)
+        scenes = [world.sample_scene(rng), world.sample_scene(rng)]
+        second = subject if i % 2 else world.drift(rng, subject, 1 + i % 6)
+        prompt, said = captions.grid(subject.kind, scenes[0], scenes[1], rng)
+        panels = [Image.fromarray(world.render(*who)) for who in ((subject, scenes[0]), (second, scenes[1]))]
+        whole = Image.new("RGB", (128, 64))
+        for place, panel in enumerate(panels):
+            whole.paste(panel, (64 * place, 0))
+        shared = {"prompt": prompt, "panels": said, "subject": subject.kind, "task": "subject", "seed": i}
+        name = records.grid_id(records.prompt_id(i))
+        rows["prompts"].append({"id": records.prompt_id(i), **shared})
+        grid = {"id": name, "image": image_cell(whole), "prompt_id": records.prompt_id(i), **shared}
+        rows["grids"].append({**grid, "rows": 1, "cols": 2, "panel_size": 64, "model": "renderer"})
+        alike = float(np.clip(rng.normal(0.75 if i % 2 else 0.35, 0.12), 0, 1))
+        distance = float(metrics.copy_distances(panels[:1], panels[1:])[0])
+        kept, reason = records.verdict(alike, distance, 1.0, Thresholds())
+        for a, b in ((0, 1), (1, 0)):
+            pair = {"conditioning": image_cell(panels[a]), "image": image_cell(panels[b]), "caption": said[b]}
+            pair |= {"instruction": "", "id": records.pair_id(name, a, b), "grid_id": name}
+            pair |= {"reference_caption": said[a], "task": "subject", "subject": subject.kind, "reference_panel": a}
+            pair |= {"target_panel": b, "seed": i, "similarity": alike, "copy_distance": distance, "seam": 1.0}
+            pair |= {"kept": kept, "reason": reason, "judge": "oracle", "evidence": json.dumps({})}
+            rows["candidates"].append(pair)
+    rows["pairs"] = [row for row in rows["candidates"] if row["kept"]]
+    for name, made in rows.items():
+        data = Dataset(folder / name, records.schema(records.COLUMNS[name]))
+        data.write_shard(0, made, "tiny")
+        data.publish({"fingerprint": "tiny", "teacher_sha256": "0" * 64})

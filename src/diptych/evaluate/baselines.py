@@ -91,8 +91,8 @@ class Inpaint(TextOnly):
         grids = self.grids(references, [s.grid_prompt for s in samples], seeds)
         return [grid.crop((width, 0, 2 * width, height)) for grid in grids]
 
-    def grids(self, references: Sequence[Image], prompts: list[str], seeds: Sequence[int]) -> list[Image]:
-        """The whole grids: the left panel is the reference as the VAE gives it back."""
+    def grids(self, references: Sequence[Image], prompts: list[str], seeds: Sequence[int], **more: Any) -> list[Any]:
+        """The whole grids: the left panel is the reference as the VAE gives it back. `more` goes to the pipeline."""
         from diptych.student.geometry import Canvas, join_tokens, split_tokens
 
         pipe = self.context.teacher()
@@ -108,7 +108,7 @@ class Inpaint(TextOnly):
             held = (1 - sigma) * z + sigma * left_noise
             return {"latents": join_tokens(held.to(right.dtype), right, canvas)}
 
-        return draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold)
+        return draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold, **more)
 
 
 class Copy(_Base):
@@ -245,7 +245,7 @@ def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
 
 def draw(
     pipe: Any, prompts: list[str], height: int, width: int, latents: torch.Tensor, recipe: Recipe, **more: Any
-) -> list[Image]:
+) -> list[Any]:
     """The teacher draws, with the recipe's settings for baselines. `latents` is packed noise of the whole image."""
     length = min(512, int(pipe.tokenizer_2.model_max_length))
     drawn = pipe(

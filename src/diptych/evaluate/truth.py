@@ -150,19 +150,19 @@ def attributes(k: Known) -> dict[str, str]:
 def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
     """Pictures through a VAE and back, as 8-bit RGB: what a latent model can show of them at best."""
     import torch
-    from PIL import Image
+    from PIL.Image import fromarray
 
     from diptych.student.geometry import to_pixels
 
     @torch.no_grad()
-    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
-        decoded: list[Image.Image] = []
+    def through(images: Sequence[Image]) -> list[Image]:
+        decoded: list[Image] = []
         for start in range(0, len(images), batch):
             pixels = torch.stack([to_pixels(image) for image in images[start : start + batch]])
             pixels = pixels.to(vae.device, vae.dtype)
             out = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
             eight = ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            decoded += [Image.fromarray(panel) for panel in eight]
+            decoded += [fromarray(panel) for panel in eight]
         return decoded
 
     return through
