@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-import kills
-import tiny_run
+import kills  # pyright: ignore[reportMissingImports]
+import tiny_run  # pyright: ignore[reportMissingImports]
 
 KILLS = 20
 

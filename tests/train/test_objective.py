@@ -103,4 +103,4 @@ def test_shift_keeps_the_ends_and_is_the_schedulers() -> None:
     assert shifted(sigma, 3.0)[[0, -1]].tolist() == [0.0, 1.0]
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=sigma.flip(0)[:-1].tolist())
-    torch.testing.assert_close(scheduler.sigmas[:-1], shifted(sigma.flip(0)[:-1], 3.0))
+    torch.testing.assert_close(torch.as_tensor(scheduler.sigmas)[:-1], shifted(sigma.flip(0)[:-1], 3.0))
