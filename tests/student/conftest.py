@@ -55,11 +55,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     clip_tokenizer, t5_tokenizer = _tokenizers()
     torch.manual_seed(1)
-    blocks = 3
+    blocks: Any = {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }
     vae = AutoencoderKL(
-        block_out_channels=(8,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
+        **blocks,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=PANEL,
@@ -68,6 +70,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    marks: Any = {key: getattr(clip_tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
@@ -77,9 +80,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=1,
             num_attention_heads=2,
             max_position_embeddings=LENGTH,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
+            **marks,
         )
     )
     t5 = T5EncoderModel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from diptych import student
 from diptych.student import files
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-5}
 GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 
 

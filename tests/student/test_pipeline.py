@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from diptych.student.geometry import Canvas, pack, split_panels, to_pixels
 STEPS = 4
 
 
-def latents(pipe, prompt="a red cat", **options):
+def latents(pipe, prompt: Any = "a red cat", **options):
     return pipe(prompt, num_inference_steps=STEPS, output_type="latent", **{"generator": 0, **options}).images
 
 
@@ -63,7 +64,7 @@ def test_plain_sampling_is_stock_sampling_of_the_condition_canvas(pipe, pictures
     canvas = Canvas(16, 16, 4)
     condition = pipe.encode_reference([pictures[0]], canvas)
     noise = torch.randn(1, canvas.tokens, 16)
-    stock = FluxControlPipeline(**pipe.components)
+    stock: Any = FluxControlPipeline(**pipe.components)
     stock.set_progress_bar_config(disable=True)
     expected = stock("a cat", control_image=condition, height=16, width=32, latents=noise,
                      num_inference_steps=STEPS, max_sequence_length=12, output_type="latent").images  # fmt: skip
@@ -218,8 +219,8 @@ def test_wrong_calls_say_what_is_wrong(pipe, pictures, wrong, says):
 def test_guidance_without_text_encoders_asks_for_negative_embeddings(student_folder, teacher, pictures, tmp_path):
     for part in ("vae", "scheduler"):
         (tmp_path / part).symlink_to(teacher / part)
-    bare = student.load(student_folder, tmp_path, device="cpu")
-    embeds = {"prompt_embeds": torch.zeros(1, 12, 24), "pooled_prompt_embeds": torch.zeros(1, 20)}
+    bare: Any = student.load(student_folder, tmp_path, device="cpu")
+    embeds: Any = {"prompt_embeds": torch.zeros(1, 12, 24), "pooled_prompt_embeds": torch.zeros(1, 20)}
     assert bare(reference=pictures[0], num_inference_steps=1, **embeds).images
     with pytest.raises(UserError, match="without text_encoder"):
         bare(reference=pictures[0], text_guidance_scale=2.0, **embeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ class TwoLinear(torch.nn.Module):
 @given(configs(), st.integers(0, 2**31))
 def test_folded_model_equals_the_two_linear_form(config, seed):
     torch.manual_seed(seed)
-    model = FluxTransformer2DModel(**config).eval()
+    model: Any = FluxTransformer2DModel(**config).eval()
     x, c, rest = inputs(config, seed + 1)
     released = dict(model.state_dict())
     model.x_embedder = TwoLinear(model.x_embedder, config["in_channels"], c)
     released["c_embedder.weight"] = model.x_embedder.c_embedder.weight.detach()
     released["c_embedder.bias"] = model.x_embedder.c_embedder.bias.detach()
     folded = weights.fold(released, config)
-    student = weights.build(folded.config, folded.state_dict)
+    student: Any = weights.build(folded.config, folded.state_dict)
     with torch.no_grad():
         torch.testing.assert_close(student(torch.cat([x, c], 2), **rest)[0], model(x, **rest)[0], rtol=1e-5, atol=1e-5)
     assert student.config.in_channels == 2 * config["in_channels"]

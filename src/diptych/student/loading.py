@@ -153,8 +153,8 @@ def _scaled(lora: Loras) -> list[tuple[Path, float]]:
         return [(Path(lora), 1.0)]
     if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float)):
         lora = [lora]  # pyright: ignore[reportAssignmentType]
-    pairs = [given if isinstance(given, tuple) else (given, 1.0) for given in lora]
-    return [(Path(path), float(scale)) for path, scale in pairs]  # pyright: ignore[reportArgumentType]
+    pairs: list[Any] = [given if isinstance(given, tuple) else (given, 1.0) for given in lora]  # pyright: ignore
+    return [(Path(path), float(scale)) for path, scale in pairs]
 
 
 def _widened(teacher: Path, lora: Path, dtype: torch.dtype) -> Folded:
