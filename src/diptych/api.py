@@ -36,9 +36,19 @@ _T = TypeVar("_T")
 class Student:
     """A student that is loaded and ready. `pipeline` is the diffusers pipeline inside."""
 
-    def __init__(self, pipeline: DiptychPipeline, name: str = "", *, words: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiptychPipeline,
+        name: str = "",
+        *,
+        words: frozenset[str] | None = None,
+        sampling: dict[str, float] | None = None,
+    ) -> None:
+        from diptych.student.loading import SAMPLING
+
         self.pipeline = pipeline
         self.name = name
+        self.sampling = sampling or dict(SAMPLING)  # the model's own settings, for what `generate` is not told
         self.words = words  # what a small model can read; None: no such limit
         self._said: set[str] = set()
 
@@ -60,10 +70,10 @@ class Student:
         Raises UserError, UsageError: one line that says what is missing, damaged or unknown, and what to do.
         """
         from diptych.student import load
-        from diptych.student.loading import read_words
+        from diptych.student.loading import read_sampling, read_words
 
         pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
-        return cls(pipeline, str(model), words=read_words(pipeline))
+        return cls(pipeline, str(model), words=read_words(pipeline), sampling=read_sampling(pipeline))
 
     def generate(
         self,
@@ -71,10 +81,10 @@ class Student:
         prompt: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
-        steps: int = 28,
-        guidance: float = 3.5,
-        image_guidance: float = 1.0,
-        text_guidance: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        text_guidance: float | None = None,
         negative_prompt: str | None = None,
         size: int | tuple[int, int] | None = None,
         fit: str = "crop",
@@ -92,6 +102,8 @@ class Student:
             steps: sampling steps.
             guidance: distilled guidance, for models that have it (FLUX.1-dev).
             image_guidance, text_guidance: true guidance, 1 is off; see `student.pipeline`. Up to three times the work.
+                None, for each of these four: the model's own setting (`sampling.json` in its folder), else the
+                released code's (28, 3.5, 1, 1).
             size: side of the square picture, or (width, height), in pixels; default the model's own.
             fit: how the reference meets that size: crop, pad or contain.
             batch_size: pictures drawn together.
@@ -115,29 +127,25 @@ class Student:
         for number in seeds:
             if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
                 raise UsageError(f"seed {number!r} is not a whole number from 0 to 2^63 - 1")
-        settings = {
-            "steps": steps,
-            "guidance": guidance,
-            "image_guidance": image_guidance,
-            "text_guidance": text_guidance,
-            "negative_prompt": negative_prompt,
-            "fit": fit,
-        }
+        asked = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "text_guidance": text_guidance}
+        sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
+        settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit}
         images: list[Image.Image] = []
         # One PIL object per reference, so that the pipeline can tell a repeated one.
         jobs = list(itertools.product(references, prompts, seeds))
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             drawn = self.pipeline(
-                prompt=[text for _, text, _ in batch],
+                # A model with a word list was taught lower-case words alone.
+                prompt=[text if self.words is None else text.lower() for _, text, _ in batch],
                 reference=[picture for picture, _, _ in batch],
                 generator=[number for _, _, number in batch],
                 height=height,
                 width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                image_guidance_scale=image_guidance,
-                text_guidance_scale=text_guidance,
+                num_inference_steps=int(sampling["steps"]),
+                guidance_scale=sampling["guidance"],
+                image_guidance_scale=sampling["image_guidance"],
+                text_guidance_scale=sampling["text_guidance"],
                 negative_prompt=negative_prompt,
                 fit=fit,
             )

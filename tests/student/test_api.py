@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -98,3 +99,15 @@ def test_importing_diptych_is_light():
     code = "import sys, diptych; print(diptych.__version__, 'torch' in sys.modules, 'diffusers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == [__version__, "False", "False"]
+
+
+def test_a_students_own_sampling_settings_are_used_unless_told_otherwise(student_folder, teacher, tmp_path):
+    folder = shutil.copytree(student_folder, tmp_path / "student")
+    (folder / "sampling.json").write_text('{"steps": 2, "text_guidance": 2.0}')
+    drawn = Student.load(folder, base=teacher).generate(None, "a cat")
+    assert (drawn.info["steps"], drawn.info["guidance"], drawn.info["text_guidance"]) == (2, 3.5, 2.0)
+    told = Student.load(folder, base=teacher).generate(None, "a cat", steps=1, text_guidance=1.0)
+    assert (told.info["steps"], told.info["text_guidance"]) == (1, 1.0)
+    (folder / "sampling.json").write_text('{"stepz": 2}')
+    with pytest.raises(UserError, match="stepz"):
+        Student.load(folder, base=teacher)

@@ -192,6 +192,7 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[
             else:
                 parts.save_lora(trainer.transformer, trainer.trained, options, temporary, provenance)
         (temporary / "README.md").write_text(model_card(recipe, numbers, pairs), "utf8")
+        (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         _publish(temporary, out)
     except OSError as error:
         raise UserError(
@@ -203,6 +204,12 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[
     stored = {"summary": numbers, "made_by": _made_by(recipe, pairs)}
     write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
     return numbers
+
+
+def _sampling(recipe: Recipe) -> dict[str, float]:
+    """How the recipe evaluates its student is how the student is sampled by default."""
+    asked = recipe.evaluate
+    return {"steps": asked.steps, "image_guidance": asked.image_guidance, "text_guidance": asked.text_guidance}
 
 
 def _publish(written: Path, out: Path) -> None:

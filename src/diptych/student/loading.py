@@ -25,6 +25,9 @@ from diptych.student.weights import Folded, build, some, widen
 
 Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
 WORDS_FILE = "words.json"
+SAMPLING_FILE = "sampling.json"
+SAMPLING: dict[str, float] = {"steps": 28, "guidance": 3.5, "image_guidance": 1.0, "text_guidance": 1.0}
+"""How a student is sampled unless it says otherwise or is asked otherwise: the released code's settings."""
 # part: (library, class) unless the folder's model_index.json names another; text parts may be absent.
 _PARTS = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -116,6 +119,22 @@ def read_words(pipe: DiptychPipeline) -> frozenset[str] | None:
             except (ValueError, TypeError) as error:
                 raise UserError(f"{path} is not a JSON list of words ({error})") from error
     return None
+
+
+def read_sampling(pipe: DiptychPipeline) -> dict[str, float]:
+    """`SAMPLING`, with what the student's folder says of itself in `sampling.json`."""
+    for folder in pipe.loaded_from:
+        path = folder / SAMPLING_FILE
+        if path.is_file():
+            try:
+                own = json.loads(path.read_text("utf8"))
+                unknown = set(own) - set(SAMPLING)
+                if unknown:
+                    raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(SAMPLING)}")
+                return SAMPLING | {key: type(SAMPLING[key])(value) for key, value in own.items()}
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path} does not say how to sample this student ({error})") from error
+    return dict(SAMPLING)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -72,7 +72,7 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
     if student is not None:
         shutil.rmtree(WEIGHTS / "student", ignore_errors=True)
         halve(student / "transformer", WEIGHTS / "student" / "transformer")
-        for name in ("README.md",):
+        for name in ("README.md", "sampling.json"):
             if (student / name).exists():
                 shutil.copyfile(student / name, WEIGHTS / "student" / name)
     log_path.write_text(json.dumps(log, indent=1))
