@@ -37,7 +37,7 @@ def test_set_lays_yaml_values_over_the_file() -> None:
     assert recipe.distill.learning_rate == 1e-4
     assert recipe.evaluate.seeds == [0, 1]
     assert (recipe.paint.panel_size, recipe.seed) == (32, 7)
-    assert load("pocket", ["curate.thresholds={same: 0.25}"]).curate.thresholds.near_copy == 0.02
+    assert load("pocket", ["curate.thresholds={same: 0.25}"]).curate.thresholds.near_copy == 0.045
     assert load("pocket", ["write.count=1", "write.count=2"]).write.count == 2
     assert load("pocket", ["task=a=b"]).task == "a=b"
 

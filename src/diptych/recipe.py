@@ -69,10 +69,10 @@ class Thresholds(Section):
 
     same: float = 0.5
     """Least similarity of the two subjects, by the judge."""
-    near_copy: float = Field(default=0.02, ge=0)
+    near_copy: float = Field(default=0.045, ge=0)
     """Least distance of the panels in pixels after alignment: below it the target is a copy."""
-    seam: float = Field(default=0.0, ge=0)
-    """Least strength of the seam between the panels: below it the image is no grid."""
+    seam: float = Field(default=0.0, ge=-1, le=1)
+    """Least strength of the seam between the panels, -1 to 1: below it the image is no grid; -1 takes everything."""
 
 
 class Curate(Section):

@@ -114,10 +114,10 @@ class _Pipeline:
     def select(self) -> int:
         """`pairs/`: the candidates that the thresholds keep. Reads stored numbers only."""
         candidates = self._input("candidates", "curate", self.fingerprints("curate"))
-        thresholds = self.recipe.curate.thresholds
+        thresholds = self.task.thresholds(self.recipe.curate.thresholds)
         made_by = {"thresholds": thresholds.model_dump()}
         fingerprint = self.fingerprints("select")
-        result = self._rows(_Select(self.recipe), candidates, "pairs", "pairs", fingerprint, made_by, quiet=True)
+        result = self._rows(_Select(thresholds), candidates, "pairs", "pairs", fingerprint, made_by, quiet=True)
         if not result["rows"]:
             reasons = count(row["reason"] for row in candidates.columns("reason"))
             raise UserError(
@@ -215,8 +215,8 @@ class _Select:
     name = "select"
     batch_size = 256
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.thresholds = recipe.curate.thresholds
+    def __init__(self, thresholds: recipes.Thresholds) -> None:
+        self.thresholds = thresholds
 
     def load(self) -> Work:
         """Rows to the same rows, or to nothing."""

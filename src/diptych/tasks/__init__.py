@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,6 +17,7 @@ from diptych.errors import UsageError, nearest
 GRID_FIELDS = frozenset({"subject", "scene", "left", "right", "panels", "count"})
 PANEL_FIELDS = frozenset({"subject", "scene", "change"})
 Text = Annotated[str, Field(min_length=1)]
+Limits = TypeVar("Limits", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -85,6 +86,12 @@ class Task(_Part):
     def _panel_fields(cls, template: str) -> str:
         check_fields(template, PANEL_FIELDS)
         return template
+
+    def thresholds(self, recipe: Limits) -> Limits:
+        """A recipe's thresholds (`recipe.Thresholds`); those it leaves at their defaults are the task's, if any."""
+        defaults = type(recipe)()
+        own = {k: v for k, v in self.curation.thresholds.items() if getattr(recipe, k) == getattr(defaults, k)}
+        return recipe.model_copy(update=own)
 
     @property
     def grid_templates(self) -> list[str]:
