@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import tiny_world as tiny
+import torch
 from PIL import Image
 
 from diptych.errors import UserError

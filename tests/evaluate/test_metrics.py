@@ -88,7 +88,7 @@ def test_a_shifted_mirrored_or_noisy_copy_is_nearer_than_another_picture() -> No
     noisy = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
     copies = metrics.copy_distances([reference] * 4, [reference, shifted, mirrored, noisy])
     others = metrics.copy_distances([reference] * 4, [noise_image(i) for i in range(1, 5)])
-    assert copies[0] == 0 and copies.max() < 0.04 < 0.08 < others.min()
+    assert copies[:3].max() < 1e-4 and copies.max() < 0.02 < 0.1 < others.min()
 
 
 def test_the_copy_threshold_is_below_all_but_the_nearest_hundredth() -> None:
@@ -107,10 +107,10 @@ def test_intervals_are_over_identities_and_so_wider_than_over_pictures() -> None
 def test_about_95_of_100_intervals_hold_the_true_mean() -> None:
     rng = np.random.default_rng(1)
     held = 0
-    for _ in range(200):
-        low, high = metrics.summary(outcome_of(np.clip(rng.normal(0.5, 0.2, 50), 0, 1)), 400)["ci95"]["cp"]
+    for _ in range(120):
+        low, high = metrics.summary(outcome_of(np.clip(rng.normal(0.5, 0.2, 50), 0, 1)), 300)["ci95"]["cp"]
         held += low <= 0.5 <= high
-    assert 0.88 <= held / 200 <= 0.99
+    assert 0.88 <= held / 120 <= 0.995
 
 
 def test_the_headline_is_a_product_of_means_and_its_interval_lies_around_it() -> None:

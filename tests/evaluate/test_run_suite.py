@@ -92,14 +92,6 @@ def test_pictures_of_another_student_are_not_mixed_in(
         run_suite.evaluate(recipe, run_dir, suite=suite)
 
 
-def test_progress_counts_every_picture(recipe: Any, run_dir: Path, suite: Any, oracles: Any) -> None:
-    seen: list[tuple[int, int, str]] = []
-    only = tiny.make_recipe(Path(recipe.teacher), Path(recipe.curate.judge).parent, methods=["copy"])
-    run_suite.evaluate(only, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
-    assert seen[-1][:2] == (36, 36) and {note for _, _, note in seen} == {"copy", "truth", "other"}
-    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
-
-
 def test_the_judge_that_curated_may_not_score(recipe: Any, judge_folders: Path, run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
     same = tiny.make_recipe(Path(recipe.teacher), judge_folders, scorer=str(tmp_path / "renamed"))
@@ -122,6 +114,8 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
 ) -> None:
     from diptych import models
 
+    seen: list[tuple[int, int, str]] = []
+
     real = models.resolve
 
     def resolve(name: str, role: str) -> Path:
@@ -133,8 +127,11 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
     asked = tiny.make_recipe(
         Path(recipe.teacher), Path(recipe.curate.judge).parent, methods=["student_shipped", "copy"]
     )
-    found = run_suite.evaluate(asked, run_dir, suite=suite)
+    found = run_suite.evaluate(asked, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
     assert "not in this installation" in found["skipped"]["student_shipped"] and list(found["methods"]) == ["copy"]
+    # Progress counts what is left to draw: two anchors and one method, twelve pictures each.
+    assert seen[-1][:2] == (36, 36) and {note for _, _, note in seen} == {"copy", "truth", "other"}
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
 def test_a_run_without_a_student_is_refused_before_anything_is_drawn(

@@ -70,13 +70,16 @@ class _Frame:
         return "".join(parts)
 
 
-def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, caption: str = "") -> str:
-    """Lines over a shared pair of axes."""
+def lines(
+    series: Sequence[Series], title: str, x_label: str, y_label: str, caption: str = "", marks: Sequence[Dot] = ()
+) -> str:
+    """Lines over a shared pair of axes, which `marks` make the unit square's."""
     points = [p for s in series for p in s.points if all(map(math.isfinite, p))]
     if not points:
         return ""
-    top = _high([y for _, y in points])
-    frame = _Frame((min(x for x, _ in points), max(x for x, _ in points)), (min(0.0, min(y for _, y in points)), top))
+    top = 1.0 if marks else _high([y for _, y in points])
+    across = (0.0, 1.0) if marks else (min(x for x, _ in points), max(x for x, _ in points))
+    frame = _Frame(across, (min(0.0, *(y for _, y in points)), top))
     drawn = []
     for s in series:
         path = "".join(
@@ -84,8 +87,11 @@ def lines(series: Sequence[Series], title: str, x_label: str, y_label: str, capt
         )
         css = "line faint" if s.faint else "line"
         drawn.append(f'<path class="{css}" style="stroke:var(--c-{s.colour})" d="{path}"/>')
+    for dot in marks:
+        at = f'cx="{frame.px(dot.x):.1f}" cy="{frame.py(dot.y):.1f}" r="5"'
+        drawn.append(f'<circle {at} style="fill:var(--c-{dot.colour})"/>')
     ends = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3g}" for s in series if s.points and not s.faint)
-    return _chart(frame.axes(x_label, y_label) + "".join(drawn), title, ends, _legend(series), caption)
+    return _chart(frame.axes(x_label, y_label) + "".join(drawn), title, ends, _legend([*series, *marks]), caption)
 
 
 def scatter(dots: Sequence[Dot], title: str, x_label: str, y_label: str, caption: str = "") -> str:
@@ -211,7 +217,7 @@ def _wide(span: tuple[float, float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _legend(items: Sequence[Series] | Sequence[Dot]) -> str:
+def _legend(items: Sequence[Series | Dot]) -> str:
     seen = {item.label: item.colour for item in items if item.label}
     rows = "".join(
         f'<li><i style="background:var(--c-{colour})"></i>{text(name)}</li>' for name, colour in seen.items()

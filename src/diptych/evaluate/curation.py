@@ -22,8 +22,8 @@ from diptych.evaluate.metrics import auc
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from diptych.data.records import Thresholds
     from diptych.evaluate.suites import Prior
-    from diptych.recipe import Thresholds
 
 ENOUGH = 0.95  # the precision that `threshold_for` looks for
 JUDGED = 300  # of the run's own pairs, read by the attribute reader

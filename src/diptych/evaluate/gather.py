@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.data import log
 from diptych.data.images import open_image
 from diptych.data.store import Dataset
+from diptych.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,9 +32,12 @@ class Run:
         return Dataset(self.folder / name)
 
     def rows(self, name: str) -> int | None:
-        """Rows of a data set, None if it is not there."""
+        """Rows of a data set, None if it is not there or not readable (the stage's own part of the page says why)."""
         data = self.data(name)
-        return len(data) if data.shards() else None
+        try:
+            return len(data) if data.shards() else None
+        except UserError:
+            return None
 
     def first(self, name: str, count: int) -> list[dict[str, Any]]:
         """The first rows of a data set."""

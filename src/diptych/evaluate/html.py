@@ -110,7 +110,21 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 def between(ci: Sequence[float] | None, digits: int = 2) -> str:
     """A 95 % interval, small."""
-    return "" if not ci else f'<span class="ci">{ci[0]:.{digits}f}–{ci[1]:.{digits}f}</span>'
+    if not ci:
+        return ""
+    low, high = (signed(value, digits) if ci[0] < 0 else f"{value:.{digits}f}" for value in ci)
+    return f'<span class="ci">{low} to {high}</span>' if ci[0] < 0 else f'<span class="ci">{low}–{high}</span>'
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+0.42`, `−0.10`, with a true minus; no sign for what rounds to nothing."""
+    said = f"{value:+.{digits}f}".replace("-", "−")
+    return said[1:] if not said.strip("+−0.") else said
+
+
+def plural(n: int, word: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{count(n)} {word}{'' if n == 1 else 's'}"
 
 
 def count(value: float) -> str:

@@ -21,8 +21,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COPY_SIDE = 32  # pixels that pictures are compared at
-COPY_SHIFT = 4  # of those, in every direction: an eighth of the picture
 COPY_QUANTILE = 0.01
 NAMES = ("cp", "pf", "cp_pf", "copy_rate")
 
@@ -49,34 +47,20 @@ def following(asked: Mapping[str, str], read: Mapping[str, str]) -> dict[str, bo
 
 
 def copy_distances(references: Sequence[Image], outputs: Sequence[Image]) -> np.ndarray:
-    """Mean absolute difference (N,) in [0, 1] of each output to its reference, at the best alignment.
+    """Distance (N,) in [0, 1] of each output to its reference, at the best alignment; a mirrored copy is a copy too.
 
-    Alignments: shifts by up to an eighth of the picture, mirrored or not, compared where both overlap.
+    The distance is the one by which curation refuses near copies (`stages.alignment`): mean absolute difference after
+    shift, scale and a little brightness are taken back.
     """
-    a, b = _small(references), _small(outputs)
-    best = np.full(len(a), np.inf)
-    for mirrored in (b, b[:, :, ::-1]):
-        for dy in range(-COPY_SHIFT, COPY_SHIFT + 1):
-            for dx in range(-COPY_SHIFT, COPY_SHIFT + 1):
-                (ya, yb), (xa, xb) = _overlap(dy), _overlap(dx)
-                gap = np.abs(a[:, ya, xa] - mirrored[:, yb, xb]).mean((1, 2, 3))
-                best = np.minimum(best, gap)
-    return best
+    from PIL import ImageOps
 
+    from diptych.stages.alignment import copy_distance
 
-def _small(images: Sequence[Image]) -> np.ndarray:
-    """Pictures as float32 (N, COPY_SIDE, COPY_SIDE, 3) in [0, 1]."""
-    from PIL import Image
-
-    size = (COPY_SIDE, COPY_SIDE)
-    small = [np.asarray(i.convert("RGB").resize(size, Image.Resampling.BOX), np.float32) for i in images]
-    return np.stack(small) / 255 if small else np.zeros((0, *size, 3), np.float32)
-
-
-def _overlap(shift: int) -> tuple[slice, slice]:
-    """The overlapping part of two sides, the second moved by `shift`."""
-    low, high = max(0, shift), min(0, shift)
-    return slice(low, COPY_SIDE + high), slice(-high, COPY_SIDE - low)
+    best = [
+        min(copy_distance(a, b).distance, copy_distance(a, ImageOps.mirror(b)).distance)
+        for a, b in zip(references, outputs, strict=True)
+    ]
+    return np.array(best)
 
 
 def copy_threshold(distances: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def provenance(run: Run) -> str:
     rows = [
         [text(what), f'<span class="mono">{text(print_[:16])}…</span>'] for what, print_ in sections.provenance(run)
     ]
-    known = table(["made by", "sha256"], rows) if rows else missing("Nothing has been fingerprinted yet.", "")
+    known = table(["what", "sha256"], rows) if rows else missing("Nothing has been fingerprinted yet.", "")
     return known + details("The whole recipe", tag("pre", tag("code", text(run.recipe.dump())), tabindex="0"))
 
 

@@ -17,6 +17,8 @@ from diptych.evaluate.html import (
     paragraph,
     percent,
     picture,
+    plural,
+    signed,
     table,
     tag,
     text,
@@ -53,15 +55,18 @@ def headline(run: Run) -> str:
     rival = max(rivals, key=lambda m: methods[m]["cp_pf"])
     mine, theirs = methods[student], methods[rival]
     compared = run.metrics.get("comparisons", {}).get(student, {}).get(rival, {})
-    times = f", {compared['ratio']:.1f} times" if compared.get("ratio") else " against"
+    best = f"the best zero-shot baseline, {name(rival)}, {number(theirs['cp_pf'])}"
+    if mine["cp_pf"] > theirs["cp_pf"] > 0:
+        against = f"{mine['cp_pf'] / theirs['cp_pf']:.1f} times {best}"
+    else:
+        against = f"{'not above' if mine['cp_pf'] <= theirs['cp_pf'] else 'against'} {best}"
     apart = "the 95 % intervals do not overlap" if compared.get("intervals_apart") else "the 95 % intervals overlap"
     true = run.metrics.get("copy_rate_of_renders", {}).get("copy_rate")
     return (
-        f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, the {name(student)} keeps the "
-        f"subject and follows the prompt with CP·PF <strong>{number(mine['cp_pf'])}</strong>{times} the "
-        f"{number(theirs['cp_pf'])} of the best zero-shot baseline ({name(rival)}); {apart}. It copies its reference "
-        f"in {percent(mine['copy_rate'], 1)} of its pictures; true pictures of one subject look that alike in "
-        f"{percent(true, 1)}."
+        f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, the {name(student)} reaches a "
+        f"CP·PF (subject kept × prompt followed) of <strong>{number(mine['cp_pf'])}</strong>, {against}; {apart}. "
+        f"{percent(mine['copy_rate'], 1)} of its pictures look like copies of the reference; of true pictures of one "
+        f"subject in two scenes, {percent(true, 1)} do."
     )
 
 
@@ -138,8 +143,8 @@ def scores(run: Run) -> str:
     parts = [
         paragraph(
             f"{found.get('identities', '?')} held-out subjects × {found.get('prompts', '?')} prompts × "
-            f"{len(found.get('seeds', []))} seed(s) = {first['n']} pictures for each method. <em>CP</em> is the "
-            "scoring judge’s similarity to the reference, 0 for another subject of the kind and 1 for the same "
+            f"{plural(len(found.get('seeds', [])), 'seed')} = {first['n']} pictures for each method. <em>CP</em> is "
+            "the scoring judge’s similarity to the reference, 0 for another subject of the kind and 1 for the same "
             "subject in another scene. <em>PF</em> is the share of asked attributes found. Small: 95 % bootstrap "
             "intervals over subjects."
         ),
@@ -205,7 +210,7 @@ def _comparisons(found: dict[str, Any]) -> str:
         for rival, c in by.items():
             apart = "yes" if c["intervals_apart"] else "no"
             ratio = "–" if c["ratio"] is None else f"{c['ratio']:.2f}×"
-            gap = f"{c['difference']:+.3f}" + between(c["ci95"], 3)
+            gap = signed(c["difference"], 3) + between(c["ci95"], 3)
             p = "< 0.01" if c["p"] < 0.01 else f"{c['p']:.2f}"
             rows.append([f"{text(name(student))} − {text(name(rival))}", gap, ratio, p, apart])
     if not rows:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diptych import tasks
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import curation, metrics, truth
@@ -168,7 +169,8 @@ def judged(context: Context, judges: Judges, scale: metrics.Scale) -> dict[str, 
         return np.stack([reading.identity for reading in judges.reader.read(list(images))])
 
     witness = curation.witness(pairs, identify)
-    curated = curation.on_renders(pairs, judges.curator.embed, context.recipe.curate.thresholds)
+    limits = tasks.load(context.recipe.task).thresholds(context.recipe.curate.thresholds)
+    curated = curation.on_renders(pairs, judges.curator.embed, limits)
     return {
         "copy_rate_of_renders": truth.copy_rate(suite, scale.copy_distance),
         "judges": about,

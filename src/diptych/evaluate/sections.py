@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from typing import Any
 
+from diptych import tasks
 from diptych.data.images import open_image
 from diptych.evaluate import charts
-from diptych.evaluate.charts import Series
+from diptych.evaluate.charts import Dot, Series
 from diptych.evaluate.gather import Run
 from diptych.evaluate.html import (
     count,
@@ -19,6 +20,7 @@ from diptych.evaluate.html import (
     paragraph,
     percent,
     picture,
+    plural,
     strip,
     tag,
     text,
@@ -29,6 +31,7 @@ REASONS = {
     "seam": "no clear seam between the panels: not a grid",
     "near_copy": "the second panel nearly repeats the first",
     "same": "the judge does not see the same subject",
+    "alignment": "the outlines of the two panels do not lie over each other",
 }
 SMOOTH = 0.96
 SIGMA_COLOURS = ("1", "2", "3", "4", "5")
@@ -102,7 +105,7 @@ def curate(run: Run) -> str:
         return missing("No pairs have been judged yet.", "diptych curate judges them.")
     reasons = Counter(row["reason"] for row in rows)
     kept = reasons.get("kept", 0)
-    limits = run.recipe.curate.thresholds
+    limits = tasks.load(run.recipe.task).thresholds(run.recipe.curate.thresholds)
     parts = [
         paragraph(
             f"Every grid is cut into panels, and every ordered pair of panels is a candidate. Of {count(len(rows))} "
@@ -127,18 +130,23 @@ def curate(run: Run) -> str:
 def _funnel(run: Run, reasons: Counter[str]) -> list[tuple[str, float, str, str]]:
     prompts, grids, pairs = run.rows("prompts") or 0, run.rows("grids") or 0, run.rows("pairs")
     judged = sum(reasons.values())
+    cut = len({row["id"].rpartition("-")[0] for row in run.candidates})
+    kept = pairs if pairs is not None else reasons.get("kept", 0)
     lost = [f"{count(n)}: {text(REASONS.get(r, r))}" for r, n in reasons.most_common() if r != "kept"]
 
     def failed(stage: str) -> str:
         n = run.failures.get(stage, 0)
         return f"{count(n)} failed" if n else ""
 
-    rows = [("prompted", float(prompts), count(prompts), failed("write"))]
-    rows.append(("painted", float(grids), count(grids), failed("paint")))
-    rows.append(("cut and judged", float(judged), count(judged), failed("curate") or "two ordered pairs a grid"))
-    kept = pairs if pairs is not None else reasons.get("kept", 0)
-    rows.append(("kept", float(kept), count(kept), "refused: " + "; ".join(lost) if lost else ""))
-    return rows
+    both = "; ".join(part for part in (failed("curate"), f"{plural(judged, 'ordered pair')} of panels") if part)
+    # Bars count grids all the way: a pair is its share of one.
+    share = kept * cut / judged if judged else 0.0
+    return [
+        ("prompts", float(prompts), count(prompts), failed("write")),
+        ("grids painted", float(grids), count(grids), failed("paint")),
+        ("grids cut, judged", float(cut), count(cut), both),
+        ("pairs kept", share, count(kept), "refused: " + "; ".join(lost) if lost else ""),
+    ]
 
 
 def verdicts(run: Run, reasons: Counter[str]) -> str:
@@ -187,12 +195,11 @@ def quality(run: Run) -> str:
     points = [(recall, precision) for _, precision, recall in renders["curve"]]
     parts.append(
         charts.lines(
-            [Series("precision at each recall", "student", points)],
+            [Series("every threshold", "inpaint", points)],
             "Precision and recall of curation on known pairs",
             "recall",
             "precision",
-            f"At the recipe’s threshold: precision {percent(renders['precision'], 1)}, "
-            f"recall {percent(renders['recall'], 1)}.",
+            marks=[Dot("the recipe’s threshold", "student", renders["recall"], renders["precision"] or 0.0)],
         )
     )
     return "".join(parts) + _estimate(measured.get("grids"))
@@ -203,20 +210,28 @@ def _estimate(grids: dict[str, Any] | None) -> str:
         return ""
     reader = grids["reader"]
 
+    errors = (
+        f"On known pairs the reader finds {percent(reader['hit_rate'])} of the same subjects and takes "
+        f"{percent(reader['false_alarm_rate'])} of the others for the same"
+    )
+    known = [reader[key] for key in ("all", "kept", "rejected") if reader[key]]
+    if any(part["corrected"] is None for part in known):
+        return paragraph(
+            "On the teacher’s own grids nobody knows the truth, and the attribute reader is too unsure to estimate it. "
+            f"{errors}."
+        )
+
     def share(part: dict[str, Any] | None) -> str:
         if part is None:
-            return "nothing to read"
-        if part["corrected"] is None:
-            return f"{percent(part['called_same'])} called the same (the reader is too unsure to correct this)"
+            return "– (there are none)"
         low, high = part["ci95"]
         return f"<strong>{percent(part['corrected'])}</strong> ({percent(low)} to {percent(high)}, n = {part['n']})"
 
     return paragraph(
         "On the teacher’s own grids nobody knows the truth. The attribute reader, which had no say in curation, "
         f"estimates how many pairs show one individual: of all {share(reader['all'])}, of the kept "
-        f"{share(reader['kept'])}, of the refused {share(reader['rejected'])}. On known pairs the reader itself finds "
-        f"{percent(reader['hit_rate'])} of the same subjects and takes {percent(reader['false_alarm_rate'])} of the "
-        "others for the same; the estimates are corrected for both."
+        f"{share(reader['kept'])}, of the refused {share(reader['rejected'])}. {errors}; the estimates are corrected "
+        "for both."
     )
 
 
@@ -265,7 +280,7 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """An exponential moving average, debiased at its start, thinned to what a chart can show."""
     total = weight = 0.0
     averaged = []
-    keep = min(SMOOTH, 1 - 4 / max(5, len(points)))
+    keep = max(0.0, min(SMOOTH, 1 - 15 / max(16, len(points))))
     for x, y in points:
         total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
         averaged.append((x, total / weight))
@@ -283,7 +298,9 @@ def cost(run: Run) -> str:
         most = [(name, seconds, duration(seconds), "") for name, seconds in spent.items()]
         parts.append(charts.bars(most))
         parts.append(
-            paragraph(f"{duration(sum(spent.values()))} in all, in {max(1, run.sittings)} sitting(s).", class_="note")
+            paragraph(
+                f"{duration(sum(spent.values()))} in all, in {plural(max(1, run.sittings), 'sitting')}.", class_="note"
+            )
         )
     else:
         parts.append(missing("The log holds no finished stage yet, so there are no times to show.", ""))
@@ -318,7 +335,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         except ValueError:
             made_by = {}
         found += [(f"student’s {key}", made_by[key]) for key in ("base", "pairs") if key in made_by]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def duration(seconds: float) -> str:

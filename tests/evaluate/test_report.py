@@ -1,0 +1,182 @@
+"""The report is one file that loads nothing, tells what is missing, and shows what is there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_world as tiny
+from PIL import Image
+
+from diptych.data import log
+from diptych.evaluate import report
+from diptych.evaluate.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
+from diptych.recipe import Recipe
+
+VOID = {"meta", "img", "br", "path", "circle", "rect"}
+
+
+class Page(HTMLParser):
+    """A page's elements; fails on one that is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.fixture
+def recipe(teacher: Path, judge_folders: Path) -> Recipe:
+    return tiny.make_recipe(teacher, judge_folders)
+
+
+@pytest.fixture
+def full(evaluated: Path, tmp_path: Path) -> Path:
+    """A run with data, a training log, scores and times."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    tiny.make_data(run, 12)
+    training = run / "student" / "training"
+    (training / "samples").mkdir(parents=True)
+    Image.new("RGB", (192, 128), (9, 99, 199)).save(training / "samples" / "step-000080.png")
+    levels = {str(s / 10): 1 - s / 20 for s in (1, 5, 9)}
+    rows: list[dict[str, Any]] = [{"step": i, "left": 2 / i, "right": 3 / i} for i in range(1, 81)]
+    for i in (40, 80):
+        rows[i - 1]["validation"] = {"loss": 1.0, "left": levels, "right": levels}
+    (training / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 81, "le')
+    (training / "summary.json").write_text(
+        json.dumps({"summary": {"steps": 80, "pairs": 12}, "made_by": {"base": "ab"}})
+    )
+    log.append(run, "start", machine={"system": "Linux", "cores": 2}, versions={"torch": "2"})
+    for stage, seconds in (("write", 0.4), ("paint", 75.0), ("distill", 3700.0)):
+        log.append(run, "stage", stage=stage, seconds=seconds)
+    return run
+
+
+def page_of(recipe: Recipe, run: Path) -> Page:
+    path = report.write(recipe, run)
+    assert path == run / "report" / "report.html"
+    return Page(path.read_text("utf8"))
+
+
+def test_a_full_run_is_shown_stage_by_stage(recipe: Recipe, full: Path) -> None:
+    page = page_of(recipe, full)
+    assert "missing" not in {attrs.get("class") for _, attrs in page.found}
+    for words in (
+        "1 · Write", "2 · Paint", "3 · Curate", "4 · Distill", "5 · Side by side", "6 · Scores", "Paired comparisons",
+        "12 prompts", "Refused", "Validation loss, right panel", "Kinds that neither teacher", "1 h 01 min",
+        "precision is", "held-out kinds", "sha256", "image_guidance",
+    ):  # fmt: skip
+        assert words in page.words, words
+    labels = [attrs["aria-label"] for attrs in page.all("svg")]
+    assert len(labels) >= 6 and all(labels)
+
+
+def test_the_page_loads_nothing(recipe: Recipe, full: Path) -> None:
+    text = report.write(recipe, full).read_text("utf8")
+    page = Page(text)
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    for _, attrs in page.found:
+        for key in ("src", "href"):
+            value = attrs.get(key) or ""
+            assert value == "" or value.startswith(("data:image/png;base64,", "#"))
+    assert "url(" not in text and "@import" not in text
+
+
+def test_every_picture_is_a_png_with_words_for_it(recipe: Recipe, full: Path) -> None:
+    pictures = page_of(recipe, full).all("img")
+    assert len(pictures) > 40
+    for attrs in pictures:
+        assert attrs["alt"] and attrs["width"] and attrs["height"]
+        data = base64.b64decode((attrs["src"] or "").partition(",")[2])
+        assert Image.open(io.BytesIO(data)).format == "PNG"
+
+
+def test_headings_step_down_one_at_a_time(recipe: Recipe, full: Path) -> None:
+    levels = [int(tag[1]) for tag, _ in page_of(recipe, full).found if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+def test_an_empty_run_says_what_is_missing_and_how_it_comes(recipe: Recipe, tmp_path: Path) -> None:
+    page = page_of(recipe, tmp_path)
+    for stage in ("write", "paint", "curate", "distill", "evaluate"):
+        assert f"diptych {stage}" in page.words
+    assert "not there yet" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_damaged_file_costs_its_part_and_not_the_page(recipe: Recipe, full: Path) -> None:
+    (full / "grids" / "part-00000.parquet").write_bytes(b"not parquet")
+    broken = json.loads((full / "report" / "metrics.json").read_text())
+    del broken["methods"]["student"]["ci95"]
+    broken["judges"] = {"scorer": []}
+    (full / "report" / "metrics.json").write_text(json.dumps(broken))
+    page = page_of(recipe, full)
+    assert "could not be read" in page.words and "could not be shown" in page.words
+    assert "12 prompts" in page.words and "Validation loss" in page.words
+
+
+def test_words_from_data_are_shown_and_never_run(recipe: Recipe, full: Path) -> None:
+    evil = '<script>alert("x")</script>'
+    named = recipe.model_copy(update={"teacher": evil})
+    page = page_of(named, full)
+    assert not page.all("script") and evil in page.words
+
+
+def test_the_markdown_has_the_scores(recipe: Recipe, full: Path) -> None:
+    report.write(recipe, full)
+    text = (full / "report" / "report.md").read_text("utf8")
+    assert (
+        "| inpaint |" in text and "| true re-render |" in text and "precision" in text and "<" not in text.split("#")[1]
+    )
+
+
+def test_writing_twice_gives_the_same_page(recipe: Recipe, full: Path) -> None:
+    first = report.write(recipe, full).read_bytes()
+    assert report.write(recipe, full).read_bytes() == first
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(3, 4021) == pytest.approx([1000, 2000, 3000, 4000])
+    for low, high in ((0, 1e-6), (-5, 5), (0.4, 0.40001)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 12 and low <= found[0] + 1e-9 and found[-1] <= high + 1e-9
+
+
+def test_charts_stand_one_point_none_and_nan() -> None:
+    assert lines([Series("a", "left", [])], "t", "x", "y") == ""
+    assert histogram([], 0.5, "t", "x") == "" and histogram([float("nan")], None, "t", "x") == ""
+    assert "nan" not in lines([Series("a", "left", [(1, 2.0)])], "t", "x", "y")
+    assert "nan" not in histogram([0.5], 0.5, "t", "x")
+    for chart in (scatter([Dot("a", "copy", 1.0, 0.0)], "t", "x", "y"), whiskers([Dot("a", "copy", 0, 0)], "t", "x")):
+        Page(chart)
