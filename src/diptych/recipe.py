@@ -108,8 +108,9 @@ class Distill(Section):
     """AdamW's."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the forward pass computes in; weights being trained are float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward pass computes in; weights being trained are float32. `auto` takes bfloat16 where it is faster,
+    and is settled, like `device`, when a run is frozen."""
     reference_dropout: float = Field(default=0.05, ge=0, le=1)
     """Share of samples whose reference is replaced by the null reference (for image guidance)."""
     text_dropout: float = Field(default=0.1, ge=0, le=1)

@@ -251,12 +251,13 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
         write_atomic(path, recipe.dump().encode())
         return recipe
     frozen = recipes.load(path)
-    wanted = recipe.model_copy(
-        update={
-            "device": frozen.device if recipe.device == "auto" else recipe.device,
-            "threads": frozen.threads if recipe.threads is None else recipe.threads,
-        }
-    )
+    kept = {
+        "device": frozen.device if recipe.device == "auto" else recipe.device,
+        "threads": frozen.threads if recipe.threads is None else recipe.threads,
+    }
+    if recipe.distill.precision == "auto":
+        kept["distill"] = recipe.distill.model_copy(update={"precision": frozen.distill.precision})
+    wanted = recipe.model_copy(update=kept)
     if differ := frozen.differences(wanted):
         there, here = frozen.flat(), wanted.flat()
         shown = [f"{key} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)" for key in differ[:6]]
@@ -269,15 +270,19 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """`device: auto` and `threads: null` as what this machine has."""
-    device, threads = recipe.device, recipe.threads
-    if device == "auto" or threads is None:
+    """`device: auto`, `threads: null` and `distill.precision: auto` as what this machine has."""
+    device, threads, precision = recipe.device, recipe.threads, recipe.distill.precision
+    if device == "auto" or threads is None or precision == "auto":
         import torch
+
+        from diptych.train.hardware import pick_precision
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         threads = threads or torch.get_num_threads()
-    return recipe.model_copy(update={"device": device, "threads": threads})
+        precision, _ = pick_precision(precision, torch.device(device))
+    distill = recipe.distill.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"device": device, "threads": threads, "distill": distill})
 
 
 def use_threads(threads: int | None) -> None:

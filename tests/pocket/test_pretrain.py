@@ -1,4 +1,4 @@
-"""The pocket trainings: rows that depend on their number alone, a trainer that continues where it was, tokenizers that survive a save."""
+"""The pocket trainings: rows fixed by their number, a trainer that continues where it was, tokenizers that survive."""
 
 import numpy as np
 import torch

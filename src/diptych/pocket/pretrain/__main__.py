@@ -60,10 +60,11 @@ def teacher(
     finish: bool = True,
     compile: bool = True,
 ) -> None:
-    """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting."""
+    """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting; `--start` begins
+    from a teacher's folder (the package's, say) where the work folder holds no state."""
     from . import teacher as step
 
-    step.train(work, minutes, batch, rate, singles_until, finish, compile, report=_say)
+    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, report=_say)
 
 
 @app.command()

@@ -133,7 +133,7 @@ EXAMPLES = 20261121
 
 
 def references(folder: Path) -> None:
-    """Draw one reference of every kind, held-out ones included, of a subject nothing was trained on: `folder/KIND.png`."""
+    """Draw a reference of every kind, held-out ones too, of subjects nothing was trained on: `folder/KIND.png`."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diptych.train.hardware import computing
 
 from . import renders, tokenizers
 from . import vae as vae_training
@@ -146,13 +147,16 @@ def train(
     singles_until: float = 0.3,
     finish: bool = True,
     compile_model: bool = True,
+    start: Path | None = None,
     report=print,
 ) -> None:
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
-    rate falls to nothing at the end if `finish`."""
+    rate falls to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is."""
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
+    if start is not None:
+        load_weights(teacher, start)
     blocks = (teacher.transformer.transformer_blocks, teacher.transformer.single_transformer_blocks)
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
     trainer = Trainer(
@@ -169,9 +173,9 @@ def train(
     side = grids.shape[2]
     ids = {False: position_ids(side, side), True: position_ids(side, 2 * side)}
     if compile_model:
-        # Block by block: seconds instead of minutes. Keep token counts multiples of 16: at 92 torch 2.13's CPU code gave
-        # gradients that were not numbers.
-        teacher.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        # Not the double blocks: compiled by torch 2.13 for the CPU, their gradients were not numbers.
+        for block in teacher.transformer.single_transformer_blocks:
+            block.compile(fullgraph=True, dynamic=False)
     rng = np.random.default_rng(trainer.step + 1)
     generator = torch.Generator().manual_seed(trainer.step + 1)
     started, losses, seen = time.monotonic(), {False: [], True: []}, time.monotonic()
@@ -191,12 +195,11 @@ def train(
         clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
         for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
             t[torch.from_numpy(drop)] = empty[0, 0]
-        # The CPU's fused attention is several times slower than plain matrix products backwards.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with computing("bfloat16", torch.device("cpu")):
             value = loss(teacher, tokens, clip_ids, t5_ids[:, :length], ids[grid], generator)
         trainer.update(value, scale=min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0)
         losses[grid].append(float(value))
-        if trainer.step % 200 == 0:
+        if trainer.step % 100 == 0:
             mean = {
                 name: round(float(np.mean(losses[key])), 4)
                 for key, name in ((False, "singles"), (True, "grids"))
@@ -204,15 +207,28 @@ def train(
             }
             report(
                 trainer.log(
-                    loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 200, 3)
+                    loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 100, 3)
                 )
             )
             losses, seen = {False: [], True: []}, time.monotonic()
-        if trainer.step % 200 == 0:
+        if trainer.step % 100 == 0:
             trainer.save()
     trainer.save()
     with trainer.averaged():
         save(work / "teacher", teacher, vae, clip_tokenizer, t5_tokenizer)
+
+
+def load_weights(teacher: Teacher, folder: Path) -> None:
+    """Put the weights of a `FluxPipeline` folder, such as the package's, into `teacher`."""
+    from safetensors.torch import load_file
+
+    parts = {"transformer": teacher.transformer, "text_encoder": teacher.clip, "text_encoder_2": teacher.t5}
+    for name, module in parts.items():
+        (path,) = (folder / name).glob("*.safetensors")
+        # Tied weights (T5 writes its embedding once) are missing under their second name.
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+        if unexpected or set(missing) - {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}:
+            raise ValueError(f"{path} is another model: unexpected {unexpected[:3]}, missing {missing[:3]}")
 
 
 def save(folder: Path, teacher: Teacher, vae, clip_tokenizer, t5_tokenizer) -> None:
