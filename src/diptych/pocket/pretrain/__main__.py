@@ -59,6 +59,7 @@ def teacher(
     singles_until: float = 0.3,
     finish: bool = True,
     compile: bool = True,
+    start: Path | None = None,
 ) -> None:
     """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting; `--start` begins
     from a teacher's folder (the package's, say) where the work folder holds no state."""
