@@ -231,6 +231,10 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     recipe = tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2)
     trainer = train(prepare(recipe, world.pairs, out))
     finish(trainer, recipe, world.pairs, out)
+    file = out / "pytorch_lora_weights.safetensors"
+    header = file.read_bytes()[8:]
+    at = [header.index(f'"{key}":'.encode()) for key in ("diptych", "format", "lora_adapter_metadata")]
+    assert at == sorted(at), "the same weights must be the same file, so its metadata keys are in order"
     assert not any(p.requires_grad for n, p in trainer.transformer.named_parameters() if n not in trainer.trained.names)
     assert {n.split(".")[0] for n in trainer.trained.names if "lora" not in n} == {"x_embedder"}
 

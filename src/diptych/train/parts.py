@@ -197,4 +197,16 @@ def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path
         header = {**file.metadata(), "diptych": json.dumps(metadata, sort_keys=True)}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata=header)
+    _sort_header(path)
     return path
+
+
+def _sort_header(path: Path) -> None:
+    """safetensors writes its metadata keys in a random order; sorted, the same weights are the same file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors after it start at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
