@@ -80,6 +80,36 @@ def make_student(teacher: Path, folder: Path) -> Path:
     return folder
 
 
+def make_judges(folder: Path) -> Path:
+    """Random judges of the classes that the pocket world's have: `curator`, `scorer` and `reader`."""
+    import torch
+    from transformers import (
+        RegNetConfig,
+        RegNetModel,
+        ResNetConfig,
+        ResNetForImageClassification,
+        ResNetModel,
+        ViTImageProcessorPil,
+    )
+
+    from diptych.pocket.pretrain.judges import LABELS
+
+    torch.manual_seed(3)
+    small: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    labels = dict(enumerate(LABELS))
+    reader = ResNetConfig(**small, id2label=labels, label2id={v: k for k, v in labels.items()})
+    made = {
+        "curator": ResNetModel(ResNetConfig(**small)),
+        "scorer": RegNetModel(RegNetConfig(**{**small, "layer_type": "y"}, groups_width=8)),
+        "reader": ResNetForImageClassification(reader),
+    }
+    side = {"height": 64, "width": 64}
+    for role, model in made.items():
+        model.save_pretrained(folder / role)
+        ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder / role)
+    return folder
+
+
 def make_suite(calibration: int = 20, check: int = 20) -> Suite:
     """The pocket suite with few renders."""
     suite = suites.load("pocket")

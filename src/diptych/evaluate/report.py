@@ -97,41 +97,65 @@ def footer(recipe: Recipe) -> str:
 
 def markdown(run: Run) -> str:
     """The numbers of the page, for a terminal or a pull request."""
-    recipe, found = run.recipe, run.metrics
-    lines = [f"# {recipe.name}", ""]
+    parts = [f"# {run.recipe.name}"]
+    for part in (headline_lines, data_lines, score_lines, curation_lines, time_lines):
+        try:
+            lines = part(run)
+        except (UserError, KeyError, TypeError, IndexError, AttributeError) as error:
+            lines = [f"(A part could not be shown: {type(error).__name__}: {error})"]
+        if lines:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def headline_lines(run: Run) -> list[str]:
+    """The result in a sentence."""
     said = scoresheet.headline(run)
-    if said:
-        lines += [said.replace("<strong>", "**").replace("</strong>", "**"), ""]
-    lines += ["| | |", "|---|---|"]
-    for name in ("prompts", "grids", "candidates", "pairs"):
-        rows = run.rows(name)
-        lines.append(f"| {name} | {'not there yet' if rows is None else count(rows)} |")
-    steps = run.trained.get("steps")
-    lines += [f"| training steps | {'not there yet' if steps is None else count(steps)} |", ""]
-    if found.get("methods"):
-        lines += ["## Scores", "", "| method | CP | PF | CP·PF | 95 % | copy rate | s/picture | n |"]
-        lines += ["|---|---:|---:|---:|---|---:|---:|---:|"]
-        for method, s in {**found["methods"], **found.get("anchors", {})}.items():
-            low, high = s["ci95"]["cp_pf"]
-            speed = s.get("seconds_per_image")
-            lines.append(
-                f"| {scoresheet.name(method)} | {s['cp']:.3f} | {s['pf']:.3f} | {s['cp_pf']:.3f} "
-                f"| {low:.3f}–{high:.3f} | {s['copy_rate']:.3f} | {speed_text(speed)} | {s['n']} |"
-            )
-        lines.append("")
-    curated = (found.get("curation") or {}).get("renders")
-    if curated:
-        precision = "–" if curated["precision"] is None else f"{curated['precision']:.3f}"
-        lines += ["## Curation", "", f"On {curated['pairs']} known pairs at threshold {curated['threshold']:g}: "]
-        lines[-1] += f"precision {precision}, recall {curated['recall']:.3f}."
-        lines.append("")
-    if run.seconds:
-        lines += ["## Time", "", "| stage | |", "|---|---:|"]
-        lines += [f"| {stage} | {sections.duration(seconds)} |" for stage, seconds in run.seconds.items()]
-        lines.append("")
-    for method, reason in found.get("skipped", {}).items():
-        lines.append(f"{scoresheet.name(method)} was left out: {reason}")
-    return "\n".join(lines).rstrip() + "\n"
+    return [said.replace("<strong>", "**").replace("</strong>", "**")] if said else []
+
+
+def data_lines(run: Run) -> list[str]:
+    """Rows of each data set."""
+    rows: list[tuple[str, int | None]] = [
+        (name, run.rows(name)) for name in ("prompts", "grids", "candidates", "pairs")
+    ]
+    rows.append(("training steps", run.trained.get("steps")))
+    lines = [f"| {name} | {'not there yet' if n is None else count(n)} |" for name, n in rows]
+    return ["| | |", "|---|---|", *lines]
+
+
+def score_lines(run: Run) -> list[str]:
+    """The scores, anchors included, and what was left out."""
+    found = run.metrics
+    if not found.get("methods"):
+        return []
+    lines = ["## Scores", "", "| method | CP | PF | CP·PF | 95 % | copy rate | s/picture | n |"]
+    lines.append("|---|---:|---:|---:|---|---:|---:|---:|")
+    for method, s in {**found["methods"], **found.get("anchors", {})}.items():
+        low, high = s["ci95"]["cp_pf"]
+        scores = " | ".join(f"{s[key]:.3f}" for key in ("cp", "pf", "cp_pf"))
+        rest = f"{low:.3f}–{high:.3f} | {s['copy_rate']:.3f} | {speed_text(s.get('seconds_per_image'))} | {s['n']}"
+        lines.append(f"| {scoresheet.name(method)} | {scores} | {rest} |")
+    skipped = [f"{scoresheet.name(m)} was left out: {reason}" for m, reason in found.get("skipped", {}).items()]
+    return [*lines, *([""] if skipped else []), *skipped]
+
+
+def curation_lines(run: Run) -> list[str]:
+    """Precision and recall where the truth is known."""
+    known = (run.metrics.get("curation") or {}).get("renders")
+    if not known:
+        return []
+    precision = "–" if known["precision"] is None else f"{known['precision']:.3f}"
+    said = f"On {known['pairs']} known pairs at threshold {known['threshold']:g}: precision {precision}, "
+    return ["## Curation", "", f"{said}recall {known['recall']:.3f}."]
+
+
+def time_lines(run: Run) -> list[str]:
+    """Time of each stage."""
+    if not run.seconds:
+        return []
+    lines = [f"| {stage} | {sections.duration(seconds)} |" for stage, seconds in run.seconds.items()]
+    return ["## Time", "", "| stage | |", "|---|---:|", *lines]
 
 
 def speed_text(seconds: float | None) -> str:

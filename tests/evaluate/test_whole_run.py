@@ -1,0 +1,47 @@
+"""Every stage for real, from a random teacher to the report, with random judges of the real classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_world as tiny
+
+from diptych.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(teacher: Path, tmp_path: Path) -> Recipe:
+    judges = tiny.make_judges(tmp_path / "judges")
+    base = tiny.make_recipe(teacher, judges, samples=2, prompts=1, steps=2, methods=["student", "inpaint"])
+    values: dict[str, Any] = base.values()
+    values |= {"write": {"count": 8, "shard_size": 4}, "paint": {"steps": 2, "batch_size": 4}}
+    values["curate"] |= {"batch_size": 4, "thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
+    values["distill"] |= {"steps": 3, "batch_size": 4, "warmup": 1, "validation_pairs": 2, "sample_every": 0}
+    values["distill"] |= {"validate_every": 3}
+    return Recipe.model_validate(values)
+
+
+def test_a_run_goes_from_the_teacher_to_the_report_and_again_in_no_time(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diptych.console import Display
+    from diptych.evaluate import suites
+    from diptych.run import run
+
+    few = tiny.make_suite(10, 10)
+    monkeypatch.setattr(suites, "load", lambda name: few)
+    out = tmp_path / "run"
+    summary = run(recipe, out, display=Display(quiet=True))
+    metrics = json.loads(Path(summary["metrics"]).read_text())
+    assert set(metrics["methods"]) == {"student", "inpaint"}
+    grids = metrics["curation"]["grids"]
+    assert grids["candidates"] == 16 and grids["kept"] == 16 and grids["reader"]["pairs"] == 8
+    assert metrics["judges"]["reader"]["accuracy_through_vae"]["identities"].keys() >= {"kind", "place", "pose"}
+    assert "kind" not in metrics["judges"]["reader"]["accuracy"]["kinds"]
+    page = Path(summary["report"]).read_text("utf8")
+    assert page.count("<img") > 20 and "Nothing has been" not in page
+    again = run(recipe, out, display=Display(quiet=True))
+    assert again["metrics"] == summary["metrics"] and json.loads(Path(again["metrics"]).read_text()) == metrics
