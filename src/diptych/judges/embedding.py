@@ -3,9 +3,9 @@
     judge = EmbeddingJudge.load("facebook/dinov2-base")
     judge.similarity(judge.embed(references), judge.embed(targets))      # cosines, 1 = the same
 
-An embedding is, of what the model offers, the first of: the projected image embedding (CLIP, SigLIP), the pooled output,
-the class token, the mean of the patch tokens or of the feature map. A pooling layer that the files do not hold would be
-random (DINO's checkpoints), so it is passed over.
+An embedding is, of what the model offers, the first of: the projected image embedding (CLIP, SigLIP), the pooled
+output, the class token, the mean of the patch tokens or of the feature map. A pooling layer that the files do not hold
+would be random (DINO's checkpoints), so it is passed over.
 """
 
 from __future__ import annotations

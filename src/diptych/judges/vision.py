@@ -43,7 +43,7 @@ class Vision:
 
 
 def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
-    """The model `name` of `role` through the transformers class `auto`, in float32. UserError if it cannot be opened."""
+    """The model `name` of `role` through the transformers class `auto`, in float32. UserError if it does not open."""
     import torch
     import transformers
 

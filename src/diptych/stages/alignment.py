@@ -19,6 +19,7 @@ FINE, COARSE = 64, 32  # pixels of a panel's side, for the last and the first lo
 REACH = 1 / 8  # of a panel: the largest shift that is taken back
 SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)
 FINE_SCALE = 0.025
+_BOX, _BILINEAR = 4, 2  # Pillow's resampling filters, whose import is left to whoever has an image
 GAIN = 0.08  # the largest change of brightness that is taken back; a new light is more
 
 
@@ -55,6 +56,7 @@ def copy_distance(a: Image, b: Image) -> Alignment:
     pixels, then at 64 around the best place, and around the best one at the same scale: a copy is mostly not zoomed.
     Both orders of a pair give nearly, not exactly, the same number.
     """
+    a, b = (image.convert("RGB").resize((FINE, FINE), _BOX) for image in (a, b))
     margin = round(COARSE * REACH)
     centre = _middle(_pixels(a, COARSE), margin)
     found: dict[float, tuple[float, tuple[int, int]]] = {}
@@ -107,22 +109,16 @@ def structural_shift(a: Image, b: Image) -> Structure:
     return Structure(float(np.hypot(dx, dy)) / FINE, float(surface.max()))
 
 
-def _pixels(image: Image, size: int) -> np.ndarray:
-    """A panel as float32 (size, size, 3) in 0..1, a little smoothed so that part of a pixel does not count."""
-    from PIL import Image as PIL
-
-    small = image.convert("RGB").resize((size, size), PIL.Resampling.BOX)
+def _pixels(image: Image, side: int, bilinear: bool = False) -> np.ndarray:
+    """A panel as float32 (side, side, 3) in 0..1, a little smoothed so that part of a pixel does not count."""
+    small = image.convert("RGB").resize((side, side), _BILINEAR if bilinear else _BOX)
     return _smooth(np.asarray(small, dtype=np.float32) / 255)
 
 
 def _scaled(image: Image, size: int, scale: float) -> np.ndarray:
     """As `_pixels`, magnified about the middle by `scale`; past the border the last pixels go on."""
-    from PIL import Image as PIL
-
     side = round(size * scale)
-    how = PIL.Resampling.BOX if side <= image.width else PIL.Resampling.BILINEAR
-    small = image.convert("RGB").resize((side, side), how)
-    pixels = _smooth(np.asarray(small, dtype=np.float32) / 255)
+    pixels = _pixels(image, side, bilinear=side > image.width)
     gap = side - size
     if gap >= 0:
         return pixels[gap // 2 : gap // 2 + size, gap // 2 : gap // 2 + size]

@@ -59,7 +59,7 @@ class Curate:
         self.recipe = recipe
         self.batch_size = recipe.curate.batch_size
         self.task = tasks.load(recipe.task)
-        self.thresholds = thresholds(recipe, self.task)
+        self.thresholds = self.task.thresholds(recipe.curate.thresholds)
 
     def load(self) -> Work:
         """Opens the judge."""
@@ -169,11 +169,3 @@ def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool
     if not compared.aligned:
         return False, MISALIGNED
     return records.verdict(compared.similarity, compared.copy.distance, seam, limits)
-
-
-def thresholds(recipe: Recipe, task: tasks.Task) -> Thresholds:
-    """The recipe's thresholds; one that it leaves at its default is the task's, if the task has an own."""
-    ours = recipe.curate.thresholds
-    defaults = type(ours)()
-    own = {k: v for k, v in task.curation.thresholds.items() if getattr(ours, k) == getattr(defaults, k)}
-    return ours.model_copy(update=own)

@@ -7,8 +7,8 @@ the cut is compared with the strongest one a few columns beside it:
     strength = mean over bands of (jump − 0.8 · strongest near) / (jump + 0.8 · strongest near)
 
 1 is a clean seam, 0 a column about as strong as the strongest of its neighbours, and pictures without a seam lie well
-below 0. Dark and pale grids count as much as colourful ones. The search runs at about 64 pixels a
-panel, whatever its size.
+below 0. Dark and pale grids count as much as colourful ones. The search runs at about 64 pixels a panel, whatever its
+size.
 """
 
 from __future__ import annotations
@@ -87,13 +87,15 @@ def _seams(pixels: np.ndarray, parts: int, axis: str) -> list[Seam]:
 
 def find_seam(pixels: np.ndarray, even: int, panel: float, axis: str = "x") -> Seam:
     """The vertical seam of pixels (H, W, 3), uint8, near column `even`; `panel` is a panel's width in pixels."""
+    if len(pixels) < BANDS:
+        return Seam(axis, even, 0, -1.0)  # too small to look at: no grid
     step = max(1, round(panel / WORK))
     small, first = _reduce(pixels, even, step)
     centre = (even - first) // step
     reach = max(1, round(panel * REACH / step))
     scores = {at: s for at in range(centre - reach, centre + reach + 1) if (s := _strength(small, at)) is not None}
     if centre not in scores:
-        return Seam(axis, even, 0, -1.0)  # too small to look at: no grid
+        return Seam(axis, even, 0, -1.0)
     best = max(scores, key=lambda at: (scores[at], -abs(at - centre)))
     if best == centre or scores[best] - OFF_CENTRE <= scores[centre]:
         return Seam(axis, even, 0, float(scores[centre]))

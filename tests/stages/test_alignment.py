@@ -1,0 +1,86 @@
+"""Copies are near, other scenes far; relit panels align, moved ones do not."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from diptych.recipe import Thresholds
+from diptych.stages.alignment import FINE, copy_distance, structural_shift
+from diptych.stages.curate import ALIGNED_MATCH, ALIGNED_SHIFT
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]
+NEAR = Thresholds().near_copy
+
+
+def moved(pixels: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    wide = np.pad(pixels, ((8, 8), (8, 8), (0, 0)), mode="edge")
+    return np.roll(wide, (dy, dx), (0, 1))[8:-8, 8:-8]
+
+
+def encoded(pixels: np.ndarray, quality: int = 75) -> np.ndarray:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
+    return np.asarray(Image.open(stream))
+
+
+def brighter(pixels: np.ndarray, by: float) -> np.ndarray:
+    return np.clip(pixels * by, 0, 255).astype(np.uint8)
+
+
+COPIES = {
+    "the same": lambda p: p,
+    "shifted by 2 px": lambda p: moved(p, 2, 0),
+    "shifted by (-5, 3) px": lambda p: moved(p, -5, 3),
+    "encoded again": encoded,
+    "6 % brighter": lambda p: brighter(p, 1.06),
+    "blurred": lambda p: np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(0.8))),
+    "zoomed by a tenth": lambda p: np.asarray(Image.fromarray(p).crop((3, 3, 61, 61)).resize((64, 64))),
+    "shifted, encoded and brighter": lambda p: brighter(encoded(moved(p, 1, 2)), 1.05),
+}
+
+
+@pytest.mark.parametrize("change", COPIES)
+def test_a_copy_is_near(change: str, subject_panels: Pairs) -> None:
+    distances = [
+        copy_distance(Image.fromarray(a), Image.fromarray(COPIES[change](a))).distance for a, _ in subject_panels[:25]
+    ]
+    assert max(distances) < NEAR, f"{change}: {max(distances):.4f}"
+
+
+def test_the_same_subject_in_another_scene_is_no_copy(subject_panels: Pairs) -> None:
+    distances = [copy_distance(Image.fromarray(a), Image.fromarray(b)).distance for a, b in subject_panels[:100]]
+    assert min(distances) > 1.2 * NEAR
+
+
+def test_the_same_scene_in_another_light_is_no_copy(relit_panels: Pairs) -> None:
+    distances = [copy_distance(Image.fromarray(a), Image.fromarray(b)).distance for a, b in relit_panels]
+    assert np.mean(np.array(distances) >= NEAR) >= 0.98
+
+
+def test_what_was_taken_back_is_told(subject_panels: Pairs) -> None:
+    picture = subject_panels[0][0]
+    found = copy_distance(Image.fromarray(picture), Image.fromarray(moved(picture, 4, -2)))
+    assert found.shift == (4 / FINE, -2 / FINE) and found.scale == 1.0 and found.distance == pytest.approx(0, abs=1e-6)
+    dark = copy_distance(Image.fromarray(brighter(picture, 0.5)), Image.fromarray(picture))
+    assert dark.gain == pytest.approx(0.92) and dark.distance > NEAR
+
+
+def test_large_panels_are_compared_like_small_ones(subject_panels: Pairs) -> None:
+    for a, b in subject_panels[:5]:
+        small, other = Image.fromarray(a), Image.fromarray(b)
+        large = [image.resize((512, 512), Image.Resampling.NEAREST) for image in (small, other)]
+        assert copy_distance(*large).distance == pytest.approx(copy_distance(small, other).distance, abs=1e-4)
+
+
+def test_relit_panels_align_and_moved_or_foreign_ones_do_not(relit_panels: Pairs, subject_panels: Pairs) -> None:
+    def aligned(a: np.ndarray, b: np.ndarray) -> bool:
+        found = structural_shift(Image.fromarray(a), Image.fromarray(b))
+        return found.shift <= ALIGNED_SHIFT and found.match >= ALIGNED_MATCH
+
+    assert np.mean([aligned(a, b) for a, b in relit_panels]) >= 0.95
+    assert not any(aligned(a, moved(b, 3, 0)) for a, b in relit_panels)
+    assert np.mean([aligned(a, b) for a, b in subject_panels[:100]]) <= 0.02

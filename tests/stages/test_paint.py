@@ -1,0 +1,172 @@
+"""Painting: grids of the right size from any teacher, each row from its own noise, broken pictures set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diptych import models
+from diptych.data import records
+from diptych.data.engine import Failure
+from diptych.data.images import open_image
+from diptych.errors import UsageError, UserError
+from diptych.recipe import Paint as PaintSettings
+from diptych.stages import paint
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    text = {"prompt": "two panels of the same cat. left: on the moon. right: in a cave"}
+    text |= {"subject": "cat", "task": "subject", "seed": 0}
+    return [
+        {"id": records.prompt_id(i), **text, "panels": ["a cat on the moon", "a cat in a cave"]} for i in range(count)
+    ]
+
+
+def with_paint(recipe: Any, **changes: Any) -> Any:
+    return recipe.model_copy(update={"paint": recipe.paint.model_copy(update=changes)})
+
+
+def grids(recipe: Any, rows: list[dict[str, Any]]) -> list[Any]:
+    return [result[0] if not isinstance(result, Failure) else result for result in paint.Paint(recipe).load()(rows)]
+
+
+def pixels(row: dict[str, Any]) -> np.ndarray:
+    return np.asarray(open_image(row["image"])).astype(int)
+
+
+def test_a_grid_row_says_what_made_it(recipe: Any, teacher: Path) -> None:
+    (row,) = grids(recipe, prompts(1))
+    assert list(row) == list(records.GRID)
+    assert (row["id"], row["prompt_id"], row["image"]["path"]) == ("g-000000", "p-000000", "g-000000.png")
+    assert (row["rows"], row["cols"], row["panel_size"]) == (1, 2, 64)
+    assert row["seed"] == records.seed_of(3, "p-000000", "paint") and row["model"] == models.fingerprint(teacher)
+    assert pixels(row).shape == (64, 128, 3) and pixels(row).std() > 1
+
+
+def test_the_same_rows_in_the_same_batch_give_the_same_bytes(recipe: Any) -> None:
+    first, second = (grids(recipe, prompts(3)) for _ in range(2))
+    assert first == second
+    assert len({row["image"]["bytes"] for row in first}) == 3
+
+
+def test_noise_does_not_depend_on_the_batch(recipe: Any, teacher: Path) -> None:
+    pipe = paint.open_teacher(teacher, torch.float32)
+    seen: list[torch.Tensor] = []
+    prepare = pipe.prepare_latents
+
+    def listen(*args: Any, **options: Any) -> Any:
+        found = prepare(*args, **options)
+        seen.append(found[0])
+        return found
+
+    pipe.prepare_latents = listen
+    text = [row["prompt"] for row in prompts(3)]
+    settings = {"height": 64, "width": 128, "num_inference_steps": 2}
+    together = paint.draw(pipe, text, [11, 12, 13], **settings)
+    alone = paint.draw(pipe, text[:1], [12], **settings)
+    assert torch.equal(seen[0][1], seen[1][0]) and not torch.equal(seen[0][0], seen[0][1])
+    assert torch.allclose(together[1], alone[0], atol=1e-4)
+    moved = grids(recipe, prompts(3)[1:])[0]
+    assert np.abs(pixels(moved) - pixels(grids(recipe, prompts(3))[1])).max() <= 1
+
+
+def test_true_guidance_and_steps_reach_the_teacher(recipe: Any) -> None:
+    plain = pixels(grids(with_paint(recipe, true_guidance=1.0), prompts(1))[0])
+    assert not np.array_equal(plain, pixels(grids(with_paint(recipe, true_guidance=6.0), prompts(1))[0]))
+    assert not np.array_equal(plain, pixels(grids(with_paint(recipe, true_guidance=1.0, steps=3), prompts(1))[0]))
+
+
+def test_float16_files_compute_in_what_the_recipe_says(tmp_path: Path, recipe: Any, teacher: Path) -> None:
+    import curation_models
+
+    half = curation_models.make_half(teacher, tmp_path / "half")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        pipe = paint.open_teacher(half, getattr(torch, name))
+        assert {p.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {
+            dtype
+        }
+    exact = pixels(grids(recipe, prompts(1))[0])
+    stored = pixels(grids(recipe.model_copy(update={"teacher": str(half)}), prompts(1))[0])
+    assert np.abs(exact - stored).mean() < 0.5  # rounded once, on disk, and not at every step
+
+
+def test_a_picture_that_is_not_finite_costs_its_own_row_only(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = paint.draw
+
+    def broken(*args: Any, **options: Any) -> torch.Tensor:
+        images = draw(*args, **options)
+        images[1, 0, 5, 5] = float("nan")
+        return images
+
+    monkeypatch.setattr(paint, "draw", broken)
+    first, second, third = grids(recipe, prompts(3))
+    assert isinstance(second, Failure) and "not finite" in second.reason
+    assert (first["id"], third["id"]) == ("g-000000", "g-000002")
+
+
+def test_rows_of_a_layout_the_task_has_not_fail_and_others_are_drawn(recipe: Any) -> None:
+    rows = prompts(3)
+    rows[0]["panels"] = ["a cat"] * 3
+    rows[2]["panels"] = ["a cat"] * 4
+    three, two, four = grids(recipe, rows)
+    assert isinstance(three, Failure) and "no grid of 3 panels" in three.reason
+    assert (two["rows"], two["cols"]) == (1, 2) and (four["rows"], four["cols"]) == (2, 2)
+    assert pixels(four).shape == (128, 128, 3)
+
+
+def test_panel_sizes_come_from_the_teacher_and_wrong_ones_are_refused(recipe: Any) -> None:
+    assert pixels(grids(with_paint(recipe, panel_size=32), prompts(1))[0]).shape == (32, 64, 3)
+    with pytest.raises(UsageError, match=r"panel_size 60 is not a multiple of 8 pixels for this teacher; try 64"):
+        paint.Paint(with_paint(recipe, panel_size=60)).load()
+    big = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(sample_size=1024)), vae_scale_factor=8)
+    assert paint.panel_size(big, None) == 512
+
+
+class Pipe:
+    """A pipeline by its call alone."""
+
+    def __init__(self, call: Any, tokenizers: dict[str, int], **config: Any) -> None:
+        self.call, self.transformer = call, SimpleNamespace(config=config)
+        self.components = {name: SimpleNamespace(model_max_length=length) for name, length in tokenizers.items()}
+
+    @property
+    def __call__(self) -> Any:
+        return self.call
+
+
+def test_guidance_means_what_each_family_means_by_it() -> None:
+    settings = PaintSettings(steps=5, guidance=3.5, true_guidance=2.0)
+
+    def flux(prompt, guidance_scale, true_cfg_scale, negative_prompt, max_sequence_length, num_inference_steps): ...
+    def flux2(prompt, guidance_scale, max_sequence_length, num_inference_steps): ...
+    def sd3(prompt, guidance_scale, negative_prompt, max_sequence_length, num_inference_steps): ...
+    def sdxl(prompt, guidance_scale, negative_prompt, num_inference_steps): ...
+
+    steps = {"num_inference_steps": 5}
+    two = {"tokenizer": 77, "tokenizer_2": 512}
+    assert paint.call_options(Pipe(flux, two), settings, 2) == steps | {
+        "guidance_scale": 3.5, "true_cfg_scale": 2.0, "negative_prompt": ["", ""], "max_sequence_length": 512
+    }  # fmt: skip
+    off = settings.model_copy(update={"true_guidance": 1.0})
+    assert "negative_prompt" not in paint.call_options(Pipe(flux, two), off, 2)
+    assert paint.call_options(Pipe(flux2, {"tokenizer": 10**30}, guidance_embeds=True), settings, 1) == steps | {
+        "guidance_scale": 3.5
+    }
+    three = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 512}
+    assert paint.call_options(Pipe(sd3, three), settings, 1)["max_sequence_length"] == 512
+    assert paint.call_options(Pipe(sdxl, {"tokenizer": 77}), settings, 1) == steps | {
+        "guidance_scale": 2.0, "negative_prompt": [""]
+    }  # fmt: skip
+    short = {"tokenizer": 56, "tokenizer_2": 56}
+    assert paint.call_options(Pipe(flux, short), settings, 1)["max_sequence_length"] == 56
+
+
+def test_a_folder_that_is_no_teacher_is_one_clear_line(tmp_path: Path, recipe: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be opened as a diffusers pipeline"):
+        paint.Paint(recipe.model_copy(update={"teacher": str(tmp_path / "empty")})).load()
