@@ -69,12 +69,12 @@ def teacher(
 
 
 @app.command()
-def judges(work: Work = WORK, minutes: float = 8, roles: str = "curator scorer reader") -> None:
+def judges(work: Work = WORK, minutes: float = 8, roles: str = "curator scorer reader", count: int = 12000) -> None:
     """Train the curator, the scorer and the attribute reader, each on renders of its own."""
     from . import judges as step
 
     for role in roles.split():
-        step.train(work, role, minutes, report=_say)
+        step.train(work, role, minutes, count, report=_say)
 
 
 @app.command()

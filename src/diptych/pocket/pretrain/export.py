@@ -17,21 +17,21 @@ LIMIT = 25 * 2**20
 """Bytes: all weights together."""
 
 
-def halve(source: Path, target: Path) -> None:
-    """Copy a model folder, its floating-point safetensors as float16."""
-    import torch
+def halve(source: Path, target: Path, names: tuple[str, ...] | None = None) -> None:
+    """Copy a model folder (or the files of it that `names` lists), its floating-point safetensors as float16."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     for path in sorted(source.rglob("*")):
         goal = target / path.relative_to(source)
-        if path.is_dir():
+        if path.is_dir() or (names is not None and str(path.relative_to(source)) not in names):
             continue
         goal.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            tensors = {
-                k: v.to(torch.float16).contiguous() if v.is_floating_point() else v for k, v in load_file(path).items()
-            }
-            save_file(tensors, goal, metadata={"format": "pt"})
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            tensors = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in load_file(path).items()}
+            save_file(tensors, goal, metadata=metadata)
         else:
             shutil.copyfile(path, goal)
 
@@ -71,10 +71,14 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
             log["vae"] = _log(work / "vae_training") | {"machine": _machine()}
     if student is not None:
         shutil.rmtree(WEIGHTS / "student", ignore_errors=True)
-        halve(student / "transformer", WEIGHTS / "student" / "transformer")
-        for name in ("README.md", "sampling.json"):
-            if (student / name).exists():
-                shutil.copyfile(student / name, WEIGHTS / "student" / name)
+        lora = student / "pytorch_lora_weights.safetensors"
+        if lora.exists():
+            halve(lora.parent, WEIGHTS / "student", names=(lora.name, "README.md", "sampling.json"))
+        else:
+            halve(student / "transformer", WEIGHTS / "student" / "transformer")
+            halve(student, WEIGHTS / "student", names=("README.md", "sampling.json"))
+        training = json.loads((student / "training" / "summary.json").read_text())
+        log["student"] = training | {"machine": _machine()}
     log_path.write_text(json.dumps(log, indent=1))
     total = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
     report(f"{total / 2**20:.1f} MiB in {WEIGHTS}")
