@@ -19,10 +19,13 @@ def make_teacher(folder: Path) -> Path:
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
     clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 8),
+    }
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        **blocks,
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=4,

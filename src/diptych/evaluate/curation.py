@@ -194,7 +194,9 @@ def _estimate(called: np.ndarray, reader: Reader) -> dict[str, Any] | None:
     if not len(called):
         return None
     rng = np.random.default_rng(0)
-    spread = [reader.corrected(x) for x in rng.binomial(len(called), called.mean(), 1000) / len(called)]
+    # Jeffreys' interval of the observed share; it stays honest where none or all were called the same.
+    yes, no = called.sum() + 0.5, (~called).sum() + 0.5
+    spread = [reader.corrected(float(x)) for x in rng.beta(yes, no, 2000)]
     known = [x for x in spread if x is not None]
     corrected = reader.corrected(float(called.mean()))
     return {

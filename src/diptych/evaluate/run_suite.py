@@ -66,9 +66,17 @@ def evaluate(
     methods, skipped = choose(context)
     prints = {name: fingerprint(recipe, suite, samples, method) for name, method in methods.items()}
     about = judges_about(recipe)
-    whole = _hash([VERSION, prints, about, skipped, recipe.fingerprint("evaluate", "curate.thresholds")])
+    candidates = Dataset(run_dir / "candidates")
+    curated = candidates.manifest_hash() if candidates.manifest else None
+    settings = recipe.fingerprint("task", "evaluate", "curate.thresholds")
+    whole = _hash([VERSION, prints, about, skipped, curated, settings])
     if (found := finished(run_dir, whole)) is not None:
         return found
+    import torch
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    run_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     generate(context, samples, methods, prints, progress)
     judges = load_judges(recipe, about)

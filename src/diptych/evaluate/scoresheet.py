@@ -54,13 +54,14 @@ def headline(run: Run) -> str:
     student = max(students, key=lambda m: methods[m]["cp_pf"])
     rival = max(rivals, key=lambda m: methods[m]["cp_pf"])
     mine, theirs = methods[student], methods[rival]
-    compared = run.metrics.get("comparisons", {}).get(student, {}).get(rival, {})
     best = f"the best zero-shot baseline, {name(rival)}, {number(theirs['cp_pf'])}"
     if mine["cp_pf"] > theirs["cp_pf"] > 0:
         against = f"{mine['cp_pf'] / theirs['cp_pf']:.1f} times {best}"
     else:
         against = f"{'not above' if mine['cp_pf'] <= theirs['cp_pf'] else 'against'} {best}"
-    apart = "the 95 % intervals do not overlap" if compared.get("intervals_apart") else "the 95 % intervals overlap"
+    own, others = mine["ci95"]["cp_pf"], theirs["ci95"]["cp_pf"]
+    overlap = "overlap" if own[0] <= others[1] and others[0] <= own[1] else "do not overlap"
+    apart = f"the 95 % intervals {overlap}"
     true = run.metrics.get("copy_rate_of_renders", {}).get("copy_rate")
     return (
         f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, the {name(student)} reaches a "

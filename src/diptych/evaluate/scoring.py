@@ -17,7 +17,7 @@ from diptych import tasks
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import curation, metrics, truth
-from diptych.evaluate.baselines import ANCHORS, Context, open_teacher
+from diptych.evaluate.baselines import ANCHORS, Context
 from diptych.evaluate.runtime import seconds_per_image
 from diptych.evaluate.suites import MAIN, Sample
 
@@ -157,7 +157,7 @@ def comparisons(outcomes: dict[str, metrics.Outcome], times: int) -> dict[str, d
 def judged(context: Context, judges: Judges, scale: metrics.Scale) -> dict[str, Any]:
     """The judges' own errors on renders, and what they say about curation."""
     suite = context.suite
-    through = truth.round_trip(context.opened("vae", lambda: open_teacher(context.recipe)).vae)
+    through = truth.round_trip(context.teacher().vae)
     about: dict[str, dict[str, Any]] = {role: dict(known) for role, known in judges.about.items()}
     about["scorer"]["auc"] = truth.judge_auc(suite, judges.scorer.embed)
     about["curator"]["auc"] = truth.judge_auc(suite, judges.curator.embed)

@@ -280,7 +280,7 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """An exponential moving average, debiased at its start, thinned to what a chart can show."""
     total = weight = 0.0
     averaged = []
-    keep = max(0.0, min(SMOOTH, 1 - 15 / max(16, len(points))))
+    keep = max(0.0, min(SMOOTH, 1 - 40 / max(50, len(points))))
     for x, y in points:
         total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
         averaged.append((x, total / weight))
