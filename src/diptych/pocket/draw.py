@@ -20,7 +20,8 @@ GROUND = {"close": 0.9, "medium": 0.84, "wide": 0.8}
 
 
 def rgb(colour, gain: float = 1.0) -> tuple[int, int, int, int]:
-    return (*(int(255 * min(1.0, max(0.0, channel * gain))) for channel in colour), 255)
+    red, green, blue = (int(255 * min(1.0, max(0.0, channel * gain))) for channel in colour)
+    return red, green, blue, 255
 
 
 def oval(x: float, y: float, rx: float, ry: float, power: float = 2.0, steps: int = 28) -> np.ndarray:
@@ -86,7 +87,7 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
             for j in range(-4, 5):
                 centre = turn @ np.array([(i + 0.5 * (j % 2)) * step * 1.25, j * step * 1.1]) + (cx, cy)
                 if x0 - 0.2 < centre[0] < x1 + 0.2 and y0 - 0.2 < centre[1] < y1 + 0.2:
-                    polygon(oval(*centre, step * 0.34, step * 0.34, steps=12))
+                    polygon(oval(centre[0], centre[1], step * 0.34, step * 0.34, steps=12))
     elif kind == "checks":
         for i in range(-4, 5):
             for j in range(-4, 5):

@@ -116,7 +116,6 @@ def make(role: str):
             hidden_sizes=[32, 64, 128, 160],
             depths=[1, 1, 1, 1],
             layer_type="basic",
-            num_labels=len(labels),
             id2label=labels,
             label2id={v: k for k, v in labels.items()},
         )
@@ -191,8 +190,8 @@ def measure(model, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "same": float(same.mean()),
         "drifted": float(other.mean()),
     }
-    if parts[0][1] is not None:
-        logits, start = torch.cat([p[1] for p in parts]), 0
+    if read := [logits for _, logits in parts if logits is not None]:
+        logits, start = torch.cat(read), 0
         flat = torch.from_numpy(labels.reshape(-1, labels.shape[-1])).long()
         for column, (group, values) in enumerate(GROUPS.items()):
             result[group] = float((logits[:, start : start + len(values)].argmax(1) == flat[:, column]).float().mean())

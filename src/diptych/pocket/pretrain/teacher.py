@@ -91,7 +91,8 @@ class Prompts:
 
     def _ids(self, variants: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         texts = [text for pair in variants for text in (pair[0], pair[-1])]
-        return tuple(self.tokenize(tokenizer, texts).view(len(variants), 2, -1) for tokenizer in self.tokenizers)
+        clip, t5 = (self.tokenize(tokenizer, texts).view(len(variants), 2, -1) for tokenizer in self.tokenizers)
+        return clip, t5
 
     @staticmethod
     def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:

@@ -6,6 +6,7 @@ same words. Both are lower-case.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .. import captions
 
@@ -39,9 +40,8 @@ def make_tokenizers():
     # The end mark must be the last id and never 2: CLIP looks for the largest id, or for `eos_token_id` when that is
     # not 2.
     vocabulary |= {start: len(vocabulary), end: len(vocabulary) + 1}
-    clip = CLIPTokenizer(
-        vocab=vocabulary, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_LENGTH
-    )
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # annotated as strings, which it does not take
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
     return clip, t5
 
 
