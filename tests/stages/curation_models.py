@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 PANEL = 64
 
@@ -18,10 +19,13 @@ def make_teacher(folder: Path) -> Path:
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
     clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
+    three: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 8),
+    }
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        **three,
         latent_channels=8,
         norm_num_groups=4,
         sample_size=PANEL,

@@ -76,7 +76,7 @@ def test_the_reason_names_what_was_wrong(recipe: Any, subject_panels: Pairs) -> 
     rows = [grid(0, (wide[:, :64], wide[:, 64:])), grid(1, copied), grid(2, subject_panels[1])]
 
     def reasons(**limits: float) -> list[str]:
-        found = curate(with_thresholds(recipe, **limits), rows)
+        found = curate(with_thresholds(recipe, "subject", **limits), rows)
         assert all(pair["kept"] == (pair["reason"] == "kept") for pairs in found for pair in pairs)
         assert all(first["reason"] == second["reason"] for first, second in found)
         return [pairs[0]["reason"] for pairs in found]

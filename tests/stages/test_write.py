@@ -13,6 +13,7 @@ import yaml
 
 from diptych import tasks
 from diptych.data import records
+from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket import captions, world
 from diptych.recipe import Recipe
@@ -23,7 +24,8 @@ from diptych.stages.grammar import GRAMMARS, Draft, Turn
 
 def written(task: str, count: int, seed: int = 0, shard: int = 50) -> list[dict[str, Any]]:
     work = write.Write(Recipe(name="x", task=task, seed=seed)).load()
-    return list(chain.from_iterable(chain.from_iterable(work(rows) for rows in prompt_shards(seed, count, shard))))
+    results = chain.from_iterable(work(rows) for rows in prompt_shards(seed, count, shard))
+    return [row for result in results if not isinstance(result, Failure) for row in result]
 
 
 @pytest.mark.parametrize("task", ["subject", "relight"])
