@@ -60,11 +60,24 @@ def test_copying_the_reference_scores_no_prompt_following_and_is_called_copying(
 # ---- parts
 
 
-def test_cp_is_zero_at_another_subject_one_at_the_same_and_clipped_beyond() -> None:
+def test_cp_is_zero_at_another_subject_one_at_the_same_and_no_more_than_one() -> None:
     scale = metrics.Scale(zero=0.2, one=0.8, copy_distance=0.1, pairs=10)
-    assert np.allclose(scale.concept(np.array([0.0, 0.2, 0.5, 0.8, 1.0])), [0, 0, 0.5, 1, 1])
+    assert np.allclose(scale.concept(np.array([0.2, 0.5, 0.8, 1.0])), [0, 0.5, 1, 1])
     blind = metrics.Scale(zero=0.5, one=0.5, copy_distance=0.1, pairs=10)
     assert not blind.concept(np.array([0.1, 0.9])).any()
+
+
+def test_a_noisy_judge_pays_nothing_for_ignoring_the_reference() -> None:
+    scale = metrics.Scale(zero=0.5, one=0.7, copy_distance=0.1, pairs=10)
+    similarity = np.random.default_rng(0).normal(0.5, 0.15, 2000)
+    assert outcome_of(scale.concept(similarity)).means()["cp"] < 0.02
+    found = metrics.summary(outcome_of(scale.concept(similarity - 0.3)), 100)
+    assert found["cp"] == 0 and found["ci95"]["cp"] == [0, 0]
+
+
+def test_copying_half_of_the_time_does_not_make_up_for_missing_the_other_half() -> None:
+    scale = metrics.Scale(zero=0.5, one=0.7, copy_distance=0.1, pairs=10)
+    assert outcome_of(scale.concept(np.array([1.0, 0.5] * 20))).means()["cp"] == pytest.approx(0.5)
 
 
 def test_following_counts_only_what_was_asked() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diptych.recipe import Recipe
 
 ANCHORS = ("truth", "other")
+PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder
 
 
 class Method(Protocol):
@@ -129,7 +130,7 @@ class Student(_Base):
     def place(self) -> Path:
         folder = self.context.run_dir / "student"
         # The summary is what distill writes last.
-        if not (folder / "training" / "summary.json").is_file() and not (folder / "transformer").is_dir():
+        if not any((folder / name).exists() for name in ("training/summary.json", *PARTS)):
             run = self.context.run_dir
             raise UserError(f"{folder} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
         return folder
@@ -139,8 +140,7 @@ class Student(_Base):
 
     def fingerprint(self) -> str:
         folder = self.place()
-        parts = [folder / "transformer", folder / "pytorch_lora_weights.safetensors"]
-        own = "+".join(models.fingerprint(part) for part in parts if part.exists())
+        own = "+".join(models.fingerprint(folder / part) for part in PARTS if (folder / part).exists())
         return f"{own} on {models.fingerprint(models.resolve(self.base(), 'teacher'))}"
 
     def open(self) -> Any:
@@ -228,17 +228,8 @@ def open_teacher(recipe: Recipe) -> Any:
 def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
     """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
     from diptych import student
-    from diptych.student.loading import pick_device
-    from diptych.student.lora import RELEASED_LORA, apply_lora
 
-    device = pick_device(recipe.device)
-    if (folder / "transformer").is_dir() or not (folder / RELEASED_LORA).is_file():
-        pipe = student.load(folder, base=base, device=device, fuse=True)
-    else:
-        from diptych.stages.distill import start
-
-        pipe = start(recipe, device)
-        apply_lora(pipe, folder / RELEASED_LORA, fuse=True)
+    pipe = student.load(folder, base=base, device=recipe.device, fuse=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,7 +1,9 @@
 """The scores, as plain arithmetic on arrays: CP, PF, CP·PF, copy rate, their intervals, and paired comparison.
 
 - CP, concept preservation: the scoring judge's similarity of reference and output on a scale where 0 is the mean over
-  different identities of one kind and 1 the mean over one identity rendered again elsewhere; clipped to [0, 1].
+  different identities of one kind and 1 the mean over one identity rendered again elsewhere; clipped to [0, 1]: at 1
+  for each picture, so that no copy makes up for a miss, and at 0 for the mean. A picture's own similarity is noisy, and
+  flooring each one would pay a method that ignores the reference for its lucky half.
 - PF, prompt following: the share of asked attributes that the reader finds.
 - CP·PF: mean CP × mean PF (as in DreamBench++).
 - Copy rate: the share of outputs nearer to their reference than the nearest 1 % of true re-renders.
@@ -35,10 +37,12 @@ class Scale:
     pairs: int  # identities it rests on
 
     def concept(self, similarity: np.ndarray) -> np.ndarray:
-        """Similarities (N,) as CP (N,). A scale that tells nothing apart gives 0 to everyone."""
+        """Similarities (N,) as each picture's CP (N,): at most 1, and below 0 where it is less like the reference than
+        another subject is. Only means are floored at 0. A scale that tells nothing apart gives 0 to everyone.
+        """
         if self.one - self.zero < 1e-9:
             return np.zeros_like(similarity)
-        return np.clip((similarity - self.zero) / (self.one - self.zero), 0.0, 1.0)
+        return np.minimum((similarity - self.zero) / (self.one - self.zero), 1.0)
 
 
 def following(asked: Mapping[str, str], read: Mapping[str, str]) -> dict[str, bool]:
@@ -83,7 +87,7 @@ class Outcome:
 
     def means(self) -> dict[str, float]:
         """The four scores of `NAMES`."""
-        cp, pf = float(self.cp.mean()), float(self.pf.mean())
+        cp, pf = max(0.0, float(self.cp.mean())), float(self.pf.mean())
         return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": float(self.copied.mean())}
 
 
@@ -103,7 +107,7 @@ def bootstrap(outcome: Outcome, draws: np.ndarray) -> dict[str, np.ndarray]:
     def mean(values: np.ndarray) -> np.ndarray:
         return (draws @ np.bincount(place, weights=values.astype(float))) / total
 
-    cp, pf = mean(outcome.cp), mean(outcome.pf)
+    cp, pf = np.maximum(mean(outcome.cp), 0.0), mean(outcome.pf)
     return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": mean(outcome.copied)}
 
 

@@ -31,7 +31,8 @@ from diptych.evaluate.suites import Sample, Suite
 if TYPE_CHECKING:
     from diptych.recipe import Recipe
 
-VERSION = 1  # of the scores: raised when equal pictures would get other numbers
+DRAWING = 1  # raised when equal settings would give other pictures
+SCORING = 2  # raised when equal pictures would get other numbers
 SHARD = 2  # batches
 SAMPLE = {
     "image": records.IMAGE,
@@ -69,7 +70,7 @@ def evaluate(
     candidates = Dataset(run_dir / "candidates")
     curated = candidates.manifest_hash() if candidates.manifest else None
     settings = recipe.fingerprint("task", "evaluate", "curate.thresholds")
-    whole = _hash([VERSION, prints, about, skipped, curated, settings])
+    whole = _hash([SCORING, prints, about, skipped, curated, settings])
     if (found := finished(run_dir, whole)) is not None:
         return found
     import torch
@@ -149,7 +150,7 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
     asked = [asdict(sample) for sample in samples]
     first = suite.picture(samples[0]).tobytes().hex()
-    return _hash([VERSION, suite.fingerprint(), asked, first, settings.seeds, method.fingerprint(), drawing])
+    return _hash([DRAWING, suite.fingerprint(), asked, first, settings.seeds, method.fingerprint(), drawing])
 
 
 def _hash(values: Any) -> str:

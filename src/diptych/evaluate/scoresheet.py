@@ -128,7 +128,7 @@ def _cell(run: Run, method: str, row: dict[str, Any] | None) -> str:
     said = [f"<b>{text(name(method))}</b>"]
     if line:
         met = line["met"]
-        said.append(f"CP {number(line['cp'])} · PF {sum(met.values())}/{len(met)}")
+        said.append(f"CP {number(max(0.0, line['cp']))} · PF {sum(met.values())}/{len(met)}")
         lost = [group for group, found in met.items() if not found]
         marks = (f"no {', '.join(lost)}" if lost else "", "a copy" if line["copied"] else "")
         said += [f'<br><span class="miss">{text(mark)}</span>' for mark in marks if mark]
