@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def test_a_prompt_depends_on_the_seed_and_its_number_only() -> None:
 
 def start(recipe_file: Path, out: Path, delay: float, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), str(recipe_file), str(out), str(delay), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C and hand that down; this process must hear it wherever the tests are run.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

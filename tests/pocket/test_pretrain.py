@@ -1,5 +1,10 @@
 """The pocket trainings: rows fixed by their number, a trainer that continues where it was, tokenizers that survive."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from transformers import AutoTokenizer
@@ -65,6 +70,22 @@ def test_tokenizers_survive_a_save_and_end_marks_are_found(tmp_path):
         assert loaded.model_max_length == tokenizers.MAX_LENGTH
     encoder, _ = tokenizers.make_encoders(clip, t5)
     assert encoder.config.eos_token_id == clip.eos_token_id == len(clip) - 1 != 2
+
+
+def test_tokenizers_are_the_same_in_every_process(tmp_path):
+    clip, t5 = tokenizers.load_or_make(tmp_path)
+    script = (
+        "import sys, json; from diptych.pocket.pretrain import tokenizers\n"
+        "print(json.dumps(tokenizers.make_tokenizers()[0].get_vocab()))"
+    )
+    for seed in ("1", "2"):
+        out = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert json.loads(out.stdout) == clip.get_vocab()
+    again = tokenizers.load_or_make(tmp_path)
+    assert again[0].get_vocab() == clip.get_vocab() and again[1].get_vocab() == t5.get_vocab()
 
 
 def test_triplets_carry_the_truth():

@@ -154,7 +154,7 @@ def train(
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
     rate falls to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is."""
     torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
+    clip_tokenizer, t5_tokenizer = tokenizers.load_or_make(start or work / "teacher_training")
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
     if start is not None:
         load_weights(teacher, start)

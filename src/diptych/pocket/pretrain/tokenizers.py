@@ -36,12 +36,24 @@ def make_tokenizers():
     )
     learner.train_from_iterator([" ".join(captions.WORDS) + " . , :"], trainer)
     model = json.loads(learner.to_str())["model"]
-    vocabulary = {token: index for index, token in enumerate(sorted(model["vocab"], key=model["vocab"].get))}
+    # Sorted, because the learner numbers some pieces differently in each process.
+    vocabulary = {token: index for index, token in enumerate(sorted(model["vocab"]))}
     # The end mark must be the last id and never 2: CLIP looks for the largest id, or for `eos_token_id` when that is
     # not 2.
     vocabulary |= {start: len(vocabulary), end: len(vocabulary) + 1}
     merges: Any = [tuple(pair) for pair in model["merges"]]  # annotated as strings, which it does not take
     clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    return clip, t5
+
+
+def load_or_make(folder: Path):
+    """The tokenizers saved in `folder`, else new ones saved there: encoders are worth nothing under other ids."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    if (folder / "tokenizer").exists():
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+    clip, t5 = make_tokenizers()
+    save(folder, clip, t5)
     return clip, t5
 
 
