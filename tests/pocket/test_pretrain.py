@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from diptych.pocket import world
-from diptych.pocket.pretrain import judges, renders, tokenizers
+from diptych.pocket.pretrain import judges, renders, tokenizers, vae
 from diptych.pocket.pretrain.loop import Trainer
 
 
@@ -95,3 +95,42 @@ def test_triplets_carry_the_truth():
     identity = world.sample_identity(rng)
     kind = list(judges.GROUPS).index("kind")
     assert all(judges.GROUPS["kind"][row[kind]] == identity.kind for row in labels)
+
+
+def test_a_judge_learns_from_its_own_third_with_the_truth_of_every_panel(tmp_path, monkeypatch):
+    monkeypatch.setattr(renders, "CHUNK", 12)
+    renders.make(tmp_path / "pairs", 24, processes=1, report=lambda line: None)
+    vae.make().save_pretrained(tmp_path / "vae")
+    quiet = {"device": "cpu", "report": lambda line: None}
+    pairs = {role: judges.Pairs(tmp_path, role, 100, **quiet) for role in judges.SEEDS}
+    panels, rows = renders.load(tmp_path / "pairs")
+    assert sum(len(p.panels) for p in pairs.values()) == sum(row["task"] == "subject" for row in rows)
+    own = [n for n in range(1, 24, 3) if rows[n]["task"] == "subject"]
+    scorer = pairs["scorer"]
+    for place, n in enumerate(own):
+        subjects, scenes, row = renders.plan(n)
+        assert scorer.same[place] == row["same"] == (subjects[0] is subjects[1])
+        numbers, choices = judges.traits(subjects[1])
+        assert np.allclose(scorer.numbers[place, 1], numbers) and scorer.choices[place, 1].tolist() == choices
+        assert scorer.labels[place, 0].tolist() == judges.truth(subjects[0], scenes[0])
+    untouched = [
+        np.array_equal(a, b) for i, n in enumerate(own) for a, b in zip(scorer.panels[i], panels[n], strict=True)
+    ]
+    assert any(untouched) and not all(untouched)  # most, not all, have been through the VAE
+
+
+def test_a_judges_losses_fall_when_it_is_right():
+    head = judges.Head(8)
+    same = torch.tensor([True, True, False, False])
+    a = torch.eye(8)[:4]
+    right = torch.where(same[:, None], a, torch.eye(8)[4:])
+    assert head.pair_loss(a, right, same) < head.pair_loss(a, right.flip(0), same)
+    torch.manual_seed(0)
+    vectors, numbers, choices = torch.randn(16, 8), torch.randn(16, judges.TRAITS), torch.zeros(16, 5, dtype=torch.long)
+    before = head.trait_loss(vectors, numbers, choices)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        head.trait_loss(vectors, numbers, choices).backward()
+        optimizer.step()
+    assert head.trait_loss(vectors, numbers, choices) < 0.8 * before

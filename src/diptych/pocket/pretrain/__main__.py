@@ -4,7 +4,7 @@
     python -m diptych.pocket.pretrain vae --minutes 20
     python -m diptych.pocket.pretrain latents
     python -m diptych.pocket.pretrain teacher --minutes 60
-    python -m diptych.pocket.pretrain judges --minutes 8
+    python -m diptych.pocket.pretrain judges --minutes 15
     python -m diptych.pocket.pretrain export            # float16, into the package
 
 The student is not trained here: `diptych run recipes/pocket.yaml` distils it from the teacher's own grids, and
@@ -19,6 +19,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 Work = Annotated[Path, typer.Option(help="Work folder: renders, states, models.")]
+Device = Annotated[str, typer.Option(help="`auto` takes the GPU if there is one; cpu, cuda, cuda:1, …")]
 WORK = Path("runs/pretrain")
 
 
@@ -35,19 +36,19 @@ def pairs(work: Work = WORK, count: int = 80000, processes: int = 2) -> None:
 
 
 @app.command()
-def vae(work: Work = WORK, minutes: float = 20) -> None:
+def vae(work: Work = WORK, minutes: float = 20, batch: int = 32, device: Device = "auto") -> None:
     """Train the VAE."""
     from . import vae as step
 
-    step.train(work, minutes, report=_say)
+    step.train(work, minutes, batch, device=device, report=_say)
 
 
 @app.command()
-def latents(work: Work = WORK, count: int = 40000) -> None:
+def latents(work: Work = WORK, count: int = 40000, device: Device = "auto") -> None:
     """Encode all renders once."""
     from . import teacher as step
 
-    step.cache(work, count, report=_say)
+    step.cache(work, count, device, report=_say)
 
 
 @app.command()
@@ -60,21 +61,28 @@ def teacher(
     finish: bool = True,
     compile: bool = True,
     start: Path | None = None,
+    device: Device = "auto",
 ) -> None:
     """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting; `--start` begins
     from a teacher's folder (the package's, say) where the work folder holds no state."""
     from . import teacher as step
 
-    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, report=_say)
+    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, device, report=_say)
 
 
 @app.command()
-def judges(work: Work = WORK, minutes: float = 8, roles: str = "curator scorer reader", count: int = 12000) -> None:
-    """Train the curator, the scorer and the attribute reader, each on renders of its own."""
+def judges(
+    work: Work = WORK,
+    minutes: float = 15,
+    roles: str = "curator scorer reader",
+    count: int = 15000,
+    device: Device = "auto",
+) -> None:
+    """Train the curator, the scorer and the attribute reader, each on its own third of the renders."""
     from . import judges as step
 
     for role in roles.split():
-        step.train(work, role, minutes, count, report=_say)
+        step.train(work, role, minutes, count, device=device, report=_say)
 
 
 @app.command()

@@ -5,7 +5,10 @@
 * `reader` (ResNet with a linear head) names place, light, pose, prop, framing, weather and kind, and gives an
   identity embedding of its own.
 
-Half of what they see has been through the VAE, blurred or noisy, because what they judge will be.
+Each learns from its own third of the rendered pairs. Telling same from drifted pairs alone is a thin signal, so while
+they train, a linear layer must also read every attribute of the subject from the embedding; it does not ship.
+Most of what they see has been through the VAE, with errors in the latents, or is blurred or noisy, because what they
+judge will be.
 """
 
 import time
@@ -17,10 +20,16 @@ import torch
 import torch.nn.functional as F
 
 from .. import world
+from . import renders
 from . import vae as vae_training
-from .loop import Trainer
+from .loop import Trainer, mixed, pick_device
 
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
+HELD_OUT = 600
+"""Triplets on which a judge's errors are measured."""
+INPUT = {"curator": 128, "scorer": 64, "reader": 128}
+"""Side in pixels at which panels enter: a ResNet's stem shrinks four times, which would lose the eyes of a 64 px
+panel."""
 IDENTITY = 32
 """Coordinates of the reader's identity embedding."""
 GROUPS = {
@@ -37,6 +46,17 @@ GROUPS = {
 LABELS = [f"{group}:{value}" for group, values in GROUPS.items() for value in values] + [
     f"identity:{n}" for n in range(IDENTITY)
 ]
+CHOICES = {
+    "kind": world.TRAIN_KINDS,
+    "pattern": world.PATTERNS,
+    "eyes": (1, 2, 3),
+    "mouth": world.MOUTHS,
+    "accessory": world.ACCESSORIES,
+}
+"""Attributes of an identity that are one of several; the other attributes are numbers."""
+NUMBERS = ("width", "height", "roundness", "limb", "pattern_scale", "eye_size", "eye_gap", "marks")
+TRAITS = 9 + len(NUMBERS) + 2
+"""Numbers that describe an identity: three colours, `NUMBERS`, and the pattern's angle as a direction."""
 TEMPERATURE = 0.07
 CHUNK = 400
 
@@ -56,6 +76,15 @@ def truth(identity: world.Identity, scene: world.Scene) -> list[int]:
         identity.kind,
     )
     return [options.index(value) for options, value in zip(GROUPS.values(), values, strict=True)]
+
+
+def traits(identity: world.Identity) -> tuple[list[float], list[int]]:
+    """An identity as numbers of about unit variance `[TRAITS]`, and the index of its value in each of `CHOICES`."""
+    colours = np.array([*identity.body, *identity.second, *identity.accent])
+    numbers = np.array([getattr(identity, name) for name in NUMBERS])
+    angle = 2 * np.deg2rad(identity.pattern_angle)
+    values = [*((colours - 0.6) * 3.5), *((numbers - 0.5) * 3.46), 1.4 * np.sin(angle), 1.4 * np.cos(angle)]
+    return values, [options.index(getattr(identity, name)) for name, options in CHOICES.items()]
 
 
 def triplet(index: int, seed: int):
@@ -78,8 +107,10 @@ def _chunk(arguments):
     return np.stack(panels), np.stack(labels)
 
 
-def render(work: Path, role: str, count: int, processes: int = 2, report=print) -> tuple[np.ndarray, np.ndarray]:
-    """`count` triplets for `role`, rendered once into `work/judges/`."""
+def held_out(
+    work: Path, role: str, count: int = HELD_OUT, processes: int = 2, report=print
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` triplets of subjects that nothing was trained on, rendered once into `work/judges/`."""
     folder = work / "judges"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{role}-{count}.npz"
@@ -101,25 +132,57 @@ def make(role: str):
 
     if role == "curator":
         return ResNetModel(
-            ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], layer_type="basic")
+            ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 128, 192], depths=[1, 1, 1, 1], layer_type="basic")
         )
     if role == "scorer":
         return RegNetModel(
             RegNetConfig(
-                embedding_size=24, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 2, 1], groups_width=16, layer_type="y"
+                embedding_size=32,
+                hidden_sizes=[32, 64, 128, 192],
+                depths=[1, 1, 2, 1],
+                groups_width=16,
+                layer_type="y",
+                downsample_in_first_stage=False,
             )
         )
     labels = dict(enumerate(LABELS))
     return ResNetForImageClassification(
         ResNetConfig(
             embedding_size=24,
-            hidden_sizes=[32, 64, 128, 160],
+            hidden_sizes=[32, 64, 128, 192],
             depths=[1, 1, 1, 1],
             layer_type="basic",
             id2label=labels,
             label2id={v: k for k, v in labels.items()},
         )
     )
+
+
+class Head(torch.nn.Module):
+    """What a judge is trained through and ships without: a layer that reads the subject's traits from the embedding,
+    and the scale and offset that turn a cosine into the odds of one subject."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = [TRAITS, *(len(options) for options in CHOICES.values())]
+        self.read = torch.nn.Linear(width, sum(self.sizes))
+        self.scale, self.offset = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-6.0))
+
+    def trait_loss(self, vectors: torch.Tensor, numbers: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+        """Of embeddings `[N, D]` against traits `[N, TRAITS]` and choices `[N, 5]`."""
+        first, *rest = self.read(vectors.float()).split(self.sizes, dim=1)
+        named = [F.cross_entropy(logits, choices[:, column]) for column, logits in enumerate(rest)]
+        return F.smooth_l1_loss(first, numbers) + sum(named) / len(named)
+
+    def pair_loss(self, a: torch.Tensor, b: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        """Is it the one subject or did it drift? And: each subject must find its own other scene among all of the
+        batch's (InfoNCE). Embeddings `[N, D]`, `same` bool `[N]`."""
+        a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
+        cosine = a @ b.T
+        told = F.binary_cross_entropy_with_logits(self.scale * cosine.diagonal() + self.offset, same.float())
+        target = torch.arange(len(a), device=a.device)[same]
+        found = sum(F.cross_entropy(rows[same] / TEMPERATURE, target) for rows in (cosine, cosine.T))
+        return told + 0.25 * found
 
 
 def degrade(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -134,16 +197,6 @@ def degrade(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return torch.where(chosen[:, None, None, None], blurred + noise, x)
 
 
-def contrast(a: torch.Tensor, b: torch.Tensor, drifted: torch.Tensor) -> torch.Tensor:
-    """InfoNCE: each subject must find its own other scene among all of the batch's and among the drifted ones. All
-    `[N, D]`."""
-    a, b, drifted = (F.normalize(v.float(), dim=1) for v in (a, b, drifted))
-    target = torch.arange(len(a))
-    forward = torch.cat([a @ b.T, a @ drifted.T], 1) / TEMPERATURE
-    backward = torch.cat([b @ a.T, b @ drifted.T], 1) / TEMPERATURE
-    return 0.5 * (F.cross_entropy(forward, target) + F.cross_entropy(backward, target))
-
-
 def outputs(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embedding `[N, D]` and, for the reader, attribute logits `[N, L]`."""
     out = model(x)
@@ -153,7 +206,7 @@ def outputs(model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def attribute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    start, total = 0, torch.zeros(())
+    start, total = 0, torch.zeros((), device=logits.device)
     for column, values in enumerate(GROUPS.values()):
         total = total + F.cross_entropy(logits[:, start : start + len(values)].float(), labels[:, column].long())
         start += len(values)
@@ -161,36 +214,74 @@ def attribute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def through_vae(work: Path, panels: np.ndarray, batch: int = 100) -> np.ndarray:
-    """What the VAE makes of uint8 panels `[N, 64, 64, 3]`."""
+def through_vae(
+    work: Path, panels: np.ndarray, rng: torch.Generator, device: str = "auto", batch: int = 100
+) -> np.ndarray:
+    """What the VAE makes of uint8 panels `[N, 64, 64, 3]`, with errors in their latents such as a teacher makes."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(pick_device(device))
     out = np.empty_like(panels)
     for start in range(0, len(panels), batch):
-        x = vae_training.to_tensor(panels[start : start + batch])
-        with torch.autocast("cpu", torch.bfloat16):
-            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
-        out[start : start + batch] = ((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        x = vae_training.to_tensor(panels[start : start + batch]).to(vae.device)
+        with mixed(vae.device):
+            latents = vae.encode(x).latent_dist.mode().float()
+            error = torch.rand(len(x), 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
+            y = vae.decode(latents + 0.25 * latents.std() * error.to(vae.device)).sample.float().cpu()
+        out[start : start + batch] = ((y.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return out
 
 
+class Pairs:
+    """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, 64, 64, 3]`, most of them as the VAE shows
+    them, `same` bool `[N]`, and of each panel the scene's `labels` `[N, 2, 9]`, the subject's `numbers`
+    `[N, 2, TRAITS]` and `choices` `[N, 2, 5]`."""
+
+    def __init__(self, work: Path, role: str, count: int, device: str = "auto", report=print):
+        panels, rows = renders.load(work / "pairs")
+        own = range(list(SEEDS).index(role), len(rows), len(SEEDS))
+        chosen = [n for n in own if rows[n]["task"] == "subject"][:count]
+        path = work / "judges" / f"{role}-pairs-{len(chosen)}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn = np.concatenate([panels[n] for n in chosen])
+            rng = torch.Generator().manual_seed(SEEDS[role])
+            softened = torch.rand(len(drawn), generator=rng).numpy() < 0.6
+            drawn[softened] = through_vae(work, drawn[softened], rng, device)
+            partial = path.with_suffix(".tmp.npy")
+            np.save(partial, drawn.reshape(-1, 2, *drawn.shape[1:]))
+            partial.rename(path)
+            report(f"{len(chosen)} pairs for the {role}")
+        self.panels = np.load(path, mmap_mode="r")
+        self.same = torch.tensor([rows[n]["same"] for n in chosen])
+        plans = [renders.plan(n)[:2] for n in chosen]
+        self.labels = torch.tensor([[truth(*each) for each in zip(*plan, strict=True)] for plan in plans])
+        read = [[traits(subject) for subject in subjects] for subjects, _ in plans]
+        self.numbers = torch.tensor([[numbers for numbers, _ in pair] for pair in read], dtype=torch.float32)
+        self.choices = torch.tensor([[choices for _, choices in pair] for pair in read])
+
+    def draw(self, rng: np.random.Generator, batch: int) -> np.ndarray:
+        """Row numbers `[batch]`, sorted: half of them of one subject, half drifted."""
+        halves = (np.flatnonzero(self.same), np.flatnonzero(~self.same))
+        return np.sort(np.concatenate([rng.choice(half, batch // 2, replace=False) for half in halves]))
+
+
 @torch.no_grad()
-def measure(model, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def measure(model, side: int, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """On held-out triplets: the chance that a true pair scores above a drifted one (AUC), and for the reader each
     attribute's accuracy."""
     parts = [
-        outputs(model, vae_training.to_tensor(block))
+        outputs(model, enlarge(vae_training.to_tensor(block).to(model.device), side))
         for block in np.array_split(panels.reshape(-1, *panels.shape[2:]), 12)
     ]
-    vectors = F.normalize(torch.cat([p[0] for p in parts]), dim=1).view(len(panels), 3, -1)
+    vectors = F.normalize(torch.cat([p[0] for p in parts]).cpu(), dim=1).view(len(panels), 3, -1)
     same, other = (vectors[:, 0] * vectors[:, 1]).sum(1), (vectors[:, 0] * vectors[:, 2]).sum(1)
     result = {
         "auc_drifted": float((same[:, None] > other[None]).float().mean()),
         "same": float(same.mean()),
         "drifted": float(other.mean()),
     }
-    if read := [logits for _, logits in parts if logits is not None]:
+    if read := [logits.cpu() for _, logits in parts if logits is not None]:
         logits, start = torch.cat(read), 0
         flat = torch.from_numpy(labels.reshape(-1, labels.shape[-1])).long()
         for column, (group, values) in enumerate(GROUPS.items()):
@@ -199,37 +290,54 @@ def measure(model, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {name: round(value, 4) for name, value in result.items()}
 
 
+def enlarge(x: torch.Tensor, side: int) -> torch.Tensor:
+    """To `side`×`side`, as the shipped image processor does it: bilinear."""
+    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+
 def train(
-    work: Path, role: str, minutes: float, count: int = 12000, batch: int = 96, rate: float = 2e-3, report=print
+    work: Path,
+    role: str,
+    minutes: float,
+    count: int = 15000,
+    batch: int = 128,
+    rate: float = 2e-3,
+    device: str = "auto",
+    report=print,
 ) -> None:
     """Train `role`'s model for `minutes` and save its folder in `work/<role>`, with its held-out errors in the log."""
     from transformers import ViTImageProcessorPil
 
     torch.manual_seed(SEEDS[role])
-    panels, labels = render(work, role, count + 600, report=report)
-    held_out, held_labels = panels[count:], labels[count:]
-    drawn = panels[:count].copy()
-    softened = np.random.default_rng(0).permutation(count)[: int(count * 0.4)]
-    drawn[softened] = through_vae(work, drawn[softened].reshape(-1, *drawn.shape[2:])).reshape(-1, *drawn.shape[1:])
-    model = make(role).train()
-    trainer = Trainer(work / f"{role}_training", {"model": model}, rate=rate, weight_decay=0.02, ema=0.99)
+    place = pick_device(device)
+    pairs, side = Pairs(work, role, count, device, report), INPUT[role]
+    model = make(role).train().to(place, memory_format=torch.channels_last)
+    width = IDENTITY if role == "reader" else model.config.hidden_sizes[-1]
+    head = Head(width).to(place)
+    trainer = Trainer(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
     rng, generator = np.random.default_rng(trainer.step), torch.Generator().manual_seed(trainer.step)
-    started = time.monotonic()
+    started, losses = time.monotonic(), []
     while (passed := (time.monotonic() - started) / 60) < minutes:
-        pick = rng.choice(count, batch, replace=False)
-        x = degrade(vae_training.to_tensor(drawn[pick].reshape(-1, *drawn.shape[2:])), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        pick = pairs.draw(rng, batch)
+        x = vae_training.to_tensor(pairs.panels[pick].reshape(-1, *pairs.panels.shape[2:]))
+        x = enlarge(degrade(x, generator).to(place), side).contiguous(memory_format=torch.channels_last)
+        with mixed(place):
             vectors, logits = outputs(model, x)
-        vectors = vectors.view(batch, 3, -1)
-        value = contrast(vectors[:, 0], vectors[:, 1], vectors[:, 2])
+        numbers, choices = (of[pick].flatten(0, 1).to(place) for of in (pairs.numbers, pairs.choices))
+        value = head.pair_loss(vectors[::2], vectors[1::2], pairs.same[pick].to(place))
+        value = value + head.trait_loss(vectors, numbers, choices)
         if logits is not None:
-            value = 0.5 * value + attribute_loss(logits, torch.from_numpy(labels[pick].reshape(-1, labels.shape[-1])))
+            value = value + 2 * attribute_loss(logits, pairs.labels[pick].flatten(0, 1).to(place))
         trainer.update(value, scale=max(0.01, min(1.0, 1.6 * (1 - passed / minutes))))
+        losses.append(float(value))
         if trainer.step % 100 == 0:
-            report(trainer.log(loss=round(float(value), 4), minutes=round(passed, 2)))
+            report(trainer.log(loss=round(float(np.mean(losses)), 4), minutes=round(passed, 2)))
+            trainer.save()
+            losses.clear()
     model.eval()
-    report(trainer.log(role=role, samples=trainer.step * batch * 3, **measure(model, held_out, held_labels)))
+    found = measure(model, side, *held_out(work, role, report=report))
+    report(trainer.log(role=role, samples=trainer.step * batch * 2, **found))
     trainer.save()
-    model.save_pretrained(work / role)
-    side = {"height": world.PANEL, "width": world.PANEL}
-    ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(work / role)
+    model.to(memory_format=torch.contiguous_format).save_pretrained(work / role)
+    size = {"height": side, "width": side}
+    ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(work / role)

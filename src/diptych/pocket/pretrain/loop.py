@@ -11,6 +11,18 @@ from pathlib import Path
 import torch
 
 
+def pick_device(name: str) -> torch.device:
+    """What `--device` names; `auto` takes the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def mixed(device: torch.device) -> torch.autocast:
+    """A forward pass in bfloat16 where it is safe, weights in float32."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 class Trainer:
     """Trains `modules` together and keeps an exponential average of their weights.
 
@@ -56,10 +68,12 @@ class Trainer:
         self._started = time.monotonic()
 
     def _load(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        self.average = state["average"]
+        with torch.no_grad():
+            for average, saved in zip(self.average, state["average"], strict=True):
+                average.copy_(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]

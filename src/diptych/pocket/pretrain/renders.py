@@ -28,8 +28,8 @@ def _words(text: str) -> int:
     return len(text.replace(",", " ,").replace(".", " .").replace(":", " :").split())
 
 
-def pair(index: int, seed: int = 0):
-    """Row `index`: two panels uint8 `[2, 64, 64, 3]` and what is said of them."""
+def plan(index: int, seed: int = 0):
+    """Who and what row `index` shows: the subjects of its two panels, their scenes, and what is said of them."""
     rng = np.random.default_rng([seed, index])
     identity = world.sample_identity(rng)
     left = world.sample_scene(rng)
@@ -46,8 +46,7 @@ def pair(index: int, seed: int = 0):
         prompts = [captions.grid(identity.kind, left, right, rng)[0] for _ in range(4)]
     prompts = [prompt for prompt in prompts if _words(prompt) <= LONGEST][:2] or [""]
     singles = [[captions.caption(identity.kind, scene, rng) for _ in range(2)] for scene in (left, right)]
-    panels = np.stack([world.render(identity, left), world.render(other, right)])
-    return panels, {
+    row = {
         "task": task,
         "same": other is identity,
         "kind": identity.kind,
@@ -55,6 +54,13 @@ def pair(index: int, seed: int = 0):
         "left": singles[0],
         "right": singles[1],
     }
+    return (identity, other), (left, right), row
+
+
+def pair(index: int, seed: int = 0):
+    """Row `index`: two panels uint8 `[2, 64, 64, 3]` and what is said of them."""
+    subjects, scenes, row = plan(index, seed)
+    return np.stack([world.render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]), row
 
 
 def _chunk(arguments):

@@ -7,6 +7,7 @@ The result is a `FluxPipeline` folder that stock diffusers opens. Guidance is no
 false): it is drawn with true guidance.
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diptych.train.hardware import computing
 
 from . import renders, tokenizers
 from . import vae as vae_training
-from .loop import Trainer
+from .loop import Trainer, pick_device
 
 HEADS = 3
 HEAD = 64
@@ -58,11 +59,11 @@ def position_ids(height: int, width: int) -> torch.Tensor:
     return FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, torch.device("cpu"), torch.float32)
 
 
-def cache(work: Path, count: int, report=print) -> None:
+def cache(work: Path, count: int, device: str = "auto", report=print) -> None:
     """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(pick_device(device))
     panels, rows = renders.load(work / "pairs")
     count, side = min(count, len(rows)), panels.shape[2] // 4
     array = np.lib.format.open_memmap(
@@ -119,7 +120,7 @@ class Teacher(torch.nn.Module):
     ) -> torch.Tensor:
         text = self.t5(t5_ids)[0]
         pooled = self.clip(clip_ids).pooler_output
-        text_ids = torch.zeros(text.shape[1], 3)
+        text_ids = torch.zeros(text.shape[1], 3, device=x.device)
         return self.transformer(
             hidden_states=x,
             timestep=sigma,
@@ -133,8 +134,8 @@ class Teacher(torch.nn.Module):
 
 def loss(model, tokens: torch.Tensor, clip_ids, t5_ids, image_ids, generator: torch.Generator) -> torch.Tensor:
     """Flow matching (rectified flow): x_t = (1−σ)·x0 + σ·ε, the model predicts ε − x0; σ is logit-normal."""
-    noise = torch.randn(tokens.shape, generator=generator)
-    sigma = torch.sigmoid(torch.randn(len(tokens), generator=generator))
+    noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+    sigma = torch.sigmoid(torch.randn(len(tokens), generator=generator, device=tokens.device))
     s = sigma[:, None, None]
     velocity = model((1 - s) * tokens + s * noise, sigma, clip_ids, t5_ids, image_ids)
     return (velocity.float() - (noise - tokens)).pow(2).mean()
@@ -149,6 +150,7 @@ def train(
     finish: bool = True,
     compile_model: bool = True,
     start: Path | None = None,
+    device: str = "auto",
     report=print,
 ) -> None:
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
@@ -158,6 +160,8 @@ def train(
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
     if start is not None:
         load_weights(teacher, start)
+    place = pick_device(device)
+    teacher.to(place)
     blocks = (teacher.transformer.transformer_blocks, teacher.transformer.single_transformer_blocks)
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
     trainer = Trainer(
@@ -172,13 +176,13 @@ def train(
     prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
     legible = np.flatnonzero([bool(row["grid"][0]) for row in rows])
     side = grids.shape[2]
-    ids = {False: position_ids(side, side), True: position_ids(side, 2 * side)}
+    ids = {False: position_ids(side, side).to(place), True: position_ids(side, 2 * side).to(place)}
     if compile_model:
-        # Not the double blocks: compiled by torch 2.13 for the CPU, their gradients were not numbers.
-        for block in teacher.transformer.single_transformer_blocks:
+        # Compiled by torch 2.13 for the CPU, the gradients of double blocks were not numbers.
+        for block in itertools.chain(*(blocks[1:] if place.type == "cpu" else blocks)):
             block.compile(fullgraph=True, dynamic=False)
     rng = np.random.default_rng(trainer.step + 1)
-    generator = torch.Generator().manual_seed(trainer.step + 1)
+    generator = torch.Generator(place).manual_seed(trainer.step + 1)
     started, losses, seen = time.monotonic(), {False: [], True: []}, time.monotonic()
     while (passed := (time.monotonic() - started) / 60) < minutes:
         grid = passed > minutes * singles_until and rng.random() < 0.8
@@ -196,8 +200,9 @@ def train(
         clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
         for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
             t[torch.from_numpy(drop)] = empty[0, 0]
-        with computing("bfloat16", torch.device("cpu")):
-            value = loss(teacher, tokens, clip_ids, t5_ids[:, :length], ids[grid], generator)
+        tokens, clip_ids, t5_ids = (tensor.to(place) for tensor in (tokens, clip_ids, t5_ids[:, :length]))
+        with computing("bfloat16", place):
+            value = loss(teacher, tokens, clip_ids, t5_ids, ids[grid], generator)
         trainer.update(value, scale=min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0)
         losses[grid].append(float(value))
         if trainer.step % 100 == 0:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import world
 from . import renders
-from .loop import Trainer
+from .loop import Trainer, mixed, pick_device
 
 KL_WEIGHT = 2e-4
 
@@ -62,7 +62,7 @@ def loss(vae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def measure(vae, panels: np.ndarray) -> float:
     """Mean PSNR in dB of reconstructions from the posterior's mode, of uint8 panels `[N, H, W, 3]`, peak 1."""
-    x = to_tensor(panels)
+    x = to_tensor(panels).to(vae.device)
     y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
     error = ((x - y) / 2).pow(2).mean(dim=(1, 2, 3))
     return float((-10 * torch.log10(error)).mean())
@@ -73,15 +73,17 @@ def encode(vae, panels: np.ndarray, batch: int = 100) -> torch.Tensor:
     """Posterior modes of uint8 panels, float16 `[N, 8, H/4, W/4]`, before scaling."""
     parts = []
     for start in range(0, len(panels), batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(to_tensor(panels[start : start + batch])).latent_dist.mode().half())
+        x = to_tensor(panels[start : start + batch]).to(vae.device)
+        with mixed(vae.device):
+            parts.append(vae.encode(x).latent_dist.mode().half().cpu())
     return torch.cat(parts)
 
 
-def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, report=print) -> None:
+def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, device: str = "auto", report=print) -> None:
     """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`."""
     torch.manual_seed(0)
-    vae = make()
+    place = pick_device(device)
+    vae = make().to(place)
     trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
     held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])
     rng = np.random.default_rng(trainer.step)
@@ -91,8 +93,8 @@ def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, repor
         order = rng.permutation(len(rows) * 2)[:20000]
         for start in range(0, len(order) - batch, batch):
             index = np.sort(order[start : start + batch])
-            x = to_tensor(panels.reshape(-1, *panels.shape[2:])[index])
-            with torch.autocast("cpu", torch.bfloat16):
+            x = to_tensor(panels.reshape(-1, *panels.shape[2:])[index]).to(place)
+            with mixed(place):
                 value, square = loss(vae, x)
             passed = (time.monotonic() - started) / 60
             trainer.update(value, scale=min(1.0, max(0.02, 2.0 * (1 - passed / minutes))))
