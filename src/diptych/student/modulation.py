@@ -1,0 +1,178 @@
+"""Exact modulation precompute: FLUX's AdaLN weights leave the device, and one table of their outputs takes their place.
+
+The AdaLN linears (27 % of FLUX.1's 11.9 B parameters) see only the timestep, the distilled guidance and the pooled text:
+never the image. All of a call's steps are known before its loop, so one product per linear over all steps gives the
+same numbers (to float rounding: another batch size takes another kernel), and the weights need not lie on the device.
+The table has a row for each step and each distinct pooled text among the batch and the branches of true guidance.
+
+    modulation = Modulation(transformer)
+    modulation.detach()                    # reversible module replacement; the weights now wait on the CPU
+    with modulation.precomputed(timesteps, [pooled], guidance):
+        transformer(...)                   # with any of those timesteps and pooled texts
+    modulation.attach()                    # as it was
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from torch.nn import functional as F
+
+from diptych.errors import UserError
+from diptych.student.timesteps import exact_timesteps
+
+ADALN = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
+
+
+def adaln_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The AdaLN modules of a FLUX transformer by name, in order; each has a `linear` fed by the modulation alone."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, ADALN)}
+
+
+class Slot(torch.nn.Module):
+    """In the place of an AdaLN linear: gives what `Lookup` put into it, (B, columns), whatever its input.
+
+    A tensor attribute and no offset into the table, so that compiled blocks of one kind stay one graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: torch.Tensor | None = None
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor | None:
+        return self.rows
+
+
+class Lookup(torch.nn.Module):
+    """In the place of `time_text_embed`: finds each row of the batch in the table and fills the slots.
+
+    Rows are found by equality with what the table was made from, so no counter can go out of step with the sampler.
+    A timestep or pooled text that is not in the table gives NaN: checking would make a GPU wait at every step.
+    """
+
+    def __init__(self, slots: Sequence[Slot], widths: Sequence[int]) -> None:
+        super().__init__()
+        self.slots = list(slots)  # a list, not a ModuleList: they are the blocks' modules
+        self.widths = list(widths)
+        self.table: torch.Tensor | None = None  # (steps, texts, sum of widths)
+        self.timesteps = self.pooled = torch.empty(0)
+
+    def forward(self, timestep: torch.Tensor, *guidance_and_pooled: torch.Tensor) -> torch.Tensor:
+        """timestep (B,), pooled text last (B, P); returns (B, 1), which the slots ignore."""
+        if self.table is None:
+            raise UserError("this transformer's modulation is precomputed; call it within Modulation.precomputed(...)")
+        step = timestep[:, None] == self.timesteps
+        text = (guidance_and_pooled[-1][:, None] == self.pooled).all(dim=-1)
+        rows = self.table[step.int().argmax(dim=1), text.int().argmax(dim=1)]
+        found = step.any(dim=1) & text.any(dim=1)
+        rows = rows.masked_fill(~found[:, None], torch.nan)
+        for slot, part in zip(self.slots, rows.split(self.widths, dim=1), strict=True):
+            slot.rows = part
+        return rows[:, :1]
+
+    def clear(self) -> None:
+        self.table = None
+        for slot in self.slots:
+            slot.rows = None
+
+
+class Modulation:
+    """The AdaLN linears and the timestep embedding of one transformer, in it or (detached) out of it.
+
+    Raises UserError when a linear is not a plain one: an unfused LoRA (which the table would have to follow) or a
+    quantized weight.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+        self.time_text_embed = transformer.time_text_embed
+        self.norms: dict[str, Any] = adaln_layers(transformer)
+        self.linears: dict[str, torch.nn.Linear] = {name: norm.linear for name, norm in self.norms.items()}
+        for name, linear in self.linears.items():
+            if hasattr(linear, "base_layer"):
+                raise UserError(
+                    f"modulation precompute needs {name}.linear without an unfused LoRA; load with fuse=True, or turn "
+                    "the precompute off"
+                )
+            if type(linear) is not torch.nn.Linear or type(linear.weight.data) is not torch.Tensor:
+                raise UserError(f"modulation precompute needs {name}.linear in full precision; leave it unquantized")
+        self.lookup = Lookup([Slot() for _ in self.linears], [linear.out_features for linear in self.linears.values()])
+
+    @property
+    def detached(self) -> bool:
+        return self.transformer.time_text_embed is self.lookup
+
+    def detach(self, device: str | torch.device = "cpu") -> Modulation:
+        """Takes the weights out of the transformer, onto `device`."""
+        for norm, slot, linear in zip(self.norms.values(), self.lookup.slots, self.linears.values(), strict=True):
+            linear.to(device)
+            norm.linear = slot
+        self.transformer.time_text_embed = self.lookup
+        self.time_text_embed.to(device)
+        return self
+
+    def attach(self, device: str | torch.device | None = None) -> None:
+        """Puts the weights back, on `device` if given, else where they waited."""
+        for norm, linear in zip(self.norms.values(), self.linears.values(), strict=True):
+            norm.linear = linear if device is None else linear.to(device)
+        embed = self.time_text_embed
+        self.transformer.time_text_embed = embed if device is None else embed.to(device)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within it the transformer has all its weights (to be saved or listed); afterwards it is as before."""
+        was = self.detached
+        self.attach()
+        try:
+            yield
+        finally:
+            if was:
+                self.detach(self.time_text_embed.timestep_embedder.linear_1.weight.device)
+
+    @torch.no_grad()
+    def table(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor, guidance: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The modulation of every step (S,), 0 to 1000, with every pooled text (R, P): (timesteps as seen, (S, R, W)).
+
+        Computed on `pooled`'s device and in its dtype; weights visit that device one layer at a time. `guidance` is the
+        distilled one, for transformers that embed it.
+        """
+        device, dtype = pooled.device, pooled.dtype
+        # Through the same roundings as a call: the pipeline divides by 1000 and the transformer multiplies again.
+        seen = (timesteps.to(device, dtype) / 1000).to(dtype) * 1000
+        steps, texts = len(seen), len(pooled)
+        given = [seen.repeat_interleave(texts)]
+        if self.transformer.config.guidance_embeds:
+            if guidance is None:
+                raise UserError("this transformer embeds the distilled guidance; give precomputed(...) its value")
+            given.append(torch.full_like(given[0], guidance) * 1000)
+        embed = self.time_text_embed
+        home = embed.timestep_embedder.linear_1.weight.device
+        holder: Any = self
+        with exact_timesteps(holder):  # it looks for the `time_text_embed` of what it is given
+            embed.to(device)
+            temb = F.silu(embed(*given, pooled.repeat(steps, 1)))
+            embed.to(home)
+        table = torch.empty(steps * texts, sum(self.lookup.widths), device=device, dtype=dtype)
+        for linear, part in zip(self.linears.values(), table.split(self.lookup.widths, dim=1), strict=True):
+            bias = linear.bias.to(device) if linear.bias is not None else None
+            part.copy_(F.linear(temb, linear.weight.to(device), bias))
+        return seen, table.unflatten(0, (steps, texts))
+
+    @contextmanager
+    def precomputed(
+        self, timesteps: torch.Tensor, pooled: Sequence[torch.Tensor], guidance: float | None = None
+    ) -> Iterator[None]:
+        """Within it, the detached transformer takes any of `timesteps` with any row of the `pooled` texts (B, P)."""
+        distinct = torch.unique(torch.cat(list(pooled)), dim=0)
+        self.lookup.timesteps, self.lookup.table = self.table(timesteps, distinct, guidance)
+        self.lookup.pooled = distinct
+        try:
+            yield
+        finally:
+            self.lookup.clear()
