@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych import models
+from diptych.machine import processor, versions
 from diptych.paths import packaged
-from diptych.run import versions
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -37,7 +37,6 @@ def examine() -> dict[str, Any]:
     """Everything as plain values; `problems` lists what keeps diptych from working, each with what to do."""
     problems: list[str] = []
     found: dict[str, Any] = {
-        "python": platform.python_version(),
         "system": platform.platform(),
         "versions": versions(),
         "cpu": _cpu(problems),
@@ -53,7 +52,7 @@ def examine() -> dict[str, Any]:
 
 
 def _cpu(problems: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    values: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count()}
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -70,15 +69,6 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
         if probe := getattr(torch.cpu, name, None):
             values[key] = bool(probe())
     return values
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> dict[str, float | None]:
@@ -118,7 +108,7 @@ def _devices() -> list[dict[str, Any]]:
         )
     if torch.backends.mps.is_available():
         devices.append({"device": "mps", "name": "Apple GPU (shares the machine's memory)"})
-    devices.append({"device": "cpu", "name": _processor()})
+    devices.append({"device": "cpu", "name": processor()})
     return devices
 
 
@@ -157,7 +147,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     flags = [key for key in ("amx", "avx512_bf16", "vnni") if cpu.get(key)]
     pocket = ", ".join(f"{role} {f'{size} MB' if size else 'MISSING'}" for role, size in found["pocket"].items())
     out = [
-        " · ".join(f"{name} {version}" for name, version in {**found["versions"], "python": found["python"]}.items()),
+        " · ".join(f"{name} {version}" for name, version in found["versions"].items()),
         f"system    {found['system']}",
         f"cpu       {cpu['processor']}: {cpu['cores']} cores, torch uses {cpu.get('threads', '?')} threads; "
         f"{cpu.get('capability', '')}{', with ' + ', '.join(flags) if flags else ''}",

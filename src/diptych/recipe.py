@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
 from diptych.paths import packaged
@@ -29,9 +29,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool(cls, value: Any) -> Any:
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads `yes`, `no`, `on` and `off` as booleans, and pydantic would take them as 1 and 0.
-        if isinstance(value, bool):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a yes/no value makes no sense here")
         return value
 
@@ -54,7 +54,7 @@ class Paint(Section):
     """Sampling steps."""
     guidance: float = Field(default=3.5, ge=0)
     """Distilled guidance, an input of guidance-distilled teachers (FLUX.1-dev); the pocket teacher has none."""
-    true_guidance: float = Field(default=2.0, ge=0)
+    true_guidance: float = Field(default=2.0, ge=1)
     """Classifier-free guidance against the empty prompt; 1 is off, anything else doubles the cost."""
     batch_size: int = Field(default=16, ge=1)
     """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
@@ -143,6 +143,20 @@ class Distill(Section):
     """Steps between sample sheets; 0 is only the last."""
     init: str | None = None
     """A student to start from; null widens the teacher."""
+    guidance: float = Field(default=1.0, ge=0)
+    """What a guidance-distilled transformer (FLUX.1-dev) is told while it trains."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate after warm-up; with `constant`, `steps` can be raised later."""
+    compile: bool = False
+    """torch.compile the transformer: worth it on a GPU over thousands of steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, a third slower."""
+    sample_pairs: int = Field(default=4, ge=1)
+    """Rows of a sample sheet."""
+    sample_steps: int = Field(default=20, ge=1, le=1000)
+    """Sampling steps of a sample sheet."""
+    sample_guidance: float = Field(default=3.5, ge=0)
+    """Distilled guidance of a sample sheet, where the transformer takes one."""
 
     @model_validator(mode="after")
     def _shares(self) -> Distill:
@@ -175,7 +189,7 @@ class Evaluate(Section):
     """Strength of the reference; 1 is off."""
     text_guidance: float = Field(default=2.0, ge=0)
     """Strength of the prompt; 1 is off."""
-    true_guidance: float = Field(default=2.0, ge=0)
+    true_guidance: float = Field(default=2.0, ge=1)
     """The teacher's classifier-free guidance, for the baselines that draw with it."""
     seeds: list[int] = Field(default=[0], min_length=1)
     """One picture of each identity, prompt and seed."""
@@ -352,6 +366,8 @@ def _at(values: dict[str, Any], key: str) -> Any:
 
 # pydantic's words for the commonest mistakes, in plainer ones.
 _PLAIN = {
+    "bool_parsing": "must be yes or no",
+    "bool_type": "must be yes or no",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",

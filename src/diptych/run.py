@@ -12,29 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diptych import __version__, models, tasks
+from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.data import log, records
 from diptych.data.engine import LocalEngine, Result, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.machine import machine, versions
 from diptych.recipe import Recipe
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
-PACKAGES = ("diptych", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
 
 
 def run(
@@ -342,19 +340,3 @@ def _take(descriptor: int) -> bool:
         return True
     except BlockingIOError:
         return False
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of what the bytes depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = __version__ if name == "diptych" else "not installed"  # run from a checkout
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """This machine in a few words, for the log."""
-    return {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}

@@ -24,9 +24,9 @@ from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
 from diptych.evaluate.baselines import ANCHORS, METHODS, Context, Method
-from diptych.evaluate.runtime import machine, versions
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
+from diptych.machine import device_name, machine, versions
 
 if TYPE_CHECKING:
     from diptych.recipe import Recipe
@@ -82,13 +82,20 @@ def evaluate(
     generate(context, samples, methods, prints, progress)
     judges = load_judges(recipe, about)
     result = scoring.score(context, samples, list(methods), judges)
-    result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json"), "machine": machine(recipe)}
+    result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json"), "machine": where(recipe)}
     result |= {"versions": versions(), "fingerprints": prints, "fingerprint": whole}
     result["seconds"] = round(time.monotonic() - started, 1)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "metrics.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     return result
+
+
+def where(recipe: Recipe) -> dict[str, Any]:
+    """The machine, and what of it this evaluation used."""
+    import torch
+
+    return machine() | {"threads": torch.get_num_threads(), "device": device_name(recipe.device)}
 
 
 def finished(run_dir: Path, whole: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ Reads only what was drawn (`samples/METHOD/`) and renders of its own; draws noth
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from diptych import tasks
+from diptych.data import log
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import curation, metrics, truth
 from diptych.evaluate.baselines import ANCHORS, Context
-from diptych.evaluate.runtime import seconds_per_image
 from diptych.evaluate.suites import MAIN, Sample
 
 STUDENTS = ("student", "student_shipped")
@@ -176,3 +177,12 @@ def judged(context: Context, judges: Judges, scale: metrics.Scale) -> dict[str, 
         "judges": about,
         "curation": {"renders": curated, "grids": curation.on_grids(context.run_dir, identify, witness)},
     }
+
+
+def seconds_per_image(run_dir: Path) -> dict[str, float]:
+    """Median over batches, from the log: what a picture took while drawing them in batches."""
+    spent: dict[str, list[float]] = {}
+    for event in log.read(run_dir):
+        if event.get("event") == "drawn" and event["images"]:
+            spent.setdefault(event["method"], []).append(event["seconds"] / event["images"])
+    return {name: round(statistics.median(values), 5) for name, values in spent.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diptych import __version__, models
+from diptych import __version__, models, tasks
 from diptych.data.store import Dataset
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
         "seconds of training": f"{numbers['seconds']:,.0f}",
         "diptych": __version__,
     }
-    thresholds = {f"threshold: {k}": v for k, v in recipe.curate.thresholds.model_dump().items()}
+    limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
+    thresholds = {f"threshold: {k}": v for k, v in limits.model_dump().items()}
     use = (
         f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
         if lora

@@ -1,4 +1,4 @@
-"""What training can be told. A recipe's `distill` section, plus what only the machine or an expert decides."""
+"""What training can be told: a recipe's `distill` section and the run's seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 @dataclass(frozen=True)
 class Options:
-    """Named as in the recipe (`recipe.Distill` documents and bounds them); the last block has no key there yet."""
+    """Named as in the recipe: `recipe.Distill` documents and bounds them."""
 
     mode: Literal["full", "lora"] = "full"
     rank: int = 64
@@ -39,14 +39,13 @@ class Options:
     validation_pairs: int = 32
     sample_every: int = 1000
     init: str | None = None
-
-    guidance: float = 1.0  # what a guidance-distilled transformer is told while it trains
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, after warm-up
-    compile: bool = False  # torch.compile the transformer
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
-    sample_pairs: int = 4  # rows of a sample sheet
-    sample_steps: int = 20  # sampling steps of a sample sheet
-    sample_guidance: float = 3.5  # distilled guidance of a sample sheet, where the transformer takes one
+    guidance: float = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    sample_pairs: int = 4
+    sample_steps: int = 20
+    sample_guidance: float = 3.5
     seed: int = 0
 
     @classmethod

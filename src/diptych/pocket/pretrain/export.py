@@ -2,12 +2,13 @@
 and the machine."""
 
 import json
-import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from diptych.machine import processor
 
 from .. import captions, world
 
@@ -39,9 +40,8 @@ def halve(source: Path, target: Path, names: tuple[str, ...] | None = None) -> N
 def _machine() -> str:
     import torch
 
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = {line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")}
-    return f"{', '.join(names) or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _log(folder: Path) -> dict:

@@ -1,0 +1,48 @@
+"""The machine and the software that made something: beside every number and every file. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diptych import __version__
+
+PACKAGES = ("diptych", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what bytes and numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = __version__ if name == "diptych" else "not installed"  # run from a checkout
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """System, processor and cores."""
+    return {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
+
+
+def processor() -> str:
+    """The CPU's name, as near as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def device_name(device: str) -> str:
+    """The GPU's own name for `cuda` and `cuda:N`, else `device` as it is."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(torch.device(device))
+    return device
