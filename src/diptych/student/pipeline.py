@@ -6,9 +6,9 @@ image. With image guidance > 1 (or, unlike the release, text guidance > 1 alone)
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 
-where the null reference 0 is all-zero packed latents. Text guidance alone is the same formula with i = 1, which needs
-no v(0,""). Two differences from the release make results repeatable: the condition takes the posterior's mode, not a
-sample; and noise comes from one generator per image, on the CPU for a seed: image i of a batch is the image made alone.
+where the null reference 0 is all-zero packed latents; see `guidance`. Two differences from the release make results
+repeatable: the condition takes the posterior's mode, not a sample; and noise comes from one generator per image, on the
+CPU for a seed: image i of a batch is the image made alone.
 """
 
 from __future__ import annotations
@@ -16,28 +16,39 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers import FluxControlPipeline
 from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift, retrieve_timesteps
 from diffusers.utils import BaseOutput
-from PIL import Image
 
 from diptych.errors import UsageError, UserError
-from diptych.student.geometry import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
+from diptych.student import guidance, inputs, speed
+from diptych.student.geometry import (
+    Canvas,
+    condition_canvas,
+    pack,
+    right_tokens,
+    split_panels,
+    unpack,
+)
+from diptych.student.inputs import Reference, Seed
+from diptych.student.recall import Recall, content
+from diptych.student.rotary import rotary_once
 from diptych.student.timesteps import exact_timesteps
 from diptych.student.weights import BiasSplit, student_channels
 
+if TYPE_CHECKING:
+    from diptych.student.caches import StepCache
+
 log = logging.getLogger("diptych.student")
-TRUE_GUIDANCE_FROM = 2  # step index at which the release switches true guidance on
 MAX_TEXT_TOKENS = 512
 MAX_PANEL = 512
-Reference = Image.Image | torch.Tensor | None
-Seed = int | torch.Generator
 
 
 @dataclass
@@ -69,6 +80,9 @@ class DiptychPipeline(FluxControlPipeline):
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
+        self.speed = speed.PLAIN  # put on and taken off by `speed.apply` and `speed.remove`
+        self.recall = Recall()
+        self.step_cache: StepCache | None = None
         self._truncated: set[str] = set()
 
     # Sizes and texts -----------------------------------------------------------------------------------------------
@@ -98,9 +112,22 @@ class DiptychPipeline(FluxControlPipeline):
             )
         length = max_sequence_length or self.text_length
         self._warn_of_truncation(prompt_2 or prompt, length)
-        with _quiet_truncation():
-            embeds, pooled, _ = self.encode_prompt(prompt, prompt_2, max_sequence_length=length)
-        assert embeds is not None and pooled is not None
+
+        def encode(*texts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            with _quiet_truncation():
+                embeds, pooled, _ = self.encode_prompt(*texts, max_sequence_length=length)
+            assert embeds is not None and pooled is not None
+            return embeds, pooled
+
+        if not self.recall.limit:
+            return encode(prompt, prompt_2)
+        # Each text alone, so that an embedding does not depend on which others were asked for with it.
+        encoders = (id(self.text_encoder), id(self.text_encoder_2), str(self._execution_device))
+        made = []
+        for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):
+            texts = ([first], [second] if second is not None else None)
+            made.append(self.recall(("text", first, second, length, *encoders), partial(encode, *texts)))
+        embeds, pooled = (torch.cat(parts) for parts in zip(*made, strict=True))
         return embeds, pooled
 
     def _warn_of_truncation(self, prompts: list[str], length: int) -> None:
@@ -123,7 +150,9 @@ class DiptychPipeline(FluxControlPipeline):
     @torch.no_grad()
     def decode_canvas(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         """Packed latents (B, tokens, 4C) to pixels (B, 3, H, W), about [-1, 1]."""
-        latents = unpack(tokens, canvas.rows, canvas.columns)
+        return self._decode(unpack(tokens, canvas.rows, canvas.columns))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
@@ -136,10 +165,15 @@ class DiptychPipeline(FluxControlPipeline):
         known: dict[int, torch.Tensor] = {}
         for reference in references:
             if id(reference) not in known:
-                known[id(reference)] = (
-                    null if reference is None else self.encode_canvas(condition_canvas(_panel(reference, canvas, fit)))
-                )
+                known[id(reference)] = null if reference is None else self._condition(reference, canvas, fit)
         return torch.cat([known[id(reference)].float() for reference in references])
+
+    def _condition(self, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
+        pixels = condition_canvas(inputs.panel(reference, canvas, fit))
+        if not self.recall.limit:
+            return self.encode_canvas(pixels)
+        key = ("reference", content(pixels), id(self.vae), self.vae.dtype, str(self._execution_device))
+        return self.recall(key, lambda: (self.encode_canvas(pixels),))[0]
 
     def _noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
         """Packed standard noise (B, tokens, 4C) in float32: one seed gives the same noise in every batch and dtype."""
@@ -176,7 +210,11 @@ class DiptychPipeline(FluxControlPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         fit: str = "crop",
-        batched_guidance: bool = False,
+        batched_guidance: bool | None = None,
+        guidance_from: int | None = None,
+        guidance_until: float | None = None,
+        clamp_left: bool | None = None,
+        decode: str | None = None,
         return_reference: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -199,8 +237,14 @@ class DiptychPipeline(FluxControlPipeline):
                 is drawn from in order. Noise is drawn in float32, for a seed on the CPU.
             latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
             fit: `crop`, `pad` or `contain`; see `geometry.fit_image`.
-            batched_guidance: run the forwards of one guided step as one batch. The default, one after another, needs
-                the least memory and gives each forward the very kernels of an unguided call.
+            batched_guidance: run the forwards of one guided step as one batch. One after another needs the least
+                memory and gives each forward the very kernels of an unguided call. None, here and for the next four:
+                as `speed` says, which is as the release does unless a speed was put on.
+            guidance_from, guidance_until: the first guided step, counted from 0, and the share of the steps after
+                which none is.
+            clamp_left: after each step, put the left panel where its known path has it: x(t) = (1 − t)·z + t·ε, with z
+                the reference's latents. What training saw, but not what the release does.
+            decode: `canvas`, or `right` to decode the right half alone: less work, other pixels near the seam.
             return_reference: also decode the left panel, the model's reconstruction of the reference.
             output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
 
@@ -210,10 +254,17 @@ class DiptychPipeline(FluxControlPipeline):
         Raises:
             UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
         """
-        factor = self.vae_scale_factor
-        canvas = Canvas(_size(height, self.default_panel_size), _size(width, self.default_panel_size), factor)
+        sides = (self.default_panel_size if side is None else side for side in (height, width))
+        canvas = Canvas(*sides, self.vae_scale_factor)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"unknown output_type '{output_type}': one of pil, np, pt, latent")
+        settings = self._settings(
+            batched_guidance=batched_guidance,
+            guidance_from=guidance_from,
+            guidance_until=guidance_until,
+            clamp_left=clamp_left,
+            decode=decode,
+        )
         if num_inference_steps < 1 or num_images_per_prompt < 1:
             raise UsageError("num_inference_steps and num_images_per_prompt are at least 1")
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
@@ -224,23 +275,33 @@ class DiptychPipeline(FluxControlPipeline):
         device = self._execution_device
 
         # Text: one row for each prompt, then for each image.
-        prompts, references = _match(prompt, prompt_embeds, reference)
+        prompts, references = inputs.match(prompt, prompt_embeds, reference)
         count = len(references)
         embeds, pooled = self._text(
-            "prompt", prompts, _texts(prompt_2, count), prompt_embeds, pooled_prompt_embeds, count, max_sequence_length
+            "prompt",
+            prompts,
+            inputs.texts(prompt_2, count),
+            prompt_embeds,
+            pooled_prompt_embeds,
+            count,
+            max_sequence_length,
         )
         condition = self.encode_reference(references, canvas, fit)
         # The formula's two differences vanish where i = 1 or t = 1, and i has no meaning without a reference.
         has_reference = any(r is not None for r in references)
-        image_scale = image_guidance_scale if has_reference else 1.0
-        guided = image_scale > 1 or text_guidance_scale > 1
+        guide = guidance.Guidance(
+            image=image_guidance_scale if has_reference else 1.0,
+            text=text_guidance_scale,
+            first=settings.guidance_from,
+            until=settings.guidance_until,
+        )
         negative = None
-        if guided:
+        if guide.on:
             given = negative_prompt if negative_prompt is not None or negative_prompt_embeds is not None else ""
             negative = self._text(
                 "negative_prompt",
-                _texts(given, count),
-                _texts(negative_prompt_2, count),
+                inputs.texts(given, count),
+                inputs.texts(negative_prompt_2, count),
                 negative_prompt_embeds,
                 negative_pooled_prompt_embeds,
                 count,
@@ -254,7 +315,7 @@ class DiptychPipeline(FluxControlPipeline):
             negative = tuple(x.repeat_interleave(repeats, dim=0) for x in negative)
         total = count * repeats
         if latents is None:
-            latents = self._noise(_seeds(generator, count, repeats), canvas)
+            latents = self._noise(inputs.seeds(generator, count, repeats), canvas)
         if tuple(latents.shape) != (total, canvas.tokens, condition.shape[-1]):
             raise UsageError(
                 f"latents are packed noise of the whole canvas, {(total, canvas.tokens, condition.shape[-1])} here, "
@@ -265,18 +326,22 @@ class DiptychPipeline(FluxControlPipeline):
 
         timesteps = self._timesteps(num_inference_steps, sigmas, canvas, device)
         self._num_timesteps = len(timesteps)
-        guidance = None
+        distilled = None
         if self.transformer.config.guidance_embeds:
-            guidance = torch.full([total], guidance_scale, device=device, dtype=torch.float32)
+            distilled = torch.full([total], guidance_scale, device=device, dtype=torch.float32)
 
-        def velocity(name: str, x, c, text, pool, t) -> torch.Tensor:
-            """v(c, text) at x for any multiple of the batch; `name` tells step caches the branches apart."""
-            times = len(x) // total
+        # What may run at a step, by the name that tells step caches the branches apart.
+        branches: dict[str, guidance.Branch] = {"cond": (condition, embeds, pooled)}
+        if negative is not None:
+            branches |= {"reference": (condition, *negative), "null": (torch.zeros_like(condition), *negative)}
+
+        def velocity(name: str, x, c, text, pool) -> torch.Tensor:
+            """v(c, text) at x and the present time, for any multiple of the batch."""
             with self.transformer.cache_context(name):
                 return self.transformer(
                     hidden_states=torch.cat([x, c], dim=2),
                     timestep=t.expand(len(x)).to(x.dtype) / 1000,
-                    guidance=guidance.repeat(times) if guidance is not None else None,
+                    guidance=distilled.repeat(len(x) // total) if distilled is not None else None,
                     pooled_projections=pool,
                     encoder_hidden_states=text,
                     txt_ids=torch.zeros(text.shape[1], 3, device=device, dtype=dtype),
@@ -285,32 +350,35 @@ class DiptychPipeline(FluxControlPipeline):
                     return_dict=False,
                 )[0]
 
+        clamp = _LeftPanel(condition, x_t, canvas, self.scheduler.sigmas) if settings.clamp_left else None
+        self._begin(canvas, timesteps)
         bar: Any = self.progress_bar  # decorated in a way that hides its arguments from a type checker
-        with bar(total=len(timesteps)) as progress, exact_timesteps(self.transformer):
+        with bar(total=len(timesteps)) as progress, exact_timesteps(self.transformer), rotary_once(self.transformer):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                if guided and negative is not None and i >= TRUE_GUIDANCE_FROM:
-                    branches = [("cond", condition, embeds, pooled), ("reference", condition, *negative)]
-                    if image_scale != 1:
-                        branches.append(("null", torch.zeros_like(condition), *negative))
-                    if batched_guidance:
-                        v_all = _batched(velocity, branches, x_t, t)
-                    else:
-                        v_all = [velocity(name, x_t, c, text, pool, t) for name, c, text, pool in branches]
-                    v = _guide(v_all, image_scale, text_guidance_scale)
+                if self.step_cache is not None:
+                    self.step_cache.step = i
+                if guide.at(i, len(timesteps)):
+                    needed = {name: branches[name] for name in guide.needed}
+                    v = guide.combine(guidance.velocities(velocity, needed, x_t, settings.batched_guidance))
                 else:
-                    v = velocity("cond", x_t, condition, embeds, pooled, t)
+                    v = velocity("cond", x_t, *branches["cond"])
                 x_t = self.scheduler.step(v, t, x_t, return_dict=False)[0].to(dtype)
+                if clamp is not None:
+                    x_t = clamp(x_t, i + 1)
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": x_t, "prompt_embeds": embeds}
                     given = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, given) or {}
                     x_t, embeds = changed.get("latents", x_t), changed.get("prompt_embeds", embeds)
+                    branches["cond"] = (condition, embeds, pooled)
                 progress.update()
 
-        images, left = self._finish(x_t, canvas, output_type, return_reference)
+        if self.step_cache is not None and not self.interrupt:
+            self.step_cache.end()
+        images, left = self._finish(x_t, canvas, output_type, return_reference, settings.decode)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, left) if return_reference else (images,)
@@ -348,96 +416,51 @@ class DiptychPipeline(FluxControlPipeline):
         self.scheduler.set_begin_index(0)
         return timesteps  # pyright: ignore[reportReturnType]
 
-    def _finish(self, x_0: torch.Tensor, canvas: Canvas, output_type: str, return_reference: bool) -> tuple[Any, Any]:
+    def _settings(self, **given: Any) -> speed.Speed:
+        """The pipeline's speed with what this call was given in its place."""
+        return replace(self.speed, **{name: value for name, value in given.items() if value is not None})
+
+    def _begin(self, canvas: Canvas, timesteps: torch.Tensor) -> None:
+        """Step caches start afresh, also after a call that was cut short."""
+        self.transformer._reset_stateful_cache()
+        if self.step_cache is not None:
+            self.step_cache.begin(canvas, timesteps.tolist(), self._execution_device)
+
+    def _finish(
+        self, x_0: torch.Tensor, canvas: Canvas, output_type: str, return_reference: bool, decode: str
+    ) -> tuple[Any, Any]:
         if output_type == "latent":
             return x_0, None
-        left, right = split_panels(self.decode_canvas(x_0, canvas))
+        if decode == "right":
+            left, right = split_panels(unpack(x_0, canvas.rows, canvas.columns))
+            right, left = self._decode(right), self._decode(left) if return_reference else None
+        else:
+            left, right = split_panels(self.decode_canvas(x_0, canvas))
         images = self.image_processor.postprocess(right, output_type=output_type)
         return images, self.image_processor.postprocess(left, output_type=output_type) if return_reference else None
 
     def save_pretrained(self, *args, **kwargs):
         """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it."""
         stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
-        stock.save_pretrained(*args, **kwargs)
+        with speed.off(self):  # fused projections are no layers of a stock model
+            stock.save_pretrained(*args, **kwargs)
 
 
-def _guide(v: list[torch.Tensor], image_scale: float, text_scale: float) -> torch.Tensor:
-    """The module's formula from [v(ref,text), v(ref,"")] or [v(ref,text), v(ref,""), v(0,"")]."""
-    v_text, v_reference, *rest = v
-    text = text_scale * (v_text - v_reference)
-    if not rest:
-        return v_reference + text
-    return rest[0] + image_scale * (v_reference - rest[0]) + text
+class _LeftPanel:
+    """The left panel's known path, x(t) = (1 − t)·z + t·ε: z from the condition, ε from the noise, both packed.
 
+    Rows without a reference (an all-zero condition) go free.
+    """
 
-def _batched(velocity, branches, x_t: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-    """The branches' velocities from one forward; their texts must be equally long."""
-    if len({text.shape[1] for _, _, text, _ in branches}) > 1:
-        raise UsageError("batched guidance needs prompt and negative prompt embeddings of the same length")
-    conditions, texts, pools = (torch.cat(parts) for parts in list(zip(*branches, strict=True))[1:])
-    v = velocity("guided", x_t.repeat(len(branches), 1, 1), conditions, texts, pools, t)
-    return list(v.chunk(len(branches)))
+    def __init__(self, condition: torch.Tensor, noise: torch.Tensor, canvas: Canvas, sigmas: torch.Tensor) -> None:
+        given = condition.flatten(1).any(dim=1).view(-1, 1, 1)
+        self.held = given & ~right_tokens(canvas).to(condition.device).view(1, -1, 1)
+        self.clean, self.noise, self.sigmas = condition, noise, sigmas
 
-
-def _size(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-def _texts(value: str | list[str] | None, count: int) -> list[str] | None:
-    """One text for each of `count` rows."""
-    if value is None:
-        return None
-    if not isinstance(value, (str, list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise UsageError(f"a prompt is a string or a list of strings, not {type(value).__name__}")
-    texts = [value] if isinstance(value, str) else list(value)
-    if len(texts) not in (1, count):
-        raise UsageError(f"{len(texts)} texts for {count} images")
-    return texts * count if len(texts) == 1 else texts
-
-
-def _match(prompt, prompt_embeds, reference) -> tuple[list[str] | None, list[Reference]]:
-    """Prompts and references, one of each for every row of the batch."""
-    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise UsageError(f"prompt is a string or a list of strings, not {type(prompt).__name__}")
-    if isinstance(reference, torch.Tensor) and reference.ndim == 4:
-        reference = [*reference]
-    references: list[Reference] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt is not None else None
-    rows = len(prompts) if prompts is not None else len(prompt_embeds) if prompt_embeds is not None else 0
-    if not rows:
-        raise UsageError("give prompt or prompt_embeds (at least one)")
-    count = max(rows, len(references))
-    if {rows, len(references)} - {1, count}:
-        raise UsageError(f"{rows} prompts and {len(references)} references: give one of either, or as many of both")
-    if prompts is not None and len(prompts) == 1:
-        prompts = prompts * count
-    return prompts, references * count if len(references) == 1 else references
-
-
-def _seeds(generator, count: int, repeats: int) -> list[Seed | None]:
-    """One seed or generator for each image."""
-    total = count * repeats
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != total:
-            raise UsageError(f"{len(generator)} generators for {total} images: give one, or one for each image")
-        return list(generator)
-    if isinstance(generator, int) and not isinstance(generator, bool):
-        return [generator + j for _ in range(count) for j in range(repeats)]
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise UsageError(f"generator is a seed, a torch.Generator or a list of them, not {type(generator).__name__}")
-    return [generator] * total
-
-
-def _panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-    """A reference as one panel of pixels (1, 3, h, w) in [-1, 1]."""
-    if isinstance(reference, Image.Image):
-        return to_pixels(fit_image(reference, canvas.panel_height, canvas.panel_width, fit))[None]
-    if isinstance(reference, torch.Tensor):
-        wanted = (3, canvas.panel_height, canvas.panel_width)
-        if tuple(reference.shape) != wanted:
-            raise UsageError(f"a reference tensor is {wanted} here (a panel in [-1, 1]), not {tuple(reference.shape)}")
-        return reference[None]
-    raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+    def __call__(self, x_t: torch.Tensor, step: int) -> torch.Tensor:
+        """x_t (B, tokens, C) as it comes to step number `step`, its left panel put in place."""
+        sigma = self.sigmas[step].to(x_t.device, x_t.dtype)
+        return torch.where(self.held, (1 - sigma) * self.clean + sigma * self.noise, x_t)
 
 
 @contextmanager
