@@ -1,13 +1,13 @@
 """Exact modulation precompute: FLUX's AdaLN weights leave the device, and one table of their outputs takes their place.
 
-The AdaLN linears (27 % of FLUX.1's 11.9 B parameters) see only the timestep, the distilled guidance and the pooled text:
-never the image. All of a call's steps are known before its loop, so one product per linear over all steps gives the
-same numbers (to float rounding: another batch size takes another kernel), and the weights need not lie on the device.
+The AdaLN linears (27 % of FLUX.1's 11.9 B parameters) see only the timestep, the distilled guidance and the pooled
+text: never the image. All of a call's steps are known before its loop, so one product per linear over all steps gives
+the same numbers (to float rounding: other batch sizes take other kernels), and the weights need not lie on the device.
 The table has a row for each step and each distinct pooled text among the batch and the branches of true guidance.
 
     modulation = Modulation(transformer)
     modulation.detach()                    # reversible module replacement; the weights now wait on the CPU
-    with modulation.precomputed(timesteps, [pooled], guidance):
+    with precomputed(transformer, timesteps, [pooled], guidance):
         transformer(...)                   # with any of those timesteps and pooled texts
     modulation.attach()                    # as it was
 """
@@ -54,8 +54,9 @@ class Lookup(torch.nn.Module):
     A timestep or pooled text that is not in the table gives NaN: checking would make a GPU wait at every step.
     """
 
-    def __init__(self, slots: Sequence[Slot], widths: Sequence[int]) -> None:
+    def __init__(self, owner: Modulation, slots: Sequence[Slot], widths: Sequence[int]) -> None:
         super().__init__()
+        self.owner = owner
         self.slots = list(slots)  # a list, not a ModuleList: they are the blocks' modules
         self.widths = list(widths)
         self.table: torch.Tensor | None = None  # (steps, texts, sum of widths)
@@ -83,8 +84,7 @@ class Lookup(torch.nn.Module):
 class Modulation:
     """The AdaLN linears and the timestep embedding of one transformer, in it or (detached) out of it.
 
-    Raises UserError when a linear is not a plain one: an unfused LoRA (which the table would have to follow) or a
-    quantized weight.
+    Raises UserError when a linear carries an unfused LoRA, which could change between steps.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -98,21 +98,22 @@ class Modulation:
                     f"modulation precompute needs {name}.linear without an unfused LoRA; load with fuse=True, or turn "
                     "the precompute off"
                 )
-            if type(linear) is not torch.nn.Linear or type(linear.weight.data) is not torch.Tensor:
-                raise UserError(f"modulation precompute needs {name}.linear in full precision; leave it unquantized")
-        self.lookup = Lookup([Slot() for _ in self.linears], [linear.out_features for linear in self.linears.values()])
+        slots, widths = [Slot() for _ in self.linears], [linear.out_features for linear in self.linears.values()]
+        self.lookup = Lookup(self, slots, widths)
 
     @property
     def detached(self) -> bool:
         return self.transformer.time_text_embed is self.lookup
 
-    def detach(self, device: str | torch.device = "cpu") -> Modulation:
-        """Takes the weights out of the transformer, onto `device`."""
+    def detach(self, device: str | torch.device | None = "cpu") -> Modulation:
+        """Takes the weights out of the transformer, onto `device`; None leaves them where they are."""
         for norm, slot, linear in zip(self.norms.values(), self.lookup.slots, self.linears.values(), strict=True):
-            linear.to(device)
             norm.linear = slot
+            if device is not None:
+                linear.to(device)
         self.transformer.time_text_embed = self.lookup
-        self.time_text_embed.to(device)
+        if device is not None:
+            self.time_text_embed.to(device)
         return self
 
     def attach(self, device: str | torch.device | None = None) -> None:
@@ -131,7 +132,7 @@ class Modulation:
             yield
         finally:
             if was:
-                self.detach(self.time_text_embed.timestep_embedder.linear_1.weight.device)
+                self.detach(None)
 
     @torch.no_grad()
     def table(
@@ -151,17 +152,12 @@ class Modulation:
             if guidance is None:
                 raise UserError("this transformer embeds the distilled guidance; give precomputed(...) its value")
             given.append(torch.full_like(given[0], guidance) * 1000)
-        embed = self.time_text_embed
-        home = embed.timestep_embedder.linear_1.weight.device
         holder: Any = self
         with exact_timesteps(holder):  # it looks for the `time_text_embed` of what it is given
-            embed.to(device)
-            temb = F.silu(embed(*given, pooled.repeat(steps, 1)))
-            embed.to(home)
+            temb = F.silu(_on(device, self.time_text_embed, *given, pooled.repeat(steps, 1)))
         table = torch.empty(steps * texts, sum(self.lookup.widths), device=device, dtype=dtype)
         for linear, part in zip(self.linears.values(), table.split(self.lookup.widths, dim=1), strict=True):
-            bias = linear.bias.to(device) if linear.bias is not None else None
-            part.copy_(F.linear(temb, linear.weight.to(device), bias))
+            part.copy_(_on(device, linear, temb))
         return seen, table.unflatten(0, (steps, texts))
 
     @contextmanager
@@ -176,3 +172,42 @@ class Modulation:
             yield
         finally:
             self.lookup.clear()
+
+
+@contextmanager
+def precomputed(
+    transformer: Any,
+    timesteps: torch.Tensor,
+    pooled: Sequence[torch.Tensor],
+    guidance: float | None = None,
+    *,
+    wanted: bool = False,
+) -> Iterator[None]:
+    """What a sampler's loop runs in: the table of all its steps, if the modulation is detached or the table `wanted`.
+
+    Args:
+        timesteps: (S,), 0 to 1000, as the scheduler gives them.
+        pooled: the pooled texts (B, P) of every branch of true guidance.
+        guidance: the distilled guidance, for transformers that embed it.
+        wanted: also when the weights are in place; they then stay on their device.
+    """
+    lookup = transformer.time_text_embed
+    if isinstance(lookup, Lookup):
+        with lookup.owner.precomputed(timesteps, pooled, guidance):
+            yield
+        return
+    if not wanted:
+        yield
+        return
+    modulation = Modulation(transformer).detach(None)
+    try:
+        with modulation.precomputed(timesteps, pooled, guidance):
+            yield
+    finally:
+        modulation.attach()
+
+
+def _on(device: torch.device, module: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """`module(*inputs)` with its weights visiting `device` for this one call."""
+    weights = {name: weight.to(device) for name, weight in module.named_parameters()}
+    return torch.func.functional_call(module, weights, inputs)
