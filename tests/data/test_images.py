@@ -16,8 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.data import images
-from diptych.data.images import encode_png, image_cell, open_image, read_provenance, save_image
-from diptych.errors import UserError
+from diptych.data.images import (
+    check_image,
+    encode,
+    encode_png,
+    image_cell,
+    open_image,
+    read_provenance,
+    save_image,
+    to_rgb,
+)
+from diptych.errors import UsageError, UserError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -139,6 +148,69 @@ def test_alpha_is_laid_over_white() -> None:
     assert opened.getpixel((1, 0)) == (127, 127, 127)
 
 
+def test_alpha_is_laid_over_a_chosen_colour() -> None:
+    rgba = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
+    for name, seen in (("black", (0, 0, 0)), ("#102030", (16, 32, 48)), ("hsl(0, 100%, 50%)", (255, 0, 0))):
+        assert open_image(encoded(rgba), background=name).getpixel((0, 0)) == seen
+    with pytest.raises(UsageError, match="did you mean 'black'"):
+        to_rgb(rgba, "blackk")
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+        assert Image.open(io.BytesIO(data)).n_frames == 2  # pyright: ignore[reportAttributeAccessIssue]
+        assert open_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_an_embedded_profile_is_applied_once_and_a_broken_one_not_at_all() -> None:
+    from PIL import ImageCms
+
+    grey = Image.new("RGB", (1, 1), (100, 100, 100))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert open_image(encoded(grey, icc_profile=srgb)).getpixel((0, 0)) == (100, 100, 100)
+    assert open_image(encoded(grey, icc_profile=b"no profile")).getpixel((0, 0)) == (100, 100, 100)
+    lab = ImageCms.createProfile("LAB")  # not a profile for RGB values: ignored as well
+    assert open_image(encoded(grey, icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())).mode == "RGB"
+    wide = open_image(encoded(Image.new("RGB", (1, 1), (0, 255, 0)), icc_profile=linear_rgb()))
+    assert wide.info == {} and to_rgb(wide) is wide
+    middle = open_image(encoded(Image.new("RGB", (1, 1), (55, 55, 55)), icc_profile=linear_rgb())).getpixel((0, 0))
+    assert isinstance(middle, tuple) and all(abs(value - 128) <= 2 for value in middle)  # linear light 0.216
+
+
+def linear_rgb() -> bytes:
+    """The sRGB profile with its curves made straight and its name changed."""
+    from PIL import ImageCms
+
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in range(struct.unpack(">I", data[128:132])[0]):
+        name, at, size = struct.unpack(">4sII", data[132 + 12 * tag : 144 + 12 * tag])
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            data[at : at + 12] = b"curv" + bytes(4) + struct.pack(">I", 0)
+        if name == b"desc":
+            data[at : at + size] = data[at : at + size].replace(b"s\0R\0G\0B", b"l\0i\0n\0e")
+    return bytes(data)
+
+
+def test_a_picture_that_is_plain_already_is_not_copied() -> None:
+    image = gradient()
+    assert to_rgb(image) is image
+
+
+def test_a_look_at_a_picture_decodes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(gradient((256, 256)))[:400])  # cut short: only decoding would show it
+    assert len(check_image(path)) == 64
+    for data, message in ((b"", "empty"), (b"text", "not an image"), (bomb(10_000, 10_000), "megapixels")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            check_image(path)
+    with pytest.raises(UserError, match="no such file"):
+        check_image(tmp_path / "none.png")
+
+
 def test_a_transparent_palette_is_laid_over_white() -> None:
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([255, 0, 0, 0, 255, 0])
@@ -186,6 +258,35 @@ def test_provenance_comes_back_in_any_language(tmp_path: Path) -> None:
     assert open_image(path).tobytes() == gradient().tobytes()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "A.JPEG"])
+def test_every_kind_of_file_says_what_made_it(tmp_path: Path, name: str) -> None:
+    provenance = {"prompt": "un gato — 猫", "seed": 2**62, "model": {"sha256": "ab"}}
+    path = save_image(gradient(), tmp_path / name, provenance)
+    assert read_provenance(path) == provenance
+    assert Image.open(path).format == images.KINDS[path.suffix.lower()]
+    seen = np.asarray(open_image(path)).astype(int)
+    assert np.abs(seen - np.asarray(gradient())).max() <= (6 if "j" in name.lower() else 0)  # PNG and WebP lose nothing
+    assert read_provenance(save_image(gradient(), tmp_path / f"plain-{name}")) is None
+    kind = images.KINDS[path.suffix.lower()]
+    assert encode(gradient(), kind, provenance) == encode(gradient(), kind, provenance) == path.read_bytes()
+
+
+def test_what_others_write_into_a_comment_is_no_provenance(tmp_path: Path) -> None:
+    for number, comment in enumerate((b"ASCII\0\0\0{broken", b"ASCII\0\0\0[1]", b"UNICODE\0h\0i", b"ASCII\0\0\0{}")):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = comment
+        path = tmp_path / f"{number}.jpg"
+        gradient().save(path, exif=exif.tobytes())
+        assert read_provenance(path) is None
+
+
+def test_a_jpeg_refuses_provenance_that_it_cannot_hold(tmp_path: Path) -> None:
+    long = {"prompt": "x" * 70_000}
+    with pytest.raises(UserError, match="write a PNG or WebP"):
+        save_image(gradient(), tmp_path / "a.jpg", long)
+    assert read_provenance(save_image(gradient(), tmp_path / "a.webp", long)) == long
+
+
 def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_image(gradient(), tmp_path / "a.png", {"seed": 1})
     before = path.read_bytes()
@@ -199,7 +300,9 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.jpg", "written as PNG"), ("file/b.png", "cannot be made")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.gif", "written as PNG, WebP or JPEG"), ("file/b.png", "cannot be made")]
+)
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=message):

@@ -23,7 +23,6 @@ from diptych.student.geometry import (
     split_panels,
     split_tokens,
     to_pixels,
-    to_rgb,
     unpack,
 )
 
@@ -59,6 +58,15 @@ def test_sizes_that_do_not_pack_are_refused(size):
         Canvas(*size, factor=4)
 
 
+@pytest.mark.parametrize(
+    ("value", "near"),
+    [(3, "try 8$"), (12, "try 8 or 16$"), (515, "try 512 or 520$"), (16.0, "try 16$"), ("x", "try 8$")],
+)
+def test_the_sizes_that_would_pack_are_named(value, near):
+    with pytest.raises(UsageError, match=near):
+        Canvas(16, value, factor=4)
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "contain"])
 @pytest.mark.parametrize("size", [(30, 10), (10, 30), (3, 200), (16, 16), (64, 64)])
 def test_every_fit_gives_the_panel(fit, size):
@@ -75,16 +83,13 @@ def test_fits_differ_in_what_they_do_with_the_rest():
         fit_image(wide, 20, 20, "contained")
 
 
-def test_any_mode_becomes_upright_rgb():
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
-    for mode in ("L", "CMYK", "P", "1", "LA"):
-        assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB"
-    grey = Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))
-    assert to_rgb(grey).getpixel((0, 0)) == (156, 156, 156)
+def test_a_picture_of_any_mode_is_fitted_upright_over_white():
+    clear = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    assert fit_image(clear, 4, 8).getpixel((0, 0)) == (255, 255, 255)
     turned = Image.new("RGB", (8, 4))
     turned.getexif()[0x0112] = 6
-    assert to_rgb(turned).size == (4, 8)
+    turned.putpixel((0, 3), (255, 255, 255))
+    assert fit_image(turned, 8, 4).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_pixels_are_in_the_range_of_the_vae():

@@ -1,11 +1,13 @@
-"""Images in and out. In: whatever people have, refused before it can hurt. Out: PNG that says what made it.
+"""Images in and out. In: whatever people have, refused before it can hurt. Out: a picture that says what made it.
 
 A file is opened only after its size in bytes and in pixels is known to be sane, so a decompression bomb is refused
-before it is decoded. What comes back is always plain RGB, upright, alpha laid over white.
+before it is decoded. What comes back is always plain RGB, upright, in sRGB, alpha laid over white or a chosen colour;
+of an animation, the first frame. What goes out is PNG, lossless WebP or JPEG, its provenance inside.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.data.store import write_atomic
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +24,17 @@ MAX_BYTES = 200 * 1024 * 1024
 MAX_PIXELS = 64_000_000  # a 100-megapixel bomb is out, every camera in use is in
 PROVENANCE = "diptych"  # the PNG text chunk that holds the JSON
 READABLE = "parameters"  # and the one that image viewers of this field show
+KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # what is written, by the name's end
+READ = (*KINDS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # what a folder of pictures is searched for
+WHITE = "white"
+_SAVING: dict[str, dict[str, Any]] = {
+    "PNG": {"compress_level": 6},
+    "WEBP": {"lossless": True, "quality": 80, "method": 4},  # lossless: `quality` is effort here
+    "JPEG": {"quality": 95, "subsampling": 0},
+}
+_ORIENTATION, _EXIF_IFD, _USER_COMMENT = 0x0112, 0x8769, 0x9286
+_ASCII = b"ASCII\0\0\0"  # EXIF's name for the text that follows
+_MAX_JPEG_EXIF = 65_000  # bytes; a JPEG segment holds 64 KiB
 
 
 def open_image(
@@ -30,13 +43,14 @@ def open_image(
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
+    background: str = WHITE,
 ) -> Image:
-    """An image file, its bytes, or a row's `{bytes, path}` cell as upright RGB; any mode, alpha over white.
+    """An image file, its bytes, or a row's `{bytes, path}` cell as upright RGB; any mode, alpha over `background`.
 
     Raises UserError, one line that says what is wrong with which image: missing, empty, not an image, cut short,
     larger than `max_bytes` or `max_pixels`. `name` is what the message calls bytes.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(source, dict):
         name = name or source.get("path")
@@ -62,8 +76,7 @@ def open_image(
                     f"over the limit of {max_pixels / 1e6:.0f}; make it smaller first"
                 )
             image.load()
-            image = ImageOps.exif_transpose(image)
-            return _rgb(image)
+            return to_rgb(image, background)
     except UnidentifiedImageError:
         raise UserError(f"{label}: not an image, or of a kind that is not known here") from None
     except Image.DecompressionBombError:
@@ -89,17 +102,78 @@ def _read(path: Path, max_bytes: int) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _rgb(image: Image) -> Image:
-    """Any Pillow mode as 8-bit RGB. 16-bit and float grey are scaled, not clipped; transparency is laid over white."""
-    from PIL import Image
+def check_image(path: str | Path) -> str:
+    """sha256 of a picture's bytes; UserError for what its size and header already tell against it. Decodes nothing."""
+    from PIL import Image, UnidentifiedImageError
 
+    data = _read(Path(path), MAX_BYTES)
+    if not data:
+        raise UserError(f"{path}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = Image.open(io.BytesIO(data)).size
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not an image, or of a kind that is not known here") from error
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: {width}×{height} is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_rgb(image: Image, background: str = WHITE) -> Image:
+    """Any Pillow image as upright 8-bit sRGB; the very object if it is that already.
+
+    EXIF rotation is applied; an embedded colour profile is converted; 16-bit and float grey are scaled, not clipped;
+    transparency is laid over `background`, a colour's name or `#rrggbb`. UsageError for no such colour.
+    """
+    from PIL import Image, ImageOps
+
+    under = colour(background)
+    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    if image.mode == "RGB" and not turned and not {"transparency", "icc_profile"} & image.info.keys():
+        return image
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    image = _in_srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey_to_8_bit(image)
     if image.mode in ("P", "LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*under, 255)), rgba)
+    rgb = image.convert("RGB")
+    rgb.info = {}  # what was applied must not be applied again
+    return rgb
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """A colour's name or `#rrggbb` as (red, green, blue), 0 to 255. UsageError if it is neither."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    except (ValueError, AttributeError):
+        hint = nearest(str(name), ImageColor.colormap)
+        raise UsageError(f"unknown colour '{name}': a name such as white or grey, or #rrggbb{hint}") from None
+    return red, green, blue
+
+
+def _in_srgb(image: Image) -> Image:
+    """Colours of an embedded profile (Adobe RGB, Display P3, a press's CMYK) as sRGB; a broken profile is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        from PIL import ImageCms
+
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():
+            return image
+        mode = "RGB" if image.mode == "CMYK" else image.mode
+        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return image
+    assert converted is not None
+    return converted
 
 
 def _grey_to_8_bit(image: Image) -> Image:
@@ -117,24 +191,46 @@ def _grey_to_8_bit(image: Image) -> Image:
 
 
 def encode_png(image: Image, provenance: dict[str, Any] | None = None) -> bytes:
-    """An image as PNG, the same bytes for the same picture and provenance.
+    """`encode` as PNG."""
+    return encode(image, "PNG", provenance)
 
-    `provenance` goes into the text chunk `diptych` as JSON with sorted keys, and into `parameters` as a line to read.
+
+def encode(image: Image, kind: str, provenance: dict[str, Any] | None = None) -> bytes:
+    """An image as PNG, WEBP (lossless) or JPEG: the same bytes for the same picture and provenance.
+
+    `provenance` is JSON with sorted keys: in a PNG the text chunk `diptych`, beside a line to read in `parameters`; in
+    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. UserError if a JPEG cannot hold that much of it.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
+    options = dict(_SAVING[kind])
     if provenance is not None:
-        dumped = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
-        # tEXt holds latin-1 only; iTXt holds any language.
-        for key, value in ((PROVENANCE, dumped), (READABLE, _readable(provenance))):
-            text.add_text(key, value) if value.isascii() else text.add_itxt(key, value)
+        options |= {"pnginfo": _png_text(provenance)} if kind == "PNG" else {"exif": _exif(provenance)}
+        if kind == "JPEG" and len(options["exif"]) > _MAX_JPEG_EXIF:
+            raise UserError("the provenance, prompt included, is too long for a JPEG; write a PNG or WebP")
     out = io.BytesIO()
     # `info` of an opened file (profiles, dpi, old text) must not leak into ours.
     plain = image.copy()
     plain.info = {}
-    plain.save(out, "PNG", pnginfo=text, compress_level=6)
+    plain.save(out, kind, **options)
     return out.getvalue()
+
+
+def _png_text(provenance: dict[str, Any]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    dumped = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
+    # tEXt holds latin-1 only; iTXt holds any language.
+    for key, value in ((PROVENANCE, dumped), (READABLE, _readable(provenance))):
+        text.add_text(key, value) if value.isascii() else text.add_itxt(key, value)
+    return text
+
+
+def _exif(provenance: dict[str, Any]) -> bytes:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + json.dumps({PROVENANCE: provenance}, sort_keys=True).encode()
+    return exif.tobytes()
 
 
 def _readable(provenance: dict[str, Any]) -> str:
@@ -150,35 +246,58 @@ def image_cell(image: Image, path: str | None = None) -> dict[str, Any]:
     return {"bytes": encode_png(image), "path": path}
 
 
+def kind_of(path: str | Path) -> str:
+    """PNG, WEBP or JPEG, by how a file's name ends. UsageError for any other."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in KINDS:
+        raise UsageError(f"{path}: pictures are written as PNG, WebP or JPEG; end the name in .png, .webp or .jpg")
+    return KINDS[suffix]
+
+
 def save_image(image: Image, path: str | Path, provenance: dict[str, Any] | None = None) -> Path:
-    """Writes a PNG with its provenance, whole or not at all; makes the folder. UserError if it cannot."""
+    """Writes a PNG, WebP or JPEG with its provenance, whole or not at all; makes the folder. UserError if it cannot."""
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: images are written as PNG; end the name in .png")
+    kind = kind_of(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be made ({error.strerror or error})") from error
-    write_atomic(path, encode_png(image, provenance))
+    write_atomic(path, encode(image, kind, provenance))
     return path
 
 
 def read_provenance(path: str | Path) -> dict[str, Any] | None:
-    """What made a PNG, or None if it does not say. UserError if it is no image."""
+    """What made a PNG, WebP or JPEG, or None if it does not say. UserError if it is no image."""
     from PIL import Image, UnidentifiedImageError
 
     data = _read(Path(path), MAX_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            text = Image.open(io.BytesIO(data)).info.get(PROVENANCE)
-        return None if text is None else json.loads(text)
+            image = Image.open(io.BytesIO(data))
+            text = image.info.get(PROVENANCE)
+            comment = None if text is not None else image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise UserError(f"{path}: not a readable image ({_short(error)})") from error
+    if text is None:
+        return _from_comment(comment)
+    try:
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: its provenance is not valid JSON") from error
+
+
+def _from_comment(comment: object) -> dict[str, Any] | None:
+    """Our provenance from an EXIF UserComment; None for anything else that people and cameras put there."""
+    if not isinstance(comment, bytes) or not comment.startswith(_ASCII):
+        return None
+    try:
+        found = json.loads(comment.removeprefix(_ASCII))
+    except ValueError:
+        return None
+    return found.get(PROVENANCE) if isinstance(found, dict) else None
 
 
 def _short(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from diptych.data.images import to_rgb
 from diptych.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -68,8 +69,17 @@ def check_panel_size(height: int, width: int, factor: int) -> None:
     unit = 2 * factor
     for name, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % unit:
-            near = max(unit, round(value / unit) * unit) if isinstance(value, (int, float)) else unit
-            raise UsageError(f"panel {name} {value!r} is not a multiple of {unit} pixels for this model; try {near}")
+            raise UsageError(
+                f"panel {name} {value!r} is not a multiple of {unit} pixels for this model; try {_near(value, unit)}"
+            )
+
+
+def _near(value: object, unit: int) -> str:
+    """The multiples of `unit` on both sides of a number, to read."""
+    if not isinstance(value, (int, float)) or not unit < value < float("inf"):
+        return str(unit)
+    below = int(value // unit) * unit
+    return str(below) if value == below else f"{below} or {below + unit}"
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -123,18 +133,10 @@ def condition_canvas(reference: torch.Tensor) -> torch.Tensor:
     return join_panels(reference, torch.full_like(reference, BLACK))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as upright 8-bit RGB: EXIF rotation applied, transparency laid over white."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # PIL clips 16-bit grey to white on conversion; keep its high byte instead.
-        image = image.convert("I").point(lambda v: v / 256, "L")
-    if "A" in image.getbands() or "transparency" in image.info:
-        over = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(over, image.convert("RGBA"))
-    return image.convert("RGB")
+def check_fit(fit: str) -> None:
+    """Raises UsageError unless `fit` is one of `FITS`."""
+    if fit not in FITS:
+        raise UsageError(f"unknown fit '{fit}': one of {', '.join(FITS)}{nearest(str(fit), FITS)}")
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:
@@ -147,8 +149,7 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") ->
     """
     from PIL import Image, ImageOps
 
-    if fit not in FITS:
-        raise UsageError(f"unknown fit '{fit}': one of {', '.join(FITS)}{nearest(str(fit), FITS)}")
+    check_fit(fit)
     image = to_rgb(image)
     if image.size == (width, height):
         return image
