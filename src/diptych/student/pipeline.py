@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from diptych.student.geometry import (
     unpack,
 )
 from diptych.student.inputs import Reference, Seed
+from diptych.student.modulation import precomputed
 from diptych.student.recall import Recall, content
 from diptych.student.rotary import rotary_once
 from diptych.student.timesteps import exact_timesteps
@@ -45,6 +46,7 @@ from diptych.student.weights import BiasSplit, student_channels
 
 if TYPE_CHECKING:
     from diptych.student.caches import StepCache
+    from diptych.student.memory import Memory
 
 log = logging.getLogger("diptych.student")
 MAX_TEXT_TOKENS = 512
@@ -83,6 +85,7 @@ class DiptychPipeline(FluxControlPipeline):
         self.speed = speed.PLAIN  # put on and taken off by `speed.apply` and `speed.remove`
         self.recall = Recall()
         self.step_cache: StepCache | None = None
+        self.memory: Memory | None = None  # a preset that was put on: it moves parts as the call goes on
         self._truncated: set[str] = set()
 
     # Sizes and texts -----------------------------------------------------------------------------------------------
@@ -104,7 +107,8 @@ class DiptychPipeline(FluxControlPipeline):
         self, prompt: list[str], prompt_2: list[str] | None = None, max_sequence_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts to (prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)); warns once of each prompt cut short."""
-        absent = [n for n in self._optional_components if getattr(self, n) is None]
+        waiting = self.memory.waiting if self.memory is not None else ()
+        absent = [n for n in self._optional_components if getattr(self, n) is None and n not in waiting]
         if absent:
             raise UserError(
                 f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: load it with a base "
@@ -114,6 +118,7 @@ class DiptychPipeline(FluxControlPipeline):
         self._warn_of_truncation(prompt_2 or prompt, length)
 
         def encode(*texts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            self._stage("text")
             with _quiet_truncation():
                 embeds, pooled, _ = self.encode_prompt(*texts, max_sequence_length=length)
             assert embeds is not None and pooled is not None
@@ -352,8 +357,16 @@ class DiptychPipeline(FluxControlPipeline):
 
         clamp = _LeftPanel(condition, x_t, canvas, self.scheduler.sigmas) if settings.clamp_left else None
         self._begin(canvas, timesteps)
+        self._stage("denoise")
+        pools = [pool for _, _, pool in branches.values()]
+        table = precomputed(self.transformer, timesteps, pools, guidance_scale, wanted=settings.modulation)
         bar: Any = self.progress_bar  # decorated in a way that hides its arguments from a type checker
-        with bar(total=len(timesteps)) as progress, exact_timesteps(self.transformer), rotary_once(self.transformer):
+        with (
+            bar(total=len(timesteps)) as progress,
+            exact_timesteps(self.transformer),
+            rotary_once(self.transformer),
+            table,
+        ):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -416,6 +429,11 @@ class DiptychPipeline(FluxControlPipeline):
         self.scheduler.set_begin_index(0)
         return timesteps  # pyright: ignore[reportReturnType]
 
+    def _stage(self, name: str) -> None:
+        """Before `text`, `denoise` and `decode`: a memory preset brings what that needs and frees the rest."""
+        if self.memory is not None:
+            self.memory.stage(name)
+
     def _settings(self, **given: Any) -> speed.Speed:
         """The pipeline's speed with what this call was given in its place."""
         return replace(self.speed, **{name: value for name, value in given.items() if value is not None})
@@ -431,6 +449,7 @@ class DiptychPipeline(FluxControlPipeline):
     ) -> tuple[Any, Any]:
         if output_type == "latent":
             return x_0, None
+        self._stage("decode")
         if decode == "right":
             left, right = split_panels(unpack(x_0, canvas.rows, canvas.columns))
             right, left = self._decode(right), self._decode(left) if return_reference else None
@@ -441,8 +460,9 @@ class DiptychPipeline(FluxControlPipeline):
 
     def save_pretrained(self, *args, **kwargs):
         """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it."""
-        stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
-        with speed.off(self):  # fused projections are no layers of a stock model
+        # Fused projections are no layers of a stock model, and weights that wait elsewhere would be left out.
+        with speed.off(self), self.memory.undone() if self.memory is not None else nullcontext():
+            stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
             stock.save_pretrained(*args, **kwargs)
 
 

@@ -1,0 +1,142 @@
+"""Weights in fewer bits, by diffusers' own quantizers, of a model that is in memory already (LoRAs are fused before).
+
+What is quantized is one rule: the linears inside the repeated blocks, but not those of the AdaLN layers. Input and
+output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and the
+quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diptych.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """`bits` per weight with its scales, `row_bytes` per output row besides, the package that does it ("": torch)."""
+
+    bits: float
+    row_bytes: int = 0
+    package: str = ""
+    devices: tuple[str, ...] = ("cuda", "cpu")
+
+
+QUANTIZATIONS = {
+    "none": Quantization(0, devices=("cuda", "cpu", "mps", "xpu")),
+    # float8_e4m3fn storage, cast to the compute dtype layer by layer (diffusers' layerwise casting).
+    "fp8": Quantization(8),
+    # One float32 scale for each output row (torchao's Int8WeightOnlyConfig).
+    "int8": Quantization(8, row_bytes=4, package="torchao"),
+    # NormalFloat4, blocks of 64, their scales in 8 bits with one float32 for 256 of them (Dettmers et al. 2023).
+    "nf4": Quantization(4 + 8 / 64 + 32 / (64 * 256), package="bitsandbytes", devices=("cuda",)),
+}
+
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
+
+
+def problem(name: str, device: str) -> str:
+    """Why quantization `name` cannot run on `device` here; empty if it can. Imports nothing heavy."""
+    kind = QUANTIZATIONS[name]
+    if device not in kind.devices:
+        return f"{name} does not run on {device} (only on {', '.join(kind.devices)})"
+    if kind.package and importlib.util.find_spec(kind.package) is None:
+        return f"{name} needs {kind.package}: pip install {kind.package}"
+    return ""
+
+
+def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linears to quantize, by name: those of a FLUX transformer's blocks or a T5's, without AdaLN and T5's `wo`.
+
+    T5 casts what it feeds `wo` to the dtype in which that weight is stored.
+    """
+    import torch
+
+    from diptych.student.modulation import adaln_layers
+
+    kept = {f"{name}.linear" for name in adaln_layers(model)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith(_BLOCKS)
+        and name not in kept
+        and not name.endswith(".wo")
+    }
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether some quantizer or `quantize` has been at it already (a GGUF file, a second call)."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "quantized_by_diptych", False))
+
+
+def quantize(model: Any, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Quantizes `model`'s `quantizable` layers in place, for computing in `dtype`; they end up on `device`.
+
+    Layer by layer, so no second copy of the model exists. UserError for an unfused LoRA.
+    """
+    import torch
+
+    if name == "none" or is_quantized(model):
+        return
+    if getattr(model, "peft_config", None):
+        raise UserError("a LoRA must be fused before its base is quantized; load with fuse=True")
+    linears = quantizable(model)
+    if name == "fp8":
+        from diffusers.hooks import apply_layerwise_casting
+
+        for linear in linears.values():
+            apply_layerwise_casting(linear, torch.float8_e4m3fn, dtype, None)  # pyright: ignore[reportArgumentType]
+        model.quantized_by_diptych = True
+        return
+
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    quantizer: Any = DiffusersAutoQuantizer.from_config(_config(name, dtype), pre_quantized=False)
+    quantizer.validate_environment()
+    tensors = {layer: dict(linear.named_parameters()) for layer, linear in linears.items()}
+    others = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in linears}
+    quantizer.preprocess_model(model=model, device_map={"": device}, keep_in_fp32_modules=[])
+    restore(model, others)
+    del linears
+    for layer in list(tensors):
+        for part, value in tensors.pop(layer).items():
+            key = f"{layer}.{part}"
+            if quantizer.check_if_quantized_param(model, value, key, {}, param_device=device):
+                quantizer.create_quantized_param(model, value.detach(), key, device, {}, [])
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
+def restore(model: torch.nn.Module, modules: dict[str, Any]) -> None:
+    """Puts modules back under their names: a quantizer replaces every linear its skip list does not name."""
+    for name, module in modules.items():
+        if model.get_submodule(name) is not module:
+            model.set_submodule(name, module)
+
+
+def _config(name: str, dtype: torch.dtype) -> Any:
+    if name == "int8":
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def quantized_bytes(name: str, shapes: Iterable[tuple[int, int]], dtype_bytes: int) -> int:
+    """Bytes of weights of these (out, in) shapes; biases are not among them."""
+    kind = QUANTIZATIONS[name]
+    if name == "none":
+        return sum(rows * columns for rows, columns in shapes) * dtype_bytes
+    return round(sum(rows * columns * kind.bits / 8 + rows * kind.row_bytes for rows, columns in shapes))
