@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -35,28 +34,28 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def student(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for `diptych.api` and notes what it is asked for."""
+    """Stands in for `diptych.api.Student` and notes what it is asked for."""
     asked: dict[str, Any] = {}
 
     class Student:
         @classmethod
-        def load(cls, model: str, base: str | None = None, device: str | None = None) -> Student:
+        def load(cls, model: str, **options: Any) -> Student:
             if model == "nope":
                 raise UsageError("unknown student model 'nope'")
-            asked.update(model=model, base=base, device=device)
+            asked.update(model=model, **options)
             return cls()
 
         def generate(self, reference: Image.Image, prompt: str, **options: Any) -> Image.Image:
             if prompt == "crash":
                 raise RuntimeError("first line\nsecond line")
+            del options["callback_on_step_end"]
             asked.update(prompt=prompt, reference=reference, **options)
             image = Image.new("RGB", (64, 48))
             image.info = {"seed": options["seed"], "prompt": prompt}
             return image
 
-    module = types.ModuleType("diptych.api")
-    module.__dict__["Student"] = Student
-    monkeypatch.setitem(sys.modules, "diptych.api", module)
+    monkeypatch.setattr("diptych.api.Student", Student)
+    monkeypatch.setattr("diptych.batch.identify", lambda loading: {})
     return asked
 
 
@@ -109,10 +108,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("paint pocket --set write.count=no", 2, "write.count"),
         ("run pocket --set task=nope", 2, "unknown task 'nope'"),
         ("generate --prompt x", 2, "missing option '--reference'"),
-        ("generate --reference {picture} --prompt x --out x.jpg", 2, "end the name in .png"),
-        ("generate --reference {picture} --prompt x --size big", 2, "--size big"),
-        ("generate --reference {picture} --prompt x --size 64x64x64", 2, "--size 64x64x64"),
-        ("generate --reference {picture} --prompt x --size 0", 2, "--size 0"),
+        ("generate --reference {picture}", 2, "missing option '--prompt'"),
+        ("generate --reference {picture} --prompt x --out x.gif", 2, "end the name in .png"),
+        ("generate --reference {picture} --prompt x --preview x.gif", 2, "end the name in .png"),
+        ("generate --reference {picture} --prompt x --prompt y", 2, "2 pictures need a folder"),
+        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "one file for 2 pictures"),
+        ("generate --reference {picture} --prompt x --fit croop", 2, "did you mean 'crop'"),
+        ("generate --reference {picture} --prompt x --background blu", 2, "did you mean 'blue'"),
+        ("generate --batch nope.jsonl --out x", 1, "nope.jsonl: cannot be read"),
+        ("generate --batch {picture} --out x", 2, "not a text file"),
+        ("generate --reference {picture} --prompt x --size big", 2, "size big"),
+        ("generate --reference {picture} --prompt x --size 64x64x64", 2, "size 64x64x64"),
+        ("generate --reference {picture} --prompt x --size 0", 2, "size 0"),
         ("generate --reference {picture} --prompt x --seed -1", 2, "--seed"),
         ("generate --reference {picture} --prompt x --model nope", 2, "unknown student model"),
         ("generate --reference nope.png --prompt x", 1, "nope.png: no such file"),
@@ -151,16 +158,46 @@ def test_generate_passes_on_what_was_said_and_nothing_else(
     code, stdout, _ = call(capsys, *args)
     assert (code, stdout) == (0, f"{out}\n")
     assert student.pop("reference").size == (64, 64)
-    assert student == {"model": "pocket", "base": None, "device": None, "prompt": "a cat", "seed": 7}
-    assert read_provenance(out) == {"seed": 7, "prompt": "a cat", "reference_file": "reference.png"}
+    assert student == {
+        **{"model": "pocket", "base": None, "device": None, "parallel": False, "progress_bar": False},
+        **{"prompt": "a cat", "seed": 7},
+    }
+    provenance = read_provenance(out)
+    assert provenance is not None and len(provenance.pop("request")) == len(provenance.pop("reference_sha256")) == 64
+    assert provenance == {"seed": 7, "prompt": "a cat", "reference_file": "reference.png"}
     more = (
-        "--steps 5 --guidance 3 --image-guidance 1.5 --text-guidance 2 --size 64x48 --fit pad --base b --model m --json"
+        "--steps 5 --guidance 3 --image-guidance 1.5 --text-guidance 2 --size 64x48 --fit pad --base b --model m "
+        "--json --negative-prompt dog --background black"
     )
     code, stdout, err = call(capsys, *args, *more.split())
     assert code == 0 and err == ""
     assert json.loads(stdout)["out"] == str(out)
     assert (student["steps"], student["image_guidance"], student["size"], student["fit"]) == (5, 1.5, (64, 48), "pad")
     assert (student["guidance"], student["text_guidance"], student["base"]) == (3.0, 2.0, "b")
+    assert (student["negative_prompt"], student["background"]) == ("dog", "black")
+
+
+def test_many_pictures_are_drawn_once_and_failures_are_the_exit_code(
+    capsys: pytest.CaptureFixture[str], student: dict[str, Any], picture: Path, tmp_path: Path
+) -> None:
+    out, broken = tmp_path / "out", tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    args = ["generate", "--prompt", "a cat", "--prompt", "a dog", "--seed", "1", "--seed", "2", "--out", str(out)]
+    code, stdout, err = call(capsys, *args, "--reference", str(picture))
+    assert (code, "4 drawn" in err) == (0, True)
+    assert sorted(stdout.split()) == sorted(str(path) for path in out.iterdir())
+    code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken))
+    assert (code, stdout) == (1, "")
+    assert "0 drawn, 4 there already, 4 failed" in err and "4 of 8 pictures failed" in err
+    code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken), "--json")
+    told = json.loads(stdout)
+    assert (code, len(told["skipped"]), len(told["failed"]), told["pictures"]) == (1, 4, 4, [])
+    assert [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] == told["failed"]
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "diptych", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("diptych ")
 
 
 def test_debug_shows_the_traceback(

@@ -12,24 +12,29 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from diptych.student.geometry import Canvas
     from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.preview import Show
 
     Reference = Image.Image | str | Path | None
 
 log = logging.getLogger("diptych.api")
 HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
+MAX_STEPS = 1000
 _T = TypeVar("_T")
 
 
@@ -51,6 +56,7 @@ class Student:
         self.sampling = sampling or dict(SAMPLING)  # the model's own settings, for what `generate` is not told
         self.words = words  # what a small model can read; None: no such limit
         self._said: set[str] = set()
+        self._projection: torch.Tensor | None = None  # for previews; fitted when one is first asked for
 
     @classmethod
     def load(
@@ -63,16 +69,32 @@ class Student:
         lora: Loras = (),
         released_lora: bool = True,
         fuse: bool = True,
+        parallel: bool = False,
+        progress_bar: bool = True,
     ) -> Student:
-        """Opens `pocket`, a folder, or a hub name; the arguments are those of `diptych.student.load`.
+        """Opens `pocket`, a folder, or a hub name; the arguments are those of `diptych.student.load`, and these:
+
+        Args:
+            parallel: draw each picture on all GPUs that `torchrun` started processes for; see `student.parallel`.
+            progress_bar: show the bars of diffusers and transformers, while loading and drawing.
 
         LoRAs are fused by default: the picture is the same to float rounding, and drawn faster.
         Raises UserError, UsageError: one line that says what is missing, damaged or unknown, and what to do.
         """
+        from diptych.console import quiet_bars
         from diptych.student import load
+        from diptych.student import parallel as gpus
         from diptych.student.loading import read_sampling, read_words
 
-        pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
+        _check_device(device)
+        if parallel:
+            device = gpus.join(device)
+        with nullcontext() if progress_bar else quiet_bars():
+            pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
+        if parallel:
+            gpus.split(pipeline)
+        if not progress_bar:
+            pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, str(model), words=read_words(pipeline), sampling=read_sampling(pipeline))
 
     def generate(
@@ -88,7 +110,12 @@ class Student:
         negative_prompt: str | None = None,
         size: int | tuple[int, int] | None = None,
         fit: str = "crop",
+        background: str = "white",
         batch_size: int = 1,
+        on_preview: Show | None = None,
+        preview_every: int = 1,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """Draws the reference's subject as the prompt asks; one picture, or a list if any argument is a list.
 
@@ -104,9 +131,15 @@ class Student:
             image_guidance, text_guidance: true guidance, 1 is off; see `student.pipeline`. Up to three times the work.
                 None, for each of these four: the model's own setting (`sampling.json` in its folder), else the
                 released code's (28, 3.5, 1, 1).
-            size: side of the square picture, or (width, height), in pixels; default the model's own.
+            negative_prompt: what the picture should not show; it acts only where true guidance is on.
+            size: side of the square picture, or (width, height), in pixels, multiples of 2 × the VAE factor; default
+                the model's own.
             fit: how the reference meets that size: crop, pad or contain.
+            background: the colour that a reference's transparent parts are laid over: a name or `#rrggbb`.
             batch_size: pictures drawn together.
+            on_preview: called as `on_preview(done, steps, images)` with small previews of the batch that is being
+                drawn, every `preview_every` steps; see `student.preview`. It changes nothing.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: diffusers', called after every step of a batch.
 
         Returns:
             An RGB image, or a list of them; `image.info` says what made each (model, prompt, seed, options, versions).
@@ -115,45 +148,54 @@ class Student:
             UsageError for arguments that do not fit, UserError for a reference that cannot be read.
         """
         listed = [isinstance(x, (list, tuple)) for x in (reference, prompt, seed)]
-        references = [self._open(r) for r in _as_list(reference)]
         prompts, seeds = _as_list(prompt), _as_list(seed)
-        width, height = self._size(size)
-        if batch_size < 1:
-            raise UsageError(f"batch_size is at least 1, not {batch_size}")
+        asked = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "text_guidance": text_guidance}
+        check_options({**asked, "negative_prompt": negative_prompt, "size": size, "fit": fit, "background": background})
         for text in prompts:
-            if not isinstance(text, str) or not text.strip():
-                raise UsageError("the prompt is empty; say what the new picture shows")
+            check_prompt(text)
             self._warn_of_words(text)
         for number in seeds:
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
-                raise UsageError(f"seed {number!r} is not a whole number from 0 to 2^63 - 1")
-        asked = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "text_guidance": text_guidance}
+            check_seed(number)
+        if batch_size < 1:
+            raise UsageError(f"batch_size is at least 1, not {batch_size}")
+        canvas = self._canvas(size)
+        references = [self._open(r, background) for r in _as_list(reference)]
         sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
-        settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit}
+        if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
+            log.warning("the negative prompt does nothing unless image or text guidance is above 1")
+        settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
+        callbacks = _Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if on_preview is not None:
+            callbacks.before(self._preview(on_preview, canvas, preview_every))
         images: list[Image.Image] = []
         # One PIL object per reference, so that the pipeline can tell a repeated one.
         jobs = list(itertools.product(references, prompts, seeds))
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            drawn = self.pipeline(
-                # A model with a word list was taught lower-case words alone.
-                prompt=[text if self.words is None else text.lower() for _, text, _ in batch],
-                reference=[picture for picture, _, _ in batch],
-                generator=[number for _, _, number in batch],
-                height=height,
-                width=width,
-                num_inference_steps=int(sampling["steps"]),
-                guidance_scale=sampling["guidance"],
-                image_guidance_scale=sampling["image_guidance"],
-                text_guidance_scale=sampling["text_guidance"],
-                negative_prompt=negative_prompt,
-                fit=fit,
-            )
+            with _memory_said(canvas, len(batch)):
+                drawn = self.pipeline(
+                    prompt=[self._read(text) for _, text, _ in batch],
+                    reference=[picture for picture, _, _ in batch],
+                    generator=[number for _, _, number in batch],
+                    height=canvas.panel_height,
+                    width=canvas.panel_width,
+                    num_inference_steps=int(sampling["steps"]),
+                    guidance_scale=sampling["guidance"],
+                    image_guidance_scale=sampling["image_guidance"],
+                    text_guidance_scale=sampling["text_guidance"],
+                    negative_prompt=None if negative_prompt is None else self._read(negative_prompt),
+                    fit=fit,
+                    **callbacks.arguments(),
+                )
             assert not isinstance(drawn, tuple)
             for image, (_, text, number) in zip(drawn.images, batch, strict=True):
                 image.info = {"prompt": text, "seed": number, **settings, **self._provenance(image)}
                 images.append(image)
         return images if any(listed) else images[0]
+
+    def _read(self, text: str) -> str:
+        """A text as the model reads it: one with a word list was taught lower-case words alone."""
+        return text if self.words is None else text.lower()
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text` that this model was never taught, in order, each once; empty if it has no word list."""
@@ -168,22 +210,36 @@ class Student:
             self._said.update(unknown)
             log.warning("the model does not know %s; the picture will not show it", ", ".join(map(repr, unknown)))
 
-    def _open(self, reference: Reference) -> Image.Image | None:
+    def _open(self, reference: Reference, background: str) -> Image.Image | None:
         from PIL import Image
 
-        if reference is None or isinstance(reference, Image.Image):
-            return reference
+        from diptych.data.images import open_image, to_rgb
+
+        if reference is None:
+            return None
+        if isinstance(reference, Image.Image):
+            return to_rgb(reference, background)
         if not isinstance(reference, (str, Path)):
             raise UsageError(f"a reference is a PIL image, an image file or None, not {type(reference).__name__}")
-        from diptych.data.images import open_image
+        return open_image(reference, background=background)
 
-        return open_image(reference)
+    def _canvas(self, size: int | tuple[int, int] | None) -> Canvas:
+        from diptych.student.geometry import Canvas
+        from diptych.student.parallel import check
 
-    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
             size = self.pipeline.default_panel_size
         width, height = (size, size) if isinstance(size, int) else size
-        return width, height
+        canvas = Canvas(height, width, self.pipeline.vae_scale_factor)
+        check(self.pipeline, canvas)
+        return canvas
+
+    def _preview(self, show: Show, canvas: Canvas, every: int) -> Callable[..., dict[str, Any]]:
+        from diptych.student.preview import Preview, fit_projection
+
+        if self._projection is None:
+            self._projection = fit_projection(self.pipeline)
+        return Preview(show, canvas, self._projection, every)
 
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
         import diffusers
@@ -202,6 +258,100 @@ class Student:
             "device": self.pipeline.device.type,
             "versions": {"diptych": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
+
+
+class _Callbacks:
+    """Several `callback_on_step_end`s as the one that diffusers takes."""
+
+    def __init__(self, given: Callable[..., dict[str, Any] | None] | None, inputs: Sequence[str]) -> None:
+        self.each = [given] if given is not None else []
+        self.inputs = tuple(inputs)
+
+    def before(self, callback: Callable[..., dict[str, Any] | None]) -> None:
+        """Adds one that sees the latents first, and changes nothing."""
+        self.each.insert(0, callback)
+        self.inputs = (*self.inputs, *({"latents"} - set(self.inputs)))
+
+    def arguments(self) -> dict[str, Any]:
+        if not self.each:
+            return {}
+        return {"callback_on_step_end": self._call, "callback_on_step_end_tensor_inputs": list(self.inputs)}
+
+    def _call(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        changed: dict[str, Any] = {}
+        for callback in self.each:
+            changed |= callback(pipe, step, timestep, tensors | changed) or {}
+        return changed
+
+
+def check_prompt(text: object) -> None:
+    """UsageError unless it is a text that says something."""
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError("the prompt is empty; say what the new picture shows")
+
+
+def check_seed(number: object) -> None:
+    """UsageError unless it is a whole number that a generator takes."""
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+        raise UsageError(f"seed {number!r} is not a whole number from 0 to 2^63 - 1")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """UsageError for options of `Student.generate` that no model could take; None is always fine. Needs no model."""
+    from diptych.data.images import colour
+
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "steps" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_STEPS):
+            raise UsageError(f"steps {value!r} is not a whole number of at least 1 and at most {MAX_STEPS}")
+        if name.endswith("guidance") and not (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        ):
+            raise UsageError(f"{name} {value!r} is not a number of at least 0")
+        if name == "negative_prompt" and not isinstance(value, str):
+            raise UsageError(f"a negative prompt is a text, not {type(value).__name__}")
+        if name == "size":
+            sides = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+            if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+                raise UsageError(f"size {value!r}: give pixels, one number or (width, height)")
+        if name == "fit":
+            from diptych.student.geometry import check_fit
+
+            check_fit(value)
+        if name == "background":
+            colour(value)
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """UsageError for an accelerator that this machine does not have, before a model is read for it."""
+    import torch
+
+    from diptych.student.loading import pick_device
+
+    kind = pick_device(device).type
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind in there and not there[kind]():
+        raise UsageError(
+            f"device '{device}': this machine, or this installation of torch, has none; leave the device out"
+        )
+
+
+@contextmanager
+def _memory_said(canvas: Canvas, count: int) -> Iterator[None]:
+    """Says what to do when memory runs out."""
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        what = f"{count} pictures" if count > 1 else "a picture"
+        less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
+        raise UserError(
+            f"memory ran out drawing {what} of {canvas.panel_width}×{canvas.panel_height}; ask for {less}"
+        ) from error
 
 
 def _bytes(folder: Path) -> int:

@@ -123,18 +123,38 @@ def evaluate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: 
     'moon" --out cat.png --seed 1',
 )
 def generate(
-    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="The picture of your subject.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What the new picture shows, the whole of it.")],
+    reference: Annotated[
+        list[str] | None,
+        typer.Option("--reference", metavar="IMAGE|DIR", help="The picture of your subject, or a folder. Repeatable."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What the new picture shows, the whole of it. Repeatable.")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch", metavar="FILE", help="JSONL: one object a line, with reference, prompt, seed, options."
+        ),
+    ] = None,
     model: Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")] = (
         "pocket"
     ),
     base: Annotated[
         str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
     ] = None,
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="A .png file; replaced if it is there.")] = (
-        "diptych.png"
-    ),
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same picture.")] = 0,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="A .png, .webp or .jpg file, replaced if it is there [default: diptych.png]. For several pictures a "
+            "folder, or names with {reference}, {prompt}, {seed}, {row}; what is there already is kept.",
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=0, help="The same seed gives the same picture. Repeatable [default: 0]."),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps.")] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", min=0, help="Distilled guidance, for models that have it.")
@@ -145,58 +165,97 @@ def generate(
     text_guidance: Annotated[
         float | None, typer.Option("--text-guidance", min=0, help="Strength of the prompt; 1 is off.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What not to show; needs image or text guidance above 1.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of the picture [default: the model's].")
     ] = None,
     fit: Annotated[
         str | None, typer.Option("--fit", help="How the reference meets the size: crop, pad or contain.")
     ] = None,
+    background: Annotated[
+        str | None, typer.Option("--background", help="Colour under a transparent reference [default: white].")
+    ] = None,
+    preview: Annotated[
+        str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw your subject in a new scene: one picture from one reference and a prompt."""
+    """Draw your subject in new scenes: every reference with every prompt with every seed.
+
+    Run again, it draws only what is missing; a picture that fails is named in DIR/failed.jsonl, and the rest goes on.
+    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together.
+    """
+    from diptych import batch as batches
     from diptych.console import Display
-    from diptych.data.images import open_image, save_image
+    from diptych.data.images import kind_of
+    from diptych.student import parallel
 
     started = time.monotonic()
-    if Path(out).suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: pictures are written as PNG; end the name in .png")
-    if not prompt.strip():
+    if batch is None and not (reference and prompt):
+        raise UsageError(f"missing option '--{'prompt' if reference else 'reference'}' (or --batch FILE)")
+    if any(not text.strip() for text in prompt or ()):
         raise UsageError("--prompt is empty; say what the new picture shows")
-    wanted: dict[str, Any] = {
+    if out == "":
+        raise UsageError("--out is empty; name a file or a folder")
+    if preview is not None:
+        kind_of(preview)
+    asked: dict[str, Any] = {
+        "reference": reference or None,
+        "prompt": prompt or None,
+        "seed": seed or None,
         "steps": steps,
         "guidance": guidance,
         "image_guidance": image_guidance,
         "text_guidance": text_guidance,
-        "size": parse_size(size),
+        "negative_prompt": negative_prompt,
+        "size": size,
         "fit": fit,
+        "background": background,
     }
-    # Before anything is loaded: a picture that cannot be read should cost no waiting.
-    picture = open_image(reference)
-    display = Display(quiet=as_json)
-    display.say(f"loading {model}")
-    from diptych.api import Student
+    plan = batches.plan(asked, batch, out)
+    loading: dict[str, Any] = {"model": model, "base": base, "device": device}
+    several = parallel.processes() > 1
+    display = Display(quiet=as_json or not parallel.is_first())
 
-    student = Student.load(model, base=base, device=device)
-    image = student.generate(picture, prompt, seed=seed, **{k: v for k, v in wanted.items() if v is not None})
-    provenance = {**image.info, "reference_file": Path(reference).name}
-    path = save_image(image, out, provenance)
-    seconds = round(time.monotonic() - started, 2)
+    def load() -> Any:
+        display.say(f"loading {model}")
+        from diptych.api import Student
+
+        return Student.load(**loading, parallel=several, progress_bar=False)
+
+    try:
+        outcome = batches.draw(
+            plan, loading, load, display, writes=parallel.is_first(), preview=Path(preview) if preview else None
+        )
+    finally:
+        if several:
+            parallel.leave()
+    if parallel.is_first():
+        _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
+
+
+def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
+    """What `generate` has to say at its end: the files on stdout, the counts on stderr, failures as its exit code."""
+    from diptych.batch import FAILED, counted
+
+    drawn = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
     if as_json:
-        print(json.dumps({"out": str(path), "seconds": seconds, "provenance": provenance}, default=str))
+        skipped = [str(path) for path in outcome.skipped]
+        several = {"pictures": drawn, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
+        told = several if plan.folder is not None else {**drawn[0], "seconds": seconds}
+        print(json.dumps(told, default=str, ensure_ascii=False))
     else:
-        display.say(f"{image.width}×{image.height}, {seconds:.1f} s")
-        print(path)
-
-
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """`"64"` as 64, `"512x768"` as (512, 768), width first."""
-    if text is None:
-        return None
-    parts = text.lower().replace("×", "x").split("x")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--size {text}: give pixels, for instance 512 or 512x768")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+        for picture in drawn:
+            print(picture["out"])
+        display.say(f"{counted(outcome)}, {seconds:.1f} s")
+    if outcome.failed:
+        raise UserError(
+            f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
+            "the same command tries them again"
+        )
 
 
 @app.command("doctor", epilog="Example: diptych doctor --json")

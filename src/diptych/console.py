@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,3 +113,21 @@ class Display:
             self.say(f"{name:<9} " + " · ".join(part for part in parts if part))
 
         return report
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keeps the loading bars of diffusers and transformers off the terminal; downloads still show theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    with ExitStack() as stack:
+        downloads_shown = not are_progress_bars_disabled()
+        for library in (of_diffusers, of_transformers):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+        if downloads_shown:
+            enable_progress_bars()  # transformers' switch turns these off as well
+        yield

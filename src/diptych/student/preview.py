@@ -1,0 +1,83 @@
+"""Live previews: what a picture is becoming, from the latents alone, at almost no cost.
+
+Flow matching's clean latents follow from two consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last
+step, x_0 = x_s − σ_s·v. A linear map takes their C channels to RGB. It is fitted once, by least squares, to what the
+model's own VAE makes of soft random colours; a preview then costs one small matrix product, and no decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from diptych.student.geometry import Canvas, split_panels, unpack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diptych.student.pipeline import DiptychPipeline
+
+Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
+FIT_PICTURES = 16
+FIT_LATENTS = 16  # side of a fitting picture, in latents
+
+
+def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
+    """(C + 1, 3): scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Least squares, seeded."""
+    factor, side = pipe.vae_scale_factor, FIT_LATENTS
+    generator = torch.Generator("cpu").manual_seed(0)
+    corners = 2 * torch.rand(FIT_PICTURES, 3, 4, 4, generator=generator) - 1
+    pixels = F.interpolate(corners, (factor * side, factor * side), mode="bilinear", align_corners=True)
+    latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
+    colours = F.avg_pool2d(pixels, factor).movedim(1, -1).reshape(-1, 3)
+    return torch.linalg.lstsq(_with_one(latents).reshape(-1, latents.shape[1] + 1), colours).solution
+
+
+class Preview:
+    """A `callback_on_step_end` of diffusers' kind that shows the target panels; it changes nothing.
+
+    Calls `show(done, steps, images)` after every `every`th step from the second on (one step alone does not say where
+    it leads) and after the last. `projection` is `fit_projection`'s. Only for schedulers that have `sigmas` (FLUX's).
+    """
+
+    def __init__(self, show: Show, canvas: Canvas, projection: torch.Tensor, every: int = 1) -> None:
+        self.show = show
+        self.canvas = canvas
+        self.projection = projection
+        self.every = max(1, every)
+        self._before: torch.Tensor | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        x_s: torch.Tensor = tensors["latents"].detach().float()
+        done, steps = step + 1, pipe.num_timesteps
+        last = done == steps
+        if last or (self._before is not None and done % self.every == 0):
+            self.show(done, steps, self.images(self._clean(x_s, pipe.scheduler.sigmas, step)))
+        self._before = None if last else x_s
+        return {}
+
+    def _clean(self, x_s: torch.Tensor, sigmas: torch.Tensor, step: int) -> torch.Tensor:
+        """x_0 (B, tokens, 4C) as the step from σ_t = sigmas[step] to σ_s = sigmas[step + 1] implies it."""
+        if self._before is None:
+            return x_s
+        sigma_t, sigma_s = (float(sigma) for sigma in sigmas[step : step + 2])
+        return x_s - sigma_s * (x_s - self._before) / (sigma_s - sigma_t)
+
+    def images(self, tokens: torch.Tensor) -> list[Image]:
+        """Target panels of canvas tokens (B, tokens, 4C), enlarged to the panel's size."""
+        from PIL import Image
+
+        latents = unpack(tokens.cpu(), self.canvas.rows, self.canvas.columns)
+        pixels = _with_one(split_panels(latents)[1]) @ self.projection
+        arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        size = (self.canvas.panel_width, self.canvas.panel_height)
+        return [Image.fromarray(array).resize(size, Image.Resampling.BILINEAR) for array in arrays]
+
+
+def _with_one(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) to (B, h, w, C + 1), the last a constant 1."""
+    last = latents.movedim(1, -1)
+    return torch.cat([last, torch.ones_like(last[..., :1])], dim=-1)
