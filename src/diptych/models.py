@@ -56,6 +56,19 @@ def resolve(name: str, role: str) -> Path:
     return path
 
 
+def with_scale(text: str) -> tuple[Path, float]:
+    """A LoRA as one writes it, `PATH` or `PATH:SCALE`, as (path, scale); UsageError for a scale that is no number."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError as error:
+        raise UsageError(
+            f"--lora {text}: there is no such file, and after the last colon comes a scale, for instance {path}:0.8"
+        ) from error
+
+
 def _download(name: str, role: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diptych import student
 from diptych.student import files
+from diptych.student.convert import convert
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-5}
@@ -61,7 +62,8 @@ def test_batched_guidance_gives_the_same(released, golden):
 
 def test_fused_lora_and_folded_folder_give_the_same(golden, tmp_path):
     """The other ways in: folded on disk, folder spelt `transformers`, LoRA by hand and fused, saved and reopened."""
-    files.fold_folder(GOLDEN / "dsd_model" / "transformer", tmp_path / "folded" / "transformers")
+    convert(GOLDEN / "dsd_model" / "transformer", tmp_path / "folded", "folded")
+    (tmp_path / "folded" / "transformer").rename(tmp_path / "folded" / "transformers")
     lora = GOLDEN / "dsd_model" / "pytorch_lora_weights.safetensors"
     pipe = student.load(tmp_path / "folded", GOLDEN / "base", device="cpu", lora=lora, fuse=True)
     student.save(pipe, tmp_path / "saved")

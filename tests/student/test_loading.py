@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diptych import student
 from diptych.errors import UsageError, UserError
 from diptych.student import files
+from diptych.student.convert import convert
 from diptych.student.loading import pick_dtype, read_words
 from diptych.student.lora import apply_lora
 
@@ -54,9 +55,9 @@ def test_stock_pipeline_opens_a_saved_student_and_computes_the_same(pipe, tmp_pa
 def test_a_saved_released_student_keeps_its_bias_split(tmp_path):
     pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu", released_lora=False)
     student.save(pipe, tmp_path / "saved")
-    files.unfold_folder(tmp_path / "saved" / "transformer", tmp_path / "released")
+    convert(tmp_path / "saved", tmp_path / "released", "released")
     before = files.read_state(GOLDEN / "dsd_model" / "transformer")
-    after = files.read_state(tmp_path / "released")
+    after = files.read_state(tmp_path / "released" / "transformer")
     assert all(torch.equal(before[key], after[key]) for key in after)
 
 

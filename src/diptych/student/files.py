@@ -1,13 +1,17 @@
-"""A student's transformer on disk: reading either layout whole or not at all, writing, and converting between them.
+"""A student's transformer on disk: reading either layout whole or not at all, and writing.
 
-A folder holds `config.json` and safetensors, in one file or in shards with an index. What is missing, cut short or of
-another family is a UserError that names the file, before any model is built.
+A folder holds `config.json` and safetensors, in one file or in shards with an index; a single file holds both in one.
+What is missing, cut short or of another family is a UserError that names the file, before any model is built.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,13 @@ import torch
 
 from diptych.errors import UserError
 from diptych.student import weights
-from diptych.student.weights import BiasSplit
+from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
+from diptych.student.weights import INPUT_LAYERS, BiasSplit, Folded
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SPLIT_FILE = "released_biases.safetensors"
+HEADER_KEY = "diptych"  # in a single file's metadata: JSON with its `config` and, if there is one, its bias `split`
+_SPLIT_KEYS = ("x_embedder.bias", "c_embedder.bias")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -48,41 +55,58 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of one safetensors file; UserError if it is missing, truncated or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing; is the folder complete?")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({error}); "
-            "it was probably cut short while being copied: fetch it again"
-        ) from error
+    return {key: tensor.read() for key, tensor in open_safetensors(path)[0].items()}
 
 
-def read_state(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a transformer folder, from one file or from its index's shards, cast to `dtype` if given."""
-    state = _read_shards(folder)
-    if dtype is None:
-        return state
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-
-
-def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
+def open_state(folder: Path) -> dict[str, Stored]:
+    """All tensors of a transformer folder, unread, from one file or from its index's shards."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         if not (folder / WEIGHTS_FILE).is_file() and list(folder.glob("*.bin")):
             raise UserError(f"{folder} holds only pickled weights (*.bin), never opened here; convert to safetensors")
-        return read_tensors(folder / WEIGHTS_FILE)
+        return open_safetensors(folder / WEIGHTS_FILE)[0]
     places = read_json(index).get("weight_map", {})
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
-        state.update(read_tensors(folder / name))
+        state.update(open_safetensors(folder / name)[0])
     if absent := sorted(places.keys() - state.keys()):
         raise UserError(f"the shards of {index} lack {weights.some(absent)}; fetch them again")
     return state
+
+
+def read_state(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a transformer folder, cast to `dtype` if given."""
+    return {key: tensor.to(dtype).read() for key, tensor in open_state(folder).items()}
+
+
+def is_released(keys: Iterable[str]) -> bool:
+    """Whether these are keys of the released layout: there is a `c_embedder`."""
+    return any(key.startswith("c_embedder.") for key in keys)
+
+
+def fold_stored(state: Mapping[str, Stored], config: Mapping[str, Any], split: BiasSplit | None, where: str) -> Folded:
+    """A student of either layout, folded, its tensors `Stored`; UserError for keys that do not fit or no student."""
+    if is_released(state):
+        # Only the input layers are read: they change. All else stays on disk.
+        mixed = {k: t.read() if k.rpartition(".")[0] in INPUT_LAYERS else t for k, t in state.items()}
+        folded = weights.fold(mixed, config, where=where)
+        stored = {k: t if isinstance(t, Stored) else held(t) for k, t in folded.state_dict.items()}
+        return Folded(folded.config, stored, folded.split, folded.adapters)
+    weights.student_channels(config, where)
+    stock = weights.stock_config(config)
+    weights.check_keys(state, weights.shapes_of(stock), where)
+    return Folded(stock, dict(state), split)
+
+
+def read_student(folder: Path, dtype: torch.dtype | None = None) -> Folded:
+    """A student's weights from a transformer folder of either layout, folded and read, cast to `dtype` if given.
+
+    Cast before folding: bx + bc is then summed in that type.
+    """
+    state = {key: tensor.to(dtype) for key, tensor in open_state(folder).items()}
+    folded = fold_stored(state, read_config(folder), read_split(folder), str(folder))
+    read = {key: tensor.read() for key, tensor in folded.state_dict.items()}
+    return Folded(folded.config, read, folded.split, folded.adapters)
 
 
 def read_split(folder: Path) -> BiasSplit | None:
@@ -91,58 +115,83 @@ def read_split(folder: Path) -> BiasSplit | None:
     if not path.is_file():
         return None
     parts = read_tensors(path)
-    if absent := [key for key in ("x_embedder.bias", "c_embedder.bias") if key not in parts]:
+    if absent := [key for key in _SPLIT_KEYS if key not in parts]:
         raise UserError(f"{path} lacks {', '.join(absent)}; delete it: only unfolding to the released layout uses it")
-    return BiasSplit(x=parts["x_embedder.bias"], c=parts["c_embedder.bias"])
+    return BiasSplit(*(parts[key] for key in _SPLIT_KEYS))
 
 
 def write_split(split: BiasSplit, folder: Path) -> None:
     """Keeps the bias split beside folded weights in `folder`."""
-    from safetensors.torch import save_file
-
-    save_file({"x_embedder.bias": split.x.contiguous(), "c_embedder.bias": split.c.contiguous()}, folder / SPLIT_FILE)
-
-
-def is_released(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are weights of the released layout: they have a `c_embedder`."""
-    return any(key.startswith("c_embedder.") for key in state_dict)
+    parts = dict(zip(_SPLIT_KEYS, map(held, (split.x, split.c)), strict=True))
+    write_safetensors(folder / SPLIT_FILE, parts)
 
 
-def read_student(folder: Path, dtype: torch.dtype | None = None) -> weights.Folded:
-    """A student's weights from a transformer folder of either layout, folded, cast to `dtype` if given."""
-    config = read_config(folder)
-    state = read_state(folder, dtype)  # cast before folding: bx + bc is then summed in the wider type
-    if is_released(state):
-        return weights.fold(state, config, where=str(folder))
-    weights.student_channels(config, str(folder))
-    weights.check_keys(state, weights.shapes_of(weights.stock_config(config)), str(folder))
-    return weights.Folded(weights.stock_config(config), state, read_split(folder))
+def header_of(config: Mapping[str, Any], split: BiasSplit | None) -> dict[str, str]:
+    """A single file's metadata: its config and its bias split."""
+    value: dict[str, Any] = {"config": dict(config)}
+    if split is not None:
+        dtype = str(split.x.dtype).removeprefix("torch.")
+        value["split"] = {"dtype": dtype, **{key: _text(part) for key, part in (("x", split.x), ("c", split.c))}}
+    return {HEADER_KEY: json.dumps(value, sort_keys=True)}
 
 
-def fold_folder(released: Path, folder: Path) -> weights.Folded:
-    """Converts a released transformer folder to a folded one, with its bias split; dtype and bits are kept."""
-    state = read_state(released)
-    if not is_released(state):
-        raise UserError(f"{released} has no c_embedder: it is not of the released layout; nothing to fold")
-    folded = weights.fold(state, read_config(released), where=str(released))
-    assert folded.split is not None
-    write_transformer(folder, folded.state_dict, {"_class_name": "FluxTransformer2DModel", **folded.config})
-    write_split(folded.split, folder)
-    return folded
+def read_header(metadata: Mapping[str, str]) -> tuple[dict[str, Any], BiasSplit | None]:
+    """(config, split) from a single file's metadata; an empty config if diptych did not write the file."""
+    try:
+        value = json.loads(metadata.get(HEADER_KEY, "{}"))
+        config, split = value.get("config", {}), value.get("split")
+        if split is None:
+            return config, None
+        dtype = getattr(torch, split["dtype"])
+        parts = (torch.frombuffer(bytearray(base64.b64decode(split[key])), dtype=dtype) for key in ("x", "c"))
+        return config, BiasSplit(*parts)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the file's '{HEADER_KEY}' metadata is damaged ({error}); convert the weights again"
+        ) from error
 
 
-def unfold_folder(folded: Path, folder: Path) -> None:
-    """Converts a folded transformer folder to the released layout; bit-equal to the released one if it came from it."""
-    state, config = weights.unfold(read_state(folded), read_config(folded), read_split(folded))
-    write_transformer(folder, state, config)
+def _text(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode()
 
 
-def write_transformer(folder: Path, state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Writes `config.json` and one safetensors file; the weights last and by renaming, so a cut save shows."""
-    from safetensors.torch import save_file
-
+def write_transformer(
+    folder: Path,
+    state: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes `config.json` and one safetensors file, tensor by tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", "utf8")
-    partial = folder / f"{WEIGHTS_FILE}.tmp"
-    save_file({k: v.contiguous() for k, v in state_dict.items()}, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS_FILE)
+    write_safetensors(folder / WEIGHTS_FILE, state, report=report)
+
+
+def check_free(target: Path, overwrite: bool, how: str) -> None:
+    """UserError if something lies at `target` already that is not an empty folder; `how` says how to replace it."""
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; choose another name or {how}")
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`, which takes its place when the block ends well; else `target` is untouched.
+
+    The block makes a folder or a file of it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    partial = around / target.name
+    try:
+        yield partial
+        old = around / "old"
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(around, ignore_errors=True)

@@ -9,11 +9,12 @@ layer its input side is padded with zero columns: exact. One on `c_embedder` has
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
-from diptych.student.files import read_tensors
+from diptych.student.tensors import open_safetensors
 from diptych.student.weights import some
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from diffusers import FluxControlPipeline
 
 RELEASED_LORA = "pytorch_lora_weights.safetensors"
+INPUT = "x_embedder"
+Widths = Callable[[str], "tuple[int, int] | None"]  # `component.layer` of a linear: its (in, out) features, or None
+_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
 
 
 def apply_lora(
@@ -29,15 +33,12 @@ def apply_lora(
     """Loads one LoRA file onto `pipe` and returns its adapter name.
 
     `fuse` adds it into the weights and removes the adapter layers: faster, and needed before quantizing or saving.
+    Weights that are quantized already cannot take it; there the adapter stays beside them, which computes the same.
     Raises UserError, naming the keys, when any of them finds no layer.
     """
     path = lora_file(Path(path))
-    read_tensors(path)  # says what is wrong with a damaged file; the reader below would go on to look for a pickle
-    # From the file, not from its tensors: the header may hold ranks and alphas.
-    state, alphas, metadata = pipe.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True, return_alphas=True, return_lora_metadata=True
-    )
-    _check(pipe, state, path)
+    state, alphas, metadata = read_lora(path)
+    check_lora(state, path, lambda layer: _widths(pipe, layer))
     name = name or _free_name(pipe, path)
     rest = {"network_alphas": alphas, "adapter_name": name, "metadata": metadata, "_pipeline": pipe}
     try:
@@ -47,7 +48,7 @@ def apply_lora(
     except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be loaded as a LoRA for this student: {error}") from error
     _check_loaded(pipe, state, path, name)
-    if fuse:
+    if fuse and getattr(pipe.transformer, "hf_quantizer", None) is None:
         pipe.set_adapters([name], [scale])
         pipe.fuse_lora(components=["transformer"], adapter_names=[name])
         pipe.unload_lora_weights()
@@ -57,11 +58,40 @@ def apply_lora(
 
 
 def lora_file(path: Path) -> Path:
-    """The safetensors file that `path` names: itself, or the released name in a folder."""
+    """The safetensors file that `path` names, whole: itself, or the released name in a folder."""
     path = path / RELEASED_LORA if path.is_dir() else path
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
+    if not path.is_file():
+        raise UserError(f"there is no LoRA {path}; check the path")
+    open_safetensors(path)  # says what is wrong with a damaged file; diffusers would go on to look for a pickle
     return path
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """(tensors in diffusers' keys, alphas, adapter metadata) of a LoRA file of any format that diffusers reads."""
+    from diffusers import FluxControlPipeline
+
+    # From the file, not from its tensors: the header may hold ranks and alphas.
+    try:
+        return FluxControlPipeline.lora_state_dict(
+            str(path.parent),
+            weight_name=path.name,
+            local_files_only=True,
+            return_alphas=True,
+            return_lora_metadata=True,
+        )  # pyright: ignore[reportReturnType]
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{path} is no LoRA that diffusers can read ({line})") from error
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are keys of a LoRA file and not of a transformer that carries adapter tensors."""
+    keys = list(keys)
+    return any(mark in key for key in keys for mark in _MARKS) and not any(
+        key in (f"{INPUT}.weight", "img_in.weight") for key in keys
+    )
 
 
 def _pad_input(pipe: FluxControlPipeline, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,20 +105,18 @@ def _pad_input(pipe: FluxControlPipeline, state: dict[str, torch.Tensor]) -> dic
     return {**state, key: torch.nn.functional.pad(state[key], (0, width - state[key].shape[1]))}
 
 
-def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path) -> None:
+def check_lora(state: Mapping[str, torch.Tensor], path: Path, widths: Widths) -> None:
     """Every key must be `<component>.<layer>.lora_A|lora_B…` of a layer that exists and has that width."""
     strays, shapes = [], []
     for key, tensor in state.items():
-        component, _, rest = key.partition(".")
-        layer, found, part = rest.partition(".lora_")
-        model = getattr(pipe, component, None) if component in ("transformer", "text_encoder") else None
-        base = _layer(model, layer) if model is not None and found else None
-        if base is None:
+        layer, found, part = key.partition(".lora_")
+        wide = widths(layer) if found else None
+        if wide is None:
             strays.append(key)
         elif tensor.ndim == 2:
-            width = base.in_features if part.startswith("A") else base.out_features
+            width = wide[0] if part.startswith("A") else wide[1]
             got = tensor.shape[1] if part.startswith("A") else tensor.shape[0]
-            padded = layer == "x_embedder" and part.startswith("A") and 2 * got == width
+            padded = layer == f"transformer.{INPUT}" and part.startswith("A") and 2 * got == width
             if got != width and not padded:
                 shapes.append(f"{key} has width {got}, its layer {width}")
     if not state:
@@ -104,14 +132,16 @@ def _check(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path
         raise UserError(f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded")
 
 
-def _layer(model: Any, name: str) -> Any:
-    """The linear layer of that name, looked at through an adapter that wraps it already; None if there is none."""
+def _widths(pipe: FluxControlPipeline, layer: str) -> tuple[int, int] | None:
+    """Widths of a linear of the pipeline, looked at through an adapter that wraps it already; None if there is none."""
+    component, _, name = layer.partition(".")
+    model = getattr(pipe, component, None) if component in ("transformer", "text_encoder") else None
     try:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name) if model is not None else None
     except AttributeError:
         return None
     module = getattr(module, "base_layer", module)
-    return module if hasattr(module, "in_features") else None
+    return (module.in_features, module.out_features) if hasattr(module, "in_features") else None
 
 
 def _check_loaded(pipe: FluxControlPipeline, state: dict[str, torch.Tensor], path: Path, name: str) -> None:

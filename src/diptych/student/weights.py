@@ -23,6 +23,7 @@ from diffusers import FluxTransformer2DModel
 from diptych.errors import UserError
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
+INPUT_LAYERS = ("x_embedder", "c_embedder")  # what folding and unfolding touch; all else passes through
 _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.]+\.(?:weight|bias)$")
 
 
@@ -44,7 +45,7 @@ class Folded:
     """Weights and config of a stock FLUX-Control transformer, and what folding them set aside."""
 
     config: dict[str, Any]
-    state_dict: dict[str, torch.Tensor]
+    state_dict: dict[str, Any]  # tensors; `fold` passes on as it is whatever else has a shape
     split: BiasSplit | None = None
     adapters: tuple[str, ...] = ()  # names of the ignored adapter tensors
 
@@ -72,12 +73,11 @@ def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student.train(transformer.training)
 
 
-def fold(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: str = "the released weights"
-) -> Folded:
+def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = "the released weights") -> Folded:
     """The released layout (`x_embedder` and `c_embedder`) as stock FLUX-Control weights.
 
-    Raises UserError that names every key that is missing, unexpected or of the wrong shape.
+    Only `INPUT_LAYERS` must be tensors; the rest may be anything with a shape, such as tensors still on disk. Raises
+    UserError that names every key that is missing, unexpected or of the wrong shape.
     """
     stock = stock_config(config)
     channels = stock["in_channels"]
@@ -95,9 +95,9 @@ def fold(
 
 
 def unfold(
-    state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any], split: BiasSplit | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Stock FLUX-Control weights as the released layout: (state_dict, config).
+    state_dict: Mapping[str, Any], config: Mapping[str, Any], split: BiasSplit | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stock FLUX-Control weights as the released layout: (state_dict, config). Reads the input layer only.
 
     With the `split` that `fold` kept, bit-equal to what was folded. Without it, or once the bias has changed since, the
     whole bias goes to `x_embedder` and `c_embedder.bias` is zero: the same function, other bits.
@@ -140,7 +140,7 @@ def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> 
     return model.eval()
 
 
-def check_keys(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raises UserError naming each key of `state_dict` that is missing, unexpected or shaped wrongly."""
     faults = []
     if missing := sorted(expected.keys() - state_dict.keys()):
@@ -163,8 +163,8 @@ def some(names: list[str], most: int = 12) -> str:
 
 
 def _set_adapters_aside(
-    state_dict: Mapping[str, torch.Tensor], expected: Iterable[str]
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    state_dict: Mapping[str, Any], expected: Iterable[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Splits off adapter tensors, but only those of a layer that the model has: others stay, to be refused by name."""
     layers = {key.rpartition(".")[0] for key in expected}
     found = {key: _ADAPTER_KEY.match(key) for key in state_dict}

@@ -1,0 +1,252 @@
+"""Converting weights between layouts, tensor by tensor: `diptych convert`.
+
+What can become what is the table in `directions`. Every source is read as a folded student whose tensors are still on
+disk (`sources`); every target is a way to write one. So 24 GB pass through a few hundred MB of memory. The result is
+published by renaming: a cut conversion leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.errors import UsageError, UserError, nearest
+from diptych.student import directions, files, gguf_file
+from diptych.student.components import INDEX, NEEDED, copy_parts, find_parts
+from diptych.student.deltas import as_lora, difference, fuse, read_deltas
+from diptych.student.loading import SAMPLING_FILE, WORDS_FILE, resolve
+from diptych.student.lora import INPUT, RELEASED_LORA, lora_file
+from diptych.student.sources import Source, open_source, teacher_state
+from diptych.student.tensors import Stored, held, write_safetensors
+from diptych.student.weights import INPUT_LAYERS, BiasSplit, shapes_of, unfold
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INPUT_BIAS = f"{INPUT}.bias"
+Report = Callable[[int, int], None]
+_CONTROL = "control-lora"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a writer needs."""
+
+    source: Source
+    tensors: dict[str, Stored]  # folded
+    split: BiasSplit | None  # of the input bias, where it still is the sum of the two
+    lora: Path | None  # a LoRA that is not in the weights
+    parts: dict[str, Path]
+    extras: list[Path]  # words.json and sampling.json, if the source has them
+    base: Path | None
+    dtype: torch.dtype | None
+    report: Report | None
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    fuse_lora: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Writes the weights of `model` to `out` in another layout.
+
+    Args:
+        model: whatever `diptych.student.load` opens.
+        out: a folder; for `to="file"` a name that ends in .safetensors.
+        to: one of `directions.TARGETS`.
+        base: the teacher: needed to or from a control-LoRA. With `to="folded"` its parts (VAE, text encoders, …) are
+            copied along, so that stock diffusers opens the folder.
+        dtype: float32, float16 or bfloat16; default as stored (a GGUF file's quantized tensors: float32).
+        fuse_lora: add the LoRA beside the weights into them. Else it is kept beside them, where the target can.
+        report: called as `report(done, total)`: bytes written, or layers compared.
+
+    Returns:
+        What was done: source, target, out, equality (`bits`, `function`, or `cast`), lora, split, bytes, seconds.
+
+    Raises:
+        UserError, UsageError: the direction is refused, and why; or the source is missing, damaged or of another
+        family; or there is too little room. `out` is then as it was.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if to not in directions.TARGETS:
+        directions.find("folded", to)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}': {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    if (to == "file") != (out.suffix == ".safetensors"):
+        what = "a file: end its name in .safetensors" if to == "file" else "a folder: give a name without .safetensors"
+        raise UsageError(f"{out}: --to {to} writes {what}")
+    path, base_folder = resolve(model, base)
+    for read in (path, base_folder):
+        if read is not None and out.resolve() in (read.resolve(), *read.resolve().parents):
+            raise UsageError(f"{out} holds what is to be read; give another name")
+    files.check_free(out, overwrite, "pass --overwrite")
+
+    source = open_source(path, base_folder)
+    direction = directions.find(source.layout, to)
+    if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
+        raise UsageError(f"{path} is {to} already; --dtype rewrites it in another precision, --fuse with its LoRA")
+    if direction.base and base_folder is None:
+        raise UsageError(f"{source.layout} → {to} needs the teacher: give its folder as --base")
+    job = _job(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
+    _check_room(job, to, out)
+    with files.publish(out) as partial:
+        try:
+            _WRITERS[to](job, partial)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to == _CONTROL else "kept"
+    return {
+        "source": source.layout,
+        "target": to,
+        "out": str(out),
+        "equality": _equality(direction, job, fuse_lora, dtype),
+        "lora": lora,
+        "split": job.split is not None,
+        "complete": to == "folded" and (out / INDEX).is_file(),
+        "ignored_adapter_tensors": len(source.folded.adapters),
+        "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _job(
+    source: Source,
+    path: Path,
+    base: Path | None,
+    dtype: torch.dtype | None,
+    to: str,
+    fuse_lora: bool,
+    report: Report | None,
+) -> Job:
+    tensors = {key: gguf_file.dequantized(tensor) for key, tensor in source.tensors.items()}
+    lora = source.lora
+    if lora is not None:
+        lora_file(lora)
+        if to == "file" and source.layout != _CONTROL and not fuse_lora:
+            raise UserError(
+                f"{source.layout} → file without --fuse is refused: beside the weights lies {lora.name}, which "
+                f"a single file cannot hold; --fuse adds it into them, or convert {source.place} to leave it out"
+            )
+        if to != _CONTROL and (fuse_lora or source.layout == _CONTROL):
+            deltas = read_deltas(lora, {key: tensor.shape for key, tensor in tensors.items()})
+            tensors, lora = fuse(tensors, deltas), None
+    split = source.folded.split
+    if split is not None and not split.of(tensors[INPUT_BIAS].read()):
+        split = None
+    dtype = dtype or (torch.float32 if source.layout == "gguf" else None)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    if split is not None and dtype is not None:  # the parts are cast, and summed in that type: they stay its parts
+        split = BiasSplit(split.x.to(dtype), split.c.to(dtype))
+        tensors[INPUT_BIAS] = held(split.x + split.c)
+    roots = [root for root in (path, base) if root is not None and root.is_dir()]
+    beside = (next((r / n for r in roots if (r / n).is_file()), None) for n in (WORDS_FILE, SAMPLING_FILE))
+    extras = [found for found in beside if found is not None]
+    return Job(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
+
+
+def _write_folded(job: Job, folder: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    files.write_transformer(folder / "transformer", job.tensors, config, job.report)
+    if job.split is not None:
+        files.write_split(job.split, folder / "transformer")
+    _copy_lora(job, folder)
+    copy_parts(job.parts, folder, job.extras)
+
+
+def _write_released(job: Job, folder: Path) -> None:
+    state = {k: t.read() if k.rpartition(".")[0] in INPUT_LAYERS else t for k, t in job.tensors.items()}
+    released, config = unfold(state, job.source.folded.config, job.split)
+    stored = {key: tensor if isinstance(tensor, Stored) else held(tensor) for key, tensor in released.items()}
+    files.write_transformer(folder / "transformer", stored, config, job.report)
+    _copy_lora(job, folder)
+
+
+def _write_file(job: Job, path: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    write_safetensors(path, job.tensors, files.header_of(config, job.split), job.report)
+
+
+def _write_control_lora(job: Job, folder: Path) -> None:
+    """The student minus its teacher, and the LoRA beside it, as one LoRA file."""
+    assert job.base is not None
+    teacher, config = teacher_state(job.base)
+    wide = {**config, "in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
+    expected = shapes_of(wide)
+    shapes = {key: tensor.shape for key, tensor in job.tensors.items()}
+    if other := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
+        raise UserError(
+            f"{job.base} is of another family than {job.source.place}: {len(other)} tensors differ in shape, first "
+            f"{other[0]}; give the base that this student was trained from"
+        )
+    deltas = difference(job.tensors, teacher, job.report)
+    if job.lora is not None:
+        for layer, delta in read_deltas(job.lora, shapes).items():
+            deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
+    deltas[INPUT] = deltas[INPUT].whole()
+    tensors, metadata = as_lora(deltas)
+    folder.mkdir()
+    write_safetensors(folder / RELEASED_LORA, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
+    for extra in job.extras:
+        shutil.copyfile(extra, folder / extra.name)
+
+
+_WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
+    "folded": _write_folded,
+    "released": _write_released,
+    "file": _write_file,
+    "control-lora": _write_control_lora,
+}
+
+
+def _copy_lora(job: Job, folder: Path) -> None:
+    if job.lora is not None:
+        shutil.copyfile(job.lora, folder / RELEASED_LORA)
+
+
+def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype: str | None) -> str:
+    """What this conversion kept: `cast` where the precision changed, `function` where bits could not be kept."""
+    if dtype is not None:
+        return "cast"
+    fused = fuse_lora and job.source.lora is not None
+    lost_split = direction.target == "released" and job.split is None
+    return "function" if fused or lost_split else direction.equality
+
+
+def _check_room(job: Job, to: str, out: Path) -> None:
+    """UserError unless the disk has room for what will be written."""
+    if to == "control-lora":
+        return  # small, and known only after the comparison
+    needed = sum(tensor.nbytes for tensor in job.tensors.values())
+    if to == "folded" and all(part in job.parts for part in NEEDED):
+        needed += sum(f.stat().st_size for place in job.parts.values() for f in place.rglob("*") if f.is_file())
+    around = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(around).free
+    if free < needed:
+        raise UserError(f"{out} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+
+
+def summary(done: Mapping[str, Any]) -> str:
+    """One line for people."""
+    kept = {
+        "bits": "bit for bit",
+        "function": "the same function, in other bits",
+        "cast": "in another precision",
+    }[done["equality"]]
+    lora = {
+        "none": "",
+        "kept": "; the LoRA is kept beside the weights",
+        "fused": "; the LoRA is in the weights",
+        "joined": "; the LoRA is part of it",
+    }
+    return f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}"

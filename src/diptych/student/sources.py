@@ -1,0 +1,144 @@
+"""What a model's path holds: its layout, and its weights as a folded student whose tensors are still on disk.
+
+`open_source` is the one reader of every layout. Loading reads all its tensors; converting writes them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.errors import UsageError, UserError
+from diptych.student import files, gguf_file, original
+from diptych.student.lora import INPUT, RELEASED_LORA, is_lora
+from diptych.student.tensors import Stored, held, open_safetensors
+from diptych.student.weights import INPUT_LAYERS, Folded, stock_config
+
+TRANSFORMER_FOLDERS = ("transformer", "transformers")  # the release's README spells it with an s
+
+
+@dataclass(frozen=True)
+class Source:
+    """A student's weights as they lie on disk."""
+
+    layout: str  # a key of `directions.LAYOUTS`
+    folded: Folded  # `state_dict` holds `Stored`s; of a control-LoRA, the teacher's, widened
+    lora: Path | None  # the LoRA file that belongs to it
+    place: Path  # the folder or file that holds the transformer's weights
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        return self.folded.state_dict
+
+
+def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None) -> Source:
+    """The student at `model`, its tensors cast to `dtype` when read; UserError or UsageError if there is none.
+
+    `base` is the teacher's folder: needed by a control-LoRA, and asked for what a single file cannot say of itself.
+    """
+    layout, place, lora = locate(model, base)
+    if layout in ("file", "gguf"):
+        folded = _file(place, base, dtype)
+    elif layout == "control-lora":
+        assert base is not None and lora is not None
+        return Source(layout, _widened(place, lora, dtype), lora, place)
+    else:
+        state = {key: tensor.to(dtype) for key, tensor in files.open_state(place).items()}
+        layout = "released" if files.is_released(state) else "folded"
+        folded = files.fold_stored(state, files.read_config(place), files.read_split(place), str(place))
+    return Source(layout, folded, lora, place)
+
+
+def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
+    """(layout, where the transformer's weights lie, the LoRA that belongs to them), by looking only at names and keys.
+
+    `folded` stands for `released` too: which of the two it is, the weights say.
+    """
+    if model.is_file():
+        if model.suffix == ".gguf":
+            return "gguf", model, None
+        if model.suffix != ".safetensors":
+            raise UsageError(
+                f"{model} is neither a .safetensors nor a .gguf file; give one, or the folder of a student"
+            )
+        if not is_lora(open_safetensors(model)[0]):
+            return "file", model, None
+        return "control-lora", _teacher(model, base), model
+    own = model / RELEASED_LORA
+    lora = own if own.is_file() else None
+    for name in TRANSFORMER_FOLDERS:
+        if (model / name).is_dir():
+            return "folded", model / name, lora
+    if lora is not None and (base is not None or not (model / "config.json").is_file()):
+        return "control-lora", _teacher(model, base), lora
+    if (model / "config.json").is_file():
+        return "folded", model, lora
+    raise UserError(f"{model} holds no transformer/ folder, so it is no student; is the download complete?")
+
+
+def teacher_state(base: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """(tensors, config) of a teacher's transformer; UserError if it is no teacher."""
+    place = transformer_folder(base)
+    config = stock_config(files.read_config(place))
+    if config["in_channels"] != (config.get("out_channels") or config["in_channels"]):
+        raise UserError(f"{place} is widened already; the base must be the text-to-image teacher")
+    return files.open_state(place), config
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The folder that holds a pipeline's transformer: `transformer/`, `transformers/`, or `folder` itself."""
+    for name in TRANSFORMER_FOLDERS:
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / "config.json").is_file():
+        return folder
+    raise UserError(f"{folder} holds no transformer/ folder; is the download complete?")
+
+
+def _teacher(model: Path, base: Path | None) -> Path:
+    if base is None:
+        raise UsageError(
+            f"{model} is a LoRA, which needs the teacher that it goes on: give the teacher's folder as base"
+        )
+    return transformer_folder(base)
+
+
+def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
+    """The teacher's weights with zero columns for the condition; UserError if the LoRA would never use them."""
+    if not any(INPUT in key for key in open_safetensors(lora)[0]):
+        raise UserError(f"{lora} does not adapt {INPUT}, so a student made from it would never see the reference")
+    state, config = teacher_state(place)
+    state = {key: tensor.to(dtype) for key, tensor in state.items()}
+    weight = state[f"{INPUT}.weight"].read()
+    state[f"{INPUT}.weight"] = held(torch.cat([weight, torch.zeros_like(weight)], dim=1))
+    channels = config["in_channels"]
+    wide = {**config, "in_channels": 2 * channels, "out_channels": channels}
+    return files.fold_stored(state, wide, None, str(place))
+
+
+def _file(path: Path, base: Path | None, dtype: torch.dtype | None) -> Folded:
+    """A single file of either kind, in diffusers', the released or Black Forest Labs' keys."""
+    tensors, metadata = (gguf_file.open_gguf(path), {}) if path.suffix == ".gguf" else open_safetensors(path)
+    written, split = files.read_header(metadata)
+    tensors = original.without_prefix(tensors)
+    if original.is_original(tensors):
+        tensors = original.from_original(tensors)
+    state = {key: _usable(key, tensor).to(dtype) for key, tensor in tensors.items()}
+    config = original.infer_config(state, _hints(written, path, base), str(path))
+    return files.fold_stored(state, config, split, str(path))
+
+
+def _usable(key: str, tensor: Stored) -> Stored:
+    """Input layers of a quantized file dequantized: folding joins them, and quantizing them costs most quality."""
+    return gguf_file.dequantized(tensor) if key.rpartition(".")[0] in INPUT_LAYERS else tensor
+
+
+def _hints(written: Mapping[str, Any], path: Path, base: Path | None) -> list[Mapping[str, Any]]:
+    """Configs that may say what shapes do not: the file's own, one beside it, the base's transformer's."""
+    roots = [path.parent] + [base / name for name in TRANSFORMER_FOLDERS if base is not None] + ([base] if base else [])
+    found = [files.read_json(root / "config.json") for root in roots if (root / "config.json").is_file()]
+    return [written, *found]
