@@ -23,6 +23,8 @@ from .loop import Trainer, pick_device
 HEADS = 3
 HEAD = 64
 TEXT_DROPOUT = 0.1
+LOGIT_MEAN, LOGIT_STD = 0.5, 1.0
+"""Of the noise levels in training: noisier than the middle, because a subject's shape is decided above σ = 0.5."""
 SINGLE_LENGTH = 32
 """Text tokens of single panels in training; now and then the full length, which is what the pipelines pad to."""
 
@@ -135,7 +137,8 @@ class Teacher(torch.nn.Module):
 def loss(model, tokens: torch.Tensor, clip_ids, t5_ids, image_ids, generator: torch.Generator) -> torch.Tensor:
     """Flow matching (rectified flow): x_t = (1−σ)·x0 + σ·ε, the model predicts ε − x0; σ is logit-normal."""
     noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
-    sigma = torch.sigmoid(torch.randn(len(tokens), generator=generator, device=tokens.device))
+    drawn = torch.randn(len(tokens), generator=generator, device=tokens.device)
+    sigma = torch.sigmoid(LOGIT_MEAN + LOGIT_STD * drawn)
     s = sigma[:, None, None]
     velocity = model((1 - s) * tokens + s * noise, sigma, clip_ids, t5_ids, image_ids)
     return (velocity.float() - (noise - tokens)).pow(2).mean()
