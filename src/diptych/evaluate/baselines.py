@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from diptych import models
+from diptych.console import quiet_bars
 from diptych.errors import UserError
 
 if TYPE_CHECKING:
@@ -213,23 +214,27 @@ def open_teacher(recipe: Recipe) -> Any:
     from diffusers import FluxPipeline
 
     from diptych.student.loading import pick_device
+    from diptych.train.hardware import pick_precision
 
     folder = models.resolve(recipe.teacher, "teacher")
-    dtype = getattr(torch, recipe.paint.dtype)
+    device = pick_device(recipe.device)
+    dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
     try:
-        pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+        with quiet_bars():
+            pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the teacher in {folder} cannot be opened as a FLUX pipeline ({line})") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(pick_device(recipe.device))
+    return pipe.to(device)
 
 
 def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
     """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
     from diptych import student
 
-    pipe = student.load(folder, base=base, device=recipe.device, fuse=True)
+    with quiet_bars():
+        pipe = student.load(folder, base=base, device=recipe.device, fuse=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -7,12 +7,12 @@ because a package is installed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models
+from diptych.console import quiet_bars
 from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
     folder = models.resolve(name, role)
     place = _device(device)
     try:
-        with _without_bars():
+        with quiet_bars():
             loader = getattr(transformers, auto)
             options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
             model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
@@ -83,14 +83,3 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device '{name}': auto, cpu, cuda, cuda:0, mps, …") from error
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    with ExitStack() as stack:
-        if logging.is_progress_bar_enabled():
-            logging.disable_progress_bar()
-            stack.callback(logging.enable_progress_bar)
-        yield

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models
+from diptych.console import quiet_bars
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.train.card import model_card
@@ -126,10 +127,12 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
 
     teacher = models.resolve(recipe.teacher, "teacher")
     if recipe.distill.init:
-        return student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
+        with quiet_bars():
+            return student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
     dtype = pick_dtype(teacher / "transformer", device)
     try:
-        stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
+        with quiet_bars():
+            stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the teacher in {teacher} cannot be opened as a FLUX pipeline ({line})") from error

@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models, tasks
+from diptych.console import quiet_bars
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
 from diptych.data.records import grid_id, seed_of
@@ -44,12 +44,15 @@ class Paint:
         import torch
 
         from diptych.student.loading import pick_device
+        from diptych.train.hardware import pick_precision
 
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
         folder = models.resolve(self.recipe.teacher, "teacher")
         model = models.fingerprint(folder)
-        pipe = open_teacher(folder, getattr(torch, self.recipe.paint.dtype)).to(pick_device(self.recipe.device))
+        device = pick_device(self.recipe.device)
+        dtype, _ = pick_precision(self.recipe.paint.dtype, device)
+        pipe = open_teacher(folder, getattr(torch, dtype)).to(device)
         size = panel_size(pipe, self.recipe.paint.panel_size)
 
         def work(rows: list[Row]) -> list[list[Row] | Failure]:
@@ -101,7 +104,7 @@ def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        with _without_bars():
+        with quiet_bars():
             pipe: Any = DiffusionPipeline.from_pretrained(
                 str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
             )
@@ -162,17 +165,3 @@ def draw(pipe: Any, prompts: list[str], seeds: list[int], **options: Any) -> tor
     with torch.no_grad():
         images = pipe(prompts, generator=generators, output_type="pt", **options).images
     return images.float().cpu()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keeps the loading bars of diffusers and transformers off the terminal; the run shows its own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with ExitStack() as stack:
-        for library in (diffusers_logging, transformers_logging):
-            if library.is_progress_bar_enabled():
-                library.disable_progress_bar()
-                stack.callback(library.enable_progress_bar)
-        yield
