@@ -84,7 +84,17 @@ def test_unknown_words_are_named_once(student, pictures, caplog):
         ({"seed": 1.5}, "seed 1.5"),
         ({"seed": []}, "empty list"),
         ({"prompt": " "}, "prompt is empty"),
-        ({"size": 15}, "multiple of 8"),
+        ({"size": 15}, "multiple of 8 pixels for this model; try 8 or 16"),
+        ({"size": (16, 20)}, "height 20 is not a multiple of 8"),
+        ({"size": "big"}, "size 'big': give pixels"),
+        ({"size": (16, 16, 16)}, "give pixels"),
+        ({"size": -16}, "give pixels"),
+        ({"guidance": -1}, "guidance -1 is not"),
+        ({"text_guidance": float("nan")}, "text_guidance nan"),
+        ({"image_guidance": "2"}, "image_guidance '2'"),
+        ({"fit": "padd"}, "did you mean 'pad'"),
+        ({"background": "blu"}, "did you mean 'blue'"),
+        ({"negative_prompt": ["a cat"]}, "not list"),
         ({"reference": 3}, "not int"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": 0}, "at least 1"),
@@ -93,6 +103,88 @@ def test_unknown_words_are_named_once(student, pictures, caplog):
 def test_wrong_arguments(student, pictures, wrong, says):
     with pytest.raises(UsageError, match=says):
         student.generate(**{"reference": pictures[0], "prompt": "a cat", "steps": 1, **wrong})
+
+
+def test_a_transparent_reference_lies_over_the_chosen_colour(student):
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    for name in ("white", "red"):
+        over = student.generate(clear, "a cat", steps=1, background=name)
+        assert over.tobytes() == student.generate(Image.new("RGB", (16, 16), name), "a cat", steps=1).tobytes()
+        assert over.info["background"] == name
+
+
+def test_a_negative_prompt_acts_with_true_guidance_and_says_when_it_does_not(student, pictures, caplog):
+    plain = student.generate(pictures[0], "a cat", steps=3)
+    assert student.generate(pictures[0], "a cat", steps=3, negative_prompt="a dog").tobytes() == plain.tobytes()
+    assert "does nothing unless image or text guidance is above 1" in caplog.text
+    guided = [student.generate(pictures[0], "a cat", steps=3, text_guidance=3, negative_prompt=text) for text in
+              (None, "A Dog", "a dog")]  # fmt: skip
+    assert guided[0].tobytes() != guided[1].tobytes()
+    assert guided[1].tobytes() == guided[2].tobytes()  # read as the prompt is
+
+
+def test_callbacks_are_called_after_every_step_and_may_change_the_latents(student, pictures):
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, sorted(tensors)))
+
+    plain = student.generate(pictures[0], "a cat", steps=2)
+    assert student.generate(pictures[0], "a cat", steps=2, callback_on_step_end=note).tobytes() == plain.tobytes()
+    assert seen == [(0, ["latents"]), (1, ["latents"])]
+    zero = student.generate(
+        pictures[0], "a cat", steps=2, callback_on_step_end=lambda p, i, t, given: {"latents": 0 * given["latents"]}
+    )
+    assert zero.tobytes() != plain.tobytes()
+
+
+def test_previews_come_while_drawing_and_change_nothing(student, pictures):
+    shown = []
+
+    def show(done, steps, images):
+        shown.append((done, steps, [image.size for image in images]))
+
+    options = {"seed": [0, 1], "steps": 5, "size": (24, 16), "batch_size": 2}
+    plain = student.generate(pictures[0], "a cat", **options)
+    drawn = student.generate(pictures[0], "a cat", **options, on_preview=show, preview_every=2)
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in plain]
+    assert shown == [(done, 5, [(24, 16), (24, 16)]) for done in (2, 4, 5)]
+
+
+def test_memory_that_runs_out_says_what_to_ask_for_instead(student, pictures):
+    import torch
+
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    with pytest.raises(UserError, match="drawing a picture of 16×16; ask for a smaller size"):
+        student.generate(pictures[0], "a cat", steps=1, callback_on_step_end=full)
+    with pytest.raises(UserError, match="fewer at once"):
+        student.generate(pictures[0], "a cat", seed=[0, 1], batch_size=2, steps=1, callback_on_step_end=full)
+
+    def other(*_):
+        raise NotImplementedError("something else")
+
+    with pytest.raises(NotImplementedError):
+        student.generate(pictures[0], "a cat", steps=1, callback_on_step_end=other)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
+    import torch
+
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UsageError, match="device 'mps'"):
+        Student.load(tmp_path / "no such folder", device="mps")
+
+
+def test_loading_and_drawing_show_no_bars_of_other_libraries_when_told_not_to(student_folder, teacher, capfd):
+    quiet = Student.load(student_folder, base=teacher, device="cpu", progress_bar=False)
+    quiet.generate(None, "a cat", steps=1)
+    assert capfd.readouterr().err == ""
+    from diffusers.utils import logging as of_diffusers
+
+    assert of_diffusers.is_progress_bar_enabled()
 
 
 def test_importing_diptych_is_light():
