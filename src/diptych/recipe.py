@@ -60,8 +60,9 @@ class Paint(Section):
     """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
     panel_size: int | None = Field(default=None, ge=16, le=4096)
     """Pixels of a panel's side; null is the teacher's own size, at most 512."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the teacher computes in."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the teacher computes in. `auto` takes bfloat16 where it is faster, and is settled, like `device`, when a run
+    is frozen."""
 
 
 class Thresholds(Section):

@@ -33,6 +33,8 @@ from diptych.recipe import Recipe
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
+# Keys whose `auto` is settled by the machine that starts a run.
+PRECISIONS = (("paint", "dtype"), ("distill", "precision"))
 
 
 def run(
@@ -240,7 +242,7 @@ def count(values: Iterable[str]) -> dict[str, int]:
 def freeze(recipe: Recipe, folder: Path) -> Recipe:
     """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
 
-    `device: auto` and `threads: null` become what this machine has, and on a later call what the folder says. Raises
+    What is left open (`settle`) becomes what this machine has, and on a later call what the folder says. Raises
     UsageError with the keys that differ.
     """
     path = folder / "recipe.yaml"
@@ -253,8 +255,9 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
         "device": frozen.device if recipe.device == "auto" else recipe.device,
         "threads": frozen.threads if recipe.threads is None else recipe.threads,
     }
-    if recipe.distill.precision == "auto":
-        kept["distill"] = recipe.distill.model_copy(update={"precision": frozen.distill.precision})
+    for section, key in PRECISIONS:
+        if getattr(mine := getattr(recipe, section), key) == "auto":
+            kept[section] = mine.model_copy(update={key: getattr(getattr(frozen, section), key)})
     wanted = recipe.model_copy(update=kept)
     if differ := frozen.differences(wanted):
         there, here = frozen.flat(), wanted.flat()
@@ -268,19 +271,22 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """`device: auto`, `threads: null` and `distill.precision: auto` as what this machine has."""
-    device, threads, precision = recipe.device, recipe.threads, recipe.distill.precision
-    if device == "auto" or threads is None or precision == "auto":
-        import torch
+    """`device`, `threads` and the keys of `PRECISIONS`, where they are left open, as what this machine has."""
+    asked = [getattr(getattr(recipe, section), key) for section, key in PRECISIONS]
+    if recipe.device != "auto" and recipe.threads is not None and "auto" not in asked:
+        return recipe
+    import torch
 
-        from diptych.train.hardware import pick_precision
+    from diptych.train.hardware import pick_precision
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        threads = threads or torch.get_num_threads()
-        precision, _ = pick_precision(precision, torch.device(device))
-    distill = recipe.distill.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"device": device, "threads": threads, "distill": distill})
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    update: dict[str, Any] = {"device": device, "threads": recipe.threads or torch.get_num_threads()}
+    for (section, key), precision in zip(PRECISIONS, asked, strict=True):
+        settled, _ = pick_precision(precision, torch.device(device))
+        update[section] = getattr(recipe, section).model_copy(update={key: settled})
+    return recipe.model_copy(update=update)
 
 
 def use_threads(threads: int | None) -> None:
