@@ -1,0 +1,127 @@
+"""What the benchmarks share: alternating timing in one run, peak memory, the work of a forward, and result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.machine import device_name, machine, versions
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def alternate(
+    methods: Mapping[str, Callable[[int], torch.Tensor]], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor], dict[str, int]]:
+    """Seconds, last outputs and peak bytes of each method, called with the number of the round, all in turn each round.
+
+    One unmeasured round (number -1) warms everything up, compilation included. The order turns round every round. A
+    method may have a `prepare`, called outside the clock.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    outputs: dict[str, torch.Tensor] = {}
+    peaks = dict.fromkeys(methods, 0)
+    for number in range(-1, rounds):
+        names = list(methods) if number % 2 else list(methods)[::-1]
+        for name in names:
+            if (prepare := getattr(methods[name], "prepare", None)) is not None:
+                prepare()
+            rest = reset_peak(device)
+            synchronize(device)
+            started = time.perf_counter()
+            outputs[name] = methods[name](number)
+            synchronize(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+                peaks[name] = max(peaks[name], peak(device) - rest)
+    return seconds, outputs, peaks
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Starts a new peak; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")  # Linux: forget the high-water mark
+    return status("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes; 0 where there is none."""
+    path = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text() if path.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """The median, the extremes, and how many."""
+    return {
+        "median_s": round(statistics.median(seconds), 4),
+        "min_s": round(min(seconds), 4),
+        "max_s": round(max(seconds), 4),
+        "n": len(seconds),
+    }
+
+
+def forward_flop(config: Any, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of one forward of a FLUX transformer: the products of its blocks and its attention.
+
+    A token costs 24·d² in a block (12·d² multiply-adds: 4 for attention's projections and 8 for the MLP; a single
+    block has as many), and attention 4·N·d. FLUX.1 at 2048 + 512 tokens: 37.6 TFLOP.
+    """
+    d = config.num_attention_heads * config.attention_head_dim
+    n = image_tokens + text_tokens
+    return (config.num_layers + config.num_single_layers) * (24.0 * n * d**2 + 4.0 * n**2 * d)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """Operations a second of square matrix products, the best of several, on this machine as it is now."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * side**3 / best
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Machine, software and date of a result."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "device": device_name(str(device)),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def write(name: str, result: dict[str, Any], out: Path | None) -> Path:
+    """Writes a result as `results/NAME-DEVICE-DATE.json`, or where `out` says."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(result["about"]["device"]).lower()).strip("-")
+    path = out or RESULTS / f"{name}-{device}-{result['about']['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf8")
+    return path
