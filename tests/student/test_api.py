@@ -203,3 +203,48 @@ def test_a_students_own_sampling_settings_are_used_unless_told_otherwise(student
     (folder / "sampling.json").write_text('{"stepz": 2}')
     with pytest.raises(UserError, match="stepz"):
         Student.load(folder, base=teacher)
+
+
+def _truncated(folder, teacher):
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return "diffusion_pytorch_model.safetensors"
+
+
+def _wrong_shape(folder, teacher):
+    from safetensors.torch import load_file, save_file
+
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"][:-1].clone()
+    save_file(tensors, weights)
+    return "proj_out.weight"
+
+
+def _missing_part(folder, teacher):
+    shutil.rmtree(teacher / "vae")
+    return "vae"
+
+
+def _missing_base(folder, teacher):
+    shutil.rmtree(teacher)
+    return "teacher"
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _wrong_shape, _missing_part, _missing_base])
+def test_the_command_says_in_one_line_what_is_wrong_with_a_model(
+    student_folder, teacher, pictures, tmp_path, capfd, monkeypatch, spoil
+):
+    from diptych import cli
+
+    monkeypatch.chdir(tmp_path)
+    pictures[0].save("r.png")
+    model, base = shutil.copytree(student_folder, tmp_path / "model"), shutil.copytree(teacher, tmp_path / "teacher")
+    named = spoil(model, base)
+    args = ["--model", str(model), "--base", str(base), "--reference", "r.png", "--prompt", "a cat", "--device", "cpu"]
+    code = cli.call(["generate", *args, "--out", "out/a.png", "--json"])
+    out, err = capfd.readouterr()
+    assert code in (1, 2) and out == "" and not (tmp_path / "out").exists()
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
+    assert "DIPTYCH_DEBUG" not in lines[0], "a mistake that was foreseen"
