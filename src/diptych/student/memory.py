@@ -11,10 +11,13 @@ and says so. No torch is imported before use.
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +85,8 @@ NAMES = (*PRESETS, "auto")
 # What cannot work --------------------------------------------------------------------------------------------------
 
 
-def problems(preset: Preset, device: str, *, unfused_lora: bool = False, compile: bool = False) -> list[str]:
-    """Why `preset` cannot run on a device type (`cuda`, `cpu`, …) together with those options; empty if it can."""
+def problems(preset: Preset, device: str, *, unfused_lora: bool = False) -> list[str]:
+    """Why `preset` cannot run on a device type (`cuda`, `cpu`, …), or with an unfused LoRA; empty if it can."""
     quantized = preset.transformer != "none"
     rules = (
         (bool(fault := quantize.problem(preset.transformer, device)), fault),
@@ -97,8 +100,8 @@ def problems(preset: Preset, device: str, *, unfused_lora: bool = False, compile
             "bitsandbytes weights cannot be offloaded by groups; use fp8",
         ),
         (
-            preset.transformer == "int8" and preset.offload != "none" and compile,
-            "torchao weights, offload and compile do not work together; leave one out",
+            preset.transformer == "int8" and preset.offload != "none",
+            "torchao weights that are offloaded cannot be compiled, so they are not offloaded here; use fp8",
         ),
         (quantized and unfused_lora, "a LoRA must be fused before its base is quantized; load with fuse=True"),
         (
@@ -109,13 +112,13 @@ def problems(preset: Preset, device: str, *, unfused_lora: bool = False, compile
     return [reason for holds, reason in rules if holds]
 
 
-def pick(name: str, device: str, **options: bool) -> Preset:
+def pick(name: str, device: str) -> Preset:
     """The preset of that name; UsageError, with every reason, if no row of it works on `device`."""
     if name not in PRESETS:
         raise UsageError(f"unknown memory preset '{name}': one of {', '.join(NAMES)}{nearest(name, NAMES)}")
     reasons: list[str] = []
     for preset in PRESETS[name]:
-        found = problems(preset, device, **options)
+        found = problems(preset, device)
         if not found:
             return preset
         reasons += [reason for reason in found if reason not in reasons]
@@ -140,12 +143,16 @@ def free_bytes(device: str | torch.device) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a plan is made from: the configs of the parts as plain values. Text configs may be absent."""
+    """What a plan is made from: the configs of the parts as plain values. Text configs may be absent.
+
+    `quantized`: bytes of the transformer's weights that its file holds quantized already (GGUF); they stay so.
+    """
 
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
     text_encoder: Mapping[str, Any] | None = None
     text_encoder_2: Mapping[str, Any] | None = None
+    quantized: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,16 +192,17 @@ def plan(
     """
     from diptych.student.modulation import adaln_layers
 
-    transformer = _meta_transformer(shapes.transformer)
+    transformer = _meta("diffusers", "FluxTransformer2DModel", shapes.transformer)
     blocks, block_rest = _quantized_split(transformer, preset.transformer, dtype_bytes)
+    blocks = shapes.quantized or blocks
     adaln = sum(_count(layer) for layer in adaln_layers(transformer).values())
     modulation = (adaln + _count(transformer.time_text_embed)) * dtype_bytes
     other = block_rest - modulation
-    clip = _meta_text("CLIPTextModel", shapes.text_encoder)
-    t5 = _meta_text("T5EncoderModel", shapes.text_encoder_2)
+    clip = _meta("transformers", "CLIPTextModel", shapes.text_encoder)
+    t5 = _meta("transformers", "T5EncoderModel", shapes.text_encoder_2)
     text = sum(_quantized_split(t5, preset.text, dtype_bytes)) if t5 is not None else 0
     text += _count(clip) * dtype_bytes if clip is not None else 0
-    vae = _count(_meta_vae(shapes.vae)) * dtype_bytes
+    vae = _count(_meta("diffusers", "AutoencoderKL", shapes.vae)) * dtype_bytes
 
     columns = sum(layer.linear.out_features for layer in adaln_layers(transformer).values())  # pyright: ignore
     table = steps * (rows + 1) * columns * dtype_bytes if preset.modulation else 0  # one more text: the negative
@@ -221,31 +229,22 @@ def plan(
     return Plan(blocks, modulation, other, text, vae, table, activations, stages, host)
 
 
-def _meta_transformer(config: Mapping[str, Any]) -> Any:
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device("meta"):
-        return FluxTransformer2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-
-
-def _meta_vae(config: Mapping[str, Any]) -> Any:
-    import torch
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        return AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-
-
-def _meta_text(name: str, config: Mapping[str, Any] | None) -> Any:
+def _meta(library: str, name: str, config: Mapping[str, Any] | None) -> Any:
+    """A model without weights, from its config; None from none."""
     if config is None:
         return None
-    import torch
-    import transformers
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _built(library, name, json.dumps(plain, sort_keys=True, default=str))
 
-    cls = getattr(transformers, name)
+
+@lru_cache(maxsize=8)
+def _built(library: str, name: str, config: str) -> Any:
+    import torch
+
+    cls: Any = getattr(importlib.import_module(library), name)
+    values = json.loads(config)
     with torch.device("meta"):
-        return cls(cls.config_class.from_dict(dict(config)))
+        return cls.from_config(values) if library == "diffusers" else cls(cls.config_class.from_dict(values))
 
 
 def _count(model: Any) -> int:
@@ -254,11 +253,10 @@ def _count(model: Any) -> int:
 
 
 def _quantized_split(model: Any, name: str, dtype_bytes: int) -> tuple[int, int]:
-    """Bytes of the weights that `quantize` would take, quantized, and of everything else."""
+    """Bytes of the layers that `quantize` would take, quantized, and of everything else."""
     linears = quantize.quantizable(model).values()
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    rest = _count(model) - sum(rows * columns for rows, columns in shapes)
-    return quantize.quantized_bytes(name, shapes, dtype_bytes), rest * dtype_bytes
+    rest = _count(model) - sum(_count(linear) for linear in linears)
+    return quantize.quantized_bytes(name, linears, dtype_bytes), rest * dtype_bytes
 
 
 def _activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
@@ -295,76 +293,96 @@ def _words(quantization: str) -> str:
 
 
 class Memory:
-    """A preset on a pipeline, and what it still has to do there: `pipe.memory`.
+    """A preset for one pipeline, and what it has to do there while that draws: `pipe.memory`.
 
-    `prepare` before loading, `apply` on the loaded pipeline (on the CPU, LoRAs fused), `stage` from the sampler.
+    In the order of loading: `prepare` makes one, `settle` once the configs are known, `check` once the LoRAs are,
+    `apply` on the loaded pipeline; then the sampler calls `stage`.
     """
 
-    def __init__(self, name: str, preset: Preset | None, device: torch.device, free: int, where: str) -> None:
+    def __init__(self, name: str, preset: Preset | None, device: torch.device) -> None:
         self.name = name
-        self.preset = preset  # None: auto, until the configs are known
+        self._preset = preset  # None: auto, until the configs are known
         self.device = device
-        self.free = free
-        self.where = where
+        self.free, self.where = free_bytes(device)
         self.reason = ""
         self.modulation: Modulation | None = None
         self._pipe: Any = None
-        self._open: bool = True
-        self._places: dict[str, Path] = {}
+        self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
+        self._open = False
 
-    def apply(self, pipe: DiptychPipeline, dtype: torch.dtype, places: Mapping[str, Path] | None = None) -> None:
-        """Quantizes, stages, offloads and places the parts of `pipe`; `places`: the folders of its text encoders.
+    @property
+    def preset(self) -> Preset:
+        assert self._preset is not None, "settle comes first"
+        return self._preset
 
-        UserError when `auto` finds no preset that fits.
+    def settle(self, shapes: Shapes, dtype: torch.dtype, places: Mapping[str, Path]) -> None:
+        """Chooses for `auto`, and says what was chosen and planned in `reason`.
+
+        Args:
+            places: the folders of the parts; staged text encoders are opened from there.
+
+        Raises:
+            UserError when `auto` finds no preset that fits.
         """
-        shapes = shapes_of(pipe, places or {})
-        if self.preset is None:
-            self.name, self.preset = choose(shapes, self.device.type, self.free, self.where, dtype.itemsize)
-        planned = plan(shapes, self.preset, device=self.device.type, dtype_bytes=dtype.itemsize, **_size_of(pipe))
+        self.dtype = dtype
+        if shapes.quantized and self._preset is not None:
+            self._preset = replace(self._preset, transformer="none")
+        side = min(512, int(shapes.vae["sample_size"]))
+        options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)}
+        if self._preset is None:
+            self.name, self._preset = choose(shapes, self.free, self.where, **options)
+        needed = plan(shapes, self.preset, **options).peak
         self.reason = (
-            f"memory {self.name}: {self.preset}; plan {planned.peak / GIB:.1f} GiB "
-            f"of {self.free / GIB:.1f} GiB free on {self.where}"
+            f"memory {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, {self.free / GIB:.1f} GiB free on "
+            f"{self.where}"
         )
-        if planned.peak > self.free:
+        if needed > self.free:
             log.warning("%s: this may run out of memory", self.reason)
+        if self.preset.staged:
+            self._places = {part: places[part] for part in TEXT_PARTS if part in places}
 
+    def check(self, loras: Sequence[Path], fuse: bool) -> None:
+        """Refuses LoRAs that this preset cannot take, before anything is loaded."""
+        if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
+            raise UsageError(f"--memory {self.name} does not work here: {'; '.join(found)}")
+        if self._places:
+            from diptych.student.tensors import open_safetensors
+
+            for path in loras:
+                if any(key.startswith(("text_encoder", "lora_te")) for key in open_safetensors(path)):
+                    raise UsageError(f"{path} adapts a text encoder, which --memory {self.name} opens anew for prompts")
+
+    def apply(self, pipe: DiptychPipeline) -> None:
+        """Quantizes, places and offloads the parts of `pipe`, which are on the CPU, its LoRAs fused."""
         preset, self._pipe = self.preset, pipe
         transformer: Any = pipe.transformer
-        pipe.memory = self
         # Modulation first: quantizers and offload then never see those weights.
         if preset.modulation:
             from diptych.student.modulation import Modulation
 
             self.modulation = Modulation(transformer).detach("cpu")
-        quantize.quantize(transformer, preset.transformer, self.device, dtype)
+        quantize.quantize(transformer, preset.transformer, self.device, self.dtype)
         pipe.vae.to(self.device)
         if preset.tile:
             factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
             pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = preset.tile, preset.tile // factor
-        if preset.staged:
-            self._places = {part: place for part, place in (places or {}).items() if part in TEXT_PARTS}
-            self._dtype = dtype
-            self._close_text()
-        else:
-            for part in TEXT_PARTS:
-                if (encoder := getattr(pipe, part)) is not None:
-                    quantize.quantize(encoder, preset.text if part == "text_encoder_2" else "none", self.device, dtype)
-                    encoder.to(self.device)
+        for part in TEXT_PARTS:
+            if (encoder := getattr(pipe, part)) is not None:
+                setattr(pipe, part, self._placed(part, encoder))
         if preset.offload == "group":
             transformer.enable_group_offload(
                 onload_device=self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
             )
-        elif not preset.staged:
+        elif not self._places:
             transformer.to(self.device)
+        pipe.memory = self
 
     def stage(self, name: str) -> None:
         """Called by the sampler before `text`, `denoise` and `decode`: brings what that needs, frees the rest."""
-        assert self.preset is not None
-        if self.preset.staged and self._places:
-            if name == "text":
-                self._open_text()
-            elif self._open:
-                self._close_text()
+        if name == "text":
+            self._open_text()
+        elif self._open:
+            self._close_text()
         if name == "denoise" and self.preset.offload == "none":
             self._pipe.transformer.to(self.device)
         if self.preset.tile:
@@ -375,32 +393,29 @@ class Memory:
         """Within it the pipeline holds every weight under its name, as for saving; UserError if any was quantized."""
         if any(quantize.is_quantized(getattr(self._pipe, part)) for part in ("transformer", *TEXT_PARTS)):
             raise UserError("quantized weights are not saved; load the student without --memory to save or convert it")
-        if self._places:
-            self._open_text()
+        self._open_text()
         with self.modulation.attached() if self.modulation else nullcontext():
             yield
-        if self._places:
-            self._close_text()
+        self._close_text()
 
     @property
     def waiting(self) -> tuple[str, ...]:
         """The text encoders that are opened when a prompt comes."""
         return tuple(self._places)
 
+    def _placed(self, part: str, encoder: Any) -> Any:
+        quantize.quantize(encoder, self.preset.text if part == "text_encoder_2" else "none", self.device, self.dtype)
+        return encoder.to(self.device)
+
     def _open_text(self) -> None:
         from diptych.student.components import open_part
 
-        if self._open:
+        if self._open or not self._places:
             return
-        assert self.preset is not None
         if self.device.type != "cpu" and self.preset.offload == "none":
             self._pipe.transformer.to("cpu")
         for part, place in self._places.items():
-            encoder = open_part(part, place, self._dtype)
-            quantize.quantize(
-                encoder, self.preset.text if part == "text_encoder_2" else "none", self.device, self._dtype
-            )
-            setattr(self._pipe, part, encoder.to(self.device))
+            setattr(self._pipe, part, self._placed(part, open_part(part, place, self.dtype)))
         self._open = True
 
     def _close_text(self) -> None:
@@ -414,36 +429,30 @@ class Memory:
         self._open = False
 
 
-def prepare(
-    name: str | int | Preset, device: str | torch.device, *, fuse: bool = True, lora: Sequence[Any] | Any = ()
-) -> Memory:
-    """What `load` needs to know before it opens anything: the preset, checked, and the memory that is free now.
+def prepare(name: str | int | Preset, device: str | torch.device) -> Memory:
+    """A preset by name or made by hand, checked before anything is opened.
 
-    Raises UsageError with every reason when the preset does not work on this machine or with those options.
+    Raises UsageError with every reason when it does not work on this machine.
     """
     import torch
 
     device = torch.device(device)
-    options = {"unfused_lora": bool(lora) and not fuse}
-    preset = None
     if isinstance(name, Preset):
-        preset, name = name, "custom"
-        if found := problems(preset, device.type, **options):
+        if found := problems(name, device.type):
             raise UsageError(f"this memory preset does not work here: {'; '.join(found)}")
-    elif str(name) != "auto":
-        preset = pick(str(name), device.type, **options)
-    return Memory(str(name), preset, device, *free_bytes(device))
+        return Memory("custom", name, device)
+    return Memory(str(name), None if str(name) == "auto" else pick(str(name), device.type), device)
 
 
-def choose(shapes: Shapes, device: str, free: int, where: str, dtype_bytes: int) -> tuple[str, Preset]:
-    """`auto`: (name, preset) of the first row, largest card first, that runs here and whose plan fits."""
+def choose(shapes: Shapes, free: int, where: str, *, device: str, **options: Any) -> tuple[str, Preset]:
+    """`auto`: (name, preset) of the first row, largest card first, that runs here and whose plan fits `free` bytes."""
     seen: list[str] = []
     for name in reversed(PRESETS):
         for preset in PRESETS[name]:
             if found := problems(preset, device):
                 seen.append(f"{name}: {found[0]}")
                 continue
-            needed = plan(shapes, preset, device=device, dtype_bytes=dtype_bytes).peak
+            needed = plan(shapes, preset, device=device, **options).peak
             if needed <= HEADROOM * free:
                 return f"auto → {name}", preset
             seen.append(f"{name} needs {needed / GIB:.1f} GiB")
@@ -452,20 +461,9 @@ def choose(shapes: Shapes, device: str, free: int, where: str, dtype_bytes: int)
     )
 
 
-def shapes_of(pipe: Any, places: Mapping[str, Path]) -> Shapes:
-    """The configs of a pipeline's parts; of text encoders that are not open, from their folders."""
+def shapes_in(config: Mapping[str, Any], places: Mapping[str, Path], quantized: int = 0) -> Shapes:
+    """The configs of a pipeline's parts: its transformer's, and those in the folders of the others."""
     from diptych.student.files import read_json
 
-    text: dict[str, Any] = {}
-    for part in TEXT_PARTS:
-        encoder = getattr(pipe, part, None)
-        if encoder is not None:
-            text[part] = encoder.config.to_dict()
-        elif part in places:
-            text[part] = read_json(places[part] / "config.json")
-    return Shapes(dict(pipe.transformer.config), dict(pipe.vae.config), **text)
-
-
-def _size_of(pipe: Any) -> dict[str, Any]:
-    side = pipe.default_panel_size
-    return {"panel": (side, side), "text_tokens": pipe.text_length}
+    found = {part: read_json(places[part] / "config.json") for part in ("vae", *TEXT_PARTS) if part in places}
+    return Shapes(config, **found, quantized=quantized)

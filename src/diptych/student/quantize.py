@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`bits` per weight with its scales, `row_bytes` per output row besides, the package that does it ("": torch)."""
+    """`bits` per weight with its scales, `row_bytes` per output row besides, the package that does it ("": torch).
+
+    `biases`: they are stored like the weights.
+    """
 
     bits: float
     row_bytes: int = 0
     package: str = ""
+    biases: bool = False
     devices: tuple[str, ...] = ("cuda", "cpu")
 
 
 QUANTIZATIONS = {
     "none": Quantization(0, devices=("cuda", "cpu", "mps", "xpu")),
     # float8_e4m3fn storage, cast to the compute dtype layer by layer (diffusers' layerwise casting).
-    "fp8": Quantization(8),
+    "fp8": Quantization(8, biases=True),
     # One float32 scale for each output row (torchao's Int8WeightOnlyConfig).
     "int8": Quantization(8, row_bytes=4, package="torchao"),
     # NormalFloat4, blocks of 64, their scales in 8 bits with one float32 for 256 of them (Dettmers et al. 2023).
@@ -134,9 +138,13 @@ def _config(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-def quantized_bytes(name: str, shapes: Iterable[tuple[int, int]], dtype_bytes: int) -> int:
-    """Bytes of weights of these (out, in) shapes; biases are not among them."""
+def quantized_bytes(name: str, linears: Iterable[torch.nn.Linear], dtype_bytes: int) -> int:
+    """Bytes that these layers have once quantized, of layers on the meta device too."""
     kind = QUANTIZATIONS[name]
-    if name == "none":
-        return sum(rows * columns for rows, columns in shapes) * dtype_bytes
-    return round(sum(rows * columns * kind.bits / 8 + rows * kind.row_bytes for rows, columns in shapes))
+    bits = kind.bits if name != "none" else 8 * dtype_bytes
+    total = 0.0
+    for linear in linears:
+        total += linear.weight.numel() * bits / 8 + linear.out_features * kind.row_bytes
+        if linear.bias is not None:
+            total += linear.bias.numel() * (bits / 8 if kind.biases else dtype_bytes)
+    return round(total)
