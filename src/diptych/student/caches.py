@@ -28,6 +28,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, right_tokens
+from diptych.student.modulation import Slot
 
 if TYPE_CHECKING:
     from diptych.student.speed import Speed
@@ -247,40 +248,52 @@ class _BlockHook(ModelHook):
         self.rule = rule
         self.last = last
 
-    # Not traced itself, so that a block that is compiled stays one graph inside.
+    # Not traced itself, nor what decides, so that a block that is compiled stays one graph inside.
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Blocks:
         state: _Sum = self.state_manager.get_state()
         if self.rule is not None:
-            return self._first(state, *args, **kwargs)
-        if state.rows is None:
-            text, image = self.fn_ref.original_forward(*args, **kwargs)
-        elif len(state.rows):
-            kwargs["temb"] = kwargs["temb"][state.rows]
-            text, image = self.fn_ref.original_forward(*args, **kwargs)
-        else:
-            text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-        return self._finish(state, image) if self.last else (text, image)
+            self._begin(state, kwargs)
+        blocks: Blocks = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        if state.rows is None or len(state.rows):
+            self._narrow(state, module, kwargs)
+            blocks = self.fn_ref.original_forward(*args, **kwargs)
+        if self.rule is _first_block:
+            blocks = self._look(state, kwargs["hidden_states"], blocks)
+        return self._finish(state, blocks[1]) if self.last else blocks
 
-    def _first(self, state: _Sum, *args: Any, **kwargs: Any) -> Blocks:
-        cache = self.cache
+    @torch.compiler.disable
+    def _begin(self, state: _Sum, kwargs: dict[str, Any]) -> None:
+        """Before the first block: every row is to run, unless the rule knows better without looking."""
         image: torch.Tensor = kwargs["hidden_states"]
-        state.fresh = state.seen != cache.step - 1 or state.sum is None or state.sum.shape != image.shape
-        looks = self.rule is _first_block
+        state.fresh = state.seen != self.cache.step - 1 or state.sum is None or state.sum.shape != image.shape
+        state.seen = self.cache.step
         state.anchor = (kwargs["encoder_hidden_states"], image)
-        if looks:
-            state.anchor = self.fn_ref.original_forward(*args, **kwargs)
-        compute = self.rule(cache, state, (state.anchor[1] - image)[:, cache.right] if looks else image)
+        state.rows = None
+        if self.rule is not _first_block:
+            self._choose(state, self.rule(self.cache, state, image))
+
+    @torch.compiler.disable
+    def _look(self, state: _Sum, before: torch.Tensor, blocks: Blocks) -> Blocks:
+        """After the first block: the rows that the others are to run on."""
+        state.anchor = blocks
+        self._choose(state, self.rule(self.cache, state, (blocks[1] - before)[:, self.cache.right]))
+        return blocks if state.rows is None or not len(state.rows) else (blocks[0][state.rows], blocks[1][state.rows])
+
+    def _choose(self, state: _Sum, compute: torch.Tensor) -> None:
         rows = compute.nonzero().flatten()
         state.rows = None if len(rows) == len(compute) else rows
-        state.seen = cache.step
-        cache.count(len(rows), len(compute))
-        if not looks:  # all rows, or none
-            return self.fn_ref.original_forward(*args, **kwargs) if state.rows is None else state.anchor
-        if state.rows is None or not len(rows):
-            return state.anchor
-        return state.anchor[0][rows], state.anchor[1][rows]
+        self.cache.count(len(rows), len(compute))
 
+    @torch.compiler.disable
+    def _narrow(self, state: _Sum, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+        """What a block is given for all rows, for those that run: the modulation, precomputed or not."""
+        if state.rows is not None:
+            kwargs["temb"] = kwargs["temb"][state.rows]
+            for slot in (m for m in module.modules() if isinstance(m, Slot)):
+                slot.rows = slot.rows[state.rows] if slot.rows is not None else None
+
+    @torch.compiler.disable
     def _finish(self, state: _Sum, image: torch.Tensor) -> Blocks:
         """Text and image of all rows after the last block; the text is not read any more."""
         assert state.anchor is not None

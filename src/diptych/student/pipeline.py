@@ -127,7 +127,9 @@ class DiptychPipeline(FluxControlPipeline):
         if not self.recall.limit:
             return encode(prompt, prompt_2)
         # Each text alone, so that an embedding does not depend on which others were asked for with it.
-        encoders = (id(self.text_encoder), id(self.text_encoder_2), str(self._execution_device))
+        # A memory preset opens its text encoders anew; otherwise another object is another encoder.
+        own = None if self.memory is not None else (id(self.text_encoder), id(self.text_encoder_2))
+        encoders = (own, str(self._execution_device))
         made = []
         for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):
             texts = ([first], [second] if second is not None else None)

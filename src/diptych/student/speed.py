@@ -155,6 +155,8 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.attention:
         _one_of("attention", speed.attention, _attention_backends())
     remove(pipe)
+    if speed.attention:
+        _set_attention(transformer, speed.attention)
     left_out = []
     if speed.fused_lora and getattr(transformer, "peft_config", None):
         pipe.fuse_lora(components=["transformer"])
@@ -163,11 +165,12 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
         left_out.append(f"fused_qkv: {reason}")
     elif speed.fused_qkv:
         _fuse_qkv(transformer)
-    if speed.attention:
-        transformer.set_attention_backend(speed.attention)
+    if speed.modulation and getattr(transformer, "peft_config", None):
+        left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
+        speed = replace(speed, modulation=False)
     if speed.cache != "none":
         pipe.step_cache = caches.enable(transformer, speed, _ratios(pipe))
-    if speed.compile and (reason := _cannot_compile(transformer)):
+    if speed.compile and (reason := _cannot_compile(pipe)):
         left_out.append(f"compile: {reason}")
     elif speed.compile:
         transformer.compile_repeated_blocks()
@@ -184,7 +187,7 @@ def remove(pipe: DiptychPipeline) -> None:
 
     transformer: Any = pipe.transformer
     for block in _repeated(transformer):
-        block._compiled_call_impl = None  # what torch's own Module.compile sets
+        block._compiled_call_impl = None  # what torch's own Module.compile sets; the code itself stays in torch's cache
     if pipe.step_cache is not None:
         caches.disable(transformer)
         pipe.step_cache = None
@@ -198,12 +201,16 @@ def remove(pipe: DiptychPipeline) -> None:
 @contextmanager
 def off(pipe: DiptychPipeline) -> Iterator[None]:
     """Within it the pipeline has no speed setting, as for saving; afterwards it has its own again."""
-    speed = pipe.speed
+    speed, kept = pipe.speed, pipe.recall
+    ratios = pipe.step_cache.ratios if pipe.step_cache is not None else {}
     remove(pipe)
     try:
         yield
     finally:
         apply(pipe, speed)
+        pipe.recall = kept
+        if pipe.step_cache is not None:
+            pipe.step_cache.ratios |= ratios
 
 
 def costs() -> dict[str, Any]:
@@ -212,21 +219,27 @@ def costs() -> dict[str, Any]:
 
 
 def cost(name: str) -> str:
-    """One phrase: what a preset or a lossy switch (`decode=right`) costs in CP·PF on the pocket model."""
-    found = costs().get("settings", {}).get(name)
-    if found is None:
+    """What a preset, or a lossy switch at each measured value, costs in CP·PF on the pocket model."""
+    known = {key: entry for key, entry in costs().get("settings", {}).items() if key.partition("=")[0] == name}
+    if not known:
         return "cost in quality not measured yet"
-    low, high = (100 * bound for bound in found["ci95"])
-    return f"CP·PF {100 * found['change']:+.1f} % [{low:+.1f}, {high:+.1f}] on the pocket model, n={found['n']}"
+    phrases = []
+    for key, entry in known.items():
+        low, high = (100 * bound for bound in entry["ci95"])
+        change = f"{100 * entry['change']:+.1f} % [{low:+.1f}, {high:+.1f}]"
+        phrases.append(f"{key} changes CP·PF by {change}")
+    return ", ".join(phrases) + " on the pocket model"
+
+
+def summary() -> str:
+    """The presets in a line, for `--help`, with what the lossy ones cost."""
+    lossy = ", ".join(f"{name} ({cost(name)})" for name in PRESETS if name != "exact")
+    return f"exact (float rounding alone), {lossy} [default: as the released sampler]."
 
 
 def describe() -> str:
     """The switches in words, for `--help`: what each does, and what the lossy ones cost."""
-    known = {key.partition("=")[0]: key for key in costs().get("settings", {}) if key not in PRESETS}
-    lines = [
-        f"{name}: {text}" + (f" (lossy; {cost(known.get(name, name))})" if name in LOSSY else "")
-        for name, text in HELP.items()
-    ]
+    lines = [f"{name}: {text}" + (f" (lossy; {cost(name)})" if name in LOSSY else "") for name, text in HELP.items()]
     return "; ".join(lines)
 
 
@@ -254,8 +267,9 @@ def _repeated(transformer: Any) -> Iterator[Any]:
     return (module for module in transformer.modules() if type(module).__name__ in names)
 
 
-def _cannot_compile(transformer: Any) -> str:
+def _cannot_compile(pipe: DiptychPipeline) -> str:
     """Why compiling would not work or not pay; empty if it would."""
+    transformer: Any = pipe.transformer
     count = sum(p.numel() for p in transformer.parameters())
     if count < COMPILE_FROM:
         return f"a transformer of {count / 1e6:.0f} M parameters draws faster than it compiles"
@@ -264,20 +278,27 @@ def _cannot_compile(transformer: Any) -> str:
         return "no C++ compiler on this machine (install g++)"
     if device == "mps":
         return "not on MPS"
+    if pipe.memory is not None:
+        from diptych.student.memory import problems
+
+        return "; ".join(problems(pipe.memory.preset, device, compile=True))
     return ""
 
 
 def _cannot_fuse_qkv(transformer: Any) -> str:
     """Why query, key and value cannot be one product here; empty if they can."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
     from torch import nn
 
     if getattr(transformer, "peft_config", None):
         return "an unfused LoRA sits on the projections (fused_lora=on)"
+    if _is_group_offload_enabled(transformer):
+        return "the layers are offloaded by groups, which know the single projections alone"
     linears = [m for name, m in transformer.named_modules() if name.endswith((".to_q", ".add_q_proj"))]
     if any(type(m) is not nn.Linear or m.weight.is_meta or not m.weight.is_floating_point() for m in linears):
         return "the projections are quantized or offloaded"
     if any(m.weight.element_size() < 2 or hasattr(m, "_diffusers_hook") for m in linears):
-        return "the projections are stored in 8 bits or offloaded layer by layer"
+        return "the projections are stored in 8 bits or hooked one by one"
     return ""
 
 
@@ -296,6 +317,18 @@ def _fuse_qkv(transformer: Any) -> None:
                     part.weight.data = whole.weight.data[rows]
                     if part.bias is not None:
                         part.bias.data = whole.bias.data[rows]
+
+
+def _set_attention(transformer: Any, name: str) -> None:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    elsewhere, _ = registry.get_active_backend()
+    try:
+        transformer.set_attention_backend(name)
+        registry.set_active_backend(elsewhere)  # diffusers sets it for the whole process, and never back
+    except (RuntimeError, ValueError, ImportError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UsageError(f"the attention back-end {name} does not work here: {line}") from error
 
 
 def _attention_backends() -> list[str]:
