@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diptych import student
 from diptych.student import files
 from diptych.student.convert import convert
+from layouts import LORA, folded_state, make_base, original_keys, write_gguf
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
+F16_BOUND, Q8_BOUND = 5e-3, 0.15  # measured: 0.0027 and 0.075, of latents that spread by 1.5
 TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-5}
 GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 
@@ -70,6 +73,47 @@ def test_fused_lora_and_folded_folder_give_the_same(golden, tmp_path):
     again = student.load(tmp_path / "saved", device="cpu")
     latents = draw(again, golden, "plain", output_type="latent").images
     torch.testing.assert_close(latents, golden["latents_plain"], **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, bool]]:
+    """The golden student in other layouts: (model, base, whether its LoRA is to be given)."""
+    folder = tmp_path_factory.mktemp("ways")
+    base = make_base(folder / "base")
+    state, _ = folded_state()
+    save_file(original_keys(state), folder / "original.safetensors")
+    convert(GOLDEN / "dsd_model", folder / "control-lora", "control-lora", base=base)
+    found = {
+        "released file": (GOLDEN / "dsd_model" / "transformer" / files.WEIGHTS_FILE, GOLDEN / "base", True),
+        "original keys": (folder / "original.safetensors", base, True),
+        "control-lora": (folder / "control-lora", base, False),
+    }
+    for kind, keys in (("F32", state), ("F16", original_keys(state)), ("Q8_0", original_keys(state))):
+        found[f"gguf {kind}"] = (write_gguf(folder / f"{kind}.gguf", keys, kind), base, True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("way", "bound"),
+    [
+        ("released file", 1e-5),
+        ("original keys", 1e-5),
+        ("control-lora", 1e-5),
+        ("gguf F32", 1e-5),
+        ("gguf F16", F16_BOUND),
+        ("gguf Q8_0", Q8_BOUND),
+    ],
+)
+def test_every_other_layout_gives_the_released_latents(ways, golden, way, bound):
+    """Within 1e-5, or, for weights that were stored in fewer bits, within twice what was measured."""
+    model, base, lora = ways[way]
+    pipe = student.load(model, base, device="cpu", lora=LORA if lora else (), fuse=True)
+    latents = draw(pipe, golden, "plain", output_type="latent").images
+    relative = bound if bound == 1e-5 else 0.0
+    torch.testing.assert_close(latents, golden["latents_plain"], rtol=relative, atol=bound)
+    assert bool(getattr(pipe.transformer, "peft_config", {})) == (way == "gguf Q8_0")  # what is quantized is not fused
+    if way == "gguf Q8_0":
+        assert (latents - golden["latents_plain"]).abs().max() > 1e-5
 
 
 def test_lora_matters(golden):

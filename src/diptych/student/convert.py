@@ -113,7 +113,7 @@ def convert(
         "equality": _equality(direction, job, fuse_lora, dtype),
         "lora": lora,
         "split": job.split is not None,
-        "complete": to == "folded" and (out / INDEX).is_file(),
+        "complete": to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
         "ignored_adapter_tensors": len(source.folded.adapters),
         "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
         "seconds": round(time.monotonic() - started, 2),
@@ -249,4 +249,5 @@ def summary(done: Mapping[str, Any]) -> str:
         "fused": "; the LoRA is in the weights",
         "joined": "; the LoRA is part of it",
     }
-    return f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}"
+    open_with = "" if done["complete"] else "; open it with --base and the teacher's folder"
+    return f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}{open_with}"

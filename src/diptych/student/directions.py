@@ -50,9 +50,7 @@ DIRECTIONS = (
     Direction("folded", "file", "bits", False, f"{_CONFIG}; a LoRA beside the weights must be fused"),
     Direction("control-lora", "released", "function", True, _FUSED),
     Direction("control-lora", "folded", "function", True, _FUSED),
-    Direction(
-        "control-lora", "control-lora", "refused", False, "it is one already; copy the file, or fetch a smaller one"
-    ),
+    Direction("control-lora", "control-lora", "refused", False, "it is one already: copy the file"),
     Direction("control-lora", "file", "function", True, f"{_FUSED}; {_CONFIG}"),
     Direction("file", "released", "bits", False, _SPLIT),
     Direction("file", "folded", "bits", False, "Black Forest Labs' keys are renamed, and fused layers cut apart"),

@@ -58,7 +58,7 @@ def _stored(tensor: Any) -> Stored:
 
         return GGUFParameter(_copy(tensor), quant_type=kind)
 
-    return Stored(shape, torch.uint8, read)
+    return Stored(shape, torch.uint8, read, packed=int(tensor.n_bytes))
 
 
 def _copy(tensor: Any) -> torch.Tensor:

@@ -42,10 +42,11 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    packed: int | None = None  # bytes on disk, where that is not shape times dtype (GGUF)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize if self.packed is None else self.packed
 
     def to(self, dtype: torch.dtype | None) -> Stored:
         """Cast when read, if it is floating point and a dtype is given."""
@@ -55,7 +56,8 @@ class Stored:
 
     def rows(self, start: int, stop: int) -> Stored:
         """Rows `start` to `stop`, exclusive."""
-        return Stored((stop - start, *self.shape[1:]), self.dtype, lambda: self.read()[start:stop])
+        packed = None if self.packed is None else self.packed * (stop - start) // self.shape[0]
+        return Stored((stop - start, *self.shape[1:]), self.dtype, lambda: self.read()[start:stop], packed)
 
 
 def held(tensor: torch.Tensor) -> Stored:
