@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.errors import UsageError, UserError
+from diptych.models import with_scale
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.preview import Show
+    from diptych.student.speed import Speed
 
     Reference = Image.Image | str | Path | None
 
@@ -69,12 +71,16 @@ class Student:
         lora: Loras = (),
         released_lora: bool = True,
         fuse: bool = True,
+        speed: str | Speed | None = None,
+        switches: Sequence[str] = (),
         parallel: bool = False,
         progress_bar: bool = True,
     ) -> Student:
         """Opens `pocket`, a folder, or a hub name; the arguments are those of `diptych.student.load`, and these:
 
         Args:
+            speed, switches: `exact`, `fast` or `fastest`, and single switches (`"decode=right"`) on top; see
+                `student.speed`. None: as the released sampler.
             parallel: draw each picture on all GPUs that `torchrun` started processes for; see `student.parallel`.
             progress_bar: show the bars of diffusers and transformers, while loading and drawing.
 
@@ -84,18 +90,24 @@ class Student:
         from diptych.console import quiet_bars
         from diptych.student import load
         from diptych.student import parallel as gpus
-        from diptych.student.loading import read_sampling, read_words
+        from diptych.student import speed as speeds
+        from diptych.student.loading import read_sampling, read_words, scaled
 
         _check_device(device)
+        quick = speeds.parse(speed, switches)
+        if quick.few_step_lora:
+            lora = [*scaled(lora), with_scale(quick.few_step_lora)]
         if parallel:
             device = gpus.join(device)
         with nullcontext() if progress_bar else quiet_bars():
             pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
+        speeds.apply(pipeline, quick)
         if parallel:
             gpus.split(pipeline)
         if not progress_bar:
             pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, str(model), words=read_words(pipeline), sampling=read_sampling(pipeline))
+        sampling = read_sampling(pipeline) | ({"steps": quick.steps} if quick.steps else {})
+        return cls(pipeline, str(model), words=read_words(pipeline), sampling=sampling)
 
     def generate(
         self,
@@ -256,6 +268,7 @@ class Student:
             "height": image.height,
             "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
             "device": self.pipeline.device.type,
+            "speed": self.pipeline.speed.changed(),
             "versions": {"diptych": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.errors import UsageError, UserError
+from diptych.student import speed as speeds
 
 app = typer.Typer(
     name="diptych",
@@ -181,6 +182,11 @@ def generate(
         str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")] = None,
+    speed: Annotated[str | None, typer.Option("--speed", help=speeds.summary())] = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option("--switch", metavar="NAME=VALUE", help=f"One switch of --speed. Repeatable. {speeds.describe()}."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw your subject in new scenes: every reference with every prompt with every seed.
@@ -217,6 +223,9 @@ def generate(
     }
     plan = batches.plan(asked, batch, out)
     loading: dict[str, Any] = {"model": model, "base": base, "device": device}
+    if speed is not None or switch:
+        speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
+        loading |= {"speed": speed, "switches": switch or []}
     several = parallel.processes() > 1
     display = Display(quiet=as_json or not parallel.is_first())
 

@@ -46,7 +46,7 @@ def load(
     models.note_licence(str(model), weights_place)
     places = find_parts(path, base_folder)
     check_parts(places, path, base_folder)
-    loras = [(lora_file(Path(given)), scale) for given, scale in _scaled(lora)]
+    loras = [(lora_file(Path(given)), scale) for given, scale in scaled(lora)]
 
     device = pick_device(device)
     dtype = dtype or pick_dtype(weights_place, device)
@@ -165,7 +165,7 @@ def pick_dtype(weights: Path, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if stored & {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2} else torch.float32
 
 
-def _scaled(lora: Loras) -> list[tuple[Path, float]]:
+def scaled(lora: Loras) -> list[tuple[Path, float]]:
     """(path, scale) of each LoRA; one path, or one (path, scale), need no list around it."""
     if isinstance(lora, (str, Path)):
         return [(Path(lora), 1.0)]
