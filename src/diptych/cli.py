@@ -143,6 +143,9 @@ def generate(
     base: Annotated[
         str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -197,6 +200,7 @@ def generate(
     from diptych import batch as batches
     from diptych.console import Display
     from diptych.data.images import kind_of
+    from diptych.models import with_scale
     from diptych.student import parallel
 
     started = time.monotonic()
@@ -223,6 +227,8 @@ def generate(
     }
     plan = batches.plan(asked, batch, out)
     loading: dict[str, Any] = {"model": model, "base": base, "device": device}
+    if lora:
+        loading["lora"] = [with_scale(given) for given in lora]
     if speed is not None or switch:
         speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
         loading |= {"speed": speed, "switches": switch or []}
@@ -265,6 +271,62 @@ def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
             f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
             "the same command tries them again"
         )
+
+
+def _print_directions(value: bool) -> None:
+    if value:
+        from diptych.student.directions import table
+
+        print(table())
+        raise typer.Exit()
+
+
+@app.command(
+    "convert",
+    epilog="Example: diptych convert dsd_model student --to folded --base FLUX.1-dev · diptych convert --table",
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A student: folder, file, owner/name, or `pocket`.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder; for --to file, a name ending in .safetensors.")],
+    to: Annotated[str, typer.Option("--to", help="released, folded, control-lora or file.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The teacher: for a control-LoRA, or to complete a folded folder.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 [default: as stored].")
+    ] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Add the LoRA beside the weights into them.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    table: Annotated[
+        bool,
+        typer.Option("--table", callback=_print_directions, is_eager=True, help="Print what can become what."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a student's weights between layouts, without loss; a lossy direction is refused, and why.
+
+    Tensor by tensor: a 24 GB file needs little memory. OUT appears when it is whole.
+    """
+    from diptych.console import Display
+    from diptych.student import convert as conversion
+
+    display = Display(quiet=as_json)
+    with display.stage("convert", "%") as report:
+        done = conversion.convert(
+            source,
+            out,
+            to,
+            base=base,
+            dtype=dtype,
+            fuse_lora=fuse,
+            overwrite=overwrite,
+            report=lambda done, total: report(100 * done // max(total, 1), 100),
+        )
+    if as_json:
+        print(json.dumps(done, ensure_ascii=False))
+        return
+    display.say(conversion.summary(done))
+    print(done["out"])
 
 
 @app.command("doctor", epilog="Example: diptych doctor --json")
