@@ -16,7 +16,7 @@ from diptych import cli
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError
 
-COMMANDS = ("run", "write", "paint", "curate", "distill", "evaluate", "generate", "doctor")
+COMMANDS = ("run", "write", "paint", "curate", "distill", "evaluate", "generate", "convert", "doctor")
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -167,13 +167,14 @@ def test_generate_passes_on_what_was_said_and_nothing_else(
     assert provenance == {"seed": 7, "prompt": "a cat", "reference_file": "reference.png"}
     more = (
         "--steps 5 --guidance 3 --image-guidance 1.5 --text-guidance 2 --size 64x48 --fit pad --base b --model m "
-        "--json --negative-prompt dog --background black"
+        "--json --negative-prompt dog --background black --lora x.safetensors --lora y.safetensors:0.5"
     )
     code, stdout, err = call(capsys, *args, *more.split())
     assert code == 0 and err == ""
     assert json.loads(stdout)["out"] == str(out)
     assert (student["steps"], student["image_guidance"], student["size"], student["fit"]) == (5, 1.5, (64, 48), "pad")
     assert (student["guidance"], student["text_guidance"], student["base"]) == (3.0, 2.0, "b")
+    assert student["lora"] == [(Path("x.safetensors"), 1.0), (Path("y.safetensors"), 0.5)]
     assert (student["negative_prompt"], student["background"]) == ("dog", "black")
 
 
