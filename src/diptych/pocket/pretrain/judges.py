@@ -268,18 +268,24 @@ class Pairs:
 
 @torch.no_grad()
 def measure(model, side: int, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """On held-out triplets: the chance that a true pair scores above a drifted one (AUC), and for the reader each
-    attribute's accuracy."""
+    """On held-out triplets: the chance that a true pair scores above a drifted one (AUC), the threshold from which 95 %
+    of pairs are true ones and the share of them that it keeps, and for the reader each attribute's accuracy."""
     parts = [
         outputs(model, enlarge(vae_training.to_tensor(block).to(model.device), side))
         for block in np.array_split(panels.reshape(-1, *panels.shape[2:]), 12)
     ]
     vectors = F.normalize(torch.cat([p[0] for p in parts]).cpu(), dim=1).view(len(panels), 3, -1)
     same, other = (vectors[:, 0] * vectors[:, 1]).sum(1), (vectors[:, 0] * vectors[:, 2]).sum(1)
+    cosine, order = torch.cat([same, other]).sort(descending=True)
+    right = (order < len(same)).cumsum(0)
+    good = (right / torch.arange(1, len(order) + 1) >= 0.95).nonzero()
+    last = int(good[-1]) if len(good) else 0
     result = {
         "auc_drifted": float((same[:, None] > other[None]).float().mean()),
         "same": float(same.mean()),
         "drifted": float(other.mean()),
+        "threshold_95": float(cosine[last]),
+        "recall_95": float(right[last] / len(same)) if len(good) else 0.0,
     }
     if read := [logits.cpu() for _, logits in parts if logits is not None]:
         logits, start = torch.cat(read), 0
