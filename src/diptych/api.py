@@ -368,6 +368,8 @@ def _memory_said(canvas: Canvas, count: int) -> Iterator[None]:
 
 
 def _bytes(folder: Path) -> int:
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
