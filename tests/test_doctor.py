@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diptych import cli, doctor, models
+from diptych.student import memory, quantize
 
 
 def test_it_finds_versions_memory_and_a_device() -> None:
@@ -32,6 +34,20 @@ def test_missing_weights_are_a_problem_and_exit_code_one(
     assert cli.call(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "teacher MISSING" in out and "this installation is incomplete" in out
+
+
+def test_memory_presets_are_said_to_fit_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"device": "cuda:0", "name": "a card", "memory": 15.7, "free": 15.0}
+    absent = replace(quantize.QUANTIZATIONS["nf4"], package="no_such_module_at_all")
+    monkeypatch.setitem(quantize.QUANTIZATIONS, "nf4", absent)
+    found = doctor._flux([card])
+    assert found["12"] == "" and found["24"] == "cuda:0 has 15.7 GiB"
+    assert found["8"] == ""  # its second row needs no bitsandbytes
+    monkeypatch.setitem(memory.PRESETS, "8", memory.PRESETS["8"][:1])
+    assert doctor._flux([card])["8"] == "nf4 needs no_such_module_at_all: pip install no_such_module_at_all"
+    assert all("no CUDA card" in reason for reason in doctor._flux([{"device": "cpu"}]).values())
+    text = "\n".join(doctor.lines({**doctor.examine(), "flux": {"12": "", "24": "too small", "48": "too small"}}))
+    assert "--memory 12: yes" in text and "--memory 24, 48: no: too small" in text
 
 
 def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

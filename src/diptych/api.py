@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from diptych.student.geometry import Canvas
     from diptych.student.loading import Loras
+    from diptych.student.memory import Preset
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.preview import Show
     from diptych.student.speed import Speed
@@ -71,6 +72,7 @@ class Student:
         lora: Loras = (),
         released_lora: bool = True,
         fuse: bool = True,
+        memory: str | int | Preset | None = None,
         speed: str | Speed | None = None,
         switches: Sequence[str] = (),
         parallel: bool = False,
@@ -97,10 +99,21 @@ class Student:
         quick = speeds.parse(speed, switches)
         if quick.few_step_lora:
             lora = [*scaled(lora), with_scale(quick.few_step_lora)]
+        if parallel and memory is not None:
+            raise UsageError("a memory preset moves weights about, and several GPUs need them in place; choose one")
         if parallel:
             device = gpus.join(device)
         with nullcontext() if progress_bar else quiet_bars():
-            pipeline = load(model, base, device=device, dtype=dtype, lora=lora, released_lora=released_lora, fuse=fuse)
+            pipeline = load(
+                model,
+                base,
+                device=device,
+                dtype=dtype,
+                lora=lora,
+                released_lora=released_lora,
+                fuse=fuse,
+                memory=memory,
+            )
         speeds.apply(pipeline, quick)
         if parallel:
             gpus.split(pipeline)

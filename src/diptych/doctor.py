@@ -14,6 +14,7 @@ from typing import Any
 from diptych import models
 from diptych.machine import processor, versions
 from diptych.paths import packaged
+from diptych.student import memory as presets
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -24,11 +25,10 @@ EXTRAS = {
     "flux": ("sentencepiece",),
     "dev": ("pytest", "hypothesis", "datasets"),
 }
-# What fits where: GiB for weights and work (FLUX.1 in bfloat16: 23.8 GB of transformer, 9.5 of T5, and the rest).
+# What fits into the machine's memory, GiB. For a GPU the memory presets say it.
 NEEDS = (
-    ("pocket, everything", "memory", 2.0),
-    ("FLUX.1-dev in bfloat16 on a GPU", "gpu", 36.0),
-    ("FLUX.1-dev in bfloat16 on the CPU (slow: minutes a step)", "memory", 40.0),
+    ("pocket, everything", 2.0),
+    ("FLUX.1-dev in bfloat16 on the CPU (slow: minutes a step)", 40.0),
 )
 GIB = 2**30
 
@@ -46,7 +46,8 @@ def examine() -> dict[str, Any]:
         "pocket": _pocket(problems),
         "hub": {"offline": bool(os.environ.get("HF_HUB_OFFLINE")), "cache": _cache()},
     }
-    found["fits"] = {name: _fits(kind, need, found) for name, kind, need in NEEDS}
+    found["fits"] = {name: (found["memory"]["total"] or 0) >= need for name, need in NEEDS}
+    found["flux"] = _flux(found["devices"])
     found["problems"] = problems
     return found
 
@@ -134,11 +135,19 @@ def _cache() -> str:
     )
 
 
-def _fits(kind: str, need: float, found: dict[str, Any]) -> bool:
-    if kind == "memory":
-        total = found["memory"]["total"]
-        return total is not None and total >= need
-    return any(device.get("memory", 0) >= need for device in found["devices"])
+def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
+    """Memory preset → why FLUX.1-dev cannot be drawn with it on the first CUDA card; empty if it can."""
+    card = next((device for device in devices if device["device"].startswith("cuda")), None)
+    return {name: _why_not(name, card) for name in presets.PRESETS}
+
+
+def _why_not(name: str, card: dict[str, Any] | None) -> str:
+    if card is None:
+        return "no CUDA card here; on a CPU, --memory auto plans with the machine's memory"
+    if card["memory"] < presets.HEADROOM * int(name):
+        return f"{card['device']} has {card['memory']} GiB"
+    reasons = [presets.problems(preset, "cuda") for preset in presets.PRESETS[name]]
+    return "" if not all(reasons) else "; ".join(dict.fromkeys(reason for row in reasons for reason in row))
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -162,5 +171,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     out.append(f"pocket    {pocket}")
     out.append(f"hub       {found['hub']['cache']}{' (offline)' if found['hub']['offline'] else ''}")
     out += [f"fits      {name}: {'yes' if fits else 'no'}" for name, fits in found["fits"].items()]
+    for reason in dict.fromkeys(found["flux"].values()):
+        names = ", ".join(name for name, why in found["flux"].items() if why == reason)
+        out.append(f"memory    FLUX.1-dev with --memory {names}: {f'no: {reason}' if reason else 'yes'}")
     out += [f"problem   {problem}" for problem in found["problems"]] or ["all right"]
     return out

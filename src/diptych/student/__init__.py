@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.student.loading import Loras
+    from diptych.student.memory import Preset
     from diptych.student.pipeline import DiptychPipeline
 
 __all__ = ["load", "save"]
@@ -27,27 +28,32 @@ def load(
     lora: Loras = (),
     released_lora: bool = True,
     fuse: bool = False,
+    memory: str | int | Preset | None = None,
 ) -> DiptychPipeline:
     """Opens a student as a pipeline.
 
     Args:
-        model: `pocket`, a hub name, or a folder: a whole diffusers pipeline; one with only `transformer/`; or the
+        model: `pocket`, a hub name, or a path. A folder: a whole diffusers pipeline; one with only `transformer/`; the
             released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly;
-            or one with only a control-LoRA, which goes on the base's transformer, widened.
+            or one with only a control-LoRA, which goes on the base's transformer, widened. A file: a transformer in
+            .safetensors or .gguf, in diffusers' or Black Forest Labs' keys, or a control-LoRA.
         base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
             encoders the pipeline takes prompts as embeddings only.
         dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.
         device: `cpu`, `cuda`, …; None or `auto` takes the accelerator if there is one.
         lora: more LoRA files on top: a path, a (path, scale), or a list of those.
         released_lora: also load the folder's own `pytorch_lora_weights.safetensors`, as the release does.
-        fuse: add the LoRAs into the weights (faster; needed before `save`).
+        fuse: add the LoRAs into the weights (faster; needed before `save`). Quantized weights (GGUF) keep them beside.
+        memory: GiB to fit into (8, 12, 16, 24, 48, 80), `auto`, or a `memory.Preset`; see `memory`.
 
     Raises:
         UserError, UsageError: what is missing, damaged or of another family, and what to do. Nothing is half loaded.
     """
     from diptych.student.loading import load as _load
 
-    return _load(model, base, dtype=dtype, device=device, lora=lora, released_lora=released_lora, fuse=fuse)
+    return _load(
+        model, base, dtype=dtype, device=device, lora=lora, released_lora=released_lora, fuse=fuse, memory=memory
+    )
 
 
 def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:

@@ -18,6 +18,7 @@ from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
 from diptych.student.components import check_family, check_parts, find_parts, open_part
 from diptych.student.lora import apply_lora, lora_file
+from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.sources import Source, locate, open_source
 from diptych.student.tensors import open_safetensors
@@ -39,8 +40,11 @@ def load(
     lora: Loras = (),
     released_lora: bool = True,
     fuse: bool = False,
+    memory: str | int | Preset | None = None,
 ) -> DiptychPipeline:
     """See `diptych.student.load`."""
+    device = pick_device(device)
+    preset = prepare(memory, device) if memory is not None else None
     path, base_folder = resolve(model, base)
     layout, weights_place, _ = locate(path, base_folder)
     models.note_licence(str(model), weights_place)
@@ -48,12 +52,16 @@ def load(
     check_parts(places, path, base_folder)
     loras = [(lora_file(Path(given)), scale) for given, scale in scaled(lora)]
 
-    device = pick_device(device)
     dtype = dtype or pick_dtype(weights_place, device)
     source = open_source(path, base_folder, dtype)
     if source.lora and (released_lora or layout == "control-lora"):
         loras.insert(0, (lora_file(source.lora), 1.0))
-    parts = {part: open_part(part, place, dtype) for part, place in places.items()}
+    if preset is not None:
+        quantized = sum(tensor.nbytes for tensor in source.tensors.values() if tensor.dtype == torch.uint8)
+        preset.settle(shapes_in(source.folded.config, places, quantized), dtype, places)
+        preset.check([lora for lora, _ in loras], fuse)
+    later = preset.waiting if preset is not None else ()
+    parts = {part: open_part(part, place, dtype) for part, place in places.items() if part not in later}
     check_family(source.folded.config, parts, path, base_folder)
     pipe = DiptychPipeline(transformer=_read(source, dtype), **parts)
     pipe.bias_split = source.folded.split
@@ -61,7 +69,10 @@ def load(
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
     for given, scale in loras:
         apply_lora(pipe, given, scale, fuse=fuse)
-    return pipe.to(device)
+    if preset is None:
+        return pipe.to(device)
+    preset.apply(pipe)
+    return pipe
 
 
 def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
