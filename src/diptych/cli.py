@@ -185,6 +185,12 @@ def generate(
         str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="GIB", help="Fit into 8, 12, 16, 24, 48 or 80 GiB, or auto; see docs/memory.md."
+        ),
+    ] = None,
     speed: Annotated[str | None, typer.Option("--speed", help=speeds.summary())] = None,
     switch: Annotated[
         list[str] | None,
@@ -229,6 +235,8 @@ def generate(
     loading: dict[str, Any] = {"model": model, "base": base, "device": device}
     if lora:
         loading["lora"] = [with_scale(given) for given in lora]
+    if memory is not None:
+        loading["memory"] = memory
     if speed is not None or switch:
         speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
         loading |= {"speed": speed, "switches": switch or []}
@@ -239,7 +247,10 @@ def generate(
         display.say(f"loading {model}")
         from diptych.api import Student
 
-        return Student.load(**loading, parallel=several, progress_bar=False)
+        student = Student.load(**loading, parallel=several, progress_bar=False)
+        if student.pipeline.memory is not None:
+            display.say(student.pipeline.memory.reason)
+        return student
 
     try:
         outcome = batches.draw(
