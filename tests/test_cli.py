@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def student(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     class Student:
+        pipeline = types.SimpleNamespace(memory=None)
+
         @classmethod
         def load(cls, model: str, **options: Any) -> Student:
             if model == "nope":
