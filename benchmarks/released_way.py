@@ -90,11 +90,12 @@ class ReleasedWay:
         panel = fit_image(reference, canvas.panel_height, canvas.panel_width)
         pixels = condition_canvas(to_pixels(panel)[None]).to(self.device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
-        return pack((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+        return pack((latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor)
 
     def decode(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         latents = unpack(tokens, canvas.rows, canvas.columns) / self.vae.config.scaling_factor
-        pixels = self.vae.decode((latents + self.vae.config.shift_factor).to(self.vae.dtype), return_dict=False)[0]
+        latents = latents + (self.vae.config.shift_factor or 0.0)
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return split_panels(pixels)[1]
 
     @torch.no_grad()

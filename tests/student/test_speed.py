@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych import student
+from diptych import Student, student
+from diptych.cli import call
 from diptych.errors import UsageError
 from diptych.student import speed
 from diptych.student.geometry import Canvas, split_tokens
@@ -247,3 +248,41 @@ def test_every_switch_is_explained_and_every_lossy_one_says_its_cost(tmp_path, m
     assert "(lossy; decode=right changes CP·PF by -1.2 % [-3.0, +1.0] on the pocket model)" in text
     assert "fast (cost in quality not measured yet)" in speed.summary()
     assert "clamp_left: hold the left panel to its known path (lossy; cost in quality not measured yet)" in text
+
+
+# One way in --------------------------------------------------------------------------------------------------------
+
+
+def test_student_is_loaded_with_a_speed_and_a_picture_names_it(student_folder, teacher, pictures):
+    loaded = Student.load(student_folder, teacher, device="cpu", speed="fast", switches=["steps=3"], progress_bar=False)
+    assert loaded.pipeline.speed.cache == "skip" and loaded.sampling["steps"] == 3
+    image = loaded.generate(pictures[0], "a red cat")
+    assert image.info["steps"] == 3
+    assert image.info["speed"]["cache"] == "skip" and "decode" not in image.info["speed"]
+    plain = Student.load(student_folder, teacher, device="cpu", progress_bar=False)
+    assert plain.generate(pictures[0], "a red cat", steps=3).info["speed"] == {}
+
+
+def test_few_step_lora_is_a_lora_on_top(student_folder, teacher, pictures, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    path = tmp_path / "few.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}, path)
+    options: Any = {"device": "cpu", "progress_bar": False}
+    one = Student.load(student_folder, teacher, switches=[f"few_step_lora={path}:0.5"], **options)
+    two = Student.load(student_folder, teacher, lora=[(path, 0.5)], **options)
+    none = Student.load(student_folder, teacher, **options)
+    got, expected, without = (latents(x.pipeline, reference=pictures[0]) for x in (one, two, none))
+    assert torch.equal(got, expected)
+    differs(got, without)
+
+
+def test_misspelt_speeds_are_refused_before_anything_is_loaded(pictures, tmp_path, capsys):
+    pictures[0].save(tmp_path / "a.png")
+    words = ["generate", "--model", str(tmp_path), "--reference", str(tmp_path / "a.png"), "--prompt", "a cat"]
+    assert call([*words, "--speed", "quickest"]) == 2
+    assert call([*words, "--switch", "clamp-lef=on"]) == 2
+    said = capsys.readouterr().err
+    assert "one of exact, fast, fastest" in said and "did you mean 'clamp_left'" in said
