@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +17,11 @@ from diptych.student import memory, quantize
 from diptych.student.memory import GIB, PRESETS, Plan, Preset, choose, pick, plan, problems, shapes_in
 from student.conftest import GOLDEN, tiny_transformer
 
-FLUX = memory.Shapes(
-    transformer={
-        "in_channels": 128,
-        "out_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-    },
-    vae={"block_out_channels": [128, 256, 512, 512], "latent_channels": 16, "sample_size": 1024},
-)
+ROOT = Path(__file__).parents[2]
+_spec: Any = importlib.util.spec_from_file_location("benchmark_memory", ROOT / "benchmarks" / "memory.py")
+benchmark: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(benchmark)
+FLUX = benchmark.FLUX
 HAVE = {"int8": "torchao", "fp8": "torch"}
 
 
@@ -105,21 +98,20 @@ def test_plan_counts_quantized_bytes_and_what_is_kept_keeps_its_precision(kind):
 
 
 def test_flux_is_what_is_known_of_it_and_every_preset_fits_its_card():
-    text = {
-        "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 49408},
-        "text_encoder_2": {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
-                           "vocab_size": 32128, "feed_forward_proj": "gated-gelu"},
-    }  # fmt: skip
-    shapes = replace(FLUX, **text)
-    whole = plan(shapes, Preset())
+    whole = plan(FLUX, Preset())
     assert (whole.blocks + whole.modulation + whole.other) / 1e9 == pytest.approx(23.8, abs=0.05)
     assert whole.text / 1e9 == pytest.approx(9.5 + 0.25, abs=0.1)
-    tabled = plan(shapes, Preset(modulation=True))
+    tabled = plan(FLUX, Preset(modulation=True))
     assert (whole.blocks + tabled.other) / 1e9 == pytest.approx(17.3, abs=0.1)
     assert tabled.table / 2 / 1e6 == pytest.approx(59, abs=1)  # two texts: the prompt and the negative one
     for name, rows in PRESETS.items():
         for preset in rows:
-            assert plan(shapes, preset).peak <= memory.HEADROOM * int(name) * GIB, (name, preset)
+            assert plan(FLUX, preset).peak <= memory.HEADROOM * int(name) * GIB, (name, preset)
+
+
+def test_the_documented_table_is_the_plan():
+    for page in ("README.md", "docs/memory.md"):
+        assert benchmark.table() in (ROOT / page).read_text("utf8"), f"{page}: python benchmarks/memory.py table"
 
 
 def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, pictures):
@@ -201,7 +193,7 @@ def test_auto_takes_the_largest_that_fits_and_says_so(load):
     with pytest.raises(UserError, match=r"no memory preset fits a card with 0\.2 GiB free \(80 needs"):
         choose(FLUX, GIB // 4, "a card", device="cuda")
     held = load("auto")
-    assert held.memory.reason.startswith("memory auto → 80: transformer unquantized")
+    assert held.memory.reason.startswith("memory auto → 80: transformer as loaded")
     assert "free on this machine" in held.memory.reason
 
 

@@ -219,7 +219,9 @@ def plan(
     if grouped and not shared:
         scratch += 2 * blocks // max(1, len(quantize.quantizable(transformer)) // 8)  # a group, and the next one coming
     text_weights = 0 if preset.staged else text
-    aside = resident if preset.staged and not shared else 0  # the transformer steps aside while text is encoded
+    aside = (
+        resident if preset.staged and not shared and not grouped else 0
+    )  # the transformer steps aside while text is encoded
     stages = {
         "text": text + vae + resident + on_device - aside + _text_activations(shapes, text_tokens, dtype_bytes),
         "denoise": resident + on_device + text_weights + vae + table + activations + scratch,
@@ -286,7 +288,7 @@ def _decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_b
 
 
 def _words(quantization: str) -> str:
-    return "unquantized" if quantization == "none" else quantization
+    return "as loaded" if quantization == "none" else quantization
 
 
 # Applying ----------------------------------------------------------------------------------------------------------
