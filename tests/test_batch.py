@@ -19,7 +19,7 @@ from diptych.errors import UsageError, UserError
 from diptych.paths import packaged
 
 CATS = {"reference": ["a/cat.png", "b/dog.png"], "prompt": "a cat, jumping", "seed": [1, 2]}
-POCKET = {"model": "pocket", "device": "cpu"}
+POCKET: dict[str, Any] = {"model": "pocket", "device": "cpu"}
 PROMPT = "a cat on the beach"
 
 

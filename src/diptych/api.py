@@ -344,9 +344,9 @@ def check_options(options: dict[str, Any]) -> None:
         if name == "fit":
             from diptych.student.geometry import check_fit
 
-            check_fit(value)
+            check_fit(str(value))
         if name == "background":
-            colour(value)
+            colour(str(value))
 
 
 def _check_device(device: str | torch.device | None) -> None:

@@ -277,7 +277,7 @@ def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
         for picture in drawn:
             print(picture["out"])
         display.say(f"{counted(outcome)}, {seconds:.1f} s")
-    if outcome.failed:
+    if outcome.failed and plan.folder is not None:  # one picture with a name of its own fails as itself
         raise UserError(
             f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
             "the same command tries them again"
