@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,54 @@ def test_a_hub_name_that_cannot_be_downloaded_fails_in_one_line() -> None:
     with pytest.raises(UserError, match="the hub cannot be reached and no copy of 'someone/something'") as caught:
         models.resolve("someone/something@main", "teacher")
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+
+
+class _Gated(BaseHTTPRequestHandler):
+    """A hub that keeps every repository behind its licence, as the real one answers who has no token."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("X-Error-Message", "Access to model black-forest-labs/FLUX.1-dev is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_a_gated_model_without_a_token_says_where_to_accept_its_licence(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    away = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    env = {key: value for key, value in os.environ.items() if key.upper() not in away}
+    port = server.server_address[1]
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    code = "from diptych import models; models.resolve('black-forest-labs/FLUX.1-dev', 'teacher')"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    finally:
+        server.shutdown()
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("diptych.errors.UserError: 'black-forest-labs/FLUX.1-dev' is gated: accept its licence at ")
+    assert "hf auth login" in last and "the path of a local copy" in last
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors:0.5", "a.safetensors", 0.5), ("d/a:-1", "d/a", -1.0)],
+)
+def test_a_lora_is_written_with_its_scale(text: str, path: str, scale: float) -> None:
+    assert models.with_scale(text) == (Path(path), scale)
+
+
+def test_a_colon_in_a_lora_file_that_exists_is_part_of_its_name(tmp_path: Path) -> None:
+    odd = tmp_path / "a:2"
+    odd.write_text("")
+    assert models.with_scale(str(odd)) == (odd, 1.0)
+    with pytest.raises(UsageError, match="after the last colon comes a scale"):
+        models.with_scale("a.safetensors:strong")
 
 
 def test_a_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from diptych.student import files
 from diptych.student.convert import convert
 from diptych.student.loading import pick_dtype, read_words
 from diptych.student.lora import apply_lora
+from layouts import write_gguf
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -234,6 +236,96 @@ def test_damaged_files_are_named(pipe, tmp_path, part, file, damage, says):
 def test_a_base_of_another_family_is_refused(student_folder):
     with pytest.raises(UserError, match=r"another family.*64 wide.*16"):
         student.load(student_folder, GOLDEN / "base", device="cpu")
+
+
+def test_a_base_that_is_no_flux_pipeline_is_refused_by_its_name(student_folder, teacher, tmp_path):
+    base = copy(teacher, tmp_path / "other")
+    index = base / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"StableDiffusion3Pipeline"'))
+    with pytest.raises(UserError, match=r"another family: a StableDiffusion3Pipeline, not a FLUX\.1"):
+        student.load(student_folder, base, device="cpu")
+
+
+def test_local_paths_need_no_network(student_folder, teacher, monkeypatch):
+    def connect(*args):
+        raise AssertionError(f"connects to {args[1:]}")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    assert student.load(student_folder, teacher, device="cpu").text_encoder is not None
+
+
+def test_a_single_file_is_opened_with_its_header_or_its_base(student_folder, teacher, pipe, tmp_path):
+    """The header of a converted file holds what shapes do not say; another's file asks the base's config."""
+    convert(student_folder, tmp_path / "student.safetensors", "file")
+    state = files.read_state(student_folder / "transformer")
+    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, tmp_path / "bare.safetensors")
+    for name in ("student", "bare"):
+        loaded = student.load(tmp_path / f"{name}.safetensors", teacher, device="cpu")
+        assert dict(loaded.transformer.config) | {"_name_or_path": ""} == dict(pipe.transformer.config) | {
+            "_name_or_path": ""
+        }
+        assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.transformer.state_dict().items())
+        assert loaded.loaded_from == (tmp_path / f"{name}.safetensors", teacher)
+    with pytest.raises(UsageError, match="give the teacher's folder as base"):
+        student.load(tmp_path / "student.safetensors", device="cpu")
+    bare_base = tmp_path / "base"
+    for part in ("vae", "scheduler"):
+        copy(teacher / part, bare_base / part)
+    assert student.load(tmp_path / "student.safetensors", bare_base, device="cpu").transformer.config.in_channels == 32
+    with pytest.raises(UserError, match=r"heads are 16 wide.*give as base a teacher"):
+        student.load(tmp_path / "bare.safetensors", bare_base, device="cpu")
+
+
+def test_a_control_lora_file_alone_is_a_model(student_folder, teacher, tmp_path):
+    convert(student_folder, tmp_path / "lora", "control-lora", base=teacher)
+    alone = tmp_path / "mine.safetensors"
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").rename(alone)
+    loaded = student.load(alone, teacher, device="cpu", fuse=True).transformer
+    wide = files.read_state(student_folder / "transformer")["x_embedder.weight"]
+    torch.testing.assert_close(loaded.x_embedder.weight, wide)
+    with pytest.raises(UsageError, match="is a LoRA, which needs the teacher"):
+        student.load(alone, device="cpu")
+
+
+def test_gguf_stays_quantized_and_takes_a_lora_beside_it(student_folder, teacher, tmp_path, pictures):
+    state = files.read_state(student_folder / "transformer")
+    path = write_gguf(tmp_path / "student.gguf", state, "Q8_0")
+    lora = (make_lora(tmp_path / "a.safetensors"), 0.25)
+    exact = student.load(student_folder, teacher, device="cpu", lora=lora, fuse=True)
+    pipe = student.load(path, teacher, device="cpu", lora=lora, fuse=True)
+    assert type(pipe.transformer.x_embedder) is torch.nn.Linear
+    assert type(pipe.transformer.transformer_blocks[0].attn.to_k).__name__ == "GGUFLinear"
+    call = {"prompt": "a cat", "reference": pictures[0], "num_inference_steps": 2, "generator": 0}
+    outs = [p(**call, output_type="latent").images for p in (exact, pipe)]
+    assert 1e-6 < (outs[0] - outs[1]).abs().max() < 0.05 * outs[0].abs().max()
+    with pytest.raises(UserError, match="unfused LoRA"):
+        student.save(pipe, tmp_path / "saved")
+    with pytest.raises(UserError, match="quantized weights are not saved"):
+        student.save(student.load(path, teacher, device="cpu"), tmp_path / "saved")
+
+
+def test_damaged_and_unreadable_files_are_named(teacher, tmp_path, student_folder):
+    state = files.read_state(student_folder / "transformer")
+    whole = write_gguf(tmp_path / "whole.gguf", state, "F16").read_bytes()
+    for name, size in (("head.gguf", 200), ("tail.gguf", len(whole) - 500)):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(UserError, match=f"{name}.*not a whole GGUF file"):
+            student.load(tmp_path / name, teacher, device="cpu")
+    cut = tmp_path / "cut.safetensors"
+    save_file(state, cut)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        student.load(cut, teacher, device="cpu")
+    (tmp_path / "student.ckpt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"neither a \.safetensors nor a \.gguf"):
+        student.load(tmp_path / "student.ckpt", teacher, device="cpu")
+    save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"holds no FLUX transformer: it lacks x_embedder\.weight"):
+        student.load(tmp_path / "other.safetensors", teacher, device="cpu")
+    with pytest.raises(UserError, match=r"there is no LoRA .*nosuch\.safetensors"):
+        student.load(student_folder, teacher, device="cpu", lora=tmp_path / "nosuch.safetensors")
 
 
 def test_another_kind_of_transformer_is_refused(student_folder, teacher, tmp_path):
