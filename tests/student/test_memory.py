@@ -185,6 +185,20 @@ def test_unfused_lora_is_refused_before_anything_is_loaded(golden):
         student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu", memory="24")
 
 
+def test_staged_text_encoders_take_no_lora_of_their_own(load, tmp_path):
+    from safetensors.torch import save_file
+
+    pairs = {"A": torch.zeros(2, 32), "B": torch.zeros(32, 2)}
+    plain = {f"transformer.transformer_blocks.0.attn.to_q.lora_{key}.weight": value for key, value in pairs.items()}
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert load(Preset(staged=True), lora=tmp_path / "plain.safetensors", fuse=True).memory.waiting
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
+    text = {name.format(key): value[:20, :20].clone() for key, value in pairs.items()}
+    save_file(plain | text, tmp_path / "text.safetensors")
+    with pytest.raises(UsageError, match="adapts a text encoder"):
+        load(Preset(staged=True), lora=tmp_path / "text.safetensors", fuse=True)
+
+
 def test_auto_takes_the_largest_that_fits_and_says_so(load):
     name, preset = choose(FLUX, 100 * GIB, "a card", device="cuda")
     assert (name, preset) == ("auto → 80", PRESETS["80"][0])

@@ -351,7 +351,8 @@ class Memory:
             from diptych.student.tensors import open_safetensors
 
             for path in loras:
-                if any(key.startswith(("text_encoder", "lora_te")) for key in open_safetensors(path)):
+                tensors, _ = open_safetensors(path)
+                if any(key.startswith(("text_encoder", "lora_te")) for key in tensors):
                     raise UsageError(f"{path} adapts a text encoder, which --memory {self.name} opens anew for prompts")
 
     def apply(self, pipe: DiptychPipeline) -> None:
