@@ -63,7 +63,7 @@ def test_every_row_of_the_table_does_what_it_says(row, sources, base, expected, 
     out = tmp_path / ("out.safetensors" if row.target == "file" else "out")
     again = row.source == row.target and row.target != "file"
     # A whole transformer of float32 is rewritten in float32: no precision is lost.
-    options = {"dtype": "float32"} if again else {"fuse_lora": row.target == "file"}
+    options: Any = {"dtype": "float32"} if again else {"fuse_lora": row.target == "file"}
     if row.equality == "refused":
         with pytest.raises(UserError, match=r"refused: "):
             convert(sources[row.source], out, row.target, base=base)

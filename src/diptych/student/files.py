@@ -122,7 +122,7 @@ def read_split(folder: Path) -> BiasSplit | None:
 
 def write_split(split: BiasSplit, folder: Path) -> None:
     """Keeps the bias split beside folded weights in `folder`."""
-    parts = dict(zip(_SPLIT_KEYS, map(held, (split.x, split.c)), strict=True))
+    parts: dict[str, Stored] = dict(zip(_SPLIT_KEYS, (held(split.x), held(split.c)), strict=True))
     write_safetensors(folder / SPLIT_FILE, parts)
 
 

@@ -56,7 +56,7 @@ def _stored(tensor: Any) -> Stored:
     def read() -> torch.Tensor:
         from diffusers.quantizers.gguf.utils import GGUFParameter
 
-        return GGUFParameter(_copy(tensor), quant_type=kind)
+        return GGUFParameter(_copy(tensor), quant_type=kind)  # pyright: ignore[reportCallIssue]
 
     return Stored(shape, torch.uint8, read, packed=int(tensor.n_bytes))
 
