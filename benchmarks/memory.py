@@ -94,7 +94,8 @@ def make(folder: Path) -> None:
     place.mkdir(parents=True)
     save_file(state, place / files.WEIGHTS_FILE, metadata={"format": "pt"})
     (place / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **SMALL}))
-    AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+    # In bfloat16 too: a CPU then casts it, where float32 would stay mapped from the file.
+    AutoencoderKL(**VAE).to(torch.bfloat16).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
 
 

@@ -185,6 +185,23 @@ def test_unfused_lora_is_refused_before_anything_is_loaded(golden):
         student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu", memory="24")
 
 
+def test_gguf_keeps_its_weights_and_its_modulation_is_precomputed_from_them(teacher, pipe, pictures, tmp_path):
+    pytest.importorskip("gguf")
+    from layouts import write_gguf
+
+    path = write_gguf(tmp_path / "student.gguf", dict(pipe.transformer.state_dict()), "Q8_0")
+    plain = student.load(path, teacher, device="cpu")
+    held = student.load(path, teacher, device="cpu", memory="24")
+    assert held.memory.preset.transformer == "none" and held.memory.modulation.detached
+    torch.testing.assert_close(latents(held, pictures), latents(plain, pictures), rtol=1e-4, atol=1e-4)
+    places = {part: teacher / part for part in ("vae", *memory.TEXT_PARTS)}
+    packed = sum(p.nbytes for p in plain.transformer.parameters() if p.dtype == torch.uint8)
+    counted = plan(shapes_in(dict(pipe.transformer.config), places, packed), Preset(), device="cpu", dtype_bytes=4)
+    assert counted.blocks + counted.modulation + counted.other == pytest.approx(
+        stored_bytes(plain.transformer), rel=0.1
+    )
+
+
 def test_staged_text_encoders_take_no_lora_of_their_own(load, tmp_path):
     from safetensors.torch import save_file
 

@@ -193,11 +193,13 @@ def plan(
     from diptych.student.modulation import adaln_layers
 
     transformer = _meta("diffusers", "FluxTransformer2DModel", shapes.transformer)
-    blocks, block_rest = _quantized_split(transformer, preset.transformer, dtype_bytes)
-    blocks = shapes.quantized or blocks
-    adaln = sum(_count(layer) for layer in adaln_layers(transformer).values())
-    modulation = (adaln + _count(transformer.time_text_embed)) * dtype_bytes
-    other = block_rest - modulation
+    if shapes.quantized:
+        blocks, modulation, other = _as_in_file(transformer, shapes.quantized, dtype_bytes)
+    else:
+        blocks, rest = _quantized_split(transformer, preset.transformer, dtype_bytes)
+        adaln = sum(_count(layer) for layer in adaln_layers(transformer).values())
+        modulation = (adaln + _count(transformer.time_text_embed)) * dtype_bytes
+        other = rest - modulation
     clip = _meta("transformers", "CLIPTextModel", shapes.text_encoder)
     t5 = _meta("transformers", "T5EncoderModel", shapes.text_encoder_2)
     text = sum(_quantized_split(t5, preset.text, dtype_bytes)) if t5 is not None else 0
@@ -259,6 +261,24 @@ def _quantized_split(model: Any, name: str, dtype_bytes: int) -> tuple[int, int]
     linears = quantize.quantizable(model).values()
     rest = _count(model) - sum(_count(linear) for linear in linears)
     return quantize.quantized_bytes(name, linears, dtype_bytes), rest * dtype_bytes
+
+
+def _as_in_file(transformer: Any, packed: int, dtype_bytes: int) -> tuple[int, int, int]:
+    """Bytes of blocks, modulation and the rest where a file's `packed` bytes stay: all matrices, but the input layer's.
+
+    They are shared out as if every weight had as many bits.
+    """
+    from diptych.student.modulation import adaln_layers
+
+    modulation = (*adaln_layers(transformer), "time_text_embed")
+    matrices, plain = [0, 0, 0], [0, 0, 0]
+    for name, parameter in transformer.named_parameters():
+        layer = name.rpartition(".")[0]
+        part = 1 if layer.startswith(modulation) else 0 if "blocks." in layer else 2
+        kept = parameter.ndim == 2 and layer != "x_embedder"
+        (matrices if kept else plain)[part] += parameter.numel()
+    sizes = [round(packed * m / sum(matrices)) + p * dtype_bytes for m, p in zip(matrices, plain, strict=True)]
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
