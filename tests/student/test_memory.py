@@ -191,7 +191,7 @@ def test_gguf_keeps_its_weights_and_its_modulation_is_precomputed_from_them(teac
 
     path = write_gguf(tmp_path / "student.gguf", dict(pipe.transformer.state_dict()), "Q8_0")
     plain = student.load(path, teacher, device="cpu")
-    held = student.load(path, teacher, device="cpu", memory="24")
+    held: Any = student.load(path, teacher, device="cpu", memory="24")
     assert held.memory.preset.transformer == "none" and held.memory.modulation.detached
     torch.testing.assert_close(latents(held, pictures), latents(plain, pictures), rtol=1e-4, atol=1e-4)
     places = {part: teacher / part for part in ("vae", *memory.TEXT_PARTS)}

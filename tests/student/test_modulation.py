@@ -16,7 +16,7 @@ TIMESTEPS = torch.tensor([1000.0, 751.3, 400.0, 33.3])
 CLOSE: Any = {"rtol": 1e-6, "atol": 1e-6}  # outputs are of the order of 1
 
 
-def small_flux(**changes: Any):
+def small_flux(**changes: Any) -> Any:
     return tiny_transformer(num_layers=2, num_single_layers=2, guidance_embeds=True, **changes)
 
 
