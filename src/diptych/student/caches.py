@@ -94,7 +94,7 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         if len(blocks) < 2:
             raise UserError(f"the step cache {speed.cache} needs a transformer of at least two blocks")
-        shared = StateManager(_Sum)
+        shared = StateManager(_Sum)  # pyright: ignore[reportArgumentType]
         rule = _first_block if speed.cache == "first_block" else _magnitude
         for i, block in enumerate(blocks):
             _register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
@@ -156,11 +156,12 @@ class _SkipHook(ModelHook):
     """On the transformer itself: at skipped steps it does not run at all."""
 
     _is_stateful = True
+    fn_ref: Any
 
     def __init__(self, cache: StepCache) -> None:
         super().__init__()
         self.cache = cache
-        self.state_manager = StateManager(_Past)
+        self.state_manager = StateManager(_Past)  # pyright: ignore[reportArgumentType]
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
@@ -240,6 +241,7 @@ class _BlockHook(ModelHook):
     """On every block. The first (it has the `rule`) decides which rows run, the `last` one puts the rows together."""
 
     _is_stateful = True
+    fn_ref: Any
 
     def __init__(self, cache: StepCache, shared: StateManager, rule: Any, last: bool) -> None:
         super().__init__()

@@ -261,8 +261,8 @@ class DiptychPipeline(FluxControlPipeline):
         Raises:
             UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
         """
-        sides = (self.default_panel_size if side is None else side for side in (height, width))
-        canvas = Canvas(*sides, self.vae_scale_factor)
+        side = self.default_panel_size
+        canvas = Canvas(side if height is None else height, side if width is None else width, self.vae_scale_factor)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"unknown output_type '{output_type}': one of pil, np, pt, latent")
         settings = self._settings(
@@ -340,7 +340,9 @@ class DiptychPipeline(FluxControlPipeline):
         # What may run at a step, by the name that tells step caches the branches apart.
         branches: dict[str, guidance.Branch] = {"cond": (condition, embeds, pooled)}
         if negative is not None:
-            branches |= {"reference": (condition, *negative), "null": (torch.zeros_like(condition), *negative)}
+            empty, empty_pooled = negative
+            branches["reference"] = (condition, empty, empty_pooled)
+            branches["null"] = (torch.zeros_like(condition), empty, empty_pooled)
 
         def velocity(name: str, x, c, text, pool) -> torch.Tensor:
             """v(c, text) at x and the present time, for any multiple of the batch."""
