@@ -347,12 +347,12 @@ class Memory:
             UserError when `auto` finds no preset that fits.
         """
         self.dtype = dtype
-        if shapes.quantized and self._preset is not None:
-            self._preset = replace(self._preset, transformer="none")
         side = min(512, int(shapes.vae["sample_size"]))
         options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)}
         if self._preset is None:
             self.name, self._preset = choose(shapes, self.free, self.where, **options)
+        if shapes.quantized:
+            self._preset = replace(self._preset, transformer="none")
         needed = plan(shapes, self.preset, **options).peak
         self.reason = (
             f"memory {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, {self.free / GIB:.1f} GiB free on "
@@ -417,9 +417,11 @@ class Memory:
         if any(quantize.is_quantized(getattr(self._pipe, part)) for part in ("transformer", *TEXT_PARTS)):
             raise UserError("quantized weights are not saved; load the student without --memory to save or convert it")
         self._open_text()
-        with self.modulation.attached() if self.modulation else nullcontext():
-            yield
-        self._close_text()
+        try:
+            with self.modulation.attached() if self.modulation else nullcontext():
+                yield
+        finally:
+            self._close_text()
 
     @property
     def waiting(self) -> tuple[str, ...]:
