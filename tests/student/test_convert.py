@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -175,6 +176,29 @@ def test_a_fused_lora_is_found_again_at_its_rank(base, sources, expected, tmp_pa
     assert set(ranks.values()) == {4} and len(ranks) == 5
     got = state(tmp_path / "lora", base)
     assert all(torch.allclose(got[key], expected[key], **CLOSE) for key in expected)
+
+
+def test_a_lora_is_not_rounded_into_half_precision_unasked(base, sources, expected, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    weights = half / "transformer" / files.WEIGHTS_FILE
+    stored = {key: held(tensor.half()) for key, tensor in load_file(weights).items()}
+    write_safetensors(weights, stored)
+    with pytest.raises(
+        UserError, match=r"refused: adding a LoRA to weights in float16.*--dtype float32 keeps it whole"
+    ):
+        convert(sources["control-lora"], tmp_path / "out", "folded", base=half)
+    convert(sources["control-lora"], tmp_path / "whole", "folded", base=half, dtype="float32")
+    convert(sources["control-lora"], tmp_path / "rounded", "folded", base=half, dtype="float16")
+    want = state(sources["control-lora"], half)
+    errors = []
+    for name in ("whole", "rounded"):
+        got = state(tmp_path / name, half)
+        errors.append(max((got[key] - want[key]).abs().max() for key in want))
+    assert errors[0] < 1e-6 < 1e-5 < errors[1]
+    convert(tmp_path / "whole", tmp_path / "back", "control-lora", base=half)
+    got = state(tmp_path / "back", half)
+    assert all(torch.allclose(got[key], want[key], **CLOSE) for key in want)
 
 
 def test_layers_trained_whole_do_not_become_a_control_lora(student_folder, teacher, tmp_path):

@@ -140,7 +140,14 @@ def _job(
             )
         if to != _CONTROL and (fuse_lora or source.layout == _CONTROL):
             deltas = read_deltas(lora, {key: tensor.shape for key, tensor in tensors.items()})
-            tensors, lora = fuse(tensors, deltas), None
+            half = next((t.dtype for layer in deltas if (t := tensors[f"{layer}.weight"]).dtype.itemsize < 4), None)
+            if half is not None and dtype is None:
+                name = str(half).removeprefix("torch.")
+                raise UserError(
+                    f"{source.layout} → {to} without --dtype is refused: adding a LoRA to weights in {name} rounds it "
+                    f"away in part; --dtype float32 keeps it whole, --dtype {name} accepts the rounding"
+                )
+            tensors, lora = fuse(tensors, deltas, dtype), None
     split = source.folded.split
     if split is not None and not split.of(tensors[INPUT_BIAS].read()):
         split = None

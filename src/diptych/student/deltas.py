@@ -90,19 +90,22 @@ def _scale(layer: str, rank: int, settings: Mapping[str, Any], alpha: Any) -> fl
     return 1.0 if alpha is None else float(alpha) / rank
 
 
-def fuse(tensors: Mapping[str, Stored], deltas: Mapping[str, Delta]) -> dict[str, Stored]:
-    """The tensors with the deltas added in float32, each when it is read."""
+def fuse(
+    tensors: Mapping[str, Stored], deltas: Mapping[str, Delta], dtype: torch.dtype | None = None
+) -> dict[str, Stored]:
+    """The tensors with the deltas added in float32, each when it is read, and then rounded to `dtype` or its own."""
     fused = dict(tensors)
     for layer, delta in deltas.items():
-        fused[f"{layer}.weight"] = _plus(tensors[f"{layer}.weight"], delta.weight)
+        fused[f"{layer}.weight"] = _plus(tensors[f"{layer}.weight"], delta.weight, dtype)
         if delta.bias is not None:
             bias = delta.bias
-            fused[f"{layer}.bias"] = _plus(tensors[f"{layer}.bias"], lambda bias=bias: bias)
+            fused[f"{layer}.bias"] = _plus(tensors[f"{layer}.bias"], lambda bias=bias: bias, dtype)
     return fused
 
 
-def _plus(stored: Stored, change: Callable[[], torch.Tensor]) -> Stored:
-    return Stored(stored.shape, stored.dtype, lambda: (stored.read().float() + change()).to(stored.dtype))
+def _plus(stored: Stored, change: Callable[[], torch.Tensor], dtype: torch.dtype | None) -> Stored:
+    dtype = dtype or stored.dtype
+    return Stored(stored.shape, dtype, lambda: (stored.read().float() + change()).to(dtype))
 
 
 def difference(
