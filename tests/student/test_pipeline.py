@@ -89,7 +89,10 @@ def branch(pipe, x, c, text, t):
     )[0]  # fmt: skip
 
 
-@pytest.mark.parametrize(("i", "t"), [(1.5, 2.0), (1.5, 1.0), (1.0, 3.0), (3.0, 0.5), (1.0, 1.0), (0.5, 2.0), (2, 2), (2.0, 0)])
+SCALES = [(1.5, 2.0), (1.5, 1.0), (1.0, 3.0), (3.0, 0.5), (1.0, 1.0), (0.5, 2.0), (2, 2), (2.0, 0)]
+
+
+@pytest.mark.parametrize(("i", "t"), SCALES)
 def test_guidance_is_the_formula_from_the_third_step_on(pipe, pictures, i, t):
     with torch.no_grad():
         text, empty = pipe.encode_text(["a red cat"]), pipe.encode_text([""])

@@ -119,7 +119,8 @@ def test_released_to_folded_to_released_is_bit_equal_on_disk(tmp_path):
     dropped = before.keys() - after.keys()
     assert len(dropped) == done["ignored_adapter_tensors"] == 50 and all(".default." in key for key in dropped)
     assert all(torch.equal(before[key], after[key]) for key in after)
-    FluxTransformer2DModel.from_pretrained(tmp_path / "folded" / "transformer")  # stock diffusers opens the folder, sidecar and all
+    # Stock diffusers opens the folder, sidecar and all.
+    FluxTransformer2DModel.from_pretrained(tmp_path / "folded" / "transformer")
     first, second = (json.loads((p / "config.json").read_text()) for p in (RELEASED, released))
     assert {**first, "_diffusers_version": ""} == {**second, "_diffusers_version": ""}
 
