@@ -460,7 +460,9 @@ class DiptychPipeline(FluxControlPipeline):
         else:
             left, right = split_panels(self.decode_canvas(x_0, canvas))
         images = self.image_processor.postprocess(right, output_type=output_type)
-        return images, self.image_processor.postprocess(left, output_type=output_type) if return_reference else None
+        if not return_reference or left is None:
+            return images, None
+        return images, self.image_processor.postprocess(left, output_type=output_type)
 
     def save_pretrained(self, *args, **kwargs):
         """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it."""

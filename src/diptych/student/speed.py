@@ -278,15 +278,12 @@ def _cannot_compile(pipe: DiptychPipeline) -> str:
         return "no C++ compiler on this machine (install g++)"
     if device == "mps":
         return "not on MPS"
-    if pipe.memory is not None:
-        from diptych.student.memory import problems
-
-        return "; ".join(problems(pipe.memory.preset, device, compile=True))
     return ""
 
 
 def _cannot_fuse_qkv(transformer: Any) -> str:
     """Why query, key and value cannot be one product here; empty if they can."""
+    import torch
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
     from torch import nn
 
@@ -295,7 +292,9 @@ def _cannot_fuse_qkv(transformer: Any) -> str:
     if _is_group_offload_enabled(transformer):
         return "the layers are offloaded by groups, which know the single projections alone"
     linears = [m for name, m in transformer.named_modules() if name.endswith((".to_q", ".add_q_proj"))]
-    if any(type(m) is not nn.Linear or m.weight.is_meta or not m.weight.is_floating_point() for m in linears):
+    # torchao's weights are a subclass of Tensor that calls itself floating point.
+    plain = (type(m) is nn.Linear and type(m.weight.data) is torch.Tensor for m in linears)
+    if not all(plain) or any(m.weight.is_meta or not m.weight.is_floating_point() for m in linears):
         return "the projections are quantized or offloaded"
     if any(m.weight.element_size() < 2 or hasattr(m, "_diffusers_hook") for m in linears):
         return "the projections are stored in 8 bits or hooked one by one"

@@ -14,6 +14,7 @@ judge will be.
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -220,7 +221,8 @@ def through_vae(
     """What the VAE makes of uint8 panels `[N, 64, 64, 3]`, with errors in their latents such as a teacher makes."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(pick_device(device))
+    vae: Any = AutoencoderKL.from_pretrained(work / "vae")
+    vae.eval().to(pick_device(device))
     out = np.empty_like(panels)
     for start in range(0, len(panels), batch):
         x = vae_training.to_tensor(panels[start : start + batch]).to(vae.device)
@@ -317,7 +319,8 @@ def train(
     torch.manual_seed(SEEDS[role])
     place = pick_device(device)
     pairs, side = Pairs(work, role, count, device, report), INPUT[role]
-    model = make(role).train().to(place, memory_format=torch.channels_last)
+    model: Any = make(role)
+    model.train().to(place, memory_format=torch.channels_last)
     width = IDENTITY if role == "reader" else model.config.hidden_sizes[-1]
     head = Head(width).to(place)
     trainer = Trainer(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)

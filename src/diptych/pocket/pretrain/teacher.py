@@ -10,6 +10,7 @@ false): it is drawn with true guidance.
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def cache(work: Path, count: int, device: str = "auto", report=print) -> None:
     """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(pick_device(device))
+    vae: Any = AutoencoderKL.from_pretrained(work / "vae")
+    vae.eval().to(pick_device(device))
     panels, rows = renders.load(work / "pairs")
     count, side = min(count, len(rows)), panels.shape[2] // 4
     array = np.lib.format.open_memmap(

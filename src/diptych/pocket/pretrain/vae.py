@@ -83,7 +83,8 @@ def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, devic
     """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`."""
     torch.manual_seed(0)
     place = pick_device(device)
-    vae = make().to(place)
+    vae: Any = make()
+    vae.to(place)
     trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
     held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])
     rng = np.random.default_rng(trainer.step)
