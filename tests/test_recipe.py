@@ -58,7 +58,7 @@ def test_set_lays_yaml_values_over_the_file() -> None:
         ("distill: {compile: 3}", "distill.compile: must be yes or no, not 3"),
         ("paint: {true_guidance: 0.5}", "paint.true_guidance: must be greater than or equal to 1, not 0.5"),
         ("write: 3", "write: must be a section of `key: value` lines, not 3"),
-        ("paint: {dtype: fp16}", "paint.dtype: must be 'float32', 'bfloat16' or 'float16', not \"fp16\""),
+        ("paint: {dtype: fp16}", "paint.dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', not \"fp16\""),
         ("distill: {betas: [1]}", "distill.betas: has too few values"),
         ("distill: {lora_targets: {a: 1}}", "distill.lora_targets: must be a list or text"),
         ("distill: {learning_rate: .nan}", "distill.learning_rate: must be a finite number"),
