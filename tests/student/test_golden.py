@@ -23,6 +23,16 @@ TOLERANCE: Any = {"rtol": 1e-5, "atol": 1e-5}
 GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums round differently by thread count. Guided, measured: 1.03e-5 at most with one thread, 1.15e-5 with two, where
+    one element is beyond the tolerance."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def draw(pipe, golden, name, **options):
     pipe.set_progress_bar_config(disable=True)
     image, text = GUIDANCE[name]
