@@ -25,8 +25,8 @@ GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Sums round differently by thread count. Guided, measured: 1.03e-5 at most with one thread, 1.15e-5 with two, where
-    one element is beyond the tolerance."""
+    """Sums round differently by thread count. Guided, measured: 1.03e-5 at most with one thread; 1.15e-5 with two, one
+    element of which is beyond the tolerance."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
