@@ -264,7 +264,7 @@ def test_a_preview_file_is_there_while_a_picture_is_drawn(pocket: Student, subje
     asked = {"reference": str(subjects / "cat.png"), "prompt": PROMPT, "steps": 3}
     out, seen = tmp_path / "a.png", tmp_path / "seen.jpg"
     result = drawn(batch.plan(asked, None, out), Loader(pocket), preview=seen)
-    assert open_image(seen).size == open_image(out).size == (64, 64)
+    assert open_image(seen).size == open_image(out).size == (32, 32)
     plain = pocket.generate(subjects / "cat.png", PROMPT, steps=3)
     assert open_image(out).tobytes() == plain.tobytes() and result.skipped == []
 
@@ -284,3 +284,14 @@ def test_weights_and_not_their_place_or_the_device_make_a_request(tmp_path: Path
     lora.write_bytes(b"22")
     assert one != batch.identify({"model": "pocket", "lora": [(str(lora), 0.5)]})
     assert batch.identify({"model": "pocket"}) == batch.identify({"model": "pocket", "base": "pocket", "lora": ()})
+
+
+def test_a_few_step_lora_is_told_by_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "turbo.safetensors").write_bytes(b"1")
+    first, second = ({"model": "pocket", "switches": [f"few-step-lora={tmp_path / n}/turbo.safetensors"]} for n in "ab")
+    assert batch.identify(first) == batch.identify(second)
+    (tmp_path / "b" / "turbo.safetensors").write_bytes(b"2")
+    assert batch.identify(first) != batch.identify(second)
+    assert batch.identify({"model": "pocket", "switches": [f"{second['switches'][0]}:0.5"]}) != batch.identify(second)

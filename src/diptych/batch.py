@@ -291,11 +291,16 @@ def identify(loading: dict[str, Any]) -> dict[str, Any]:
     The rest of its arguments are kept as they are, but for the device: a picture is not drawn again because another
     machine goes on.
     """
-    from diptych.models import BUILT_IN
+    from diptych.models import BUILT_IN, with_scale
+    from diptych.student import speed as speeds
 
     told = {key: value for key, value in loading.items() if value not in (None, [], ()) and key != "device"}
     if told.get("model") in BUILT_IN:
         told.setdefault("base", told["model"])
+    quick = speeds.parse(told.get("speed"), told.get("switches", ()))
+    if quick.few_step_lora:
+        told["switches"] = [s for s in told["switches"] if speeds.name_of(s) != "few_step_lora"]
+        told["few_step_lora"] = _weights(with_scale(quick.few_step_lora), None)
     roles = {"model": "student", "base": "teacher", "lora": None}
     return {key: _weights(value, roles[key]) if key in roles else value for key, value in told.items()}
 

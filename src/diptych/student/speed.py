@@ -115,6 +115,11 @@ PRESETS = {
 }
 
 
+def name_of(switch: str) -> str:
+    """The field that a `NAME=VALUE` switch sets."""
+    return switch.partition("=")[0].strip().replace("-", "_")
+
+
 def parse(preset: str | Speed | None, switches: Sequence[str] = ()) -> Speed:
     """A preset's name (None: as the released sampler) with `NAME=VALUE` switches on top.
 
@@ -131,8 +136,7 @@ def parse(preset: str | Speed | None, switches: Sequence[str] = ()) -> Speed:
     kinds = {field.name: type(getattr(PLAIN, field.name)) for field in fields(Speed)}
     given: dict[str, Any] = {}
     for switch in switches:
-        name, equals, text = switch.partition("=")
-        name = name.strip().replace("-", "_")
+        name, (_, equals, text) = name_of(switch), switch.partition("=")
         if name not in kinds:
             raise UsageError(f"unknown speed switch '{name}': one of {', '.join(kinds)}{nearest(name, kinds)}")
         if not equals:
