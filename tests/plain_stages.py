@@ -29,7 +29,7 @@ class Stage:
     name = ""
     batch_size = 2
 
-    def __init__(self, recipe: Any) -> None:
+    def __init__(self, recipe: Any, *_: Any) -> None:
         self.recipe = recipe
 
     def load(self) -> Work:
@@ -128,7 +128,7 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
     suite = module("diptych.evaluate.run_suite", evaluate=evaluate)
     modules = [
         module("diptych.stages"),
-        module("diptych.stages.write", Write=Write),
+        module("diptych.stages.write", Write=Write, words_digest=lambda recipe: ""),
         module("diptych.stages.paint", Paint=Paint),
         module("diptych.stages.curate", Curate=Curate),
         module("diptych.stages.distill", distill=distill),

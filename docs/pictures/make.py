@@ -18,7 +18,7 @@ PROMPTS = (
     "a {} sleeping on the moon, dim blue light from the left",
     "a {} in a forest in the snow",
 )
-SCALE, GAP = 2, 6
+SCALE, GAP = 4, 8
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         for x, image in enumerate(row):
             # The reference stands a little apart.
             left = x * step + (2 * GAP if x else 0)
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, y * step))
+            sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, y * step))
     sheet.save(Path(__file__).with_name("readme.png"), optimize=True)
 
 

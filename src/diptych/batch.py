@@ -50,7 +50,8 @@ _OTHER_KINDS = tuple(suffix for suffix in READ if suffix not in KINDS)
 
 @dataclass(frozen=True)
 class Request:
-    """One picture that is asked for. `options` holds only what was asked; `row` counts from 1."""
+    """One picture that is asked for. `options` holds only what was asked; `row` counts from 1. `asked_prompt` is what
+    the user wrote, where `prompt` says more."""
 
     reference: Path | None
     prompt: str
@@ -58,6 +59,7 @@ class Request:
     options: dict[str, Any]
     row: int
     out: Path = Path()
+    asked_prompt: str = ""
 
     def told(self) -> dict[str, Any]:
         """It, to be written down."""
@@ -384,7 +386,8 @@ def draw(
             told = (
                 {"reference_file": request.reference.name, "reference_sha256": reference} if request.reference else {}
             )
-            pending.append((request, {**told, "request": digest}))
+            own = {"asked_prompt": request.asked_prompt} if request.asked_prompt else {}
+            pending.append((request, {**told, **own, "request": digest}))
     if writes:
         _note_failed(plan, outcome)
     if pending:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych import cli_data
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_data.app, name="data")
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
 OutDir = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder [default: runs/NAME].")]
@@ -172,6 +174,17 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", help="What not to show; needs image or text guidance above 1.")
     ] = None,
+    enhance: Annotated[
+        bool,
+        typer.Option("--enhance", help="Let a vision-language model fill the prompt out from the reference."),
+    ] = False,
+    enhance_endpoint: Annotated[
+        str | None,
+        typer.Option("--enhance-endpoint", metavar="URL", help="Where it answers [default: $DIPTYCH_LLM_URL]."),
+    ] = None,
+    enhance_model: Annotated[
+        str | None, typer.Option("--enhance-model", metavar="NAME", help="Its name [default: $DIPTYCH_LLM_MODEL].")
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of the picture [default: the model's].")
     ] = None,
@@ -242,6 +255,8 @@ def generate(
         loading |= {"speed": speed, "switches": switch or []}
     several = parallel.processes() > 1
     display = Display(quiet=as_json or not parallel.is_first())
+    if enhance:
+        plan = _enhanced(plan, enhance_endpoint, enhance_model, several, display)
 
     def load() -> Any:
         display.say(f"loading {model}")
@@ -261,6 +276,21 @@ def generate(
             parallel.leave()
     if parallel.is_first():
         _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
+
+
+def _enhanced(plan: Any, url: str | None, model: str | None, several: bool, display: Any) -> Any:
+    """The plan with its prompts filled out; as it is, and one line that says so, where there is no endpoint."""
+    from diptych import enhance
+    from diptych.llm.cache import Cache
+
+    if several:
+        raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
+    endpoint = enhance.endpoint_of(url, model)
+    if endpoint is None:
+        print(enhance.OFF, file=sys.stderr, flush=True)
+        return plan
+    with Cache(enhance.CACHE.expanduser()) as cache, display.stage("enhance", "prompts") as report:
+        return enhance.apply(plan, endpoint, cache, report)
 
 
 def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
@@ -338,6 +368,20 @@ def convert(
         return
     display.say(conversion.summary(done))
     print(done["out"])
+
+
+@app.command("tasks", epilog="Example: diptych tasks · diptych tasks mine.yaml")
+def list_tasks(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME|FILE", help="A task that ships, or a task file to check.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tasks that ship; or check one, and say what it holds."""
+    from diptych import tasks
+
+    found = tasks.summary(name)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tasks.lines(found)))
 
 
 @app.command("doctor", epilog="Example: diptych doctor --json")

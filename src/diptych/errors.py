@@ -15,6 +15,8 @@ class UserError(ValueError):
     """Something failed; the message says what, where, and what to do next. Exit code 1."""
 
     exit_code = 1
+    stops = False
+    """Whether every other row would meet it too (a server that is down): the run ends, and no row is blamed."""
 
 
 class UsageError(UserError):

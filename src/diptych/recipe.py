@@ -14,11 +14,12 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
+from diptych.llm.endpoint import Endpoint
 from diptych.paths import packaged
 
 
@@ -39,12 +40,50 @@ class Section(BaseModel):
 class Write(Section):
     """Stage 1: grid prompts."""
 
-    writer: Literal["grammar"] = "grammar"
-    """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model."""
+    writer: Literal["grammar", "llm"] = "grammar"
+    """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model; `llm`
+    asks the one at `endpoint`, by the task's brief."""
+    grammar: str = Field(default="auto", min_length=1)
+    """Whose words the grammar uses: `pocket` those of the pocket world's teacher, `photo` a vocabulary for teachers
+    that know English, or a vocabulary file. `auto` asks the teacher: `pocket` if it reads less text than CLIP does."""
+    layout: str | None = Field(default=None, pattern=r"^[1-4]x[1-4]$")
+    """Which of the task's grids, rows x columns, for instance 2x2; null is the task's first."""
     count: int = Field(default=4000, ge=1, le=100_000_000)
     """Grids to ask for."""
     shard_size: int = Field(default=100, ge=1)
-    """Rows of a shard: what is published whole, and at most what a kill costs."""
+    """Rows of a shard: what is published whole, and at most what a kill costs. With `llm` also what is asked together,
+    and what near duplicates are looked for in."""
+    endpoint: Endpoint | None = None
+    """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    cache: str | None = Field(default=None, min_length=1)
+    """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
+    captions: str | None = Field(default=None, min_length=1)
+    """Seed captions that `llm` is inspired by: a .txt, .jsonl or .parquet file, a folder of them, or an address such as
+    hf://datasets/OWNER/NAME. Each is used once before any is used again. Without them a model repeats itself."""
+    caption_column: str = Field(default="caption", min_length=1)
+    """Where JSONL and parquet hold the caption."""
+    category_column: str | None = Field(default=None, min_length=1)
+    """Where they hold its category, if `quotas` go by it; null lets the model find a subject of the row's category."""
+    clear_subject: bool = False
+    """Ask first whether a caption names one clear subject, one more call a row; rows whose caption does not, fail."""
+    quotas: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """How many grids of each category in every so many: {person: 3, animal: 3, object: 4} is even in each ten."""
+    panel_words: int = Field(default=25, ge=4, le=100)
+    """Most words of what `llm` says of one panel; it gets one chance to shorten."""
+    near_duplicate: float = Field(default=0.5, gt=0, le=1)
+    """Most that two drafts of `llm` in a shard may share (Jaccard, word pairs); the later fails. 1 lets all pass."""
+    subject_share: float = Field(default=0.2, gt=0, le=1)
+    """Most of a shard's grids (but always three) that may show one subject; later ones fail. 1 lets all pass."""
+
+    @model_validator(mode="after")
+    def _asks_somebody(self) -> Write:
+        if self.writer == "llm" and self.endpoint is None:
+            raise ValueError("the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}")
+        if self.category_column and not (self.captions and self.quotas):
+            raise ValueError("category_column needs captions, and quotas that go by it")
+        if self.clear_subject and not self.captions:
+            raise ValueError("clear_subject looks at captions, and there are none")
+        return self
 
 
 class Paint(Section):
@@ -76,6 +115,38 @@ class Thresholds(Section):
     """Least strength of the seam between the panels, -1 to 1: below it the image is no grid; -1 takes everything."""
 
 
+class Vlm(Section):
+    """A vision-language model that decides in stage 3, by the task's questions. `thresholds.same` is then on its scale:
+    above 0.5 most votes say same, 1 is all of them and certain."""
+
+    endpoint: Endpoint | None = None
+    """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    local: str | None = Field(default=None, min_length=1)
+    """Or a transformers model on this machine: a folder, or a hub name."""
+    votes: int = Field(default=1, ge=1, le=99)
+    """Times each pair is asked about; the majority of valid answers decides. Several need a temperature above 0."""
+    prefilter: float = Field(default=-1.0, ge=-1, le=1)
+    """Least similarity, by the embedding model `judge`, of pairs it is asked about at all; -1 asks about every pair."""
+    captions: bool = False
+    """It also writes the captions and instructions of the pairs that are kept."""
+    cache: str | None = Field(default=None, min_length=1)
+    """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
+
+    @property
+    def model(self) -> str:
+        """Who decides, by name."""
+        return self.local or (self.endpoint.model if self.endpoint else "")
+
+    @model_validator(mode="after")
+    def _one_that_can_vote(self) -> Vlm:
+        if (self.endpoint is None) == (self.local is None):
+            raise ValueError("name one model: either endpoint (base_url and model) or local")
+        if self.votes > 1 and (self.endpoint is None or self.endpoint.temperature == 0):
+            fix = "set endpoint.temperature, for instance to 0.7" if self.endpoint else "a local model samples nothing"
+            raise ValueError(f"{self.votes} votes at temperature 0 are one and the same; {fix}, or ask for one vote")
+        return self
+
+
 class Curate(Section):
     """Stage 3: panels are cut, compared and captioned."""
 
@@ -84,6 +155,8 @@ class Curate(Section):
     batch_size: int = Field(default=32, ge=1)
     """Grids judged at once."""
     thresholds: Thresholds = Thresholds()
+    vlm: Vlm | None = None
+    """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
 
 
 class Distill(Section):
@@ -242,6 +315,9 @@ class Recipe(Section):
     def fingerprint(self, *keys: str) -> str:
         """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
         values = self.values()
+        if values["curate"]["vlm"] is None:
+            # What was made before there were any is not made anew.
+            del values["curate"]["vlm"]
         if keys:
             values = {key: _at(values, key) for key in keys}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -249,7 +325,8 @@ class Recipe(Section):
     def differences(self, other: Recipe) -> list[str]:
         """Keys with another value in `other`, with dots."""
         mine, theirs = self.flat(), other.flat()
-        return [key for key in mine if mine[key] != theirs[key]]
+        # A key may be there in one alone: a section of the other that is null.
+        return [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
 
 
 def names() -> list[str]:
@@ -430,16 +507,17 @@ def _nearest_key(loc: tuple[Any, ...]) -> str:
     return nearest(word, _every_path()) or f"; keys here: {', '.join(section.model_fields)}"
 
 
-def _section(annotation: Any) -> Any:
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, optional or not; None for a plain value."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
 def _every_path(section: Any = Recipe, prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, field in section.model_fields.items():
-        nested = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        paths += [f"{prefix}{name}", *(_every_path(field.annotation, f"{prefix}{name}.") if nested else [])]
+        nested = _section(field.annotation)
+        paths += [f"{prefix}{name}", *(_every_path(nested, f"{prefix}{name}.") if nested else [])]
     return paths
 
 

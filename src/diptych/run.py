@@ -53,7 +53,7 @@ def run(
         recipe = freeze(recipe, folder)
         use_threads(recipe.threads)
         log.append(folder, "start", stages=list(stages), machine=machine(), versions=versions())
-        pipeline = _Pipeline(recipe, task, folder, display)
+        pipeline = Pipeline(recipe, task, folder, display)
         done: dict[str, Any] = {}
         for name in STAGES:
             if name in stages:
@@ -70,7 +70,7 @@ def run(
     return summary
 
 
-class _Pipeline:
+class Pipeline:
     """The stages of one run, each knowing what made its input."""
 
     def __init__(self, recipe: Recipe, task: tasks.Task, folder: Path, display: Display) -> None:
@@ -92,7 +92,14 @@ class _Pipeline:
         from diptych.stages.write import Write
 
         shards = prompt_shards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
-        return self._rows(Write(self.recipe), shards, "prompts", "prompts", self.fingerprints("write"), {})
+        stage = Write(self.recipe, self.folder / "answers.sqlite")
+        result = self._rows(stage, shards, "prompts", "prompts", self.fingerprints("write"), {})
+        if self.recipe.write.writer != "llm":
+            return result
+        from diptych.stages import diversity  # a language model may repeat itself; a grammar cannot
+
+        prompts = Dataset(self.folder / "prompts").columns("prompt")
+        return {**result, "spread": diversity.spread([row["prompt"] for row in prompts]).values()}
 
     def paint(self) -> dict[str, Any]:
         from diptych.stages.paint import Paint
@@ -108,7 +115,8 @@ class _Pipeline:
         judge = self.recipe.curate.judge
         made_by = {"judge": judge, "judge_sha256": self._model(judge, "curator")}
         print_ = self.fingerprints("curate")
-        result = self._rows(Curate(self.recipe), grids, "candidates", "grids", print_, made_by)
+        stage = Curate(self.recipe, self.folder / "answers.sqlite")
+        result = self._rows(stage, grids, "candidates", "grids", print_, made_by)
         return {**result, "pairs": self.select()}
 
     def select(self) -> int:
@@ -196,8 +204,10 @@ class _Pipeline:
         recipe = self.recipe
         settings: list[str]
         if stage == "write":
+            from diptych.stages.write import words_digest
+
             task = hashlib.sha256(self.task.model_dump_json().encode()).hexdigest()
-            settings = [recipe.fingerprint("seed", "write"), task]
+            settings = [recipe.fingerprint("seed", "write"), task, words_digest(recipe)]
         elif stage == "paint":
             teacher = self._model(recipe.teacher, "teacher")
             settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]

@@ -177,3 +177,23 @@ def test_a_stage_reads_what_another_wrote(tmp_path: Path) -> None:
     result = second(Doubling(batch_size=10), first.output, manifest={"inputs": {"1": first.output.manifest_hash()}})
     assert result.rows == 12 and second.output.shards() == [0, 1, 2]
     assert second.output.manifest is not None and len(second.output.manifest["inputs"]["1"]) == 64
+
+
+def test_an_error_that_stops_the_run_blames_no_row_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    class Down(UserError):
+        stops = True
+
+    class Endpoint(Doubling):
+        up = False
+
+        def work(self, rows: list[Row]) -> list[list[Row] | Failure]:
+            if not self.up and any(r["seed"] >= 4 for r in rows):
+                raise Down("the server is down")
+            return super().work(rows)
+
+    run, stage = Run(tmp_path), Endpoint()
+    with pytest.raises(Down, match="the server is down"):
+        run(stage, shards(3, 3, 3))
+    assert run.output.shards() == [0] and run.failed.shards() == []
+    stage.up = True
+    assert run(stage, shards(3, 3, 3)).rows == 18

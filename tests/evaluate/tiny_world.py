@@ -169,7 +169,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
         scenes = [world.sample_scene(rng), world.sample_scene(rng)]
         second = subject if i % 2 else world.drift(rng, subject, 1 + i % 6)
         prompt, said = captions.grid(subject.kind, scenes[0], scenes[1], rng)
-        panels = [Image.fromarray(world.render(*who)) for who in ((subject, scenes[0]), (second, scenes[1]))]
+        panels = [Image.fromarray(world.render(*who, 64)) for who in ((subject, scenes[0]), (second, scenes[1]))]
         whole = Image.new("RGB", (128, 64))
         for place, panel in enumerate(panels):
             whole.paste(panel, (64 * place, 0))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from diptych.pocket import world
-from diptych.pocket.pretrain import judges, renders, tokenizers, vae
+from diptych.pocket.pretrain import judges, renders, teacher, tokenizers, traits, vae
 from diptych.pocket.pretrain.loop import Trainer
 
 
@@ -90,7 +90,7 @@ def test_tokenizers_are_the_same_in_every_process(tmp_path):
 
 def test_triplets_carry_the_truth():
     panels, labels = judges.triplet(3, seed=1)
-    assert panels.shape == (3, 64, 64, 3) and labels.shape == (3, len(judges.GROUPS))
+    assert panels.shape == (3, world.PANEL, world.PANEL, 3) and labels.shape == (3, len(judges.GROUPS))
     rng = np.random.default_rng([1, 3])
     identity = world.sample_identity(rng)
     kind = list(judges.GROUPS).index("kind")
@@ -110,7 +110,7 @@ def test_a_judge_learns_from_its_own_third_with_the_truth_of_every_panel(tmp_pat
     for place, n in enumerate(own):
         subjects, scenes, row = renders.plan(n)
         assert scorer.same[place] == row["same"] == (subjects[0] is subjects[1])
-        numbers, choices = judges.traits(subjects[1])
+        numbers, choices = traits.of(subjects[1])
         assert np.allclose(scorer.numbers[place, 1], numbers) and scorer.choices[place, 1].tolist() == choices
         assert scorer.labels[place, 0].tolist() == judges.truth(subjects[0], scenes[0])
     untouched = [
@@ -126,11 +126,19 @@ def test_a_judges_losses_fall_when_it_is_right():
     right = torch.where(same[:, None], a, torch.eye(8)[4:])
     assert head.pair_loss(a, right, same) < head.pair_loss(a, right.flip(0), same)
     torch.manual_seed(0)
-    vectors, numbers, choices = torch.randn(16, 8), torch.randn(16, judges.TRAITS), torch.zeros(16, 5, dtype=torch.long)
-    before = head.trait_loss(vectors, numbers, choices)
+    vectors, numbers, choices = torch.randn(16, 8), torch.randn(16, traits.TRAITS), torch.zeros(16, 5, dtype=torch.long)
+    before = head.traits.loss(vectors, numbers, choices)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     for _ in range(20):
         optimizer.zero_grad()
-        head.trait_loss(vectors, numbers, choices).backward()
+        head.traits.loss(vectors, numbers, choices).backward()
         optimizer.step()
-    assert head.trait_loss(vectors, numbers, choices) < 0.8 * before
+    assert head.traits.loss(vectors, numbers, choices) < 0.8 * before
+
+
+def test_features_are_averaged_over_each_panel():
+    side, panels = 4, 2
+    canvas = torch.zeros(3, side, panels * side, 5)
+    canvas[:, :, :side], canvas[:, :, side:] = 1, torch.arange(5.0)
+    features = teacher.panel_features(canvas.flatten(1, 2), panels)
+    assert torch.equal(features[::2], torch.ones(3, 5)) and torch.equal(features[1::2], torch.arange(5.0).repeat(3, 1))

@@ -15,7 +15,7 @@ from diptych.pocket import captions, world
 
 WEIGHTS = packaged("pocket/weights")
 REFERENCES = packaged("examples/references")
-FLOORS = {"curator": 0.85, "scorer": 0.75}
+FLOORS = {"curator": 0.95, "scorer": 0.95}
 """A little under what the judges reach on strangers of one kind (their exact held-out errors are in the log)."""
 
 
@@ -55,13 +55,13 @@ def test_stock_diffusers_draws_with_the_teacher():
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
         "a cat on the beach",
-        height=64,
-        width=64,
+        height=world.PANEL,
+        width=world.PANEL,
         num_inference_steps=2,
         max_sequence_length=pipe.tokenizer_2.model_max_length,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    assert image.size == (64, 64) and np.asarray(image).std() > 5
+    assert image.size == (world.PANEL, world.PANEL) and np.asarray(image).std() > 5
 
 
 def test_the_vae_keeps_what_a_held_out_picture_shows():
@@ -73,7 +73,7 @@ def test_the_vae_keeps_what_a_held_out_picture_shows():
     with torch.no_grad():
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * torch.log10(((x - y) / 2).pow(2).mean((1, 2, 3)))
-    assert psnr.mean() > 27
+    assert psnr.mean() > 26.5
 
 
 def test_judges_tell_subjects_of_one_kind_apart():
@@ -101,7 +101,7 @@ def test_the_reader_reads_places_and_lights():
     colour = np.mean(
         [r.values["colour"] == scenes[0].light.colour for r, (_, scenes, _) in zip(read, drawn, strict=True)]
     )
-    assert place > 0.8 and colour > 0.6
+    assert place > 0.9 and colour > 0.9
 
 
 def test_the_same_seed_gives_the_same_bytes(student):

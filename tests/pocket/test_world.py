@@ -49,7 +49,7 @@ def test_light_from_the_left_brightens_the_left(rng):
     for direction, azimuth in lights.items():
         light = world.Light(direction=direction, azimuth=azimuth, elevation=30.0)
         picture = world.render(identity, replace(scene, light=light)).astype(float)
-        balance[direction] = picture[:, :32].mean() - picture[:, 32:].mean()
+        balance[direction] = picture[:, : world.PANEL // 2].mean() - picture[:, world.PANEL // 2 :].mean()
     assert balance["left"] > 15 + balance["right"]
 
 

@@ -48,7 +48,7 @@ def subject_panels() -> list[tuple[np.ndarray, np.ndarray]]:
         who, left, right = world.sample_identity(rng), world.sample_scene(rng), world.sample_scene(rng)
         while right.place == left.place:
             right = world.sample_scene(rng)
-        pairs.append((world.render(who, left), world.render(who, right)))
+        pairs.append((world.render(who, left, 64), world.render(who, right, 64)))
     return pairs
 
 
@@ -61,5 +61,5 @@ def relit_panels() -> list[tuple[np.ndarray, np.ndarray]]:
     for index in range(100):
         rng = np.random.default_rng([8, index])
         who, scene = world.sample_identity(rng), world.sample_scene(rng)
-        pairs.append((world.render(who, scene), world.render(who, world.relight(rng, scene))))
+        pairs.append((world.render(who, scene, 64), world.render(who, world.relight(rng, scene), 64)))
     return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -17,13 +18,14 @@ from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket import captions, world
 from diptych.recipe import Recipe
+from diptych.recipe import Write as Settings
 from diptych.run import prompt_shards
 from diptych.stages import wording, write
 from diptych.stages.grammar import GRAMMARS, Draft, Turn
 
 
-def written(task: str, count: int, seed: int = 0, shard: int = 50) -> list[dict[str, Any]]:
-    work = write.Write(Recipe(name="x", task=task, seed=seed)).load()
+def written(task: str, count: int, seed: int = 0, shard: int = 50, **settings: Any) -> list[dict[str, Any]]:
+    work = write.Write(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
     results = chain.from_iterable(work(rows) for rows in prompt_shards(seed, count, shard))
     return [row for result in results if not isinstance(result, Failure) for row in result]
 
@@ -40,7 +42,7 @@ def test_every_prompt_is_one_the_pocket_teacher_can_read(task: str) -> None:
         assert all(row["subject"] in panel.split() for panel in row["panels"])
         own = [wording.parts(tasks.load(task).panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all((fields["change"] or fields["scene"]) in row["prompt"] for fields in own)
-    assert len({row["prompt"] for row in rows}) == 120
+    assert len({row["prompt"] for row in rows}) >= 118  # so few words may say the same twice
 
 
 def test_kinds_and_places_come_even_by_construction() -> None:
@@ -89,23 +91,107 @@ def test_a_prompt_that_is_too_long_is_drawn_again(monkeypatch: pytest.MonkeyPatc
     assert "no prompt of at most 5 words" in failure.reason  # pyright: ignore
 
 
-def test_a_task_without_a_grammar_is_refused_by_name(tmp_path: Path) -> None:
-    values = yaml.safe_load((Path(tasks.__file__).parent / "subject.yaml").read_text())
-    path = tmp_path / "depth.yaml"
-    path.write_text(yaml.safe_dump({**values, "name": "subjects"}))
-    with pytest.raises(UsageError, match="no grammar for the task 'subjects'; it has: relight, subject"):
-        write.Write(Recipe(name="x", task=str(path))).load()
+def own_task(tmp_path: Path, base: str, **change: Any) -> str:
+    """A task file made from one that ships."""
+    values = yaml.safe_load((Path(tasks.__file__).parent / f"{base}.yaml").read_text())
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**values, **change}))
+    return str(path)
+
+
+def test_a_task_that_the_pocket_world_cannot_draw_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'instruction' names no pocket grammar; set grammar.pocket .* photo"):
+        written("instruction", 1)
+    path = own_task(tmp_path, "subject", name="mine", grammar={"pocket": "seson", "scene": "{place}"})
+    with pytest.raises(UsageError, match=r"'mine' names the pocket grammar 'seson', .* did you mean 'season'"):
+        written(path, 1)
+    with pytest.raises(UsageError, match="the pocket teacher draws 1x2 grids only, not 2x2"):
+        written("subject", 1, layout="2x2")
+    with pytest.raises(UsageError, match=r"unknown grammar 'phto'.*did you mean 'photo'"):
+        written("subject", 1, grammar="phto")
 
 
 def test_a_task_file_decides_the_wording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = yaml.safe_load((Path(tasks.__file__).parent / "subject.yaml").read_text())
-    values["grids"] = [{"rows": 1, "cols": 2, "templates": ["{count} views of one {subject}. {panels}"]}]
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(values))
+    grids = [{"rows": 1, "cols": 2, "templates": ["{count} views of one {subject}. {panels}"]}]
     draft = Draft("cat", ["a cat on the moon", "a cat asleep"])
     monkeypatch.setitem(GRAMMARS, "subject", lambda turn, rng: draft)
-    (row,) = written(str(path), 1)
+    (row,) = written(own_task(tmp_path, "subject", grids=grids), 1)
     assert row["prompt"] == "2 views of one cat. 1: on the moon. 2: asleep"
+
+
+def test_a_third_task_is_a_file_alone(tmp_path: Path) -> None:
+    grammar = {"pocket": "season", "scene": "a {subject} {action} {place}", "change": "{season}"}
+    path = own_task(tmp_path, "relight", name="season", grammar=grammar)
+    rows = written(path, 60)
+    assert len({row["prompt"] for row in rows}) == 60 and {row["task"] for row in rows} == {"season"}
+    weathers = {phrase for phrases in captions.WEATHERS.values() for phrase in phrases}
+    for row in rows:
+        assert not captions.unknown_words(row["prompt"]) and write.count_words(row["prompt"]) <= write.MAX_WORDS
+        told = [wording.parts("{scene}, {change}", panel, row["subject"]) for panel in row["panels"]]
+        assert told[0]["scene"] == told[1]["scene"] and told[0]["change"] != told[1]["change"]
+        assert {one["change"] for one in told} <= weathers
+    photos = written(path, 30, grammar="photo")
+    assert all("autumn" in p or "winter" in p or "spring" in p or "summer" in p for r in photos for p in r["panels"])
+
+
+def test_the_teacher_decides_whose_words_are_used(tmp_path: Path) -> None:
+    def words(teacher: str, **settings: Any) -> str:
+        return write.grammar_of(Recipe(name="x", teacher=teacher, write=Settings(**settings)))
+
+    def teacher(name: str, *lengths: int) -> str:
+        for number, length in enumerate(lengths):
+            folder = tmp_path / name / (f"tokenizer_{number + 1}" if number else "tokenizer")
+            folder.mkdir(parents=True)
+            (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+        return str(tmp_path / name)
+
+    assert words("pocket") == "pocket" and words("owner/name") == "photo"
+    assert words(teacher("small", 48, 32)) == "pocket"
+    assert words(teacher("flux", 77, 512)) == "photo" and words(teacher("none")) == "photo"
+    assert words("pocket", grammar="photo") == "photo" and words("owner/name", grammar="pocket") == "pocket"
+
+
+def test_the_digest_of_the_words_follows_the_vocabulary_file(tmp_path: Path) -> None:
+    def digest(grammar: str) -> str:
+        return write.words_digest(Recipe(name="x", write=Settings(grammar=grammar)))
+
+    path = tmp_path / "words.yaml"
+    path.write_text("a: 1")
+    first = digest(str(path))
+    path.write_text("a: 2")
+    assert digest("auto") == digest("pocket") == "" and first != digest(str(path)) != digest("photo")
+
+
+@pytest.mark.parametrize(
+    ("template", "caption"),
+    [
+        ("a {subject} {scene}", "an owl on a rock, close-up"),
+        ("a {subject} {scene}, {change}", "an owl on a rock, snow"),
+    ],
+)
+def test_an_article_suits_its_noun_and_is_read_back(template: str, caption: str) -> None:
+    scene, _, change = (
+        caption.removeprefix("an owl ").partition(", ") if "change" in template else (caption[7:], "", "")
+    )
+    fields = {"subject": "owl", "scene": scene, "change": change}
+    assert wording.fill(template, **fields) == caption
+    assert wording.parts(template, caption, "owl") == fields
+    assert [wording.article(noun) for noun in ("unicorn", "ukulele", "elderly man", "{x}")] == [
+        "a unicorn",
+        "a ukulele",
+        "an elderly man",
+        "a {x}",
+    ]
+    assert wording.fill("a {subject}", subject="{x}") == "a {x}"
+
+
+def test_panels_are_named_by_where_they_are() -> None:
+    def named(rows: int, cols: int) -> list[str]:
+        return wording.positions(tasks.Grid(rows=rows, cols=cols, templates=["{panels}"]))
+
+    assert named(1, 2) == ["left", "right"] and named(1, 3) == ["left", "middle", "right"]
+    assert named(2, 2) == ["top left", "top right", "bottom left", "bottom right"]
+    assert named(1, 4) == ["first", "second", "third", "fourth"] and named(3, 2)[3] == "row 2, column 2"
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ def pocket():
 
 
 def test_the_linear_map_shows_what_the_vae_would_decode(pocket):
-    pipe, canvas = pocket.pipeline, Canvas(64, 64, 4)
+    pipe, canvas = pocket.pipeline, Canvas(32, 32, 4)
     picture = open_image(packaged("examples/references/cat.png"))
-    small = np.asarray(picture.resize((16, 16), Image.Resampling.BOX)).astype(float)
+    small = np.asarray(picture.resize((8, 8), Image.Resampling.BOX)).astype(float)
     pixels = to_pixels(picture)[None]
     tokens = pipe.encode_canvas(condition_canvas(pixels).flip(-1))  # the picture, mirrored, on the right
     preview = Preview(lambda *_: None, canvas, fit_projection(pipe))
-    shown = np.asarray(preview.images(tokens)[0].resize((16, 16), Image.Resampling.BOX)).astype(float)[:, ::-1]
+    shown = np.asarray(preview.images(tokens)[0].resize((8, 8), Image.Resampling.BOX)).astype(float)[:, ::-1]
     assert np.corrcoef(shown.ravel(), small.ravel())[0, 1] > 0.9
     torch.testing.assert_close(fit_projection(pipe), preview.projection)
 

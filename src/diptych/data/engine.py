@@ -131,10 +131,15 @@ class LocalEngine:
 
 
 def attempt(work: Work, batch: list[Row]) -> list[Sequence[Row] | Failure]:
-    """One batch through `work`; on a UserError each row alone, and the rows that still raise become Failures."""
+    """One batch through `work`; on a UserError each row alone, and the rows that still raise become Failures.
+
+    An error that `stops` is no row's own and goes through: the shard is not written, and the next run starts with it.
+    """
     try:
         results = list(work(batch))
     except UserError as error:
+        if error.stops:
+            raise
         if len(batch) == 1:
             return [Failure(one_line(error))]
         return [result for row in batch for result in attempt(work, [row])]

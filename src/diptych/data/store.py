@@ -73,7 +73,7 @@ class Dataset:
 
     def part_fingerprint(self, shard: int) -> str:
         """The fingerprint stored in a part, `""` if none."""
-        with self._open(shard) as part:
+        with self.open_part(shard) as part:
             return (part.schema_arrow.metadata or {}).get(_FINGERPRINT, b"").decode()
 
     def write_shard(self, shard: int, rows: Sequence[dict[str, Any]], fingerprint: str = "") -> None:
@@ -91,18 +91,18 @@ class Dataset:
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
         """All rows of a shard. UserError if the part is missing or not readable."""
-        with self._open(shard) as part:
+        with self.open_part(shard) as part:
             return part.read().to_pylist()
 
     def rows_in(self, shard: int) -> int:
         """How many rows a shard has, from its footer alone."""
-        with self._open(shard) as part:
+        with self.open_part(shard) as part:
             return part.metadata.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows in shard order, a row group at a time: memory stays flat."""
         for shard in self.shards():
-            with self._open(shard) as part:
+            with self.open_part(shard) as part:
                 for batch in part.iter_batches(ROW_GROUP):
                     yield from batch.to_pylist()
 
@@ -113,11 +113,12 @@ class Dataset:
         """All rows, but only these columns: reads no picture that is not asked for."""
         rows: list[dict[str, Any]] = []
         for shard in self.shards():
-            with self._open(shard) as part:
+            with self.open_part(shard) as part:
                 rows += part.read(columns=list(names)).to_pylist()
         return rows
 
-    def _open(self, shard: int) -> pq.ParquetFile:
+    def open_part(self, shard: int) -> pq.ParquetFile:
+        """A part as pyarrow's reader, to be closed; UserError if it is missing or damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 

@@ -100,7 +100,7 @@ def missing(what: str, how: str) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     """`0.42`; a dash for what is not known."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 0) -> str:

@@ -30,6 +30,7 @@ REASONS = {
     "kept": "kept",
     "seam": "no clear seam between the panels: not a grid",
     "near_copy": "the second panel nearly repeats the first",
+    "prefilter": "too unlike for the judge to be asked",
     "same": "the judge does not see the same subject",
     "alignment": "the outlines of the two panels do not lie over each other",
 }

@@ -15,25 +15,25 @@ from .world import Scene
 GENERIC = ("character", "creature", "friend")
 """Nouns that name no kind: how a subject of an unknown kind is called."""
 PLACES = {
-    "meadow": ("in a meadow", "in a green meadow"),
-    "beach": ("on the beach", "at the beach by the sea"),
-    "forest": ("in a forest", "in the forest among trees"),
+    "meadow": ("in a meadow", "on a meadow"),
+    "beach": ("on the beach", "by the sea"),
+    "forest": ("in a forest", "among trees"),
     "desert": ("in the desert", "on desert sand"),
     "city": ("in the city", "on a city street"),
     "mountains": ("in the mountains", "below snowy mountains"),
     "seabed": ("under water", "on the seabed"),
-    "moon": ("on the moon", "on the moon in space"),
+    "moon": ("on the moon", "in space"),
     "kitchen": ("in a kitchen", "in the kitchen"),
-    "library": ("in a library", "in a library full of books"),
+    "library": ("in a library", "among books"),
     "cave": ("in a cave", "in a dark cave"),
-    "castle": ("at a castle", "in front of a castle"),
+    "castle": ("at a castle", "by a castle"),
 }
 POSES = {
     "standing": ("standing", "standing still"),
-    "jumping": ("jumping", "leaping in the air"),
-    "leaning": ("leaning", "leaning to the side"),
+    "jumping": ("jumping", "leaping"),
+    "leaning": ("leaning", "leaning over"),
     "sleeping": ("sleeping", "fast asleep"),
-    "upside down": ("upside down", "doing a headstand"),
+    "upside down": ("upside down", "on its head"),
 }
 FRAMINGS = {"close": ("close-up",), "medium": ("medium shot",), "wide": ("wide shot", "seen from afar")}
 PROPS = {
@@ -56,15 +56,15 @@ WEATHERS = {
 DIRECTIONS = {"left": "from the left", "right": "from the right", "above": "from above", "behind": "from behind"}
 GRIDS = (
     "two panels of the same {subject}. left: {left}. right: {right}",
-    "a grid of 2 images representing the same {subject}. left: {left}. right: {right}",
-    "an evenly separated 2 panels, depicting identical {subject}. left: {left}. right: {right}",
+    "a grid of the same {subject}. left: {left}. right: {right}",
+    "two images, one {subject}. left: {left}. right: {right}",
 )
-"""Wordings for a 1×2 grid of one subject in two scenes (the paper's own, shortened)."""
+"""Wordings for a 1×2 grid of one subject in two scenes: the paper's idea in few words, for a short text encoder."""
 LIGHT_GRIDS = (
-    "two panels of the same scene in different light. {left}. left: {first}. right: {second}",
-    "a grid of 2 images, one scene, two lights. {left}. left: {first}. right: {second}",
+    "one scene in two lights: {scene}. left: {left}. right: {right}",
+    "two panels, different light: {scene}. left: {left}. right: {right}",
 )
-"""Wordings for an aligned 1×2 grid of one scene under two lights: `left` describes the scene."""
+"""Wordings for an aligned 1×2 grid of one scene under two lights."""
 MASK = 0.2
 
 
@@ -115,7 +115,7 @@ def caption(kind: str, scene: Scene, rng: np.random.Generator, say: dict[str, fl
 
 def grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
     """A 1×2 grid of one subject in two scenes: its prompt, and the caption of each panel in the same words."""
-    say = {"framing": 0.2, "light": 0.6}
+    say = {"framing": 0.15, "light": 0.5, "pose": 0.7}
     subject, told = noun(kind, rng), [details(scene, rng, say) for scene in (left, right)]
     prompt = _pick(rng, GRIDS).format(subject=subject, left=told[0], right=told[1])
     return prompt, [f"a {subject} {words}".strip() for words in told]
@@ -124,12 +124,12 @@ def grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tupl
 def light_grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
     """An aligned 1×2 grid of one scene in which only the light (or the season) changes: its prompt, and the caption
     of each panel."""
-    scene = caption(kind, replace(left, weather="clear"), rng, {"light": 0.0, "framing": 0.2})
+    scene = caption(kind, replace(left, weather="clear"), rng, {"light": 0.0, "framing": 0.1, "pose": 0.6, "prop": 0.7})
     if left.weather != right.weather:
         told = [_pick(rng, WEATHERS[left.weather]), _pick(rng, WEATHERS[right.weather])]
     else:
         told = [describe_light(left.light), describe_light(right.light)]
-    return _pick(rng, LIGHT_GRIDS).format(left=scene, first=told[0], second=told[1]), [
+    return _pick(rng, LIGHT_GRIDS).format(scene=scene, left=told[0], right=told[1]), [
         f"{scene}, {words}" for words in told
     ]
 

@@ -1,4 +1,4 @@
-"""Draws a subject: vector shapes on a canvas three times the panel's size, shrunk at the end.
+"""Draws a subject: vector shapes on a canvas four times the panel's size, shrunk at the end.
 
 Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the picture by one affine map, so
 every kind, face and accessory poses alike.
@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 
 from .world import Identity, Scene
 
-OVERSAMPLE = 3
+OVERSAMPLE = 4
 OUTLINE = (38, 30, 42, 255)
-SCALES = {"close": 0.4, "medium": 0.31, "wide": 0.235}
+SCALES = {"close": 0.42, "medium": 0.36, "wide": 0.29}
 """Half the subject's height as a fraction of the panel's."""
-GROUND = {"close": 0.9, "medium": 0.84, "wide": 0.8}
+GROUND = {"close": 0.94, "medium": 0.9, "wide": 0.86}
 """Where its feet stand, as a fraction of the panel's height."""
 
 
@@ -72,7 +72,7 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
     kind, colour = identity.pattern, rgb(identity.second)
     (x0, y0), (x1, y1) = shape.min(0), shape.max(0)
     cx, cy, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
-    step = 0.26 + 0.24 * identity.pattern_scale
+    step = 0.36 + 0.24 * identity.pattern_scale
 
     def polygon(points) -> None:
         draw.polygon(pen.points(points), fill=colour)
@@ -274,8 +274,8 @@ SKETCHES = {f.__name__: f for f in (blob, cat, robot, bird, fish, mushroom, teap
 
 
 def face(p: Pen, i: Identity, x: float, y: float, size: float, asleep: bool) -> None:
-    radius = size * span(0.13, 0.22, i.eye_size)
-    gap = size * span(0.26, 0.44, i.eye_gap)
+    radius = size * span(0.17, 0.26, i.eye_size)
+    gap = size * span(0.28, 0.46, i.eye_gap)
     centres = {1: (0.0,), 2: (-gap, gap), 3: (-gap * 1.25, 0.0, gap * 1.25)}[i.eyes]
     if i.eyes == 1:
         radius *= 1.4

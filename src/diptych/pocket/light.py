@@ -41,10 +41,10 @@ def _falloff(light: Light, size: int) -> np.ndarray:
     source = {"left": (0.0, 0.3), "right": (1.0, 0.3), "above": (0.5, 0.0), "behind": (0.5, 0.42)}[light.direction]
     distance = np.sqrt((x - source[0]) ** 2 + (y - source[1]) ** 2)
     low, high, reach = {
-        "left": (0.5, 1.3, 1.1),
-        "right": (0.5, 1.3, 1.1),
-        "above": (0.72, 1.22, 1.1),
-        "behind": (0.5, 1.5, 0.6),
+        "left": (0.6, 1.25, 1.1),
+        "right": (0.6, 1.25, 1.1),
+        "above": (0.78, 1.18, 1.1),
+        "behind": (0.6, 1.4, 0.6),
     }[light.direction]
     return (high - (high - low) * np.clip(distance / reach, 0, 1))[..., None]
 

@@ -341,15 +341,16 @@ def weather(picture: np.ndarray, scene: Scene) -> np.ndarray:
         height = np.linspace(0.25, 0.45, size, dtype=np.float32)[:, None, None]
         return (picture * (1 - height) + 222 * height).astype(np.uint8)
     rng = np.random.default_rng(scene.layout + 1)
-    image = Image.fromarray(picture).resize((size * 2, size * 2))
+    side = size * 4
+    unit = side / 128
+    image = Image.fromarray(picture).resize((side, side))
     draw = ImageDraw.Draw(image)
-    count = {"rain": 34, "snow": 46, "autumn": 22, "spring": 26}[scene.weather]
-    for x, y in rng.random((count, 2)) * size * 2:
+    count = {"rain": 20, "snow": 30, "autumn": 14, "spring": 16}[scene.weather]
+    for x, y in rng.random((count, 2)) * side:
         if scene.weather == "rain":
-            draw.line([(x, y), (x - 3, y + 10)], fill=(205, 220, 240), width=1)
-        elif scene.weather == "snow":
-            draw.ellipse([x - 1.6, y - 1.6, x + 1.6, y + 1.6], fill=(252, 253, 255))
-        else:
-            colour = (228, 110, 30) if scene.weather == "autumn" else (250, 165, 200)
-            draw.ellipse([x - 2.4, y - 1.5, x + 2.4, y + 1.5], fill=colour)
-    return np.asarray(image.reduce(2))
+            draw.line([(x, y), (x - 3 * unit, y + 11 * unit)], fill=(205, 220, 240), width=round(1.3 * unit))
+            continue
+        colour = {"snow": (252, 253, 255), "autumn": (228, 110, 30), "spring": (250, 165, 200)}[scene.weather]
+        wide, high = (1.9, 1.9) if scene.weather == "snow" else (2.7, 1.9)
+        draw.ellipse([x - wide * unit, y - high * unit, x + wide * unit, y + high * unit], fill=colour)
+    return np.asarray(image.reduce(4))

@@ -9,7 +9,7 @@ Both are plain frozen dataclasses, drawn from a `numpy` generator, so the render
 picture it makes.
 
     from diptych.pocket import world
-    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
+    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 32×32×3
 """
 
 import colorsys
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-PANEL = 64
+PANEL = 32
 """Side of a panel in pixels."""
 
 KINDS = ("blob", "cat", "robot", "bird", "fish", "mushroom", "teapot", "car", "house", "cactus", "snail", "rocket")
@@ -53,7 +53,7 @@ LIGHT_COLOURS = {
     "pink": (1.12, 0.7, 0.94),
     "green": (0.66, 1.08, 0.7),
 }
-INTENSITIES = {"bright": 1.16, "soft": 0.94, "dim": 0.6}
+INTENSITIES = {"bright": 1.16, "soft": 0.96, "dim": 0.72}
 
 PATTERNS = ("plain", "spots", "stripes", "belly", "half", "checks", "patch")
 ACCESSORIES = ("none", "hat", "cap", "bow", "antenna", "scarf", "glasses", "crown", "sprout")
@@ -153,16 +153,17 @@ def sample_identity(
 
 DRIFTS = (
     ("body",),
-    ("second", "pattern"),
-    ("pattern", "pattern_scale", "pattern_angle"),
+    ("second", "pattern", "pattern_scale", "pattern_angle"),
     ("accessory", "accent"),
-    ("eyes", "eye_size", "mouth"),
-    ("width", "height", "roundness", "limb"),
+    ("width", "height", "roundness", "limb", "eyes", "eye_size", "mouth"),
 )
+"""Attributes that drift together."""
 
 
-def drift(rng: np.random.Generator, identity: Identity, groups: int) -> Identity:
-    """The same kind with `groups` of its attribute groups drawn anew: the way a teacher's panels disagree."""
+def drift(rng: np.random.Generator, identity: Identity, groups: int | None = None) -> Identity:
+    """The same kind with `groups` of its attribute groups drawn anew, at least two if not said: the way a teacher's
+    panels visibly disagree."""
+    groups = groups or int(rng.integers(2, len(DRIFTS) + 1))
     other = sample_identity(rng, kind=identity.kind)
     chosen = rng.choice(len(DRIFTS), size=min(groups, len(DRIFTS)), replace=False)
     fields = {name: getattr(other, name) for index in chosen for name in DRIFTS[index]}
@@ -187,8 +188,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(
         place=place,
         light=sample_light(rng),
-        pose=_choice(rng, POSES, (4, 2, 2, 2, 2)),
-        framing=_choice(rng, FRAMINGS, (3, 4, 1.5)),
+        pose=_choice(rng, POSES, (5, 2, 2, 1.5, 1)),
+        framing=_choice(rng, FRAMINGS, (4, 4, 1)),
         prop=_choice(rng, PROPS, (7, 1, 1, 1, 1, 1, 1, 1)),
         weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (5, 1, 1, 1, 1, 1)),
         x=float(rng.uniform(0.36, 0.64)),

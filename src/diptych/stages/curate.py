@@ -3,13 +3,18 @@
 For each grid: cut it where its seams are (`geometry`), lay its panels over one another (`alignment`), let the judge say
 how alike their subjects are, and put the pair into words. Nothing is thrown away: a refused pair is a row with its
 reason, and all numbers stay, so that other thresholds need no new look at any picture.
+
+The judge is the embedding model; or, with `curate.vlm`, a vision-language model, asked once about each two panels that
+all other tests let through, the embedding model's among them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.judges.embedding import EmbeddingJudge
+    from diptych.judges.vlm import Judgement, VlmJudge
     from diptych.recipe import Recipe, Thresholds
 
 # For tasks whose panels show the same spot at the same pixel. Not thresholds of the recipe: a pair off by more than a
@@ -32,15 +38,19 @@ if TYPE_CHECKING:
 ALIGNED_SHIFT = 1.5 / alignment.FINE
 ALIGNED_MATCH = 0.25
 MISALIGNED = "alignment"
+PREFILTER = "prefilter"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What is known of two panels, in whichever order."""
 
-    similarity: float
+    similarity: float  # the deciding judge's; NaN where it gave none
     copy: alignment.Alignment
     structure: alignment.Structure | None
+    unjudged: str = ""  # the reason to refuse it if no other test does: why the judge gave none
+    votes: tuple[dict[str, Any], ...] = ()
+    embedding: float | None = None  # similarity by the embedding model, where a vision-language model decides
 
     @property
     def aligned(self) -> bool:
@@ -49,20 +59,39 @@ class Comparison:
             self.structure.shift <= ALIGNED_SHIFT and self.structure.match >= ALIGNED_MATCH
         )
 
+    def judged(self, judgement: Judgement) -> Comparison:
+        """With the judgement of a vision-language model."""
+        unjudged = f"undecided: {judgement.reason}" if judgement.verdict == "undecided" else ""
+        return replace(self, similarity=judgement.score, unjudged=unjudged, votes=judgement.votes)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A grid, cut, and what is known of every two of its panels."""
+
+    row: Row
+    cut: geometry.Cut
+    cells: list[dict[str, Any]]
+    pairs: dict[tuple[int, int], Comparison]
+
 
 class Curate:
-    """Grid rows to candidate rows: both orders of every two panels."""
+    """Grid rows to candidate rows: both orders of every two panels.
+
+    `answers` is where a vision-language model's answers are kept: nothing is asked twice, in this run or after a kill.
+    """
 
     name = "curate"
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, answers: Path | None = None) -> None:
         self.recipe = recipe
+        self.answers = answers
         self.batch_size = recipe.curate.batch_size
         self.task = tasks.load(recipe.task)
         self.thresholds = self.task.thresholds(recipe.curate.thresholds)
 
     def load(self) -> Work:
-        """Opens the judge."""
+        """Opens the judges."""
         import torch
 
         from diptych.judges.embedding import EmbeddingJudge
@@ -70,41 +99,87 @@ class Curate:
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
         judge = EmbeddingJudge.load(self.recipe.curate.judge, "curator", self.recipe.device)
-        return lambda rows: self._judge(rows, judge)
+        return self.work(judge, self._vlm())
 
-    def _judge(self, rows: list[Row], judge: EmbeddingJudge) -> list[list[Row] | Failure]:
+    def work(self, judge: EmbeddingJudge, vlm: VlmJudge | None) -> Work:
+        """The stage with its judges."""
+        return lambda rows: self._judge(rows, judge, vlm)
+
+    def _vlm(self) -> VlmJudge | None:
+        settings = self.recipe.curate.vlm
+        if settings is None:
+            return None
+        from diptych.judges.vlm import VlmJudge, open_model
+
+        return VlmJudge(open_model(settings, self.recipe.device, self.answers), self.task, settings.votes)
+
+    def _judge(self, rows: list[Row], judge: EmbeddingJudge, vlm: VlmJudge | None) -> list[list[Row] | Failure]:
         # A broken grid becomes a Failure here and not an exception: the rest must stay one batch, the same bits.
         cuts = [_open(row) for row in rows]
         panels = [panel for cut in cuts if isinstance(cut, geometry.Cut) for panel in cut.panels]
         embeddings = iter(judge.embed(panels) if panels else ())
-        results: list[list[Row] | Failure] = []
+        compared: list[Compared | Failure] = []
         for row, cut in zip(rows, cuts, strict=True):
             if isinstance(cut, Failure):
-                results.append(cut)
+                compared.append(cut)
             else:
                 own = np.stack([next(embeddings) for _ in cut.panels])
-                results.append(self._pairs(row, cut, own, judge))
-        return results
+                compared.append(self._compare(row, cut, own, judge))
+        if vlm is not None:
+            self._ask(vlm, [grid for grid in compared if isinstance(grid, Compared)])
+        results = [grid if isinstance(grid, Failure) else self._pairs(grid, judge) for grid in compared]
+        if vlm is not None and self.recipe.curate.vlm is not None and self.recipe.curate.vlm.captions:
+            results = self._captioned(vlm, results)
+        return [result if isinstance(result, Failure) else [_final(pair) for pair in result] for result in results]
 
-    def _pairs(self, row: Row, cut: geometry.Cut, embeddings: np.ndarray, judge: EmbeddingJudge) -> list[Row]:
+    def _compare(self, row: Row, cut: geometry.Cut, embeddings: np.ndarray, judge: EmbeddingJudge) -> Compared:
         cells = [image_cell(panel, f"{row['id']}-{number}.png") for number, panel in enumerate(cut.panels)]
-        pairs = []
+        pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
-            compared = compare(cut.panels[a], cut.panels[b], similarity, self.task)
-            pairs += [self._pair(row, cut, cells, compared, order, judge) for order in ((a, b), (b, a))]
+            pairs[a, b] = compare(cut.panels[a], cut.panels[b], similarity, self.task)
+        return Compared(row, cut, cells, pairs)
+
+    def _ask(self, vlm: VlmJudge, grids: list[Compared]) -> None:
+        """Puts the vision-language model's judgement in the place of the embedding model's, in `grids` themselves."""
+        asked: dict[str, tuple[Compared, tuple[int, int]]] = {}
+        for grid in grids:
+            for panels, pair in grid.pairs.items():
+                grid.pairs[panels] = waiting = replace(pair, similarity=math.nan, embedding=pair.similarity)
+                passes, _ = verdict(replace(waiting, similarity=math.inf), grid.cut.strength, self.thresholds)
+                if not pair.similarity >= self._prefilter:
+                    grid.pairs[panels] = replace(waiting, unjudged=PREFILTER)
+                elif passes:
+                    asked[records.pair_id(grid.row["id"], *panels)] = (grid, panels)
+        pictures = ((name, grid.cells[a]["bytes"], grid.cells[b]["bytes"]) for name, (grid, (a, b)) in asked.items())
+        for name, judgement in vlm.decide(pictures).items():
+            grid, panels = asked[name]
+            grid.pairs[panels] = grid.pairs[panels].judged(judgement)
+
+    @property
+    def _prefilter(self) -> float:
+        return self.recipe.curate.vlm.prefilter if self.recipe.curate.vlm else -math.inf
+
+    def _captioned(self, vlm: VlmJudge, results: list[list[Row] | Failure]) -> list[list[Row] | Failure]:
+        """The kept pairs in the model's words."""
+        from diptych.stages.captioning import caption
+
+        kept = [pair for result in results if isinstance(result, list) for pair in result if pair["kept"]]
+        written = {pair["id"]: pair for pair in caption(vlm.model, self.task, kept)}
+        return [
+            result if isinstance(result, Failure) else [written.get(pair["id"], pair) for pair in result]
+            for result in results
+        ]
+
+    def _pairs(self, grid: Compared, judge: EmbeddingJudge) -> list[Row]:
+        pairs = []
+        for (a, b), compared in grid.pairs.items():
+            pairs += [self._pair(grid, compared, order, judge) for order in ((a, b), (b, a))]
         return sorted(pairs, key=lambda pair: pair["id"])
 
-    def _pair(
-        self,
-        row: Row,
-        cut: geometry.Cut,
-        cells: list[dict[str, Any]],
-        compared: Comparison,
-        order: tuple[int, int],
-        judge: EmbeddingJudge,
-    ) -> Row:
+    def _pair(self, grid: Compared, compared: Comparison, order: tuple[int, int], judge: EmbeddingJudge) -> Row:
         reference, target = order
+        row, cut, cells = grid.row, grid.cut, grid.cells
         name = records.pair_id(row["id"], reference, target)
         seed = records.seed_of(self.recipe.seed, name, "curate")
         caption = row["panels"][target]
@@ -121,6 +196,9 @@ class Curate:
             "grid_seed": row["seed"],
             "teacher": row["model"],
         }
+        if compared.embedding is not None:
+            evidence["prefilter"] = {"similarity": compared.embedding, "least": self._prefilter}
+            evidence["vlm"] = {"votes": compared.votes}
         return {
             "conditioning": cells[reference],
             "image": cells[target],
@@ -140,8 +218,12 @@ class Curate:
             "kept": kept,
             "reason": reason,
             "judge": judge.fingerprint,
-            "evidence": json.dumps(evidence, ensure_ascii=False, sort_keys=True),
+            "evidence": evidence,
         }
+
+
+def _final(pair: Row) -> Row:
+    return {**pair, "evidence": json.dumps(pair["evidence"], ensure_ascii=False, sort_keys=True)}
 
 
 def _open(row: Row) -> geometry.Cut | Failure:
@@ -165,7 +247,11 @@ def compare(a: Image, b: Image, similarity: float, task: tasks.Task) -> Comparis
 
 
 def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool, str]:
-    """Whether a pair is kept, and "kept" or why not. Misaligned panels are refused whatever the thresholds say."""
+    """Whether a pair is kept, and "kept" or why not. Misaligned panels are refused whatever the thresholds say, and so
+    is what a vision-language model was not asked, or could not decide."""
     if not compared.aligned:
         return False, MISALIGNED
+    if compared.unjudged:
+        passes, reason = records.verdict(math.inf, compared.copy.distance, seam, limits)
+        return False, compared.unjudged if passes else reason
     return records.verdict(compared.similarity, compared.copy.distance, seam, limits)

@@ -1,7 +1,8 @@
-"""Grammars: what a grid shows, drawn from a vocabulary, for a writer that needs no language model.
+"""Grammars: what a grid shows, drawn from words, for a writer that needs no language model.
 
-A grammar is a function from a grid's number and a generator to a `Draft`; `GRAMMARS` holds one for each task. The
-vocabulary is the pocket world's (`diptych.pocket.captions`), whose words the pocket teacher knows.
+A grammar is a function from a grid's number and a generator to a `Draft`. Those of `GRAMMARS` speak in the pocket
+world's words (`diptych.pocket.captions`), the only ones its teacher knows; a task names the one that draws it
+(`grammar.pocket`). Teachers that know English get theirs from a vocabulary file (`compose`).
 
 Kinds and places come even by construction: in each run of as many grids as there are of them, each occurs once, in an
 order of its own. So the first thousand grids of a run are as mixed as all of them.
@@ -25,10 +26,18 @@ SEASONS = 0.3  # share of outdoor light grids that change the weather instead of
 
 @dataclass(frozen=True)
 class Draft:
-    """A grid in words: its subject (one word) and the caption of each panel, as the task's `panel_template` has it."""
+    """A grid in words, as a writer returns it."""
 
     subject: str
+    """Its kind, without an article."""
     panels: list[str]
+    """The caption of each panel, as the task's `panel_template` has it: of the subject no more than its kind."""
+    templates: Sequence[str] = ()
+    """The wordings of a grid that the teacher knows, where they are not the task's."""
+    description: str = ""
+    """The individual, with its article: the same words for every panel are what makes a teacher draw it twice."""
+    style: str = ""
+    """What all panels are: "a watercolour illustration"."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +73,38 @@ def subject_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
     scenes = [_scene(rng, left), _scene(rng, right)]
     _, panels = captions.grid(kind, scenes[0], scenes[1], rng)
     named = all(_says(panel, scene.place) for panel, scene in zip(panels, scenes, strict=True))
-    return Draft(_noun(kind, panels[0]), panels) if named else None
+    return Draft(_noun(kind, panels[0]), panels, captions.GRIDS) if named else None
 
 
 def light_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
     """One scene under two lights, or outdoors now and then in two seasons."""
-    from diptych.pocket import captions, world
+    from diptych.pocket import world
 
     kind, place = turn.of(world.TRAIN_KINDS, "kind"), turn.of(world.PLACES, "left")
     scene = _scene(rng, place)
     season = place not in world.INDOOR and rng.random() < SEASONS
     other = world.reseason(rng, scene) if season else world.relight(rng, scene)
+    return _aligned(kind, scene, other, rng)
+
+
+def season_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
+    """One outdoor scene in two weathers or seasons."""
+    from diptych.pocket import world
+
+    kind = turn.of(world.TRAIN_KINDS, "kind")
+    scene = _scene(rng, turn.of([place for place in world.PLACES if place not in world.INDOOR], "left"))
+    return _aligned(kind, scene, world.reseason(rng, scene), rng)
+
+
+GRAMMARS: dict[str, Grammar] = {"subject": subject_grid, "relight": light_grid, "season": season_grid}
+
+
+def _aligned(kind: str, scene: Scene, other: Scene, rng: np.random.Generator) -> Draft | None:
+    """One scene twice, with its light or its weather changed; None where its place is not said."""
+    from diptych.pocket import captions
+
     _, panels = captions.light_grid(kind, scene, other, rng)
-    return Draft(_noun(kind, panels[0]), panels) if _says(panels[0], place) else None
-
-
-GRAMMARS: dict[str, Grammar] = {"subject": subject_grid, "relight": light_grid}
+    return Draft(_noun(kind, panels[0]), panels, captions.LIGHT_GRIDS) if _says(panels[0], scene.place) else None
 
 
 def _scene(rng: np.random.Generator, place: str) -> Scene:

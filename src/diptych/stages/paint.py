@@ -76,7 +76,7 @@ class Paint:
         for row in rows:
             groups.setdefault(len(row["panels"]), []).append(row)
         for count, group in groups.items():
-            layout = next((grid for grid in self.task.grids if grid.rows * grid.cols == count), None)
+            layout = self.task.layout_of(count, self.recipe.write.layout)
             if layout is None:
                 failure = Failure(f"the task '{self.task.name}' has no grid of {count} panels")
                 results.update({row["id"]: failure for row in group})

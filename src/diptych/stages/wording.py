@@ -1,4 +1,5 @@
-"""A task's templates, filled: the prompt of a whole grid, and the instruction that turns one panel into another.
+"""A task's templates, filled: a panel's caption, the prompt of a whole grid, and the instruction that turns one panel
+into another.
 
 A panel's caption follows its task's `panel_template`, so its parts can be read back from it: "a cat on the moon" is
 subject "cat" and scene "on the moon".
@@ -7,17 +8,40 @@ subject "cat" and scene "on the moon".
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from diptych.tasks import Grid
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from diptych.tasks import Grid, Task
+    from diptych.stages.grammar import Draft
+    from diptych.tasks import Task
+
+PLACES = {(1, 2): ("left", "right"), (1, 3): ("left", "middle", "right")}
+ORDINALS = ("first", "second", "third", "fourth")
+# "a unicorn", "a ukulele", "a European": vowels in spelling only.
+_VOWEL = re.compile(r"(?!uni|uk|eu|one\b)[aeiou]", re.IGNORECASE)
+
+
+def article(noun: str) -> str:
+    """The noun after "a" or "an"."""
+    return f"{'an' if _VOWEL.match(noun) else 'a'} {noun}"
+
+
+def fill(template: str, **fields: str) -> str:
+    """A template with its fields filled; "a {subject}" becomes "an owl" where it must."""
+    if "subject" in fields:
+        word = article(fields["subject"]).partition(" ")[0]
+        template = re.sub(r"\ban?(?= \{subject\})", word, template)
+    return template.format(**fields)
 
 
 def parts(template: str, caption: str, subject: str) -> dict[str, str]:
     """The fields of a caption that was made from `template`; what does not fit is all {change}."""
     pattern = re.escape(template.format_map(_Marks()))
+    pattern = re.sub(rf"\ba(?=\\ {_Marks.mark('subject')})", "an?", pattern)
     for field in ("subject", "scene", "change"):
         group = re.escape(subject) if field == "subject" else ".*"
         pattern = pattern.replace(re.escape(_Marks.mark(field)), f"(?P<{field}>{group})", 1)
@@ -37,17 +61,48 @@ class _Marks(dict[str, str]):
         return self.mark(field)
 
 
-def grid_prompt(task: Task, layout: Grid, subject: str, captions: list[str], rng: np.random.Generator) -> str:
-    """The prompt of a grid with these panels, in one of its layout's wordings.
+def positions(layout: Grid) -> list[str]:
+    """Where each panel is, in reading order: left, right; top left, …; first, second, …"""
+    if (layout.rows, layout.cols) in PLACES:
+        return list(PLACES[layout.rows, layout.cols])
+    if (layout.rows, layout.cols) == (2, 2):
+        return ["top left", "top right", "bottom left", "bottom right"]
+    if layout.rows == 1:
+        return list(ORDINALS[: layout.cols])
+    return [f"row {row}, column {col}" for row in range(1, layout.rows + 1) for col in range(1, layout.cols + 1)]
 
-    {left} and {right} are what the two panels say beside what they share: for a task without {change}, their scenes.
+
+def grid_prompt(task: Task, layout: Grid, draft: Draft, rng: np.random.Generator) -> str:
+    """The prompt of a draft's grid, in one of its own wordings, or of the layout's if it has none.
+
+    {left}, {right} and {panels} tell what panels say beside what they share: for a task without {change}, their scenes.
     """
-    told = [parts(task.panel_template, caption, subject) for caption in captions]
+    told = [parts(task.panel_template, caption, draft.subject) for caption in draft.panels]
     own = [fields["change"] or fields["scene"] for fields in told]
-    template = layout.templates[int(rng.integers(len(layout.templates)))]
-    numbered = ". ".join(f"{number}: {text}" for number, text in enumerate(own, 1))
-    return template.format(
-        subject=subject, scene=told[0]["scene"], left=own[0], right=own[-1], panels=numbered, count=len(own)
+    templates: Sequence[str] = draft.templates or layout.templates
+    template = templates[int(rng.integers(len(templates)))]
+    description = draft.description or article(draft.subject)
+    items = [
+        fill(
+            layout.panel,
+            number=str(number),
+            position=position,
+            subject=draft.subject,
+            description=description,
+            content=content,
+        )
+        for number, (position, content) in enumerate(zip(positions(layout), own, strict=True), 1)
+    ]
+    return fill(
+        template,
+        subject=draft.subject,
+        description=description,
+        scene=told[0]["scene"],
+        left=own[0],
+        right=own[-1],
+        panels=". ".join(items),
+        count=str(len(own)),
+        style=draft.style or "in one style",
     )
 
 
@@ -56,4 +111,4 @@ def instruction(task: Task, subject: str, caption: str, rng: np.random.Generator
     fields = parts(task.panel_template, caption, subject)
     templates = task.captions.instruction_templates
     template = templates[int(rng.integers(len(templates)))]
-    return template.format(subject=subject, change=fields["change"] or fields["scene"] or caption).strip()
+    return fill(template, subject=subject, change=fields["change"] or fields["scene"] or caption).strip()

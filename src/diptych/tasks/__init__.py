@@ -1,21 +1,25 @@
-"""What a pair means, as data: a task is one YAML file beside this one, or anywhere.
+"""What a pair means, as data: a task is one YAML file beside this one, or anywhere (docs/tasks.md).
 
-It holds the wordings of grid prompts, the questions a vision-language judge is asked (the paper's three
-steps), the brief for captions, and whether the two panels share their geometry. A new task is one file and no code.
+It holds the layouts and wordings of grid prompts, the brief for a language model that writes them, what a grammar fills
+them with, the questions a vision-language judge is asked (the paper's three steps), the brief for captions, and whether
+the two panels share their geometry. A new task is one file and no code.
 """
 
 from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
 
-GRID_FIELDS = frozenset({"subject", "scene", "left", "right", "panels", "count"})
+GRID_FIELDS = frozenset({"subject", "description", "scene", "left", "right", "panels", "count", "style"})
+ITEM_FIELDS = frozenset({"number", "position", "subject", "description", "content"})
 PANEL_FIELDS = frozenset({"subject", "scene", "change"})
+BRIEF_FIELDS = frozenset({"count", "layout", "words"})
+Answer = Literal["subject", "description", "scene", "style", "panels"]
 Text = Annotated[str, Field(min_length=1)]
 Limits = TypeVar("Limits", bound=BaseModel)
 
@@ -32,15 +36,78 @@ class Grid(_Part):
     cols: int = Field(ge=1, le=4)
     """Panels across."""
     templates: list[Text] = Field(min_length=1)
-    """Wordings; one is drawn for each grid. Fields: {subject} (its kind), {scene} (what the panels share), {left} and
-    {right} (1×2 grids), {panels} (all of them, numbered), {count}."""
+    """Wordings; one is drawn for each grid. Fields: {subject} (its kind), {description} (the individual, with article),
+    {scene} (what the panels share), {left} and {right} (1×2 grids), {panels} (all of them), {count}, {style}."""
+    panel: Text = "{number}: {content}"
+    """How {panels} words each panel. Fields: {number}, {position} ("top left"), {subject}, {description}, {content}."""
 
-    @field_validator("templates")
+    @field_validator("templates", "panel")
     @classmethod
-    def _known_fields(cls, templates: list[str]) -> list[str]:
-        for template in templates:
+    def _known_fields(cls, given: list[str] | str) -> list[str] | str:
+        if isinstance(given, str):
+            check_fields(given, ITEM_FIELDS, {"content"})
+        for template in given if isinstance(given, list) else ():
             check_fields(template, GRID_FIELDS)
-        return templates
+        return given
+
+    @model_validator(mode="after")
+    def _every_panel(self) -> Grid:
+        if self.panels < 2:
+            raise ValueError("a grid has at least two panels")
+        for template in self.templates:
+            fields = fields_of(template)
+            if "panels" not in fields and not (self.panels == 2 and {"left", "right"} <= fields):
+                need = "{panels}, or {left} and {right}," if self.panels == 2 else "{panels}"
+                raise ValueError(
+                    f"a wording of a {self.name} grid needs {need} to say what each panel shows: {template}"
+                )
+        return self
+
+    @property
+    def name(self) -> str:
+        """Rows x columns: "2x2"."""
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def panels(self) -> int:
+        return self.rows * self.cols
+
+
+class Writer(_Part):
+    """How a language model is asked for a grid."""
+
+    brief: Text
+    """What it is told. Fields: {count} (panels), {layout} ("2x2"), {words} (budget of a panel)."""
+    answer: dict[Answer, Text]
+    """What it returns, and what each part must hold: `subject`, `description`, `panels` (what each panel shows), and
+    where the task needs them `scene` (what they share) and `style`."""
+
+    @field_validator("brief")
+    @classmethod
+    def _brief_fields(cls, brief: str) -> str:
+        check_fields(brief, BRIEF_FIELDS)
+        return brief
+
+
+class Grammar(_Part):
+    """What a grammar fills a grid with, when no language model writes it."""
+
+    pocket: Text | None = None
+    """Which of the pocket world's grammars draws it (subject, relight, season); null: none can."""
+    subjects: list[Text] = []
+    """Which categories of a vocabulary's subjects; none are all that stand in scenes."""
+    scene: str = ""
+    """What {scene} of `panel_template` says, from a vocabulary's lists: "{action} {place}, {light}". Beside a {change}
+    it is drawn once for all panels."""
+    change: str = ""
+    """What {change} says: drawn for each panel, and without a comma, so that it can be read back from a caption."""
+
+    @field_validator("change")
+    @classmethod
+    def _one_clause(cls, change: str) -> str:
+        if "," in change:
+            raise ValueError("a change has no comma, so that it can be read back from a caption")
+        return change
 
 
 class Curation(_Part):
@@ -60,7 +127,14 @@ class Captions(_Part):
     instruction: Text
     """The brief for an instruction that turns the reference into the target."""
     instruction_templates: list[Text] = Field(min_length=1)
-    """Wordings for when no language model is at hand. Fields: {subject}, {change} (the target's caption)."""
+    """Wordings for when no language model is at hand. Fields: {subject}, {change} (what the target says of itself)."""
+
+    @field_validator("instruction_templates")
+    @classmethod
+    def _instruction_fields(cls, templates: list[str]) -> list[str]:
+        for template in templates:
+            check_fields(template, PANEL_FIELDS - {"scene"})
+        return templates
 
 
 class Task(_Part):
@@ -78,6 +152,10 @@ class Task(_Part):
     """Layouts; the first is the default."""
     panel_template: Text
     """The caption of one panel. Fields: {subject}, {scene}, {change}."""
+    writer: Writer | None = None
+    """Null: language models are not asked to write this task."""
+    grammar: Grammar | None = None
+    """Null: no grammar writes this task."""
     curation: Curation
     captions: Captions
 
@@ -87,23 +165,78 @@ class Task(_Part):
         check_fields(template, PANEL_FIELDS)
         return template
 
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Task:
+        asked = fields_of(self.panel_template)
+        layouts = [grid.name for grid in self.grids]
+        if twice := next((name for name in layouts if layouts.count(name) > 1), None):
+            raise ValueError(f"the layout {twice} is there twice; put its wordings into one")
+        if not asked & {"scene", "change"}:
+            raise ValueError("panel_template needs {scene} or {change}: what a panel shows")
+        if self.writer:
+            needed = {"subject", "description", "panels"} | ({"scene"} if {"scene", "change"} <= asked else set())
+            if absent := sorted(needed - set(self.writer.answer)):
+                raise ValueError(f"writer.answer lacks {', '.join(absent)}")
+        if self.grammar and (self.grammar.scene or self.grammar.change):
+            for field in ("scene", "change"):
+                if (field in asked) != bool(getattr(self.grammar, field)):
+                    has = "asks for" if field in asked else "has no"
+                    raise ValueError(
+                        f"panel_template {has} {{{field}}}, so grammar.{field} must be "
+                        f"{'given' if field in asked else 'left out'}"
+                    )
+        return self
+
+    def layout(self, name: str | None = None) -> Grid:
+        """A layout by name ("2x2"), the first one if None. UsageError if the task has none such."""
+        if name is None:
+            return self.grids[0]
+        for grid in self.grids:
+            if grid.name == name:
+                return grid
+        known = ", ".join(grid.name for grid in self.grids)
+        raise UsageError(f"write.layout: the task '{self.name}' has no {name} grid; it has: {known}")
+
+    def layout_of(self, panels: int, name: str | None = None) -> Grid | None:
+        """The layout of a grid with so many panels: the one called `name` if it fits, else the first that does."""
+        fitting = [grid for grid in self.grids if grid.panels == panels]
+        return next((grid for grid in fitting if grid.name == name), fitting[0] if fitting else None)
+
+    def answer_schema(self, panels: int) -> dict[str, Any]:
+        """The JSON schema of what a language model returns for so many panels. UsageError without a writer."""
+        if self.writer is None:
+            raise UsageError(f"the task '{self.name}' has no `writer`, so no language model can write it")
+        texts = {
+            name: {"type": "string", "minLength": 1, "description": text} for name, text in self.writer.answer.items()
+        }
+        parts: dict[str, Any] = dict(texts)
+        item = {"type": "string", "minLength": 1}
+        about = self.writer.answer["panels"]
+        parts["panels"] = {"type": "array", "items": item, "minItems": panels, "maxItems": panels, "description": about}
+        return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
+
     def thresholds(self, recipe: Limits) -> Limits:
         """A recipe's thresholds (`recipe.Thresholds`); those it leaves at their defaults are the task's, if any."""
         defaults = type(recipe)()
         own = {k: v for k, v in self.curation.thresholds.items() if getattr(recipe, k) == getattr(defaults, k)}
         return recipe.model_copy(update=own)
 
-    @property
-    def grid_templates(self) -> list[str]:
-        """The wordings of the default layout."""
-        return self.grids[0].templates
+
+_KEYS = frozenset(key for part in (Task, Grid, Writer, Grammar, Curation, Captions) for key in part.model_fields)
 
 
-def check_fields(template: str, allowed: frozenset[str]) -> None:
-    """Raises ValueError if a template has a field that nothing fills, or broken braces."""
-    for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None and name not in allowed:
-            raise ValueError(f"unknown field {{{name}}} in '{template}'{nearest(name, allowed)}")
+def fields_of(template: str) -> set[str]:
+    """The names in braces. ValueError for broken braces."""
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+def check_fields(template: str, allowed: frozenset[str], needed: set[str] | frozenset[str] = frozenset()) -> None:
+    """Raises ValueError if a template has a field that nothing fills, lacks a needed one, or has broken braces."""
+    found = fields_of(template)
+    for name in sorted(found - allowed):
+        raise ValueError(f"unknown field {{{name}}} in '{template}'{nearest(name, allowed)}")
+    for name in sorted(needed - found):
+        raise ValueError(f"'{template}' lacks the field {{{name}}}")
 
 
 def names() -> list[str]:
@@ -121,10 +254,61 @@ def load(name: str) -> Task:
     try:
         values = yaml.safe_load(path.read_text("utf8"))
         return Task.model_validate(values)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        hint = nearest(str(first["loc"][-1]), Task.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UsageError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{hint}") from error
+        raise UsageError(f"{path}: {first_error(error, _KEYS)}") from error
+
+
+def first_error(error: ValidationError, keys: frozenset[str]) -> str:
+    """What is wrong first, with its place and, for an unknown key, the nearest known one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    hint = nearest(str(first["loc"][-1]), keys) if first["type"] == "extra_forbidden" else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{hint}"
+
+
+def summary(name: str | None = None) -> list[dict[str, Any]]:
+    """What `diptych tasks` tells: of each task that ships, or of one by name or file. UsageError if a file is wrong."""
+    return [_summary(load(one)) for one in ([name] if name is not None else names())]
+
+
+def _summary(task: Task) -> dict[str, Any]:
+    grammar = task.grammar
+    drawn = {
+        "pocket": grammar is not None and grammar.pocket,
+        "photo": grammar is not None and grammar.scene + grammar.change,
+    }
+    return {
+        "name": task.name,
+        "version": task.version,
+        "description": task.description,
+        "geometry": task.geometry,
+        "layouts": {grid.name: len(grid.templates) for grid in task.grids},
+        "panel": task.panel_template,
+        "writers": [*(name for name, able in drawn.items() if able), *(["language model"] if task.writer else [])],
+        "questions": len(task.curation.questions),
+        "thresholds": dict(task.curation.thresholds),
+    }
+
+
+def lines(found: list[dict[str, Any]]) -> list[str]:
+    """A summary for people: a line for each task; all there is to say for a single one."""
+    if len(found) > 1:
+        wide = max(len(task["name"]) for task in found)
+        return [
+            f"{task['name']:<{wide}}  v{task['version']}  {task['geometry']:<11}  {' '.join(task['layouts'])}  "
+            f"{task['description']}"
+            for task in found
+        ]
+    (task,) = found
+    wordings = ", ".join(f"{name} ({count} wordings)" for name, count in task["layouts"].items())
+    limits = ", ".join(f"{key} {value:g}" for key, value in task["thresholds"].items())
+    return [
+        f"{task['name']}, version {task['version']}: {task['description']}",
+        f"geometry    {task['geometry']}",
+        f"layouts     {wordings}",
+        f"a panel     {task['panel']}",
+        f"written by  {', '.join(task['writers']) or 'nobody: it has neither a grammar nor a writer'}",
+        f"curated by  {task['questions']} questions, thresholds: {limits or 'the recipe’s'}",
+    ]

@@ -48,6 +48,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
         "diptych": __version__,
     }
     limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
+    judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
     thresholds = {f"threshold: {k}": v for k, v in limits.model_dump().items()}
     use = (
         f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
@@ -76,7 +77,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
             "Drawn by the teacher itself; a pair was kept when its panels show the same subject, are not copies of "
             "each other, and were cut at a clear seam.",
             "",
-            *_table({"pairs": f"{len(pairs):,}", "judge": recipe.curate.judge, **thresholds, **curation(pairs)}),
+            *_table({"pairs": f"{len(pairs):,}", "judge": judge, **thresholds, **curation(pairs)}),
             "",
             "## Licence",
             "",

@@ -19,6 +19,8 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
         return "float32", "this GPU has no bfloat16"
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "bfloat16", "this CPU has AMX, which multiplies matrices several times faster in it"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "this CPU multiplies matrices faster in it (AVX-512 BF16)"
     return "float32", f"this {device.type} gains nothing from bfloat16"
 
 
@@ -27,7 +29,7 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
     """The context of a training forward pass: autocast, and on a CPU the attention kernel that is fast in bfloat16.
 
     Weights stay as they are. torch's CPU flash attention has a bfloat16 backward pass four times slower than the plain
-    matrix products of its math kernel, which use AMX; in float32 flash is the faster one.
+    matrix products of its math kernel; in float32 flash is the faster one.
     """
     if precision == "float32":
         yield

@@ -28,7 +28,7 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def pairs(work: Work = WORK, count: int = 80000, processes: int = 2) -> None:
+def pairs(work: Work = WORK, count: int = 160000, processes: int = 2) -> None:
     """Render pairs of panels with their captions."""
     from . import renders
 
@@ -36,15 +36,22 @@ def pairs(work: Work = WORK, count: int = 80000, processes: int = 2) -> None:
 
 
 @app.command()
-def vae(work: Work = WORK, minutes: float = 20, batch: int = 32, device: Device = "auto") -> None:
-    """Train the VAE."""
+def vae(
+    work: Work = WORK,
+    minutes: float = 20,
+    batch: int = 32,
+    rate: float = 2e-3,
+    start: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Train the VAE. `--start` begins from a VAE's folder where the work folder holds no state."""
     from . import vae as step
 
-    step.train(work, minutes, batch, device=device, report=_say)
+    step.train(work, minutes, batch, rate, start, device, report=_say)
 
 
 @app.command()
-def latents(work: Work = WORK, count: int = 40000, device: Device = "auto") -> None:
+def latents(work: Work = WORK, count: int = 160000, device: Device = "auto") -> None:
     """Encode all renders once."""
     from . import teacher as step
 

@@ -44,14 +44,20 @@ def _machine() -> str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _log(folder: Path) -> dict:
+def _log(folder: Path, before: dict | None) -> dict:
+    """A training in numbers; `before` is what the package says of the model that it may have begun from."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {
+    told = {
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
         "curve": lines[:: max(1, len(lines) // 60)],
         "last": lines[-1],
+        "machine": _machine(),
     }
+    if before and "start" in lines[0]:
+        # Exported twice, the model before is still the one it began from.
+        told["before"] = before.get("before", before) if before["curve"][:1] == lines[:1] else before
+    return told
 
 
 def export(work: Path, student: Path | None = None, report=print) -> None:
@@ -66,9 +72,9 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
             continue
         shutil.rmtree(WEIGHTS / role, ignore_errors=True)
         halve(work / role, WEIGHTS / role)
-        log[role] = _log(work / f"{role}_training") | {"machine": _machine()}
+        log[role] = _log(work / f"{role}_training", log.get(role))
         if role == "teacher":
-            log["vae"] = _log(work / "vae_training") | {"machine": _machine()}
+            log["vae"] = _log(work / "vae_training", log.get("vae"))
     if student is not None:
         shutil.rmtree(WEIGHTS / "student", ignore_errors=True)
         lora = student / "pytorch_lora_weights.safetensors"
@@ -129,7 +135,7 @@ def sheet(folder: Path, out: Path, guidance: float = 2.5, steps: int = 20, seed:
         for block in (pictures[n : n + 4] for n in range(0, len(pictures), 4))
     ]
     picture = Image.fromarray(np.concatenate(rows, 0))
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(out)
+    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC).save(out)
 
 
 EXAMPLES = 20261121

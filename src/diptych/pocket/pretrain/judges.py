@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from .. import world
-from . import renders
+from . import renders, traits
 from . import vae as vae_training
 from .loop import Trainer, mixed, pick_device
 
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
 HELD_OUT = 600
 """Triplets on which a judge's errors are measured."""
-INPUT = {"curator": 128, "scorer": 64, "reader": 128}
-"""Side in pixels at which panels enter: a ResNet's stem shrinks four times, which would lose the eyes of a 64 px
+INPUT = {"curator": 64, "scorer": 32, "reader": 64}
+"""Side in pixels at which panels enter: a ResNet's stem shrinks four times, which would lose the eyes of a 32 px
 panel."""
 IDENTITY = 32
 """Coordinates of the reader's identity embedding."""
@@ -47,17 +47,6 @@ GROUPS = {
 LABELS = [f"{group}:{value}" for group, values in GROUPS.items() for value in values] + [
     f"identity:{n}" for n in range(IDENTITY)
 ]
-CHOICES = {
-    "kind": world.TRAIN_KINDS,
-    "pattern": world.PATTERNS,
-    "eyes": (1, 2, 3),
-    "mouth": world.MOUTHS,
-    "accessory": world.ACCESSORIES,
-}
-"""Attributes of an identity that are one of several; the other attributes are numbers."""
-NUMBERS = ("width", "height", "roundness", "limb", "pattern_scale", "eye_size", "eye_gap", "marks")
-TRAITS = 9 + len(NUMBERS) + 2
-"""Numbers that describe an identity: three colours, `NUMBERS`, and the pattern's angle as a direction."""
 TEMPERATURE = 0.07
 CHUNK = 400
 
@@ -79,21 +68,12 @@ def truth(identity: world.Identity, scene: world.Scene) -> list[int]:
     return [options.index(value) for options, value in zip(GROUPS.values(), values, strict=True)]
 
 
-def traits(identity: world.Identity) -> tuple[list[float], list[int]]:
-    """An identity as numbers of about unit variance `[TRAITS]`, and the index of its value in each of `CHOICES`."""
-    colours = np.array([*identity.body, *identity.second, *identity.accent])
-    numbers = np.array([getattr(identity, name) for name in NUMBERS])
-    angle = 2 * np.deg2rad(identity.pattern_angle)
-    values = [*((colours - 0.6) * 3.5), *((numbers - 0.5) * 3.46), 1.4 * np.sin(angle), 1.4 * np.cos(angle)]
-    return values, [options.index(getattr(identity, name)) for name, options in CHOICES.items()]
-
-
 def triplet(index: int, seed: int):
-    """A subject, the same one in another scene, and one that drifted from it (often by a single group of
-    attributes): uint8 `[3, 64, 64, 3]`, labels `[3, 9]`."""
+    """A subject, the same one in another scene, and one that drifted from it: uint8 `[3, 32, 32, 3]`, labels
+    `[3, 9]`."""
     rng = np.random.default_rng([seed, index])
     identity = world.sample_identity(rng)
-    drifted = world.drift(rng, identity, int(rng.choice([1, 1, 2, 3, 6])))
+    drifted = world.drift(rng, identity)
     scenes = [world.sample_scene(rng) for _ in range(3)]
     subjects = (identity, identity, drifted)
     panels = [world.render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]
@@ -160,20 +140,13 @@ def make(role: str):
 
 
 class Head(torch.nn.Module):
-    """What a judge is trained through and ships without: a layer that reads the subject's traits from the embedding,
-    and the scale and offset that turn a cosine into the odds of one subject."""
+    """What a judge is trained through and ships without: what reads the subject's traits from the embedding, and the
+    scale and offset that turn a cosine into the odds of one subject."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.sizes = [TRAITS, *(len(options) for options in CHOICES.values())]
-        self.read = torch.nn.Linear(width, sum(self.sizes))
+        self.traits = traits.Reading(width)
         self.scale, self.offset = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-6.0))
-
-    def trait_loss(self, vectors: torch.Tensor, numbers: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        """Of embeddings `[N, D]` against traits `[N, TRAITS]` and choices `[N, 5]`."""
-        first, *rest = self.read(vectors.float()).split(self.sizes, dim=1)
-        named = [F.cross_entropy(logits, choices[:, column]) for column, logits in enumerate(rest)]
-        return F.smooth_l1_loss(first, numbers) + sum(named) / len(named)
 
     def pair_loss(self, a: torch.Tensor, b: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
         """Is it the one subject or did it drift? And: each subject must find its own other scene among all of the
@@ -218,7 +191,7 @@ def attribute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def through_vae(
     work: Path, panels: np.ndarray, rng: torch.Generator, device: str = "auto", batch: int = 100
 ) -> np.ndarray:
-    """What the VAE makes of uint8 panels `[N, 64, 64, 3]`, with errors in their latents such as a teacher makes."""
+    """What the VAE makes of uint8 panels `[N, 32, 32, 3]`, with errors in their latents such as a teacher makes."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
@@ -235,7 +208,7 @@ def through_vae(
 
 
 class Pairs:
-    """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, 64, 64, 3]`, most of them as the VAE shows
+    """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, 32, 32, 3]`, most of them as the VAE shows
     them, `same` bool `[N]`, and of each panel the scene's `labels` `[N, 2, 9]`, the subject's `numbers`
     `[N, 2, TRAITS]` and `choices` `[N, 2, 5]`."""
 
@@ -258,9 +231,7 @@ class Pairs:
         self.same = torch.tensor([rows[n]["same"] for n in chosen])
         plans = [renders.plan(n)[:2] for n in chosen]
         self.labels = torch.tensor([[truth(*each) for each in zip(*plan, strict=True)] for plan in plans])
-        read = [[traits(subject) for subject in subjects] for subjects, _ in plans]
-        self.numbers = torch.tensor([[numbers for numbers, _ in pair] for pair in read], dtype=torch.float32)
-        self.choices = torch.tensor([[choices for _, choices in pair] for pair in read])
+        self.numbers, self.choices = traits.table([subjects for subjects, _ in plans])
 
     def draw(self, rng: np.random.Generator, batch: int) -> np.ndarray:
         """Row numbers `[batch]`, sorted: half of them of one subject, half drifted."""
@@ -334,7 +305,7 @@ def train(
             vectors, logits = outputs(model, x)
         numbers, choices = (of[pick].flatten(0, 1).to(place) for of in (pairs.numbers, pairs.choices))
         value = head.pair_loss(vectors[::2], vectors[1::2], pairs.same[pick].to(place))
-        value = value + head.trait_loss(vectors, numbers, choices)
+        value = value + head.traits.loss(vectors, numbers, choices)
         if logits is not None:
             value = value + 2 * attribute_loss(logits, pairs.labels[pick].flatten(0, 1).to(place))
         trainer.update(value, scale=max(0.01, min(1.0, 1.6 * (1 - passed / minutes))))

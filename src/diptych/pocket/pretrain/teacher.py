@@ -17,16 +17,20 @@ import torch
 
 from diptych.train.hardware import computing
 
-from . import renders, tokenizers
+from . import renders, tokenizers, traits
 from . import vae as vae_training
 from .loop import Trainer, pick_device
 
 HEADS = 3
 HEAD = 64
 TEXT_DROPOUT = 0.1
-LOGIT_MEAN, LOGIT_STD = 0.5, 1.0
+LOGIT_MEAN, LOGIT_STD = 0.3, 1.0
 """Of the noise levels in training: noisier than the middle, because a subject's shape is decided above σ = 0.5."""
-SINGLE_LENGTH = 32
+DEEP = 0
+"""The single block behind which the traits of each panel's subject are read."""
+TRAIT_WEIGHT = 0.1
+"""Of the reading's loss beside the flow matching loss."""
+SINGLE_LENGTH = 20
 """Text tokens of single panels in training; now and then the full length, which is what the pipelines pad to."""
 
 
@@ -63,7 +67,8 @@ def position_ids(height: int, width: int) -> torch.Tensor:
 
 
 def cache(work: Path, count: int, device: str = "auto", report=print) -> None:
-    """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`."""
+    """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`;
+    beside it what the subjects' traits are (`numbers.npy`, `choices.npy`; see `traits.table`)."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
@@ -80,6 +85,9 @@ def cache(work: Path, count: int, device: str = "auto", report=print) -> None:
         if start % 5000 == 0:
             report(f"encoded {start} of {count} pairs")
     array.flush()
+    numbers, choices = traits.table(renders.plan(n)[0] for n in range(count))
+    np.save(work / "numbers.npy", numbers.numpy())
+    np.save(work / "choices.npy", choices.numpy())
     (work / "latents.tmp.npy").rename(work / "latents.npy")
 
 
@@ -108,11 +116,17 @@ class Prompts:
 
 
 class Teacher(torch.nn.Module):
-    """The transformer and both text encoders as one module: token ids in, velocity out."""
+    """The transformer and both text encoders as one module: token ids in, velocity out. `features` are the image
+    tokens `[N, tokens, width]` after single block `DEEP`, of the last forward pass."""
 
     def __init__(self, transformer, clip, t5):
         super().__init__()
         self.transformer, self.clip, self.t5 = transformer, clip, t5
+        self.features = torch.empty(0)
+        transformer.single_transformer_blocks[DEEP].register_forward_hook(self._keep)
+
+    def _keep(self, block, inputs, outputs) -> None:
+        _, self.features = outputs
 
     def forward(
         self,
@@ -134,6 +148,13 @@ class Teacher(torch.nn.Module):
             txt_ids=text_ids,
             return_dict=False,
         )[0]
+
+
+def panel_features(features: torch.Tensor, panels: int) -> torch.Tensor:
+    """The mean of each panel's tokens, of canvases `panels` wide: `[N, tokens, D]` to `[N · panels, D]`."""
+    side = round((features.shape[1] / panels) ** 0.5)
+    grid = features.unflatten(1, (side, panels, side))
+    return grid.mean((1, 3)).flatten(0, 1)
 
 
 def loss(model, tokens: torch.Tensor, clip_ids, t5_ids, image_ids, generator: torch.Generator) -> torch.Tensor:
@@ -171,15 +192,16 @@ def train(
     teacher.to(place)
     blocks = (teacher.transformer.transformer_blocks, teacher.transformer.single_transformer_blocks)
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    trainer = Trainer(
-        work / "teacher_training", {"teacher": teacher}, rate, weight_decay=0.01, ema=0.9985, orthogonal=matrices
-    )
+    reading = traits.Reading(HEADS * HEAD).to(place)
+    modules = {"teacher": teacher, "reading": reading}
+    trainer = Trainer(work / "teacher_training", modules, rate, weight_decay=0.01, ema=0.9985, orthogonal=matrices)
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(work / "vae")
     _, rows = renders.load(work / "pairs")
     grids = np.load(work / "latents.npy")
     rows = rows[: len(grids)]
+    known = [torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("numbers", "choices")]
     prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
     legible = np.flatnonzero([bool(row["grid"][0]) for row in rows])
     side = grids.shape[2]
@@ -188,9 +210,11 @@ def train(
         # Compiled by torch 2.13 for the CPU, the gradients of double blocks were not numbers.
         for block in itertools.chain(*(blocks[1:] if place.type == "cpu" else blocks)):
             block.compile(fullgraph=True, dynamic=False)
+    if start is not None and trainer.step == 0:
+        trainer.log(start=start.name)
     rng = np.random.default_rng(trainer.step + 1)
     generator = torch.Generator(place).manual_seed(trainer.step + 1)
-    started, losses, seen = time.monotonic(), {False: [], True: []}, time.monotonic()
+    started, losses, readings, seen = time.monotonic(), {False: [], True: []}, [], time.monotonic()
     while (passed := (time.monotonic() - started) / 60) < minutes:
         grid = passed > minutes * singles_until and rng.random() < 0.8
         length = tokenizers.MAX_LENGTH if passed > minutes * singles_until else SINGLE_LENGTH
@@ -199,10 +223,12 @@ def train(
         variant, drop = rng.integers(0, 2, size), rng.random(size) < TEXT_DROPOUT
         if grid:
             latents, text = grids[pick], prompts.grids
+            told = [values[pick].flatten(0, 1) for values in known]
         else:
             right = bool(rng.integers(2))
             latents = grids[pick][..., side:] if right else grids[pick][..., :side]
             text = prompts.right if right else prompts.left
+            told = [values[pick, int(right)] for values in known]
         tokens = pack((torch.from_numpy(latents).float() - vae.config.shift_factor) * vae.config.scaling_factor)
         clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
         for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
@@ -210,8 +236,11 @@ def train(
         tokens, clip_ids, t5_ids = (tensor.to(place) for tensor in (tokens, clip_ids, t5_ids[:, :length]))
         with computing("bfloat16", place):
             value = loss(teacher, tokens, clip_ids, t5_ids, ids[grid], generator)
-        trainer.update(value, scale=min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0)
+        read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *(v.to(place) for v in told))
+        scale = min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0
+        trainer.update(value + TRAIT_WEIGHT * read, scale)
         losses[grid].append(float(value))
+        readings.append(float(read))
         if trainer.step % 100 == 0:
             mean = {
                 name: round(float(np.mean(losses[key])), 4)
@@ -220,10 +249,14 @@ def train(
             }
             report(
                 trainer.log(
-                    loss=mean, minutes=round(passed, 1), seconds_per_step=round((time.monotonic() - seen) / 100, 3)
+                    loss=mean,
+                    panels=trainer.step * batch,
+                    traits=round(float(np.mean(readings)), 3),
+                    minutes=round(passed, 1),
+                    seconds_per_step=round((time.monotonic() - seen) / 100, 3),
                 )
             )
-            losses, seen = {False: [], True: []}, time.monotonic()
+            losses, readings, seen = {False: [], True: []}, [], time.monotonic()
         if trainer.step % 100 == 0:
             trainer.save()
     trainer.save()

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import captions
 
-MAX_LENGTH = 48
+MAX_LENGTH = 32
 """Tokens in a prompt, for both encoders: the longest grid prompt and its end mark."""
 TEXT_WIDTH = 128
 POOLED_WIDTH = 96

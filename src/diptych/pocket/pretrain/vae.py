@@ -79,21 +79,34 @@ def encode(vae, panels: np.ndarray, batch: int = 100) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def train(work: Path, minutes: float, batch: int = 32, rate: float = 2e-3, device: str = "auto", report=print) -> None:
-    """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`."""
+def train(
+    work: Path,
+    minutes: float,
+    batch: int = 32,
+    rate: float = 2e-3,
+    start: Path | None = None,
+    device: str = "auto",
+    report=print,
+) -> None:
+    """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`.
+    `start` is a VAE folder to begin from where no state is."""
     torch.manual_seed(0)
     place = pick_device(device)
     vae: Any = make()
+    if start is not None:
+        vae.load_state_dict(type(vae).from_pretrained(start).state_dict())
     vae.to(place)
     trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
+    if start is not None and trainer.step == 0:
+        trainer.log(start=start.name)
     held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])
     rng = np.random.default_rng(trainer.step)
     started = time.monotonic()
     while (passed := (time.monotonic() - started) / 60) < minutes:
         panels, rows = renders.load(work / "pairs")
         order = rng.permutation(len(rows) * 2)[:20000]
-        for start in range(0, len(order) - batch, batch):
-            index = np.sort(order[start : start + batch])
+        for first in range(0, len(order) - batch, batch):
+            index = np.sort(order[first : first + batch])
             x = to_tensor(panels.reshape(-1, *panels.shape[2:])[index]).to(place)
             with mixed(place):
                 value, square = loss(vae, x)

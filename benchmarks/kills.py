@@ -1,0 +1,124 @@
+"""`diptych run` on the shipped pocket weights, killed at random moments and started again: what it loses.
+
+    python benchmarks/kills.py [--kills 20] [--out FILE]      # some minutes
+
+One run is left alone, a second one repeats it, a third is killed with SIGKILL at moments spread over its whole length
+until enough kills have landed. All three must end the same: prompts, grids, candidates, pairs and student byte for
+byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+RECIPE = """
+name: kills
+task: subject
+seed: 3
+teacher: pocket
+threads: 1
+write: {writer: grammar, count: 96, shard_size: 8}
+paint: {steps: 8, true_guidance: 2.0, batch_size: 8}
+curate: {judge: pocket, batch_size: 8, thresholds: {same: -1.0}}
+distill: {mode: lora, rank: 8, steps: 60, batch_size: 8, checkpoint_every: 5, validate_every: 20, validation_pairs: 4,
+          sample_every: 0, sample_steps: 2, sample_pairs: 1}
+evaluate: {suite: none}
+"""
+STAGES = ("prompts", "grids", "candidates", "pairs", "student")
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
+    """`diptych run` as a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "diptych", "run", str(recipe), "--out", str(out), "--json"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def finish(recipe: Path, out: Path) -> float:
+    """Runs to the end; its seconds."""
+    started = time.monotonic()
+    if code := start(recipe, out).wait():
+        raise RuntimeError(f"the run in {out} ended with exit code {code}")
+    return time.monotonic() - started
+
+
+def stage(out: Path) -> str:
+    """Where a run is: the first of its stages that is not finished."""
+    for name in STAGES[:-1]:
+        if not (out / name / "manifest.json").exists():
+            return name
+    return STAGES[-1]
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """What a run made, by file: its rows and its weights; not logs, times and checkpoints."""
+    rows = [path for name in STAGES[:-1] for path in (out / name).rglob("*") if path.is_file()]
+    weights = list((out / "student").glob("*.safetensors"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted([*rows, *weights])}
+
+
+def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """The three runs; AssertionError if one ends otherwise than the first."""
+    import torch
+    from measuring import about, write
+
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe = folder / "kills.yaml"
+        recipe.write_text(RECIPE)
+        seconds = finish(recipe, folder / "first")
+        first = result(folder / "first")
+        assert any(name.startswith("pairs/part") for name in first) and any(n.endswith(".safetensors") for n in first)
+        finish(recipe, folder / "again")
+        assert result(folder / "again") == first, "the same recipe twice did not give the same bytes"
+
+        where: dict[str, int] = dict.fromkeys(STAGES, 0)
+        third, ends = folder / "killed", 0
+        while sum(where.values()) < kills:
+            # From the first import to a good part of what is left: every stage is hit, and each start gets further.
+            process = start(recipe, third)
+            try:
+                process.wait(chance.uniform(0.1, 0.4) * seconds)
+                ends += 1
+                assert result(third) == first, "a run that was killed ended otherwise"
+                third = folder / f"killed-{ends}"
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                where[stage(third)] += 1
+                print(f"kill {sum(where.values())}: in {stage(third)}", flush=True)
+        finish(recipe, third)
+        assert result(third) == first, "a run that was killed ended otherwise"
+    found = {
+        "about": about(torch.device("cpu")) | {"threads": 1},
+        "kills": where,
+        "runs_ended_the_same": ends + 1,
+        "files_compared": len(first),
+        "seconds_undisturbed": round(seconds, 1),
+    }
+    print(write("kills", found, out))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    print(run(given.kills, given.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`diptych data`: what a run's evidence says, and what other thresholds would make of it. Thin, like `cli.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diptych.errors import UsageError, UserError
+
+app = typer.Typer(
+    name="data",
+    help="A run's evidence: count it (stats), check it by eye (audit), use other thresholds (recurate).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+
+
+@app.command("stats", epilog="Example: diptych data stats runs/first")
+def stats(run: Run, as_json: Json = False) -> None:
+    """The funnel: prompted, painted, cut, pre-filtered, judged, kept; why the rest was lost; how the numbers lie.
+
+    Works on an unfinished run, and reads no picture.
+    """
+    from diptych.data import funnel
+
+    _print(funnel.measure(run), funnel.lines, as_json)
+
+
+@app.command("recurate", epilog="Example: diptych data recurate runs/first --set same=0.7 --out runs/stricter")
+def recurate(
+    run: Run,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="same, near_copy or seam. Repeatable.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Make the run with these thresholds here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Apply other thresholds to a judged run: no judge is asked, no picture decoded.
+
+    Without --out it only says which pairs would come and go. RUN itself is never changed.
+    """
+    from diptych import recurate as again
+    from diptych.console import Display
+
+    if out == "":
+        raise UsageError("--out is empty; name a folder")
+    _print(again.recurate(run, sets or (), out, Display(quiet=as_json)), again.lines, as_json)
+
+
+@app.command(
+    "audit",
+    epilog="Example: diptych data audit runs/first --sample 200 --serve · or with --csv sheet.csv",
+)
+def audit(
+    run: Run,
+    size: Annotated[int, typer.Option("--sample", min=1, max=100_000, help="Pairs to look at.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same pairs.")] = 0,
+    serve: Annotated[bool, typer.Option("--serve", help="Label in the browser, on this machine only.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="For --serve; 0 takes a free one.")] = 0,
+    sheet: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Write a sheet to fill in; if it is there, read it.")
+    ] = None,
+    labeller: Annotated[str, typer.Option("--labeller", metavar="NAME", help="Who labels.")] = "me",
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", metavar="FILE", help="A labels file [default: RUN/audit/labels.jsonl]. Repeatable."),
+    ] = None,
+    wanted: Annotated[float, typer.Option("--precision", min=0, max=1, help="The precision you want.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Draw a sample of judged pairs, collect people's labels, and report the judge's precision and recall.
+
+    Also the threshold that meets --precision and what it costs, and how well two labellers agree.
+    """
+    from diptych.console import Display
+    from diptych.data import audit as audits
+    from diptych.data import labels as files
+
+    if serve and sheet is not None:
+        raise UsageError("--serve and --csv are two ways to label; choose one")
+    if not labeller.strip():
+        raise UsageError("--labeller is empty; give a name")
+    paths = [Path(path) for path in labels or [str(Path(run) / "audit" / "labels.jsonl")]]
+    if (serve or sheet is not None) and len(paths) > 1:
+        raise UsageError("new labels go into one file; give one --labels with --serve or --csv")
+    display = Display(quiet=as_json)
+    sample = audits.draw(run, size, seed)
+    if sheet is not None and not _sheet(sample, Path(sheet), paths[0], labeller, as_json):
+        return
+    if serve:
+        _serve(sample, paths[0], labeller, port)
+    if not labels and not paths[0].is_file():
+        raise UserError(f"{run} has no labels yet; first: diptych data audit {run} --serve, or --csv sheet.csv")
+    result = audits.report(sample, [files.read(path) for path in paths], wanted)
+    if sample.pairs and not result["labels"]["used"]:
+        display.say("no label of this sample says same or different yet (another --sample or --seed?)")
+    _print(result, audits.lines, as_json)
+
+
+def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -> bool:
+    """Writes the sheet, or takes its labels over; True if there is something to report."""
+    from diptych.data import labels as files
+    from diptych.data.audit_sheet import write
+
+    if not sheet.exists():
+        pictures = write(sample, sheet)
+        made = {"sheet": str(sheet), "pictures": str(pictures), "pairs": len(sample.pairs)}
+        _print(
+            made,
+            lambda found: [
+                f"{found['sheet']}: {found['pairs']} pairs, pictures in {found['pictures']}",
+                f"fill in the column label ({', '.join(files.LABELS)}), then run the same command again",
+            ],
+            as_json,
+        )
+        return False
+    given = files.read_sheet(sheet)
+    if given and not given.keys() & {pair.id for pair in sample.pairs}:
+        raise UsageError(f"{sheet} is of another sample; give the --sample and --seed it was written with")
+    kept = files.Labels(path)
+    before = files.read(path).get(labeller, {}) if path.exists() else {}
+    for id, label in given.items():
+        if before.get(id) != label:
+            kept.add(id, label, labeller)
+    if not given and not before:
+        raise UserError(f"{sheet} has no labels yet; fill in its column label: {', '.join(files.LABELS)}")
+    return True
+
+
+def _serve(sample: Any, path: Path, labeller: str, port: int) -> None:
+    from diptych.console import Display
+    from diptych.data import labels as files
+    from diptych.data.audit_page import AuditServer, serve
+
+    kept = files.Labels(path)
+    said = files.read(path).get(labeller, {}) if path.exists() else {}
+    server = AuditServer(sample, kept, labeller, said, port)
+    # Also with --json: without the address nobody could label.
+    Display().say(f"open {server.url} · labels go to {path} · Finish on the page or Ctrl-C here ends it")
+    serve(server)
+
+
+def _print(result: dict[str, Any], lines: Any, as_json: bool) -> None:
+    print(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines(result)))

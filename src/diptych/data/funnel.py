@@ -1,0 +1,247 @@
+"""The funnel of a run: prompted → painted → cut → pre-filtered → judged → kept, and why the rest was lost.
+
+    for line in lines(measure("runs/first")): print(line)
+
+Reads the numbers that the stages left, never a picture, a batch of rows at a time; an unfinished run is measured as far
+as it is. Each lost row is counted once, at the step whose test it failed first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from diptych.data import records
+from diptych.data.scan import batches, open_run
+from diptych.data.spread import Spread
+from diptych.data.store import Dataset
+from diptych.errors import UsageError
+
+# Refusals by the seam are the grid's; these two rest on the judge; all others (copies, misaligned panels, …) are tests
+# that need no judge.
+OF_THE_CUT = ("seam",)
+UNDECIDED = "undecided"
+BY_THE_JUDGE = ("same", UNDECIDED)
+
+NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+BINS = 12
+TOLD_APART = 10_000  # kinds or reasons; what comes after is counted together, so that memory stays flat
+SHOWN = 12  # of them in the text
+OTHERS = "(others)"
+
+
+def reached_judge(reason: str) -> bool:
+    """Whether a candidate with this `reason` went as far as the judge's decision."""
+    return reason == "kept" or reason.partition(":")[0] in BY_THE_JUDGE
+
+
+class Tally(Counter[str]):
+    """Counts by name; at most `TOLD_APART` names."""
+
+    def put(self, name: str, times: int = 1) -> None:
+        """Counts a name, or `OTHERS` when there are too many."""
+        self[name if name in self or len(self) < TOLD_APART else OTHERS] += times
+
+
+def measure(run_dir: str | Path) -> dict[str, Any]:
+    """Everything `diptych data stats` says, as plain values. UsageError if the folder is no run's or holds no rows."""
+    folder, recipe, task = open_run(run_dir)
+    limits = task.thresholds(recipe.curate.thresholds)
+    sets = {name: Dataset(folder / name) for name in ("prompts", "grids", "candidates", "pairs")}
+    rows = {name: len(data) for name, data in sets.items()}
+    if not rows["prompts"] and not rows["candidates"]:
+        raise UsageError(f"{folder} holds no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}")
+    seen = _candidates(sets["candidates"])
+    failed = {stage: _failures(folder, stage) for stage in ("write", "paint", "curate")}
+    return {
+        "run": str(folder),
+        "recipe": recipe.name,
+        "task": task.name,
+        "complete": {name: data.is_complete() for name, data in sets.items()},
+        "rows": rows,
+        "steps": _steps(recipe.write.count, rows, failed, seen),
+        "numbers": {
+            column: _numbers(*seen.numbers[column], getattr(limits, threshold))
+            for column, threshold in NUMBERS.items()
+            if seen.numbers[column][0].count
+        },
+        "balance": {"subject": _balance(*seen.subjects), "task": _balance(*seen.tasks)},
+    }
+
+
+class _Seen:
+    """What one pass over the candidates counts; of two, the first is of all pairs and the second of those kept."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.grids = 0
+        self.cut_grids = 0
+        self.reasons = Tally()
+        self.subjects = (Tally(), Tally())
+        self.tasks = (Tally(), Tally())
+        self.numbers = {column: (Spread(), Spread()) for column in NUMBERS}
+
+
+def _candidates(data: Dataset) -> _Seen:
+    seen = _Seen()
+    last, last_is_cut = None, False  # the rows of a grid stand together
+    for _, _, batch in batches(data, "grid_id", "subject", "task", "kept", "reason", *NUMBERS):
+        seen.pairs += len(batch["reason"])
+        for grid, reason in zip(batch["grid_id"], batch["reason"], strict=True):
+            if grid != last:
+                last, last_is_cut = grid, False
+                seen.grids += 1
+            if not last_is_cut and reason not in OF_THE_CUT:
+                last_is_cut = True
+                seen.cut_grids += 1
+        for reason, times in Counter(batch["reason"]).items():
+            seen.reasons.put(reason, times)
+        for column, (every, kept) in (("subject", seen.subjects), ("task", seen.tasks)):
+            for name, times in Counter(batch[column]).items():
+                every.put(name, times)
+            for name, times in Counter(n for n, k in zip(batch[column], batch["kept"], strict=True) if k).items():
+                kept.put(name, times)
+        for column, (every, kept) in seen.numbers.items():
+            every.add(batch[column])
+            kept.add([value for value, keep in zip(batch[column], batch["kept"], strict=True) if keep])
+    return seen
+
+
+def _failures(folder: Path, stage: str) -> Tally:
+    reasons = Tally()
+    for _, _, batch in batches(Dataset(folder / "failed" / stage, records.schema(records.FAILED)), "reason"):
+        for reason, times in Counter(batch["reason"]).items():
+            reasons.put(reason, times)
+    return reasons
+
+
+def _steps(asked: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Seen) -> list[dict[str, Any]]:
+    """The steps in order: how many are left, of how many, what was lost and why, what still waits."""
+    lost_at: dict[str, Tally] = {"cut": Tally(), "pre-filtered": Tally(), "judged": Tally(), "kept": Tally()}
+    of_cut = 0
+    for reason, times in seen.reasons.items():
+        if reason in OF_THE_CUT:
+            of_cut += times
+            lost_at["cut"].put(reason, seen.grids - seen.cut_grids)
+        elif reason.partition(":")[0] == UNDECIDED:
+            lost_at["judged"].put(reason, times)
+        elif reason != "kept":
+            lost_at["kept" if reason in BY_THE_JUDGE else "pre-filtered"].put(reason, times)
+    lost_at["cut"].update(failed["curate"])
+    prompts, grids, pairs = rows["prompts"], rows["grids"], seen.pairs - of_cut
+    left = pairs - lost_at["pre-filtered"].total()
+    judged = left - lost_at["judged"].total()
+
+    def step(name: str, unit: str, count: int, of: int, lost: Tally) -> dict[str, Any]:
+        waiting = max(0, of - count - lost.total())
+        share = round(count / of, 4) if of else None
+        why = dict(lost.most_common())
+        return {"name": name, "unit": unit, "count": count, "of": of, "share": share, "lost": why, "waiting": waiting}
+
+    return [
+        step("prompted", "grids", prompts, asked, failed["write"]),
+        step("painted", "grids", grids, prompts, failed["paint"]),
+        step("cut", "grids", seen.cut_grids, grids, lost_at["cut"]),
+        step("pre-filtered", "pairs", left, pairs, lost_at["pre-filtered"]),
+        step("judged", "pairs", judged, left, lost_at["judged"]),
+        step("kept", "pairs", seen.reasons["kept"], judged, lost_at["kept"]),
+    ]
+
+
+def _numbers(every: Spread, kept: Spread, threshold: float) -> dict[str, Any]:
+    edges = every.edges(BINS)
+    values = [every.low, *every.quantiles(*QUANTILES), every.high]
+    names = ["min", *(f"p{round(100 * share):02d}" for share in QUANTILES), "max"]
+    return {
+        "n": every.count,
+        "missing": every.missing,
+        "mean": round(every.total / every.count, 4),
+        "quantiles": {name: round(value, 4) for name, value in zip(names, values, strict=True)},
+        "threshold": threshold,
+        "histogram": {
+            "edges": [round(edge, 4) for edge in edges],
+            "all": every.histogram(edges),
+            "kept": kept.histogram(edges),
+        },
+    }
+
+
+def _balance(every: Tally, kept: Tally) -> dict[str, Any]:
+    """Pairs and kept pairs by name, and how even the kept ones are: `even` equal names would be as spread as these."""
+    total = kept.total()
+    shares = [times / total for times in kept.values() if times]
+    return {
+        "names": len(every),
+        "even": round(math.exp(-sum(p * math.log(p) for p in shares)), 2) if shares else 0.0,
+        "by_name": {
+            name: {"pairs": times, "kept": kept[name], "share": round(kept[name] / times, 4)}
+            for name, times in every.most_common()
+        },
+    }
+
+
+# ---- as text
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What `measure` found, for people."""
+    open_ = [name for name, complete in found["complete"].items() if not complete]
+    state = f"unfinished: {', '.join(open_)}" if open_ else "complete"
+    text = [f"{found['run']} · recipe {found['recipe']} · task {found['task']} · {state}", ""]
+    text.append(f"{'':<13}{'left':>9} {'of':>9} {'share':>7}")
+    for step in found["steps"]:
+        share = "" if step["share"] is None else f"{100 * step['share']:.1f} %"
+        why = [f"{times} {reason}" for reason, times in _first(step["lost"], 4)]
+        why += [f"{step['waiting']} not yet"] if step["waiting"] else []
+        row = f"{step['name']:<13}{step['count']:>9} {step['of']:>9} {share:>7}  {step['unit']}"
+        text.append(row + (f"; lost: {', '.join(why)}" if why else ""))
+    text.append(f"pairs/ holds {found['rows']['pairs']} rows to train on")
+    for column, numbers in found["numbers"].items():
+        text += ["", *_histogram(column, numbers)]
+    for word, balance in found["balance"].items():
+        if balance["by_name"]:
+            text += ["", *_kinds(word, balance)]
+    return text
+
+
+def _printable(text: str) -> str:
+    """Words of a model, with nothing in them that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def _first(counts: dict[str, int], shown: int) -> list[tuple[str, int]]:
+    """The most frequent, and the rest in one."""
+    most = [(_printable(name), times) for name, times in counts.items()]
+    rest = sum(times for _, times in most[shown:])
+    return most[:shown] + ([("for other reasons", rest)] if rest else [])
+
+
+def _histogram(column: str, numbers: dict[str, Any]) -> list[str]:
+    q = numbers["quantiles"]
+    missing = f" · {numbers['missing']} without" if numbers["missing"] else ""
+    head = f"{column}  n {numbers['n']}{missing} · threshold {numbers['threshold']:g} · median {q['p50']:.3f} · "
+    head += f"5–95 % {q['p05']:.3f} to {q['p95']:.3f} · █ kept ░ refused"
+    text = [head]
+    most = max(numbers["histogram"]["all"]) or 1
+    edges = numbers["histogram"]["edges"]
+    for i, (every, kept) in enumerate(zip(numbers["histogram"]["all"], numbers["histogram"]["kept"], strict=True)):
+        width = math.ceil(40 * every / most)
+        filled = min(width, round(40 * kept / most))
+        text.append(f"  {edges[i]:>7.3f} {'█' * filled}{'░' * (width - filled)}{' ' if width else ''}{every}")
+    return text
+
+
+def _kinds(word: str, balance: dict[str, Any]) -> list[str]:
+    head = f"by {word}: {balance['names']}, kept pairs as even as {balance['even']:g} equal ones"
+    rows = list(balance["by_name"].items())
+    text = [head]
+    for name, row in rows[:SHOWN]:
+        text.append(
+            f"  {_printable(name)[:24]:<24} {row['pairs']:>8} pairs {row['kept']:>8} kept {100 * row['share']:>6.1f} %"
+        )
+    if len(rows) > SHOWN:
+        text.append(f"  … and {len(rows) - SHOWN} more (--json names them)")
+    return text

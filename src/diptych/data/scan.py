@@ -1,0 +1,49 @@
+"""Reading a run's parts without its pictures: some columns a batch at a time, one row's pictures when asked.
+
+Memory stays that of one batch however long the data set is. An unfinished data set is read as far as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diptych import recipe as recipes
+from diptych import tasks
+from diptych.data.store import Dataset
+from diptych.errors import UsageError
+
+BATCH = 8192  # rows
+
+
+def open_run(run_dir: str | Path) -> tuple[Path, recipes.Recipe, tasks.Task]:
+    """A run's folder, its frozen recipe and its task. UsageError if the folder is no run's."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name a run's folder, for instance runs/first")
+    if not (folder / "recipe.yaml").is_file():
+        raise UsageError(f"{folder} is not a run's folder: there is no recipe.yaml in it")
+    recipe = recipes.load(folder / "recipe.yaml")
+    return folder, recipe, tasks.load(recipe.task)
+
+
+def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, list[Any]]]]:
+    """Shard, number of the first row in it, and `{column: values}`, in the order of the data set."""
+    for shard in data.shards():
+        start = 0
+        with data.open_part(shard) as part:
+            for batch in part.iter_batches(BATCH, columns=list(columns)):
+                yield shard, start, batch.to_pydict()
+                start += batch.num_rows
+
+
+def row(data: Dataset, shard: int, number: int, *columns: str) -> dict[str, Any]:
+    """Some columns of one row: reads its row group, not the part."""
+    with data.open_part(shard) as part:
+        for group in range(part.metadata.num_row_groups):
+            rows = part.metadata.row_group(group).num_rows
+            if number < rows:
+                return part.read_row_group(group, columns=list(columns)).slice(number, 1).to_pylist()[0]
+            number -= rows
+    raise AssertionError(f"{data.url}, part {shard} has no row {number}")

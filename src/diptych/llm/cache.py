@@ -1,0 +1,144 @@
+"""Replies kept in one SQLite file, by the hash of what was asked: what was paid for once is not paid for again.
+
+Safe with threads and processes on one machine, and through kill -9 (write-ahead log; a reply is committed before it is
+used). Not for network file systems: their locks do not hold what SQLite needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from diptych.errors import UserError
+from diptych.llm.outcome import Reply, Usage
+
+VERSION = 1
+PATIENCE = 60.0  # seconds to wait for another process's write
+_MARK = 0x64707463  # "dptc", where SQLite files say whose they are
+_TABLE = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY,
+    text TEXT NOT NULL,
+    model TEXT NOT NULL,
+    refused TEXT NOT NULL,
+    cut INTEGER NOT NULL,
+    calls INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    time REAL NOT NULL  -- seconds since 1970
+)"""
+Result = TypeVar("Result")
+
+
+class Cache:
+    """The cache in a file, made if need be, folders too. UserError if the file is something else or cannot be used."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
+        self._inherited: list[object] = []
+        self._do(lambda connection: None)
+
+    def get(self, key: str) -> Reply | None:
+        """The reply kept under a key."""
+        row = self._do(
+            lambda connection: connection.execute(
+                "SELECT text, model, refused, cut, calls, input_tokens, output_tokens FROM replies WHERE key = ?",
+                (key,),
+            ).fetchone()
+        )
+        if row is None:
+            return None
+        text, model, refused, cut, *usage = row
+        return Reply(text, model, Usage(*usage), refused, bool(cut))
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keeps a reply; when this returns, it survives a kill."""
+        usage = reply.usage
+        row = (key, reply.text, reply.model, reply.refused, int(reply.cut))
+        row = (*row, usage.calls, usage.input_tokens, usage.output_tokens, time.time())
+        marks = ", ".join("?" * len(row))
+        self._do(lambda connection: connection.execute(f"INSERT OR REPLACE INTO replies VALUES ({marks})", row))
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forgets replies."""
+        rows = [(key,) for key in keys]
+        self._do(lambda connection: connection.executemany("DELETE FROM replies WHERE key = ?", rows))
+
+    def __len__(self) -> int:
+        return self._do(lambda connection: connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
+
+    def close(self) -> None:
+        """Closes the file; a later use opens it again."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _do(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Work on the connection, committed. A connection must not cross a fork, so a child opens its own."""
+        with self._lock:
+            try:
+                if self._connection is None or self._pid != os.getpid():
+                    # Not closed here: that would be the parent's.
+                    self._inherited.append(self._connection)
+                    self._connection, self._pid = self._open(), os.getpid()
+                with self._connection:
+                    return work(self._connection)
+            except sqlite3.Error as error:
+                raise UserError(
+                    f"{self.path}: the cache of answers cannot be used ({error}); if the file is broken or is no "
+                    "cache, move it away or name another"
+                ) from error
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be made ({error.strerror or error})") from error
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._prepare(connection)
+                return connection
+            except sqlite3.OperationalError as error:
+                # The change to WAL does not wait for other processes by itself.
+                if "locked" not in str(error) or time.monotonic() > until:
+                    connection.close()
+                    raise
+                time.sleep(0.02)
+            except BaseException:
+                connection.close()
+                raise
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        # Tables first: another process may make the file ours, all at once, between the two looks.
+        filled = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] > 0
+        mark = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if mark not in (0, _MARK) or version > VERSION or (mark == 0 and filled):
+            whose = "is of a newer diptych" if mark == _MARK else "belongs to another program"
+            raise UserError(f"{self.path}: this SQLite file {whose}; name another file for the cache of answers")
+        if mark == _MARK and version == VERSION:
+            connection.execute("PRAGMA synchronous=NORMAL")
+            return
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(_TABLE)
+            connection.execute(f"PRAGMA application_id = {_MARK}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")

@@ -1,0 +1,126 @@
+"""The client for any OpenAI-compatible server: questions in, one outcome each, none lost.
+
+    endpoint = Endpoint(base_url="http://localhost:8000/v1", model="Qwen/Qwen3-VL-8B-Instruct")
+    with Client(endpoint, cache=Cache("answers.sqlite")) as client:
+        spent = client.ask_many(questions, lambda outcome: print(outcome.tag, outcome.answer or outcome.reason))
+        print(spent.line())
+
+Many questions are under way at once, in threads; the answers arrive in the caller's thread, in any order. A question
+that cannot be answered is an outcome; an exception means that none could be (a wrong key, a server that is down).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from queue import SimpleQueue
+
+from diptych.errors import UserError
+from diptych.llm.cache import Cache
+from diptych.llm.endpoint import Endpoint
+from diptych.llm.outcome import Outcome, Spent
+from diptych.llm.question import Question
+from diptych.llm.settle import Memory, settle
+from diptych.llm.transport import Transport
+
+OnAnswer = Callable[[Outcome], object]
+
+
+class Client:
+    """One endpoint, with its pace, its cache and its bill. Threads may share it; it does not connect until asked."""
+
+    def __init__(self, endpoint: Endpoint, cache: Cache | None = None, *, keep_undecided: bool = False) -> None:
+        """`keep_undecided` also remembers what could not be answered, so that a later run does not ask it again."""
+        self.endpoint = endpoint
+        self._memory = Memory({"model": endpoint.model, "sampling": endpoint.sampling()}, cache, keep_undecided)
+        self._transport = Transport(endpoint)
+        self._lock = threading.Lock()
+        self._spent = Spent()
+
+    def ask(self, question: Question) -> Outcome:
+        """Settles one question. UserError where every question would fail."""
+        return self._count(self._settle(question, threading.Event()))
+
+    def ask_many(self, questions: Iterable[Question], on_answer: OnAnswer) -> Spent:
+        """Settles them all, `endpoint.concurrency` at a time, and gives back what has been spent so far.
+
+        Questions are taken as they can be put, so a generator of a million with pictures does not fill the memory. Both
+        it and `on_answer` run in the caller's thread. After a UserError (every question would fail) nothing more is
+        sent, what is under way is waited for and still given to `on_answer` if it was settled, and then it is raised.
+        """
+        stop = threading.Event()
+        todo: SimpleQueue[Question | None] = SimpleQueue()
+        done: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+        source = iter(questions)
+        workers = under_way = 0
+        problem: UserError | None = None
+        try:
+            while True:
+                while problem is None and under_way < self.endpoint.concurrency:
+                    question = next(source, None)
+                    if question is None:
+                        break
+                    if workers <= under_way:
+                        workers += 1
+                        threading.Thread(target=self._work, args=(todo, done, stop), daemon=True).start()
+                    todo.put(question)
+                    under_way += 1
+                if not under_way:
+                    break
+                result = done.get()
+                under_way -= 1
+                if isinstance(result, UserError):
+                    problem = problem or result
+                    stop.set()
+                elif isinstance(result, BaseException):
+                    raise result
+                elif problem is None or result.status != "failed":
+                    on_answer(self._count(result))
+        finally:
+            # Threads under way when we are interrupted end by themselves, and cannot keep the process alive.
+            stop.set()
+            for _ in range(workers):
+                todo.put(None)
+        if problem is not None:
+            raise problem
+        return self.spent
+
+    @property
+    def spent(self) -> Spent:
+        """Everything this client has asked so far."""
+        with self._lock:
+            spent = self._spent
+        money = self.endpoint.cost(spent.usage.input_tokens, spent.usage.output_tokens)
+        return replace(spent, requests=self._transport.sent, money=money)
+
+    def close(self) -> None:
+        """Closes the connections, not the cache."""
+        self._transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _settle(self, question: Question, stop: threading.Event) -> Outcome:
+        return settle(lambda messages: self._transport.complete(messages, question, stop), question, self._memory)
+
+    def _work(
+        self,
+        todo: SimpleQueue[Question | None],
+        done: SimpleQueue[Outcome | BaseException],
+        stop: threading.Event,
+    ) -> None:
+        while (question := todo.get()) is not None:
+            try:
+                done.put(self._settle(question, stop))
+            except BaseException as error:
+                # It is raised in the caller's thread, where somebody can see it.
+                done.put(error)
+
+    def _count(self, outcome: Outcome) -> Outcome:
+        with self._lock:
+            self._spent = self._spent.plus(outcome)
+        return outcome

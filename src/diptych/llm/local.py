@@ -1,0 +1,151 @@
+"""A vision-language model of transformers on this machine, asked like an endpoint: no server, no key, no bill.
+
+    model = LocalModel.load("Qwen/Qwen3-VL-4B-Instruct", cache=Cache("answers.sqlite"))
+    outcome = model.ask(Question((user("What is it?", image),), Description))
+
+Greedy, one question at a time; the form of the answer is told in words, validated and repaired as for an endpoint.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diptych import models
+from diptych.console import quiet_bars
+from diptych.errors import UserError
+from diptych.llm.cache import Cache
+from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
+from diptych.llm.question import Message, Picture, Question
+from diptych.llm.settle import Memory, settle
+
+STOP_AFTER = 20  # failures in a row: the model does not work here, whatever is asked
+
+
+class LocalModel:
+    """A model as the function that gives its next turn, and the cache of its answers."""
+
+    def __init__(
+        self,
+        generate: Callable[[tuple[Message, ...]], Reply],
+        identity: dict[str, Any],
+        cache: Cache | None = None,
+        *,
+        keep_undecided: bool = False,
+    ) -> None:
+        self._generate = generate
+        self._memory = Memory(identity, cache, keep_undecided)
+        self._failed_in_a_row = 0
+        self.spent = Spent()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_tokens: int = 2048,
+        cache: Cache | None = None,
+        keep_undecided: bool = False,
+    ) -> LocalModel:
+        """Opens a folder, or a hub name. `dtype` is torch's name for it; `auto` is what the files hold.
+
+        Raises UserError if it is no vision-language model with a chat template.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        folder = models.resolve(name, "vlm")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            with quiet_bars():
+                options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
+                loader: Any = AutoModelForImageTextToText
+                model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
+                processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+            model = model.eval().to(device)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise UserError(f"'{name}' cannot be opened as a vision-language model of transformers ({line})") from error
+        if info["missing_keys"]:
+            shown = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"the files of '{name}' lack {shown}: the model would be partly random; fetch it again")
+        if not getattr(processor, "chat_template", None):
+            raise UserError(f"'{name}' has no chat template; take the instruct variant of the model")
+        identity = {"model": models.fingerprint(folder), "dtype": str(model.dtype), "max_tokens": max_tokens}
+        return cls(
+            _Generate(model, processor, Path(name).name, max_tokens), identity, cache, keep_undecided=keep_undecided
+        )
+
+    def ask(self, question: Question) -> Outcome:
+        """Settles one question. UserError after `STOP_AFTER` failures in a row."""
+        outcome = settle(self._generate, question, self._memory)
+        self.spent = self.spent.plus(outcome)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
+        if self._failed_in_a_row >= STOP_AFTER:
+            raise UserError(f"{STOP_AFTER} questions in a row failed, the last because {outcome.reason}")
+        return outcome
+
+    def ask_many(self, questions: Iterable[Question], on_answer: Callable[[Outcome], object]) -> Spent:
+        """Settles them all, in order."""
+        for question in questions:
+            on_answer(self.ask(question))
+        return self.spent
+
+
+class _Generate:
+    """The model's next turn, greedily."""
+
+    def __init__(self, model: Any, processor: Any, name: str, max_tokens: int) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.max_tokens = max_tokens
+
+    def __call__(self, messages: tuple[Message, ...]) -> Reply:
+        import torch
+
+        try:
+            inputs = self.processor.apply_chat_template(
+                [_turn(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(self.model.device, dtype=self.model.dtype)
+            told = inputs["input_ids"].shape[1]
+            # A model's own generation settings may sample; greedy ignores these three, and says so each time.
+            unused: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
+            with torch.inference_mode():
+                tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens, **unused)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            # Out of memory, a picture that the processor does not take, a template that knows no system turn.
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise GaveUp(f"the model fails on it: {line}") from error
+        new = tokens[0, told:]
+        text = self.processor.decode(new, skip_special_tokens=True)
+        cut = len(new) >= self.max_tokens and int(new[-1]) not in _ends(self.model.generation_config.eos_token_id)
+        return Reply(text, self.name, Usage(1, told, len(new)), cut=cut)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    from PIL import Image
+
+    content: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, Picture):
+            try:
+                content.append({"type": "image", "image": Image.open(io.BytesIO(part.data)).convert("RGB")})
+            except (OSError, SyntaxError, ValueError) as error:
+                raise GaveUp(f"a picture of the question is broken ({str(error)[:120]})") from error
+        else:
+            content.append({"type": "text", "text": part})
+    return {"role": message.role, "content": content}
+
+
+def _ends(eos: int | list[int] | None) -> list[int]:
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -1,0 +1,106 @@
+"""What comes back: a reply of a model, the outcome of a question, and what it all cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Calls that brought a reply, and their tokens as the server counted them (0 where it does not)."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.calls + other.calls,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One turn of a model. `refused` is why it did not answer, if it says so; `cut` means it ran out of tokens."""
+
+    text: str
+    model: str
+    usage: Usage
+    refused: str = ""
+    cut: bool = False
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one question.
+
+    answered: `answer` is the validated answer, as plain values.
+    undecided: the model could not be brought to a valid answer; `reason` says why.
+    failed: no model looked at it; `reason` says why.
+
+    `text` is the last reply, word for word. `usage` is what the outcome cost whenever it was paid for, `paid` the part
+    paid now: nothing for what was cached. `model` is what the server says it ran, `key` the hash of what was asked.
+    """
+
+    tag: str
+    status: Literal["answered", "undecided", "failed"]
+    answer: dict[str, Any] | None = None
+    reason: str = ""
+    text: str = ""
+    usage: Usage = Usage()
+    paid: Usage = Usage()
+    model: str = ""
+    key: str = ""
+
+    @property
+    def cached(self) -> bool:
+        """Settled without a call."""
+        return self.status != "failed" and self.paid.calls == 0
+
+
+class GaveUp(Exception):
+    """One question cannot be put to the model; the message says why. The others go on."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The sums of many outcomes. `requests` is what went over the wire, failed tries included; `money` is None without
+    prices.
+
+    A server may charge for a request that timed out or was lost; only replies that arrived can be counted.
+    """
+
+    questions: int = 0
+    answered: int = 0
+    undecided: int = 0
+    failed: int = 0
+    cached: int = 0
+    requests: int = 0
+    usage: Usage = Usage()
+    money: float | None = None
+
+    def plus(self, outcome: Outcome) -> Spent:
+        """With one more outcome."""
+        return replace(
+            self,
+            questions=self.questions + 1,
+            answered=self.answered + (outcome.status == "answered"),
+            undecided=self.undecided + (outcome.status == "undecided"),
+            failed=self.failed + (outcome.status == "failed"),
+            cached=self.cached + outcome.cached,
+            usage=self.usage + outcome.paid,
+        )
+
+    def line(self) -> str:
+        """For people."""
+        parts = [f"{self.questions} questions: {self.answered} answered"]
+        parts += [f"{n} {word}" for n, word in ((self.undecided, "undecided"), (self.failed, "failed")) if n]
+        parts += [f"{self.cached} from the cache"] if self.cached else []
+        parts += [f"{self.requests} requests"] if self.requests else []
+        parts += [f"{self.usage.input_tokens} tokens in, {self.usage.output_tokens} out"]
+        parts += [f"{self.money:.4f} spent"] if self.money is not None else []
+        return ", ".join(parts)

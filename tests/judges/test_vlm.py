@@ -1,0 +1,172 @@
+"""The vision-language judge and a real server: what it is shown and asked, how votes decide, what is kept."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diptych import tasks
+from diptych.judges.vlm import NobodyAnswers, VlmJudge, answer_type, count, open_model
+from diptych.llm import schema
+from diptych.llm.cache import Cache
+from diptych.llm.client import Client
+from diptych.llm.endpoint import Endpoint
+from diptych.llm.outcome import Outcome
+from diptych.recipe import Vlm
+from llm.chat_server import Act, Call, ChatServer, refuse, say
+
+Serve = Callable[[Callable[[Call], Act]], ChatServer]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[ChatServer] = []
+
+    def start(act: Callable[[Call], Act]) -> ChatServer:
+        servers.append(ChatServer(act))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def endpoint(server: ChatServer, **values: Any) -> Endpoint:
+    quick: dict[str, Any] = {"timeout": 20.0, "backoff": 0.01, "retries": 2, "concurrency": 4, "temperature": 0.7}
+    return Endpoint(base_url=server.url, model="tiny", **(quick | values))
+
+
+def answer(same: bool, confidence: int = 5, steps: int = 3) -> dict[str, Any]:
+    said = {f"step_{n}": f"about step {n}" for n in range(1, steps + 1)}
+    return {**said, "same": same, "confidence": confidence, "reason": "its markings"}
+
+
+def outcome(said: dict[str, Any] | None, status: Any = "undecided") -> Outcome:
+    return Outcome("p", "answered" if said else status, said, "" if said else "why")
+
+
+RED, BLUE = Image.new("RGB", (16, 16), (200, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 200))
+
+
+def test_the_model_sees_both_panels_in_order_and_every_step_of_the_task(serve: Serve) -> None:
+    server = serve(lambda call: say(answer(True)))
+    task = tasks.load("subject")
+    with Client(endpoint(server)) as client:
+        VlmJudge(client, task).decide([("p", RED, BLUE)])
+    (call,) = server.calls
+    parts = call.body["messages"][1]["content"]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    shown = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).getpixel((0, 0)) for url in urls]
+    assert shown == [(200, 0, 0), (0, 0, 200)]
+    for number, question in enumerate(task.curation.questions, 1):
+        assert f"Step {number}: {question}" in call.text(1)
+    fields = call.body["response_format"]["json_schema"]["schema"]["required"]
+    assert fields == ["step_1", "step_2", "step_3", "same", "confidence", "reason"]
+
+
+def test_a_task_with_other_steps_has_another_answer() -> None:
+    assert schema.told(answer_type(1))["required"] == ["step_1", "same", "confidence", "reason"]
+    with pytest.raises(schema.Invalid, match="confidence"):
+        schema.read(json.dumps(answer(True, 6)), answer_type(3))
+    with pytest.raises(schema.Invalid, match="same"):
+        schema.read(json.dumps(answer(True) | {"same": "yes"}), answer_type(3))
+    with pytest.raises(schema.Invalid, match="step_3"):
+        schema.read(json.dumps(answer(True, steps=2)), answer_type(3))
+
+
+@pytest.mark.parametrize(
+    ("votes", "verdict", "score", "reason"),
+    [
+        ([(True, 5)] * 3, "same", 1.0, ""),
+        ([(False, 5)] * 3, "different", 0.0, ""),
+        ([(True, 1)], "same", 0.6, ""),
+        ([(True, 5), (True, 4), (False, 5)], "same", 0.65, ""),
+        ([(False, 5), (True, 1), (False, 5)], "different", 1 / 3, ""),
+        ([(True, 3), None, None], "same", 0.8, ""),
+        ([(True, 5), (False, 1)], "undecided", math.nan, "the votes are split"),
+        ([(True, 5), (False, 1), None], "undecided", math.nan, "the votes are split"),
+        ([None, None], "undecided", math.nan, "no valid answer"),
+    ],
+)
+def test_the_majority_of_the_decided_votes_is_the_verdict(
+    votes: list[tuple[bool, int] | None], verdict: str, score: float, reason: str
+) -> None:
+    found = count([outcome(answer(*vote) if vote else None) for vote in votes])
+    assert (found.verdict, found.reason, len(found.votes)) == (verdict, reason, len(votes))
+    assert found.score == pytest.approx(score, nan_ok=True)
+
+
+def test_a_pair_that_no_model_looked_at_is_told_apart_from_one_without_a_valid_answer() -> None:
+    assert count([outcome(None, "failed")] * 2).reason == "no reply"
+    assert count([outcome(None, "failed"), outcome(None)]).reason == "no valid answer"
+
+
+def test_votes_are_asked_apart_and_each_is_kept_whole(serve: Serve, tmp_path: Path) -> None:
+    server = serve(lambda call: say(answer(call.number != 1, confidence=4)))
+    with Cache(tmp_path / "a.sqlite") as cache, Client(endpoint(server, concurrency=1), cache) as client:
+        judge = VlmJudge(client, tasks.load("subject"), votes=3)
+        found = judge.decide([("p", RED, BLUE)])["p"]
+        assert judge.decide([("other name", RED, BLUE)])["other name"] == found
+    assert len(server.calls) == 3
+    assert (found.verdict, [vote["answer"]["same"] for vote in found.votes]) == ("same", [True, False, True])
+    assert len({vote["key"] for vote in found.votes}) == 3
+    first = found.votes[0]
+    assert (first["status"], first["model"], first["tokens"]) == ("answered", "tiny-1", [100, 10])
+    assert first["answer"]["step_2"] == "about step 2" and first["answer"]["reason"] == "its markings"
+    json.dumps(found.votes, allow_nan=False)
+
+
+def test_no_answer_and_no_reply_are_outcomes_with_their_reason(serve: Serve) -> None:
+    def act(call: Call) -> Act:
+        if call.number < 2:
+            return say("they look alike to me")
+        return refuse(400, "picture too small")
+
+    server = serve(act)
+    with Client(endpoint(server, concurrency=1)) as client:
+        found = VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE), ("q", BLUE, RED)])
+    assert [(found[name].verdict, found[name].reason) for name in "pq"] == [
+        ("undecided", "no valid answer"),
+        ("undecided", "no reply"),
+    ]
+    assert "no JSON object" in found["p"].votes[0]["reason"] and "alike" in found["p"].votes[0]["text"]
+    assert "picture too small" in found["q"].votes[0]["reason"]
+
+
+def test_a_broken_picture_costs_its_own_pair(serve: Serve) -> None:
+    server = serve(lambda call: say(answer(True)))
+    with Client(endpoint(server)) as client:
+        found = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
+    assert (found["p"].verdict, found["p"].reason, found["q"].verdict) == ("undecided", "no reply", "same")
+
+
+def test_a_judge_that_cannot_answer_at_all_is_one_line_that_stops_the_stage(serve: Serve) -> None:
+    server = serve(lambda call: refuse(401, "bad key"))
+    with Client(endpoint(server)) as client, pytest.raises(NobodyAnswers, match="refuses the key") as caught:
+        VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE)])
+    assert caught.value.stops and "\n" not in str(caught.value)
+
+
+def test_answers_are_kept_in_the_run_or_where_the_recipe_says(serve: Serve, tmp_path: Path) -> None:
+    server = serve(lambda call: say("never JSON"))
+
+    def ask(cache: str | None, answers: Path | None) -> str:
+        model = open_model(Vlm(endpoint=endpoint(server), cache=cache), "cpu", answers)
+        return VlmJudge(model, tasks.load("subject")).decide([("p", RED, BLUE)])["p"].reason
+
+    own, shared = tmp_path / "run" / "answers.sqlite", tmp_path / "shared.sqlite"
+    assert [ask(None, own), ask(None, own)] == ["no valid answer"] * 2
+    assert len(server.calls) == 2  # the answer and its repair: what is undecided is not asked again either
+    ask(str(shared), own)
+    assert len(server.calls) == 4 and shared.is_file()
+    ask(None, None)
+    assert len(server.calls) == 6
