@@ -35,9 +35,9 @@ def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, 
     method = baselines.TextOnly(context)
     seen = [suite.picture(s) for s in samples]
     with_it = method.generate(seen, samples, [3, 4])
-    without = method.generate([Image.new("RGB", (64, 64))] * 2, samples, [3, 4])
+    without = method.generate([Image.new("RGB", (32, 32))] * 2, samples, [3, 4])
     assert [i.tobytes() for i in with_it] == [i.tobytes() for i in without]
-    assert with_it[0].size == (64, 64) and with_it[0].tobytes() != with_it[1].tobytes()
+    assert with_it[0].size == (32, 32) and with_it[0].tobytes() != with_it[1].tobytes()
 
 
 def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
@@ -47,13 +47,13 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
     references = [suite.picture(s) for s in samples]
     prompts = [s.grid_prompt for s in samples]
     latents = method.grids(references, prompts, [3, 4], output_type="latent")
-    left, right = split_tokens(torch.stack(latents), Canvas(64, 64, 4))
+    left, right = split_tokens(torch.stack(latents), Canvas(32, 32, 4))
     z = baselines.encode(context.teacher(), references)
     assert torch.equal(left, z) and (right - z).abs().mean() > 0.1
     grids = method.grids(references, prompts, [3, 4])
-    assert grids[0].size == (128, 64)
+    assert grids[0].size == (64, 32)
     drawn = method.generate(references, samples, [3, 4])
-    assert [d.tobytes() for d in drawn] == [g.crop((64, 0, 128, 64)).tobytes() for g in grids]
+    assert [d.tobytes() for d in drawn] == [g.crop((32, 0, 64, 32)).tobytes() for g in grids]
 
 
 def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite: Any) -> None:

@@ -1,4 +1,4 @@
-"""A pocket world of random models, small enough for tests: 64 px panels, real classes, real tokenizers."""
+"""A pocket world of random models, small enough for tests: 32 px panels, real classes, real tokenizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_teacher(folder: Path) -> Path:
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=4,
-        sample_size=64,
+        sample_size=32,
         scaling_factor=0.7,
         shift_factor=0.1,
         mid_block_add_attention=False,
@@ -106,7 +106,7 @@ def make_judges(folder: Path) -> Path:
         "scorer": RegNetModel(RegNetConfig(**{**small, "layer_type": "y"}, groups_width=8)),
         "reader": ResNetForImageClassification(reader),
     }
-    side = {"height": 64, "width": 64}
+    side = {"height": 32, "width": 32}
     for role, model in made.items():
         model.save_pretrained(folder / role)
         ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder / role)
@@ -169,15 +169,15 @@ def make_data(folder: Path, grids: int = 12) -> None:
         scenes = [world.sample_scene(rng), world.sample_scene(rng)]
         second = subject if i % 2 else world.drift(rng, subject, 1 + i % 6)
         prompt, said = captions.grid(subject.kind, scenes[0], scenes[1], rng)
-        panels = [Image.fromarray(world.render(*who, 64)) for who in ((subject, scenes[0]), (second, scenes[1]))]
-        whole = Image.new("RGB", (128, 64))
+        panels = [Image.fromarray(world.render(*who)) for who in ((subject, scenes[0]), (second, scenes[1]))]
+        whole = Image.new("RGB", (64, 32))
         for place, panel in enumerate(panels):
-            whole.paste(panel, (64 * place, 0))
+            whole.paste(panel, (32 * place, 0))
         shared = {"prompt": prompt, "panels": said, "subject": subject.kind, "task": "subject", "seed": i}
         name = records.grid_id(records.prompt_id(i))
         rows["prompts"].append({"id": records.prompt_id(i), **shared})
         grid = {"id": name, "image": image_cell(whole), "prompt_id": records.prompt_id(i), **shared}
-        rows["grids"].append({**grid, "rows": 1, "cols": 2, "panel_size": 64, "model": "renderer"})
+        rows["grids"].append({**grid, "rows": 1, "cols": 2, "panel_size": 32, "model": "renderer"})
         alike = float(np.clip(rng.normal(0.75 if i % 2 else 0.35, 0.12), 0, 1))
         distance = float(metrics.copy_distances(panels[:1], panels[1:])[0])
         kept, reason = records.verdict(alike, distance, 1.0, Thresholds())

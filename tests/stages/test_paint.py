@@ -111,10 +111,10 @@ def test_a_picture_that_is_not_finite_costs_its_own_row_only(recipe: Any, monkey
 
 def test_rows_of_a_layout_the_task_has_not_fail_and_others_are_drawn(recipe: Any) -> None:
     rows = prompts(3)
-    rows[0]["panels"] = ["a cat"] * 3
+    rows[0]["panels"] = ["a cat"] * 5
     rows[2]["panels"] = ["a cat"] * 4
-    three, two, four = grids(recipe, rows)
-    assert isinstance(three, Failure) and "no grid of 3 panels" in three.reason
+    five, two, four = grids(recipe, rows)
+    assert isinstance(five, Failure) and "no grid of 5 panels" in five.reason
     assert (two["rows"], two["cols"]) == (1, 2) and (four["rows"], four["cols"]) == (2, 2)
     assert pixels(four).shape == (128, 128, 3)
 

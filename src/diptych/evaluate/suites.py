@@ -148,7 +148,7 @@ class Suite(_Part):
         noun = known.subject.kind if self.splits[split].noun == "kind" else captions.GENERIC[rng.integers(3)]
         say = {name: float(name in level.asks) for name in ("place", "light", "pose", "prop", "weather")}
         wish = captions.details(known.target, rng, say | {"framing": 0.0})
-        there = captions.details(known.reference, rng, {"place": 1.0, "pose": 1.0, "light": 0.0, "framing": 0.0})
+        there = captions.details(known.reference, rng, {"place": 1.0, "pose": 0.0, "light": 0.0, "framing": 0.0})
         return Sample(
             id=f"{split[0]}{identity:03d}-{prompt}",
             split=split,
@@ -156,7 +156,7 @@ class Suite(_Part):
             kind=known.subject.kind,
             level=level.name,
             prompt=f"a {noun} {wish}",
-            grid_prompt=captions.GRIDS[0].format(subject=noun, left=there, right=wish),
+            grid_prompt=captions.GRIDS[2].format(subject=noun, left=there, right=wish),
             asked={group: _value(known.target, group) for group in level.asks},
         )
 
