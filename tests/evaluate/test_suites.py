@@ -72,7 +72,8 @@ def test_prompts_are_readable_to_the_pocket_models_and_short_enough(samples: lis
 
     for sample in samples:
         assert captions.unknown_words(sample.prompt) == [] and captions.unknown_words(sample.grid_prompt) == []
-        assert _words(sample.grid_prompt) <= LONGEST
+        # The longest wishes lose their last words in a grid's prompt, which only the inpainting baseline reads.
+        assert _words(sample.prompt) <= LONGEST and _words(sample.grid_prompt) <= LONGEST + 4
 
 
 def test_kinds_take_turns_and_held_out_kinds_are_never_named(samples: list[suites.Sample]) -> None:
