@@ -230,7 +230,7 @@ def test_a_sheet_is_written_filled_in_and_read_back(
         assert (tmp_path / row["target"]).read_bytes() == stored[row["id"]]["image"]["bytes"]
         row["label"] = truth[row["id"]][0].upper()
     with sheet.open("w", encoding="utf-8-sig", newline="") as stream:  # as a German spreadsheet saves it
-        writer = csv.DictWriter(stream, labels.SHEET, delimiter=";")
+        writer = csv.DictWriter(stream, list[str](labels.SHEET), delimiter=";")
         writer.writeheader()
         writer.writerows(rows)
     code, out, _ = command(capsys, *asked, "--labeller", "ana", "--json")
