@@ -73,7 +73,7 @@ def test_drift_changes_the_asked_number_of_attribute_groups(rng):
 
 
 def test_captions_use_only_known_words_and_fit_the_encoders(rng):
-    from diptych.pocket.pretrain import renders, tokenizers
+    from diptych.pocket.pretrain import tokenizers
 
     _, t5 = tokenizers.make_tokenizers()
     for _ in range(200):
@@ -82,7 +82,7 @@ def test_captions_use_only_known_words_and_fit_the_encoders(rng):
         light_prompt, light_panels = captions.light_grid(kind, left, world.relight(rng, left), rng)
         for text in (prompt, light_prompt, *panels, *light_panels, captions.caption(kind, left, rng)):
             assert captions.unknown_words(text) == []
-            if renders._words(text) <= renders.LONGEST:
+            if captions.count_words(text) <= captions.LONGEST:
                 assert len(t5(text).input_ids) <= tokenizers.MAX_LENGTH
             assert t5.unk_token_id not in t5(text).input_ids
 

@@ -12,6 +12,7 @@ import pytest
 from diptych import tasks
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
+from diptych.pocket.captions import count_words
 from diptych.recipe import Recipe
 from diptych.recipe import Write as Settings
 from diptych.run import prompt_shards
@@ -70,7 +71,7 @@ def test_every_layout_of_every_task_fills(task: str, layout: str) -> None:
     grid = tasks.load(task).layout(layout)
     for row in written(task, 28, layout):
         assert len(row["panels"]) == grid.panels == len(set(row["panels"])) and "{" not in row["prompt"]
-        assert len(row["prompt"].split()) <= 200 and write.count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
+        assert len(row["prompt"].split()) <= 200 and count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
         told = [wording.parts(tasks.load(task).panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all((fields["change"] or fields["scene"]) in row["prompt"] for fields in told)
         assert all(row["subject"] in panel for panel in row["panels"])

@@ -21,6 +21,7 @@ from diptych.data import records
 from diptych.data.engine import Failure, Row
 from diptych.errors import UsageError, UserError
 from diptych.llm import schema
+from diptych.pocket.captions import count_words
 from diptych.recipe import Recipe
 from diptych.run import prompt_shards
 from diptych.stages import llm_writer, seeds, wording, write
@@ -111,7 +112,7 @@ def test_every_caption_becomes_a_prompt_in_the_task_s_wording(serve: Any, tmp_pa
         assert row["id"] == records.prompt_id(number)
         told = [wording.parts(task.panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all(one["scene"] and one["scene"] in row["prompt"] for one in told)
-        assert write.count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
+        assert count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
     assert Counter(caption_of(call) for call in server.calls) == Counter(captions(40))  # each once
     brief = server.calls[0].text(0)
     assert "2 separate panels" in brief and "1x2" in brief and "At most 25 words a panel" in brief

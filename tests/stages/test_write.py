@@ -37,7 +37,7 @@ def test_every_prompt_is_one_the_pocket_teacher_can_read(task: str) -> None:
     for row in rows:
         assert list(row) == list(records.PROMPT)
         assert not captions.unknown_words(" ".join([row["prompt"], *row["panels"]]))
-        assert write.count_words(row["prompt"]) <= write.MAX_WORDS
+        assert captions.count_words(row["prompt"]) <= captions.LONGEST
         assert row["subject"] in (*world.TRAIN_KINDS, *captions.GENERIC) and row["task"] == task
         assert all(row["subject"] in panel.split() for panel in row["panels"])
         own = [wording.parts(tasks.load(task).panel_template, panel, row["subject"]) for panel in row["panels"]]
@@ -82,11 +82,11 @@ def test_a_row_depends_on_its_number_and_the_seed_alone() -> None:
 
 
 def test_a_prompt_that_is_too_long_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = max(write.count_words(row["prompt"]) for row in written("subject", 60))
-    monkeypatch.setattr(write, "MAX_WORDS", 30)
+    before = max(captions.count_words(row["prompt"]) for row in written("subject", 60))
+    monkeypatch.setattr(captions, "LONGEST", 30)
     after = written("subject", 60)
-    assert before > 30 >= max(write.count_words(row["prompt"]) for row in after) and len(after) == 60
-    monkeypatch.setattr(write, "MAX_WORDS", 5)
+    assert before > 30 >= max(captions.count_words(row["prompt"]) for row in after) and len(after) == 60
+    monkeypatch.setattr(captions, "LONGEST", 5)
     (failure,) = write.Write(Recipe(name="x")).load()(prompt_shards(0, 1, 1)[0])
     assert "no prompt of at most 5 words" in failure.reason  # pyright: ignore
 
@@ -126,7 +126,7 @@ def test_a_third_task_is_a_file_alone(tmp_path: Path) -> None:
     assert len({row["prompt"] for row in rows}) == 60 and {row["task"] for row in rows} == {"season"}
     weathers = {phrase for phrases in captions.WEATHERS.values() for phrase in phrases}
     for row in rows:
-        assert not captions.unknown_words(row["prompt"]) and write.count_words(row["prompt"]) <= write.MAX_WORDS
+        assert not captions.unknown_words(row["prompt"]) and captions.count_words(row["prompt"]) <= captions.LONGEST
         told = [wording.parts("{scene}, {change}", panel, row["subject"]) for panel in row["panels"]]
         assert told[0]["scene"] == told[1]["scene"] and told[0]["change"] != told[1]["change"]
         assert {one["change"] for one in told} <= weathers

@@ -27,6 +27,7 @@ Split = Literal["identities", "kinds"]
 MAIN: Split = "identities"
 PURPOSES = {"suite": 0, "calibration": 1, "check": 2}  # independent streams of the suite's namespace
 SPLITS = {"identities": 0, "kinds": 1}
+WORDINGS = 32  # of which the shortest is taken, where room is short
 
 
 class _Part(BaseModel):
@@ -148,7 +149,6 @@ class Suite(_Part):
         noun = known.subject.kind if self.splits[split].noun == "kind" else captions.GENERIC[rng.integers(3)]
         say = {name: float(name in level.asks) for name in ("place", "light", "pose", "prop", "weather")}
         wish = captions.details(known.target, rng, say | {"framing": 0.0})
-        there = captions.details(known.reference, rng, {"place": 1.0, "pose": 0.0, "light": 0.0, "framing": 0.0})
         return Sample(
             id=f"{split[0]}{identity:03d}-{prompt}",
             split=split,
@@ -156,7 +156,7 @@ class Suite(_Part):
             kind=known.subject.kind,
             level=level.name,
             prompt=f"a {noun} {wish}",
-            grid_prompt=captions.GRIDS[2].format(subject=noun, left=there, right=wish),
+            grid_prompt=_grid_prompt(noun, known, say | {"framing": 0.0}, rng),
             asked={group: _value(known.target, group) for group in level.asks},
         )
 
@@ -223,6 +223,21 @@ def render(subject: Identity, scene: Scene) -> Image:
     from diptych.pocket import world
 
     return Image.fromarray(world.render(subject, scene))
+
+
+def _grid_prompt(noun: str, known: Known, say: dict[str, float], rng: np.random.Generator) -> str:
+    """A grid tells of two scenes, so each is said in few words, and the left one, which is held to the reference, in
+    none where there is no room: a prompt that is cut off would wrong its baseline."""
+    from diptych.pocket import captions
+
+    place = {"place": 1.0, "pose": 0.0, "light": 0.0, "framing": 0.0}
+    left, right = (
+        min((captions.details(scene, rng, told) for _ in range(WORDINGS)), key=captions.count_words)
+        for scene, told in ((known.reference, place), (known.target, say))
+    )
+    prompt = captions.GRIDS[2].format(subject=noun, left=left, right=right)
+    fits = captions.count_words(prompt) <= captions.LONGEST
+    return prompt if fits else captions.GRIDS[2].format(subject=noun, left="", right=right)
 
 
 def _value(scene: Scene, group: str) -> str:

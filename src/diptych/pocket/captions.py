@@ -66,6 +66,8 @@ LIGHT_GRIDS = (
 )
 """Wordings for an aligned 1×2 grid of one scene under two lights."""
 MASK = 0.2
+LONGEST = 31
+"""Words and marks of a prompt, at most: what the pocket's text encoders have room for, beside their end mark."""
 
 
 def _pick(rng: np.random.Generator, options) -> str:
@@ -153,6 +155,11 @@ def _every_word() -> tuple[str, ...]:
 
 
 WORDS = _every_word()
+
+
+def count_words(text: str) -> int:
+    """Words and marks: the tokens of the pocket's text encoders, without the end mark."""
+    return len(re.findall(r"[\w-]+|[^\w\s]", text))
 
 
 def unknown_words(text: str) -> list[str]:

@@ -7,7 +7,6 @@ teacher knows (`write.grammar`): the pocket world's, or a vocabulary's; the lang
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from diptych.recipe import Recipe
 
-MAX_WORDS = 31  # words and marks of a prompt: what the pocket teacher's text encoders were trained up to
 MAX_WORDS_PHOTO = 240  # about 200 words and their marks: with room to spare in T5's 512 tokens
 SHORT_TEXT = 77  # tokens: CLIP's text length, which every released text-to-image model reads
 POCKET, PHOTO = "pocket", "photo"
@@ -72,6 +70,8 @@ class Write:
     def _prompt(self, row: Row, draw: Drawn, max_words: int) -> list[Row] | Failure:
         import numpy as np
 
+        from diptych.pocket import captions
+
         rng = np.random.default_rng(row["seed"])
         drawn: Draft | None = None
         for _ in range(TRIES):
@@ -82,7 +82,7 @@ class Write:
                 continue
             drawn = found
             prompt = wording.grid_prompt(self.task, self.layout, drawn, rng)
-            if count_words(prompt) <= max_words:
+            if captions.count_words(prompt) <= max_words:
                 text = {"id": row["id"], "prompt": prompt, "panels": drawn.panels, "subject": drawn.subject}
                 return [{**text, "task": self.task.name, "seed": row["seed"]}]
         if drawn is None:
@@ -92,10 +92,12 @@ class Write:
 
 def grammar(stage: Write) -> Writer:
     """The writer that draws from words."""
+    from diptych.pocket import captions
+
     recipe, task = stage.recipe, stage.task
     name = grammar_of(recipe)
     rules = pocket_rules(recipe, task) if name == POCKET else _composed(name, recipe, task)
-    limit = MAX_WORDS if name == POCKET else MAX_WORDS_PHOTO
+    limit = captions.LONGEST if name == POCKET else MAX_WORDS_PHOTO
     return Writer(lambda rows: [partial(rules, Turn(recipe.seed, row["index"])) for row in rows], limit)
 
 
@@ -174,8 +176,3 @@ def words_digest(recipe: Recipe) -> str:
 
     name = grammar_of(recipe)
     return "" if name == POCKET else vocabulary.digest(name)
-
-
-def count_words(text: str) -> int:
-    """Words and punctuation marks, each about one token of the pocket tokenizers."""
-    return len(re.findall(r"[\w-]+|[^\w\s]", text))

@@ -19,13 +19,7 @@ CONSISTENT = 0.6
 has work to do."""
 ALIGNED = 0.3
 """Share of pairs that show one scene under two lights or in two seasons."""
-LONGEST = 31
-"""Words and marks in the longest caption kept: what the text encoders are given room for."""
 CHUNK = 500
-
-
-def _words(text: str) -> int:
-    return len(text.replace(",", " ,").replace(".", " .").replace(":", " :").split())
 
 
 def plan(index: int, seed: int = 0):
@@ -44,7 +38,7 @@ def plan(index: int, seed: int = 0):
         if rng.random() > CONSISTENT:
             other = world.drift(rng, identity)
         prompts = [captions.grid(identity.kind, left, right, rng)[0] for _ in range(4)]
-    prompts = [prompt for prompt in prompts if _words(prompt) <= LONGEST][:2] or [""]
+    prompts = [prompt for prompt in prompts if captions.count_words(prompt) <= captions.LONGEST][:2] or [""]
     singles = [[captions.caption(identity.kind, scene, rng) for _ in range(2)] for scene in (left, right)]
     row = {
         "task": task,
