@@ -1,12 +1,15 @@
-"""What every test shares: no hub, and small real images and rows."""
+"""What every test shares: no hub, small real images and rows, and a server that answers like a language model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from llm.chat_server import Act, Call, ChatServer, Serve
 
 # Wall-clock limits fail on a busy machine; in CI the examples are the same every time.
 settings.register_profile("diptych", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -19,6 +22,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(autouse=True)
 def _no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIPTYCH_DEBUG", raising=False)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts a server that does with each call what a function says."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[ChatServer] = []
+
+    def start(act: Callable[[Call], Act]) -> ChatServer:
+        servers.append(ChatServer(act))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture

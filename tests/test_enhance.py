@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError
 from diptych.llm.cache import Cache
 from diptych.llm.endpoint import Endpoint
-from llm.chat_server import Act, Call, ChatServer, refuse, say
+from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 PROMPT = "a cat on the moon, no helmet"
 CAPTION = "a ginger cat with a torn left ear and a blue collar"
@@ -27,23 +26,9 @@ MERGED = "a ginger cat with a torn left ear and a blue collar on the moon, no he
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in (enhance.URL, enhance.MODEL, enhance.KEY):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(enhance, "CACHE", tmp_path / "cache" / "enhance.sqlite")
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[Call], Act]], ChatServer]]:
-    servers: list[ChatServer] = []
-
-    def start(act: Callable[[Call], Act]) -> ChatServer:
-        servers.append(ChatServer(act))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture
@@ -61,7 +46,7 @@ def merging(call: Call) -> Act:
     return say({"caption": CAPTION, "prompt": MERGED})
 
 
-def test_the_model_sees_the_reference_and_the_prompt_and_its_words_are_used(serve: Any, picture: Path) -> None:
+def test_the_model_sees_the_reference_and_the_prompt_and_its_words_are_used(serve: Serve, picture: Path) -> None:
     server = serve(merging)
     assert enhance.enhance(PROMPT, picture, quick(server)) == MERGED
     (call,) = server.calls
@@ -81,7 +66,7 @@ def test_the_model_sees_the_reference_and_the_prompt_and_its_words_are_used(serv
     ],
 )
 def test_a_merged_prompt_that_loses_words_or_is_too_long_gives_way_to_the_caption(
-    serve: Any, picture: Path, merged: str, why: str
+    serve: Serve, picture: Path, merged: str, why: str
 ) -> None:
     server = serve(lambda call: say({"caption": CAPTION + ".", "prompt": merged}))
     assert enhance.enhance(PROMPT, picture, quick(server)) == f"{PROMPT}, {CAPTION}", why
@@ -107,7 +92,7 @@ def test_every_content_word_counts_in_any_case_and_fillers_do_not() -> None:
 
 
 def test_a_model_that_gives_no_answer_leaves_the_prompt_and_a_dead_one_is_told(
-    serve: Any, picture: Path, caplog: pytest.LogCaptureFixture
+    serve: Serve, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert enhance.enhance(PROMPT, picture, quick(serve(lambda call: say("no JSON")))) == PROMPT
     assert "the prompt is used as it is: the answer holds no JSON" in caplog.text
@@ -118,7 +103,7 @@ def test_a_model_that_gives_no_answer_leaves_the_prompt_and_a_dead_one_is_told(
     assert enhance.enhance(PROMPT, None, quick(serve(merging))) == PROMPT
 
 
-def test_the_same_question_is_paid_for_once(serve: Any, picture: Path, tmp_path: Path) -> None:
+def test_the_same_question_is_paid_for_once(serve: Serve, picture: Path, tmp_path: Path) -> None:
     server = serve(merging)
     for _ in range(2):
         with Cache(tmp_path / "answers.sqlite") as cache:
@@ -167,7 +152,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_picture_records_the_user_s_prompt_beside_the_one_it_was_drawn_from(
-    serve: Any, picture: Path, drawn: list[str], tmp_path: Path
+    serve: Serve, picture: Path, drawn: list[str], tmp_path: Path
 ) -> None:
     server = serve(merging)
     at = ["--enhance", "--enhance-endpoint", server.url, "--enhance-model", "tiny"]
@@ -210,7 +195,7 @@ def test_without_an_endpoint_one_line_says_that_it_is_off(
 
 
 def test_a_reference_that_cannot_be_read_costs_only_its_own_picture(
-    serve: Any, picture: Path, drawn: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: Serve, picture: Path, drawn: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     server = serve(merging)

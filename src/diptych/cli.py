@@ -63,11 +63,14 @@ def _run(recipe: str, out: str | None, sets: list[str] | None, as_json: bool, st
     from diptych import recipe as recipes
     from diptych.console import Display, duration
     from diptych.run import STAGES, run
+    from diptych.student import parallel
 
     if out == "":
         raise UsageError("--out is empty; name a folder")
     loaded = recipes.load(recipe, sets or ())
     summary = run(loaded, out, stages or STAGES, Display(quiet=as_json))
+    if not parallel.is_first():
+        return
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return
@@ -118,6 +121,31 @@ def distill(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: J
 def evaluate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
     """Score the student beside its baselines and write the report only (student/ → samples/, report/)."""
     _run(recipe, out, sets, as_json, ("evaluate",))
+
+
+@app.command("plan", epilog="Example: diptych plan flux-subject --assume devices=8 --assume gpu_hour=2.5")
+def plan(
+    recipe: RecipeArg,
+    out: OutDir = None,
+    sets: Sets = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option("--assume", metavar="NAME=NUMBER", help="Any assumption that the plan names. Repeatable."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="H200, RTX4090 or cpu [default: as the recipe asks].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe will cost before it runs: hours, calls, tokens, money, disk, memory. Runs nothing.
+
+    What a run in its folder has measured takes the place of what is assumed.
+    """
+    from diptych import plan as plans
+    from diptych import recipe as recipes
+
+    found = plans.make(recipes.load(recipe, sets or ()), assume or (), gpu, out)
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(plans.lines(found)))
 
 
 @app.command(
@@ -427,6 +455,8 @@ def call(args: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
+        if isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0":
+            return error.exit_code  # the same in every process torchrun started: the first one says it
         return _say(f"error: {error}", error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`diptych … | head`): not an error of ours.

@@ -36,7 +36,8 @@ def stats(run: Run, as_json: Json = False) -> None:
 def recurate(
     run: Run,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="same, near_copy or seam. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="same, near_copy, seam, screens.NAME or duplicates.hash."),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Make the run with these thresholds here.")

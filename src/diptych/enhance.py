@@ -29,7 +29,7 @@ from diptych.llm.question import Question, clean, quoted, system, user
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.batch import Plan
+    from diptych.batch.requests import Plan
 
 MAX_TOKENS = 77  # CLIP's text length
 TOKENS_PER_WORD = 1.3  # CLIP's, about, for English prose; no tokenizer is loaded to count a prompt

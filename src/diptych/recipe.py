@@ -147,13 +147,76 @@ class Vlm(Section):
         return self
 
 
+class Classifier(Section):
+    """An image classifier that looks at every panel: for writing in it, for what is not safe for work, …"""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Of the screen; a pair that it refuses has the reason `screen: NAME`."""
+    model: str = Field(min_length=1)
+    """A transformers image-classification model: a folder, or a hub name."""
+    label: str = Field(min_length=1)
+    """Which of the model's labels is meant."""
+    most: float = Field(default=0.5, ge=0, le=1)
+    """Largest probability of it that a panel may have."""
+
+
+class Screens(Section):
+    """Tests of single panels, before two are compared. A test that is null refuses nothing; its number is kept."""
+
+    dark: float | None = Field(default=None, ge=0, le=1)
+    """Least brightness, 0 to 1, of a panel's brightest twentieth; a night with a lamp in it passes 0.1."""
+    flat: float | None = Field(default=None, ge=0, le=1)
+    """Least contrast: standard deviation of the pixels around the panel's mean colour, white being 1."""
+    blur: float | None = Field(default=None, ge=0, le=1)
+    """Least sharpness, at no more than 256 pixels a side: 0 is one soft gradient, 1 is white noise."""
+    classifiers: list[Classifier] = []
+    """Models that look as well, in this order."""
+
+    def values(self) -> dict[str, float | None]:
+        """Every screen's threshold by its name, in the order of the tests; null where it refuses nothing."""
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "classifiers"}
+        return own | {classifier.name: classifier.most for classifier in self.classifiers}
+
+    def limits(self) -> dict[str, dict[str, float]]:
+        """What refuses: `{"dark": {"least": 0.1}, "nsfw": {"most": 0.5}}`, in the order of the tests."""
+        looked = {classifier.name for classifier in self.classifiers}
+        return {
+            name: {"most" if name in looked else "least": value}
+            for name, value in self.values().items()
+            if value is not None
+        }
+
+    @model_validator(mode="after")
+    def _one_of_each_name(self) -> Screens:
+        taken = set(type(self).model_fields)
+        for classifier in self.classifiers:
+            if classifier.name in taken:
+                raise ValueError(f"the name '{classifier.name}' is taken; give each classifier one of its own")
+            taken.add(classifier.name)
+        return self
+
+
+class Duplicates(Section):
+    """Pairs that show again what an earlier pair of the run shows: the first stays, the others are refused."""
+
+    hash: int | None = Field(default=4, ge=0, le=8)
+    """Bits, of the 64 of a perceptual hash, by which each panel may differ from the earlier pair's and still repeat it.
+    null keeps the hashes and refuses nothing."""
+
+
 class Curate(Section):
-    """Stage 3: panels are cut, compared and captioned."""
+    """Stage 3: panels are cut, screened, compared and captioned."""
 
     judge: str = Field(default="pocket", min_length=1)
     """An embedding model: `pocket`, a folder, or a hub name."""
     batch_size: int = Field(default=32, ge=1)
     """Grids judged at once."""
+    format: Literal["png", "webp", "jpeg"] = "png"
+    """What panels are kept as: `png` and `webp` lose nothing, `jpeg` (quality 95) is the quickest."""
+    screens: Screens | None = None
+    """Tests of single panels; null: none, and nothing is measured."""
+    duplicates: Duplicates | None = None
+    """Repeats among the run's pairs; null: none are looked for, and no hash is made."""
     thresholds: Thresholds = Thresholds()
     vlm: Vlm | None = None
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
@@ -164,6 +227,8 @@ class Distill(Section):
 
     mode: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters and the widened input layer."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """What the frozen weights are kept in under `lora` (QLoRA: `nf4` trains FLUX.1 on a 24 GB card)."""
     rank: int = Field(default=64, ge=1)
     """Of the adapters."""
     lora_targets: list[str] | str = "attention"
@@ -172,14 +237,21 @@ class Distill(Section):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Pairs in a step, over all devices."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Pairs in one forward pass of one process; null is all of its share. Fewer take less memory for the same step
+    (gradient accumulation)."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes: the weights whole in each (DDP), or each with a part of them (FSDP2)."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """`adamw8bit` is bitsandbytes'; `prodigy` finds its own rate: give it `learning_rate: 1`."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """AdamW's, after warm-up."""
+    """The optimizer's, after warm-up."""
     warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's."""
+    """The optimizer's."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's."""
+    """The optimizer's."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -191,6 +263,8 @@ class Distill(Section):
     """Share of samples whose text is empty (for text guidance)."""
     both_dropout: float = Field(default=0.05, ge=0, le=1)
     """Share of samples without either."""
+    instructions: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples told the pair's instruction ("the same cat, in the snow") in place of the target's caption."""
     left_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on the left panel, which learns the identity mapping."""
     right_weight: float = Field(default=1.0, ge=0)
@@ -201,8 +275,8 @@ class Distill(Section):
     """Of the logit-normal density; above 0 is noisier."""
     logit_std: float = Field(default=1.0, gt=0)
     """Of the logit-normal density."""
-    shift: float = Field(default=1.0, gt=0)
-    """Timestep shift s·t / (1 + (s − 1)·t); 1 is none."""
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    """Timestep shift s·t / (1 + (s − 1)·t); 1 is none, `auto` is the one the base samples with at this resolution."""
     ema: float = Field(default=0.998, ge=0, lt=1)
     """Decay of the weights' moving average, which is what is saved; 0 is off."""
     checkpoint_every: int = Field(default=200, ge=1)
@@ -231,6 +305,8 @@ class Distill(Section):
     """Sampling steps of a sample sheet."""
     sample_guidance: float = Field(default=3.5, ge=0)
     """Distilled guidance of a sample sheet, where the transformer takes one."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides `metrics.jsonl`."""
 
     @model_validator(mode="after")
     def _shares(self) -> Distill:
@@ -240,6 +316,12 @@ class Distill(Section):
             raise ValueError("left_weight and right_weight are both 0: nothing would be learnt")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
+        if self.mode == "full" and self.quantize != "none":
+            raise ValueError(f"quantize: {self.quantize} freezes the base, and mode: full trains it; use mode: lora")
+        if self.sharding == "full" and self.optimizer != "adamw":
+            raise ValueError(f"sharding: full takes optimizer: adamw, not {self.optimizer}")
+        if self.sharding == "full" and self.quantize != "none":
+            raise ValueError("sharding: full cannot split quantized weights; use quantize: none")
         return self
 
 
@@ -315,9 +397,12 @@ class Recipe(Section):
     def fingerprint(self, *keys: str) -> str:
         """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
         values = self.values()
-        if values["curate"]["vlm"] is None:
-            # What was made before there were any is not made anew.
-            del values["curate"]["vlm"]
+        for optional in ("vlm", "screens", "duplicates"):
+            if values["curate"][optional] is None:
+                # What was made before there were any is not made anew.
+                del values["curate"][optional]
+        if values["curate"]["format"] == "png":
+            del values["curate"]["format"]
         if keys:
             values = {key: _at(values, key) for key in keys}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -486,7 +571,8 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
         wrong.setdefault(key, ([], got))[0].append(text)
     lines = []
     for key, (texts, got) in wrong.items():
-        in_set = any(k == key or k.startswith(f"{key}.") for k in from_set)
+        # A list is one value of --set, and its sections' keys are below it.
+        in_set = any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in from_set)
         joined = " or ".join(dict.fromkeys(texts)).replace(" or must be", " or")
         lines.append(f"{f'--set {key}' if in_set else f'{where}: {key}'}: {joined}{got}")
     return lines
@@ -496,7 +582,8 @@ def _nearest_key(loc: tuple[Any, ...]) -> str:
     """The nearest key in the same section; failing that, the same key where it does belong."""
     section: Any = Recipe
     for part in loc[:-1]:
-        section = _section(section.model_fields[part].annotation)
+        if isinstance(part, str):  # and not the place in a list
+            section = _section(section.model_fields[part].annotation)
     word = str(loc[-1])
     hint = nearest(word, section.model_fields)
     if hint:
@@ -508,8 +595,9 @@ def _nearest_key(loc: tuple[Any, ...]) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, optional or not; None for a plain value."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    """The section that a key holds, optional or not, or a list of; None for a plain value."""
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list
+    options = typing.get_args(annotation) if several else (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 

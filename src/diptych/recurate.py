@@ -3,6 +3,9 @@
     recurate("runs/first", ["same=0.7"])                      # what would change
     recurate("runs/first", ["same=0.7"], "runs/stricter")     # a run with these thresholds
 
+What can change: `curate.thresholds`, and, where the run measured for them, the limits of its screens (`screens.blur`,
+or `screens.NAME` for a classifier's `most`) and what counts as a duplicate (`duplicates.hash`).
+
 A run folder belongs to one frozen recipe, so its own `pairs/` is never touched. Without `out` nothing is written. With
 `out`, that folder becomes the run of the recipe with the other thresholds, byte for byte what running it anew would
 have made: prompts and grids are the same files (hard links where the disk allows), candidates get the new verdicts, and
@@ -25,10 +28,11 @@ from diptych import tasks
 from diptych.console import Display, Report
 from diptych.data import log, records
 from diptych.data.engine import Row
+from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError, nearest
-from diptych.recipe import Recipe, Thresholds
+from diptych.recipe import Recipe, Screens, Thresholds
 from diptych.run import Pipeline, freeze, lock
 
 SECTION = "curate.thresholds"
@@ -46,13 +50,15 @@ def recurate(
     display = display or Display()
     folder, old, task = open_run(run_dir)
     new = with_thresholds(old, task, folder, sets)
-    before, after = (task.thresholds(recipe.curate.thresholds) for recipe in (old, new))
-    found = compare(Dataset(folder / "candidates"), after)
+    candidates = Dataset(folder / "candidates")
+    found = compare(candidates, task.thresholds(new.curate.thresholds), _screens(new))
     if not found["candidates"]:
         raise UserError(f"{folder} has no candidates yet; first: diptych curate {folder}/recipe.yaml --out {folder}")
-    result: dict[str, Any] = {"run": str(folder), "thresholds": {"before": before.model_dump()}}
-    result["thresholds"]["after"] = after.model_dump()
-    result |= {"complete": Dataset(folder / "candidates").is_complete(), **found}
+    before, after = (settable(recipe, task) for recipe in (old, new))
+    result: dict[str, Any] = {"run": str(folder), "thresholds": {"before": before, "after": after}}
+    result |= {"complete": candidates.is_complete(), **found}
+    if old.curate.duplicates is not None:
+        result["duplicates"] = {"before": _repeats(candidates, old, task), "after": _repeats(candidates, new, task)}
     if out is not None:
         with display.stage("recurate", "pairs") as report:
             result |= {"out": str(out), "pairs": _write(folder, old, new, task, Path(out), found, report)}
@@ -61,19 +67,31 @@ def recurate(
 
 def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequence[str]) -> Recipe:
     """The frozen recipe of `folder` with other thresholds: `"same=0.7"` or, in full, `"curate.thresholds.same=0.7"`."""
-    names = list(Thresholds.model_fields)
+    names = list(settable(recipe, task))
+    overlay: dict[str, str] = {}  # by key
+    classifiers = recipe.curate.screens.model_dump()["classifiers"] if recipe.curate.screens else []
     asked = []
     for text in sets:
-        key = text.partition("=")[0].strip().removeprefix(f"{SECTION}.")
+        key = text.partition("=")[0].strip().removeprefix(f"{SECTION}.").removeprefix("curate.")
         if key not in names or "=" not in text:
             hint = nearest(key, names) or f"; thresholds are {', '.join(names)}"
             raise UsageError(f"--set {text}: only thresholds can change here, as same=0.7{hint}")
-        asked.append((key, f"{SECTION}.{key}={text.partition('=')[2]}"))
+        asked.append(key)
+        value = text.partition("=")[2]
+        section, _, name = key.rpartition(".")
+        if section == "screens" and name not in Screens.model_fields:
+            # A list is one value: the whole of it is laid over.
+            next(c for c in classifiers if c["name"] == name)["most"] = recipes.parse_set(f"most={value}")["most"]
+            overlay["classifiers"] = f"curate.screens.classifiers={json.dumps(classifiers)}"
+        else:
+            overlay[key] = f"{f'curate.{section}' if section else SECTION}.{name}={value}"
     if not asked:
         raise UsageError(f"name a threshold to change, for instance --set same=0.7; there are {', '.join(names)}")
-    new = recipes.load(folder / "recipe.yaml", [text for _, text in asked])
+    new = recipes.load(folder / "recipe.yaml", list(overlay.values()))
     effective = task.thresholds(new.curate.thresholds)
-    for name, _ in asked:
+    for name in asked:
+        if name not in Thresholds.model_fields:
+            continue
         wanted, real = getattr(new.curate.thresholds, name), getattr(effective, name)
         if wanted != real:  # a recipe that says the default says nothing, and the task's own value holds
             raise UsageError(
@@ -83,22 +101,41 @@ def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequen
     return new
 
 
-def judged_again(row: Row, limits: records.Thresholds) -> tuple[bool, str]:
-    """A candidate's verdict under other thresholds. What another test refused stays refused, as in `records.select`."""
-    if row["kept"] or row["reason"] in records.TESTS:
-        return records.verdict(row["similarity"], row["copy_distance"], row["seam"], limits)
-    return row["kept"], row["reason"]
+def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
+    """Everything that can change here and its value, by the name that `--set` takes; None is off."""
+    found: dict[str, float | None] = dict(task.thresholds(recipe.curate.thresholds).model_dump())
+    if recipe.curate.screens is not None:
+        found |= {f"screens.{name}": value for name, value in recipe.curate.screens.values().items()}
+    if recipe.curate.duplicates is not None:
+        found["duplicates.hash"] = recipe.curate.duplicates.hash
+    return found
 
 
-def compare(candidates: Dataset, limits: records.Thresholds) -> dict[str, Any]:
-    """How many pairs come and go, from which reason to which, with a few ids. Reads five small columns."""
+def _screens(recipe: Recipe) -> records.Limits | None:
+    return recipe.curate.screens.limits() if recipe.curate.screens else None
+
+
+def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:
+    """How many of the pairs that a recipe keeps would show again what an earlier one shows."""
+    if recipe.curate.duplicates is None or recipe.curate.duplicates.hash is None:
+        return 0
+    from diptych.data import duplicates
+
+    thresholds = task.thresholds(recipe.curate.thresholds)
+    return len(duplicates.find(candidates, recipe.curate.duplicates.hash, thresholds, _screens(recipe)))
+
+
+def compare(candidates: Dataset, limits: records.Thresholds, screens: records.Limits | None = None) -> dict[str, Any]:
+    """How many pairs come and go, from which reason to which, with a few ids. Reads small columns; with `screens` also
+    the evidence."""
     moves: Counter[tuple[str, str]] = Counter()
     examples: dict[str, list[str]] = {"came": [], "went": []}
     total = kept_before = kept_after = 0
-    for _, _, batch in batches(candidates, "id", "similarity", "copy_distance", "seam", "kept", "reason"):
+    columns = ["id", "similarity", "copy_distance", "seam", "kept", "reason", *(["evidence"] if screens else [])]
+    for _, _, batch in batches(candidates, *columns):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            keep, reason = judged_again(row, limits)
+            keep, reason = judged_again(row, limits, screens)
             total, kept_before, kept_after = total + 1, kept_before + row["kept"], kept_after + keep
             if reason != row["reason"]:
                 moves[row["reason"], reason] += 1
@@ -127,6 +164,10 @@ class _Judged(Pipeline):
     def _model(self, name: str, role: str) -> str:
         return self.hashes[role]
 
+    def _screens(self) -> dict[str, str]:
+        screens = self.recipe.curate.screens
+        return {c.name: self.hashes[f"screen {c.name}"] for c in screens.classifiers} if screens else {}
+
 
 def _write(
     folder: Path, old: Recipe, new: Recipe, task: tasks.Task, out: Path, found: dict[str, Any], report: Report
@@ -147,7 +188,7 @@ def _write(
         log.append(out, "recurate", source=str(folder), candidates_sha256=source.manifest_hash())
         for name in ("prompts", "grids", "failed/write", "failed/paint"):
             share(folder / name, out / name)
-        _candidates(source, folder, out, task.thresholds(new.curate.thresholds), new, task, hashes, report)
+        _candidates(source, folder, out, new, task, hashes, report)
         return _Judged(new, task, out, hashes).select()
 
 
@@ -162,6 +203,7 @@ def _hashes(folder: Path) -> dict[str, str]:
                 f"first: diptych curate {folder}/recipe.yaml --out {folder}"
             )
         found[role] = str(manifest.get(key, ""))
+        found |= {f"screen {screen}": str(sha) for screen, sha in manifest.get("screens_sha256", {}).items()}
     return found
 
 
@@ -173,13 +215,13 @@ def _candidates(
     source: Dataset,
     folder: Path,
     out: Path,
-    limits: Thresholds,
     new: Recipe,
     task: tasks.Task,
     hashes: dict[str, str],
     report: Report,
 ) -> None:
     """The candidates and failures of `folder` under new verdicts; shards that are there already are left."""
+    thresholds, screens = task.thresholds(new.curate.thresholds), _screens(new)
     fingerprint = _fingerprint(new, task, out, hashes)
     target = Dataset(out / "candidates", records.schema(records.PAIR))
     failed_there = Dataset(folder / "failed" / "curate", records.schema(records.FAILED))
@@ -194,19 +236,21 @@ def _candidates(
             continue
         if shard in failed_shards:
             failed.write_shard(shard, failed_there.read_shard(shard), fingerprint)
-        target.write_shard(shard, [_updated(row, limits) for row in source.read_shard(shard)], fingerprint)
+        target.write_shard(shard, [_updated(row, thresholds, screens) for row in source.read_shard(shard)], fingerprint)
     if not target.is_complete(fingerprint):
         manifest = {key: value for key, value in (source.manifest or {}).items() if key not in ("rows", "parts")}
         target.publish({**manifest, "fingerprint": fingerprint})
     report(len(shards), len(shards))
 
 
-def _updated(row: Row, limits: Thresholds) -> Row:
+def _updated(row: Row, limits: Thresholds, screens: records.Limits | None) -> Row:
     """A candidate as curation writes it under `limits`: its verdict, and the thresholds that its evidence names."""
-    kept, reason = judged_again(row, limits)
+    kept, reason = judged_again(row, limits, screens)
     evidence = json.loads(row["evidence"])
     if "thresholds" in evidence:
         evidence["thresholds"] = {name: getattr(limits, name) for name in evidence["thresholds"]}
+    if "screens" in evidence:
+        evidence["screens"]["limits"] = screens
     text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
     return {**row, "kept": kept, "reason": reason, "evidence": text}
 
@@ -239,10 +283,17 @@ def share(source: Path, target: Path) -> None:
                 raise UserError(f"cannot write {goal}: {error.strerror or error}") from error
 
 
+def _number(value: float | None) -> str:
+    return "off" if value is None else f"{value:g}"
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """What `recurate` did or would do, for people."""
     before, after = found["thresholds"]["before"], found["thresholds"]["after"]
-    changes = [f"{k} {before[k]:g} → {v:g}" if v != before[k] else f"{k} {v:g}" for k, v in after.items()]
+    changes = [
+        f"{name} {_number(before[name])} → {_number(value)}" if value != before[name] else f"{name} {_number(value)}"
+        for name, value in after.items()
+    ]
     total = found["candidates"]
     kept = " → ".join(f"{n} ({100 * n / total:.1f} %)" for n in (found["kept_before"], found["kept_after"]))
     state = "" if found["complete"] else ", of an unfinished run"
@@ -251,6 +302,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         shown = ", ".join(found["examples"][way])
         text.append(f"{way:<13}{found[way]}" + (f"  for instance {shown}" if shown else ""))
     text += [f"  {move['from']} → {move['to']}: {move['pairs']}" for move in found["moves"]]
+    if "duplicates" in found:
+        text.append(f"duplicates   {found['duplicates']['before']} → {found['duplicates']['after']} of the kept")
     if "out" in found:
         text.append(
             f"{found['pairs']} pairs in {found['out']}/pairs; next: diptych distill {found['out']}/recipe.yaml "

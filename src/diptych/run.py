@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.data import log, records
-from diptych.data.engine import LocalEngine, Result, Row, Work
+from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, versions
 from diptych.recipe import Recipe
+from diptych.student import parallel
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
@@ -49,10 +50,17 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     task = tasks.load(recipe.task)
     started = time.monotonic()
-    with lock(folder):
-        recipe = freeze(recipe, folder)
+    if (number := parallel.processes()) > 1 and tuple(stages) != ("distill",):
+        raise UsageError(
+            f"started in {number} processes, and only training shares its work among them: run the other stages "
+            "without torchrun first, then: torchrun … -m diptych distill RECIPE"
+        )
+    first = parallel.is_first()
+    display = display if first else Display(quiet=True)
+    with enter(recipe, folder) as recipe:
         use_threads(recipe.threads)
-        log.append(folder, "start", stages=list(stages), machine=machine(), versions=versions())
+        if first:
+            log.append(folder, "start", stages=list(stages), machine=machine(), versions=versions())
         pipeline = Pipeline(recipe, task, folder, display)
         done: dict[str, Any] = {}
         for name in STAGES:
@@ -61,7 +69,8 @@ def run(
                 result = pipeline.stage(name)
                 seconds = round(time.monotonic() - before, 2)
                 done[name] = {**result, "seconds": seconds}
-                log.append(folder, "stage", stage=name, seconds=seconds, result=result)
+                if first:
+                    log.append(folder, "stage", stage=name, seconds=seconds, result=result)
     summary: dict[str, Any] = {"run": str(folder), "recipe": recipe.name, "stages": done}
     for key, path in (("report", "report/report.html"), ("metrics", "report/metrics.json"), ("student", "student")):
         if (folder / path).exists():
@@ -113,19 +122,35 @@ class Pipeline:
 
         grids = self._input("grids", "paint", self.fingerprints("paint"))
         judge = self.recipe.curate.judge
-        made_by = {"judge": judge, "judge_sha256": self._model(judge, "curator")}
+        made_by: dict[str, Any] = {"judge": judge, "judge_sha256": self._model(judge, "curator")}
+        if classifiers := self._screens():
+            made_by["screens_sha256"] = classifiers
         print_ = self.fingerprints("curate")
         stage = Curate(self.recipe, self.folder / "answers.sqlite")
         result = self._rows(stage, grids, "candidates", "grids", print_, made_by)
-        return {**result, "pairs": self.select()}
+        result["pairs"] = self.select()
+        if self.recipe.curate.duplicates:
+            result["duplicates"] = len(Dataset(self.folder / "failed" / _Select.name))
+        return result
 
     def select(self) -> int:
-        """`pairs/`: the candidates that the thresholds keep. Reads stored numbers only."""
+        """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
+        are in `failed/select/`. Reads stored numbers only."""
         candidates = self._input("candidates", "curate", self.fingerprints("curate"))
-        thresholds = self.task.thresholds(self.recipe.curate.thresholds)
-        made_by = {"thresholds": thresholds.model_dump()}
-        fingerprint = self.fingerprints("select")
-        result = self._rows(_Select(thresholds), candidates, "pairs", "pairs", fingerprint, made_by, quiet=True)
+        settings = self.recipe.curate
+        thresholds = self.task.thresholds(settings.thresholds)
+        screens = settings.screens.limits() if settings.screens else None
+        bits = settings.duplicates.hash if settings.duplicates else None
+        made_by: dict[str, Any] = {"thresholds": thresholds.model_dump()}
+        if screens is not None:
+            made_by["screens"] = screens
+        if settings.duplicates:
+            made_by["duplicates"] = settings.duplicates.model_dump()
+        stage = _Select(candidates, thresholds, screens, bits)
+        result = self._rows(stage, candidates, "pairs", "pairs", self.fingerprints("select"), made_by, quiet=True)
+        if result["failed"]:
+            again = f"select: {result['failed']} pairs show again what an earlier one shows"
+            self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
         if not result["rows"]:
             reasons = count(row["reason"] for row in candidates.columns("reason"))
             raise UserError(
@@ -155,7 +180,7 @@ class Pipeline:
         display = Display(quiet=True) if quiet else self.display
         with display.stage(stage.name, unit) as report:
             result: Result = self.engine.run(stage, inputs, target, failed, fingerprint, report, manifest)
-        if result.failed:
+        if result.failed and not quiet:
             first = f" (first: {result.reasons[0]})" if result.reasons else ""
             self.display.say(f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}")
         return asdict(result)
@@ -199,6 +224,11 @@ class Pipeline:
     def _model(self, name: str, role: str) -> str:
         return models.fingerprint(models.resolve(name, role))
 
+    def _screens(self) -> dict[str, str]:
+        """The weights of the classifiers that screen panels, by the screen's name."""
+        screens = self.recipe.curate.screens
+        return {c.name: self._model(c.model, "curator") for c in screens.classifiers} if screens else {}
+
     def fingerprints(self, stage: str) -> str:
         """What makes a stage's rows: its settings, its models, and, through its input's own fingerprint, all before."""
         recipe = self.recipe
@@ -213,7 +243,7 @@ class Pipeline:
             settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]
         elif stage == "curate":
             judge = self._model(recipe.curate.judge, "curator")
-            settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge]
+            settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
         return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
@@ -225,12 +255,25 @@ class _Select:
     name = "select"
     batch_size = 256
 
-    def __init__(self, thresholds: recipes.Thresholds) -> None:
-        self.thresholds = thresholds
+    def __init__(
+        self, candidates: Dataset, thresholds: recipes.Thresholds, screens: records.Limits | None, bits: int | None
+    ) -> None:
+        self.candidates, self.thresholds, self.screens, self.bits = candidates, thresholds, screens, bits
 
     def load(self) -> Work:
-        """Rows to the same rows, or to nothing."""
-        return lambda rows: [records.select([row], self.thresholds) for row in rows]
+        """Rows to the same rows, or to nothing; a row that repeats an earlier one fails."""
+        again: dict[str, str] = {}
+        if self.bits is not None:
+            from diptych.data import duplicates
+
+            again = duplicates.find(self.candidates, self.bits, self.thresholds, self.screens)
+
+        def one(row: Row) -> list[Row] | Failure:
+            if row["id"] in again:
+                return Failure(f"{records.DUPLICATE} of {again[row['id']]}")
+            return records.select([row], self.thresholds, self.screens)
+
+        return lambda rows: [one(row) for row in rows]
 
 
 def prompt_shards(seed: int, total: int, shard_size: int) -> list[list[Row]]:
@@ -315,6 +358,29 @@ def use_threads(threads: int | None) -> None:
 
 def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def enter(recipe: Recipe, folder: Path) -> Iterator[Recipe]:
+    """The folder is this run's alone inside; gives the recipe as it is frozen there.
+
+    Of several processes the first locks and freezes, and the others read what it froze.
+    """
+    if parallel.processes() == 1:
+        with lock(folder):
+            yield freeze(recipe, folder)
+        return
+    from diptych.student.loading import pick_device
+    from diptych.train.processes import join
+
+    processes, _ = join(pick_device(recipe.device))
+    with ExitStack() as held:
+        with processes.together() as first:
+            if first:
+                held.enter_context(lock(folder))
+                freeze(recipe, folder)
+        yield recipes.load(folder / "recipe.yaml")
+    parallel.leave()
 
 
 @contextmanager

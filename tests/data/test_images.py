@@ -271,6 +271,15 @@ def test_every_kind_of_file_says_what_made_it(tmp_path: Path, name: str) -> None
     assert encode(gradient(), kind, provenance) == encode(gradient(), kind, provenance) == path.read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "most"), [("PNG", 0), ("WEBP", 0), ("JPEG", 6)])
+def test_a_cell_is_of_the_kind_that_was_asked_for(kind: str, most: int) -> None:
+    cell = image_cell(gradient(), "c-000012-0", kind)
+    assert Image.open(io.BytesIO(cell["bytes"])).format == kind and cell["path"] == "c-000012-0"
+    seen = np.asarray(open_image(cell)).astype(int)
+    assert np.abs(seen - np.asarray(gradient())).max() <= most
+    assert image_cell(gradient())["bytes"] == encode_png(gradient())
+
+
 def test_what_others_write_into_a_comment_is_no_provenance(tmp_path: Path) -> None:
     for number, comment in enumerate((b"ASCII\0\0\0{broken", b"ASCII\0\0\0[1]", b"UNICODE\0h\0i", b"ASCII\0\0\0{}")):
         exif = Image.Exif()

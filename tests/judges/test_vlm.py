@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,13 @@ import pytest
 from PIL import Image
 
 from diptych import tasks
-from diptych.judges.vlm import NobodyAnswers, VlmJudge, answer_type, count, open_model
+from diptych.judges.vlm import VlmJudge, answer_type, count
 from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Outcome
-from diptych.recipe import Vlm
-from llm.chat_server import Act, Call, ChatServer, refuse, say
-
-Serve = Callable[[Callable[[Call], Act]], ChatServer]
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[ChatServer] = []
-
-    def start(act: Callable[[Call], Act]) -> ChatServer:
-        servers.append(ChatServer(act))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 
 def endpoint(server: ChatServer, **values: Any) -> Endpoint:
@@ -147,26 +129,3 @@ def test_a_broken_picture_costs_its_own_pair(serve: Serve) -> None:
     with Client(endpoint(server)) as client:
         found = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
     assert (found["p"].verdict, found["p"].reason, found["q"].verdict) == ("undecided", "no reply", "same")
-
-
-def test_a_judge_that_cannot_answer_at_all_is_one_line_that_stops_the_stage(serve: Serve) -> None:
-    server = serve(lambda call: refuse(401, "bad key"))
-    with Client(endpoint(server)) as client, pytest.raises(NobodyAnswers, match="refuses the key") as caught:
-        VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE)])
-    assert caught.value.stops and "\n" not in str(caught.value)
-
-
-def test_answers_are_kept_in_the_run_or_where_the_recipe_says(serve: Serve, tmp_path: Path) -> None:
-    server = serve(lambda call: say("never JSON"))
-
-    def ask(cache: str | None, answers: Path | None) -> str:
-        model = open_model(Vlm(endpoint=endpoint(server), cache=cache), "cpu", answers)
-        return VlmJudge(model, tasks.load("subject")).decide([("p", RED, BLUE)])["p"].reason
-
-    own, shared = tmp_path / "run" / "answers.sqlite", tmp_path / "shared.sqlite"
-    assert [ask(None, own), ask(None, own)] == ["no valid answer"] * 2
-    assert len(server.calls) == 2  # the answer and its repair: what is undecided is not asked again either
-    ask(str(shared), own)
-    assert len(server.calls) == 4 and shared.is_file()
-    ask(None, None)
-    assert len(server.calls) == 6

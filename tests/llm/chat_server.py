@@ -121,3 +121,7 @@ class ChatServer:
         self._closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+Serve = Callable[[Callable[[Call], Act]], ChatServer]
+"""What the fixture `serve` gives."""

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-sys.path.insert(0, str(Path(__file__).parent))  # `chat_server` is also what other processes import
-
-from chat_server import Act, Call, ChatServer
-
 from diptych.llm.endpoint import Endpoint
+from llm.chat_server import ChatServer
 
 
 class Verdict(BaseModel):
@@ -27,25 +22,6 @@ class Verdict(BaseModel):
 @pytest.fixture
 def verdict() -> type[BaseModel]:
     return Verdict
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[Call], Act]], ChatServer]]:
-    """Starts a server that does with each call what a function says."""
-    servers: list[ChatServer] = []
-
-    def start(act: Callable[[Call], Act]) -> ChatServer:
-        servers.append(ChatServer(act))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture

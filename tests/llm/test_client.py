@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import random
-import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import ask_some
 import pytest
-from ask_some import Number
-from chat_server import Act, Call, ChatServer, refuse, say
 from PIL import Image
 
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
-from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Outcome, Usage
-from diptych.llm.question import Question, user
+from diptych.llm.question import Question
+from llm import ask_some
+from llm.chat_server import Act, Call, Serve, refuse, say
+from llm.counting import Make, number, number_of, right
 
-Serve = Callable[[Callable[[Call], Act]], ChatServer]
-Make = Callable[..., Endpoint]
 KEY = "sk-test-0123456789abcdef"
-
-
-def number_of(call: Call) -> int:
-    found = re.search(r"number (\d+)", call.text())
-    assert found
-    return int(found[1])
-
-
-def right(call: Call, delay: float = 0.0) -> Act:
-    return say({"number": number_of(call)}, delay)
-
-
-def number(n: int, *more: Any, sample: int = 0) -> Question:
-    return Question((user(f"number {n}", *more),), Number, tag=str(n), sample=sample)
 
 
 # ---- many questions, a fifth of the calls gone wrong
@@ -232,88 +212,7 @@ def test_what_a_second_try_cannot_mend_gets_none(serve: Serve, endpoint: Make, r
     assert len(server.calls) == 1
 
 
-# ---- what passes, what does not
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 529])
-def test_what_passes_is_tried_again(serve: Serve, endpoint: Make, status: int) -> None:
-    server = serve(lambda call: right(call) if call.number == 2 else refuse(status, "wait"))
-    with Client(endpoint(server)) as client:
-        assert client.ask(number(1)).answer == {"number": 1}
-    assert len(server.calls) == 3
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"null",
-        b"[]",
-        b'{"choices": []}',
-        b'{"choices": [{"message": {"content": 7}}]}',
-        b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": 1e999}}',
-        b'{"error": {"message": "overloaded"}}',
-        b"[" * 100_000,
-    ],
-)
-def test_a_reply_that_is_none_is_tried_again(serve: Serve, endpoint: Make, body: bytes) -> None:
-    server = serve(lambda call: right(call) if call.number == 1 else Act(body))
-    with Client(endpoint(server)) as client:
-        assert client.ask(number(1)).answer == {"number": 1}
-    assert len(server.calls) == 2
-
-
-def test_a_count_of_tokens_beyond_reason_breaks_no_cache(serve: Serve, endpoint: Make, tmp_path: Path) -> None:
-    def act(call: Call) -> Act:
-        return Act(right(call).body.replace(b'"prompt_tokens": 100', b'"prompt_tokens": 9' + b"9" * 40))
-
-    server = serve(act)
-    with Cache(tmp_path / "a.sqlite") as cache, Client(endpoint(server), cache) as client:
-        assert [client.ask(number(1)).cached for _ in range(2)] == [False, True]
-
-
-def test_retry_after_is_honoured_by_all_calls(serve: Serve, endpoint: Make) -> None:
-    server = serve(lambda call: refuse(429, "wait", {"Retry-After": "1"}) if call.number == 0 else right(call))
-    with Client(endpoint(server, concurrency=1)) as client:
-        client.ask_many(map(number, range(3)), lambda outcome: None)
-    assert server.calls[1].time - server.calls[0].time >= 0.95
-
-
-def test_a_bad_question_fails_alone(serve: Serve, endpoint: Make) -> None:
-    server = serve(lambda call: refuse(400, "context too long") if number_of(call) == 2 else right(call))
-    outcomes: dict[str, Outcome] = {}
-    with Client(endpoint(server)) as client:
-        questions = [number(n) for n in range(4)] + [number(4, b""), number(5, b"no picture")]
-        client.ask_many(questions, lambda outcome: outcomes.__setitem__(outcome.tag, outcome))
-    assert [outcomes[str(n)].status for n in range(6)] == [*["answered"] * 2, "failed", "answered", *["failed"] * 2]
-    assert "400: context too long" in outcomes["2"].reason
-    assert "empty" in outcomes["4"].reason and "not an image" in outcomes["5"].reason
-    assert len(server.calls) == 4
-
-
-@pytest.mark.parametrize(
-    ("reply", "says"),
-    [
-        (refuse(401, "bad key"), "refuses the key .*bad key.*; set api_key_env"),
-        (refuse(403, "not yours"), "refuses the key"),
-        (refuse(404, "no such model"), "has no model 'tiny'.*no such model"),
-        (refuse(402, "pay"), "no more credit"),
-        (refuse(429, "quota", code="insufficient_quota"), "no more credit"),
-        (refuse(429, "tomorrow", {"Retry-After": "86400"}), "come back in 24.0 hours"),
-        (refuse(400, "response_format is not supported"), "set json_mode to json_object or none"),
-        (Act(status=307, headers={"Location": "https://elsewhere/v1"}), "has moved to https://elsewhere/v1"),
-    ],
-)
-def test_what_every_question_would_meet_stops_the_run_with_one_line(
-    serve: Serve, endpoint: Make, reply: Act, says: str
-) -> None:
-    server = serve(lambda call: reply)
-    outcomes: list[Outcome] = []
-    with Client(endpoint(server)) as client, pytest.raises(UserError, match=says) as caught:
-        client.ask_many(map(number, range(100)), outcomes.append)
-    assert "\n" not in str(caught.value)
-    assert len(server.calls) <= 4  # those under way together
-    assert outcomes == []
+# ---- how a run ends, and its limits
 
 
 def test_a_stopped_run_still_delivers_what_was_under_way(serve: Serve, endpoint: Make) -> None:
@@ -340,61 +239,6 @@ def test_a_server_that_is_gone_stops_the_run(serve: Serve, endpoint: Make) -> No
         client.ask_many(map(number, range(1000)), outcomes.append)
     assert {outcome.status for outcome in outcomes} == {"failed"}
     assert len(outcomes) <= 5
-
-
-# ---- keys
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        refuse(401, f"{'x' * 190} wrong key {KEY}"),
-        refuse(500, f"who is {KEY}?"),
-        Act(f"not json {KEY}".encode()),
-        Act(status=307, headers={"Location": f"https://elsewhere/{KEY}"}),
-        say({"number": 1, "key": KEY}),
-        say(f"your key is {KEY}"),
-        say(None, refusal=f"not for {KEY}"),
-    ],
-)
-def test_a_key_that_a_server_echoes_is_written_nowhere(
-    serve: Serve, endpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: Act, caplog: Any
-) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setenv("TEST_KEY", KEY)
-    server = serve(lambda call: reply)
-    settings = endpoint(server, api_key_env="TEST_KEY", retries=0)
-    seen = [repr(settings), settings.model_dump_json()]
-    with Cache(tmp_path / "a.sqlite") as cache, Client(settings, cache, keep_undecided=True) as client:
-        seen += [repr(client), repr(client._transport)]
-        try:
-            seen.append(repr(client.ask(number(1))))
-        except UserError:
-            seen.append(traceback.format_exc())
-    files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert server.calls[0].headers["Authorization"] == f"Bearer {KEY}"
-    for piece in (KEY, KEY[:12]):
-        assert piece not in "\n".join(seen)
-        assert piece not in caplog.text
-        assert piece.encode() not in files
-
-
-@pytest.mark.parametrize("value", ["", "  ", "two words-000000", "nul\nline-secret", "schlüssel-00000"])
-def test_a_key_that_is_none_stops_before_anything_is_sent(
-    serve: Serve, endpoint: Make, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
-    monkeypatch.setenv("TEST_KEY", value)
-    server = serve(right)
-    with (
-        Client(endpoint(server, api_key_env="TEST_KEY")) as client,
-        pytest.raises(UserError, match="TEST_KEY") as caught,
-    ):
-        client.ask(number(1))
-    assert not value.strip() or value.strip() not in str(caught.value)
-    assert server.calls == []
-
-
-# ---- limits
 
 
 def test_no_more_calls_than_allowed_are_under_way(serve: Serve, endpoint: Make) -> None:

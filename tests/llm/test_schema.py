@@ -124,3 +124,12 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 )
 def test_any_object_survives_prose_around_it(value: dict[str, object], prose: str) -> None:
     assert json_object(f"{prose}{json.dumps(value)}{prose}") == value
+
+
+def test_escapes_that_a_terminal_obeys_or_nobody_sees_do_not_get_through() -> None:
+    class Words(BaseModel):
+        line: str
+        more: list[str]
+
+    reply = r'{"line": "a \u001b[31mcat\u0000 \u202etac", "more": ["\ud83d\ude00", "\ud83d", "two\nlines"]}'
+    assert schema.read(reply, Words) == {"line": "a [31mcat tac", "more": ["😀", "?", "two\nlines"]}

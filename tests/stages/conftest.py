@@ -26,6 +26,13 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return curation_models.make_judge(tmp_path_factory.mktemp("stages") / "judge")
 
 
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import curation_models
+
+    return curation_models.make_classifier(tmp_path_factory.mktemp("stages") / "classifier")
+
+
 @pytest.fixture
 def recipe(teacher: Path, judge: Path, tmp_path: Path) -> Any:
     import curation_models

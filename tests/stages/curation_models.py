@@ -78,6 +78,20 @@ def make_judge(folder: Path) -> Path:
     return folder
 
 
+def make_classifier(folder: Path) -> Path:
+    """A random stock ResNet that tells three labels apart."""
+    import torch
+    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(3)
+    labels = {0: "normal", 1: "nsfw", 2: "text"}
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, id2label=labels, label2id={name: number for number, name in labels.items()})
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
+    return folder
+
+
 def recipe_text(teacher: Path, judge: Path) -> str:
     """Twelve grids in three shards, batches that do not divide a shard; thresholds that random panels pass."""
     return f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from diptych import tasks
 from diptych.data import records
+from diptych.data.duplicates import panel_hash
 from diptych.data.engine import Failure
 from diptych.data.images import image_cell, open_image
-from diptych.recipe import Thresholds
+from diptych.recipe import Duplicates, Screens, Thresholds
 from diptych.stages.curate import Curate
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
@@ -134,3 +136,94 @@ def test_a_task_departs_from_the_defaults_and_the_recipe_has_the_last_word(tmp_p
     path.write_text(yaml.safe_dump(values))
     found = Curate(with_thresholds(recipe, str(path), near_copy=0.1)).thresholds
     assert found == Thresholds(same=0.9, near_copy=0.1)
+
+
+# ---- screens and hashes
+
+
+def screened(recipe: Any, **screens: Any) -> Any:
+    curate = with_thresholds(recipe, same=-1).curate.model_copy(update={"screens": Screens.model_validate(screens)})
+    return recipe.model_copy(update={"curate": curate})
+
+
+def test_a_bad_panel_refuses_its_pairs_and_no_others(recipe: Any, subject_panels: Pairs) -> None:
+    black = np.random.default_rng(0).integers(0, 6, (64, 64, 3), dtype=np.uint8)
+    soft = np.asarray(Image.fromarray(subject_panels[0][0]).filter(ImageFilter.GaussianBlur(6)))
+    rows = [grid(0, (*subject_panels[0], subject_panels[1][0], black), rows=2), grid(1, (subject_panels[1][1], soft))]
+    four, two = curate(screened(recipe, dark=0.1, blur=0.001), rows)
+    bad = {pair["id"] for pair in four if "3" in pair["id"][-2:]}
+    assert {pair["id"] for pair in four if pair["reason"] == "screen: dark"} == bad and len(bad) == 6
+    assert {pair["reason"] for pair in four if pair["id"] not in bad} == {"kept"}
+    assert [pair["reason"] for pair in two] == ["screen: blur", "screen: blur"]
+    evidence = json.loads(four[2]["evidence"])["screens"]  # c-000000-03
+    assert evidence["reference"]["dark"] > 0.1 > evidence["target"]["dark"] and evidence["target"]["blur"] > 0.001
+    assert evidence["limits"] == {"dark": {"least": 0.1}, "blur": {"least": 0.001}}
+
+
+def test_screens_come_after_the_seam_and_before_the_copy(recipe: Any, subject_panels: Pairs) -> None:
+    night = tuple((panel * 0.05).astype(np.uint8) for panel in subject_panels[0])
+    copied = (night[0], np.pad(night[0], ((0, 0), (0, 2), (0, 0)), mode="edge")[:, 2:])
+
+    def reason(panels: tuple[np.ndarray, ...], seam: float) -> str:
+        base = screened(recipe, dark=0.2)
+        limits = base.curate.model_copy(update={"thresholds": Thresholds(same=-1, seam=seam)})
+        return curate(base.model_copy(update={"curate": limits}), [grid(0, panels)])[0][0]["reason"]
+
+    assert reason(copied, seam=1) == "seam" and reason(copied, seam=-1) == "screen: dark"
+
+
+def test_other_limits_need_only_the_stored_scores(recipe: Any, subject_panels: Pairs) -> None:
+    rows = [grid(i, pair) for i, pair in enumerate(subject_panels[:8])]
+    free = [pair for pairs in curate(screened(recipe), rows) for pair in pairs]
+    assert {pair["reason"] for pair in free} <= {"kept", "seam", "near_copy"}
+    middle = sorted(json.loads(pair["evidence"])["screens"]["target"]["blur"] for pair in free)[6]
+    limits = Screens(blur=middle).limits()
+    strict = [pair for pairs in curate(screened(recipe, blur=middle), rows) for pair in pairs]
+    again = [records.judged_again(pair, Thresholds(same=-1), limits) for pair in free]
+    assert again == [(pair["kept"], pair["reason"]) for pair in strict]
+    assert {"kept", "screen: blur"} <= {reason for _, reason in again}
+    back = [records.judged_again(pair, Thresholds(same=-1), {}) for pair in strict]
+    assert back == [(pair["kept"], pair["reason"]) for pair in free]
+
+
+def test_a_classifier_refuses_by_its_label_and_every_score_is_kept(
+    recipe: Any, subject_panels: Pairs, classifier: Path
+) -> None:
+    rows = [grid(i, pair) for i, pair in enumerate(subject_panels[:6])]
+    seen = {"name": "seen", "model": str(classifier), "label": "nsfw"}
+
+    def scores(pair: dict[str, Any]) -> dict[str, Any]:
+        return json.loads(pair["evidence"])["screens"]
+
+    free = curate(screened(recipe, classifiers=[{**seen, "most": 1}]), rows)
+    worst = [max(scores(pairs[0])[side]["seen"] for side in ("reference", "target")) for pairs in free]
+    most = sorted(worst)[2]
+    strict = curate(screened(recipe, classifiers=[{**seen, "most": most}]), rows)
+    for pairs, before, score in zip(strict, free, worst, strict=True):
+        reason = before[0]["reason"] if score <= most else "screen: seen"
+        assert [pair["reason"] for pair in pairs] == [reason, reason]
+        one, other = (scores(pair) for pair in pairs)
+        assert (one["reference"], one["target"]) == (other["target"], other["reference"])
+        assert one["limits"] == {"seen": {"most": most}} and set(one["target"]) == {"dark", "flat", "blur", "seen"}
+    assert {pairs[0]["reason"] for pairs in strict} >= {"screen: seen", "kept"}
+
+
+def test_hashes_are_made_where_duplicates_are_looked_for_and_nowhere_else(recipe: Any, subject_panels: Pairs) -> None:
+    wanted = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"duplicates": Duplicates()})})
+    ((one, other),) = curate(wanted, [grid(0, subject_panels[0])])
+    mine, theirs = (json.loads(pair["evidence"])["hashes"] for pair in (one, other))
+    assert mine == {"reference": theirs["target"], "target": theirs["reference"]}
+    assert mine["target"] == panel_hash(Image.fromarray(subject_panels[0][1]))
+    ((plain, _),) = curate(recipe, [grid(0, subject_panels[0])])
+    assert not {"hashes", "screens"} & set(json.loads(plain["evidence"]))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_panels_are_kept_in_the_format_that_is_asked_for(recipe: Any, subject_panels: Pairs, kind: str) -> None:
+    asked = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"format": kind})})
+    ((pair, _),) = curate(asked, [grid(1, subject_panels[0])])
+    picture = open_image(pair["image"])
+    assert Image.open(io.BytesIO(pair["image"]["bytes"])).format == kind.upper()
+    assert pair["image"]["path"] == f"g-000001-1.{kind}"
+    off = np.abs(np.asarray(picture, float) - subject_panels[0][1]).mean()
+    assert off == 0 if kind != "jpeg" else 0 < off < 4

@@ -9,71 +9,26 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from coloured import Colours, grid, opinion
 from PIL import Image
 
 from diptych import recipe as recipes
 from diptych import tasks
 from diptych.data import funnel, records
-from diptych.data.images import image_cell, open_image
+from diptych.data.images import open_image
 from diptych.errors import UsageError
-from diptych.judges.vlm import NobodyAnswers, VlmJudge, open_model
+from diptych.judges.vlm import VlmJudge
+from diptych.llm.model import NobodyAnswers, open_model
 from diptych.recipe import Recipe, Thresholds
 from diptych.recurate import judged_again
 from diptych.stages.curate import Curate
-from llm.chat_server import Act, Call, ChatServer, refuse, say
-
-Serve = Callable[[Callable[[Call], Act]], ChatServer]
-Judge = Callable[[Recipe], Any]
-
-
-class Colours:
-    """A small embedding judge that needs no torch: the mean colour, around grey."""
-
-    fingerprint = "c" * 64
-
-    def embed(self, images: list[Any]) -> np.ndarray:
-        found = np.stack([np.asarray(image, np.float32).mean((0, 1)) - 127.5 for image in images])
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-    @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a * b).sum(1)
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[ChatServer] = []
-
-    def start(act: Callable[[Call], Act]) -> ChatServer:
-        servers.append(ChatServer(act))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-def panel(red: float, seed: int) -> np.ndarray:
-    """(64, 64, 3): green tiles of its own over a shade of red, blue where that is low."""
-    tiles = np.random.default_rng(seed).permutation(np.linspace(0, 255, 64)).reshape(8, 8)
-    shade = [np.full((64, 64), 255 * red), np.kron(tiles, np.ones((8, 8))), np.full((64, 64), 255 * (1 - red))]
-    return np.stack(shade, -1).astype(np.uint8)
-
-
-def grid(number: int, reds: tuple[float, ...], rows: int = 1, copied: bool = False) -> dict[str, Any]:
-    panels = [panel(red, 0 if copied else 100 * number + i) for i, red in enumerate(reds)]
-    cols = len(panels) // rows
-    image = np.concatenate([np.concatenate(panels[r * cols : (r + 1) * cols], 1) for r in range(rows)], 0)
-    row = {"id": f"g-{number:06d}", "image": image_cell(Image.fromarray(image)), "prompt_id": "p", "prompt": "grid"}
-    row |= {"panels": [f"a cat on the moon {i}" for i in range(len(panels))], "subject": "cat", "task": "subject"}
-    return row | {"seed": number, "rows": rows, "cols": cols, "panel_size": 64, "model": "m"}
+from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 
 def recipe_for(server: ChatServer, same: float = 0.5, near_copy: float = 0.045, seam: float = -1, **vlm: Any) -> Recipe:
@@ -88,7 +43,8 @@ def curate(recipe: Recipe, rows: list[dict[str, Any]], answers: Path | None = No
     stage = Curate(recipe, answers)
     settings = recipe.curate.vlm
     assert settings is not None
-    vlm = VlmJudge(open_model(settings, "cpu", answers), stage.task, settings.votes)
+    model = open_model(settings.endpoint, cache=settings.cache or answers)
+    vlm = VlmJudge(model, stage.task, settings.votes)
     return list(stage.work(Colours(), vlm)(rows))  # pyright: ignore[reportArgumentType]
 
 
@@ -100,11 +56,6 @@ def reds(call: Call) -> list[float]:
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(u.partition(",")[2])))) for u in urls]
     return [float(picture[..., 0].mean() / 255) for picture in pictures]
-
-
-def opinion(same: bool, confidence: int = 5) -> dict[str, Any]:
-    said = {f"step_{n}": f"step {n} looked at" for n in (1, 2, 3)}
-    return {**said, "same": same, "confidence": confidence, "reason": "the colour"}
 
 
 def look(call: Call) -> Act:
@@ -269,19 +220,21 @@ def test_a_pair_without_valid_words_keeps_the_grammars_and_says_so(serve: Serve)
     assert json.loads(pair["evidence"])["captions"]["status"] == "undecided"
 
 
-def test_the_stage_opens_both_judges_and_keeps_the_answers_where_the_run_says(
+def test_the_stage_opens_both_judges_and_keeps_the_answers_in_the_run_or_where_the_recipe_says(
     serve: Serve, judge: Path, tmp_path: Path
 ) -> None:
     server = serve(look)
-    recipe = recipe_for(server)
-    recipe = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"judge": str(judge)})})
-    for _ in range(2):
-        (pairs,) = Curate(recipe, tmp_path / "answers.sqlite").load()([grid(0, SAME)])
+    answers, shared = tmp_path / "answers.sqlite", tmp_path / "shared.sqlite"
+    for cache, calls in ((None, 1), (None, 1), (str(shared), 2)):
+        recipe = recipe_for(server, cache=cache)
+        recipe = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"judge": str(judge)})})
+        (pairs,) = Curate(recipe, answers).load()([grid(0, SAME)])
         assert isinstance(pairs, list)
         pair = pairs[0]
         assert pair["kept"] and len(pair["judge"]) == 64
         assert open_image(pair["conditioning"]).size == (64, 64)
-    assert len(server.calls) == 1 and (tmp_path / "answers.sqlite").is_file()
+        assert len(server.calls) == calls and shared.is_file() == (calls == 2)
+    assert answers.is_file()
 
 
 # ---- the recipe's section
@@ -291,7 +244,7 @@ URL, MODEL = "curate.vlm.endpoint.base_url=http://localhost:8000/v1", "curate.vl
 
 def test_a_recipe_without_one_means_what_it_meant() -> None:
     plain, asked = recipes.load("pocket"), recipes.load("pocket", [URL, MODEL])
-    values = {key: value for key, value in plain.values()["curate"].items() if key != "vlm"}
+    values = {k: v for k, v in plain.values()["curate"].items() if v is not None and (k, v) != ("format", "png")}
     assert plain.curate.vlm is None and list(values) == ["judge", "batch_size", "thresholds"]
     before = hashlib.sha256(json.dumps({"curate": values}, sort_keys=True).encode()).hexdigest()
     assert plain.fingerprint("curate") == before != asked.fingerprint("curate")

@@ -255,7 +255,7 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     stock = FluxControlPipeline.from_pretrained(world.teacher)
     stock.load_lora_weights(str(out))
     ours = FluxControlPipeline(**trainer.job.pipe.components)
-    with parts.averaged(trainer.ema, trainer.trained.parameters):
+    with parts.averaged(trainer.ema, trainer.trained):
         wanted = draw(ours)
     torch.testing.assert_close(draw(stock), wanted, rtol=1e-4, atol=1e-5)
     reopened = student.load(out, base=world.teacher, device="cpu")

@@ -89,7 +89,7 @@ def make_transformer(guidance_embeds: bool = False, channels: int = 16, seed: in
     )
 
 
-def make_pairs(folder: Path, grids: int = 12, shard: int = 10) -> Any:
+def make_pairs(folder: Path, grids: int = 12, shard: int = 10, instruction: str = "") -> Any:
     """A published data set of both ordered pairs of each grid: a coloured square on two backgrounds."""
     from PIL import Image
 
@@ -113,7 +113,7 @@ def make_pairs(folder: Path, grids: int = 12, shard: int = 10) -> Any:
                     "conditioning": image_cell(panels[reference]),
                     "image": image_cell(panels[target]),
                     "caption": f"a cat in the {names[target]}",
-                    "instruction": "",
+                    "instruction": instruction,
                     "id": records.pair_id(f"g-{grid:06d}", reference, target),
                     "grid_id": f"g-{grid:06d}",
                     "reference_caption": f"a cat in the {names[reference]}",

@@ -24,6 +24,9 @@ from diptych.errors import UsageError
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
 BY_THE_JUDGE = ("same", UNDECIDED)
+# What comes after all judging: pairs that repeat an earlier one. Their candidates say "kept", which is what they are
+# by themselves; the selection refused them.
+OF_THE_SELECTION = (records.DUPLICATE,)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -54,7 +57,7 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
     rows = {name: len(data) for name, data in sets.items()}
     if not rows["prompts"] and not rows["candidates"]:
         raise UsageError(f"{folder} holds no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}")
-    seen = _candidates(sets["candidates"])
+    seen = _candidates(sets["candidates"], Dataset(folder / "failed" / "select", records.schema(records.FAILED)))
     failed = {stage: _failures(folder, stage) for stage in ("write", "paint", "curate")}
     return {
         "run": str(folder),
@@ -85,10 +88,19 @@ class _Seen:
         self.numbers = {column: (Spread(), Spread()) for column in NUMBERS}
 
 
-def _candidates(data: Dataset) -> _Seen:
+def _candidates(data: Dataset, refused: Dataset) -> _Seen:
+    """The candidates; `refused` holds, in parts of the same numbers, what the selection did not take."""
     seen = _Seen()
     last, last_is_cut = None, False  # the rows of a grid stand together
-    for _, _, batch in batches(data, "grid_id", "subject", "task", "kept", "reason", *NUMBERS):
+    parts = set(refused.shards())
+    part, repeats = None, frozenset[str]()
+    for shard, _, batch in batches(data, "id", "grid_id", "subject", "task", "kept", "reason", *NUMBERS):
+        if shard != part:
+            part = shard
+            repeats = frozenset(row["id"] for row in refused.read_shard(shard)) if shard in parts else frozenset()
+        for i, name in enumerate(batch["id"] if repeats else ()):
+            if name in repeats:
+                batch["kept"][i], batch["reason"][i] = False, records.DUPLICATE
         seen.pairs += len(batch["reason"])
         for grid, reason in zip(batch["grid_id"], batch["reason"], strict=True):
             if grid != last:
@@ -129,7 +141,8 @@ def _steps(asked: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Se
         elif reason.partition(":")[0] == UNDECIDED:
             lost_at["judged"].put(reason, times)
         elif reason != "kept":
-            lost_at["kept" if reason in BY_THE_JUDGE else "pre-filtered"].put(reason, times)
+            at_last = reason in (*BY_THE_JUDGE, *OF_THE_SELECTION)
+            lost_at["kept" if at_last else "pre-filtered"].put(reason, times)
     lost_at["cut"].update(failed["curate"])
     prompts, grids, pairs = rows["prompts"], rows["grids"], seen.pairs - of_cut
     left = pairs - lost_at["pre-filtered"].total()

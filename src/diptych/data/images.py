@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 200 * 1024 * 1024
 MAX_PIXELS = 64_000_000  # a 100-megapixel bomb is out, every camera in use is in
+PROGRAMS = ("EPS", "WMF")  # drawn by running them: Pillow hands EPS to Ghostscript
 PROVENANCE = "diptych"  # the PNG text chunk that holds the JSON
 READABLE = "parameters"  # and the one that image viewers of this field show
 KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # what is written, by the name's end
@@ -38,7 +39,7 @@ _MAX_JPEG_EXIF = 65_000  # bytes; a JPEG segment holds 64 KiB
 
 
 def open_image(
-    source: str | Path | bytes | dict[str, Any],
+    source: str | Path | bytes | dict[str, Any] | None,
     *,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
@@ -47,17 +48,19 @@ def open_image(
 ) -> Image:
     """An image file, its bytes, or a row's `{bytes, path}` cell as upright RGB; any mode, alpha over `background`.
 
-    Raises UserError, one line that says what is wrong with which image: missing, empty, not an image, cut short,
-    larger than `max_bytes` or `max_pixels`. `name` is what the message calls bytes.
+    Raises UserError, one line that says what is wrong with which image: missing, empty, not an image, a program that
+    would draw one, cut short, larger than `max_bytes` or `max_pixels`. `name` is what the message calls bytes.
     """
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(source, dict):
         name = name or source.get("path")
         held = source.get("bytes")
-        place: str | Path | bytes = held if held is not None else str(source.get("path") or "")
+        place: str | Path | bytes | None = held if held is not None else source.get("path") or None
     else:
         place = source
+    if place is None:
+        raise UserError(f"{name or 'image'}: there is no image")
     label = name or ("image" if isinstance(place, bytes) else str(place))
     data = place if isinstance(place, bytes) else _read(Path(place), max_bytes)
     if not data:
@@ -75,6 +78,8 @@ def open_image(
                     f"{label}: {width}×{height} is {width * height / 1e6:.0f} megapixels, "
                     f"over the limit of {max_pixels / 1e6:.0f}; make it smaller first"
                 )
+            if image.format in PROGRAMS:
+                raise UserError(f"{label}: {image.format} is a program that draws, not run here; make it a PNG")
             image.load()
             return to_rgb(image, background)
     except UnidentifiedImageError:
@@ -241,9 +246,9 @@ def _readable(provenance: dict[str, Any]) -> str:
     return "\n".join(line for line in (prompt, rest) if line)
 
 
-def image_cell(image: Image, path: str | None = None) -> dict[str, Any]:
-    """An image as a row's cell: `{"bytes": PNG, "path": path}`."""
-    return {"bytes": encode_png(image), "path": path}
+def image_cell(image: Image, path: str | None = None, kind: str = "PNG") -> dict[str, Any]:
+    """An image as a row's cell: `{"bytes": …, "path": path}`. PNG and WEBP lose nothing; JPEG is fastest by far."""
+    return {"bytes": encode(image, kind), "path": path}
 
 
 def kind_of(path: str | Path) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -126,16 +128,24 @@ class Thresholds(Protocol):
 
 
 TESTS = ("seam", "near_copy", "same")
+SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
+DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID`, in `failed/select/`
+
+Limits = Mapping[str, Mapping[str, float]]  # of `recipe.Screens.limits`: name → {"least" or "most": number}
 
 
-def verdict(similarity: float, copy_distance: float, seam: float, thresholds: Thresholds) -> tuple[bool, str]:
-    """Whether thresholds keep a pair, and `"kept"` or the first test of `TESTS` that failed.
+def verdict(
+    similarity: float, copy_distance: float, seam: float, thresholds: Thresholds, screen: str = ""
+) -> tuple[bool, str]:
+    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed, or the `screen` that did.
 
-    Geometry first, then the copy test, then identity: a bad cut makes the later numbers meaningless.
-    NaN fails its test.
+    Geometry first, then single panels, then the copy test, then identity: a bad cut makes the later numbers
+    meaningless. NaN fails its test.
     """
     if not seam >= thresholds.seam:
         return False, "seam"
+    if screen:
+        return False, f"{SCREEN}: {screen}"
     if not copy_distance >= thresholds.near_copy:
         return False, "near_copy"
     if not similarity >= thresholds.same:
@@ -143,15 +153,42 @@ def verdict(similarity: float, copy_distance: float, seam: float, thresholds: Th
     return True, "kept"
 
 
-def select(rows: list[dict[str, Any]], thresholds: Thresholds) -> list[dict[str, Any]]:
-    """The rows of `candidates` that `thresholds` keep, their verdict brought up to date.
+def failed_screen(panels: Sequence[Mapping[str, float]], limits: Limits) -> str:
+    """The first screen of `limits` that one of a pair's panels fails, by its scores `{name: score}`; `""` if none.
 
-    Needs no judge: only stored numbers. A candidate refused for another reason (no test of `TESTS`) stays refused.
+    A score that is NaN, or is not there, fails.
     """
+    for name, limit in limits.items():
+        for scores in panels:
+            score = scores.get(name, math.nan)
+            if not limit.get("least", -math.inf) <= score <= limit.get("most", math.inf):
+                return name
+    return ""
+
+
+def judged_again(row: Mapping[str, Any], thresholds: Thresholds, screens: Limits | None = None) -> tuple[bool, str]:
+    """A candidate's verdict under other thresholds, from its stored numbers: no judge, no picture.
+
+    `screens` needs the column `evidence`; without it (None, a run that has none) no screen is looked at. A candidate
+    refused for another reason than these stays refused.
+    """
+    again = row["kept"] or row["reason"] in TESTS
+    screen = ""
+    if screens is not None:
+        again = again or row["reason"].startswith(f"{SCREEN}:")
+        if again and screens:
+            scores = json.loads(row["evidence"])["screens"]
+            screen = failed_screen((scores["reference"], scores["target"]), screens)
+    if not again:
+        return row["kept"], row["reason"]
+    return verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds, screen)
+
+
+def select(rows: list[dict[str, Any]], thresholds: Thresholds, screens: Limits | None = None) -> list[dict[str, Any]]:
+    """The rows of `candidates` that `thresholds` and `screens` keep, their verdict brought up to date."""
     kept = []
     for row in rows:
-        if row["kept"] or row["reason"] in TESTS:
-            keep, reason = verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds)
-            if keep:
-                kept.append({**row, "kept": keep, "reason": reason})
+        keep, reason = judged_again(row, thresholds, screens)
+        if keep:
+            kept.append({**row, "kept": keep, "reason": reason})
     return kept

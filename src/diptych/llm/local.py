@@ -18,7 +18,7 @@ from diptych.console import quiet_bars
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
-from diptych.llm.question import Message, Picture, Question
+from diptych.llm.question import Message, Picture, Question, clean
 from diptych.llm.settle import Memory, settle
 
 STOP_AFTER = 20  # failures in a row: the model does not work here, whatever is asked
@@ -129,7 +129,7 @@ class _Generate:
         new = tokens[0, told:]
         text = self.processor.decode(new, skip_special_tokens=True)
         cut = len(new) >= self.max_tokens and int(new[-1]) not in _ends(self.model.generation_config.eos_token_id)
-        return Reply(text, self.name, Usage(1, told, len(new)), cut=cut)
+        return Reply(clean(text), self.name, Usage(1, told, len(new)), cut=cut)
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+MOST_TEXT = 2000  # characters kept as evidence of a reply that is no answer
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -60,6 +62,14 @@ class Outcome:
     def cached(self) -> bool:
         """Settled without a call."""
         return self.status != "failed" and self.paid.calls == 0
+
+    def evidence(self) -> dict[str, Any]:
+        """As plain values to keep: the answer, or why there is none; who gave it; the hash of what was asked."""
+        tokens = [self.usage.input_tokens, self.usage.output_tokens]
+        found = {"status": self.status, "model": self.model, "key": self.key, "tokens": tokens}
+        if self.answer is not None:
+            return found | {"answer": self.answer}
+        return found | {"reason": self.reason, "text": self.text[:MOST_TEXT]}
 
 
 class GaveUp(Exception):

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 20 * 2**20  # of one picture; hosted services refuse more
 MAX_PIXELS = 64_000_000
+PROGRAMS = ("EPS", "WMF")  # drawn by running them: Pillow hands EPS to Ghostscript
 SENT = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _CONTROL = re.compile(r"(<(?=[^<>\s]+>)|\[(?=/?[A-Z_]+\]))")
+# Marks that turn the direction of text around, and the tag characters, which models read and people do not see.
+_UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 KEY_VERSION = 1  # raised when the same question is put to the model in other words
 
 
@@ -99,6 +102,8 @@ def picture(source: bytes | Image | Picture) -> Picture:
         with Image.open(io.BytesIO(source)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"a picture of {image.width}×{image.height} is over {MAX_PIXELS // 10**6} megapixels")
+            if image.format in PROGRAMS:
+                raise UserError(f"a picture of the question is {image.format}, a program that is not run here")
             if image.format in SENT:
                 return Picture(source, SENT[image.format], digest)
             return Picture(_png(image), SENT["PNG"], digest)
@@ -121,8 +126,9 @@ def _png(image: Image) -> bytes:
 
 
 def clean(text: str) -> str:
-    """Text without control characters (line breaks and tabs stay) and without halves of surrogate pairs."""
-    whole = text.encode("utf8", "replace").decode("utf8")
+    """Text without control characters (line breaks and tabs stay), halves of surrogate pairs, turned directions and
+    letters that nobody sees."""
+    whole = _UNSEEN.sub("", text.encode("utf8", "replace").decode("utf8"))
     return "".join(char for char in whole if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 

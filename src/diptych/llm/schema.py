@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from diptych.llm.question import clean
+
 # Constraints that one server or another refuses in a schema it has to enforce. They are told in words, and hold here.
 UNENFORCED = frozenset(
     {"minLength", "maxLength", "pattern", "format", "uniqueItems", "minProperties", "maxProperties", "multipleOf"}
@@ -54,11 +56,13 @@ def read(text: str, answer: type[BaseModel]) -> dict[str, Any]:
     """The answer in a reply, validated, as plain values. Raises Invalid.
 
     Types are strict, as JSON has them ("true" is no boolean); a key that the answer does not have is dropped, unless
-    the pydantic model forbids it.
+    the pydantic model forbids it. What JSON spelt as an escape (`\\u001b`) is cleaned like any other text.
     """
     value = json_object(text)
     try:
-        return answer.model_validate_json(json.dumps(value), strict=True).model_dump(mode="json")
+        return answer.model_validate_json(json.dumps(_cleaned(value)), strict=True).model_dump(mode="json")
+    except RecursionError:
+        raise Invalid("is nested too deeply") from None
     except ValidationError as error:
         wrong = [f"{'.'.join(str(p) for p in e['loc']) or 'answer'}: {e['msg']}" for e in error.errors()]
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -83,6 +87,14 @@ def json_object(text: str) -> dict[str, Any]:
     if found is None:
         raise Invalid("holds no JSON object" if text.strip() else "is empty")
     return found
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return {key: _cleaned(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

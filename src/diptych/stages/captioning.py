@@ -7,11 +7,11 @@ speak of the same thing; a pair that the model has no valid words for keeps thos
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from diptych.judges.vlm import Model, answers, said
+from diptych.llm.model import Model, answers
 from diptych.llm.question import Question, system, user
 
 if TYPE_CHECKING:
@@ -23,11 +23,21 @@ BRIEF = (
 )
 
 
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    if not line:
+        raise ValueError("is empty")
+    return line
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
 class Words(BaseModel):
     """What the model writes; the longest is some 100 words."""
 
-    description: str = Field(min_length=1, max_length=800, description="The target, as the first brief asks.")
-    instruction: str = Field(min_length=1, max_length=400, description="As the second brief asks.")
+    description: Line = Field(min_length=1, max_length=800, description="The target, as the first brief asks.")
+    instruction: Line = Field(min_length=1, max_length=400, description="As the second brief asks.")
 
 
 def caption(model: Model, task: Task, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,9 +50,8 @@ def caption(model: Model, task: Task, pairs: list[dict[str, Any]]) -> list[dict[
         words = {}
         if outcome.answer is not None:
             words = {"caption": outcome.answer["description"], "instruction": outcome.answer["instruction"]}
-        evidence = {**pair["evidence"], "captions": {**said(outcome), "asked_for": pair["caption"]}}
-        plain = {key: " ".join(text.split()) for key, text in words.items()}
-        captioned.append({**pair, **plain, "evidence": evidence})
+        evidence = {**pair["evidence"], "captions": {**outcome.evidence(), "asked_for": pair["caption"]}}
+        captioned.append({**pair, **words, "evidence": evidence})
     return captioned
 
 

@@ -1,8 +1,9 @@
 """Stage 3, curate: grids are cut into panels, the panels compared, and every ordered pair gets its verdict.
 
-For each grid: cut it where its seams are (`geometry`), lay its panels over one another (`alignment`), let the judge say
-how alike their subjects are, and put the pair into words. Nothing is thrown away: a refused pair is a row with its
-reason, and all numbers stay, so that other thresholds need no new look at any picture.
+For each grid: cut it where its seams are (`geometry`), look at each panel alone (`screens`), lay its panels over one
+another (`alignment`), let the judge say how alike their subjects are, and put the pair into words. Nothing is thrown
+away: a refused pair is a row with its reason, and all numbers stay, so that other thresholds need no new look at any
+picture. docs/curation.md has all tests in their order.
 
 The judge is the embedding model; or, with `curate.vlm`, a vision-language model, asked once about each two panels that
 all other tests let through, the embedding model's among them.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +23,11 @@ import numpy as np
 
 from diptych import tasks
 from diptych.data import records
+from diptych.data.duplicates import panel_hash
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell, open_image
 from diptych.errors import UserError
-from diptych.stages import alignment, geometry, wording
+from diptych.stages import alignment, geometry, screens, wording
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +54,7 @@ class Comparison:
     unjudged: str = ""  # the reason to refuse it if no other test does: why the judge gave none
     votes: tuple[dict[str, Any], ...] = ()
     embedding: float | None = None  # similarity by the embedding model, where a vision-language model decides
+    screen: str = ""  # the first screen that one of the panels fails
 
     @property
     def aligned(self) -> bool:
@@ -73,6 +77,8 @@ class Compared:
     cut: geometry.Cut
     cells: list[dict[str, Any]]
     pairs: dict[tuple[int, int], Comparison]
+    scores: list[dict[str, float]]  # of each panel, by screen; empty where the recipe has no screens
+    hashes: list[str]  # of each panel; empty where the recipe looks for no duplicates
 
 
 class Curate:
@@ -89,6 +95,7 @@ class Curate:
         self.batch_size = recipe.curate.batch_size
         self.task = tasks.load(recipe.task)
         self.thresholds = self.task.thresholds(recipe.curate.thresholds)
+        self.screens = recipe.curate.screens
 
     def load(self) -> Work:
         """Opens the judges."""
@@ -99,24 +106,38 @@ class Curate:
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
         judge = EmbeddingJudge.load(self.recipe.curate.judge, "curator", self.recipe.device)
-        return self.work(judge, self._vlm())
+        looking = self.screens.classifiers if self.screens else ()
+        classifiers = [screens.PanelClassifier.load(settings, self.recipe.device) for settings in looking]
+        return self.work(judge, self._vlm(), classifiers)
 
-    def work(self, judge: EmbeddingJudge, vlm: VlmJudge | None) -> Work:
-        """The stage with its judges."""
-        return lambda rows: self._judge(rows, judge, vlm)
+    def work(
+        self, judge: EmbeddingJudge, vlm: VlmJudge | None, classifiers: Sequence[screens.PanelClassifier] = ()
+    ) -> Work:
+        """The stage with its judges, and the classifiers of its screens."""
+        return lambda rows: self._judge(rows, judge, vlm, classifiers)
 
     def _vlm(self) -> VlmJudge | None:
         settings = self.recipe.curate.vlm
         if settings is None:
             return None
-        from diptych.judges.vlm import VlmJudge, open_model
+        from diptych.judges.vlm import VlmJudge
+        from diptych.llm.model import open_model
 
-        return VlmJudge(open_model(settings, self.recipe.device, self.answers), self.task, settings.votes)
+        cache = settings.cache or self.answers
+        model = open_model(settings.endpoint, settings.local, cache=cache, device=self.recipe.device)
+        return VlmJudge(model, self.task, settings.votes)
 
-    def _judge(self, rows: list[Row], judge: EmbeddingJudge, vlm: VlmJudge | None) -> list[list[Row] | Failure]:
+    def _judge(
+        self,
+        rows: list[Row],
+        judge: EmbeddingJudge,
+        vlm: VlmJudge | None,
+        classifiers: Sequence[screens.PanelClassifier],
+    ) -> list[list[Row] | Failure]:
         # A broken grid becomes a Failure here and not an exception: the rest must stay one batch, the same bits.
         cuts = [_open(row) for row in rows]
         panels = [panel for cut in cuts if isinstance(cut, geometry.Cut) for panel in cut.panels]
+        scores = iter(screens.scores(panels, classifiers) if self.screens else ())
         embeddings = iter(judge.embed(panels) if panels else ())
         compared: list[Compared | Failure] = []
         for row, cut in zip(rows, cuts, strict=True):
@@ -124,7 +145,8 @@ class Curate:
                 compared.append(cut)
             else:
                 own = np.stack([next(embeddings) for _ in cut.panels])
-                compared.append(self._compare(row, cut, own, judge))
+                seen = [next(scores) for _ in cut.panels] if self.screens else []
+                compared.append(self._compare(row, cut, own, judge, seen))
         if vlm is not None:
             self._ask(vlm, [grid for grid in compared if isinstance(grid, Compared)])
         results = [grid if isinstance(grid, Failure) else self._pairs(grid, judge) for grid in compared]
@@ -132,13 +154,25 @@ class Curate:
             results = self._captioned(vlm, results)
         return [result if isinstance(result, Failure) else [_final(pair) for pair in result] for result in results]
 
-    def _compare(self, row: Row, cut: geometry.Cut, embeddings: np.ndarray, judge: EmbeddingJudge) -> Compared:
-        cells = [image_cell(panel, f"{row['id']}-{number}.png") for number, panel in enumerate(cut.panels)]
+    def _compare(
+        self,
+        row: Row,
+        cut: geometry.Cut,
+        embeddings: np.ndarray,
+        judge: EmbeddingJudge,
+        scores: list[dict[str, float]],
+    ) -> Compared:
+        kind = self.recipe.curate.format
+        cells = [image_cell(panel, f"{row['id']}-{n}.{kind}", kind.upper()) for n, panel in enumerate(cut.panels)]
+        hashes = [panel_hash(panel) for panel in cut.panels] if self.recipe.curate.duplicates else []
+        limits = self.screens.limits() if self.screens else {}
         pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
-            pairs[a, b] = compare(cut.panels[a], cut.panels[b], similarity, self.task)
-        return Compared(row, cut, cells, pairs)
+            pair = compare(cut.panels[a], cut.panels[b], similarity, self.task)
+            screen = records.failed_screen((scores[a], scores[b]), limits) if limits else ""
+            pairs[a, b] = replace(pair, screen=screen)
+        return Compared(row, cut, cells, pairs, scores, hashes)
 
     def _ask(self, vlm: VlmJudge, grids: list[Compared]) -> None:
         """Puts the vision-language model's judgement in the place of the embedding model's, in `grids` themselves."""
@@ -199,6 +233,11 @@ class Curate:
         if compared.embedding is not None:
             evidence["prefilter"] = {"similarity": compared.embedding, "least": self._prefilter}
             evidence["vlm"] = {"votes": compared.votes}
+        if self.screens is not None:
+            seen = {"reference": grid.scores[reference], "target": grid.scores[target]}
+            evidence["screens"] = {**seen, "limits": self.screens.limits()}
+        if grid.hashes:
+            evidence["hashes"] = {"reference": grid.hashes[reference], "target": grid.hashes[target]}
         return {
             "conditioning": cells[reference],
             "image": cells[target],
@@ -252,6 +291,6 @@ def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool
     if not compared.aligned:
         return False, MISALIGNED
     if compared.unjudged:
-        passes, reason = records.verdict(math.inf, compared.copy.distance, seam, limits)
+        passes, reason = records.verdict(math.inf, compared.copy.distance, seam, limits, compared.screen)
         return False, compared.unjudged if passes else reason
-    return records.verdict(compared.similarity, compared.copy.distance, seam, limits)
+    return records.verdict(compared.similarity, compared.copy.distance, seam, limits, compared.screen)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -26,9 +27,15 @@ from diptych.train.card import model_card
 from diptych.train.metrics import Progress, report
 
 if TYPE_CHECKING:
+    import torch
+
     from diptych.recipe import Recipe
+    from diptych.student.geometry import Canvas
     from diptych.student.pipeline import DiptychPipeline
     from diptych.train.loop import Job, Trainer
+    from diptych.train.options import Options
+    from diptych.train.parts import Trained
+    from diptych.train.processes import Processes
 
 TRAINING = "training"
 SUMMARY = "summary.json"
@@ -48,18 +55,29 @@ def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
     training). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
+    from diptych.student.loading import pick_device
     from diptych.train.loop import train
+    from diptych.train.processes import join
 
     out = Path(out)
     steps = recipe.distill.steps
     if (done := finished(out, recipe, pairs)) is not None:
         report(progress, steps, steps, "already trained")
         return done
-    trainer = train(prepare(recipe, pairs, out, progress), progress)
+    processes, device = join(pick_device(recipe.device))
+    progress = progress if processes.first else None
+    trainer = train(prepare(recipe, pairs, out, progress, processes, device), progress)
     return finish(trainer, recipe, pairs, out)
 
 
-def prepare(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None = None) -> Job:
+def prepare(
+    recipe: Recipe,
+    pairs: Dataset,
+    out: Path,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    device: torch.device | None = None,
+) -> Job:
     """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
     import torch
 
@@ -69,13 +87,13 @@ def prepare(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     from diptych.train.hardware import pick_precision
     from diptych.train.loop import Job
     from diptych.train.options import Options
+    from diptych.train.processes import ALONE
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = pick_device(recipe.device)
+    device, processes = device or pick_device(recipe.device), processes or ALONE
     options = Options.of(recipe.distill, seed=recipe.seed)
     precision, reason = pick_precision(options.precision, device)
-    options = replace(options, precision=precision)  # pyright: ignore[reportArgumentType]
     log.info("training on %s in %s: %s", device, precision, reason)
 
     folder = out / TRAINING
@@ -83,6 +101,8 @@ def prepare(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     pipe = start(recipe, device)
     size = recipe.paint.panel_size or pipe.default_panel_size
     canvas = Canvas(size, size, pipe.vae_scale_factor)
+    shift = timestep_shift(pipe, canvas) if options.shift == "auto" else options.shift
+    options = replace(options, precision=precision, shift=shift)  # pyright: ignore[reportArgumentType]
     at = checkpoint.pointer(folder, checkpoint.LATEST)
     step = int(at.removeprefix("step-")) if at else 0
 
@@ -91,12 +111,36 @@ def prepare(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
 
     encode = latents.canvas_encoder(pipe.encode_canvas)
     key = f"{_vae_fingerprint(pipe)} {made_from['pairs']}"
-    cache = latents.build(pairs, folder / "latents", encode, canvas, key, preparing)
+    cache = latents.build(pairs, folder / "latents", encode, canvas, key, preparing, processes)
     captions = [sample.caption for sample in cache.samples]
+    if options.instructions:
+        captions += [sample.instruction for sample in cache.samples if sample.instruction]
     embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
     made_from["panel_size"] = str(size)
-    return Job(pipe, canvas, options, device, cache, embeddings, train_rows, validation_rows, folder, made_from)
+    return Job(
+        pipe=pipe,
+        canvas=canvas,
+        options=options,
+        device=device,
+        latents=cache,
+        text=embeddings,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        folder=folder,
+        made_from=made_from,
+        processes=processes,
+        name=recipe.name,
+    )
+
+
+def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
+    """The shift s that the base samples a canvas of this size with (`distill.shift: auto`)."""
+    from diptych.student.timesteps import shift_exponent
+
+    config = pipe.scheduler.config
+    mu = shift_exponent(config, canvas.tokens)
+    return float(config.get("shift", 1.0)) if mu is None else math.exp(mu)
 
 
 def sources(recipe: Recipe, pairs: Dataset) -> dict[str, str]:
@@ -117,7 +161,8 @@ def _base(recipe: Recipe) -> Path:
 
 
 def start(recipe: Recipe, device: Any) -> DiptychPipeline:
-    """The student before its first step: the teacher widened, or the student that `distill.init` names."""
+    """The student before its first step: the teacher widened, or the student that `distill.init` names; its frozen
+    weights quantized as the recipe has it."""
     from diffusers import FluxPipeline
 
     from diptych import student
@@ -126,10 +171,11 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     from diptych.student.weights import widen
 
     teacher = models.resolve(recipe.teacher, "teacher")
+    dtype = pick_dtype(teacher / "transformer", device)
     if recipe.distill.init:
         with quiet_bars():
-            return student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
-    dtype = pick_dtype(teacher / "transformer", device)
+            pipe = student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
+        return _quantized(pipe, recipe.distill.quantize, device, dtype)
     try:
         with quiet_bars():
             stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
@@ -141,7 +187,15 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
     pipe.loaded_from = (teacher,)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return _quantized(pipe, recipe.distill.quantize, device, dtype).to(device)
+
+
+def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:
+    if name != "none":
+        from diptych.student.quantize import quantize
+
+        quantize(pipe.transformer, name, device, dtype)
+    return pipe
 
 
 def pairs_fingerprint(pairs: Dataset) -> str:
@@ -177,24 +231,66 @@ def _made_by(recipe: Recipe, pairs: Dataset) -> dict[str, Any]:
 
 
 def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[str, Any]:
-    """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole."""
-    from diptych.train import parts
+    """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
+
+    In several processes the first one writes and the others wait.
+    """
     from diptych.train.loop import summary
 
     numbers = summary(trainer)
-    options, made_from = trainer.options, trainer.job.made_from
+    made_from = trainer.job.made_from
     provenance = {"base": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    whole = trainer.averages() if trainer.spread else None
+    with trainer.processes.together() as first:
+        if first:
+            card = model_card(recipe, numbers, pairs)
+            if whole is not None:
+                _export(*_assembled(recipe, trainer.options, whole), None, recipe, provenance, card, out)
+            else:
+                _export(trainer.job.pipe, trainer.trained, trainer.ema, recipe, provenance, card, out)
+            stored = {"summary": numbers, "made_by": _made_by(recipe, pairs)}
+            write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
+    return numbers
+
+
+def _assembled(recipe: Recipe, options: Options, weights: dict[str, torch.Tensor]) -> tuple[DiptychPipeline, Trained]:
+    """A student on the CPU with these trained weights: what several processes held in parts."""
+    import torch
+
+    from diptych.train import parts
+
+    cpu = torch.device("cpu")
+    pipe = start(recipe, cpu)
+    trained = parts.select(pipe.transformer, options, "float32", cpu)
+    trained.put(weights)
+    return pipe, trained
+
+
+def _export(
+    pipe: DiptychPipeline,
+    trained: Trained,
+    ema: Any | None,
+    recipe: Recipe,
+    provenance: dict[str, Any],
+    card: str,
+    out: Path,
+) -> None:
+    """The student folder, with the averaged weights if there is an average; whole or not at all."""
+    from diptych.train import parts
+    from diptych.train.options import Options
+
     temporary = out / TRAINING / ".export"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with parts.averaged(trainer.ema, trainer.trained.parameters):
-            if options.mode == "full":
+        with parts.averaged(ema, trained):
+            if recipe.distill.mode == "full":
                 from diptych import student
 
-                student.save(trainer.job.pipe, temporary)
+                student.save(pipe, temporary)
             else:
-                parts.save_lora(trainer.transformer, trainer.trained, options, temporary, provenance)
-        (temporary / "README.md").write_text(model_card(recipe, numbers, pairs), "utf8")
+                options = Options.of(recipe.distill)
+                parts.save_lora(pipe.transformer, trained, options, temporary, provenance)
+        (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         _publish(temporary, out)
     except OSError as error:
@@ -204,9 +300,6 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    stored = {"summary": numbers, "made_by": _made_by(recipe, pairs)}
-    write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
-    return numbers
 
 
 def _sampling(recipe: Recipe) -> dict[str, float]:

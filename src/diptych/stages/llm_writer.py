@@ -17,7 +17,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
@@ -31,7 +30,7 @@ from diptych.stages.grammar import Draft
 from diptych.tasks import Task, fields_of
 
 if TYPE_CHECKING:
-    from diptych.judges.vlm import Model
+    from diptych.llm.model import Model
     from diptych.llm.outcome import Outcome
     from diptych.recipe import Recipe, Write
 
@@ -82,7 +81,7 @@ class LanguageModel:
         return self._apart(rows, [results[row["id"]] for row in rows])
 
     def _outcomes(self, rows: Sequence[Row], question: Callable[[Row], Question]) -> dict[str, Outcome]:
-        from diptych.judges.vlm import NobodyAnswers, answers
+        from diptych.llm.model import NobodyAnswers, answers
 
         found = answers(self.model, (question(row) for row in rows))
         if rows and all(outcome.status == "failed" for outcome in found.values()):
@@ -217,17 +216,6 @@ def read_captions(settings: Write) -> seeds.Captions | None:
     if settings.captions is None:
         return None
     return seeds.read(settings.captions, settings.caption_column, settings.category_column)
-
-
-def open_model(settings: Write, answers: Path | None) -> Model:
-    """The recipe's language model; its answers are kept in `settings.cache`, or else in the file `answers`."""
-    from diptych.llm.cache import Cache
-    from diptych.llm.client import Client
-
-    path = Path(settings.cache).expanduser() if settings.cache else answers
-    assert settings.endpoint is not None, "a recipe with the writer llm has an endpoint"
-    # What stays undecided is remembered too: a run that is continued ends with the rows it would have had.
-    return Client(settings.endpoint, Cache(path) if path is not None else None, keep_undecided=True)
 
 
 def answer_type(task: Task, panels: int, words: int) -> type[BaseModel]:

@@ -103,9 +103,11 @@ def grammar(stage: Write) -> Writer:
 
 def llm(stage: Write) -> Writer:
     """The writer that asks a language model."""
+    from diptych.llm.model import open_model
     from diptych.stages import llm_writer
 
-    model = llm_writer.open_model(stage.recipe.write, stage.answers)
+    settings = stage.recipe.write
+    model = open_model(settings.endpoint, cache=settings.cache or stage.answers)
     drafts = llm_writer.LanguageModel(stage.recipe, stage.task, model)
 
     def begin(rows: list[Row]) -> list[Drawn]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import FluxControlPipeline
-from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux_control import retrieve_timesteps
 from diffusers.utils import BaseOutput
 
 from diptych.errors import UsageError, UserError
@@ -41,7 +41,7 @@ from diptych.student.inputs import Reference, Seed
 from diptych.student.modulation import precomputed
 from diptych.student.recall import Recall, content
 from diptych.student.rotary import rotary_once
-from diptych.student.timesteps import exact_timesteps
+from diptych.student.timesteps import exact_timesteps, shift_exponent
 from diptych.student.weights import BiasSplit, student_channels
 
 if TYPE_CHECKING:
@@ -418,16 +418,8 @@ class DiptychPipeline(FluxControlPipeline):
         return embeds.expand(count, -1, -1), pooled.expand(count, -1)
 
     def _timesteps(self, steps: int, sigmas: list[float] | None, canvas: Canvas, device) -> torch.Tensor:
-        config = self.scheduler.config
-        shift = {}
-        if config.get("use_dynamic_shifting"):
-            shift["mu"] = calculate_shift(
-                canvas.tokens,
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15),
-            )
+        mu = shift_exponent(self.scheduler.config, canvas.tokens)
+        shift = {} if mu is None else {"mu": mu}
         given = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         timesteps, _ = retrieve_timesteps(self.scheduler, steps, device, sigmas=given, **shift)  # pyright: ignore
         self.scheduler.set_begin_index(0)

@@ -1,4 +1,6 @@
-"""FLUX's timestep frequencies, correctly rounded: the largest difference between two machines' pictures, removed.
+"""FLUX's timesteps: how far a resolution shifts them, and their frequencies correctly rounded.
+
+The rounding removes the largest difference between two machines' pictures.
 
 The embedding takes sin and cos of `1000·sigma·f`, so one unit in the last place of f (float32) becomes 6e-5 in the
 phase. f is an `exp`, which float32 libraries may round either way. Measured on one CPU against the release's fixture
@@ -9,11 +11,24 @@ with correctly rounded ones by 8e-6 (1e-5 guided), which is as near as a float64
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import Timesteps
+from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift
+
+
+def shift_exponent(scheduler: Mapping[str, Any], tokens: int) -> float | None:
+    """FLUX's μ for a canvas of `tokens`: timesteps are shifted by e^μ. None for a scheduler with one fixed shift.
+
+    `scheduler` is its config, with diffusers' keys and FLUX.1-dev's values for those that are missing.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return None
+    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return calculate_shift(tokens, *(scheduler.get(key, value) for key, value in known.items()))
 
 
 class ExactTimesteps(torch.nn.Module):

@@ -24,10 +24,14 @@ class Draw:
     drop_reference: bool
     drop_text: bool
     noise: torch.Tensor  # (N, C) float32
+    instruct: bool  # told the instruction in place of the caption
 
 
 def draw(options: Options, sample_id: str, epoch: int, shape: tuple[int, int]) -> Draw:
-    """Noise level, dropout and noise (of `shape`) of a sample in an epoch; always on the CPU."""
+    """Noise level, dropout and noise (of `shape`) of a sample in an epoch; always on the CPU.
+
+    `options.shift` is a number.
+    """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     generator = torch.Generator().manual_seed(seed_of(options.seed, sample_id, f"train {epoch}"))
@@ -42,10 +46,11 @@ def draw(options: Options, sample_id: str, epoch: int, shape: tuple[int, int]) -
     both = options.both_dropout
     reference = both + options.reference_dropout
     return Draw(
-        sigma=shifted(density, options.shift).item(),
+        sigma=shifted(density, float(options.shift)).item(),
         drop_reference=chance < reference,
         drop_text=chance < both or reference <= chance < reference + options.text_dropout,
         noise=torch.randn(shape, generator=generator),
+        instruct=torch.rand(1, generator=generator).item() < options.instructions,
     )
 
 

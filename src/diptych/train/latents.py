@@ -24,10 +24,12 @@ from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.metrics import Progress, report
+from diptych.train.processes import ALONE, Processes
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 IN_MEMORY = 4 * 2**30  # bytes of latents that are read once and kept; more is read row by row from the mapped files
 BATCH = 16  # pairs through the VAE at once; fixed, so that the cache's bytes do not depend on anything else
+FORMAT = 2  # raised when the files say something else
 MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class Sample:
     id: str
     grid_id: str
     caption: str
+    instruction: str = ""
+
+    def told(self, instruct: bool) -> str:
+        """The instruction if it is wanted and there is one, else the caption."""
+        return self.instruction if instruct and self.instruction else self.caption
 
 
 class Latents:
@@ -90,14 +97,20 @@ class Latents:
 
 
 def build(
-    pairs: Dataset, folder: Path, encode: Encode, canvas: Canvas, key: str, progress: Progress | None = None
+    pairs: Dataset,
+    folder: Path,
+    encode: Encode,
+    canvas: Canvas,
+    key: str,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Latents:
-    """Encodes what is not encoded yet and opens the cache.
+    """Encodes what is not encoded yet, each process its share of the shards, and opens the cache.
 
     `key` names the VAE and the pairs; `encode` is what `canvas_encoder` gives. Pairs whose pictures cannot be read are
     left out, counted and listed (`Latents.skipped`); UserError when they are more than a few, or a shard is missing.
     """
-    name = hashlib.sha256(f"{key} {canvas.panel_height}x{canvas.panel_width}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{FORMAT} {key} {canvas.panel_height}x{canvas.panel_width}".encode()).hexdigest()[:16]
     folder = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,13 +119,14 @@ def build(
     shards = pairs.shards()
     total = sum(pairs.rows_in(shard) for shard in shards)
     done, files = 0, []
-    for shard in shards:
-        path = folder / f"part-{shard:05d}.safetensors"
-        files.append(path)
-        if not path.exists():
-            encode_shard(pairs.read_shard(shard), path, encode, canvas)
-        done += pairs.rows_in(shard)
-        report(progress, done, total, "encoding pairs")
+    with processes.together():
+        for number, shard in enumerate(shards):
+            path = folder / f"part-{shard:05d}.safetensors"
+            files.append(path)
+            if number % processes.count == processes.rank and not path.exists():
+                encode_shard(pairs.read_shard(shard), path, encode, canvas)
+            done += pairs.rows_in(shard)
+            report(progress, done, total, "encoding pairs")
     latents = Latents(files)
     if latents.skipped:
         first = latents.skipped[0]
@@ -138,7 +152,7 @@ def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, can
         except UserError as error:
             skipped.append({"id": row["id"], "reason": str(error)})
             continue
-        samples.append({"id": row["id"], "grid_id": row["grid_id"], "caption": row["caption"]})
+        samples.append({key: row[key] for key in ("id", "grid_id", "caption", "instruction")})
     tensors: dict[str, torch.Tensor] = {}
     for first in range(0, len(panels), BATCH):
         reference, target = (torch.stack(side) for side in zip(*panels[first : first + BATCH], strict=True))

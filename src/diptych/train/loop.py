@@ -23,17 +23,20 @@ from diptych.data.images import save_image
 from diptych.errors import UsageError, UserError
 from diptych.student.geometry import Canvas
 from diptych.train import checkpoint as checkpoints
-from diptych.train import parts, validate
+from diptych.train import parts, processes, validate
 from diptych.train.draws import Order, draw
 from diptych.train.hardware import computing
 from diptych.train.latents import Latents
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
+from diptych.train.processes import ALONE, Processes
 from diptych.train.text import Text
+from diptych.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
+TRACKED = "trackers"
 SHOWN = 20  # steps that the summary's losses are the mean of
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class Job:
 
     pipe: Any  # DiptychPipeline
     canvas: Canvas
-    options: Options  # with `precision` decided
+    options: Options  # with `precision` and `shift` decided
     device: torch.device
     latents: Latents
     text: Text
@@ -52,6 +55,8 @@ class Job:
     validation_rows: list[int]
     folder: Path  # checkpoints, metrics.jsonl, samples/
     made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
+    processes: Processes = ALONE
+    name: str = "student"  # what trackers call it
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
@@ -73,9 +78,12 @@ class Trainer:
         self.job = job
         self.options = job.options
         self.transformer = job.pipe.transformer
-        self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device)
+        self.processes = job.processes
+        several = self.processes.count > 1
+        self.spread = several and job.options.sharding == "full"  # each process has a part of the weights
+        self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device, self.spread)
         self.optimizer = parts.optimizer(self.trained.parameters, job.options)
-        self.ema = parts.moving_average(self.trained.parameters, job.options)
+        self.ema = parts.moving_average(self.trained, job.options)
         self.order = Order(len(job.train_rows), job.options.batch_size, job.options.seed)
         self.img_ids = image_ids(job.canvas).to(job.device)
         self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
@@ -86,35 +94,38 @@ class Trainer:
         self._resume()
         if job.options.compile:
             self.transformer.compile()
+        # What training calls: DDP averages the gradients of whole copies, and spread weights do so by themselves.
+        copied = several and not self.spread
+        self.model = processes.replicate(self.transformer, job.device) if copied else self.transformer
         self._unproven = job.options.compile  # torch.compile was asked for, and no step has run with it yet
 
     # One step -----------------------------------------------------------------------------------------------------
 
     def assemble(self, step: int) -> Batch:
-        """The batch of a step, on the CPU: nothing but (seed, step) decides it."""
+        """This process's share of a step's batch, on the CPU: nothing but (seed, step) decides the batch."""
         job, options = self.job, self.options
-        places = [(job.train_rows[place], epoch) for place, epoch in self.order.at(step)]
+        places = [(job.train_rows[place], epoch) for place, epoch in self.processes.share(self.order.at(step))]
         clean, condition = job.latents.gather([row for row, _ in places])
         samples = [job.latents.samples[row] for row, _ in places]
         draws = [draw(options, s.id, epoch, job.latents.shape) for s, (_, epoch) in zip(samples, places, strict=True)]
-        captions = ["" if d.drop_text else s.caption for s, d in zip(samples, draws, strict=True)]
+        captions = ["" if d.drop_text else s.told(d.instruct) for s, d in zip(samples, draws, strict=True)]
         for row, chance in enumerate(draws):
             if chance.drop_reference:
                 condition[row] = 0
         sigma = torch.tensor([d.sigma for d in draws])
         return Batch(clean, condition, torch.stack([d.noise for d in draws]), sigma, *job.text.gather(captions))
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Left and right loss of each sample, (B,) each, in the job's precision."""
         with computing(self.options.precision, self.job.device):
-            return panel_losses(self.transformer, batch, self.job.canvas, self.img_ids, self.guidance)
+            return panel_losses(model or self.transformer, batch, self.job.canvas, self.img_ids, self.guidance)
 
     def advance(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""
         options, step = self.options, self.step + 1
         started = time.perf_counter()
-        left, right = self._backward(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters, options.grad_clip).item()
+        left, right = self.processes.mean(self._backward(batch))
+        norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.trained.parameters, options.grad_clip)).item()
         loss = options.left_weight * left + options.right_weight * right
         self.guard.check(step, loss, norm, self._advice())
         rate = parts.learning_rate(step, options)
@@ -122,7 +133,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.step(self.trained.parameters)
+            self.ema.step(self.trained.own)
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
         seconds = time.perf_counter() - started
@@ -139,10 +150,17 @@ class Trainer:
         }
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
-        """Gradients of the weighted loss; its two parts' batch means."""
+        """Gradients of the weighted loss; its two parts' means over this process's share."""
+        total = len(batch.sigma)
+        micro = batch.split(self.options.micro_batch or total)
+        sums = [0.0, 0.0]
         try:
-            left, right = (side.mean() for side in self.losses(batch))
-            (self.options.left_weight * left + self.options.right_weight * right).backward()
+            for number, part in enumerate(micro, 1):
+                share = len(part.sigma) / total
+                with processes.accumulating(self.model, more=number < len(micro)):
+                    left, right = (share * side.mean() for side in self.losses(part, self.model))
+                    (self.options.left_weight * left + self.options.right_weight * right).backward()
+                sums = [sums[0] + left.item(), sums[1] + right.item()]
         except (RuntimeError, OSError) as error:
             # No compiler, a graph break that cannot be: training goes on uncompiled, once. Anything else is a fault.
             if not self._unproven or isinstance(error, torch.OutOfMemoryError):
@@ -153,7 +171,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return self._backward(batch)
         self._unproven = False
-        return left.item(), right.item()
+        return sums[0], sums[1]
 
     def _advice(self) -> str:
         last = checkpoints.pointer(self.job.folder, checkpoints.LATEST)
@@ -168,19 +186,24 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Validation loss of the averaged weights."""
         job = self.job
-        with parts.averaged(self.ema, self.trained.parameters), _eager():
+        with parts.averaged(self.ema, self.trained), _eager():
             return validate.validation_loss(
                 self.losses, job.latents, job.text, job.validation_rows, self.options, job.device
             )
 
     def draw_samples(self) -> None:
-        """The sample sheet of this step, drawn with the averaged weights."""
+        """The sample sheet of this step, drawn with the averaged weights (by all processes: one has only a part)."""
         job = self.job
         rows = (job.validation_rows or job.train_rows)[: self.options.sample_pairs]
-        with parts.averaged(self.ema, self.trained.parameters), _eager():
+        with parts.averaged(self.ema, self.trained), _eager():
             sheet = validate.sample_sheet(job.pipe, job.latents, job.text, rows, job.canvas, self.options)
         pairs = [job.latents.samples[row].id for row in rows]
-        save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", {"step": self.step, "pairs": pairs})
+        if self.processes.first:
+            save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", {"step": self.step, "pairs": pairs})
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """What is saved in the end: the moving average, or the weights where there is none. All processes call it."""
+        return self.trained.tensors() if self.ema is None else self.trained.averages(self.ema)
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -189,7 +212,7 @@ class Trainer:
         tensors = {"weights": self.trained.tensors(), "optimizer": parts.optimizer_tensors(self.optimizer)}
         average = 0
         if self.ema is not None:
-            tensors["ema"] = dict(zip(self.trained.names, self.ema.shadow_params, strict=True))
+            tensors["ema"] = self.averages()
             average = self.ema.optimization_step
         state = {
             "samples_seen": self.step * self.options.batch_size,
@@ -200,13 +223,17 @@ class Trainer:
             "identity": self.job.identity(),
             "torch": torch.__version__,
         }
-        checkpoints.save(self.job.folder, checkpoints.Checkpoint(self.step, state, tensors), self.options.keep, best)
+        made = checkpoints.Checkpoint(self.step, state, tensors)
+        with self.processes.together() as first:
+            if first:
+                checkpoints.save(self.job.folder, made, self.options.keep, best)
 
     def _resume(self) -> None:
         found = checkpoints.load(self.job.folder)
         if found is None:
             return
-        theirs, mine = found.state["identity"], self.job.identity()
+        # What a key was that did not exist yet is its default.
+        theirs, mine = identity(Options()) | found.state["identity"], self.job.identity()
         differ = sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
         if differ:
             changes = "; ".join(f"{_key(k)} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in differ)
@@ -222,8 +249,10 @@ class Trainer:
         self.trained.put(dict(found.tensors["weights"]))
         parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
         if self.ema is not None:
-            for shadow, name in zip(self.ema.shadow_params, self.trained.names, strict=True):
-                shadow.copy_(found.tensors["ema"][name])
+            for shadow, name, parameter in zip(
+                self.ema.shadow_params, self.trained.names, self.trained.parameters, strict=True
+            ):
+                shadow.copy_(processes.own(processes.like(found.tensors["ema"][name], parameter)))
             self.ema.optimization_step = found.state["average_steps"]
         self.step = found.step
         self.seconds = found.state["seconds"]
@@ -241,7 +270,9 @@ def train(job: Job, progress: Progress | None = None) -> Trainer:
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(job)
     options = job.options
-    metrics = Metrics(job.folder / METRICS, trainer.step)
+    first = job.processes.first
+    trackers = Trackers(options.trackers if first else (), job.folder / TRACKED, job.name, job.identity())
+    metrics = Metrics(job.folder / METRICS, trainer.step) if first else None
     try:
         with _Interrupts() as interrupts:
             for batch in _batches(trainer):
@@ -253,19 +284,25 @@ def train(job: Job, progress: Progress | None = None) -> Trainer:
                     better = trainer.best is None or line["validation"]["loss"] < trainer.best["loss"]
                     if better:
                         trainer.best = {"step": step, "loss": line["validation"]["loss"]}
-                metrics.write(line)
+                if metrics is not None:
+                    metrics.write(line)
+                    trackers.log(line)
                 if last or (options.sample_every and step % options.sample_every == 0):
                     trainer.draw_samples()
                 text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
                 report(progress, step, options.steps, text)
-                stopping = interrupts.asked  # read once: what is asked from here on is answered after the next step
+                # Read once: what is asked from here on is answered after the next step.
+                stopping = job.processes.most(interrupts.asked or 0)
                 if better or last or step % options.checkpoint_every == 0 or stopping:
-                    metrics.sync()
+                    if metrics is not None:
+                        metrics.sync()
                     trainer.save(better)
                 if stopping and not last:
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
+        trackers.close()
     return trainer
 
 

@@ -30,6 +30,11 @@ class Batch:
     prompt_embeds: torch.Tensor  # (B, L, D) T5's
     pooled: torch.Tensor  # (B, P) CLIP's
 
+    def split(self, size: int) -> list[Batch]:
+        """The same samples in batches of at most `size`, in order."""
+        parts = {name: tensor.split(size) for name, tensor in vars(self).items()}
+        return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
+
 
 def panel_losses(
     transformer: Callable[..., tuple[torch.Tensor, ...]],

@@ -13,10 +13,14 @@ class Options:
     """Named as in the recipe: `recipe.Distill` documents and bounds them."""
 
     mode: Literal["full", "lora"] = "full"
+    quantize: Literal["none", "nf4", "int8"] = "none"
     rank: int = 64
     lora_targets: list[str] | str = "attention"
     steps: int = 1000
     batch_size: int = 32
+    micro_batch: int | None = None
+    sharding: Literal["none", "full"] = "none"
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: float = 3e-4
     warmup: int = 100
     weight_decay: float = 0.01
@@ -26,12 +30,13 @@ class Options:
     reference_dropout: float = 0.05
     text_dropout: float = 0.1
     both_dropout: float = 0.05
+    instructions: float = 0.0
     left_weight: float = 1.0
     right_weight: float = 1.0
     timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    shift: float = 1.0
+    shift: float | Literal["auto"] = 1.0
     ema: float = 0.998
     checkpoint_every: int = 200
     keep: int = 2
@@ -46,6 +51,7 @@ class Options:
     sample_pairs: int = 4
     sample_steps: int = 20
     sample_guidance: float = 3.5
+    trackers: tuple[str, ...] = ()
     seed: int = 0
 
     @classmethod
@@ -53,14 +59,16 @@ class Options:
         """Options from any object with (some of) these fields, a recipe section for one; the rest are defaults."""
         values: dict[str, Any] = {f.name: getattr(section, f.name) for f in fields(cls) if hasattr(section, f.name)}
         values |= extra
-        if "betas" in values:
-            values["betas"] = tuple(values["betas"])
+        for name in ("betas", "trackers"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 
 # Changing one of these between two sittings of a run changes no weight up to the step it was stopped at.
 HARMLESS = frozenset(
     {"checkpoint_every", "keep", "validate_every", "sample_every", "sample_pairs", "sample_steps", "sample_guidance"}
+    | {"trackers", "micro_batch", "sharding"}  # the last two no further than the order in which floats are added
 )
 
 

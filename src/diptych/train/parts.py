@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
+from diptych.train import processes
 from diptych.train.options import Options
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -43,18 +44,33 @@ class Trained:
     def count(self) -> int:
         return sum(p.numel() for p in self.parameters)
 
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """This process's part of each, in the same memory: what a moving average averages."""
+        return [processes.own(p.detach()).requires_grad_() for p in self.parameters]
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+        """Whole, in the first process where they are spread over several; all must call this."""
+        return {n: processes.collected(p.detach()) for n, p in zip(self.names, self.parameters, strict=True)}
+
+    def averages(self, ema: Any) -> dict[str, torch.Tensor]:
+        """The moving averages of `own` in the way of `tensors`."""
+        shadows = zip(ema.shadow_params, self.parameters, strict=True)
+        whole = [processes.collected(processes.spread_as(shadow, p)) for shadow, p in shadows]
+        return dict(zip(self.names, whole, strict=True))
 
     @torch.no_grad()
     def put(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Overwrites the parameters in place; every name must be there."""
+        """Overwrites the parameters in place with whole tensors; every name must be there."""
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            parameter.copy_(tensors[name])
+            parameter.copy_(processes.like(tensors[name], parameter))
 
 
-def select(transformer: Any, options: Options, precision: str, device: torch.device) -> Trained:
-    """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32."""
+def select(transformer: Any, options: Options, precision: str, device: torch.device, shard: bool = False) -> Trained:
+    """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32.
+
+    With `shard` its weights are then spread over all processes.
+    """
     start: dict[str, torch.Tensor] = {}
     if options.mode == "full":
         transformer.to(device).requires_grad_(True)
@@ -65,7 +81,8 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
         frozen = torch.bfloat16 if precision == "bfloat16" and device.type != "cpu" else torch.float32
         transformer.to(device)
         for parameter in transformer.parameters():
-            parameter.data = parameter.data.to(frozen)
+            if parameter.is_floating_point():  # quantized ones are not, and stay what they are
+                parameter.data = parameter.data.to(frozen)
         _add_adapter(transformer, options)
         layer = transformer.get_submodule(INPUT_LAYER).requires_grad_(True)
         for parameter in transformer.parameters():
@@ -75,6 +92,8 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
     transformer.train()
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if shard:
+        processes.shard(transformer, device)
     named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
     return Trained([name for name, _ in named], [p for _, p in named], start)
 
@@ -103,11 +122,27 @@ def _add_adapter(transformer: Any, options: Options) -> None:
 
 
 def optimizer(parameters: Sequence[torch.nn.Parameter], options: Options) -> torch.optim.Optimizer:
-    """AdamW, fused where torch has it for the device."""
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay, fused=fused
-    )
+    """The recipe's optimizer; AdamW is fused where torch has it for the device. UsageError if it is not installed."""
+    common: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "betas": options.betas,
+        "weight_decay": options.weight_decay,
+    }
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common, fused=parameters[0].device.type in ("cpu", "cuda"))
+    try:
+        if options.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            with redirect_stdout(None):  # it speaks, and stdout is for results
+                return Prodigy(parameters, **common, use_bias_correction=True, safeguard_warmup=True)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **common)
+    except ImportError as error:
+        raise UsageError(
+            f"distill.optimizer: {options.optimizer} is not installed; pip install 'diptych[train]', or take adamw"
+        ) from error
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -120,40 +155,51 @@ def learning_rate(step: int, options: Options) -> float:
     return rate * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup))) / 2
 
 
-def moving_average(parameters: Sequence[torch.nn.Parameter], options: Options) -> Any | None:
+def moving_average(trained: Trained, options: Options) -> Any | None:
     """diffusers' EMAModel over exactly the trained parameters; None when the recipe switches it off."""
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(parameters, decay=options.ema, foreach=True) if options.ema else None
+    return EMAModel(trained.own, decay=options.ema, foreach=True) if options.ema else None
 
 
 @contextmanager
-def averaged(ema: Any | None, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def averaged(ema: Any | None, trained: Trained) -> Iterator[None]:
     """The model with its averaged weights, for validation, samples and the final save; the others come back after."""
     if ema is None:
         yield
         return
-    ema.store(parameters)
+    ema.store(trained.own)
     try:
-        ema.copy_to(parameters)
+        ema.copy_to(trained.own)
         yield
     finally:
-        ema.restore(parameters)
+        ema.restore(trained.own)
 
 
 def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state as flat tensors: `12.exp_avg` is parameter 12's."""
-    state = opt.state_dict()["state"]
-    return {f"{i}.{k}": v if torch.is_tensor(v) else torch.tensor(v) for i, s in state.items() for k, v in s.items()}
+    """An optimizer's state as flat whole tensors: `12.exp_avg` is parameter 12's, `group.d` what all of them share
+    (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
+    flat = {f"{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
+    shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in ("params", "lr")}
+    flat |= {f"group.{key}": value for key, value in shared.items()}
+    return {
+        key: processes.collected(value) if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+        for key, value in flat.items()
+    }
 
 
 def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Tensors are copied: memory of a file read is not aligned as torch's own."""
+    parameters = [parameter for group in opt.param_groups for parameter in group["params"]]
+    groups = opt.state_dict()["param_groups"]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor.clone()
-    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+        if index == "group":
+            groups[0][name] = type(groups[0].get(name, 0.0))(tensor.item())
+        else:
+            state.setdefault(int(index), {})[name] = processes.like(tensor.clone(), parameters[int(index)])
+    opt.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path, metadata: dict[str, Any]) -> Path:

@@ -42,7 +42,7 @@ def validation_loss(
         part = work[first : first + options.batch_size]
         clean, condition = latents.gather([row for row, _ in part])
         samples = [latents.samples[row] for row, _ in part]
-        embeds, pooled = text.gather([sample.caption for sample in samples])
+        embeds, pooled = text.gather([sample.told(options.instructions == 1) for sample in samples])
         ids = [(sample.id, sigma) for sample, (_, sigma) in zip(samples, part, strict=True)]
         noise = torch.stack([fixed_noise(options.seed, name, sigma, latents.shape) for name, sigma in ids])
         tensors = (clean, condition, noise, torch.tensor([sigma for _, sigma in part]), embeds, pooled)
@@ -76,7 +76,7 @@ def sample_sheet(
         clean, _ = latents.gather([row])
         pixels = pipe.decode_canvas(clean.to(device, pipe.vae.dtype), canvas)
         reference, target = pipe.image_processor.postprocess(torch.cat(pixels.chunk(2, dim=-1)), output_type="pil")
-        embeds, pooled = text.gather([latents.samples[row].caption])
+        embeds, pooled = text.gather([latents.samples[row].told(options.instructions == 1)])
         with mixed:
             (drawn,) = pipe(
                 reference=reference,

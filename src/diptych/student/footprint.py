@@ -1,0 +1,103 @@
+"""How many bytes parts and pictures take, from configs alone: the models are built on the meta device.
+
+Weights are counted, activations estimated: each function says by which rule.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from diptych.student import quantize
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan is made from: the configs of the parts as plain values. Text configs may be absent.
+
+    `quantized`: bytes of the transformer's weights that its file holds quantized already (GGUF); they stay so.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any] | None = None
+    text_encoder_2: Mapping[str, Any] | None = None
+    quantized: int = 0
+
+
+def meta(library: str, name: str, config: Mapping[str, Any] | None) -> Any:
+    """A model without weights, from its config; None from none."""
+    if config is None:
+        return None
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _built(library, name, json.dumps(plain, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _built(library: str, name: str, config: str) -> Any:
+    import torch
+
+    cls: Any = getattr(importlib.import_module(library), name)
+    values = json.loads(config)
+    with torch.device("meta"):
+        return cls.from_config(values) if library == "diffusers" else cls(cls.config_class.from_dict(values))
+
+
+def count(model: Any) -> int:
+    """Numbers in a model's parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def quantized_split(model: Any, name: str, dtype_bytes: int) -> tuple[int, int]:
+    """Bytes of the layers that `quantize` would take, quantized, and of everything else."""
+    linears = quantize.quantizable(model).values()
+    rest = count(model) - sum(count(linear) for linear in linears)
+    return quantize.quantized_bytes(name, linears, dtype_bytes), rest * dtype_bytes
+
+
+def as_in_file(transformer: Any, packed: int, dtype_bytes: int) -> tuple[int, int, int]:
+    """Bytes of blocks, modulation and the rest where a file's `packed` bytes stay: all matrices, but the input layer's.
+
+    They are shared out as if every weight had as many bits.
+    """
+    from diptych.student.modulation import adaln_layers
+
+    modulation = (*adaln_layers(transformer), "time_text_embed")
+    matrices, plain = [0, 0, 0], [0, 0, 0]
+    for name, parameter in transformer.named_parameters():
+        layer = name.rpartition(".")[0]
+        part = 1 if layer.startswith(modulation) else 0 if "blocks." in layer else 2
+        kept = parameter.ndim == 2 and layer != "x_embedder"
+        (matrices if kept else plain)[part] += parameter.numel()
+    sizes = [round(packed * m / sum(matrices)) + p * dtype_bytes for m, p in zip(matrices, plain, strict=True)]
+    return sizes[0], sizes[1], sizes[2]
+
+
+def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
+    """Denoising's, at its widest: a single block holds its input, the normed input, the MLP's 4 widths before and after
+    the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token."""
+    config = shapes.transformer
+    width = config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128)
+    down = 2 ** (len(shapes.vae["block_out_channels"]) - 1) * 2
+    tokens = text_tokens + 2 * (panel[0] // down) * (panel[1] // down)
+    return 16 * rows * tokens * width * dtype_bytes
+
+
+def text_activations(shapes: Shapes, text_tokens: int, dtype_bytes: int) -> int:
+    """T5's widest layer: attention scores in float32 and the gated MLP."""
+    config = shapes.text_encoder_2 or {}
+    scores = config.get("num_heads", 64) * text_tokens**2 * 4
+    return scores + 4 * text_tokens * config.get("d_ff", 10240) * dtype_bytes
+
+
+def decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_bytes: int) -> int:
+    """The decoder's last up block works at full size on the second-narrowest channels: four maps of that, and the
+    picture itself where it is put together from tiles."""
+    channels = vae["block_out_channels"][min(1, len(vae["block_out_channels"]) - 1)]
+    pixels = panel[0] * panel[1] * 2
+    at_once = min(pixels, tile * tile) if tile else pixels
+    return 4 * channels * at_once * dtype_bytes + 3 * 3 * pixels * dtype_bytes

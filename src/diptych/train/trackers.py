@@ -1,0 +1,60 @@
+"""Metrics for those who watch elsewhere: TensorBoard, Weights & Biases, trackio, through accelerate's trackers.
+
+`metrics.jsonl` is the record; these only mirror it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UsageError
+
+
+class Trackers:
+    """The trackers a recipe names, each told every line of the metrics once."""
+
+    def __init__(self, names: Sequence[str], folder: Path, run: str, settings: dict[str, Any]) -> None:
+        """Opens them; files go to `folder`. Raises UsageError for one whose package is not installed."""
+        self._open = [_start(name, folder, run) for name in names]
+        for tracker in self._open:
+            tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line of the metrics; `line["step"]` says when."""
+        values = flat({key: value for key, value in line.items() if key != "step"})
+        for tracker in self._open:
+            tracker.log(values, step=line["step"])
+
+    def close(self) -> None:
+        for tracker in self._open:
+            tracker.finish()
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names with slashes: `validation/right/0.5`."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _start(name: str, folder: Path, run: str) -> Any:
+    from accelerate import tracking
+    from accelerate.state import PartialState
+
+    try:
+        if name == "tensorboard":
+            tracker = tracking.TensorBoardTracker(run, logging_dir=folder)
+        else:
+            tracker = {"wandb": tracking.WandBTracker, "trackio": tracking.TrackioTracker}[name](run)
+        PartialState()  # what the trackers ask which process they are in
+        tracker.start()
+    except ImportError as error:
+        raise UsageError(f"distill.trackers: {name} is not installed; pip install {name}, or leave it out") from error
+    return tracker
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,166 @@
+"""A picture drawn again is found, whatever its size or compression; others, one grid and drifts are left alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageFilter
+
+import judged_run
+from diptych.data import duplicates
+from diptych.data.duplicates import Table, panel_hash
+from diptych.data.store import Dataset
+from diptych.errors import UserError
+from diptych.recipe import Thresholds
+
+LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
+CODES = st.integers(0, 2**64 - 1)
+
+
+def picture(seed: int, side: int = 128) -> Image.Image:
+    """Soft shapes of its own."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def differing(a: str, b: str) -> int:
+    return (int(a, 16) ^ int(b, 16)).bit_count()
+
+
+def compressed(image: Image.Image) -> Image.Image:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=60)
+    return Image.open(io.BytesIO(out.getvalue()))
+
+
+def row(grid: int, a: int, b: int, reference: int, target: int, similarity: float = 0.9) -> dict[str, Any]:
+    made = judged_run.candidate(grid, a, b, similarity, 0.3, 1.0)
+    hashes = {"reference": f"{reference:016x}", "target": f"{target:016x}"}
+    return {**made, "evidence": json.dumps({"hashes": hashes})}
+
+
+def found(folder: Path, rows: list[dict[str, Any]], bits: int = 4, **more: Any) -> dict[str, str]:
+    data = judged_run.save(folder / "candidates", judged_run.records.PAIR, rows)
+    return duplicates.find(data, bits, LIMITS, **more)
+
+
+def flipped(code: int, bits: int, seed: int = 0) -> int:
+    for bit in np.random.default_rng(seed).choice(64, bits, replace=False):
+        code ^= 1 << int(bit)
+    return code
+
+
+# ---- hashes
+
+
+def test_the_same_picture_keeps_its_hash_and_others_are_far() -> None:
+    for seed in range(20):
+        image = picture(seed)
+        same = [image.resize((300, 300)), compressed(image), image.filter(ImageFilter.GaussianBlur(1))]
+        same += [ImageEnhance.Brightness(image).enhance(0.9)]
+        assert max(differing(panel_hash(image), panel_hash(other)) for other in same) <= 4, seed
+        assert min(differing(panel_hash(image), panel_hash(picture(other))) for other in range(20) if other != seed) > 8
+
+
+def test_even_panels_have_one_hash_and_no_random_bits() -> None:
+    hashes = {panel_hash(Image.new("RGB", (side, side), colour)) for side in (8, 64) for colour in ("red", "#123456")}
+    assert hashes == {"8" + "0" * 15}
+
+
+# ---- the table
+
+
+@given(st.integers(0, 8), CODES, CODES, st.integers(0, 2**32), st.integers(0, 8), st.integers(0, 8))
+def test_no_near_pair_is_missed_and_no_far_one_found(
+    bits: int, reference: int, target: int, seed: int, one: int, two: int
+) -> None:
+    table = Table(bits)
+    table.add("a", reference, target)
+    near = one <= bits and two <= bits
+    assert table.first(flipped(reference, one, seed), flipped(target, two, seed + 1)) == ("a" if near else None)
+
+
+def test_of_several_near_pairs_the_earliest_is_named() -> None:
+    table = Table(3)
+    for number in range(3000):
+        table.add(str(number), number << 40, 0)
+    assert len(table) == 3000
+    assert table.first(1 | 2999 << 40, 0) == next(str(n) for n in range(3000) if (n ^ 2999).bit_count() <= 2)
+
+
+def test_it_finds_what_comparing_every_two_finds() -> None:
+    rng = np.random.default_rng(5)
+    ideas = [int(code) for code in rng.integers(0, 2**63, 40)]
+    codes = [
+        tuple(flipped(ideas[i], int(rng.integers(0, 4)), int(rng.integers(2**31))) for i in rng.integers(0, 40, 2) % 6)
+        for _ in range(400)
+    ]
+    table, kept = Table(4), []
+    for number, (reference, target) in enumerate(codes):
+        near = [
+            i for i in kept if (codes[i][0] ^ reference).bit_count() <= 4 and (codes[i][1] ^ target).bit_count() <= 4
+        ]
+        assert table.first(reference, target) == (str(near[0]) if near else None)
+        if not near:
+            kept.append(number)
+            table.add(str(number), reference, target)
+    assert 36 <= len(kept) < 400
+
+
+# ---- a run
+
+
+def test_the_first_stays_and_the_later_name_it(tmp_path: Path) -> None:
+    rows = [row(0, 0, 1, 7 << 30, 5), row(0, 1, 0, 5, 7 << 30), row(1, 0, 1, 999 << 40, 31 << 20)]
+    rows += [row(2, 0, 1, flipped(5, 4), 7 << 30), row(2, 1, 0, 7 << 30, flipped(5, 4))]  # the other way round
+    rows += [row(3, 0, 1, 7 << 30, flipped(5, 5)), row(4, 0, 1, 7 << 30, 0xFFFF << 40)]  # one panel shared is no repeat
+    assert found(tmp_path, rows) == {"c-000002-01": "c-000000-10", "c-000002-10": "c-000000-01"}
+
+
+def test_panels_of_one_grid_never_repeat_each_other(tmp_path: Path) -> None:
+    rows = [row(0, a, b, 5, 5) for a in range(4) for b in range(4) if a != b] + [row(1, 0, 1, 5, 5)]
+    assert found(tmp_path, rows) == {"c-000001-01": "c-000000-01"}
+
+
+def test_only_pairs_that_thresholds_keep_can_be_repeated(tmp_path: Path) -> None:
+    rows = [row(0, 0, 1, 5, 9, similarity=0.1), row(1, 0, 1, 5, 9), row(2, 0, 1, 5, 9)]
+    assert found(tmp_path, rows) == {"c-000002-01": "c-000001-01"}
+
+
+def test_a_drift_is_not_swallowed_and_every_repeat_has_a_twin_that_stays(tmp_path: Path) -> None:
+    # Each differs from the one before in three bits: by single steps all would be one.
+    codes = [(1 << 3 * step) - 1 for step in range(10)]
+    again = found(tmp_path, [row(i, 0, 1, code, 0) for i, code in enumerate(codes)])
+    assert again == {f"c-{i:06d}-01": f"c-{i - 1:06d}-01" for i in range(1, 10, 2)}
+    assert not set(again) & set(again.values())
+
+
+def test_candidates_without_hashes_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"c-000000-01 has no hashes in its evidence; curate with curate\.duplicates"):
+        found(tmp_path, [judged_run.candidate(0, 0, 1, 0.9, 0.3, 1.0)])
+
+
+def test_memory_is_a_few_bytes_a_pair_and_none_for_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = Dataset(tmp_path / "candidates", judged_run.records.schema(judged_run.records.PAIR))
+    peaks = []
+    for shards in (2, 8):
+        for shard in range(shards):
+            codes = rng.integers(0, 2**63, (1000, 2)).tolist()
+            rows = [row(1000 * shard + i, 0, 1, *codes[i]) for i in range(1000)]
+            big = {"bytes": b"x" * 20_000, "path": None}
+            data.write_shard(shard, [{**one, "conditioning": big} for one in rows])
+        tracemalloc.start()
+        assert duplicates.find(data, 4, LIMITS) == {}
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Until its buckets are all there, a table takes more for a pair than it will: 5 bands here, 4,096 buckets in each.
+    assert peaks[1] - peaks[0] < 6000 * 600, peaks

@@ -1,0 +1,52 @@
+"""Estimates from a stratified sample: intervals that hold the truth, weights that count, agreement."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diptych.data import precision
+from diptych.data.precision import Labelled, Stratum
+
+
+def test_the_intervals_hold_the_truth_and_the_estimates_are_not_skewed() -> None:
+    rng = np.random.default_rng(1)
+    held, points, rounds = {"precision": 0, "recall": 0}, [], 200
+    sizes, drawn, rates = [300, 600, 2000, 4000], [40, 25, 30, 40], [0.8, 0.97, 0.35, 0.02]
+    for _ in range(rounds):
+        whole = [rng.random(n) < rate for n, rate in zip(sizes, rates, strict=True)]
+        strata = [
+            Stratum(i < 2, len(all_), 0.0, tuple(Labelled(0.5, bool(s), 1) for s in rng.permutation(all_)[:n]))
+            for i, (all_, n) in enumerate(zip(whole, drawn, strict=True))
+        ]
+        found = precision.estimate(strata)
+        same = [int(all_.sum()) for all_ in whole]
+        truth = {"precision": sum(same[:2]) / 900, "recall": sum(same[:2]) / sum(same)}
+        assert found.precision is not None and found.recall is not None
+        for name, measured in (("precision", found.precision), ("recall", found.recall)):
+            held[name] += measured.low <= truth[name] <= measured.high
+        points.append([found.precision.value - truth["precision"], found.recall.value - truth["recall"]])
+    assert all(0.9 <= n / rounds <= 0.995 for n in held.values()), held
+    assert np.abs(np.mean(points, axis=0)).max() < 0.02
+
+
+def test_the_weights_matter() -> None:
+    few = Stratum(True, 900, 0.6, tuple(Labelled(0.7, True, 1) for _ in range(10)))
+    many = Stratum(True, 100, 0.5, tuple(Labelled(0.5, False, 1) for _ in range(50)))
+    found = precision.estimate([few, many]).precision
+    assert found is not None and found.value == pytest.approx(0.9) and found.low < 0.9 < found.high
+
+
+def test_labels_of_one_side_only_say_nothing_of_recall() -> None:
+    kept = Stratum(True, 10, 0.6, (Labelled(0.7, True, 3),))
+    found = precision.estimate([kept, Stratum(False, 10, 0.1)])
+    assert found.precision is not None and found.recall is None
+    assert precision.estimate([Stratum(True, 10, 0.6)]).precision is None
+
+
+def test_kappa_is_cohens() -> None:
+    # The textbook's table: both yes 20, both no 15, 5 and 10 apart.
+    a = ["same"] * 25 + ["different"] * 25
+    b = ["same"] * 20 + ["different"] * 5 + ["same"] * 10 + ["different"] * 15
+    assert precision.kappa(a, b) == (pytest.approx(0.7), pytest.approx(0.4))
+    assert precision.kappa(["same"] * 3, ["same"] * 3) == (1, None)

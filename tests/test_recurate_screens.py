@@ -1,0 +1,249 @@
+"""Screens and duplicates in a whole run, and recurate's other limits for them: the real curation, a judge of colours.
+
+Sixteen grids of five ideas: two good ones, one with a black panel, one out of focus, one whose panels differ in colour.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import plain_stages as stages
+from diptych import recurate as again
+from diptych.console import Display
+from diptych.data import funnel, records
+from diptych.data.images import image_cell
+from diptych.data.store import Dataset
+from diptych.errors import UsageError
+from diptych.recipe import Recipe, load
+from diptych.run import run
+from diptych.stages.curate import Curate as RealCurate
+
+QUIET = Display(quiet=True)
+ROWS = ("write", "paint", "curate")
+GRIDS = [number for number in range(18) if number % 7 != 6]  # what the plain painter does not lose
+IDEAS = 5
+GOOD, BLACK, SOFT, OTHER = (0, 1), 2, 3, 4
+
+
+class Colours:
+    """A judge that needs no torch: the mean colour, around grey."""
+
+    fingerprint = "c" * 64
+
+    def embed(self, images: list[Any]) -> np.ndarray:
+        found = np.stack([np.asarray(image, np.float32).mean((0, 1)) - 127.5 for image in images])
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a * b).sum(1)
+
+
+class Redness:
+    """A classifier that needs none either."""
+
+    name = "red"
+
+    def scores(self, panels: list[Any]) -> list[float]:
+        return [round(float(np.asarray(panel)[..., 0].mean() / 255), 6) for panel in panels]
+
+
+class Curate(RealCurate):
+    """The real stage with these two."""
+
+    def load(self) -> Any:
+        stages.CALLS.append("load curate")
+        looking: Any = [Redness()] if self.screens and self.screens.classifiers else []
+        return self.work(Colours(), None, looking)  # pyright: ignore[reportArgumentType]
+
+
+class Paint(stages.Paint):
+    """Two panels of tiles over one colour, the same for each grid of an idea."""
+
+    def one(self, row: dict[str, Any]) -> Any:
+        made: Any = super().one(row)
+        if isinstance(made, stages.Failure):
+            return made
+        number = int(row["id"][2:])
+        idea = number % IDEAS
+        panels = [panel(idea, side) for side in (0, 1)]
+        if idea == BLACK:
+            panels[1] = Image.fromarray((np.asarray(panels[1]) * 0.05).astype(np.uint8))
+        if idea == SOFT:
+            panels[0] = panels[0].filter(ImageFilter.GaussianBlur(8))
+        if idea == OTHER:
+            panels[1] = Image.fromarray(255 - np.asarray(panels[1]))
+        whole = Image.new("RGB", (128, 64))
+        for side, image in enumerate(panels):
+            whole.paste(image, (64 * side, 0))
+        return [{**made[0], "image": image_cell(whole), "panel_size": 64}]
+
+
+def panel(idea: int, side: int) -> Image.Image:
+    tiles = np.random.default_rng([idea, side]).permutation(np.linspace(0, 120, 64)).reshape(8, 8)
+    shade = np.kron(tiles, np.ones((8, 8)))
+    return Image.fromarray(np.stack([shade + 130 - 20 * idea, shade, shade], -1).astype(np.uint8))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    for name in ("teacher", "judge", "red"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+name: small
+teacher: {tmp_path}/teacher
+device: cpu
+threads: 1
+write: {{count: 18, shard_size: 5}}
+paint: {{dtype: float32}}
+curate:
+  judge: {tmp_path}/judge
+  batch_size: 2
+  thresholds: {{same: 0, near_copy: 0.02, seam: -1}}
+  screens: {{dark: 0.1, blur: 0.01, classifiers: [{{name: red, model: {tmp_path}/red, label: red, most: 1}}]}}
+  duplicates: {{hash: 4}}
+distill: {{precision: float32}}
+""")
+    return path
+
+
+@pytest.fixture
+def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    installed = stages.install()
+    installed["diptych.stages.curate"].__dict__["Curate"] = Curate
+    installed["diptych.stages.paint"].__dict__["Paint"] = Paint
+    for name, module in installed.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    import diptych
+
+    monkeypatch.delattr(diptych, "evaluate", raising=False)
+    monkeypatch.delattr(diptych, "stages", raising=False)
+    stages.CALLS.clear()
+    return load(recipe_file)
+
+
+@pytest.fixture
+def judged(recipe: Recipe, tmp_path: Path) -> Path:
+    run(recipe, tmp_path / "a", stages=ROWS, display=QUIET)
+    stages.CALLS.clear()
+    return tmp_path / "a"
+
+
+def data(folder: Path) -> dict[str, bytes]:
+    skip = {"log.jsonl", ".lock"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in skip}
+
+
+def of_idea(*ideas: int) -> list[int]:
+    return [number for number in GRIDS if number % IDEAS in ideas]
+
+
+# ---- the run
+
+
+def test_one_pair_of_each_idea_stays_and_the_others_name_it(recipe: Recipe, tmp_path: Path) -> None:
+    said: list[str] = []
+    display = Display(quiet=True)
+    display.say = said.append  # pyright: ignore[reportAttributeAccessIssue]
+    summary = run(recipe, tmp_path / "a", stages=ROWS, display=display)["stages"]["curate"]
+    pairs = [row["id"] for row in Dataset(tmp_path / "a/pairs")]
+    assert pairs == ["c-000000-01", "c-000000-10", "c-000001-01", "c-000001-10"]
+    refused = {row["id"]: row["reason"] for row in Dataset(tmp_path / "a/failed/select")}
+    assert refused == {
+        f"c-{number:06d}-{order}": f"duplicate of c-{number % IDEAS:06d}-{order}"
+        for number in of_idea(*GOOD)[2:]
+        for order in ("01", "10")
+    }
+    assert summary["pairs"] == 4 and summary["duplicates"] == len(refused) == 2 * (len(of_idea(*GOOD)) - 2)
+    assert [line for line in said if line.startswith(f"select: {len(refused)} pairs show again")]
+    reasons = Counter(row["reason"] for row in Dataset(tmp_path / "a/candidates"))
+    expected = {"screen: dark": (BLACK,), "screen: blur": (SOFT,), "same": (OTHER,), "kept": GOOD}
+    assert reasons == {reason: 2 * len(of_idea(*ideas)) for reason, ideas in expected.items()}
+
+
+def test_the_funnel_counts_each_refusal_at_its_step(judged: Path) -> None:
+    found = {step["name"]: step for step in funnel.measure(judged)["steps"]}
+    dark, soft, other, good = (2 * len(of_idea(*ideas)) for ideas in ((BLACK,), (SOFT,), (OTHER,), GOOD))
+    assert found["pre-filtered"]["lost"] == {"screen: dark": dark, "screen: blur": soft}
+    assert found["kept"]["lost"] == {"same": other, "duplicate": good - 4} and found["kept"]["count"] == 4
+    assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in found.values())
+    assert funnel.measure(judged)["balance"]["subject"]["by_name"]["cat"]["kept"] == 4
+    assert "duplicate" in "\n".join(funnel.lines(funnel.measure(judged)))
+
+
+def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, judged: Path) -> None:
+    whole = data(judged)
+    (judged / "pairs/manifest.json").unlink()
+    (judged / "pairs/part-00002.parquet").unlink()
+    run(recipe, judged, stages=ROWS, display=QUIET)
+    assert stages.CALLS == [] and data(judged) == whole
+
+
+# ---- recurate
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["screens.dark=null"],
+        ["curate.screens.blur=0", "screens.flat=0.05"],
+        ["duplicates.hash=null"],
+        ["screens.red=0.6", "same=-1"],
+    ],
+)
+def test_other_limits_make_the_bytes_of_a_run_with_them(
+    judged: Path, recipe: Recipe, tmp_path: Path, sets: list[str]
+) -> None:
+    found = again.recurate(judged, sets, tmp_path / "b", QUIET)
+    assert stages.CALLS == [] and (found["moves"] or found["duplicates"]["before"] != found["duplicates"]["after"])
+    frozen = load(tmp_path / "b/recipe.yaml")
+    run(frozen, tmp_path / "anew", stages=ROWS, display=QUIET)
+    assert stages.CALLS and data(tmp_path / "b") == data(tmp_path / "anew")
+    assert found["pairs"] == len(Dataset(tmp_path / "anew/pairs"))
+    assert found["kept_after"] == found["pairs"] + found["duplicates"]["after"]
+
+
+def test_a_dry_run_tells_how_many_repeat_others(judged: Path) -> None:
+    good = 2 * len(of_idea(*GOOD)) - 4
+    found = again.recurate(judged, ["duplicates.hash=null"], display=QUIET)
+    assert found["duplicates"] == {"before": good, "after": 0} and found["moves"] == []
+    text = "\n".join(again.lines(found))
+    assert "duplicates.hash 4 → off" in text and f"duplicates   {good} → 0 of the kept" in text
+    assert "screens.dark 0.1" in text and "screens.flat off" in text and "screens.red 1" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("screens.dork=0.1", "did you mean 'screens.dark'?"),
+        ("screens.classifiers=[]", "only thresholds can change here"),
+        ("screens.red=2", "curate.screens.classifiers.most: must be less than or equal to 1"),
+        ("duplicates.hash=12", "curate.duplicates.hash: must be less than or equal to 8"),
+    ],
+)
+def test_wrong_limits_are_named(judged: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        again.recurate(judged, [text], display=QUIET)
+    assert words in str(caught.value)
+
+
+def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
+    plain = load(recipe_file, ["curate.screens=null", "curate.duplicates=null"])
+    run(plain, tmp_path / "plain", stages=ROWS, display=QUIET)
+    assert not (tmp_path / "plain/failed/select").exists()
+    evidence = json.loads(next(iter(Dataset(tmp_path / "plain/candidates")))["evidence"])
+    assert not {"screens", "hashes"} & set(evidence)
+    assert {row["reason"] for row in Dataset(tmp_path / "plain/candidates")} <= {*records.TESTS, "kept"}
+    for text in ("screens.dark=0.1", "duplicates.hash=4"):
+        with pytest.raises(UsageError, match="only thresholds can change here"):
+            again.recurate(tmp_path / "plain", [text], display=QUIET)

@@ -1,0 +1,143 @@
+"""Recipe keys of training that change how a step is made, and what they must leave as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import kills
+import pytest
+import tiny_run
+import torch
+
+from diptych.errors import UsageError
+from diptych.stages.distill import distill, prepare, timestep_shift
+from diptych.train import checkpoint
+from diptych.train.loop import Trainer
+from diptych.train.metrics import read
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return read(out / "training" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_make_the_same_step(world: Any, straight: Any, tmp_path: Path, size: int) -> None:
+    distill(tiny_run.make_recipe(world.teacher, micro_batch=size), world.pairs, tmp_path / "out")
+    for name in ("left", "right", "grad_norm"):
+        got, wanted = ([line[name] for line in lines_of(out)] for out in (tmp_path / "out", straight.out))
+        assert got == pytest.approx(wanted, rel=1e-4), name
+
+
+def test_micro_batches_may_change_between_two_sittings(world: Any, tmp_path: Path) -> None:
+    distill(tiny_run.make_recipe(world.teacher, steps=4), world.pairs, tmp_path / "out")
+    distill(tiny_run.make_recipe(world.teacher, steps=6, micro_batch=2), world.pairs, tmp_path / "out")
+    assert [line["step"] for line in lines_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_share_of_samples_is_told_the_instruction(world: Any, tmp_path: Path) -> None:
+    pairs = tiny_run.make_pairs(tmp_path / "pairs", instruction="the same cat, in the grass")
+    free = {"text_dropout": 0, "both_dropout": 0, "validation_pairs": 0}
+    recipe = tiny_run.make_recipe(world.teacher, instructions=0.5, batch_size=24, **free)
+    trainer = Trainer(prepare(recipe, pairs, tmp_path / "out"))
+    asked: list[str] = []
+    gather = trainer.job.text.gather
+    trainer.job.text.gather = lambda captions: (asked.extend(captions), gather(captions))[1]  # pyright: ignore
+    for step in range(1, 9):
+        trainer.assemble(step)
+    share = sum(text.startswith("the same") for text in asked) / len(asked)
+    assert 0.35 < share < 0.65 and len(asked) == 8 * 24
+
+
+def test_a_pair_without_an_instruction_is_told_its_caption(world: Any, straight: Any, tmp_path: Path) -> None:
+    distill(tiny_run.make_recipe(world.teacher, instructions=1.0), world.pairs, tmp_path / "out")
+    got, wanted = ([line["loss"] for line in lines_of(out)] for out in (tmp_path / "out", straight.out))
+    assert got == wanted
+
+
+def test_an_automatic_shift_is_what_the_base_samples_with(world: Any, tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    recipe = tiny_run.make_recipe(world.teacher, shift="auto")
+    job = prepare(recipe, world.pairs, tmp_path / "out")
+    assert job.options.shift == 1.0 == job.pipe.scheduler.config.shift
+    job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    line = 0.5 + (1.15 - 0.5) * (job.canvas.tokens - 256) / (4096 - 256)  # FLUX.1-dev's, facts.md 3
+    assert timestep_shift(job.pipe, job.canvas) == pytest.approx(math.exp(line))
+    job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert timestep_shift(job.pipe, job.canvas) == 3.0
+
+
+def test_prodigy_finds_its_rate_and_resumes_exactly(world: Any, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    settings = {
+        "optimizer": "prodigy",
+        "learning_rate": 1.0,
+        "warmup": 0,
+        "checkpoint_every": 10,
+        "validation_pairs": 0,
+    }
+    distill(tiny_run.make_recipe(world.teacher, steps=40, **settings), world.pairs, tmp_path / "straight")
+    for steps in (20, 40):
+        distill(tiny_run.make_recipe(world.teacher, steps=steps, **settings), world.pairs, tmp_path / "twice")
+    assert kills.result(tmp_path / "straight") == kills.result(tmp_path / "twice")
+    last = checkpoint.load(tmp_path / "twice" / "training")
+    assert last is not None and last.tensors["optimizer"]["group.d"] > 1e-6  # where it starts
+
+
+def test_trackers_are_told_what_the_log_is_told(world: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    distill(tiny_run.make_recipe(world.teacher, trackers=["tensorboard"]), world.pairs, out)
+    events = EventAccumulator(str(out / "training" / "trackers" / "tiny")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    logged = {line["step"]: line["loss"] for line in lines_of(out)}
+    assert shown == pytest.approx(logged, rel=1e-5)
+    assert {event.step for event in events.Scalars("validation/right/0.5")} == {4, 8, 12}
+
+
+def test_a_tracker_that_is_not_installed_is_named(world: Any, tmp_path: Path) -> None:
+    try:
+        import wandb  # noqa: F401  # pyright: ignore
+    except ImportError:
+        recipe = tiny_run.make_recipe(world.teacher, trackers=["wandb"])
+        with pytest.raises(UsageError, match="wandb is not installed"):
+            distill(recipe, world.pairs, tmp_path / "out")
+    else:
+        pytest.skip("wandb is installed")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quantize": "nf4"}, "freezes the base"),
+        ({"sharding": "full", "optimizer": "prodigy"}, "takes optimizer: adamw"),
+        ({"shift": 0}, "shift"),
+        ({"instructions": 1.5}, "instructions"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(world: Any, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_run.make_recipe(world.teacher, **keys)
+
+
+def test_checkpoints_from_before_a_key_existed_go_on(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    distill(tiny_run.make_recipe(world.teacher, steps=4), world.pairs, out)
+    folder = out / "training" / "step-000004"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    for key in ("optimizer", "instructions", "quantize"):
+        del state["identity"][key]
+    import hashlib
+
+    text = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest["sha256"]["state.json"] = hashlib.sha256(text).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    distill(tiny_run.make_recipe(world.teacher, steps=6), world.pairs, out)
+    assert lines_of(out)[-1]["step"] == 6
+    assert torch.isfinite(torch.tensor(lines_of(out)[-1]["loss"]))

@@ -1,0 +1,143 @@
+"""Training in two processes on one CPU (gloo): the losses, checkpoints and students of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kills
+import pytest
+import tiny_run
+import torch
+
+from diptych.errors import UsageError, UserError
+from diptych.stages.distill import distill
+from diptych.train import checkpoint
+from diptych.train.metrics import read
+from diptych.train.processes import Processes
+
+SCRIPT = Path(__file__).parent / "tiny_run.py"
+
+
+def together(world: Any, out: Path, *sets: str, count: int = 2, script: Path = SCRIPT) -> list[subprocess.Popen[str]]:
+    """`tiny_run`, or another script, in `count` processes that know of each other, as `torchrun` starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(world.folder), str(out), *sets],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finished(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each."""
+    told = [process.communicate(timeout=300) for process in running]
+    return [(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [(), ("sharding=full",), ("sharding=full", "mode=lora", "rank=4", "micro_batch=1")],
+    ids=["ddp", "fsdp2", "fsdp2 lora"],
+)
+def test_two_processes_train_as_one_with_the_same_batch(world: Any, tmp_path: Path, sets: tuple[str, ...]) -> None:
+    alone = {"mode": "lora", "rank": 4} if "mode=lora" in sets else {}
+    distill(tiny_run.make_recipe(world.teacher, **alone), world.pairs, tmp_path / "one")
+    codes = finished(together(world, tmp_path / "two", *sets))
+    assert [code for code, _, _ in codes] == [0, 0], codes
+    assert "12 " in codes[0][1] and codes[1][1] == ""  # only the first one speaks
+    one, two = (read(tmp_path / name / "training" / "metrics.jsonl") for name in ("one", "two"))
+    for name in ("left", "right", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
+    losses = [[line["validation"]["loss"] for line in lines if "validation" in line] for lines in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    mine, theirs = (checkpoint.load(tmp_path / name / "training") for name in ("one", "two"))
+    assert mine is not None and theirs is not None
+    for group in ("weights", "ema"):
+        for name, tensor in mine.tensors[group].items():
+            torch.testing.assert_close(theirs.tensors[group][name], tensor, rtol=1e-3, atol=2e-5)
+    files = [sorted(p.name for p in (tmp_path / name).rglob("*.safetensors")) for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_a_training_goes_on_with_another_number_of_processes(world: Any, straight: Any, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    codes = finished(together(world, out, "steps=8", "sharding=full"))
+    assert [code for code, _, _ in codes] == [0, 0], codes
+    distill(tiny_run.make_recipe(world.teacher), world.pairs, out)
+    (lines, _), (wanted, _) = kills.result(out), kills.result(straight.out)
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in wanted], rel=1e-4)
+
+
+def test_spread_weights_are_dtensors_in_every_process(world: Any, tmp_path: Path) -> None:
+    """Read from inside: a process says what its parameters are, and how much of them it holds."""
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(SCRIPT.parent)!r}]\n"
+        "from pathlib import Path\n"
+        "import tiny_run, torch\n"
+        "from torch.distributed.tensor import DTensor\n"
+        "from diptych.data.store import Dataset\n"
+        "from diptych.stages.distill import prepare\n"
+        "from diptych.train.loop import Trainer\n"
+        "from diptych.train.processes import join\n"
+        f"work = Path({str(world.folder)!r})\n"
+        "processes, device = join(torch.device('cpu'))\n"
+        "recipe = tiny_run.make_recipe(work / 'teacher', sharding='full')\n"
+        f"job = prepare(recipe, Dataset(work / 'pairs'), Path({str(tmp_path / 'out')!r}), None, processes, device)\n"
+        "trainer = Trainer(job)\n"
+        "trainer.advance(trainer.assemble(1))\n"
+        "spread = [isinstance(p, DTensor) for p in trainer.trained.parameters]\n"
+        "own = sum(p.to_local().numel() for p in trainer.trained.parameters)\n"
+        "print(all(spread), own, trainer.trained.count)\n"
+    )
+    codes = finished(together(world, tmp_path / "out", script=script))
+    assert [code for code, _, _ in codes] == [0, 0], codes
+    for _, text, _ in codes:
+        spread, own, count = text.split()
+        assert spread == "True" and 0.4 * int(count) < int(own) < 0.6 * int(count)
+
+
+def test_ctrl_c_in_one_process_stops_both_after_the_same_step(world: Any, tmp_path: Path) -> None:
+    import signal
+
+    running = together(world, tmp_path / "out", "steps=4000")
+    assert running[1].stderr is not None
+    for line in running[0].stdout or ():
+        if line.startswith("6 "):
+            running[1].send_signal(signal.SIGTERM)
+            break
+    codes = finished(running)
+    assert [code for code, _, _ in codes] == [143, 143], codes
+    last = checkpoint.load(tmp_path / "out" / "training")
+    assert last is not None and 6 <= last.step < 4000
+
+
+def test_what_fails_in_one_process_fails_in_all(world: Any, tmp_path: Path) -> None:
+    codes = finished(together(world, tmp_path / "out", "batch_size=3"))
+    assert all(code and "does not divide among 2 processes" in errors for code, _, errors in codes), codes
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    assert Processes(1, 2).share([1, 2, 3, 4]) == [2, 4]
+    with pytest.raises(UsageError, match="multiple of 3"):
+        Processes(0, 3).share([1, 2, 3, 4])
+
+
+def test_a_block_that_fails_alone_fails() -> None:
+    with pytest.raises(UserError, match="no room"), Processes().together():
+        raise UserError("no room")
