@@ -136,7 +136,7 @@ def optimizer(parameters: Sequence[torch.nn.Parameter], options: Options) -> tor
 
             with redirect_stdout(None):  # it speaks, and stdout is for results
                 return Prodigy(parameters, **common, use_bias_correction=True, safeguard_warmup=True)
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         return AdamW8bit(parameters, **common)
     except ImportError as error:
@@ -159,7 +159,7 @@ def moving_average(trained: Trained, options: Options) -> Any | None:
     """diffusers' EMAModel over exactly the trained parameters; None when the recipe switches it off."""
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(trained.own, decay=options.ema, foreach=True) if options.ema else None
+    return EMAModel(trained.own, decay=options.ema, foreach=True) if options.ema else None  # pyright: ignore
 
 
 @contextmanager
