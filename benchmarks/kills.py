@@ -2,14 +2,15 @@
 
     python benchmarks/kills.py [--kills 20] [--out FILE]      # some minutes
 
-One run is left alone, a second one repeats it, a third is killed with SIGKILL at moments spread over its whole length
-until enough kills have landed. All three must end the same: prompts, grids, candidates, pairs and student byte for
-byte.
+One run is left alone, a second one repeats it, others are killed with SIGKILL once in each of their stages, at a random
+moment of it, until enough kills have landed. All must end the same: prompts, grids, candidates, pairs and student byte
+for byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -68,8 +69,16 @@ def result(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted([*rows, *weights])}
 
 
+def durations(out: Path) -> dict[str, float]:
+    """Seconds of each stage in a run's log, by the folder it fills; choosing the pairs is a part of curating."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    seconds = {line["stage"]: line["seconds"] for line in lines if line["event"] == "stage"}
+    parts = (("prompts", "write"), ("grids", "paint"), ("candidates", "curate"), ("student", "distill"))
+    return {"pairs": 0.1, **{folder: seconds[name] for folder, name in parts}}
+
+
 def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """The three runs; AssertionError if one ends otherwise than the first."""
+    """The runs; AssertionError if one ends otherwise than the first."""
     import torch
     from measuring import about, write
 
@@ -85,26 +94,29 @@ def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
         assert result(folder / "again") == first, "the same recipe twice did not give the same bytes"
 
         where: dict[str, int] = dict.fromkeys(STAGES, 0)
-        third, ends = folder / "killed", 0
+        takes = durations(folder / "first")
+        begin = max(1.0, seconds - sum(takes.values()))  # of importing: a kill there is one, too
+        ends = 0
         while sum(where.values()) < kills:
-            # From the first import to a good part of what is left: every stage is hit, and each start gets further.
-            process = start(recipe, third)
-            try:
-                process.wait(chance.uniform(0.1, 0.4) * seconds)
-                ends += 1
-                assert result(third) == first, "a run that was killed ended otherwise"
-                third = folder / f"killed-{ends}"
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                where[stage(third)] += 1
-                print(f"kill {sum(where.values())}: in {stage(third)}", flush=True)
-        finish(recipe, third)
-        assert result(third) == first, "a run that was killed ended otherwise"
+            out = folder / f"killed-{ends}"
+            for target in STAGES:
+                process = start(recipe, out)
+                try:
+                    while process.poll() is None and stage(out) != target:
+                        time.sleep(0.005)
+                    process.wait(chance.uniform(0.3 * begin, begin + takes[target]))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    where[stage(out)] += 1
+                    print(f"kill {sum(where.values())}: in {stage(out)}", flush=True)
+            finish(recipe, out)
+            assert result(out) == first, "a run that was killed ended otherwise"
+            ends += 1
     found = {
         "about": about(torch.device("cpu")) | {"threads": 1},
         "kills": where,
-        "runs_ended_the_same": ends + 1,
+        "runs_ended_the_same": ends,
         "files_compared": len(first),
         "seconds_undisturbed": round(seconds, 1),
     }

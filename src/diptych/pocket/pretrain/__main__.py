@@ -68,13 +68,15 @@ def teacher(
     finish: bool = True,
     compile: bool = True,
     start: Path | None = None,
+    drifted: float = 0.1,
     device: Device = "auto",
 ) -> None:
     """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting; `--start` begins
-    from a teacher's folder (the package's, say) where the work folder holds no state."""
+    from a teacher's folder (the package's, say) where the work folder holds no state; `--drifted` is the share of the
+    inconsistent grids to learn from."""
     from . import teacher as step
 
-    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, device, report=_say)
+    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, drifted, device, report=_say)
 
 
 @app.command()

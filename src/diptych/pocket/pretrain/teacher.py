@@ -178,11 +178,16 @@ def train(
     finish: bool = True,
     compile_model: bool = True,
     start: Path | None = None,
+    drifted: float = 0.1,
     device: str = "auto",
     report=print,
 ) -> None:
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
-    rate falls to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is."""
+    rate falls to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is.
+
+    `drifted` is the share of the rendered grids whose subject drifts that is learnt from. A teacher repeats a subject
+    less often than what it is taught (docs/pocket.md has how often).
+    """
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers.load_or_make(start or work / "teacher_training")
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
@@ -203,7 +208,8 @@ def train(
     rows = rows[: len(grids)]
     known = [torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("numbers", "choices")]
     prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
-    legible = np.flatnonzero([bool(row["grid"][0]) for row in rows])
+    taken = np.random.default_rng(0).random(len(rows)) < drifted
+    legible = np.flatnonzero([bool(row["grid"][0]) and (row["same"] or taken[n]) for n, row in enumerate(rows)])
     side = grids.shape[2]
     ids = {False: position_ids(side, side).to(place), True: position_ids(side, 2 * side).to(place)}
     if compile_model:

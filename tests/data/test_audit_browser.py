@@ -1,0 +1,78 @@
+"""The audit's page in a browser, labelled by keyboard and mouse. Needs Playwright and chromium."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diptych.data import audit, labels
+from diptych.data.audit_page import AuditServer, serve
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+
+
+@pytest.fixture
+def server(known: tuple[Path, dict[str, str]]) -> Iterator[AuditServer]:
+    server = AuditServer(audit.draw(known[0], 6, 0), labels.Labels(known[0] / "audit" / "labels.jsonl"), "me", {})
+    thread = threading.Thread(target=serve, args=(server,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1200, 900), (390, 844)], ids=["wide", "phone"])
+def test_a_sample_is_labelled_by_keyboard_and_mouse(
+    server: AuditServer, browser: Any, width: int, height: int, known: tuple[Path, dict[str, str]]
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": height})
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(server.url)
+    shown = page.locator("#ask")
+    for number, act in enumerate(("s", "d", "u"), 1):
+        playwright.expect(shown).to_contain_text(f"Pair {number}:")
+        page.keyboard.press(act)
+    playwright.expect(shown).to_contain_text("Pair 4:")
+    for side in ("reference", "target"):
+        page.wait_for_function(f"document.getElementById('{side}').naturalWidth > 0")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    page.get_by_role("button", name="same").click()
+    playwright.expect(shown).to_contain_text("Pair 5:")
+    page.keyboard.press("ArrowLeft")
+    playwright.expect(shown).to_contain_text("Pair 4:")
+    playwright.expect(page.get_by_role("button", name="same")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="finish").click()
+    playwright.expect(page.locator("#title")).to_contain_text("Finished")
+    kept = labels.read(known[0] / "audit" / "labels.jsonl")["me"]
+    assert [kept[pair.id] for pair in server.sample.pairs[:4]] == ["same", "different", "unsure", "same"] and not faults
+    page.close()
+
+
+def test_who_goes_on_before_a_label_is_kept_labels_the_pair_that_was_shown(server: AuditServer, browser: Any) -> None:
+    page = browser.new_page()
+    page.route("**/label", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    page.goto(server.url)
+    playwright.expect(page.locator("#ask")).to_contain_text("Pair 1:")
+    page.keyboard.press("s")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator("#count")).to_contain_text("1 of 6")
+    playwright.expect(page.locator("#ask")).to_contain_text("Pair 3:")
+    playwright.expect(page.get_by_role("button", name="same")).to_have_attribute("aria-pressed", "false")
+    page.close()
