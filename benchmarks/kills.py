@@ -98,20 +98,20 @@ def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
         begin = max(1.0, seconds - sum(takes.values()))  # of importing: a kill there is one, too
         ends = 0
         while sum(where.values()) < kills:
-            out = folder / f"killed-{ends}"
+            killed = folder / f"killed-{ends}"
             for target in STAGES:
-                process = start(recipe, out)
+                process = start(recipe, killed)
                 try:
-                    while process.poll() is None and stage(out) != target:
+                    while process.poll() is None and stage(killed) != target:
                         time.sleep(0.005)
                     process.wait(chance.uniform(0.3 * begin, begin + takes[target]))
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
-                    where[stage(out)] += 1
-                    print(f"kill {sum(where.values())}: in {stage(out)}", flush=True)
-            finish(recipe, out)
-            assert result(out) == first, "a run that was killed ended otherwise"
+                    where[stage(killed)] += 1
+                    print(f"kill {sum(where.values())}: in {stage(killed)}", flush=True)
+            finish(recipe, killed)
+            assert result(killed) == first, "a run that was killed ended otherwise"
             ends += 1
     found = {
         "about": about(torch.device("cpu")) | {"threads": 1},
