@@ -50,7 +50,7 @@ def test_a_sample_is_labelled_by_keyboard_and_mouse(
         page.keyboard.press(act)
     playwright.expect(shown).to_contain_text("Pair 4:")
     for side in ("reference", "target"):
-        page.wait_for_function(f"document.getElementById('{side}').naturalWidth > 0")
+        playwright.expect(page.locator(f"#{side}")).not_to_have_js_property("naturalWidth", 0)
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
     page.get_by_role("button", name="same").click()
     playwright.expect(shown).to_contain_text("Pair 5:")
