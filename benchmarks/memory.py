@@ -20,46 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diptych.plan.teacher import KNOWN
 from diptych.student import memory
 from diptych.student.memory import GIB, PRESETS, Preset, Shapes, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-VAE: dict[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "sample_size": 1024,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
+VAE: dict[str, Any] = dict(DEV["vae"])
 FLUX = Shapes(
-    transformer={
-        "in_channels": 128,
-        "out_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-    },
-    vae=VAE,
-    text_encoder={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    text_encoder_2={
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_heads": 64,
-        "num_layers": 24,
-        "vocab_size": 32128,
-        "feed_forward_proj": "gated-gelu",
-    },
+    {**DEV["transformer"], "in_channels": 128, "out_channels": 64}, VAE, DEV["text_encoder"], DEV["text_encoder_2"]
 )
 # FLUX.1's layers, fewer and half as wide: 0.52 B parameters, 2.1 GB in float32 (what a CPU computes in).
 SMALL = {**FLUX.transformer, "num_layers": 3, "num_single_layers": 7, "num_attention_heads": 12}

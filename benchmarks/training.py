@@ -25,6 +25,7 @@ import torch
 from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
+from diptych.plan.teacher import KNOWN
 from diptych.recipe import Recipe
 from diptych.stages.distill import prepare
 from diptych.student.geometry import condition_canvas, fit_image, join_panels, to_pixels
@@ -35,16 +36,7 @@ from diptych.train.objective import Batch, image_ids, panel_losses
 GOAL = 1.3  # times the plain loop's samples a second, on the CPU
 PAIRS = 512
 H200_RATE = 790e12
-FULL: dict[str, Any] = {  # FLUX.1-dev's transformer
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
+FULL = KNOWN["black-forest-labs/FLUX.1-dev"]
 
 
 class PlainLoop:
@@ -187,20 +179,10 @@ def full(rounds: int, steps: int) -> dict[str, Any]:
     words = models.resolve("pocket", "teacher")  # tokenizers: what they say does not matter here
     with tempfile.TemporaryDirectory() as scratch, torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
-        transformer = FluxTransformer2DModel(**FULL)
-        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-        t5 = T5EncoderModel(T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128))
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        transformer = FluxTransformer2DModel.from_config(FULL["transformer"])
+        clip = CLIPTextModel(CLIPTextConfig(**FULL["text_encoder"]))
+        t5 = T5EncoderModel(T5Config(**FULL["text_encoder_2"]))
+        vae = AutoencoderKL.from_config(FULL["vae"])
         torch.set_default_dtype(torch.float32)
         folder = Path(scratch) / "teacher"
         FluxPipeline(

@@ -12,8 +12,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
+import diptych
 from diptych.data import records
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
@@ -119,6 +121,26 @@ def write_report(recipe: Any, run_dir: Path) -> None:
     """A page."""
     (run_dir / "report").mkdir(exist_ok=True)
     write_atomic(run_dir / "report" / "report.html", b"<p>report</p>\n")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **classes: type) -> None:
+    """These stages in place of the real ones for one test; `classes` (Paint=…, Curate=…) in place of these."""
+    for name, made in install().items():
+        monkeypatch.setitem(sys.modules, name, made)
+        for stage, own in classes.items():
+            if name == f"diptych.stages.{stage.lower()}":
+                monkeypatch.setattr(made, stage, own)
+    for name in ("evaluate", "stages"):
+        monkeypatch.delattr(diptych, name, raising=False)
+    CALLS.clear()
+
+
+def data(folder: Path) -> dict[str, bytes]:
+    """Every file of a run that must not differ between two runs of one recipe."""
+    skip = {"log.jsonl", ".lock"}
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name not in skip}
+    assert not [name for name in found if name.endswith(".tmp")], "leftovers of a killed writer"
+    return {name: path.read_bytes() for name, path in found.items()}
 
 
 def install(delay: float = 0.0) -> dict[str, types.ModuleType]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +56,7 @@ def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
             text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
             return [{**pair, "evidence": text} for pair in super().one(row)]  # pyright: ignore[reportGeneralTypeIssues]
 
-    installed = stages.install()
-    installed["diptych.stages.curate"].__dict__["Curate"] = Curate
-    for name, module in installed.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    import diptych
-
-    monkeypatch.delattr(diptych, "evaluate", raising=False)
-    monkeypatch.delattr(diptych, "stages", raising=False)
-    stages.CALLS.clear()
+    stages.use(monkeypatch, Curate=Curate)
     return load(recipe_file)
 
 
@@ -76,18 +67,13 @@ def judged(recipe: Recipe, tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def data(folder: Path) -> dict[str, bytes]:
-    skip = {"log.jsonl", ".lock"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in skip}
-
-
 def test_it_makes_the_bytes_of_a_run_with_these_thresholds(judged: Path, recipe_file: Path, tmp_path: Path) -> None:
     run(load(recipe_file, ["curate.thresholds.same=0.6"]), tmp_path / "anew", stages=ROWS, display=QUIET)
-    before = data(judged)
+    before = stages.data(judged)
     stages.CALLS.clear()
     found = again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)
-    assert data(tmp_path / "b") == data(tmp_path / "anew")
-    assert stages.CALLS == [] and data(judged) == before
+    assert stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
+    assert stages.CALLS == [] and stages.data(judged) == before
     pairs = Dataset(tmp_path / "b" / "pairs")
     assert found["pairs"] == len(pairs) == found["kept_after"] and all(row["similarity"] >= 0.6 for row in pairs)
     assert found["went"] > 0 and found["came"] == 0
@@ -148,7 +134,7 @@ def test_a_killed_one_goes_on_where_it_was(judged: Path, tmp_path: Path) -> None
     (tmp_path / "b/candidates/.part-00002.parquet.1.tmp").write_bytes(b"half")
     kept = (tmp_path / "b/candidates/part-00000.parquet").stat().st_mtime_ns
     again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)
-    assert data(tmp_path / "b") == data(tmp_path / "whole")
+    assert stages.data(tmp_path / "b") == stages.data(tmp_path / "whole")
     assert (tmp_path / "b/candidates/part-00000.parquet").stat().st_mtime_ns == kept
 
 

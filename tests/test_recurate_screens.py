@@ -6,7 +6,6 @@ Sixteen grids of five ideas: two good ones, one with a black panel, one out of f
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 import plain_stages as stages
+from coloured import Colours
 from diptych import recurate as again
 from diptych.console import Display
 from diptych.data import funnel, records
@@ -31,20 +31,6 @@ ROWS = ("write", "paint", "curate")
 GRIDS = [number for number in range(18) if number % 7 != 6]  # what the plain painter does not lose
 IDEAS = 5
 GOOD, BLACK, SOFT, OTHER = (0, 1), 2, 3, 4
-
-
-class Colours:
-    """A judge that needs no torch: the mean colour, around grey."""
-
-    fingerprint = "c" * 64
-
-    def embed(self, images: list[Any]) -> np.ndarray:
-        found = np.stack([np.asarray(image, np.float32).mean((0, 1)) - 127.5 for image in images])
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-    @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a * b).sum(1)
 
 
 class Redness:
@@ -119,16 +105,7 @@ distill: {{precision: float32}}
 
 @pytest.fixture
 def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    installed = stages.install()
-    installed["diptych.stages.curate"].__dict__["Curate"] = Curate
-    installed["diptych.stages.paint"].__dict__["Paint"] = Paint
-    for name, module in installed.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    import diptych
-
-    monkeypatch.delattr(diptych, "evaluate", raising=False)
-    monkeypatch.delattr(diptych, "stages", raising=False)
-    stages.CALLS.clear()
+    stages.use(monkeypatch, Paint=Paint, Curate=Curate)
     return load(recipe_file)
 
 
@@ -137,11 +114,6 @@ def judged(recipe: Recipe, tmp_path: Path) -> Path:
     run(recipe, tmp_path / "a", stages=ROWS, display=QUIET)
     stages.CALLS.clear()
     return tmp_path / "a"
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    skip = {"log.jsonl", ".lock"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in skip}
 
 
 def of_idea(*ideas: int) -> list[int]:
@@ -182,11 +154,11 @@ def test_the_funnel_counts_each_refusal_at_its_step(judged: Path) -> None:
 
 
 def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, judged: Path) -> None:
-    whole = data(judged)
+    whole = stages.data(judged)
     (judged / "pairs/manifest.json").unlink()
     (judged / "pairs/part-00002.parquet").unlink()
     run(recipe, judged, stages=ROWS, display=QUIET)
-    assert stages.CALLS == [] and data(judged) == whole
+    assert stages.CALLS == [] and stages.data(judged) == whole
 
 
 # ---- recurate
@@ -208,7 +180,7 @@ def test_other_limits_make_the_bytes_of_a_run_with_them(
     assert stages.CALLS == [] and (found["moves"] or found["duplicates"]["before"] != found["duplicates"]["after"])
     frozen = load(tmp_path / "b/recipe.yaml")
     run(frozen, tmp_path / "anew", stages=ROWS, display=QUIET)
-    assert stages.CALLS and data(tmp_path / "b") == data(tmp_path / "anew")
+    assert stages.CALLS and stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
     assert found["pairs"] == len(Dataset(tmp_path / "anew/pairs"))
     assert found["kept_after"] == found["pairs"] + found["duplicates"]["after"]
 

@@ -49,22 +49,8 @@ curate: {{judge: {tmp_path}/judge, thresholds: {{same: 0.3}}}}
 
 @pytest.fixture
 def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    for name, module in stages.install().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    import diptych
-
-    monkeypatch.delattr(diptych, "evaluate", raising=False)
-    monkeypatch.delattr(diptych, "stages", raising=False)
-    stages.CALLS.clear()
+    stages.use(monkeypatch)
     return load(recipe_file)
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    """Every file that must not differ between two runs of one recipe."""
-    skip = {"log.jsonl", ".lock"}
-    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name not in skip}
-    assert not [name for name in found if name.endswith(".tmp")], "leftovers of a killed writer"
-    return {name: path.read_bytes() for name, path in sorted(found.items())}
 
 
 def test_a_run_makes_every_part_of_its_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -88,16 +74,16 @@ def test_the_same_recipe_twice_gives_the_same_bytes(recipe: Recipe, tmp_path: Pa
     run(recipe, tmp_path / "a", display=QUIET)
     time.sleep(1.01)  # a clock that got into a file would show
     run(recipe, tmp_path / "b", display=QUIET)
-    assert data(tmp_path / "a") == data(tmp_path / "b")
+    assert stages.data(tmp_path / "a") == stages.data(tmp_path / "b")
 
 
 def test_a_finished_run_does_no_row_again(recipe: Recipe, tmp_path: Path) -> None:
     run(recipe, tmp_path / "a", display=QUIET)
-    before = data(tmp_path / "a")
+    before = stages.data(tmp_path / "a")
     stages.CALLS.clear()
     run(recipe, tmp_path / "a", display=QUIET)
     assert not [call for call in stages.CALLS if call.startswith("load")]
-    assert data(tmp_path / "a") == before
+    assert stages.data(tmp_path / "a") == before
 
 
 def test_stages_run_alone_and_in_order(recipe: Recipe, tmp_path: Path) -> None:
@@ -106,16 +92,16 @@ def test_stages_run_alone_and_in_order(recipe: Recipe, tmp_path: Path) -> None:
     for stage in ("write", "paint", "curate", "distill", "evaluate"):
         run(recipe, tmp_path / "a", stages=(stage,), display=QUIET)
     run(recipe, tmp_path / "b", display=QUIET)
-    assert data(tmp_path / "a") == data(tmp_path / "b")
+    assert stages.data(tmp_path / "a") == stages.data(tmp_path / "b")
 
 
 def test_another_recipe_is_refused_and_the_keys_are_named(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "a", display=QUIET)
-    before = data(tmp_path / "a")
+    before = stages.data(tmp_path / "a")
     other = load(recipe_file, ["distill.steps=7", "seed=1"])
     with pytest.raises(UsageError, match=r"seed \(0 there, 1 here\), distill.steps \(4000 there, 7 here\).*--out"):
         run(other, tmp_path / "a", display=QUIET)
-    assert data(tmp_path / "a") == before
+    assert stages.data(tmp_path / "a") == before
 
 
 def test_what_the_machine_decided_stays_decided(recipe_file: Path, recipe: Recipe, tmp_path: Path) -> None:
@@ -190,7 +176,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(recipe_file: Path
     code, stdout, stderr = finish(start(recipe_file, out, 0, "--json"))
     assert code == 0, stderr
     assert json.loads(stdout)["stages"]["paint"]["processed"] < 23
-    assert data(out) == data(tmp_path / "whole")
+    assert stages.data(out) == stages.data(tmp_path / "whole")
 
 
 def test_ctrl_c_says_how_to_go_on_and_leaves_a_resumable_run(recipe_file: Path, tmp_path: Path) -> None:

@@ -15,14 +15,10 @@ from diptych.data.images import open_image
 from diptych.data.store import Dataset
 from diptych.recipe import load
 from diptych.run import run
+from plain_stages import data
 
 STAGES = ("write", "paint", "curate")
 SCRIPT = Path(__file__).parent / "curation_models.py"
-
-
-def data(folder: Path) -> dict[str, bytes]:
-    found = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("log.jsonl", ".lock")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(found)}
 
 
 def kill_when(path: Path, recipe: Path, out: Path) -> None:

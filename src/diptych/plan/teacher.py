@@ -40,6 +40,8 @@ _FLUX: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
         "latent_channels": 16,
         "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     },

@@ -1,0 +1,50 @@
+"""`make demo` in a fresh clone: minutes from nothing to the report, install included, and memory.
+
+    python benchmarks/demo.py [--out FILE]      # some minutes; needs git and make
+
+`peak_mib` is the most that any one of its processes held: the stages run in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import measuring
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        clone = Path(scratch) / "diptych"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        started = time.perf_counter()
+        subprocess.run(["make", "demo"], cwd=clone, check=True)
+        seconds = time.perf_counter() - started
+        run = clone / "runs" / "demo"
+        lines = map(json.loads, (run / "log.jsonl").read_text("utf8").splitlines())
+        stages = {line["stage"]: line["seconds"] for line in lines if line["event"] == "stage"}
+        report = (run / "report" / "report.html").stat().st_size
+    result = {
+        "about": measuring.about(torch.device("cpu")),
+        "seconds": round(seconds, 1),
+        "stages": stages,
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "report_bytes": report,
+    }
+    print(measuring.write("demo", result, asked.out))
+    print(f"{seconds / 60:.1f} minutes, {result['peak_mib']} MiB")
+
+
+if __name__ == "__main__":
+    main()
