@@ -33,7 +33,8 @@ from diptych.data.engine import LocalEngine, Work
 from diptych.data.images import image_cell
 from diptych.data.store import Dataset
 from diptych.machine import machine, versions
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
+from diptych.sections import Recipe
 from diptych.stages.curate import Curate
 
 if TYPE_CHECKING:

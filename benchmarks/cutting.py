@@ -20,7 +20,7 @@ from typing import Any
 import canvases
 
 from diptych.machine import machine, versions
-from diptych.recipe import Thresholds
+from diptych.sections import Thresholds
 from diptych.stages import geometry
 
 RESULTS = Path(__file__).with_name("results")

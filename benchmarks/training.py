@@ -26,7 +26,7 @@ from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
 from diptych.plan.teacher import KNOWN
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 from diptych.stages.distill import prepare
 from diptych.student.geometry import condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.hardware import pick_precision

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diptych import recipe as recipes
 from diptych.data import records
 from diptych.data.engine import failed_row
 from diptych.data.labels import Labels
 from diptych.data.store import Dataset
+from diptych.sections import Recipe, Thresholds
 
 SHARD = 50  # grids
 KINDS = ("cat", "robot", "teapot")
@@ -29,7 +29,7 @@ def make(folder: Path, judged: list[tuple[float, bool]], copies: int = 0, seamle
     `judged` is (similarity, truth) of each grid; then come near copies, grids without a seam, three grids that curation
     could not read and two prompts that could not be painted. The threshold is 0.5.
     """
-    recipe = recipes.Recipe(name=folder.name, device="cpu", threads=1)
+    recipe = Recipe(name=folder.name, device="cpu", threads=1)
     total = len(judged) + copies + seamless
     recipe = recipe.model_copy(update={"write": recipe.write.model_copy(update={"count": total + 5})})
     folder.mkdir(parents=True)
@@ -69,7 +69,7 @@ def grid(row: dict[str, Any]) -> dict[str, Any]:
 
 def candidate(i: int, a: int, b: int, similarity: float, distance: float, seam: float) -> dict[str, Any]:
     of = records.grid_id(records.prompt_id(i))
-    kept, reason = records.verdict(similarity, distance, seam, recipes.Thresholds())
+    kept, reason = records.verdict(similarity, distance, seam, Thresholds())
     row = {"conditioning": cell(i, a), "image": cell(i, b), "caption": f"a {KINDS[i % len(KINDS)]}"}
     row |= {"instruction": "", "id": records.pair_id(of, a, b), "grid_id": of, "reference_caption": ""}
     row |= {"task": "subject", "subject": KINDS[i % len(KINDS)], "reference_panel": a, "target_panel": b, "seed": i}

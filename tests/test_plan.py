@@ -18,7 +18,8 @@ from diptych.data import log
 from diptych.errors import UsageError, UserError
 from diptych.paths import packaged
 from diptych.plan import arithmetic, assumptions, lines, make, measured, teacher
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
+from diptych.sections import Recipe
 
 LLM = {
     "write.writer": "llm",

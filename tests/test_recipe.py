@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError, nearest
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
+from diptych.sections import Recipe
 
 
 def write(tmp_path: Path, text: str) -> Path:

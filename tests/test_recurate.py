@@ -16,8 +16,9 @@ from diptych.console import Display
 from diptych.data import log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
 from diptych.run import run
+from diptych.sections import Recipe
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")

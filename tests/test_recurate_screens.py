@@ -22,8 +22,9 @@ from diptych.data import funnel, records
 from diptych.data.images import image_cell
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
 from diptych.run import run
+from diptych.sections import Recipe
 from diptych.stages.curate import Curate as RealCurate
 
 QUIET = Display(quiet=True)

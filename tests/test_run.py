@@ -21,8 +21,9 @@ from diptych.console import Display, Meter, duration, rate_text
 from diptych.data import log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.recipe import Recipe, load
+from diptych.recipe import load
 from diptych.run import prompt_shards, run
+from diptych.sections import Recipe
 
 QUIET = Display(quiet=True)
 SCRIPT = Path(stages.__file__)

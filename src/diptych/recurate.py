@@ -32,8 +32,8 @@ from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError, nearest
-from diptych.recipe import Recipe, Screens, Thresholds
 from diptych.run import Pipeline, freeze, lock
+from diptych.sections import Recipe, Screens, Thresholds
 
 SECTION = "curate.thresholds"
 EXAMPLES = 5

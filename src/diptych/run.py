@@ -28,7 +28,7 @@ from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, versions
-from diptych.recipe import Recipe
+from diptych.sections import Recipe, Thresholds
 from diptych.student import parallel
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
@@ -256,7 +256,7 @@ class _Select:
     batch_size = 256
 
     def __init__(
-        self, candidates: Dataset, thresholds: recipes.Thresholds, screens: records.Limits | None, bits: int | None
+        self, candidates: Dataset, thresholds: Thresholds, screens: records.Limits | None, bits: int | None
     ) -> None:
         self.candidates, self.thresholds, self.screens, self.bits = candidates, thresholds, screens, bits
 

@@ -19,7 +19,7 @@ from diptych.data import duplicates
 from diptych.data.duplicates import Table, panel_hash
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.recipe import Thresholds
+from diptych.sections import Thresholds
 
 LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
 CODES = st.integers(0, 2**64 - 1)

@@ -16,7 +16,7 @@ from diptych.data.store import Dataset
 from diptych.evaluate import curation, truth
 from diptych.evaluate.curation import Pairs, Reader, curve
 from diptych.evaluate.suites import Prior
-from diptych.recipe import Thresholds
+from diptych.sections import Thresholds
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,7 +19,7 @@ from PIL import Image
 from diptych.data import log
 from diptych.evaluate import report
 from diptych.evaluate.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 VOID = {"meta", "img", "br", "path", "circle", "rect"}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def make_suite(calibration: int = 20, check: int = 20) -> Suite:
 
 def make_recipe(teacher: Path, judges: Path, **evaluate: Any) -> Any:
     """A recipe for that teacher and those judges, quick to evaluate."""
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
     settings = {
         "samples": 4,
@@ -160,7 +160,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
     from diptych.data.store import Dataset
     from diptych.evaluate import metrics
     from diptych.pocket import captions, world
-    from diptych.recipe import Thresholds
+    from diptych.sections import Thresholds
 
     rows: dict[str, list[dict[str, Any]]] = {"prompts": [], "grids": [], "candidates": []}
     for i in range(grids):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from diptych.recipe import Thresholds
+from diptych.sections import Thresholds
 from diptych.stages.alignment import FINE, copy_distance, structural_shift
 from diptych.stages.curate import ALIGNED_MATCH, ALIGNED_SHIFT
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diptych.recipe import Thresholds
+from diptych.sections import Thresholds
 from diptych.stages import geometry
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

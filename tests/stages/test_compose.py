@@ -13,9 +13,9 @@ from diptych import tasks
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket.captions import count_words
-from diptych.recipe import Recipe
-from diptych.recipe import Write as Settings
 from diptych.run import prompt_shards
+from diptych.sections import Recipe
+from diptych.sections import Write as Settings
 from diptych.stages import compose, vocabulary, wording, write
 from diptych.stages.grammar import Draft, Turn
 

@@ -17,7 +17,7 @@ from diptych.data import records
 from diptych.data.duplicates import panel_hash
 from diptych.data.engine import Failure
 from diptych.data.images import image_cell, open_image
-from diptych.recipe import Duplicates, Screens, Thresholds
+from diptych.sections import Duplicates, Screens, Thresholds
 from diptych.stages.curate import Curate
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coloured import Colours, grid, opinion
 from PIL import Image
 
+from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
 from diptych import tasks
 from diptych.data import funnel, records
@@ -25,8 +25,8 @@ from diptych.data.images import open_image
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.model import NobodyAnswers, open_model
-from diptych.recipe import Recipe, Thresholds
 from diptych.recurate import judged_again
+from diptych.sections import Recipe, Thresholds, Vlm
 from diptych.stages.curate import Curate
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
@@ -272,7 +272,7 @@ def test_what_is_wrong_with_it_is_named(sets: list[str], message: str) -> None:
 
 
 def test_every_key_of_it_is_documented_and_survives_a_dump(tmp_path: Path) -> None:
-    assert all(field.description for field in recipes.Vlm.model_fields.values())
+    assert all(field.description for field in Vlm.model_fields.values())
     recipe = recipes.load("pocket", [URL, MODEL, "curate.vlm.votes=3", "curate.vlm.endpoint.temperature=0.7"])
     (tmp_path / "r.yaml").write_text(recipe.dump())
     assert recipes.load(tmp_path / "r.yaml") == recipe

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coloured import Colours, grid, opinion
 from PIL import Image
 
+from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
 from diptych.data import audit, audit_sheet, labels, records
 from diptych.data.audit_page import AuditServer
@@ -31,8 +31,8 @@ from diptych.data.store import Dataset
 from diptych.evaluate import report
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.model import open_model
-from diptych.recipe import Recipe
 from diptych.run import prompt_shards
+from diptych.sections import Recipe
 from diptych.stages.curate import Curate
 from diptych.stages.write import Write
 from llm.chat_server import Act, Call, ChatServer, Serve, say

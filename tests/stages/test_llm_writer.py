@@ -22,8 +22,8 @@ from diptych.data.engine import Failure, Row
 from diptych.errors import UsageError, UserError
 from diptych.llm import schema
 from diptych.pocket.captions import count_words
-from diptych.recipe import Recipe
 from diptych.run import prompt_shards
+from diptych.sections import Recipe
 from diptych.stages import llm_writer, seeds, wording, write
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 

@@ -15,7 +15,7 @@ from diptych.data import records
 from diptych.data.engine import Failure
 from diptych.data.images import open_image
 from diptych.errors import UsageError, UserError
-from diptych.recipe import Paint as PaintSettings
+from diptych.sections import Paint as PaintSettings
 from diptych.stages import paint
 
 

@@ -17,6 +17,7 @@ from diptych.data.engine import Failure
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
 from diptych.judges.vlm import Judgement
+from diptych.sections import Classifier, Screens
 from diptych.stages import screens
 from diptych.stages.curate import Curate
 
@@ -90,7 +91,7 @@ def test_scores_survive_the_evidence_unchanged() -> None:
 
 
 def test_the_first_screen_that_either_panel_fails_is_named() -> None:
-    settings = recipes.Screens.model_validate(
+    settings = Screens.model_validate(
         {"dark": 0.1, "blur": 0.02, "classifiers": [{"name": "nsfw", "model": "m", "label": "yes", "most": 0.4}]}
     )
     good = {"dark": 0.5, "flat": 0.0, "blur": 0.03, "nsfw": 0.4}
@@ -148,7 +149,7 @@ def test_a_recipe_without_screens_or_duplicates_is_the_recipe_it_was() -> None:
 
 def open_classifier(folder: Path, **more: Any) -> screens.PanelClassifier:
     settings = {"name": "seen", "model": str(folder), "label": "nsfw", **more}
-    return screens.PanelClassifier.load(recipes.Classifier.model_validate(settings))
+    return screens.PanelClassifier.load(Classifier.model_validate(settings))
 
 
 def test_a_classifier_gives_its_labels_probability_of_every_panel(classifier: Path) -> None:

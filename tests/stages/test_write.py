@@ -17,9 +17,9 @@ from diptych.data import records
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket import captions, world
-from diptych.recipe import Recipe
-from diptych.recipe import Write as Settings
 from diptych.run import prompt_shards
+from diptych.sections import Recipe
+from diptych.sections import Write as Settings
 from diptych.stages import wording, write
 from diptych.stages.grammar import GRAMMARS, Draft, Turn
 

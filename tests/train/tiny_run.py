@@ -154,7 +154,7 @@ DISTILL = {
 
 def make_recipe(teacher: Path, **distill: Any) -> Any:
     """A recipe for that teacher, quick to train."""
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
     values = {"name": "tiny", "teacher": str(teacher), "seed": 5, "device": "cpu", "threads": 1}
     return Recipe.model_validate({**values, "distill": {**DISTILL, **distill}})

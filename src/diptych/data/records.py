@@ -117,7 +117,7 @@ def seed_of(run_seed: int, row_id: str, purpose: str = "") -> int:
 
 
 class Thresholds(Protocol):
-    """The part of a recipe that decides (`recipe.Thresholds`)."""
+    """The part of a recipe that decides (`sections.Thresholds`)."""
 
     @property
     def same(self) -> float: ...

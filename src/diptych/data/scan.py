@@ -13,11 +13,12 @@ from diptych import recipe as recipes
 from diptych import tasks
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
+from diptych.sections import Recipe
 
 BATCH = 8192  # rows
 
 
-def open_run(run_dir: str | Path) -> tuple[Path, recipes.Recipe, tasks.Task]:
+def open_run(run_dir: str | Path) -> tuple[Path, Recipe, tasks.Task]:
     """A run's folder, its frozen recipe and its task. UsageError if the folder is no run's."""
     folder = Path(run_dir)
     if not folder.is_dir():

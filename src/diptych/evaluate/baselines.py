@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.evaluate.suites import Sample, Suite
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 ANCHORS = ("truth", "other")
 PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder

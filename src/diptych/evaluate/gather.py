@@ -15,7 +15,7 @@ from diptych.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 SMALL = ("id", "kept", "reason", "similarity", "copy_distance", "seam", "reference_panel", "target_panel")
 LOOKED = 4  # shards looked through for pictures

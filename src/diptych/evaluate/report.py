@@ -20,7 +20,7 @@ from diptych.evaluate.html import count, details, missing, page, paragraph, tabl
 from diptych.models import FLUX_DEV_NOTE
 
 if TYPE_CHECKING:
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 log = logging.getLogger("diptych.report")
 PARTS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (

@@ -29,7 +29,7 @@ from diptych.evaluate.suites import Sample, Suite
 from diptych.machine import device_name, machine, versions
 
 if TYPE_CHECKING:
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 DRAWING = 1  # raised when equal settings would give other pictures
 SCORING = 2  # raised when equal pictures would get other numbers

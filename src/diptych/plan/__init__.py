@@ -18,7 +18,7 @@ from diptych import tasks
 from diptych.plan import assumptions, measured, stages, teacher
 from diptych.plan.job import Book, Job
 from diptych.plan.text import lines
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 __all__ = ["lines", "make"]
 

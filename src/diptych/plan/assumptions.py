@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diptych.errors import UsageError, nearest
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 
 @dataclass(frozen=True)

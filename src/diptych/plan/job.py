@@ -11,7 +11,7 @@ from diptych.plan import arithmetic
 from diptych.plan.assumptions import Assumption
 from diptych.plan.measured import Measured
 from diptych.plan.teacher import Counts, Teacher
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 from diptych.tasks import Grid, Task
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from diptych import recipe as recipes
 from diptych.data import log
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 OPEN = ("device", "threads", "paint.dtype", "distill.precision")  # `auto` and null agree with what a run has settled
 _PICTURES = ("teacher", "task", "write.layout", "paint.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.paths import packaged
-from diptych.recipe import Recipe
+from diptych.sections import Recipe
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 FAMILY = "FluxTransformer2DModel"

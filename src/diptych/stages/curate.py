@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from diptych.judges.embedding import EmbeddingJudge
     from diptych.judges.vlm import Judgement, VlmJudge
-    from diptych.recipe import Recipe, Thresholds
+    from diptych.sections import Recipe, Thresholds
 
 # For tasks whose panels show the same spot at the same pixel. Not thresholds of the recipe: a pair off by more than a
 # pixel and a half of 64 is not aligned in any sense, and unrelated scenes do not match.

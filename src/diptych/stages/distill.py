@@ -29,7 +29,7 @@ from diptych.train.metrics import Progress, report
 if TYPE_CHECKING:
     import torch
 
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
     from diptych.student.geometry import Canvas
     from diptych.student.pipeline import DiptychPipeline
     from diptych.train.loop import Job, Trainer

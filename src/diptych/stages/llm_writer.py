@@ -32,7 +32,7 @@ from diptych.tasks import Task, fields_of
 if TYPE_CHECKING:
     from diptych.llm.model import Model
     from diptych.llm.outcome import Outcome
-    from diptych.recipe import Recipe, Write
+    from diptych.sections import Recipe, Write
 
 # Most words of an answer's other parts; a task's own wording asks for fewer.
 LIMITS = {"subject": 5, "description": 32, "style": 16, "scene": 32}

@@ -22,7 +22,7 @@ from diptych.errors import UsageError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 MAX_PANEL = 512
 MAX_TEXT_TOKENS = 512

@@ -20,8 +20,8 @@ from diptych.errors import UsageError, nearest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych import recipe as recipes
     from diptych.judges.vision import Vision
+    from diptych.sections import Classifier
 
 DIGITS = 6
 SIDE = 256  # pixels: a panel is looked at no larger, so that 512 and 1024 mean the same
@@ -79,7 +79,7 @@ class PanelClassifier:
     alone: bool  # each label has a probability of its own, and they do not sum to 1
 
     @classmethod
-    def load(cls, settings: recipes.Classifier, device: str = "cpu") -> PanelClassifier:
+    def load(cls, settings: Classifier, device: str = "cpu") -> PanelClassifier:
         """Opens a folder or a hub name. UsageError for a label it has not, UserError if the model is not whole."""
         from diptych.judges.vision import open_vision, refuse_missing
 

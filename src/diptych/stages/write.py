@@ -22,7 +22,7 @@ from diptych.stages.grammar import GRAMMARS, Draft, Turn
 if TYPE_CHECKING:
     import numpy as np
 
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 MAX_WORDS_PHOTO = 240  # about 200 words and their marks: with room to spare in T5's 512 tokens
 SHORT_TEXT = 77  # tokens: CLIP's text length, which every released text-to-image model reads

@@ -216,7 +216,7 @@ class Task(_Part):
         return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
     def thresholds(self, recipe: Limits) -> Limits:
-        """A recipe's thresholds (`recipe.Thresholds`); those it leaves at their defaults are the task's, if any."""
+        """A recipe's thresholds (`sections.Thresholds`); those it leaves at their defaults are the task's, if any."""
         defaults = type(recipe)()
         own = {k: v for k, v in self.curation.thresholds.items() if getattr(recipe, k) == getattr(defaults, k)}
         return recipe.model_copy(update=own)

@@ -11,7 +11,7 @@ from diptych import __version__, models, tasks
 from diptych.data.store import Dataset
 
 if TYPE_CHECKING:
-    from diptych.recipe import Recipe
+    from diptych.sections import Recipe
 
 FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
 

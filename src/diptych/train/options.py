@@ -10,7 +10,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 @dataclass(frozen=True)
 class Options:
-    """Named as in the recipe: `recipe.Distill` documents and bounds them."""
+    """Named as in the recipe: `sections.Distill` documents and bounds them."""
 
     mode: Literal["full", "lora"] = "full"
     quantize: Literal["none", "nf4", "int8"] = "none"

@@ -1,0 +1,422 @@
+"""A recipe's keys: a section for each stage, every key typed, bounded and documented where it stands.
+
+Defaults are the pocket world's. A key that is not known is refused (`recipe.load` names the nearest one that is).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from diptych.llm.endpoint import Endpoint
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, nothing unknown in it, no bool where a number is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes`, `no`, `on` and `off` as booleans, and pydantic would take them as 1 and 0.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a yes/no value makes no sense here")
+        return value
+
+
+class Write(Section):
+    """Stage 1: grid prompts."""
+
+    writer: Literal["grammar", "llm"] = "grammar"
+    """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model; `llm`
+    asks the one at `endpoint`, by the task's brief."""
+    grammar: str = Field(default="auto", min_length=1)
+    """Whose words the grammar uses: `pocket` those of the pocket world's teacher, `photo` a vocabulary for teachers
+    that know English, or a vocabulary file. `auto` asks the teacher: `pocket` if it reads less text than CLIP does."""
+    layout: str | None = Field(default=None, pattern=r"^[1-4]x[1-4]$")
+    """Which of the task's grids, rows x columns, for instance 2x2; null is the task's first."""
+    count: int = Field(default=4000, ge=1, le=100_000_000)
+    """Grids to ask for."""
+    shard_size: int = Field(default=100, ge=1)
+    """Rows of a shard: what is published whole, and at most what a kill costs. With `llm` also what is asked together,
+    and what near duplicates are looked for in."""
+    endpoint: Endpoint | None = None
+    """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    cache: str | None = Field(default=None, min_length=1)
+    """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
+    captions: str | None = Field(default=None, min_length=1)
+    """Seed captions that `llm` is inspired by: a .txt, .jsonl or .parquet file, a folder of them, or an address such as
+    hf://datasets/OWNER/NAME. Each is used once before any is used again. Without them a model repeats itself."""
+    caption_column: str = Field(default="caption", min_length=1)
+    """Where JSONL and parquet hold the caption."""
+    category_column: str | None = Field(default=None, min_length=1)
+    """Where they hold its category, if `quotas` go by it; null lets the model find a subject of the row's category."""
+    clear_subject: bool = False
+    """Ask first whether a caption names one clear subject, one more call a row; rows whose caption does not, fail."""
+    quotas: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """How many grids of each category in every so many: {person: 3, animal: 3, object: 4} is even in each ten."""
+    panel_words: int = Field(default=25, ge=4, le=100)
+    """Most words of what `llm` says of one panel; it gets one chance to shorten."""
+    near_duplicate: float = Field(default=0.5, gt=0, le=1)
+    """Most that two drafts of `llm` in a shard may share (Jaccard, word pairs); the later fails. 1 lets all pass."""
+    subject_share: float = Field(default=0.2, gt=0, le=1)
+    """Most of a shard's grids (but always three) that may show one subject; later ones fail. 1 lets all pass."""
+
+    @model_validator(mode="after")
+    def _asks_somebody(self) -> Write:
+        if self.writer == "llm" and self.endpoint is None:
+            raise ValueError("the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}")
+        if self.category_column and not (self.captions and self.quotas):
+            raise ValueError("category_column needs captions, and quotas that go by it")
+        if self.clear_subject and not self.captions:
+            raise ValueError("clear_subject looks at captions, and there are none")
+        return self
+
+
+class Paint(Section):
+    """Stage 2: the teacher draws grids."""
+
+    steps: int = Field(default=20, ge=1, le=1000)
+    """Sampling steps."""
+    guidance: float = Field(default=3.5, ge=0)
+    """Distilled guidance, an input of guidance-distilled teachers (FLUX.1-dev); the pocket teacher has none."""
+    true_guidance: float = Field(default=2.0, ge=1)
+    """Classifier-free guidance against the empty prompt; 1 is off, anything else doubles the cost."""
+    batch_size: int = Field(default=16, ge=1)
+    """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
+    panel_size: int | None = Field(default=None, ge=16, le=4096)
+    """Pixels of a panel's side; null is the teacher's own size, at most 512."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the teacher computes in. `auto` takes bfloat16 where it is faster, and is settled, like `device`, when a run
+    is frozen."""
+
+
+class Thresholds(Section):
+    """What keeps a pair. Changing one costs no new judge call: candidates keep their numbers."""
+
+    same: float = 0.5
+    """Least similarity of the two subjects, by the judge."""
+    near_copy: float = Field(default=0.045, ge=0)
+    """Least distance of the panels in pixels after alignment: below it the target is a copy."""
+    seam: float = Field(default=0.0, ge=-1, le=1)
+    """Least strength of the seam between the panels, -1 to 1: below it the image is no grid; -1 takes everything."""
+
+
+class Vlm(Section):
+    """A vision-language model that decides in stage 3, by the task's questions. `thresholds.same` is then on its scale:
+    above 0.5 most votes say same, 1 is all of them and certain."""
+
+    endpoint: Endpoint | None = None
+    """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    local: str | None = Field(default=None, min_length=1)
+    """Or a transformers model on this machine: a folder, or a hub name."""
+    votes: int = Field(default=1, ge=1, le=99)
+    """Times each pair is asked about; the majority of valid answers decides. Several need a temperature above 0."""
+    prefilter: float = Field(default=-1.0, ge=-1, le=1)
+    """Least similarity, by the embedding model `judge`, of pairs it is asked about at all; -1 asks about every pair."""
+    captions: bool = False
+    """It also writes the captions and instructions of the pairs that are kept."""
+    cache: str | None = Field(default=None, min_length=1)
+    """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
+
+    @property
+    def model(self) -> str:
+        """Who decides, by name."""
+        return self.local or (self.endpoint.model if self.endpoint else "")
+
+    @model_validator(mode="after")
+    def _one_that_can_vote(self) -> Vlm:
+        if (self.endpoint is None) == (self.local is None):
+            raise ValueError("name one model: either endpoint (base_url and model) or local")
+        if self.votes > 1 and (self.endpoint is None or self.endpoint.temperature == 0):
+            fix = "set endpoint.temperature, for instance to 0.7" if self.endpoint else "a local model samples nothing"
+            raise ValueError(f"{self.votes} votes at temperature 0 are one and the same; {fix}, or ask for one vote")
+        return self
+
+
+class Classifier(Section):
+    """An image classifier that looks at every panel: for writing in it, for what is not safe for work, …"""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Of the screen; a pair that it refuses has the reason `screen: NAME`."""
+    model: str = Field(min_length=1)
+    """A transformers image-classification model: a folder, or a hub name."""
+    label: str = Field(min_length=1)
+    """Which of the model's labels is meant."""
+    most: float = Field(default=0.5, ge=0, le=1)
+    """Largest probability of it that a panel may have."""
+
+
+class Screens(Section):
+    """Tests of single panels, before two are compared. A test that is null refuses nothing; its number is kept."""
+
+    dark: float | None = Field(default=None, ge=0, le=1)
+    """Least brightness, 0 to 1, of a panel's brightest twentieth; a night with a lamp in it passes 0.1."""
+    flat: float | None = Field(default=None, ge=0, le=1)
+    """Least contrast: standard deviation of the pixels around the panel's mean colour, white being 1."""
+    blur: float | None = Field(default=None, ge=0, le=1)
+    """Least sharpness, at no more than 256 pixels a side: 0 is one soft gradient, 1 is white noise."""
+    classifiers: list[Classifier] = []
+    """Models that look as well, in this order."""
+
+    def values(self) -> dict[str, float | None]:
+        """Every screen's threshold by its name, in the order of the tests; null where it refuses nothing."""
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "classifiers"}
+        return own | {classifier.name: classifier.most for classifier in self.classifiers}
+
+    def limits(self) -> dict[str, dict[str, float]]:
+        """What refuses: `{"dark": {"least": 0.1}, "nsfw": {"most": 0.5}}`, in the order of the tests."""
+        looked = {classifier.name for classifier in self.classifiers}
+        return {
+            name: {"most" if name in looked else "least": value}
+            for name, value in self.values().items()
+            if value is not None
+        }
+
+    @model_validator(mode="after")
+    def _one_of_each_name(self) -> Screens:
+        taken = set(type(self).model_fields)
+        for classifier in self.classifiers:
+            if classifier.name in taken:
+                raise ValueError(f"the name '{classifier.name}' is taken; give each classifier one of its own")
+            taken.add(classifier.name)
+        return self
+
+
+class Duplicates(Section):
+    """Pairs that show again what an earlier pair of the run shows: the first stays, the others are refused."""
+
+    hash: int | None = Field(default=4, ge=0, le=8)
+    """Bits, of the 64 of a perceptual hash, by which each panel may differ from the earlier pair's and still repeat it.
+    null keeps the hashes and refuses nothing."""
+
+
+class Curate(Section):
+    """Stage 3: panels are cut, screened, compared and captioned."""
+
+    judge: str = Field(default="pocket", min_length=1)
+    """An embedding model: `pocket`, a folder, or a hub name."""
+    batch_size: int = Field(default=32, ge=1)
+    """Grids judged at once."""
+    format: Literal["png", "webp", "jpeg"] = "png"
+    """What panels are kept as: `png` and `webp` lose nothing, `jpeg` (quality 95) is the quickest."""
+    screens: Screens | None = None
+    """Tests of single panels; null: none, and nothing is measured."""
+    duplicates: Duplicates | None = None
+    """Repeats among the run's pairs; null: none are looked for, and no hash is made."""
+    thresholds: Thresholds = Thresholds()
+    vlm: Vlm | None = None
+    """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
+
+
+class Distill(Section):
+    """Stage 4: the teacher becomes a student, trained on the pairs."""
+
+    mode: Literal["full", "lora"] = "full"
+    """Train every weight, or low-rank adapters and the widened input layer."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """What the frozen weights are kept in under `lora` (QLoRA: `nf4` trains FLUX.1 on a 24 GB card)."""
+    rank: int = Field(default=64, ge=1)
+    """Of the adapters."""
+    lora_targets: list[str] | str = "attention"
+    """Which linears get adapters: a named set, or module name endings."""
+    steps: int = Field(default=4000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs in a step, over all devices."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Pairs in one forward pass of one process; null is all of its share. Fewer take less memory for the same step
+    (gradient accumulation)."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes: the weights whole in each (DDP), or each with a part of them (FSDP2)."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """`adamw8bit` is bitsandbytes'; `prodigy` finds its own rate: give it `learning_rate: 1`."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """The optimizer's, after warm-up."""
+    warmup: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """The optimizer's."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """The optimizer's."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward pass computes in; weights being trained are float32. `auto` takes bfloat16 where it is faster,
+    and is settled, like `device`, when a run is frozen."""
+    reference_dropout: float = Field(default=0.05, ge=0, le=1)
+    """Share of samples whose reference is replaced by the null reference (for image guidance)."""
+    text_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples whose text is empty (for text guidance)."""
+    both_dropout: float = Field(default=0.05, ge=0, le=1)
+    """Share of samples without either."""
+    instructions: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples told the pair's instruction ("the same cat, in the snow") in place of the target's caption."""
+    left_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss on the left panel, which learns the identity mapping."""
+    right_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss on the right panel, which learns the edit."""
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How noise levels are drawn."""
+    logit_mean: float = 0.0
+    """Of the logit-normal density; above 0 is noisier."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Of the logit-normal density."""
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    """Timestep shift s·t / (1 + (s − 1)·t); 1 is none, `auto` is the one the base samples with at this resolution."""
+    ema: float = Field(default=0.998, ge=0, lt=1)
+    """Decay of the weights' moving average, which is what is saved; 0 is off."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints: at most what a kill costs."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    validate_every: int = Field(default=200, ge=1)
+    """Steps between validations, at fixed noise levels."""
+    validation_pairs: int = Field(default=32, ge=0)
+    """Pairs held out of training for it."""
+    sample_every: int = Field(default=1000, ge=0)
+    """Steps between sample sheets; 0 is only the last."""
+    init: str | None = None
+    """A student to start from; null widens the teacher."""
+    guidance: float = Field(default=1.0, ge=0)
+    """What a guidance-distilled transformer (FLUX.1-dev) is told while it trains."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate after warm-up; with `constant`, `steps` can be raised later."""
+    compile: bool = False
+    """torch.compile the transformer: worth it on a GPU over thousands of steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, a third slower."""
+    sample_pairs: int = Field(default=4, ge=1)
+    """Rows of a sample sheet."""
+    sample_steps: int = Field(default=20, ge=1, le=1000)
+    """Sampling steps of a sample sheet."""
+    sample_guidance: float = Field(default=3.5, ge=0)
+    """Distilled guidance of a sample sheet, where the transformer takes one."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides `metrics.jsonl`."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Distill:
+        if self.reference_dropout + self.text_dropout + self.both_dropout > 1:
+            raise ValueError("reference_dropout + text_dropout + both_dropout is over 1")
+        if self.left_weight + self.right_weight == 0:
+            raise ValueError("left_weight and right_weight are both 0: nothing would be learnt")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        if self.mode == "full" and self.quantize != "none":
+            raise ValueError(f"quantize: {self.quantize} freezes the base, and mode: full trains it; use mode: lora")
+        if self.sharding == "full" and self.optimizer != "adamw":
+            raise ValueError(f"sharding: full takes optimizer: adamw, not {self.optimizer}")
+        if self.sharding == "full" and self.quantize != "none":
+            raise ValueError("sharding: full cannot split quantized weights; use quantize: none")
+        return self
+
+
+Method = Literal["student", "student_shipped", "text_only", "copy", "inpaint"]
+
+
+class Evaluate(Section):
+    """Stage 5: the student next to its baselines, on subjects nobody trained on."""
+
+    suite: Literal["pocket", "none"] = "pocket"
+    """References and prompts; `none` skips this stage."""
+    samples: int = Field(default=40, ge=2)
+    """Held-out identities."""
+    prompts: int = Field(default=5, ge=1)
+    """Prompts for each of them."""
+    methods: list[Method] = Field(default=["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
+    """What is compared; `student_shipped` is the one in the package."""
+    steps: int = Field(default=20, ge=1, le=1000)
+    """Sampling steps."""
+    image_guidance: float = Field(default=1.5, ge=0)
+    """Strength of the reference; 1 is off."""
+    text_guidance: float = Field(default=2.0, ge=0)
+    """Strength of the prompt; 1 is off."""
+    true_guidance: float = Field(default=2.0, ge=1)
+    """The teacher's classifier-free guidance, for the baselines that draw with it."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """One picture of each identity, prompt and seed."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pictures drawn at once."""
+    bootstrap: int = Field(default=1000, ge=10)
+    """Resamplings for the 95 % intervals, over identities."""
+    scorer: str = Field(default="pocket", min_length=1)
+    """The judge that scores; never the one that curated."""
+    reader: str = Field(default="pocket", min_length=1)
+    """The model that reads what a picture shows."""
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """Of the run; its folder is runs/NAME unless told otherwise."""
+    task: str = Field(default="subject", min_length=1)
+    """A task's name, or a task file."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Every row's seed comes from this one and the row's id."""
+    teacher: str = Field(default="pocket", min_length=1)
+    """A text-to-image model: `pocket`, a folder, or a hub name."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
+    """`auto` takes the best that is there."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; null is torch's own choice. Bytes depend on it, so a run freezes it."""
+    write: Write = Write()
+    paint: Paint = Paint()
+    curate: Curate = Curate()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+
+    def values(self) -> dict[str, Any]:
+        """All keys as plain values, in the order of this file."""
+        return self.model_dump(mode="json")
+
+    def dump(self) -> str:
+        """All keys as YAML, defaults included: the same text for the same recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
+
+    def flat(self) -> dict[str, Any]:
+        """All keys with dots: `{"distill.steps": 4000, …}`."""
+        return flat(self.values())
+
+    def fingerprint(self, *keys: str) -> str:
+        """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
+        values = self.values()
+        for optional in ("vlm", "screens", "duplicates"):
+            if values["curate"][optional] is None:
+                # What was made before there were any is not made anew.
+                del values["curate"][optional]
+        if values["curate"]["format"] == "png":
+            del values["curate"]["format"]
+        if keys:
+            values = {key: _at(values, key) for key in keys}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Keys with another value in `other`, with dots."""
+        mine, theirs = self.flat(), other.flat()
+        # A key may be there in one alone: a section of the other that is null.
+        return [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots: `{"distill": {"steps": 1}}` as `{"distill.steps": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
