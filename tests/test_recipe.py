@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError, nearest
 from diptych.recipe import load
-from diptych.sections import Recipe
+from diptych.sections import Recipe, Section
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -153,7 +153,7 @@ def test_every_key_is_documented() -> None:
     def undocumented(section: type) -> list[str]:
         names = []
         for name, field in section.model_fields.items():  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(field.annotation, type) and issubclass(field.annotation, recipes.Section):
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
                 names += undocumented(field.annotation)
             elif not field.description:
                 names.append(name)

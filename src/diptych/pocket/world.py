@@ -113,8 +113,17 @@ class Scene:
     layout: int = 0
 
 
-def _colour(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
-    return colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.45, 0.95), rng.uniform(0.55, 1.0))
+def _vivid(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
+    return colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.6, 0.9), rng.uniform(0.75, 1.0))
+
+
+def _second(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
+    """What a pattern is drawn with on a body of `hue`: a contrasting colour, or a pale or a dark one."""
+    scheme = rng.integers(3)
+    if scheme == 0:
+        return _vivid(rng, hue + rng.uniform(0.33, 0.67))
+    saturation, value = (rng.uniform(0.05, 0.25), rng.uniform(0.92, 1.0)) if scheme == 1 else (0.8, 0.4)
+    return colorsys.hsv_to_rgb((hue + rng.uniform(-0.05, 0.05)) % 1.0, saturation, value)
 
 
 def _choice(rng: np.random.Generator, options, weights=None):
@@ -127,27 +136,30 @@ def _choice(rng: np.random.Generator, options, weights=None):
 def sample_identity(
     rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS
 ) -> Identity:
-    """A new subject; of `kind`, or of any of `kinds`."""
+    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a panel of 32 pixels can show."""
     hue = rng.random()
-    second = hue + rng.choice([-1, 1]) * rng.uniform(0.15, 0.5)
+
+    def middling() -> float:
+        return float(rng.beta(2, 2))
+
     return Identity(
         kind=kind or _choice(rng, kinds),
-        body=_colour(rng, hue),
-        second=_colour(rng, second),
-        accent=_colour(rng, rng.random()),
-        width=rng.uniform(0.0, 1.0),
-        height=rng.uniform(0.0, 1.0),
-        roundness=rng.uniform(0.0, 1.0),
-        limb=rng.uniform(0.0, 1.0),
-        pattern=_choice(rng, PATTERNS),
-        pattern_scale=rng.uniform(0.0, 1.0),
-        pattern_angle=rng.uniform(0.0, 180.0),
-        eyes=_choice(rng, (1, 2, 3), (2, 5, 1)),
-        eye_size=rng.uniform(0.0, 1.0),
-        eye_gap=rng.uniform(0.0, 1.0),
+        body=_vivid(rng, hue),
+        second=_second(rng, hue),
+        accent=_vivid(rng, hue + rng.uniform(0.4, 0.6)),
+        width=middling(),
+        height=middling(),
+        roundness=middling(),
+        limb=middling(),
+        pattern=_choice(rng, PATTERNS, (3, 2, 2, 2, 3, 1, 1)),
+        pattern_scale=rng.uniform(0.5, 1.0),
+        pattern_angle=(90.0 * rng.integers(2) + rng.uniform(-12, 12)) % 180.0,
+        eyes=_choice(rng, (1, 2, 3), (2, 8, 1)),
+        eye_size=rng.uniform(0.4, 1.0),
+        eye_gap=middling(),
         mouth=_choice(rng, MOUTHS),
-        accessory=_choice(rng, ACCESSORIES),
-        marks=rng.uniform(0.0, 1.0),
+        accessory=_choice(rng, ACCESSORIES, (4, 1, 1, 1, 1, 1, 1, 1, 1)),
+        marks=middling(),
     )
 
 
@@ -171,13 +183,13 @@ def drift(rng: np.random.Generator, identity: Identity, groups: int | None = Non
 
 
 def sample_light(rng: np.random.Generator) -> Light:
-    direction = _choice(rng, DIRECTIONS)
+    direction = _choice(rng, DIRECTIONS, (2, 2, 3, 1))
     centre = {"left": 180.0, "right": 0.0, "above": 90.0, "behind": 90.0}[direction]
     elevation = {"left": 32.0, "right": 32.0, "above": 75.0, "behind": 30.0}[direction]
     return Light(
         direction=direction,
-        colour=_choice(rng, tuple(LIGHT_COLOURS), (4, 2, 2, 1.3, 1.3)),
-        intensity=_choice(rng, tuple(INTENSITIES), (4, 2, 2)),
+        colour=_choice(rng, tuple(LIGHT_COLOURS), (6, 1.5, 1.5, 1, 1)),
+        intensity=_choice(rng, tuple(INTENSITIES), (6, 2, 1)),
         azimuth=centre + rng.uniform(-15, 15),
         elevation=elevation + rng.uniform(-10, 10),
     )
@@ -188,13 +200,13 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(
         place=place,
         light=sample_light(rng),
-        pose=_choice(rng, POSES, (5, 2, 2, 1.5, 1)),
-        framing=_choice(rng, FRAMINGS, (4, 4, 1)),
-        prop=_choice(rng, PROPS, (7, 1, 1, 1, 1, 1, 1, 1)),
-        weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (5, 1, 1, 1, 1, 1)),
-        x=float(rng.uniform(0.36, 0.64)),
-        facing=int(rng.choice([-1, 1])),
-        tilt=float(rng.uniform(-6, 6)),
+        pose=_choice(rng, POSES, (10, 2, 1, 1, 0.5)),
+        framing=_choice(rng, FRAMINGS, (5, 3, 1)),
+        prop=_choice(rng, PROPS, (14, 1, 1, 1, 1, 1, 1, 1)),
+        weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (8, 1, 1, 1, 1, 1)),
+        x=float(rng.uniform(0.46, 0.54)),
+        facing=int(rng.choice([-1, 1], p=[0.15, 0.85])),
+        tilt=float(rng.uniform(-3, 3)),
         layout=int(rng.integers(2**31)),
     )
 
