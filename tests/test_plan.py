@@ -413,3 +413,8 @@ def test_the_commented_settings_of_flux_subject_are_a_recipe(tmp_path: Path) -> 
     found = make(recipe, run_dir=tmp_path)
     assert found["stages"]["write"]["calls"] == 500_000
     assert found["stages"]["curate"]["votes"] == 3 * 500_000
+
+
+def test_a_recipe_on_other_peoples_pairs_is_refused() -> None:
+    with pytest.raises(UsageError, match="other people's pairs alone"):
+        make(load("demo", ["distill.data=[{path: runs/other}]"]))

@@ -55,6 +55,11 @@ def run(
             f"started in {number} processes, and only training shares its work among them: run the other stages "
             "without torchrun first, then: torchrun … -m diptych distill RECIPE"
         )
+    if not recipe.draws_pairs():
+        training = STAGES[STAGES.index("distill") :]
+        if not set(stages) & set(training):
+            raise UsageError(f"distill.data has other people's pairs alone: there is nothing to {stages[0]}")
+        stages = [name for name in stages if name in training]
     first = parallel.is_first()
     display = display if first else Display(quiet=True)
     with enter(recipe, folder) as recipe:
@@ -199,10 +204,14 @@ class Pipeline:
     def distill(self) -> dict[str, Any]:
         from diptych.stages.distill import distill
 
-        pairs = self._input("pairs", "curate", self.fingerprints("select"))
+        own = self._input("pairs", "curate", self.fingerprints("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
-            numbers = distill(self.recipe, pairs, self.folder / "student", report)
-        return {"steps": self.recipe.distill.steps, "pairs": len(pairs), "training": numbers}
+            numbers = distill(self.recipe, own, self.folder / "student", report)
+        return {
+            "steps": self.recipe.distill.steps,
+            "pairs": numbers["pairs"] if own is None else len(own),
+            "training": numbers,
+        }
 
     def evaluate(self) -> dict[str, Any]:
         result: dict[str, Any] = {}

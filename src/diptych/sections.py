@@ -213,8 +213,27 @@ class Curate(Section):
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
 
 
+OWN = "own"
+
+
+class Data(Section):
+    """A data set of pairs to train on."""
+
+    path: str = Field(min_length=1)
+    """`own` for the run's own pairs; else a run's folder, a folder of parquet files, or an fsspec address such as
+    hf://datasets/OWNER/NAME, which is streamed."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch has each of its pairs: 2 is twice, 0.5 is half of them and the other half in the next."""
+    columns: dict[Literal["conditioning", "image", "caption", "instruction"], str] = {}
+    """What it calls its reference, target, target's caption and edit instruction; the usual names are known."""
+
+
 class Distill(Section):
     """Stage 4: the teacher becomes a student, trained on the pairs."""
+
+    data: list[Data] = []
+    """What to train on; an empty list is the run's own pairs. Without `own` in it nothing is written, painted or
+    curated."""
 
     mode: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters and the widened input layer."""
@@ -370,6 +389,10 @@ class Recipe(Section):
     curate: Curate = Curate()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+
+    def draws_pairs(self) -> bool:
+        """Whether it trains on pairs that it draws itself."""
+        return not self.distill.data or any(data.path == OWN for data in self.distill.data)
 
     def values(self) -> dict[str, Any]:
         """All keys as plain values, in the order of this file."""

@@ -13,11 +13,14 @@ import pytest
 import tiny_run
 import torch
 
+from diptych.console import Display
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.run import run
 from diptych.stages.distill import distill, finish, prepare
 from diptych.train import checkpoint
+from diptych.train.loop import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 
@@ -225,7 +228,6 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     from diptych import student
     from diptych.student.geometry import Canvas
     from diptych.train import parts
-    from diptych.train.loop import train
 
     out = tmp_path / "lora"
     recipe = tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2)
@@ -278,8 +280,6 @@ def test_training_goes_on_from_a_student_that_init_names(world: Any, straight: A
 
 
 def test_dropout_gives_the_null_reference_and_the_empty_prompt(world: Any, tmp_path: Path) -> None:
-    from diptych.train.loop import Trainer
-
     def batch(**dropout: float) -> Any:
         none = {"reference_dropout": 0, "text_dropout": 0, "both_dropout": 0}
         job = prepare(tiny_run.make_recipe(world.teacher, **{**none, **dropout}), world.pairs, tmp_path / "out")
@@ -317,8 +317,6 @@ def test_a_guidance_distilled_teacher_trains(world: Any, tmp_path: Path) -> None
 
 
 def test_the_average_follows_its_decay(world: Any, tmp_path: Path) -> None:
-    from diptych.train.loop import Trainer
-
     trainer = Trainer(prepare(tiny_run.make_recipe(world.teacher, warmup=0), world.pairs, tmp_path / "out"))
     assert trainer.ema is not None
     last = trainer.trained.names.index("proj_out.weight")
@@ -328,3 +326,38 @@ def test_the_average_follows_its_decay(world: Any, tmp_path: Path) -> None:
         decay = min(0.9, (1 + step - 1) / (10 + step - 1)) if step > 1 else 0.0  # diffusers' ramp
         average = decay * average + (1 - decay) * trainer.trained.parameters[last].detach()
     torch.testing.assert_close(trainer.ema.shadow_params[last], average)
+
+
+def test_other_peoples_pairs_train_alone_or_beside_the_runs_own(world: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = {"conditioning": "before", "image": "after", "caption": "words"}
+    rows = [{theirs: row[ours] for ours, theirs in names.items()} for row in world.pairs]
+    (tmp_path / "theirs").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "theirs" / "x.parquet", row_group_size=7)
+    theirs = {"path": str(tmp_path / "theirs"), "columns": names}
+
+    alone = distill(tiny_run.make_recipe(world.teacher, data=[theirs]), None, tmp_path / "alone")
+    assert alone["pairs"] + alone["validation_pairs"] == 24 and not alone["pairs_skipped"]
+    card = (tmp_path / "alone" / "README.md").read_text()
+    assert f"{tmp_path}/theirs | 24 pairs, weight 1" in card and "own teacher drew" not in card
+
+    both = tiny_run.make_recipe(world.teacher, data=[{"path": "own"}, {**theirs, "weight": 0.5}], validation_pairs=0)
+    job = prepare(both, world.pairs, tmp_path / "both")
+    assert job.sources() == [(24, 1.0), (24, 0.5)] and len({sample.id for sample in job.latents.samples}) == 48
+    clean, condition = job.latents.gather(range(48))
+    assert torch.equal(clean[:24], clean[24:]) and torch.equal(condition[:24], condition[24:])
+    assert Trainer(job).order.epoch_size == 36
+    with pytest.raises(UsageError, match="another"):
+        train(prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "alone"))
+
+
+def test_a_run_on_other_peoples_pairs_neither_writes_nor_paints(world: Any, tmp_path: Path) -> None:
+    recipe = tiny_run.make_recipe(world.teacher, data=[{"path": str(world.folder / "pairs")}])
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"suite": "none"})})
+    summary = run(recipe, tmp_path / "run", display=Display(quiet=True))
+    assert list(summary["stages"]) == ["distill", "evaluate"] and Path(summary["report"]).exists()
+    assert not (tmp_path / "run" / "prompts").exists()
+    with pytest.raises(UsageError, match="nothing to paint"):
+        run(recipe, tmp_path / "run", stages=("paint",), display=Display(quiet=True))

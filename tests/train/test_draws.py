@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -72,3 +73,14 @@ def test_every_epoch_takes_every_sample_once_in_another_order_and_any_step_can_b
     assert [row for row, _ in taken[:10]] != [row for row, _ in taken[10:]]
     assert Order(10, 4, seed=1).at(4) == order.at(4) == taken[12:16]
     assert Order(10, 4, seed=2).at(1) != taken[:4]
+
+
+def test_an_epoch_takes_a_sources_rows_as_often_as_its_weight_says_and_never_a_row_twice_in_one_turn() -> None:
+    order = Order(16, 4, seed=1, sources=((10, 1.0), (4, 0.5), (2, 3.0)))
+    assert order.epoch_size == 10 + 2 + 6
+    taken = [place for step in range(1, 10) for place in order.at(step)]  # 36 samples: two epochs
+    assert len(set(taken)) == len(taken)  # (row, turn) keys the noise
+    first, second = (Counter(row for row, _ in half) for half in (taken[:18], taken[18:]))
+    assert [first[row] for row in range(10)] == [1] * 10 and [first[row] for row in (14, 15)] == [3, 3]
+    halves = [{row for row in range(10, 14) if half[row]} for half in (first, second)]
+    assert len(halves[0]) == len(halves[1]) == 2 and not halves[0] & halves[1]

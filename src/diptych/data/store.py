@@ -158,6 +158,13 @@ class Dataset:
         except FileNotFoundError:
             raise UserError(f"{self.url} is not complete; run the stage that makes it first") from None
 
+    def fingerprint(self) -> str:
+        """What the parts hold: sha256 over the manifest's hashes of them. UserError while unfinished."""
+        manifest = self.manifest
+        if manifest is None or not self.is_complete():
+            raise UserError(f"{self.url} is not complete; run the stage that makes it first")
+        return hashlib.sha256(json.dumps([part["sha256"] for part in manifest["parts"]]).encode()).hexdigest()
+
     def publish(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes the manifest, last: `manifest`'s own keys, then counts and the sha256 of every part."""
         parts = []

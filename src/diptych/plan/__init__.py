@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import tasks
+from diptych.errors import UsageError
 from diptych.plan import assumptions, measured, stages, teacher
 from diptych.plan.job import Book, Job
 from diptych.plan.text import lines
@@ -38,6 +39,8 @@ def make(
     Raises:
         UsageError for what no recipe, task, assumption or device can mean, UserError for a teacher without known sizes.
     """
+    if not recipe.draws_pairs():
+        raise UsageError("plan counts what a run draws, and this recipe's distill.data has other people's pairs alone")
     book = Book(assumptions.collect(recipe, assume, gpu))
     task = tasks.load(recipe.task)
     task.layout(recipe.write.layout)
@@ -127,6 +130,8 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         notes.append("rates that a run of this recipe has measured take the place of assumptions")
     if found["stages"]["write"]["calls"] or found["stages"]["curate"]["calls"]:
         notes.append("repairs of wrong answers, and the thoughts of a reasoning model, come on top of the tokens")
+    if recipe.distill.data:
+        notes.append("distill.data: other people's pairs, and encoding them, are not counted")
     notes.append(
         "not counted: operations of the VAE and of the embedding judge, loading, scoring, sample sheets on disk"
     )

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.console import quiet_bars
+from diptych.data.sources import Pairs, open_pairs
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
+from diptych.sections import OWN, Data
 from diptych.train.card import model_card
 from diptych.train.metrics import Progress, report
 
@@ -43,12 +45,15 @@ INDEX = "model_index.json"
 log = logging.getLogger(__name__)
 
 
-def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains a student on `pairs` into the folder `out` and returns a summary of plain values (`loop.summary`).
+def distill(recipe: Recipe, pairs: Dataset | None, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains a student on `pairs`, and on what `distill.data` names, into the folder `out`.
+
+    Returns a summary of plain values (`loop.summary`).
 
     Args:
         recipe: `distill`, `teacher`, `seed`, `device`, `threads` and `paint.panel_size` are read.
-        pairs: rows of `records.PAIR`; those that curation did not keep are passed over.
+        pairs: the run's own, rows of `records.PAIR`; those that curation did not keep are passed over. None where
+            `distill.data` has other people's alone.
         out: made if need be; a checkpoint in it is continued exactly.
         progress: called, or its `update` called, with (step, total, text).
 
@@ -70,9 +75,20 @@ def distill(recipe: Recipe, pairs: Dataset, out: Path, progress: Progress | None
     return finish(trainer, recipe, pairs, out)
 
 
+def training_data(recipe: Recipe, own: Dataset | None) -> list[tuple[Pairs, float]]:
+    """The data sets to train on, with their weights."""
+    found: list[tuple[Pairs, float]] = []
+    for data in recipe.distill.data or [Data(path=OWN)]:
+        if data.path != OWN:
+            found.append((open_pairs(data.path, data.columns), data.weight))
+        elif own is not None:
+            found.append((own, data.weight))
+    return found
+
+
 def prepare(
     recipe: Recipe,
-    pairs: Dataset,
+    pairs: Dataset | None,
     out: Path,
     progress: Progress | None = None,
     processes: Processes | None = None,
@@ -110,8 +126,13 @@ def prepare(
         report(progress, step, options.steps, f"{what} {done}/{total}")
 
     encode = latents.canvas_encoder(pipe.encode_canvas)
-    key = f"{_vae_fingerprint(pipe)} {made_from['pairs']}"
-    cache = latents.build(pairs, folder / "latents", encode, canvas, key, preparing, processes)
+    vae = _vae_fingerprint(pipe)
+    data = training_data(recipe, pairs)
+    files = [
+        latents.build(each, folder / "latents", encode, canvas, f"{vae} {each.fingerprint()}", preparing, processes)
+        for each, _ in data
+    ]
+    cache = latents.Latents(*files)
     captions = [sample.caption for sample in cache.samples]
     if options.instructions:
         captions += [sample.instruction for sample in cache.samples if sample.instruction]
@@ -131,6 +152,7 @@ def prepare(
         made_from=made_from,
         processes=processes,
         name=recipe.name,
+        weights=[weight for _, weight in data],
     )
 
 
@@ -143,14 +165,18 @@ def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
     return float(config.get("shift", 1.0)) if mu is None else math.exp(mu)
 
 
-def sources(recipe: Recipe, pairs: Dataset) -> dict[str, str]:
+def sources(recipe: Recipe, pairs: Dataset | None) -> dict[str, str]:
     """Fingerprints of what a student is made from. UserError when there is nothing to train on."""
-    if not len(pairs):
-        raise UserError(
-            f"{pairs.url} holds no pairs, so there is nothing to train on; lower curate.thresholds "
-            "or draw more grids (write.count)"
-        )
-    return {"base": models.fingerprint(_base(recipe)), "pairs": pairs_fingerprint(pairs)}
+    data = training_data(recipe, pairs)
+    for each, _ in data:
+        if not len(each):
+            cure = "lower curate.thresholds or draw more grids (write.count)" if each is pairs else "give other data"
+            raise UserError(f"{each.url} holds no pairs, so there is nothing to train on; {cure}")
+    prints = [each.fingerprint() for each, _ in data]
+    if recipe.distill.data:
+        weighed = [[*both] for both in zip(prints, (weight for _, weight in data), strict=True)]
+        prints = [hashlib.sha256(json.dumps(weighed).encode()).hexdigest()]
+    return {"base": models.fingerprint(_base(recipe)), "pairs": prints[0]}
 
 
 def _base(recipe: Recipe) -> Path:
@@ -198,14 +224,6 @@ def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: to
     return pipe
 
 
-def pairs_fingerprint(pairs: Dataset) -> str:
-    """What a set of pairs holds: sha256 over its manifest's part hashes. UserError while it is unfinished."""
-    manifest = pairs.manifest
-    if manifest is None or not pairs.is_complete():
-        raise UserError(f"{pairs.url} is not complete; run the stage that makes it first")
-    return hashlib.sha256(json.dumps([part["sha256"] for part in manifest["parts"]]).encode()).hexdigest()
-
-
 def _vae_fingerprint(pipe: DiptychPipeline) -> str:
     """sha256 over the VAE's weights in memory and its scaling: names what a latent means."""
     import torch
@@ -217,7 +235,7 @@ def _vae_fingerprint(pipe: DiptychPipeline) -> str:
     return digest.hexdigest()
 
 
-def finished(out: Path, recipe: Recipe, pairs: Dataset) -> dict[str, Any] | None:
+def finished(out: Path, recipe: Recipe, pairs: Dataset | None) -> dict[str, Any] | None:
     """The summary of a training that this recipe, base and data have finished in `out` before; None otherwise."""
     try:
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
@@ -226,11 +244,11 @@ def finished(out: Path, recipe: Recipe, pairs: Dataset) -> dict[str, Any] | None
     return stored["summary"] if stored.get("made_by") == _made_by(recipe, pairs) else None
 
 
-def _made_by(recipe: Recipe, pairs: Dataset) -> dict[str, Any]:
+def _made_by(recipe: Recipe, pairs: Dataset | None) -> dict[str, Any]:
     return {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed, **sources(recipe, pairs)}
 
 
-def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[str, Any]:
+def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset | None, out: Path) -> dict[str, Any]:
     """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
 
     In several processes the first one writes and the others wait.
@@ -243,7 +261,7 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset, out: Path) -> dict[
     whole = trainer.averages() if trainer.spread else None
     with trainer.processes.together() as first:
         if first:
-            card = model_card(recipe, numbers, pairs)
+            card = model_card(recipe, numbers, training_data(recipe, pairs), pairs)
             if whole is not None:
                 _export(*_assembled(recipe, trainer.options, whole), None, recipe, provenance, card, out)
             else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from diptych import __version__, models, tasks
+from diptych.data.sources import Pairs
 from diptych.data.store import Dataset
 
 if TYPE_CHECKING:
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
 FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
 
 
-def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
-    """README.md with the hub's front matter. `numbers` is `loop.summary`'s."""
+def model_card(
+    recipe: Recipe, numbers: dict[str, Any], data: Sequence[tuple[Pairs, float]], own: Dataset | None
+) -> str:
+    """README.md with the hub's front matter. `numbers` is `loop.summary`'s, `data` what was trained on, with weights,
+    and `own` the run's own pairs if they are among it."""
     lora = recipe.distill.mode == "lora"
     licence, terms = base_licence(recipe.teacher)
     front = {
@@ -47,9 +52,6 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
         "seconds of training": f"{numbers['seconds']:,.0f}",
         "diptych": __version__,
     }
-    limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
-    judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
-    thresholds = {f"threshold: {k}": v for k, v in limits.model_dump().items()}
     use = (
         f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
         if lora
@@ -64,7 +66,8 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
             f"# {recipe.name}",
             "",
             "A Diffusion Self-Distillation student (arXiv 2411.18616): a text-to-image model that also takes a "
-            "reference image. It was trained by diptych on pairs that its own teacher drew.",
+            "reference image. It was trained by diptych"
+            f"{' on pairs that its own teacher drew' if own is not None and len(data) == 1 else ''}.",
             "",
             f"`{use}`",
             "",
@@ -74,10 +77,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
             "",
             "## Data",
             "",
-            "Drawn by the teacher itself; a pair was kept when its panels show the same subject, are not copies of "
-            "each other, and were cut at a clear seam.",
-            "",
-            *_table({"pairs": f"{len(pairs):,}", "judge": judge, **thresholds, **curation(pairs)}),
+            *_data(recipe, data, own),
             "",
             "## Licence",
             "",
@@ -85,6 +85,26 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], pairs: Dataset) -> str:
             "",
         ]
     )
+
+
+def _data(recipe: Recipe, data: Sequence[tuple[Pairs, float]], own: Dataset | None) -> list[str]:
+    """What it was trained on, and how the run's own pairs were chosen."""
+    lines: list[str] = []
+    if own is not None:
+        limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
+        judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
+        thresholds = {f"threshold: {key}": value for key, value in limits.model_dump().items()}
+        lines += [
+            "Drawn by the teacher itself; a pair was kept when its panels show the same subject, are not copies of "
+            "each other, and were cut at a clear seam.",
+            "",
+            *_table({"pairs": f"{len(own):,}", "judge": judge, **thresholds, **curation(own)}),
+            "",
+        ]
+    others = {each.url: f"{len(each):,} pairs, weight {weight:g}" for each, weight in data if each is not own}
+    if others:
+        lines += ["Made elsewhere; look up their licences before you publish.", "", *_table(others), ""]
+    return lines[:-1]
 
 
 def curation(pairs: Dataset) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What is random in training, and why a run can be repeated: nothing is drawn from a global generator.
 
-A sample's noise level, dropout and noise are a function of (run seed, sample id, epoch); the order of an epoch is a
+A sample's noise level, dropout and noise are a function of (run seed, sample id, its turn: the epoch, unless its data
+set has a weight); the order of an epoch is a
 function of (run seed, epoch); the position in it is a function of the step. So a resumed run, a prefetching one and one
 on another number of devices all see the same samples with the same noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,23 +64,45 @@ def fixed_noise(seed: int, sample_id: str, sigma: float, shape: tuple[int, int])
 
 @dataclass
 class Order:
-    """Which samples a step takes: each epoch is a permutation of all of them, and batches run on across epochs."""
+    """Which samples a step takes: each epoch is a permutation of all of them, and batches run on across epochs.
+
+    `sources` are (rows, weight) of the data sets that the rows come from, in order; none is one of weight 1. An epoch
+    has a source's rows `weight` times: all of them twice, or half of them and in the next epoch the other half.
+    """
 
     count: int
     batch_size: int
     seed: int
-    _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    sources: Sequence[tuple[int, float]] = ()
+    _epochs: dict[int, list[tuple[int, int]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.sources = self.sources or ((self.count, 1.0),)
+        assert sum(rows for rows, _ in self.sources) == self.count, "the sources' rows are all rows"
+        self._taken = [max(1, round(rows * weight)) if rows else 0 for rows, weight in self.sources]
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples in an epoch."""
+        return sum(self._taken)
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        """(row, epoch) of every sample of the batch that makes step `step` (the first is 1)."""
+        """(row, turn) of every sample of the batch that makes step `step` (the first is 1); a row's turns are numbered
+        from 0, and with one source of weight 1 they are the epochs."""
         first = (step - 1) * self.batch_size
-        places = [divmod(i, self.count) for i in range(first, first + self.batch_size)]
+        places = [divmod(i, self.epoch_size) for i in range(first, first + self.batch_size)]
         for gone in [epoch for epoch in self._epochs if epoch < places[0][0]]:
             del self._epochs[gone]
-        return [(self._permutation(epoch)[place], epoch) for epoch, place in places]
+        return [self._epoch(epoch)[place] for epoch, place in places]
 
-    def _permutation(self, epoch: int) -> list[int]:
-        if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, f"epoch {epoch}", "order"))
-            self._epochs[epoch] = torch.randperm(self.count, generator=generator).tolist()
-        return self._epochs[epoch]
+    def _epoch(self, number: int) -> list[tuple[int, int]]:
+        if number not in self._epochs:
+            samples: list[tuple[int, int]] = []
+            start = 0
+            for (rows, _), taken in zip(self.sources, self._taken, strict=True):
+                samples += [(start + i % rows, i // rows) for i in range(number * taken, (number + 1) * taken)]
+                start += rows
+            generator = torch.Generator().manual_seed(seed_of(self.seed, f"epoch {number}", "order"))
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            self._epochs[number] = [samples[i] for i in order]
+        return self._epochs[number]

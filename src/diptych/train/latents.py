@@ -13,14 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diptych.data.images import open_image
-from diptych.data.store import Dataset
+from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.metrics import Progress, report
@@ -51,9 +51,13 @@ class Sample:
 class Latents:
     """Packed latents of all pairs, by row number: `samples[i]` and the rows of `gather([i])` belong together."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, *sources: Sequence[Path]) -> None:
+        """Of the files of one data set, or of several, whose samples' ids then begin with its number."""
         from safetensors import safe_open
 
+        files = [file for source in sources for file in source]
+        owners = [number for number, source in enumerate(sources) for _ in source]
+        self.counts = [0] * len(sources)
         self.samples: list[Sample] = []
         self.skipped: list[dict[str, str]] = []
         self._places: list[tuple[int, int]] = []
@@ -61,7 +65,11 @@ class Latents:
         size = 0
         for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
             header = json.loads(file.metadata()["diptych"])
-            self.samples += [Sample(**sample) for sample in header["samples"]]
+            owner = owners[number]
+            prefix = f"{owner}/" if len(sources) > 1 else ""
+            found = [Sample(**sample) for sample in header["samples"]]
+            self.samples += [replace(s, id=prefix + s.id, grid_id=prefix + s.grid_id) for s in found]
+            self.counts[owner] += len(found)
             self.skipped += header["skipped"]
             self._places += [(number, row) for row in range(len(header["samples"]))]
             size += path.stat().st_size
@@ -97,15 +105,15 @@ class Latents:
 
 
 def build(
-    pairs: Dataset,
+    pairs: Pairs,
     folder: Path,
     encode: Encode,
     canvas: Canvas,
     key: str,
     progress: Progress | None = None,
     processes: Processes = ALONE,
-) -> Latents:
-    """Encodes what is not encoded yet, each process its share of the shards, and opens the cache.
+) -> list[Path]:
+    """Encodes what is not encoded yet, each process its share of the shards; the files of the cache (`Latents`).
 
     `key` names the VAE and the pairs; `encode` is what `canvas_encoder` gives. Pairs whose pictures cannot be read are
     left out, counted and listed (`Latents.skipped`); UserError when they are more than a few, or a shard is missing.
@@ -127,14 +135,13 @@ def build(
                 encode_shard(pairs.read_shard(shard), path, encode, canvas)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
-    latents = Latents(files)
-    if latents.skipped:
+    if (latents := Latents(files)).skipped:
         first = latents.skipped[0]
         message = f"{len(latents.skipped)} of {total} pairs cannot be read (first: {first['id']}: {first['reason']})"
         if len(latents.skipped) > MOST_SKIPPED * total:
-            raise UserError(f"{message}; run the curate stage again, or check the disk that holds {pairs.url}")
+            raise UserError(f"{message}; make {pairs.url} again, or check the disk that holds it")
         log.warning("%s; they are left out and listed in the summary", message)
-    return latents
+    return files
 
 
 def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvas: Canvas) -> None:

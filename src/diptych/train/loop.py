@@ -11,9 +11,12 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,7 @@ class Job:
     made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
     processes: Processes = ALONE
     name: str = "student"  # what trackers call it
+    weights: Sequence[float] = (1.0,)  # of the data sets that the latents come from
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
@@ -65,6 +69,12 @@ class Job:
                 f"{f' ({len(self.validation_rows)} more are held out)' if self.validation_rows else ''}: "
                 "lower curate.thresholds, draw more grids (write.count), or lower distill.batch_size"
             )
+
+    def sources(self) -> list[tuple[int, float]]:
+        """Rows to train on and weight of each data set."""
+        ends = list(accumulate(self.latents.counts))
+        rows = Counter(bisect_right(ends, row) for row in self.train_rows)
+        return [(rows[number], weight) for number, weight in enumerate(self.weights)]
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this job."""
@@ -84,7 +94,7 @@ class Trainer:
         self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device, self.spread)
         self.optimizer = parts.optimizer(self.trained.parameters, job.options)
         self.ema = parts.moving_average(self.trained, job.options)
-        self.order = Order(len(job.train_rows), job.options.batch_size, job.options.seed)
+        self.order = Order(len(job.train_rows), job.options.batch_size, job.options.seed, job.sources())
         self.img_ids = image_ids(job.canvas).to(job.device)
         self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
         self.step = 0
@@ -145,7 +155,7 @@ class Trainer:
             "right": right,
             "grad_norm": norm,
             "learning_rate": rate,
-            "epoch": (step * options.batch_size - 1) // self.order.count,
+            "epoch": (step * options.batch_size - 1) // self.order.epoch_size,
             "seconds": round(seconds, 4),
         }
 
@@ -313,7 +323,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
     return {
         "steps": trainer.step,
         "samples_seen": trainer.step * trainer.options.batch_size,
-        "epochs": round(trainer.step * trainer.options.batch_size / trainer.order.count, 2),
+        "epochs": round(trainer.step * trainer.options.batch_size / trainer.order.epoch_size, 2),
         "pairs": trainer.order.count,
         "validation_pairs": len(trainer.job.validation_rows),
         "pairs_skipped": trainer.job.latents.skipped,
