@@ -58,8 +58,14 @@ def test_bytes_paths_and_row_cells_open_alike(tmp_path: Path) -> None:
     image = gradient()
     path = tmp_path / "ñ «a».png"
     image.save(path)
-    for source in (path, str(path), path.read_bytes(), image_cell(image), {"bytes": None, "path": str(path)}):
+    for source in (path, str(path), path.read_bytes(), image_cell(image)):
         assert open_image(source).tobytes() == image.tobytes()
+
+
+def test_the_path_in_a_row_is_a_name_and_never_opened(tmp_path: Path) -> None:
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path / "secret.png")
+    with pytest.raises(UserError, match="there is no image"):
+        open_image({"bytes": None, "path": str(path)})
 
 
 @pytest.mark.parametrize("megapixels", [(10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])

@@ -54,9 +54,9 @@ def open_image(
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(source, dict):
+        # A row is data: what its path names on this machine is none of its business.
         name = name or source.get("path")
-        held = source.get("bytes")
-        place: str | Path | bytes | None = held if held is not None else source.get("path") or None
+        place: str | Path | bytes | None = source.get("bytes")
     else:
         place = source
     if place is None:
