@@ -228,6 +228,22 @@ class Data(Section):
     """What it calls its reference, target, target's caption and edit instruction; the usual names are known."""
 
 
+class Preference(Section):
+    """The target, rather than what a degraded reference gives: subject fidelity optimization (arXiv 2506.03621), for a
+    student that is trained already (`distill.init`)."""
+
+    beta: float = Field(default=500.0, gt=0)
+    """How soon a sample counts as preferred: its margin of squared errors, times this, goes through a sigmoid."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the preference loss beside that of the two panels."""
+    pairs: int = Field(default=5000, ge=1)
+    """Train on this many pairs at most: each needs a negative, drawn before the first step."""
+    shrink: float = Field(default=0.125, gt=0, lt=1)
+    """A negative's reference is shrunk to this share of its side and enlarged again."""
+    drop_text: float = Field(default=0.5, ge=0, le=1)
+    """Share of negatives drawn without text."""
+
+
 class Distill(Section):
     """Stage 4: the teacher becomes a student, trained on the pairs."""
 
@@ -315,6 +331,8 @@ class Distill(Section):
     """Sampling steps of a sample sheet."""
     sample_guidance: float = Field(default=3.5, ge=0)
     """Distilled guidance of a sample sheet, where the transformer takes one."""
+    preference: Preference | None = None
+    """A last stage, for a student named by `init`; null trains on the pairs alone."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -326,6 +344,10 @@ class Distill(Section):
             raise ValueError("left_weight and right_weight are both 0: nothing would be learnt")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
+        if self.preference and not self.init:
+            raise ValueError("preference: starts from a trained student; name it with init")
+        if self.mode == "lora" and self.init:
+            raise ValueError("init: adapters are saved for the teacher, and would be a student's; use mode: full")
         if self.mode == "full" and self.quantize != "none":
             raise ValueError(f"quantize: {self.quantize} freezes the base, and mode: full trains it; use mode: lora")
         if self.sharding == "full" and self.optimizer != "adamw":

@@ -99,7 +99,7 @@ def prepare(
 
     from diptych.student.geometry import Canvas
     from diptych.student.loading import pick_device
-    from diptych.train import checkpoint, latents, text
+    from diptych.train import checkpoint, latents, preference, text
     from diptych.train.hardware import pick_precision
     from diptych.train.loop import Job
     from diptych.train.options import Options
@@ -139,6 +139,13 @@ def prepare(
     embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
     made_from["panel_size"] = str(size)
+    negatives = None
+    if options.preference is not None:
+        train_rows = preference.choose(train_rows, cache, options.preference.pairs)
+        key = f"{made_from['base']} {made_from['pairs']}"
+        negatives = preference.draw(
+            pipe, cache, embeddings, train_rows, canvas, options, folder, key, preparing, processes
+        )
     return Job(
         pipe=pipe,
         canvas=canvas,
@@ -153,6 +160,7 @@ def prepare(
         processes=processes,
         name=recipe.name,
         weights=[weight for _, weight in data],
+        negatives=negatives,
     )
 
 

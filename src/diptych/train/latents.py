@@ -146,8 +146,6 @@ def build(
 
 def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvas: Canvas) -> None:
     """Encodes one shard's rows (those that curation kept) into one file."""
-    from safetensors.torch import save_file
-
     samples: list[dict[str, str]] = []
     skipped: list[dict[str, str]] = []
     panels: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -165,7 +163,13 @@ def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, can
         reference, target = (torch.stack(side) for side in zip(*panels[first : first + BATCH], strict=True))
         for name, latents in zip(("clean", "condition"), encode(reference, target), strict=True):
             tensors[name] = torch.cat([tensors[name], latents]) if name in tensors else latents
-    header = {"diptych": json.dumps({"samples": samples, "skipped": skipped})}
+    publish(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
+
+
+def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all. UserError if it cannot."""
+    from safetensors.torch import save_file
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from diptych.errors import UsageError, UserError
 from diptych.student.geometry import Canvas
 from diptych.train import checkpoint as checkpoints
 from diptych.train import parts, processes, validate
+from diptych.train import preference as preferences
 from diptych.train.draws import Order, draw
 from diptych.train.hardware import computing
 from diptych.train.latents import Latents
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
+from diptych.train.preference import Anchor, Negatives
 from diptych.train.processes import ALONE, Processes
 from diptych.train.text import Text
 from diptych.train.trackers import Trackers
@@ -61,6 +63,7 @@ class Job:
     processes: Processes = ALONE
     name: str = "student"  # what trackers call it
     weights: Sequence[float] = (1.0,)  # of the data sets that the latents come from
+    negatives: Negatives | None = None  # with `options.preference`
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
@@ -101,6 +104,7 @@ class Trainer:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
         self.guard = Guard([])
+        self.anchor = Anchor(self.trained.parameters) if job.negatives is not None else None
         self._resume()
         if job.options.compile:
             self.transformer.compile()
@@ -123,7 +127,9 @@ class Trainer:
             if chance.drop_reference:
                 condition[row] = 0
         sigma = torch.tensor([d.sigma for d in draws])
-        return Batch(clean, condition, torch.stack([d.noise for d in draws]), sigma, *job.text.gather(captions))
+        negative = job.negatives.gather([row for row, _ in places]) if job.negatives is not None else None
+        noise = torch.stack([d.noise for d in draws])
+        return Batch(clean, condition, noise, sigma, *job.text.gather(captions), negative)
 
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Left and right loss of each sample, (B,) each, in the job's precision."""
@@ -134,9 +140,10 @@ class Trainer:
         """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""
         options, step = self.options, self.step + 1
         started = time.perf_counter()
-        left, right = self.processes.mean(self._backward(batch))
+        means = self._backward(batch)
+        means = dict(zip(means, self.processes.mean(list(means.values())), strict=True))
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.trained.parameters, options.grad_clip)).item()
-        loss = options.left_weight * left + options.right_weight * right
+        loss = means["loss"]
         self.guard.check(step, loss, norm, self._advice())
         rate = parts.learning_rate(step, options)
         for group in self.optimizer.param_groups:
@@ -150,27 +157,45 @@ class Trainer:
         self.seconds += seconds
         return {
             "step": step,
-            "loss": loss,
-            "left": left,
-            "right": right,
+            **means,
             "grad_norm": norm,
             "learning_rate": rate,
             "epoch": (step * options.batch_size - 1) // self.order.epoch_size,
             "seconds": round(seconds, 4),
         }
 
-    def _backward(self, batch: Batch) -> tuple[float, float]:
-        """Gradients of the weighted loss; its two parts' means over this process's share."""
+    def _terms(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Means over a batch: `loss`, which is descended, and what it is made of."""
+        options, wish = self.options, self.options.preference
+        if wish is None or self.anchor is None or batch.negative is None:
+            left, right = (side.mean() for side in self.losses(batch, self.model))
+            return {"loss": options.left_weight * left + options.right_weight * right, "left": left, "right": right}
+        # One forward pass for targets and negatives: several processes average gradients once a pass.
+        rows = len(batch.sigma)
+        both = Batch(**{name: torch.cat([tensor, tensor]) for name, tensor in batch.tensors.items()})
+        both = replace(both, clean=torch.cat([batch.clean, batch.negative]), negative=None)
+        with self.anchor.inside():
+            _, before = self.losses(both)
+        left, right = self.losses(both, self.model)
+        (target, negative), (target_0, negative_0) = right.split(rows), before.split(rows)
+        preference = preferences.loss(target, negative, target_0, negative_0, wish.beta).mean()
+        preferred = ((target - target_0) < (negative - negative_0)).float().mean()
+        left, right = left[:rows].mean(), target.mean()
+        loss = options.left_weight * left + options.right_weight * right + wish.weight * preference
+        return {"loss": loss, "left": left, "right": right, "preference": preference, "preferred": preferred}
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Gradients of the weighted loss; the means of its terms over this process's share."""
         total = len(batch.sigma)
         micro = batch.split(self.options.micro_batch or total)
-        sums = [0.0, 0.0]
+        sums: dict[str, float] = {}
         try:
             for number, part in enumerate(micro, 1):
                 share = len(part.sigma) / total
                 with processes.accumulating(self.model, more=number < len(micro)):
-                    left, right = (share * side.mean() for side in self.losses(part, self.model))
-                    (self.options.left_weight * left + self.options.right_weight * right).backward()
-                sums = [sums[0] + left.item(), sums[1] + right.item()]
+                    terms = {name: share * term for name, term in self._terms(part).items()}
+                    terms["loss"].backward()
+                sums = {name: sums.get(name, 0.0) + term.item() for name, term in terms.items()}
         except (RuntimeError, OSError) as error:
             # No compiler, a graph break that cannot be: training goes on uncompiled, once. Anything else is a fault.
             if not self._unproven or isinstance(error, torch.OutOfMemoryError):
@@ -181,7 +206,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return self._backward(batch)
         self._unproven = False
-        return sums[0], sums[1]
+        return sums
 
     def _advice(self) -> str:
         last = checkpoints.pointer(self.job.folder, checkpoints.LATEST)
@@ -360,7 +385,7 @@ def _pinned(trainer: Trainer, step: int) -> Batch:
 
 
 def _map(batch: Batch, change: Any) -> Batch:
-    return Batch(**{name: change(tensor) for name, tensor in vars(batch).items()})
+    return Batch(**{name: change(tensor) for name, tensor in batch.tensors.items()})
 
 
 def _eager() -> Any:

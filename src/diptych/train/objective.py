@@ -29,10 +29,16 @@ class Batch:
     sigma: torch.Tensor  # (B,) in [0, 1]
     prompt_embeds: torch.Tensor  # (B, L, D) T5's
     pooled: torch.Tensor  # (B, P) CLIP's
+    negative: torch.Tensor | None = None  # (B, N, C) packed latents of [reference | negative] (preference.py)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def split(self, size: int) -> list[Batch]:
         """The same samples in batches of at most `size`, in order."""
-        parts = {name: tensor.split(size) for name, tensor in vars(self).items()}
+        parts = {name: tensor.split(size) for name, tensor in self.tensors.items()}
         return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
+
+
+@dataclass(frozen=True)
+class Preference:
+    """As `sections.Preference`, which documents it."""
+
+    beta: float = 500.0
+    weight: float = 1.0
+    pairs: int = 5000
+    shrink: float = 0.125
+    drop_text: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Options:
     sample_pairs: int = 4
     sample_steps: int = 20
     sample_guidance: float = 3.5
+    preference: Preference | None = None
     trackers: tuple[str, ...] = ()
     seed: int = 0
 
@@ -62,6 +74,8 @@ class Options:
         for name in ("betas", "trackers"):
             if name in values:
                 values[name] = tuple(values[name])
+        if values.get("preference") is not None:
+            values["preference"] = Preference(**values["preference"].model_dump())
         return cls(**values)
 
 
@@ -78,5 +92,7 @@ def identity(options: Options) -> dict[str, Any]:
     `steps` may be raised while the learning rate does not depend on it.
     """
     skip = HARMLESS | ({"steps"} if options.schedule == "constant" else set())
-    values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in skip}
+    values = {name: value for name, value in asdict(options).items() if name not in skip}
+    if options.preference is None:
+        del values["preference"]  # trainings of before there was any go on
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,169 @@
+"""Preference training: after a student is trained, prefer each true target to what a degraded reference gives.
+
+Subject fidelity optimization (SFO, arXiv 2506.03621): supervised training shows what is right and never what is wrong.
+Here the student that training starts from draws a *negative* for each pair, from a reference that was shrunk and
+enlarged again, now and then without the text; so a negative is what the student draws when it misses the subject. Then,
+with one noise for both, and e the mean squared velocity error on the right panel,
+
+    loss = −log sigmoid(−β · [(e(target) − e₀(target)) − (e(negative) − e₀(negative))])
+
+where e₀ is the error of the student that training started from (Diffusion-DPO, arXiv 2311.12908, for flow matching).
+It is added to the supervised loss, which keeps the target's own error from rising.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from diptych.data.records import seed_of
+from diptych.student.geometry import Canvas, join_tokens, split_panels, split_tokens
+from diptych.train.latents import Latents, publish
+from diptych.train.metrics import Progress, report
+from diptych.train.options import Options, Preference
+from diptych.train.processes import ALONE, Processes
+from diptych.train.text import Text
+
+if TYPE_CHECKING:
+    from diptych.student.pipeline import DiptychPipeline
+
+SHARD = 64  # negatives of a file: at most what a kill costs
+BATCH = 16  # drawn at once; fixed, so that nothing else decides the bytes
+
+
+def loss(
+    target: torch.Tensor, negative: torch.Tensor, target_0: torch.Tensor, negative_0: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """The preference loss of each sample, (B,), from errors (B,) of the student and (`_0`) of the one it started as."""
+    return -F.logsigmoid(-beta * ((target - target_0) - (negative - negative_0)))
+
+
+def choose(rows: Sequence[int], latents: Latents, most: int) -> list[int]:
+    """At most `most` of these rows, those with the lowest hash of their id, in order."""
+    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"preference {latents.samples[row].id}".encode()).digest())
+    return sorted(ranked[:most])
+
+
+def degrade(reference: torch.Tensor, shrink: float) -> torch.Tensor:
+    """References (B, 3, h, w), their sides shrunk to a fraction and enlarged again."""
+    height, width = reference.shape[-2:]
+    small = F.interpolate(reference, (max(1, round(height * shrink)), max(1, round(width * shrink))), mode="area")
+    return F.interpolate(small, (height, width), mode="bilinear")
+
+
+class Negatives:
+    """Packed canvases [reference | negative] of some rows, read from the files that `draw` made."""
+
+    def __init__(self, rows: Sequence[int], files: Sequence[Path]) -> None:
+        from safetensors import safe_open
+
+        self._place = {row: divmod(number, SHARD) for number, row in enumerate(rows)}
+        self._files = [safe_open(path, "pt") for path in files]
+
+    def gather(self, rows: Sequence[int]) -> torch.Tensor:
+        """(B, N, C) float32."""
+        places = [self._place[row] for row in rows]
+        parts = [self._files[file].get_slice("negative")[place : place + 1] for file, place in places]
+        return torch.cat(parts).float()
+
+
+def draw(
+    pipe: DiptychPipeline,
+    latents: Latents,
+    text: Text,
+    rows: Sequence[int],
+    canvas: Canvas,
+    options: Options,
+    folder: Path,
+    key: str,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> Negatives:
+    """Draws the negatives of these rows that are not drawn yet, each process its share of the files.
+
+    `key` names what draws: the student's weights and the data. A file is published whole, so a killed run goes on.
+    """
+    wish = options.preference
+    assert wish is not None
+    sampled = [options.seed, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
+    ids = [latents.samples[row].id for row in rows]
+    name = hashlib.sha256(json.dumps([key, canvas.panel_height, canvas.panel_width, sampled, ids]).encode())
+    folder = folder / f"negatives-{name.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"part-{number:05d}.safetensors" for number in range((len(rows) + SHARD - 1) // SHARD)]
+    with processes.together():
+        for number, path in enumerate(files):
+            part = rows[number * SHARD : (number + 1) * SHARD]
+            if number % processes.count == processes.rank and not path.exists():
+                drawn = [
+                    _draw(pipe, latents, text, part[first : first + BATCH], canvas, options, wish)
+                    for first in range(0, len(part), BATCH)
+                ]
+                publish({"negative": torch.cat(drawn)}, path)
+            report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
+    return Negatives(rows, files)
+
+
+@torch.no_grad()
+def _draw(
+    pipe: DiptychPipeline,
+    latents: Latents,
+    text: Text,
+    rows: Sequence[int],
+    canvas: Canvas,
+    options: Options,
+    wish: Preference,
+) -> torch.Tensor:
+    """(B, N, C): the true left panels beside negatives."""
+    device, dtype = pipe.transformer.device, pipe.transformer.dtype
+    clean, _ = latents.gather(rows)
+    reference, _ = split_panels(pipe.decode_canvas(clean.to(device, pipe.vae.dtype), canvas))
+    samples = [latents.samples[row] for row in rows]
+    seeds = [seed_of(options.seed, sample.id, "negative") for sample in samples]
+    silent = [seed / 2**63 < wish.drop_text for seed in seeds]
+    told = ["" if quiet else s.told(options.instructions == 1) for s, quiet in zip(samples, silent, strict=True)]
+    embeds, pooled = text.gather(told)
+    drawn = pipe(
+        reference=degrade(reference.float().clamp(-1, 1), wish.shrink),
+        prompt_embeds=embeds.to(device, dtype),
+        pooled_prompt_embeds=pooled.to(device, dtype),
+        height=canvas.panel_height,
+        width=canvas.panel_width,
+        num_inference_steps=options.sample_steps,
+        guidance_scale=options.sample_guidance,
+        generator=seeds,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    left, _ = split_tokens(clean, canvas)
+    _, right = split_tokens(drawn.float().cpu(), canvas)
+    return join_tokens(left, right, canvas)
+
+
+class Anchor:
+    """The weights that training started from, to be put in the model for a moment."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.tensors = [parameter.detach().clone() for parameter in parameters]
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The model is the one it started as, and takes no gradients."""
+        self._swap()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for number, parameter in enumerate(self.parameters):
+            self.tensors[number], parameter.data = parameter.data, self.tensors[number]
