@@ -77,7 +77,7 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
     device, shares = DEVICES[name], CPU_SHARES if name == "cpu" else GPU_SHARES
     pocket = recipe.teacher == "pocket"
     return {
-        "keep_rate": Assumption(0.187, "of candidates", "2,988 of 16,000 (benchmarks/results/pocket-report-2026-11-22)")
+        "keep_rate": Assumption(0.249, "of candidates", "3,990 of 16,000 (benchmarks/results/pocket-report-2026-11-23)")
         if pocket
         else Assumption(0.44, "of candidates", "published: UNO 0.354, Subjects200K 0.529", 0.354, 0.529),
         "devices": Assumption(1, "at once", "work is taken to share out evenly"),

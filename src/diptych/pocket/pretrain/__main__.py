@@ -85,13 +85,15 @@ def judges(
     minutes: float = 15,
     roles: str = "curator scorer reader",
     count: int = 15000,
+    average: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """Train the curator, the scorer and the attribute reader, each on its own third of the renders."""
+    """Train the curator, the scorer and the attribute reader, each on its own third of the renders. `--average` saves
+    the mean with the judges of that folder (the package's, say)."""
     from . import judges as step
 
     for role in roles.split():
-        step.train(work, role, minutes, count, device=device, report=_say)
+        step.train(work, role, minutes, count, average=average, device=device, report=_say)
 
 
 @app.command()
