@@ -80,7 +80,7 @@ def training_data(recipe: Recipe, own: Dataset | None) -> list[tuple[Pairs, floa
     found: list[tuple[Pairs, float]] = []
     for data in recipe.distill.data or [Data(path=OWN)]:
         if data.path != OWN:
-            found.append((open_pairs(data.path, data.columns), data.weight))
+            found.append((open_pairs(data.path, {**data.columns}), data.weight))
         elif own is not None:
             found.append((own, data.weight))
     return found
