@@ -45,7 +45,7 @@ def test_grids_have_a_seam_and_single_pictures_have_none(
         return float(np.mean([strength(blurred(picture, radius)) >= 0 for picture in pictures]))
 
     assert share([np.concatenate(pair, 1) for pair in subject_panels]) >= 0.99
-    assert share([np.concatenate(pair, 1) for pair in relit_panels]) >= 0.93
+    assert share([np.concatenate(pair, 1) for pair in relit_panels]) >= 0.9
     assert share(singles(150)) <= 0.02
 
 
