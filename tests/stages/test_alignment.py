@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,5 +85,5 @@ def test_relit_panels_align_and_moved_or_foreign_ones_do_not(relit_panels: Pairs
     assert np.mean([aligned(a, b) for a, b in relit_panels]) >= 0.95
     assert not any(aligned(a, moved(b, 3, 0)) for a, b in relit_panels)
     # One subject, upright in the middle of two places, may well be aligned; another grid's panel is not.
-    foreign = zip(subject_panels[:100], subject_panels[1:101], strict=True)
+    foreign = pairwise(subject_panels[:100])
     assert np.mean([aligned(a, b) for (a, _), (_, b) in foreign]) <= 0.05
