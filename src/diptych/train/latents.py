@@ -64,7 +64,7 @@ class Latents:
         self._files = [safe_open(path, "pt") for path in files]
         size = 0
         for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
-            header = json.loads(file.metadata()["diptych"])
+            header = _header(file)
             owner = owners[number]
             prefix = f"{owner}/" if len(sources) > 1 else ""
             found = [Sample(**sample) for sample in header["samples"]]
@@ -135,13 +135,29 @@ def build(
                 encode_shard(pairs.read_shard(shard), path, encode, canvas)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
-    if (latents := Latents(files)).skipped:
-        first = latents.skipped[0]
-        message = f"{len(latents.skipped)} of {total} pairs cannot be read (first: {first['id']}: {first['reason']})"
-        if len(latents.skipped) > MOST_SKIPPED * total:
+    if skipped := _skipped(files):
+        first = skipped[0]
+        message = f"{len(skipped)} of {total} pairs cannot be read (first: {first['id']}: {first['reason']})"
+        if len(skipped) > MOST_SKIPPED * total:
             raise UserError(f"{message}; make {pairs.url} again, or check the disk that holds it")
         log.warning("%s; they are left out and listed in the summary", message)
     return files
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """What an open cache file says of its pairs: `samples` and `skipped`."""
+    return json.loads(file.metadata()["diptych"])
+
+
+def _skipped(files: Sequence[Path]) -> list[dict[str, str]]:
+    """The pairs that were left out of these files, from their headers alone."""
+    from safetensors import safe_open
+
+    found: list[dict[str, str]] = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found += _header(file)["skipped"]
+    return found
 
 
 def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvas: Canvas) -> None:
