@@ -2,6 +2,8 @@
 # make test   installs, lints, checks types and imports, runs the tests              (under ten minutes)
 # make soak   what takes longer than a test should
 # make lint   the checks of `make test` without the tests
+# make docs   builds the documentation site into build/site
+# make package  builds sdist and wheel, and checks the wheel in an environment of its own
 # make clean  removes what these made, but no run
 
 SHELL := bash
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
 
-.PHONY: demo test soak lint format clean
+.PHONY: demo test soak lint format docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,6 +35,21 @@ format: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+# The wheel is built from the sdist, so both are checked: installed, outside the clone, it must draw.
+package: $(VENV)/.installed-dev
+	rm -rf dist build/wheel
+	$(BIN)/python -m build -q
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install -q dist/*.whl -c constraints.txt
+	cd build && wheel/bin/diptych --version && wheel/bin/diptych doctor
+	cd build && wheel/bin/diptych generate --model pocket --reference "$$(wheel/bin/python -c \
+	  'from diptych.paths import packaged; print(packaged("examples/references/cat.png"))')" \
+	  --prompt "a cat on the beach" --steps 4 --out wheel.png
+	@ls -l dist
 
 # A stamp is newer than what it was made from, so that an install runs only when there is something to install.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
