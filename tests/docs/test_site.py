@@ -1,0 +1,29 @@
+"""The documentation site builds without a warning, with the pages and pictures that the build makes itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from diptych.sections import Distill
+
+from .blocks import ROOT
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONWARNINGS": "ignore"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stderr[-3000:]
+
+    site = tmp_path / "site"
+    reference = (site / "reference/recipes/index.html").read_text()
+    assert all(f"<code>{name}</code>" in reference for name in Distill.model_fields)
+    for picture in (site / "pictures").glob("*.png"):
+        assert Image.open(picture).width > 300
+    assert 'src="../pictures/grids.png"' in (site / "method/index.html").read_text()
+    assert (site / "repository/benchmarks/README.md.txt").exists()

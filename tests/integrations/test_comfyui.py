@@ -1,0 +1,94 @@
+"""The ComfyUI nodes: the shipped workflows run on the pocket model, with ComfyUI's own two nodes played by the test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych import Student
+from diptych.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
+REFERENCE = Path(__file__).parents[2] / "examples" / "references" / "cat.png"
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Any:
+    """The folder as ComfyUI imports it."""
+    place = {"submodule_search_locations": [str(FOLDER)]}
+    spec: Any = importlib.util.spec_from_file_location("comfyui_diptych", FOLDER / "__init__.py", **place)
+    module = sys.modules["comfyui_diptych"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_image() -> tuple[torch.Tensor, torch.Tensor]:
+    """ComfyUI's LoadImage: the picture and its alpha as a mask; white, so that all of it may change."""
+    pixels = torch.from_numpy(np.asarray(Image.open(REFERENCE).convert("RGB"), dtype=np.float32) / 255)[None]
+    return pixels, torch.ones(pixels.shape[:3])
+
+
+def run(nodes: Any, workflow: dict[str, Any], **changed: Any) -> torch.Tensor:
+    """What SaveImage is given; `changed` are inputs of diptych's nodes."""
+    results: dict[str, tuple[Any, ...]] = {}
+    for number, node in workflow.items():  # the files list a node after those it needs
+        inputs = {
+            name: results[value[0]][value[1]] if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+        if node["class_type"] == "SaveImage":
+            return inputs["images"]
+        if node["class_type"] == "LoadImage":
+            results[number] = load_image()
+            continue
+        kind = nodes.NODE_CLASS_MAPPINGS[node["class_type"]]
+        asked = kind.INPUT_TYPES()
+        known = asked["required"] | asked.get("optional", {})
+        assert set(inputs) <= set(known) and set(asked["required"]) <= set(inputs)
+        inputs |= {name: value for name, value in changed.items() if name in known}
+        results[number] = getattr(kind(), kind.FUNCTION)(**inputs)
+    raise AssertionError("no SaveImage")
+
+
+@pytest.mark.parametrize("name", ["draw", "relight"])
+def test_a_workflow_draws_what_the_library_draws(nodes: Any, name: str) -> None:
+    workflow = json.loads((FOLDER / "workflows" / f"{name}.json").read_text())
+    drawn = run(nodes, workflow, steps=2, seed=3)
+    student = Student.load("pocket", speed="exact", progress_bar=False)
+    if name == "draw":
+        prompt = workflow["3"]["inputs"]["prompt"]
+        own = student.generate(REFERENCE, prompt, steps=2, seed=3)
+    else:
+        white = Image.new("RGB", Image.open(REFERENCE).size, "white")
+        own = student.relight(REFERENCE, workflow["3"]["inputs"]["light"], steps=2, seed=3, mask=white)
+    assert drawn.shape == (1, 32, 32, 3) and drawn.dtype == torch.float32
+    assert torch.equal(drawn[0], torch.from_numpy(np.asarray(own, dtype=np.float32) / 255))
+
+
+def test_a_batch_of_references_gives_as_many_pictures(nodes: Any) -> None:
+    (student,) = nodes.NODE_CLASS_MAPPINGS["DiptychLoad"]().load("pocket", "", "none", "exact")
+    pixels, _ = load_image()
+    node = nodes.NODE_CLASS_MAPPINGS["DiptychGenerate"]()
+    own = dict.fromkeys(("guidance", "image_guidance", "text_guidance", "size"), 0)
+    sampling: dict[str, Any] = {"seed": 0, "steps": 1, "fit": "crop", **own}
+    (drawn,) = node.generate(student, torch.cat([pixels, pixels.flip(2)]), "a cat on the moon", **sampling)
+    assert drawn.shape == (2, 32, 32, 3) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_prompt_stays_as_it_is_without_an_endpoint(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIPTYCH_LLM_URL", raising=False)
+    node = nodes.NODE_CLASS_MAPPINGS["DiptychEnhance"]()
+    assert node.enhance(load_image()[0], "a cat on the moon", "", "") == ("a cat on the moon",)
+
+
+def test_an_unknown_model_says_so(nodes: Any) -> None:
+    with pytest.raises(UserError, match="nosuchmodel"):
+        nodes.NODE_CLASS_MAPPINGS["DiptychLoad"]().load("nosuchmodel/", "", "none", "exact")
