@@ -17,10 +17,10 @@ from diptych.sections import Recipe
 from .blocks import LANGUAGES, PAGES, ROOT, Block, read
 
 BLOCKS = [block for page in PAGES for block in read(page)]
-SMALL = (
-    "write.count=12 write.shard_size=12 paint.steps=2 paint.batch_size=12 curate.thresholds.same=-1 distill.steps=2 "
-    "distill.batch_size=2 distill.rank=2 distill.validation_pairs=2 distill.sample_steps=1 evaluate.suite=none"
-).split(" ")
+SMALL = """
+write.count=12 write.shard_size=12 paint.steps=2 paint.batch_size=12 curate.thresholds.same=-1 evaluate.suite=none
+distill.steps=2 distill.batch_size=2 distill.rank=2 distill.validation_pairs=2 distill.sample_steps=1
+"""
 
 
 def named(language: str, run: bool = True) -> list[Any]:
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "examples/references/cat.png", folder / "cat.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        sets = [word for item in SMALL for word in ("--set", item)]
+        sets = [word for item in SMALL.split() for word in ("--set", item)]
         assert cli.call(["run", "recipes/pocket.yaml", "--out", "runs/first", "--json", *sets]) == 0
         shutil.copytree("runs/first", "runs/pocket")
     return folder
