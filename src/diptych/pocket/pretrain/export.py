@@ -73,7 +73,7 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
         shutil.rmtree(WEIGHTS / role, ignore_errors=True)
         halve(work / role, WEIGHTS / role)
         log[role] = _log(work / f"{role}_training", log.get(role))
-        if role == "teacher":
+        if role == "teacher" and (work / "vae_training").exists():
             log["vae"] = _log(work / "vae_training", log.get("vae"))
     if student is not None:
         shutil.rmtree(WEIGHTS / "student", ignore_errors=True)
