@@ -13,8 +13,9 @@ import tiny_run
 import torch
 
 from diptych.errors import UsageError
-from diptych.stages.distill import distill, prepare, timestep_shift
+from diptych.stages.distill import distill
 from diptych.train import checkpoint
+from diptych.train.buckets import timestep_shift
 from diptych.train.loop import Trainer
 from diptych.train.metrics import read
 
@@ -41,7 +42,7 @@ def test_a_share_of_samples_is_told_the_instruction(world: Any, tmp_path: Path) 
     pairs = tiny_run.make_pairs(tmp_path / "pairs", instruction="the same cat, in the grass")
     free = {"text_dropout": 0, "both_dropout": 0, "validation_pairs": 0}
     recipe = tiny_run.make_recipe(world.teacher, instructions=0.5, batch_size=24, **free)
-    trainer = Trainer(prepare(recipe, pairs, tmp_path / "out"))
+    trainer = Trainer(tiny_run.prepare(recipe, pairs, tmp_path / "out"))
     asked: list[str] = []
     gather = trainer.job.text.gather
     trainer.job.text.gather = lambda captions: (asked.extend(captions), gather(captions))[1]  # pyright: ignore
@@ -61,7 +62,7 @@ def test_an_automatic_shift_is_what_the_base_samples_with(world: Any, tmp_path: 
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     recipe = tiny_run.make_recipe(world.teacher, shift="auto")
-    job = prepare(recipe, world.pairs, tmp_path / "out")
+    job = tiny_run.prepare(recipe, world.pairs, tmp_path / "out")
     assert job.options.shift == 1.0 == job.pipe.scheduler.config.shift
     job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     line = 0.5 + (1.15 - 0.5) * (job.canvas.tokens - 256) / (4096 - 256)  # FLUX.1-dev's, facts.md 3
