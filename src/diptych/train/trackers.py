@@ -32,7 +32,12 @@ class Trackers:
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
             for tracker in self._open:
-                tracker.finish()
+                if tracker.name == "trackio":
+                    import trackio
+
+                    trackio.finish()  # accelerate ends the run alone, and trackio would end it again as Python exits
+                else:
+                    tracker.finish()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
