@@ -31,6 +31,7 @@ from diptych.stages.distill import prepare
 from diptych.student.geometry import condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.hardware import pick_precision
 from diptych.train.loop import Trainer
+from diptych.train.material import Material
 from diptych.train.objective import Batch, image_ids, panel_losses
 
 GOAL = 1.3  # times the plain loop's samples a second, on the CPU
@@ -45,7 +46,7 @@ class PlainLoop:
     def __init__(self, trainer: Trainer, pairs: Dataset) -> None:
         job = trainer.job
         self.job, self.options = job, job.options
-        self.pipe = copy.copy(job.pipe)
+        self.pipe = copy.copy(job.pipe).to(job.device)  # ours has set its text encoders aside
         self.rows = list(pairs)
         self.transformer = trainer.transformer
         self.parameters = trainer.trained.parameters
@@ -68,9 +69,9 @@ class PlainLoop:
             embeds, pooled = self.pipe.encode_text([row["caption"] for row in chosen])
         noise = torch.randn(clean.shape, generator=self.generator).to(job.device)
         sigma = torch.sigmoid(torch.randn(size, generator=self.generator)).to(job.device)
-        batch = Batch(clean.float(), condition.float(), noise, sigma, embeds, pooled)
+        batch = Batch(clean.float(), condition.float(), noise, sigma, embeds, pooled, canvas=job.canvas)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
-            left, right = panel_losses(self.transformer, batch, job.canvas, self.ids, self.guidance)
+            left, right = panel_losses(self.transformer, batch, self.ids, self.guidance)
         loss = left.mean() + right.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -113,7 +114,7 @@ def rendered_pairs(folder: Path, count: int, size: int) -> Dataset:
 def compare(recipe: Recipe, pairs: Dataset, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     """Both loops on one model; a round of each is `steps` steps."""
     started = time.perf_counter()
-    trainer = Trainer(prepare(recipe, pairs, folder))
+    trainer = Trainer(prepare(recipe, Material.open(recipe, pairs), folder))
     prepared = time.perf_counter() - started
     plain = PlainLoop(trainer, pairs)
     device = trainer.job.device

@@ -122,6 +122,8 @@ def test_less_memory_is_planned_for_what_takes_less(tmp_path: Path) -> None:
     assert memory("distill.gradient_checkpointing=false")["activations"] > 10 * usual["activations"]
     assert memory("distill.optimizer=adamw8bit")["trained"] == pytest.approx(usual["trained"] * 10 / 16)
     assert memory("distill.quantize=nf4")["weights"] < usual["weights"] - 8e9
+    assert memory("distill.offload=blocks")["weights"] < usual["weights"] - 21e9
+    assert memory("distill.conditioning=channel")["activations"] < 0.75 * usual["activations"]
     spread = memory("distill.sharding=full", assume=["devices=8"])
     assert spread["trained"] == pytest.approx(usual["trained"] / 8) and spread["weights"] < usual["weights"]
 

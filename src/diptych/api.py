@@ -249,13 +249,10 @@ class Student:
         return open_image(reference, background=background)
 
     def _canvas(self, size: int | tuple[int, int] | None) -> Canvas:
-        from diptych.student.geometry import Canvas
         from diptych.student.parallel import check
 
-        if size is None:
-            size = self.pipeline.default_panel_size
-        width, height = (size, size) if isinstance(size, int) else size
-        canvas = Canvas(height, width, self.pipeline.vae_scale_factor)
+        width, height = (size, size) if isinstance(size, int) or size is None else size
+        canvas = self.pipeline.canvas(height, width)
         check(self.pipeline, canvas)
         return canvas
 

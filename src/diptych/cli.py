@@ -455,8 +455,10 @@ def call(args: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        if isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0":
-            return error.exit_code  # the same in every process torchrun started: the first one says it
+        from diptych.student import parallel
+
+        if not parallel.says(error):
+            return error.exit_code
         return _say(f"error: {error}", error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`diptych … | head`): not an error of ours.

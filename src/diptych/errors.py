@@ -17,6 +17,8 @@ class UserError(ValueError):
     exit_code = 1
     stops = False
     """Whether every other row would meet it too (a server that is down): the run ends, and no row is blamed."""
+    shared = False
+    """Whether every one of several processes has it, so that one tells it."""
 
 
 class UsageError(UserError):

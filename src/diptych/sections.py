@@ -251,6 +251,12 @@ class Distill(Section):
     """What to train on; an empty list is the run's own pairs. Without `own` in it nothing is written, painted or
     curated."""
 
+    conditioning: Literal["diptych", "channel"] = "diptych"
+    """Where the reference is: the left panel of the canvas (the paper's), or the condition channels of the target panel
+    itself, with no left panel (stock FLUX-Control's, which the paper compares with)."""
+    buckets: list[tuple[int, int]] | Literal["auto"] = []
+    """Panel sizes, [height, width] in pixels: each pair is trained at the one nearest to its target's shape. `auto` is
+    diffusers' ladder of aspect ratios with the area of the square panel; an empty list is that square alone."""
     mode: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters and the widened input layer."""
     quantize: Literal["none", "nf4", "int8"] = "none"
@@ -268,6 +274,9 @@ class Distill(Section):
     (gradient accumulation)."""
     sharding: Literal["none", "full"] = "none"
     """With several processes: the weights whole in each (DDP), or each with a part of them (FSDP2)."""
+    offload: Literal["none", "blocks"] = "none"
+    """Under `lora`: frozen blocks wait in main memory and come to the device one at a time, for a 16 GB card. Wants
+    `gradient_checkpointing`; the numbers stay the same."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """`adamw8bit` is bitsandbytes'; `prodigy` finds its own rate: give it `learning_rate: 1`."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -316,7 +325,8 @@ class Distill(Section):
     sample_every: int = Field(default=1000, ge=0)
     """Steps between sample sheets; 0 is only the last."""
     init: str | None = None
-    """A student to start from; null widens the teacher."""
+    """A student to start from: under `full` any one, under `lora` a control-LoRA of the same rank and targets; null
+    widens the teacher."""
     guidance: float = Field(default=1.0, ge=0)
     """What a guidance-distilled transformer (FLUX.1-dev) is told while it trains."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -346,8 +356,16 @@ class Distill(Section):
             raise ValueError("betas must be at least 0 and below 1")
         if self.preference and not self.init:
             raise ValueError("preference: starts from a trained student; name it with init")
-        if self.mode == "lora" and self.init:
-            raise ValueError("init: adapters are saved for the teacher, and would be a student's; use mode: full")
+        if self.conditioning == "channel" and not self.right_weight:
+            raise ValueError("conditioning: channel has no left panel, so right_weight must be above 0")
+        if self.offload != "none" and (self.mode == "full" or self.quantize != "none" or self.sharding == "full"):
+            raise ValueError("offload: blocks moves frozen weights: use mode: lora, quantize: none, sharding: none")
+        if self.offload != "none" and self.preference:
+            raise ValueError("offload: blocks does not go with preference, which swaps the weights that are trained")
+        if self.offload != "none" and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload: blocks needs gradient_checkpointing: true, else every block stays for its gradient"
+            )
         if self.mode == "full" and self.quantize != "none":
             raise ValueError(f"quantize: {self.quantize} freezes the base, and mode: full trains it; use mode: lora")
         if self.sharding == "full" and self.optimizer != "adamw":

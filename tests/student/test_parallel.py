@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
 from diptych.student import parallel
 from diptych.student.geometry import Canvas
 
@@ -67,3 +67,18 @@ def test_too_few_devices_heads_and_tokens_are_refused(pipe, monkeypatch):
     parallel.check(pipe, Canvas(16, 24, 4))
     with pytest.raises(UsageError, match="one side a multiple of 32"):
         parallel.check(pipe, Canvas(24, 24, 4))
+
+
+def test_an_error_that_all_processes_have_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    own, shared = UserError("this disk is full"), UserError("the loss is nan")
+    shared.shared = True
+    assert parallel.says(own) and parallel.says(shared)
+    monkeypatch.setenv("RANK", "1")
+    assert not parallel.says(own)  # nobody has met: all do the same
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        assert parallel.says(own) and not parallel.says(shared) and not parallel.says(UsageError("no such key"))
+    finally:
+        dist.destroy_process_group()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,9 @@ import tiny_run
 import torch
 
 from diptych.errors import UsageError
-from diptych.stages.distill import distill, prepare, timestep_shift
+from diptych.stages.distill import distill
 from diptych.train import checkpoint
+from diptych.train.buckets import timestep_shift
 from diptych.train.loop import Trainer
 from diptych.train.metrics import read
 
@@ -41,7 +47,7 @@ def test_a_share_of_samples_is_told_the_instruction(world: Any, tmp_path: Path) 
     pairs = tiny_run.make_pairs(tmp_path / "pairs", instruction="the same cat, in the grass")
     free = {"text_dropout": 0, "both_dropout": 0, "validation_pairs": 0}
     recipe = tiny_run.make_recipe(world.teacher, instructions=0.5, batch_size=24, **free)
-    trainer = Trainer(prepare(recipe, pairs, tmp_path / "out"))
+    trainer = Trainer(tiny_run.prepare(recipe, pairs, tmp_path / "out"))
     asked: list[str] = []
     gather = trainer.job.text.gather
     trainer.job.text.gather = lambda captions: (asked.extend(captions), gather(captions))[1]  # pyright: ignore
@@ -61,7 +67,7 @@ def test_an_automatic_shift_is_what_the_base_samples_with(world: Any, tmp_path: 
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     recipe = tiny_run.make_recipe(world.teacher, shift="auto")
-    job = prepare(recipe, world.pairs, tmp_path / "out")
+    job = tiny_run.prepare(recipe, world.pairs, tmp_path / "out")
     assert job.options.shift == 1.0 == job.pipe.scheduler.config.shift
     job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     line = 0.5 + (1.15 - 0.5) * (job.canvas.tokens - 256) / (4096 - 256)  # FLUX.1-dev's, facts.md 3
@@ -98,6 +104,30 @@ def test_trackers_are_told_what_the_log_is_told(world: Any, tmp_path: Path) -> N
     logged = {line["step"]: line["loss"] for line in lines_of(out)}
     assert shown == pytest.approx(logged, rel=1e-5)
     assert {event.step for event in events.Scalars("validation/right/0.5")} == {4, 8, 12}
+
+
+def test_trackio_keeps_one_run_for_a_training_that_is_continued(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    script = (
+        "import sys; from pathlib import Path; from diptych.train.trackers import Trackers\n"
+        "for step in (1, 2):\n"
+        "    told = Trackers(['trackio'], Path(sys.argv[1]), 'tiny', {'steps': 2})\n"
+        "    told.log({'step': step, 'loss': 0.5 / step, 'validation': {'loss': 2.0}})\n"
+        "    told.close()\n"
+    )
+    # In a process of its own: trackio reads where it writes to when it is imported.
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "files")],
+        env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == ""
+    with closing(sqlite3.connect(tmp_path / "trackio" / "tiny.db")) as kept:
+        rows = kept.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(name, step) for name, step, _ in rows] == [("tiny", 1), ("tiny", 2)]
+    assert [json.loads(text) for *_, text in rows] == [{"loss": 0.5 / step, "validation/loss": 2.0} for step in (1, 2)]
 
 
 def test_a_tracker_that_is_not_installed_is_named(world: Any, tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ def random_batch(count: int = 3, channels: int = 16, seed: int = 0) -> Batch:
     shape = (count, CANVAS.tokens, channels)
     clean, condition, noise = (torch.randn(shape, generator=g) for _ in range(3))
     sigma = torch.rand(count, generator=g)
-    return Batch(
-        clean, condition, noise, sigma, torch.randn(count, 5, 24, generator=g), torch.randn(count, 16, generator=g)
-    )
+    embeds, pooled = torch.randn(count, 5, 24, generator=g), torch.randn(count, 16, generator=g)
+    return Batch(clean, condition, noise, sigma, embeds, pooled, canvas=CANVAS)
 
 
 def trained_student(guidance: bool = False) -> Any:
@@ -38,7 +37,7 @@ def trained_student(guidance: bool = False) -> Any:
 def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | None) -> None:
     student = trained_student(guidance is not None)
     batch = random_batch()
-    left, right = panel_losses(student, batch, CANVAS, image_ids(CANVAS), guidance)
+    left, right = panel_losses(student, batch, image_ids(CANVAS), guidance)
     for i in range(3):
         s = batch.sigma[i]
         x_t = batch.clean[i] * (1 - s) + batch.noise[i] * s
@@ -67,8 +66,8 @@ def test_a_widened_teacher_starts_with_the_teachers_own_loss_whatever_the_condit
     def plain(hidden_states: torch.Tensor, **rest: Any) -> Any:
         return teacher(hidden_states=hidden_states[..., :16], **rest)
 
-    wanted = panel_losses(plain, batch, CANVAS, ids)
-    got = panel_losses(widen(teacher), batch, CANVAS, ids)
+    wanted = panel_losses(plain, batch, ids)
+    got = panel_losses(widen(teacher), batch, ids)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -81,7 +80,7 @@ def test_perfect_velocity_has_no_loss_and_each_panel_answers_for_itself() -> Non
     def model(**_: Any) -> tuple[torch.Tensor]:
         return (torch.where(right[:, None], batch.noise - batch.clean + 2, batch.noise - batch.clean),)
 
-    left_loss, right_loss = panel_losses(model, batch, CANVAS, image_ids(CANVAS))
+    left_loss, right_loss = panel_losses(model, batch, image_ids(CANVAS))
     torch.testing.assert_close(left_loss, torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(right_loss, torch.full((3,), 4.0))
 

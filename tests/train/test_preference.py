@@ -13,7 +13,7 @@ import torch
 
 from diptych.errors import UsageError
 from diptych.recipe import load
-from diptych.stages.distill import distill, prepare
+from diptych.stages.distill import distill
 from diptych.train import checkpoint
 from diptych.train.loop import Trainer
 from diptych.train.preference import degrade, loss
@@ -67,7 +67,7 @@ def test_a_student_learns_to_prefer_the_target(preferred: Path) -> None:
 def test_negatives_share_the_true_left_panel_and_differ_on_the_right(world: Any, recipe: Any, tmp_path: Path) -> None:
     from diptych.student.geometry import split_tokens
 
-    job = prepare(recipe(STEPS), world.pairs, tmp_path / "out")
+    job = tiny_run.prepare(recipe(STEPS), world.pairs, tmp_path / "out")
     assert len(job.train_rows) == 10 and job.negatives is not None
     clean, _ = job.latents.gather(job.train_rows)
     negative = job.negatives.gather(job.train_rows)
@@ -76,6 +76,21 @@ def test_negatives_share_the_true_left_panel_and_differ_on_the_right(world: Any,
     batch = Trainer(job).assemble(1)
     assert batch.negative is not None and batch.negative.shape == batch.clean.shape
     assert [len(part.sigma) for part in batch.split(3)] == [3, 1]
+
+
+def test_a_lora_draws_its_own_negatives_and_goes_on(world: Any, recipe: Any, tmp_path: Path) -> None:
+    lora = {"mode": "lora", "rank": 4, "learning_rate": 1e-2}
+    distill(tiny_run.make_recipe(world.teacher, steps=6, **lora), world.pairs, tmp_path / "first")
+    unborn = {**lora, "steps": 1, "learning_rate": 1e-12}  # its negatives are the bare teacher's
+    distill(tiny_run.make_recipe(world.teacher, **unborn), world.pairs, tmp_path / "unborn")
+    wish = {"pairs": 10, "drop_text": 0.0, "shrink": 0.25}
+    found = []
+    for name in ("first", "unborn"):
+        values = {**lora, "init": str(tmp_path / name), "steps": 2, "sample_steps": 3, "preference": wish}
+        job = tiny_run.prepare(tiny_run.make_recipe(world.teacher, **values), world.pairs, tmp_path / f"{name}-2")
+        assert job.negatives is not None and not getattr(job.pipe.transformer, "peft_config", None)
+        found.append(job.negatives.gather(job.train_rows))
+    assert (found[0] - found[1]).abs().mean() > 0.01
 
 
 def test_it_continues_exactly(world: Any, recipe: Any, preferred: Path, tmp_path: Path) -> None:
@@ -92,5 +107,6 @@ def test_it_continues_exactly(world: Any, recipe: Any, preferred: Path, tmp_path
 def test_what_it_cannot_start_from_is_refused() -> None:
     with pytest.raises(UsageError, match="starts from a trained student; name it with init"):
         load("demo", ["distill.preference={}"])
-    with pytest.raises(UsageError, match="adapters are saved for the teacher"):
-        load("pocket", ["distill.init=x", "distill.mode=lora"])
+    with pytest.raises(UsageError, match="offload: blocks does not go with preference"):
+        sets = ["init=x", "mode=lora", "preference={}", "offload=blocks", "gradient_checkpointing=true"]
+        load("pocket", [f"distill.{one}" for one in sets])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kills
@@ -92,13 +93,13 @@ def test_spread_weights_are_dtensors_in_every_process(world: Any, tmp_path: Path
         "import tiny_run, torch\n"
         "from torch.distributed.tensor import DTensor\n"
         "from diptych.data.store import Dataset\n"
-        "from diptych.stages.distill import prepare\n"
         "from diptych.train.loop import Trainer\n"
         "from diptych.train.processes import join\n"
         f"work = Path({str(world.folder)!r})\n"
         "processes, device = join(torch.device('cpu'))\n"
         "recipe = tiny_run.make_recipe(work / 'teacher', sharding='full')\n"
-        f"job = prepare(recipe, Dataset(work / 'pairs'), Path({str(tmp_path / 'out')!r}), None, processes, device)\n"
+        f"out = Path({str(tmp_path / 'out')!r})\n"
+        "job = tiny_run.prepare(recipe, Dataset(work / 'pairs'), out, None, processes, device)\n"
         "trainer = Trainer(job)\n"
         "trainer.advance(trainer.assemble(1))\n"
         "spread = [isinstance(p, DTensor) for p in trainer.trained.parameters]\n"
@@ -127,9 +128,14 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(world: Any, tmp_pa
     assert last is not None and 6 <= last.step < 4000
 
 
-def test_what_fails_in_one_process_fails_in_all(world: Any, tmp_path: Path) -> None:
-    codes = finished(together(world, tmp_path / "out", "batch_size=3"))
-    assert all(code and "does not divide among 2 processes" in errors for code, _, errors in codes), codes
+def test_what_fails_in_one_process_is_known_to_all(world: Any, tmp_path: Path) -> None:
+    """The second shard is the second process's to encode; the first one, which speaks to the user, says so too."""
+    (tmp_path / "teacher").symlink_to(world.teacher)
+    tiny_run.make_pairs(tmp_path / "pairs")
+    (shard,) = (tmp_path / "pairs").glob("*00001.parquet")
+    shard.unlink()
+    codes = finished(together(SimpleNamespace(folder=tmp_path), tmp_path / "out"))
+    assert all(code and "part-00001" in errors.splitlines()[-1] for code, _, errors in codes), codes
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

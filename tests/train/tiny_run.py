@@ -160,6 +160,14 @@ def make_recipe(teacher: Path, **distill: Any) -> Any:
     return Recipe.model_validate({**values, "distill": {**DISTILL, **distill}})
 
 
+def prepare(recipe: Any, pairs: Any, out: Path, *rest: Any) -> Any:
+    """`distill.prepare` on these pairs and what else the recipe names."""
+    from diptych.stages import distill
+    from diptych.train.material import Material
+
+    return distill.prepare(recipe, Material.open(recipe, pairs), out, *rest)
+
+
 def main(work: str, out: str, *sets: str) -> None:
     """Trains in the world that `make_teacher` and `make_pairs` made in `work`."""
     import yaml

@@ -59,6 +59,16 @@ def blocks(shapes: Shapes) -> int:
     return len({".".join(name.split(".")[:2]) for name in shapes if "transformer_blocks." in name})
 
 
+def block_matrices(shapes: Shapes) -> dict[str, int]:
+    """Numbers in the matrices of each block."""
+    found: dict[str, int] = {}
+    for name, (out, into) in linears(shapes).items():
+        if "transformer_blocks." in name:
+            block = ".".join(name.split(".")[:2])
+            found[block] = found.get(block, 0) + out * into
+    return found
+
+
 def width(shapes: Shapes) -> int:
     """Numbers of a token inside the blocks."""
     return shapes["x_embedder.weight"][0]

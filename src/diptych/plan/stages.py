@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from diptych.errors import UsageError, nearest
@@ -103,7 +104,7 @@ def curate(job: Job, painting_hours: float) -> dict[str, Any]:
 def distill(job: Job) -> dict[str, Any]:
     """Steps, samples, operations, device hours, memory and disk of the training."""
     settings, book = job.recipe.distill, job.book
-    canvas = job.canvas(1, 2)
+    canvas = _student_canvas(job)
     shapes = arithmetic.widened(job.counts.shapes)
     one = arithmetic.forward(shapes, canvas)
     trained = _trained(job, shapes, canvas)
@@ -126,18 +127,24 @@ def distill(job: Job) -> dict[str, Any]:
         shapes, canvas, rows, settings.gradient_checkpointing, precision, book["activation_widths"]
     )
     # select() keeps frozen weights in bfloat16 on a GPU that computes in it.
-    frozen = 0 if trained.whole else frozen_bytes(job.teacher, settings.quantize, 4 if job.on_cpu else precision)
+    number = 4 if job.on_cpu else precision
+    frozen = 0 if trained.whole else frozen_bytes(job.teacher, settings.quantize, number)
+    if settings.offload == "blocks" and not job.on_cpu:
+        matrices = arithmetic.block_matrices(shapes)  # one block's are there at a time
+        frozen -= (sum(matrices.values()) - max(matrices.values())) * number
     averages = arithmetic.TRAINED_BYTES * bool(settings.ema)
     state = arithmetic.TRAINED_BYTES + averages + arithmetic.OPTIMIZER_BYTES[settings.optimizer]
     split = book["devices"] if settings.sharding == "full" else 1
-    beside = (job.counts.text + job.counts.vae) * wide
+    text, vae = job.counts.text * wide, job.counts.vae * wide
+    # Text encoders leave an accelerator once all captions are encoded, before anything is trained.
+    encoding = text + vae + (job.counts.transformer * wide if trained.whole else frozen)
     memory = {
-        "weights": round(frozen / split + beside),
+        "weights": round(frozen / split + vae + (text if online or job.on_cpu else 0)),
         "trained": round(trained.numbers * (state + arithmetic.TRAINED_BYTES) / split),  # and its gradients
         "activations": round(kept),
     }
     channels = job.counts.shapes["x_embedder.weight"][1]
-    whole = job.counts.transformer * 4 + beside
+    whole = job.counts.transformer * 4 + text + vae
     disk = {
         "latents": job.kept * 2 * canvas.image * channels * wide,
         "checkpoints": trained.numbers * state * (settings.keep + 2),  # the best, and the one being written
@@ -154,7 +161,7 @@ def distill(job: Job) -> dict[str, Any]:
         "flops": flops,
         "seconds_per_step": hours * 3600 / settings.steps,
         **_time(job, hours),
-        "memory": sum(memory.values()),
+        "memory": max(sum(memory.values()), round(encoding)),
         "memory_of": memory,
         "rows_at_once": rows,
         "disk": disk,
@@ -168,6 +175,15 @@ def evaluate(job: Job) -> dict[str, Any]:
         return {"suite": "none", "pictures": 0}
     pictures = settings.samples * settings.prompts * len(settings.seeds) * len(settings.methods)
     return {"suite": settings.suite, "pictures": pictures}
+
+
+def _student_canvas(job: Job) -> arithmetic.Canvas:
+    """What a training sample is, at the largest of the recipe's sizes."""
+    settings = job.recipe.distill
+    panels = 2 if settings.conditioning == "diptych" else 1
+    sizes = settings.buckets if settings.buckets != "auto" else []  # its ladder keeps the square's area
+    images = [arithmetic.image_tokens(height, panels * width, job.teacher.factor) for height, width in sizes]
+    return replace(job.canvas(1, panels), image=max(images)) if images else job.canvas(1, panels)
 
 
 def _trained(job: Job, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> arithmetic.Trained:

@@ -78,6 +78,8 @@ def _curate(found: dict[str, Any]) -> list[str]:
 
 def _distill(found: dict[str, Any]) -> list[str]:
     memory = " + ".join(f"{gib(part)} {name}" for name, part in found["memory_of"].items())
+    more = found["memory"] > sum(found["memory_of"].values())
+    before = "; while captions are encoded it is more" if more else ""
     disk = " + ".join(f"{size(part)} {name}" for name, part in found["disk"].items())
     epochs = f", {found['epochs']:,.1f} epochs" if found["epochs"] else ""
     return [
@@ -85,7 +87,7 @@ def _distill(found: dict[str, Any]) -> list[str]:
         f"{found['batch_size']}, {found['samples']:,} samples{epochs}",
         f"{si(found['flops_per_sample'])}FLOP a sample, {si(found['flops'])}FLOP with validation and sample sheets",
         f"{seconds(found['seconds_per_step'])} a step · {_hours(found)}",
-        f"memory {gib(found['memory'])}: {memory} ({found['rows_at_once']} rows at once)",
+        f"memory {gib(found['memory'])}: {memory} ({found['rows_at_once']} rows at once){before}",
         f"disk {disk}",
     ]
 

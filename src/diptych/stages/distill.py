@@ -9,32 +9,31 @@ it returns its summary at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.console import quiet_bars
-from diptych.data.sources import Pairs, open_pairs
 from diptych.data.store import Dataset, write_atomic
-from diptych.errors import UserError
-from diptych.sections import OWN, Data
+from diptych.errors import UsageError, UserError
 from diptych.train.card import model_card
+from diptych.train.material import Material
 from diptych.train.metrics import Progress, report
 
 if TYPE_CHECKING:
     import torch
 
     from diptych.sections import Recipe
-    from diptych.student.geometry import Canvas
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.train.loop import Job, Trainer
+    from diptych.train.job import Job
+    from diptych.train.loop import Trainer
     from diptych.train.options import Options
     from diptych.train.parts import Trained
     from diptych.train.processes import Processes
@@ -66,29 +65,19 @@ def distill(recipe: Recipe, pairs: Dataset | None, out: Path, progress: Progress
 
     out = Path(out)
     steps = recipe.distill.steps
-    if (done := finished(out, recipe, pairs)) is not None:
+    material = Material.open(recipe, pairs)
+    if (done := finished(out, recipe, material)) is not None:
         report(progress, steps, steps, "already trained")
         return done
     processes, device = join(pick_device(recipe.device))
     progress = progress if processes.first else None
-    trainer = train(prepare(recipe, pairs, out, progress, processes, device), progress)
-    return finish(trainer, recipe, pairs, out)
-
-
-def training_data(recipe: Recipe, own: Dataset | None) -> list[tuple[Pairs, float]]:
-    """The data sets to train on, with their weights."""
-    found: list[tuple[Pairs, float]] = []
-    for data in recipe.distill.data or [Data(path=OWN)]:
-        if data.path != OWN:
-            found.append((open_pairs(data.path, {**data.columns}), data.weight))
-        elif own is not None:
-            found.append((own, data.weight))
-    return found
+    trainer = train(prepare(recipe, material, out, progress, processes, device), progress)
+    return finish(trainer, recipe, out)
 
 
 def prepare(
     recipe: Recipe,
-    pairs: Dataset | None,
+    material: Material,
     out: Path,
     progress: Progress | None = None,
     processes: Processes | None = None,
@@ -97,11 +86,11 @@ def prepare(
     """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
     import torch
 
-    from diptych.student.geometry import Canvas
+    from diptych import tasks
     from diptych.student.loading import pick_device
-    from diptych.train import checkpoint, latents, preference, text
+    from diptych.train import buckets, checkpoint, latents, preference, text
     from diptych.train.hardware import pick_precision
-    from diptych.train.loop import Job
+    from diptych.train.job import Job
     from diptych.train.options import Options
     from diptych.train.processes import ALONE
 
@@ -113,42 +102,46 @@ def prepare(
     log.info("training on %s in %s: %s", device, precision, reason)
 
     folder = out / TRAINING
-    made_from = sources(recipe, pairs)
+    made_from = sources(recipe, material)
     pipe = start(recipe, device)
-    size = recipe.paint.panel_size or pipe.default_panel_size
-    canvas = Canvas(size, size, pipe.vae_scale_factor)
-    shift = timestep_shift(pipe, canvas) if options.shift == "auto" else options.shift
-    options = replace(options, precision=precision, shift=shift)  # pyright: ignore[reportArgumentType]
+    settings = recipe.distill
+    places = buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
+    options = replace(options, precision=precision, shift=places[0].shift)  # pyright: ignore[reportArgumentType]
     at = checkpoint.pointer(folder, checkpoint.LATEST)
     step = int(at.removeprefix("step-")) if at else 0
 
     def preparing(done: int, total: int, what: str) -> None:
         report(progress, step, options.steps, f"{what} {done}/{total}")
 
-    encode = latents.canvas_encoder(pipe.encode_canvas)
-    vae = _vae_fingerprint(pipe)
-    data = training_data(recipe, pairs)
-    files = [
-        latents.build(each, folder / "latents", encode, canvas, f"{vae} {each.fingerprint()}", preparing, processes)
-        for each, _ in data
-    ]
+    canvases = [place.canvas for place in places]
+    encode = latents.canvas_encoder(pipe.encode_canvas, canvases[0].panels)
+    vae = latents.vae_fingerprint(pipe)
+    aligned = tasks.load(recipe.task).geometry == "aligned"
+    files = []
+    for each in material.sets:
+        key = f"{vae} {each.fingerprint()}"
+        files.append(
+            latents.build(each, folder / "latents", encode, canvases, key, preparing, processes, aligned=aligned)
+        )
     cache = latents.Latents(*files)
     captions = [sample.caption for sample in cache.samples]
     if options.instructions:
         captions += [sample.instruction for sample in cache.samples if sample.instruction]
     embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
+    if isinstance(embeddings, text.Table) and device.type != "cpu":
+        _set_aside(pipe)
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
-    made_from["panel_size"] = str(size)
     negatives = None
     if options.preference is not None:
         train_rows = preference.choose(train_rows, cache, options.preference.pairs)
-        key = f"{made_from['base']} {made_from['pairs']}"
-        negatives = preference.draw(
-            pipe, cache, embeddings, train_rows, canvas, options, folder, key, preparing, processes
-        )
+        drawing = preference.Drawing(pipe, places, cache, embeddings, options)
+        with _as_it_starts(pipe, recipe):
+            key = f"{made_from['base']} {made_from['pairs']}"
+            negatives = drawing.draw(train_rows, folder, key, preparing, processes)
+    made_from["panel_size"] = buckets.named(places)
     return Job(
         pipe=pipe,
-        canvas=canvas,
+        buckets=places,
         options=options,
         device=device,
         latents=cache,
@@ -156,60 +149,72 @@ def prepare(
         train_rows=train_rows,
         validation_rows=validation_rows,
         folder=folder,
+        material=material,
         made_from=made_from,
         processes=processes,
         name=recipe.name,
-        weights=[weight for _, weight in data],
         negatives=negatives,
     )
 
 
-def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
-    """The shift s that the base samples a canvas of this size with (`distill.shift: auto`)."""
-    from diptych.student.timesteps import shift_exponent
-
-    config = pipe.scheduler.config
-    mu = shift_exponent(config, canvas.tokens)
-    return float(config.get("shift", 1.0)) if mu is None else math.exp(mu)
+def _set_aside(pipe: DiptychPipeline) -> None:
+    """Text encoders go back to main memory: every caption is encoded, and the device has better uses for its own."""
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        if encoder is not None:
+            encoder.to("cpu")  # pyright: ignore[reportArgumentType]
 
 
-def sources(recipe: Recipe, pairs: Dataset | None) -> dict[str, str]:
-    """Fingerprints of what a student is made from. UserError when there is nothing to train on."""
-    data = training_data(recipe, pairs)
-    for each, _ in data:
-        if not len(each):
-            cure = "lower curate.thresholds or draw more grids (write.count)" if each is pairs else "give other data"
-            raise UserError(f"{each.url} holds no pairs, so there is nothing to train on; {cure}")
-    prints = [each.fingerprint() for each, _ in data]
-    if recipe.distill.data:
-        weighed = [[*both] for both in zip(prints, (weight for _, weight in data), strict=True)]
-        prints = [hashlib.sha256(json.dumps(weighed).encode()).hexdigest()]
-    return {"base": models.fingerprint(_base(recipe)), "pairs": prints[0]}
+@contextmanager
+def _as_it_starts(pipe: DiptychPipeline, recipe: Recipe) -> Iterator[None]:
+    """The pipeline with the LoRA that training goes on from, if it does; without it again afterwards."""
+    from diptych.student.lora import apply_lora
+
+    if recipe.distill.mode == "full":
+        yield
+        return
+    apply_lora(pipe, models.resolve(recipe.distill.init or "", "student"))
+    try:
+        yield
+    finally:
+        pipe.unload_lora_weights()
 
 
-def _base(recipe: Recipe) -> Path:
-    """The folder that the weights come from: `distill.init`, else the teacher."""
-    if recipe.distill.init:
-        return models.resolve(recipe.distill.init, "student")
-    return models.resolve(recipe.teacher, "teacher")
+def sources(recipe: Recipe, material: Material) -> dict[str, str]:
+    """Fingerprints of what a student is made from: the weights it starts from, and its pairs."""
+    init = recipe.distill.init
+    places = [models.resolve(init, "student")] if init else []
+    if recipe.distill.mode == "lora" or not init:
+        places.insert(0, models.resolve(recipe.teacher, "teacher"))
+    return {"base": " ".join(map(models.fingerprint, places)), "pairs": material.fingerprint()}
 
 
 def start(recipe: Recipe, device: Any) -> DiptychPipeline:
-    """The student before its first step: the teacher widened, or the student that `distill.init` names; its frozen
-    weights quantized as the recipe has it."""
+    """The student before its first step: the teacher widened, or, in mode full, the student that `distill.init` names;
+    its frozen weights quantized as the recipe has it. A LoRA to go on from is put on by `parts.select`."""
     from diffusers import FluxPipeline
 
     from diptych import student
-    from diptych.student.loading import pick_dtype
+    from diptych.student.loading import pick_dtype, read_conditioning
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.sources import locate
     from diptych.student.weights import widen
 
-    teacher = models.resolve(recipe.teacher, "teacher")
+    teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
     dtype = pick_dtype(teacher / "transformer", device)
-    if recipe.distill.init:
+    if settings.init:
+        place = models.resolve(settings.init, "student")
+        if (other := read_conditioning([place])) != settings.conditioning:
+            raise UsageError(
+                f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
+            )
+        if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
+            raise UsageError(
+                f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
+                "name a control-LoRA, or use mode: full"
+            )
+    if settings.init and settings.mode == "full":
         with quiet_bars():
-            pipe = student.load(recipe.distill.init, base=recipe.teacher, device=device, fuse=True)
-        return _quantized(pipe, recipe.distill.quantize, device, dtype)
+            return student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
     try:
         with quiet_bars():
             stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
@@ -220,8 +225,14 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     components = {name: stock.components[name] for name in names}
     pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
     pipe.loaded_from = (teacher,)
+    pipe.conditioning = settings.conditioning
     pipe.set_progress_bar_config(disable=True)
-    return _quantized(pipe, recipe.distill.quantize, device, dtype).to(device)
+    if settings.offload == "blocks":  # `parts.select` moves the rest of it
+        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            if part is not None:
+                part.to(device)
+        return pipe
+    return _quantized(pipe, settings.quantize, device, dtype).to(device)
 
 
 def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:
@@ -232,31 +243,20 @@ def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: to
     return pipe
 
 
-def _vae_fingerprint(pipe: DiptychPipeline) -> str:
-    """sha256 over the VAE's weights in memory and its scaling: names what a latent means."""
-    import torch
-
-    digest = hashlib.sha256(repr((pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)).encode())
-    for name, tensor in pipe.vae.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def finished(out: Path, recipe: Recipe, pairs: Dataset | None) -> dict[str, Any] | None:
+def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | None:
     """The summary of a training that this recipe, base and data have finished in `out` before; None otherwise."""
     try:
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    return stored["summary"] if stored.get("made_by") == _made_by(recipe, pairs) else None
+    return stored["summary"] if stored.get("made_by") == _made_by(recipe, material) else None
 
 
-def _made_by(recipe: Recipe, pairs: Dataset | None) -> dict[str, Any]:
-    return {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed, **sources(recipe, pairs)}
+def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
+    return {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed, **sources(recipe, material)}
 
 
-def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset | None, out: Path) -> dict[str, Any]:
+def finish(trainer: Trainer, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
 
     In several processes the first one writes and the others wait.
@@ -264,17 +264,17 @@ def finish(trainer: Trainer, recipe: Recipe, pairs: Dataset | None, out: Path) -
     from diptych.train.loop import summary
 
     numbers = summary(trainer)
-    made_from = trainer.job.made_from
+    made_from, material = trainer.job.made_from, trainer.job.material
     provenance = {"base": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
     whole = trainer.averages() if trainer.spread else None
     with trainer.processes.together() as first:
         if first:
-            card = model_card(recipe, numbers, training_data(recipe, pairs), pairs)
+            card = model_card(recipe, numbers, material)
             if whole is not None:
                 _export(*_assembled(recipe, trainer.options, whole), None, recipe, provenance, card, out)
             else:
                 _export(trainer.job.pipe, trainer.trained, trainer.ema, recipe, provenance, card, out)
-            stored = {"summary": numbers, "made_by": _made_by(recipe, pairs)}
+            stored = {"summary": numbers, "made_by": _made_by(recipe, material)}
             write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
     return numbers
 
@@ -302,6 +302,8 @@ def _export(
     out: Path,
 ) -> None:
     """The student folder, with the averaged weights if there is an average; whole or not at all."""
+    from safetensors import SafetensorError
+
     from diptych.train import parts
     from diptych.train.options import Options
 
@@ -319,19 +321,23 @@ def _export(
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         _publish(temporary, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write the student to {out}: {error.strerror or error}; its last checkpoint is whole: "
+            f"cannot write the student to {out}: {reason}; its last checkpoint is whole: "
             "make room and run the same command again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sampling(recipe: Recipe) -> dict[str, float]:
+def _sampling(recipe: Recipe) -> dict[str, Any]:
     """How the recipe evaluates its student is how the student is sampled by default."""
+    from diptych.student.loading import said_conditioning
+
     asked = recipe.evaluate
-    return {"steps": asked.steps, "image_guidance": asked.image_guidance, "text_guidance": asked.text_guidance}
+    own = {"steps": asked.steps, "image_guidance": asked.image_guidance, "text_guidance": asked.text_guidance}
+    return own | said_conditioning(recipe.distill.conditioning)
 
 
 def _publish(written: Path, out: Path) -> None:

@@ -20,7 +20,7 @@ from diptych.errors import UsageError, UserError, nearest
 from diptych.student import directions, files, gguf_file
 from diptych.student.components import INDEX, NEEDED, copy_parts, find_parts
 from diptych.student.deltas import as_lora, difference, fuse, read_deltas
-from diptych.student.loading import SAMPLING_FILE, WORDS_FILE, resolve
+from diptych.student.loading import SAMPLING_FILE, WORDS_FILE, read_conditioning, resolve
 from diptych.student.lora import INPUT, RELEASED_LORA, lora_file
 from diptych.student.sources import Source, open_source, teacher_state
 from diptych.student.tensors import Stored, held, write_safetensors
@@ -92,6 +92,9 @@ def convert(
             raise UsageError(f"{out} holds what is to be read; give another name")
     files.check_free(out, overwrite, "pass --overwrite")
 
+    places = [path, *([base_folder] if base_folder else [])]
+    if to in ("released", "file") and (other := read_conditioning(places)) != "diptych":
+        raise UserError(f"{path} → {to} is refused: it cannot say that this student is of {other} conditioning")
     source = open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):

@@ -4,6 +4,9 @@ The student denoises one 1×2 canvas [reference | target] (the release's 512×10
 The VAE shrinks it by its factor, and FLUX packs 2×2 latents into one token, row by row. So the tokens of a panel are
 *columns* of the canvas, not one contiguous half of the sequence. Shapes: B batch, C latent channels, H×W canvas pixels,
 R×K token rows and columns.
+
+A student of the `channel` conditioning has a canvas of the target panel alone: its reference lies in the target's own
+condition channels, pixel on pixel, as stock FLUX-Control has it. Its left panel is then empty: no tokens, no pixels.
 """
 
 from __future__ import annotations
@@ -21,16 +24,19 @@ if TYPE_CHECKING:
 
 Fit = Literal["crop", "pad", "contain"]
 FITS: tuple[str, ...] = get_args(Fit)
+Conditioning = Literal["diptych", "channel"]
+CONDITIONINGS: tuple[str, ...] = get_args(Conditioning)
 BLACK = -1.0  # the right half of the condition canvas, in the VAE's range [-1, 1]
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A 1×2 canvas of two panels. Sizes of a panel are in pixels; `factor` is the VAE's downsampling."""
+    """A 1×2 canvas of two panels, or of one. Sizes of a panel are in pixels; `factor` is the VAE's downsampling."""
 
     panel_height: int
     panel_width: int
     factor: int
+    panels: int = 2
 
     def __post_init__(self) -> None:
         check_panel_size(self.panel_height, self.panel_width, self.factor)
@@ -41,7 +47,7 @@ class Canvas:
 
     @property
     def width(self) -> int:
-        return 2 * self.panel_width
+        return self.panels * self.panel_width
 
     @property
     def rows(self) -> int:
@@ -56,7 +62,7 @@ class Canvas:
     @property
     def columns(self) -> int:
         """Token columns of the whole canvas."""
-        return 2 * self.panel_columns
+        return self.panels * self.panel_columns
 
     @property
     def tokens(self) -> int:
@@ -100,37 +106,37 @@ def split_tokens(tokens: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, to
     """Canvas tokens (B, R·2K, D) to the tokens of the left and of the right panel, (B, R·K, D) each."""
     b, n, d = tokens.shape
     assert n == canvas.tokens, (n, canvas)
-    grid = tokens.reshape(b, canvas.rows, 2, canvas.panel_columns, d)
-    return grid[:, :, 0].reshape(b, -1, d), grid[:, :, 1].reshape(b, -1, d)
+    grid = tokens.reshape(b, canvas.rows, canvas.panels, canvas.panel_columns, d)
+    return grid[:, :, :-1].reshape(b, -1, d), grid[:, :, -1].reshape(b, -1, d)
 
 
 def join_tokens(left: torch.Tensor, right: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """Two panels' tokens (B, R·K, D) to canvas tokens (B, R·2K, D); the inverse of `split_tokens`."""
-    b, _, d = left.shape
-    shape = (b, canvas.rows, canvas.panel_columns, d)
-    return torch.cat([left.reshape(shape), right.reshape(shape)], dim=2).reshape(b, -1, d)
+    sides = [side.unflatten(1, (canvas.rows, side.shape[1] // canvas.rows)) for side in (left, right)]
+    return torch.cat(sides, dim=2).flatten(1, 2)
 
 
 def right_tokens(canvas: Canvas) -> torch.Tensor:
     """Boolean mask (R·2K,) over the canvas tokens that is true on the right panel: its columns."""
     column = torch.arange(canvas.tokens) % canvas.columns
-    return column >= canvas.panel_columns
+    return column >= canvas.columns - canvas.panel_columns
 
 
-def split_panels(canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left and right half of pixels or latents (B, C, H, W), split along the width."""
-    left, right = canvas.chunk(2, dim=-1)
-    return left, right
+def split_panels(canvas: torch.Tensor, panels: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left and right panel of pixels or latents (B, C, H, W), split along the width."""
+    width = canvas.shape[-1] // panels
+    return canvas[..., :-width], canvas[..., -width:]
 
 
-def join_panels(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Two panels (B, C, H, w) side by side: (B, C, H, 2w)."""
-    return torch.cat([left, right], dim=-1)
+def join_panels(left: torch.Tensor, right: torch.Tensor, panels: int = 2) -> torch.Tensor:
+    """Two panels (B, C, H, w) side by side: (B, C, H, 2w); the right one alone on a canvas of one."""
+    return torch.cat([left, right], dim=-1) if panels == 2 else right
 
 
-def condition_canvas(reference: torch.Tensor) -> torch.Tensor:
-    """[reference | black]: pixels (B, 3, H, w) in [-1, 1] to the condition canvas (B, 3, H, 2w)."""
-    return join_panels(reference, torch.full_like(reference, BLACK))
+def condition_canvas(reference: torch.Tensor, panels: int = 2) -> torch.Tensor:
+    """[reference | black]: pixels (B, 3, H, w) in [-1, 1] to the condition canvas (B, 3, H, 2w); the reference itself
+    on a canvas of one panel."""
+    return join_panels(reference, torch.full_like(reference, BLACK)) if panels == 2 else reference
 
 
 def check_fit(fit: str) -> None:

@@ -17,6 +17,7 @@ from diptych import models
 from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
 from diptych.student.components import check_family, check_parts, find_parts, open_part
+from diptych.student.geometry import CONDITIONINGS, Conditioning
 from diptych.student.lora import apply_lora, lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
@@ -67,6 +68,7 @@ def load(
     pipe.bias_split = source.folded.split
     pipe.ignored_adapters = source.folded.adapters
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
+    pipe.conditioning = read_conditioning(pipe.loaded_from)
     for given, scale in loras:
         apply_lora(pipe, given, scale, fuse=fuse)
     if preset is None:
@@ -110,10 +112,11 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
         if split is not None and split.of(pipe.transformer.x_embedder.bias.detach().cpu()):
             files.write_split(split, partial / "transformer")
         words, sampling = read_words(pipe), read_sampling(pipe)
+        own = {**({} if sampling == SAMPLING else sampling), **said_conditioning(pipe.conditioning)}
         if words is not None:
             (partial / WORDS_FILE).write_text(json.dumps(sorted(words)) + "\n", "utf8")
-        if sampling != SAMPLING:
-            (partial / SAMPLING_FILE).write_text(json.dumps(sampling) + "\n", "utf8")
+        if own:
+            (partial / SAMPLING_FILE).write_text(json.dumps(own) + "\n", "utf8")
     return folder
 
 
@@ -131,18 +134,42 @@ def read_words(pipe: DiptychPipeline) -> frozenset[str] | None:
 
 def read_sampling(pipe: DiptychPipeline) -> dict[str, float]:
     """`SAMPLING`, with what the student's folder says of itself in `sampling.json`."""
-    for folder in pipe.loaded_from:
-        path = folder / SAMPLING_FILE
-        if path.is_file():
-            try:
-                own = json.loads(path.read_text("utf8"))
-                unknown = set(own) - set(SAMPLING)
-                if unknown:
-                    raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(SAMPLING)}")
-                return SAMPLING | {key: type(SAMPLING[key])(value) for key, value in own.items()}
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path} does not say how to sample this student ({error})") from error
-    return dict(SAMPLING)
+    own = _own_words(pipe.loaded_from)
+    return SAMPLING | {key: float(own[key]) if key != "steps" else int(own[key]) for key in own if key in SAMPLING}
+
+
+def read_conditioning(places: Sequence[Path]) -> Conditioning:
+    """How a student was trained to see its reference, from the `sampling.json` in or beside the first place that has
+    one; `diptych` unless that says `channel`."""
+    return _own_words(places).get("conditioning", "diptych")
+
+
+def said_conditioning(conditioning: str) -> dict[str, str]:
+    """What `sampling.json` says of a conditioning: nothing of the usual one."""
+    return {} if conditioning == CONDITIONINGS[0] else {"conditioning": conditioning}
+
+
+def _own_words(places: Sequence[Path]) -> dict[str, Any]:
+    """The checked `sampling.json` of the first of these folders or files that has one; empty if none has."""
+    path = next((p for p in map(_sampling_file, places) if p.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        own = json.loads(path.read_text("utf8"))
+        known = [*SAMPLING, "conditioning"]
+        if unknown := set(own) - set(known):
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+        if own.get("conditioning", CONDITIONINGS[0]) not in CONDITIONINGS:
+            raise ValueError(f"conditioning is {' or '.join(CONDITIONINGS)}, not {own['conditioning']!r}")
+        for key in own.keys() & SAMPLING.keys():
+            float(own[key])
+        return own
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} does not say how to sample this student ({error})") from error
+
+
+def _sampling_file(place: Path) -> Path:
+    return (place if place.is_dir() else place.parent) / SAMPLING_FILE
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -7,9 +7,10 @@ share of the tokens, and of the attention heads. So a picture is drawn faster, n
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,16 @@ def processes() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def says(error: UserError) -> bool:
+    """Whether this process tells the user of an error: the first one of what all have, and each of its own.
+
+    Before they have met, and of what was asked wrongly, all have the same.
+    """
+    dist = sys.modules.get("torch.distributed")
+    met = dist is not None and dist.is_initialized()
+    return is_first() or (met and not error.shared and not isinstance(error, UsageError))
 
 
 def join(device: str | torch.device | None = None) -> torch.device:

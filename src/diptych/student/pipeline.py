@@ -31,6 +31,7 @@ from diptych.errors import UsageError, UserError
 from diptych.student import guidance, inputs, speed
 from diptych.student.geometry import (
     Canvas,
+    Conditioning,
     condition_canvas,
     pack,
     right_tokens,
@@ -82,6 +83,7 @@ class DiptychPipeline(FluxControlPipeline):
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
+        self.conditioning: Conditioning = "diptych"  # how it was trained to see its reference (`geometry`)
         self.speed = speed.PLAIN  # put on and taken off by `speed.apply` and `speed.remove`
         self.recall = Recall()
         self.step_cache: StepCache | None = None
@@ -94,6 +96,13 @@ class DiptychPipeline(FluxControlPipeline):
     def default_panel_size(self) -> int:
         """Side of a panel in pixels when none is asked for."""
         return min(MAX_PANEL, int(self.vae.config.sample_size))
+
+    def canvas(self, height: int | None = None, width: int | None = None) -> Canvas:
+        """The canvas for panels of this size in pixels, by default `default_panel_size`. UsageError if none fits."""
+        side = self.default_panel_size
+        panels = 2 if self.conditioning == "diptych" else 1
+        height, width = (side if value is None else value for value in (height, width))
+        return Canvas(height, width, self.vae_scale_factor, panels)
 
     @property
     def text_length(self) -> int:
@@ -176,7 +185,7 @@ class DiptychPipeline(FluxControlPipeline):
         return torch.cat([known[id(reference)].float() for reference in references])
 
     def _condition(self, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-        pixels = condition_canvas(inputs.panel(reference, canvas, fit))
+        pixels = condition_canvas(inputs.panel(reference, canvas, fit), canvas.panels)
         if not self.recall.limit:
             return self.encode_canvas(pixels)
         key = ("reference", content(pixels), id(self.vae), self.vae.dtype, str(self._execution_device))
@@ -261,8 +270,9 @@ class DiptychPipeline(FluxControlPipeline):
         Raises:
             UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
         """
-        side = self.default_panel_size
-        canvas = Canvas(side if height is None else height, side if width is None else width, self.vae_scale_factor)
+        canvas = self.canvas(height, width)
+        if return_reference and canvas.panels == 1:
+            raise UsageError("a student of channel conditioning draws no left panel, so it has no reference to return")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"unknown output_type '{output_type}': one of pil, np, pt, latent")
         settings = self._settings(
@@ -447,10 +457,10 @@ class DiptychPipeline(FluxControlPipeline):
             return x_0, None
         self._stage("decode")
         if decode == "right":
-            left, right = split_panels(unpack(x_0, canvas.rows, canvas.columns))
+            left, right = split_panels(unpack(x_0, canvas.rows, canvas.columns), canvas.panels)
             right, left = self._decode(right), self._decode(left) if return_reference else None
         else:
-            left, right = split_panels(self.decode_canvas(x_0, canvas))
+            left, right = split_panels(self.decode_canvas(x_0, canvas), canvas.panels)
         images = self.image_processor.postprocess(right, output_type=output_type)
         if not return_reference or left is None:
             return images, None

@@ -71,7 +71,7 @@ class Preview:
         from PIL import Image
 
         latents = unpack(tokens.cpu(), self.canvas.rows, self.canvas.columns)
-        pixels = _with_one(split_panels(latents)[1]) @ self.projection
+        pixels = _with_one(split_panels(latents, self.canvas.panels)[1]) @ self.projection
         arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
         size = (self.canvas.panel_width, self.canvas.panel_height)
         return [Image.fromarray(array).resize(size, Image.Resampling.BILINEAR) for array in arrays]

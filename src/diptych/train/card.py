@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from diptych import __version__, models, tasks
-from diptych.data.sources import Pairs
 from diptych.data.store import Dataset
 
 if TYPE_CHECKING:
     from diptych.sections import Recipe
+    from diptych.train.material import Material
 
 FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
 
 
-def model_card(
-    recipe: Recipe, numbers: dict[str, Any], data: Sequence[tuple[Pairs, float]], own: Dataset | None
-) -> str:
-    """README.md with the hub's front matter. `numbers` is `loop.summary`'s, `data` what was trained on, with weights,
-    and `own` the run's own pairs if they are among it."""
+CONDITIONING = {
+    "diptych": "the reference is the left panel of the canvas",
+    "channel": "the reference is joined to the target panel, channel by channel",
+}
+
+
+def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> str:
+    """README.md with the hub's front matter. `numbers` is `loop.summary`'s."""
     lora = recipe.distill.mode == "lora"
     licence, terms = base_licence(recipe.teacher)
     front = {
@@ -40,6 +42,7 @@ def model_card(
     rows = {
         "task": recipe.task,
         "base": recipe.distill.init or recipe.teacher,
+        "conditioning": CONDITIONING[recipe.distill.conditioning],
         "mode": f"LoRA, rank {recipe.distill.rank}, and the input layer" if lora else "all weights",
         "parameters trained": f"{numbers['parameters']:,}",
         "pairs trained on / held out": f"{numbers['pairs']:,} / {numbers['validation_pairs']:,}",
@@ -67,7 +70,7 @@ def model_card(
             "",
             "A Diffusion Self-Distillation student (arXiv 2411.18616): a text-to-image model that also takes a "
             "reference image. It was trained by diptych"
-            f"{' on pairs that its own teacher drew' if own is not None and len(data) == 1 else ''}.",
+            f"{' on pairs that its own teacher drew' if list(material.sets) == [material.own] else ''}.",
             "",
             f"`{use}`",
             "",
@@ -77,7 +80,7 @@ def model_card(
             "",
             "## Data",
             "",
-            *_data(recipe, data, own),
+            *_data(recipe, material),
             "",
             "## Licence",
             "",
@@ -87,10 +90,11 @@ def model_card(
     )
 
 
-def _data(recipe: Recipe, data: Sequence[tuple[Pairs, float]], own: Dataset | None) -> list[str]:
+def _data(recipe: Recipe, material: Material) -> list[str]:
     """What it was trained on, and how the run's own pairs were chosen."""
     lines: list[str] = []
-    if own is not None:
+    own = material.own
+    if own is not None and own in material.sets:
         limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
         judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
         thresholds = {f"threshold: {key}": value for key, value in limits.model_dump().items()}
@@ -101,6 +105,7 @@ def _data(recipe: Recipe, data: Sequence[tuple[Pairs, float]], own: Dataset | No
             *_table({"pairs": f"{len(own):,}", "judge": judge, **thresholds, **curation(own)}),
             "",
         ]
+    data = zip(material.sets, material.weights, strict=True)
     others = {each.url: f"{len(each):,} pairs, weight {weight:g}" for each, weight in data if each is not own}
     if others:
         lines += ["Made elsewhere; look up their licences before you publish.", "", *_table(others), ""]

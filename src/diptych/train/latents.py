@@ -4,6 +4,8 @@ One safetensors file for each shard of the pairs, in a folder named after the VA
 from, so that a cache is never read for other data. A file is published by renaming, so a killed build continues where
 it was. The VAE sees whole canvases, [reference | target] and [reference | black], because its convolutions and its
 attention cross the seam (facts.md 2). The posterior's mode is taken: nothing is sampled.
+
+Where pairs are trained at several sizes (`buckets`), each goes through at the one nearest to its target's shape.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +25,16 @@ import torch
 from diptych.data.images import open_image
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
-from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, to_pixels
+from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 IN_MEMORY = 4 * 2**30  # bytes of latents that are read once and kept; more is read row by row from the mapped files
 BATCH = 16  # pairs through the VAE at once; fixed, so that the cache's bytes do not depend on anything else
-FORMAT = 2  # raised when the files say something else
+FORMAT = 3  # raised when the files say something else
 MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
+SAME_SHAPE = 0.02  # aspect ratios of an aligned pair may differ by this share: a pixel or two of rounding
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +46,7 @@ class Sample:
     grid_id: str
     caption: str
     instruction: str = ""
+    bucket: int = 0  # which of the canvases it is trained on
 
     def told(self, instruct: bool) -> str:
         """The instruction if it is wanted and there is one, else the caption."""
@@ -60,7 +65,7 @@ class Latents:
         self.counts = [0] * len(sources)
         self.samples: list[Sample] = []
         self.skipped: list[dict[str, str]] = []
-        self._places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int]] = []  # file of a row, and its place among those of its bucket there
         self._files = [safe_open(path, "pt") for path in files]
         size = 0
         for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
@@ -71,54 +76,78 @@ class Latents:
             self.samples += [replace(s, id=prefix + s.id, grid_id=prefix + s.grid_id) for s in found]
             self.counts[owner] += len(found)
             self.skipped += header["skipped"]
-            self._places += [(number, row) for row in range(len(header["samples"]))]
+            seen: Counter[int] = Counter()
+            for sample in found:
+                self._places.append((number, seen[sample.bucket]))
+                seen[sample.bucket] += 1
             size += path.stat().st_size
-        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
-        if size <= IN_MEMORY and self.samples:
-            self._whole = (self._read("clean"), self._read("condition"))
+        self._whole: dict[str, torch.Tensor] = {}  # a tensor of every row of a bucket
+        self._index: list[int] = []  # of a row in it
+        if size <= IN_MEMORY:
+            names = sorted({name for file in self._files for name in file.keys()})  # noqa: SIM118
+            self._whole = {name: self._read(name) for name in names}
+            seen = Counter()
+            for sample in self.samples:
+                self._index.append(seen[sample.bucket])
+                seen[sample.bucket] += 1
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, C): tokens of a canvas and channels of a token."""
-        if self._whole is not None:
-            return tuple(self._whole[0].shape[1:])  # pyright: ignore[reportReturnType]
-        return tuple(self._files[0].get_slice("clean").get_shape()[1:])  # pyright: ignore[reportReturnType]
+    def shape(self, row: int) -> tuple[int, int]:
+        """(N, C): tokens of a row's canvas and channels of a token."""
+        name = tensor_name("clean", self.samples[row].bucket)
+        if self._whole:
+            return tuple(self._whole[name].shape[1:])  # pyright: ignore[reportReturnType]
+        return tuple(self._files[self._places[row][0]].get_slice(name).get_shape()[1:])  # pyright: ignore
 
     def gather(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean and condition latents of these rows, (B, N, C) float32 each, newly allocated."""
-        if self._whole is not None:
-            index = torch.tensor(rows)
-            clean, condition = (tensor.index_select(0, index) for tensor in self._whole)
-        else:
-            clean, condition = (torch.cat([self._row(name, row) for row in rows]) for name in ("clean", "condition"))
+        """Clean and condition latents of these rows of one bucket, (B, N, C) float32 each, newly allocated."""
+        (bucket,) = {self.samples[row].bucket for row in rows}
+        clean, condition = (self._rows(tensor_name(kind, bucket), rows) for kind in ("clean", "condition"))
         return clean.float(), condition.float()
 
-    def _row(self, name: str, row: int) -> torch.Tensor:
-        number, place = self._places[row]
-        return self._files[number].get_slice(name)[place : place + 1]
+    def _rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        if self._whole:
+            return self._whole[name].index_select(0, torch.tensor([self._index[row] for row in rows]))
+        places = [self._places[row] for row in rows]
+        return torch.cat([self._files[number].get_slice(name)[at : at + 1] for number, at in places])
 
     def _read(self, name: str) -> torch.Tensor:
         return torch.cat([file.get_tensor(name) for file in self._files if name in file.keys()])  # noqa: SIM118
+
+
+def tensor_name(kind: str, bucket: int) -> str:
+    """What a cache file calls the `clean` or `condition` latents of a bucket."""
+    return f"{kind}.{bucket}"
+
+
+def panels_of(pipe: Any, latents: Latents, rows: Sequence[int], canvas: Canvas) -> list[torch.Tensor]:
+    """Reference and target of rows on this canvas, (B, 3, h, w) pixels each, decoded from their latents."""
+    clean, condition = (tokens.to(pipe.vae.device, pipe.vae.dtype) for tokens in latents.gather(rows))
+    reference, target = split_panels(pipe.decode_canvas(clean, canvas), canvas.panels)
+    return [reference if canvas.panels == 2 else pipe.decode_canvas(condition, canvas), target]
 
 
 def build(
     pairs: Pairs,
     folder: Path,
     encode: Encode,
-    canvas: Canvas,
+    canvases: Sequence[Canvas],
     key: str,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    aligned: bool = False,
 ) -> list[Path]:
     """Encodes what is not encoded yet, each process its share of the shards; the files of the cache (`Latents`).
 
-    `key` names the VAE and the pairs; `encode` is what `canvas_encoder` gives. Pairs whose pictures cannot be read are
+    `key` names the VAE and the pairs; `encode` is what `canvas_encoder` gives. `aligned` is the task's geometry: a
+    pixel of the reference and the same one of the target show one spot, so both are cut the same way, and a pair whose
+    pictures have different shapes is left out. Else either is fitted by itself. Pairs whose pictures cannot be read are
     left out, counted and listed (`Latents.skipped`); UserError when they are more than a few, or a shard is missing.
     """
-    name = hashlib.sha256(f"{FORMAT} {key} {canvas.panel_height}x{canvas.panel_width}".encode()).hexdigest()[:16]
+    sizes = [(canvas.panel_height, canvas.panel_width, canvas.panels) for canvas in canvases]
+    name = hashlib.sha256(f"{FORMAT} {key} {sizes} {aligned}".encode()).hexdigest()[:16]
     folder = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +161,7 @@ def build(
             path = folder / f"part-{shard:05d}.safetensors"
             files.append(path)
             if number % processes.count == processes.rank and not path.exists():
-                encode_shard(pairs.read_shard(shard), path, encode, canvas)
+                encode_shard(pairs.read_shard(shard), path, encode, canvases, aligned)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
     if skipped := _skipped(files):
@@ -160,54 +189,85 @@ def _skipped(files: Sequence[Path]) -> list[dict[str, str]]:
     return found
 
 
-def encode_shard(rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvas: Canvas) -> None:
+def encode_shard(
+    rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvases: Sequence[Canvas], aligned: bool = False
+) -> None:
     """Encodes one shard's rows (those that curation kept) into one file."""
-    samples: list[dict[str, str]] = []
+    samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    panels: list[tuple[torch.Tensor, torch.Tensor]] = []
+    panels: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for row in rows:
         if not row.get("kept", True):
             continue
         try:
-            panels.append((_panel(row["conditioning"], canvas), _panel(row["image"], canvas)))
+            bucket, pair = _panels(row, canvases, aligned)
         except UserError as error:
             skipped.append({"id": row["id"], "reason": str(error)})
             continue
-        samples.append({key: row[key] for key in ("id", "grid_id", "caption", "instruction")})
+        panels.setdefault(bucket, []).append(pair)
+        samples.append({key: row[key] for key in ("id", "grid_id", "caption", "instruction")} | {"bucket": bucket})
     tensors: dict[str, torch.Tensor] = {}
-    for first in range(0, len(panels), BATCH):
-        reference, target = (torch.stack(side) for side in zip(*panels[first : first + BATCH], strict=True))
-        for name, latents in zip(("clean", "condition"), encode(reference, target), strict=True):
-            tensors[name] = torch.cat([tensors[name], latents]) if name in tensors else latents
+    for bucket, pairs in sorted(panels.items()):
+        made = []
+        for first in range(0, len(pairs), BATCH):
+            reference, target = (torch.stack(side) for side in zip(*pairs[first : first + BATCH], strict=True))
+            made.append(encode(reference, target))
+        for kind, parts in zip(("clean", "condition"), zip(*made, strict=True), strict=True):
+            tensors[tensor_name(kind, bucket)] = torch.cat(parts)
     publish(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
+
+
+def _panels(
+    row: dict[str, Any], canvases: Sequence[Canvas], aligned: bool
+) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
+    """A pair's bucket, and its reference and target as pixels of that size. UserError if it cannot be read."""
+    from diffusers.training_utils import find_nearest_bucket
+
+    reference, target = open_image(row["conditioning"]), open_image(row["image"])
+    shapes = reference.width * target.height, target.width * reference.height
+    if aligned and abs(shapes[0] - shapes[1]) > SAME_SHAPE * max(shapes):
+        sizes = " and ".join(f"{image.width}x{image.height}" for image in (reference, target))
+        raise UserError(f"the task is aligned, and reference and target have different shapes ({sizes})")
+    bucket: Any = find_nearest_bucket(target.height, target.width, [(c.panel_height, c.panel_width) for c in canvases])
+    size = canvases[bucket].panel_height, canvases[bucket].panel_width
+    return bucket, (to_pixels(fit_image(reference, *size)), to_pixels(fit_image(target, *size)))
 
 
 def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all. UserError if it cannot."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
 
 
-def _panel(cell: dict[str, Any], canvas: Canvas) -> torch.Tensor:
-    return to_pixels(fit_image(open_image(cell), canvas.panel_height, canvas.panel_width))
+def vae_fingerprint(pipe: Any) -> str:
+    """sha256 over the VAE's weights in memory and its scaling: names what a latent means."""
+    digest = hashlib.sha256(repr((pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)).encode())
+    for name, tensor in pipe.vae.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def canvas_encoder(encode_canvas: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
-    """References and targets, (B, 3, h, w) pixels each, to packed latents on the CPU: clean and condition canvases.
+def canvas_encoder(encode_canvas: Callable[[torch.Tensor], torch.Tensor], panels: int = 2) -> Encode:
+    """References and targets, (B, 3, h, w) pixels each, to packed latents on the CPU: clean and condition canvases of
+    so many panels.
 
     `encode_canvas` is the pipeline's own, so that what training sees is what sampling will see.
     """
 
     def encode(reference: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            clean, condition = encode_canvas(join_panels(reference, target)), encode_canvas(condition_canvas(reference))
+            clean = encode_canvas(join_panels(reference, target, panels))
+            condition = encode_canvas(condition_canvas(reference, panels))
         return clean.cpu(), condition.cpu()
 
     return encode

@@ -7,81 +7,41 @@ after the checkpoint is logged again, so `metrics.jsonl` has each step once.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import signal
 import threading
 import time
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from diptych.data.images import save_image
+from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.student.geometry import Canvas
 from diptych.train import checkpoint as checkpoints
 from diptych.train import parts, processes, validate
 from diptych.train import preference as preferences
-from diptych.train.draws import Order, draw
+from diptych.train.buckets import Schedule
+from diptych.train.draws import draw
 from diptych.train.hardware import computing
-from diptych.train.latents import Latents
+from diptych.train.job import Job
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
-from diptych.train.preference import Anchor, Negatives
-from diptych.train.processes import ALONE, Processes
-from diptych.train.text import Text
+from diptych.train.preference import Anchor
 from diptych.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 TRACKED = "trackers"
+STOPPED = "stopped.json"
 SHOWN = 20  # steps that the summary's losses are the mean of
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Job:
-    """All that a run of the loop needs. `pipe.transformer` is trained in place."""
-
-    pipe: Any  # DiptychPipeline
-    canvas: Canvas
-    options: Options  # with `precision` and `shift` decided
-    device: torch.device
-    latents: Latents
-    text: Text
-    train_rows: list[int]
-    validation_rows: list[int]
-    folder: Path  # checkpoints, metrics.jsonl, samples/
-    made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
-    processes: Processes = ALONE
-    name: str = "student"  # what trackers call it
-    weights: Sequence[float] = (1.0,)  # of the data sets that the latents come from
-    negatives: Negatives | None = None  # with `options.preference`
-
-    def __post_init__(self) -> None:
-        if len(self.train_rows) < self.options.batch_size:
-            raise UserError(
-                f"{len(self.train_rows)} pairs to train on are fewer than one batch of {self.options.batch_size}"
-                f"{f' ({len(self.validation_rows)} more are held out)' if self.validation_rows else ''}: "
-                "lower curate.thresholds, draw more grids (write.count), or lower distill.batch_size"
-            )
-
-    def sources(self) -> list[tuple[int, float]]:
-        """Rows to train on and weight of each data set."""
-        ends = list(accumulate(self.latents.counts))
-        rows = Counter(bisect_right(ends, row) for row in self.train_rows)
-        return [(rows[number], weight) for number, weight in enumerate(self.weights)]
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this job."""
-        return {**identity(self.options), **self.made_from}
 
 
 class Trainer:
@@ -93,12 +53,16 @@ class Trainer:
         self.transformer = job.pipe.transformer
         self.processes = job.processes
         several = self.processes.count > 1
+        if several and job.options.offload != "none":
+            raise UsageError("distill.offload: blocks is for one card; for several take distill.sharding=full")
         self.spread = several and job.options.sharding == "full"  # each process has a part of the weights
         self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device, self.spread)
         self.optimizer = parts.optimizer(self.trained.parameters, job.options)
         self.ema = parts.moving_average(self.trained, job.options)
-        self.order = Order(len(job.train_rows), job.options.batch_size, job.options.seed, job.sources())
-        self.img_ids = image_ids(job.canvas).to(job.device)
+        self.order = Schedule(
+            job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed
+        )
+        self.img_ids = {bucket.canvas: image_ids(bucket.canvas).to(job.device) for bucket in job.buckets}
         self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
         self.step = 0
         self.seconds = 0.0
@@ -117,11 +81,14 @@ class Trainer:
 
     def assemble(self, step: int) -> Batch:
         """This process's share of a step's batch, on the CPU: nothing but (seed, step) decides the batch."""
-        job, options = self.job, self.options
-        places = [(job.train_rows[place], epoch) for place, epoch in self.processes.share(self.order.at(step))]
+        job = self.job
+        places = self.processes.share(self.order.at(step))
         clean, condition = job.latents.gather([row for row, _ in places])
         samples = [job.latents.samples[row] for row, _ in places]
-        draws = [draw(options, s.id, epoch, job.latents.shape) for s, (_, epoch) in zip(samples, places, strict=True)]
+        bucket = job.buckets[samples[0].bucket]
+        options = replace(self.options, shift=bucket.shift)
+        shape = job.latents.shape(places[0][0])
+        draws = [draw(options, s.id, epoch, shape) for s, (_, epoch) in zip(samples, places, strict=True)]
         captions = ["" if d.drop_text else s.told(d.instruct) for s, d in zip(samples, draws, strict=True)]
         for row, chance in enumerate(draws):
             if chance.drop_reference:
@@ -129,12 +96,12 @@ class Trainer:
         sigma = torch.tensor([d.sigma for d in draws])
         negative = job.negatives.gather([row for row, _ in places]) if job.negatives is not None else None
         noise = torch.stack([d.noise for d in draws])
-        return Batch(clean, condition, noise, sigma, *job.text.gather(captions), negative)
+        return Batch(clean, condition, noise, sigma, *job.text.gather(captions), negative, canvas=bucket.canvas)
 
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Left and right loss of each sample, (B,) each, in the job's precision."""
         with computing(self.options.precision, self.job.device):
-            return panel_losses(model or self.transformer, batch, self.job.canvas, self.img_ids, self.guidance)
+            return panel_losses(model or self.transformer, batch, self.img_ids[batch.canvas], self.guidance)
 
     def advance(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""
@@ -144,7 +111,12 @@ class Trainer:
         means = dict(zip(means, self.processes.mean(list(means.values())), strict=True))
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.trained.parameters, options.grad_clip)).item()
         loss = means["loss"]
-        self.guard.check(step, loss, norm, self._advice())
+        with self.processes.together():
+            try:
+                self.guard.check(step, loss, norm, self._advice())
+            except UserError:
+                self._report(step, {**means, "grad_norm": norm})
+                raise
         rate = parts.learning_rate(step, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -172,7 +144,7 @@ class Trainer:
             return {"loss": options.left_weight * left + options.right_weight * right, "left": left, "right": right}
         # One forward pass for targets and negatives: several processes average gradients once a pass.
         rows = len(batch.sigma)
-        both = Batch(**{name: torch.cat([tensor, tensor]) for name, tensor in batch.tensors.items()})
+        both = batch.map(lambda tensor: torch.cat([tensor, tensor]))
         both = replace(both, clean=torch.cat([batch.clean, batch.negative]), negative=None)
         with self.anchor.inside():
             _, before = self.losses(both)
@@ -208,13 +180,26 @@ class Trainer:
         self._unproven = False
         return sums
 
+    def _report(self, step: int, numbers: dict[str, float]) -> None:
+        """Writes what the guard stopped: the step, its numbers, what was usual, and the samples of its batch."""
+        rows = self.order.at(step)
+        batch = [{"id": self.job.latents.samples[row].id, "turn": turn} for row, turn in rows]
+        # JSON has no word for a number that is none.
+        said = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        report = {"step": step, **said, "before": list(self.guard.recent), "batch": batch}
+        if self.processes.first:
+            write_atomic(self.job.folder / STOPPED, (json.dumps(report, indent=1) + "\n").encode())
+
     def _advice(self) -> str:
         last = checkpoints.pointer(self.job.folder, checkpoints.LATEST)
         state = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         remedy = "lower distill.learning_rate, raise distill.warmup"
         if self.options.precision == "bfloat16":
             remedy += ", or set distill.precision=float32"
-        return f"training stopped before the weights took that step, and {state}; {remedy}, and train in a new --out"
+        return (
+            f"training stopped before the weights took that step, and {state}; {self.job.folder / STOPPED} lists the "
+            f"batch; {remedy}, and train in a new --out"
+        )
 
     # Judging ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +208,7 @@ class Trainer:
         job = self.job
         with parts.averaged(self.ema, self.trained), _eager():
             return validate.validation_loss(
-                self.losses, job.latents, job.text, job.validation_rows, self.options, job.device
+                self.losses, job.buckets, job.latents, job.text, job.validation_rows, self.options, job.device
             )
 
     def draw_samples(self) -> None:
@@ -231,7 +216,7 @@ class Trainer:
         job = self.job
         rows = (job.validation_rows or job.train_rows)[: self.options.sample_pairs]
         with parts.averaged(self.ema, self.trained), _eager():
-            sheet = validate.sample_sheet(job.pipe, job.latents, job.text, rows, job.canvas, self.options)
+            sheet = validate.sample_sheet(job.pipe, job.buckets, job.latents, job.text, rows, self.options)
         pairs = [job.latents.samples[row].id for row in rows]
         if self.processes.first:
             save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", {"step": self.step, "pairs": pairs})
@@ -376,16 +361,12 @@ def _batches(trainer: Trainer) -> Iterator[Batch]:
             assert ahead is not None
             batch = ahead.result()
             ahead = pool.submit(_pinned, trainer, step + 1) if step < steps[-1] else None
-            yield _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+            yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _pinned(trainer: Trainer, step: int) -> Batch:
     cuda = trainer.job.device.type == "cuda"
-    return _map(trainer.assemble(step), lambda tensor: tensor.cpu().pin_memory() if cuda else tensor)
-
-
-def _map(batch: Batch, change: Any) -> Batch:
-    return Batch(**{name: change(tensor) for name, tensor in batch.tensors.items()})
+    return trainer.assemble(step).map(lambda tensor: tensor.cpu().pin_memory() if cuda else tensor)
 
 
 def _eager() -> Any:

@@ -5,14 +5,16 @@ identity mapping; on the right it learns the edit. With clean latents x_0, noise
 
     x_t = (1 − σ)·x_0 + σ·ε        v = model([x_t ; c], σ, text)        loss = ‖v − (ε − x_0)‖²
 
-c is the VAE encoding of [reference | black], joined to x_t channel by channel, token by token. Shapes: B batch, N
+c is the VAE encoding of [reference | black], joined to x_t channel by channel, token by token. With
+`distill.conditioning: channel` the canvas is the target panel alone and c the encoding of the reference: stock
+FLUX-Control, which the paper compares with. Shapes: B batch, N
 canvas tokens, C channels of a token, L text tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,28 +32,34 @@ class Batch:
     prompt_embeds: torch.Tensor  # (B, L, D) T5's
     pooled: torch.Tensor  # (B, P) CLIP's
     negative: torch.Tensor | None = None  # (B, N, C) packed latents of [reference | negative] (preference.py)
+    canvas: Canvas = field(kw_only=True)  # of all samples
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by name."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return {name: tensor for name, tensor in vars(self).items() if torch.is_tensor(tensor)}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        return Batch(**{name: change(tensor) for name, tensor in self.tensors.items()}, canvas=self.canvas)
 
     def split(self, size: int) -> list[Batch]:
         """The same samples in batches of at most `size`, in order."""
         parts = {name: tensor.split(size) for name, tensor in self.tensors.items()}
-        return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
+        rows = zip(*parts.values(), strict=True)
+        return [Batch(**dict(zip(parts, tensors, strict=True)), canvas=self.canvas) for tensors in rows]
 
 
 def panel_losses(
     transformer: Callable[..., tuple[torch.Tensor, ...]],
     batch: Batch,
-    canvas: Canvas,
     img_ids: torch.Tensor,
     guidance: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32.
+    """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32; on the left 0
+    where the canvas has no left panel.
 
-    `img_ids` (N, 3) are FLUX's plain position ids of the wide canvas; `guidance` is what a guidance-distilled
+    `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas; `guidance` is what a guidance-distilled
     transformer is told, None for one that is not.
     """
     sigma = batch.sigma[:, None, None]
@@ -67,8 +75,8 @@ def panel_losses(
         return_dict=False,
     )
     error = (velocity.float() - (batch.noise - batch.clean)).square()
-    left, right = split_tokens(error, canvas)
-    return left.mean(dim=(1, 2)), right.mean(dim=(1, 2))
+    left, right = (side.mean(dim=(1, 2)) for side in split_tokens(error, batch.canvas))
+    return left if batch.canvas.panels == 2 else torch.zeros_like(right), right
 
 
 def image_ids(canvas: Canvas) -> torch.Tensor:

@@ -25,12 +25,14 @@ class Options:
 
     mode: Literal["full", "lora"] = "full"
     quantize: Literal["none", "nf4", "int8"] = "none"
+    conditioning: Literal["diptych", "channel"] = "diptych"
     rank: int = 64
     lora_targets: list[str] | str = "attention"
     steps: int = 1000
     batch_size: int = 32
     micro_batch: int | None = None
     sharding: Literal["none", "full"] = "none"
+    offload: Literal["none", "blocks"] = "none"
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: float = 3e-4
     warmup: int = 100
@@ -82,7 +84,12 @@ class Options:
 # Changing one of these between two sittings of a run changes no weight up to the step it was stopped at.
 HARMLESS = frozenset(
     {"checkpoint_every", "keep", "validate_every", "sample_every", "sample_pairs", "sample_steps", "sample_guidance"}
-    | {"trackers", "micro_batch", "sharding"}  # the last two no further than the order in which floats are added
+    | {
+        "trackers",
+        "offload",
+        "micro_batch",
+        "sharding",
+    }  # the last two no further than the order in which floats are added
 )
 
 

@@ -17,9 +17,13 @@ from typing import Any
 
 import torch
 
+from diptych import models
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
+from diptych.student.deltas import read_deltas
+from diptych.student.lora import lora_file
 from diptych.train import processes
+from diptych.train.offload import Offload
 from diptych.train.options import Options
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -79,16 +83,22 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
     else:
         # A frozen base may stay in bfloat16 where autocast computes in it anyway; what is trained never does.
         frozen = torch.bfloat16 if precision == "bfloat16" and device.type != "cpu" else torch.float32
-        transformer.to(device)
+        if options.offload == "none":
+            transformer.to(device)
         for parameter in transformer.parameters():
             if parameter.is_floating_point():  # quantized ones are not, and stay what they are
                 parameter.data = parameter.data.to(frozen)
+        linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
         _add_adapter(transformer, options)
         layer = transformer.get_submodule(INPUT_LAYER).requires_grad_(True)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        if options.init:
+            _go_on(transformer, options.init, {n: (m.out_features, m.in_features) for n, m in linears.items()})
+        if options.offload == "blocks":
+            Offload(transformer, device)
     transformer.train()
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -119,6 +129,44 @@ def _add_adapter(transformer: Any, options: Options) -> None:
         transformer.add_adapter(
             LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=list(targets)), adapter_name=ADAPTER
         )
+
+
+@torch.no_grad()
+def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> None:
+    """Puts the LoRA that `distill.init` names into the adapters and the input layer. `linears` are (out, in) by name.
+
+    UsageError if it adapts other layers, or has other ranks, than the recipe trains.
+    """
+    path = lora_file(models.resolve(init, "student"))
+    deltas = read_deltas(path, {f"{name}.weight": shape for name, shape in linears.items()})
+    whole = deltas.pop(INPUT_LAYER, None)
+    adapted = {name for name in linears if hasattr(transformer.get_submodule(name), "lora_A")}
+    if deltas.keys() != adapted:
+        odd = sorted(deltas.keys() ^ adapted)[0]
+        owner = "the LoRA" if odd in deltas else "the recipe"
+        raise UsageError(
+            f"distill.init: {path} adapts {len(deltas)} layers and distill.lora_targets {len(adapted)}; only {owner} "
+            f"adapts {odd}. Set lora_targets as it was trained"
+        )
+    for name, delta in deltas.items():
+        layer: Any = transformer.get_submodule(name)
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if delta.a.shape != a.shape:
+            raise UsageError(
+                f"distill.init: {path} has rank {len(delta.a)} on {name}, and distill.rank is {len(a)}; set rank as it "
+                "was trained"
+            )
+        if delta.bias is not None and delta.bias.any():
+            raise UsageError(
+                f"distill.init: {path} changes the bias of {name}, which is not trained on; use mode: full"
+            )
+        a.copy_(delta.a)
+        b.copy_(delta.b)
+    if whole is not None:
+        layer = transformer.get_submodule(INPUT_LAYER)
+        layer.weight += whole.weight().to(layer.weight.device)
+        if whole.bias is not None:
+            layer.bias += whole.bias.to(layer.bias.device)
 
 
 def optimizer(parameters: Sequence[torch.nn.Parameter], options: Options) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from diptych.data.records import seed_of
-from diptych.student.geometry import Canvas, join_tokens, split_panels, split_tokens
-from diptych.train.latents import Latents, publish
+from diptych.student.geometry import Canvas, join_tokens, split_tokens
+from diptych.train.buckets import Bucket
+from diptych.train.latents import Latents, panels_of, publish
 from diptych.train.metrics import Progress, report
 from diptych.train.options import Options, Preference
 from diptych.train.processes import ALONE, Processes
@@ -34,6 +36,7 @@ from diptych.train.text import Text
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
 
+FORMAT = 2  # raised when the files say something else
 SHARD = 64  # negatives of a file: at most what a kill costs
 BATCH = 16  # drawn at once; fixed, so that nothing else decides the bytes
 
@@ -59,7 +62,7 @@ def degrade(reference: torch.Tensor, shrink: float) -> torch.Tensor:
 
 
 class Negatives:
-    """Packed canvases [reference | negative] of some rows, read from the files that `draw` made."""
+    """Packed canvases [reference | negative] of some rows, read from the files that `Drawing` made."""
 
     def __init__(self, rows: Sequence[int], files: Sequence[Path]) -> None:
         from safetensors import safe_open
@@ -68,83 +71,91 @@ class Negatives:
         self._files = [safe_open(path, "pt") for path in files]
 
     def gather(self, rows: Sequence[int]) -> torch.Tensor:
-        """(B, N, C) float32."""
+        """(B, N, C) float32, of rows of one bucket."""
         places = [self._place[row] for row in rows]
-        parts = [self._files[file].get_slice("negative")[place : place + 1] for file, place in places]
-        return torch.cat(parts).float()
+        return torch.stack([self._files[file].get_tensor(str(place)) for file, place in places]).float()
 
 
-def draw(
-    pipe: DiptychPipeline,
-    latents: Latents,
-    text: Text,
-    rows: Sequence[int],
-    canvas: Canvas,
-    options: Options,
-    folder: Path,
-    key: str,
-    progress: Progress | None = None,
-    processes: Processes = ALONE,
-) -> Negatives:
-    """Draws the negatives of these rows that are not drawn yet, each process its share of the files.
+@dataclass(frozen=True)
+class Drawing:
+    """What negatives are drawn with: the student that training starts from, and the pairs."""
 
-    `key` names what draws: the student's weights and the data. A file is published whole, so a killed run goes on.
-    """
-    wish = options.preference
-    assert wish is not None
-    sampled = [options.seed, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
-    ids = [latents.samples[row].id for row in rows]
-    name = hashlib.sha256(json.dumps([key, canvas.panel_height, canvas.panel_width, sampled, ids]).encode())
-    folder = folder / f"negatives-{name.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"part-{number:05d}.safetensors" for number in range((len(rows) + SHARD - 1) // SHARD)]
-    with processes.together():
-        for number, path in enumerate(files):
-            part = rows[number * SHARD : (number + 1) * SHARD]
-            if number % processes.count == processes.rank and not path.exists():
-                drawn = [
-                    _draw(pipe, latents, text, part[first : first + BATCH], canvas, options, wish)
-                    for first in range(0, len(part), BATCH)
-                ]
-                publish({"negative": torch.cat(drawn)}, path)
-            report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
-    return Negatives(rows, files)
+    pipe: DiptychPipeline
+    buckets: Sequence[Bucket]
+    latents: Latents
+    text: Text
+    options: Options
 
+    @property
+    def wish(self) -> Preference:
+        assert self.options.preference is not None
+        return self.options.preference
 
-@torch.no_grad()
-def _draw(
-    pipe: DiptychPipeline,
-    latents: Latents,
-    text: Text,
-    rows: Sequence[int],
-    canvas: Canvas,
-    options: Options,
-    wish: Preference,
-) -> torch.Tensor:
-    """(B, N, C): the true left panels beside negatives."""
-    device, dtype = pipe.transformer.device, pipe.transformer.dtype
-    clean, _ = latents.gather(rows)
-    reference, _ = split_panels(pipe.decode_canvas(clean.to(device, pipe.vae.dtype), canvas))
-    samples = [latents.samples[row] for row in rows]
-    seeds = [seed_of(options.seed, sample.id, "negative") for sample in samples]
-    silent = [seed / 2**63 < wish.drop_text for seed in seeds]
-    told = ["" if quiet else s.told(options.instructions == 1) for s, quiet in zip(samples, silent, strict=True)]
-    embeds, pooled = text.gather(told)
-    drawn = pipe(
-        reference=degrade(reference.float().clamp(-1, 1), wish.shrink),
-        prompt_embeds=embeds.to(device, dtype),
-        pooled_prompt_embeds=pooled.to(device, dtype),
-        height=canvas.panel_height,
-        width=canvas.panel_width,
-        num_inference_steps=options.sample_steps,
-        guidance_scale=options.sample_guidance,
-        generator=seeds,
-        output_type="latent",
-        return_dict=False,
-    )[0]
-    left, _ = split_tokens(clean, canvas)
-    _, right = split_tokens(drawn.float().cpu(), canvas)
-    return join_tokens(left, right, canvas)
+    def draw(
+        self,
+        rows: Sequence[int],
+        folder: Path,
+        key: str,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
+    ) -> Negatives:
+        """Draws the negatives of these rows that are not drawn yet, each process its share of the files in `folder`.
+
+        `key` names what draws: the student's weights and the data. A file is published whole, so a killed run goes on.
+        """
+        options, wish = self.options, self.wish
+        sampled = [options.seed, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
+        sizes = [(bucket.canvas.panel_height, bucket.canvas.panel_width) for bucket in self.buckets]
+        ids = [self.latents.samples[row].id for row in rows]
+        name = hashlib.sha256(json.dumps([FORMAT, key, sizes, sampled, ids]).encode()).hexdigest()[:16]
+        folder = folder / f"negatives-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"part-{number:05d}.safetensors" for number in range((len(rows) + SHARD - 1) // SHARD)]
+        with processes.together():
+            for number, path in enumerate(files):
+                part = rows[number * SHARD : (number + 1) * SHARD]
+                if number % processes.count == processes.rank and not path.exists():
+                    publish(self._shard(part), path)
+                report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
+        return Negatives(rows, files)
+
+    def _shard(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The negatives of a file by their place in it."""
+        drawn: dict[str, torch.Tensor] = {}
+        for number, bucket in enumerate(self.buckets):
+            places = [place for place, row in enumerate(rows) if self.latents.samples[row].bucket == number]
+            for first in range(0, len(places), BATCH):
+                some = places[first : first + BATCH]
+                tokens = self._batch([rows[place] for place in some], bucket.canvas)
+                drawn |= {str(place): negative.clone() for place, negative in zip(some, tokens, strict=True)}
+        return drawn
+
+    @torch.no_grad()
+    def _batch(self, rows: Sequence[int], canvas: Canvas) -> torch.Tensor:
+        """(B, N, C): the true left panels beside negatives."""
+        options, wish, pipe = self.options, self.wish, self.pipe
+        device, dtype = pipe.transformer.device, pipe.transformer.dtype
+        reference, _ = panels_of(pipe, self.latents, rows, canvas)
+        samples = [self.latents.samples[row] for row in rows]
+        seeds = [seed_of(options.seed, sample.id, "negative") for sample in samples]
+        silent = [seed / 2**63 < wish.drop_text for seed in seeds]
+        told = ["" if quiet else s.told(options.instructions == 1) for s, quiet in zip(samples, silent, strict=True)]
+        embeds, pooled = self.text.gather(told)
+        drawn = pipe(
+            reference=degrade(reference.float().clamp(-1, 1), wish.shrink),
+            prompt_embeds=embeds.to(device, dtype),
+            pooled_prompt_embeds=pooled.to(device, dtype),
+            height=canvas.panel_height,
+            width=canvas.panel_width,
+            num_inference_steps=options.sample_steps,
+            guidance_scale=options.sample_guidance,
+            generator=seeds,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        left, _ = split_tokens(self.latents.gather(rows)[0], canvas)
+        _, right = split_tokens(drawn.float().cpu(), canvas)
+        return join_tokens(left, right, canvas)
 
 
 class Anchor:

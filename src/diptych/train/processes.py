@@ -9,6 +9,7 @@ Weights are whole in every process (DDP), or, with `distill.sharding: full`, eac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -64,17 +65,21 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[bool]:
-        """A block that all leave together: where one fails, all do. Gives whether this is the first process."""
-        failure: BaseException | None = None
+        """A block that all leave together: where one fails, all do, with its message. Gives whether this is the first
+        process."""
+        failure: Exception | None = None
         try:
             yield self.first
         except Exception as error:
             failure = error
-        failed = self.most(int(failure is not None))
+        if self.count > 1 and self.most(int(failure is not None)):
+            told: list[str | None] = [None] * self.count
+            dist.all_gather_object(told, None if failure is None else str(failure) or type(failure).__name__)
+            failure = failure or UserError(next(text for text in told if text is not None))
+            if isinstance(failure, UserError):
+                failure.shared = True
         if failure is not None:
             raise failure
-        if failed:
-            raise UserError("another process could not go on; its message says why")
 
 
 ALONE = Processes()
@@ -83,8 +88,14 @@ ALONE = Processes()
 def join(device: torch.device) -> tuple[Processes, torch.device]:
     """Meets the other processes, if there are any; this one's place, and its own device.
 
-    Raises UsageError when there are fewer GPUs than processes.
+    Raises UsageError when there are fewer GPUs than processes, or the launcher was told to split the weights.
     """
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise UsageError(
+                f"accelerate was told to use {engine}, which this training would not do: distill.sharding=full splits "
+                "the weights; launch it with deploy/accelerate/8x80gb.yaml or torchrun"
+            )
     count = parallel.processes()
     if count == 1:
         return ALONE, device

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,14 @@ class Trackers:
             tracker.log(values, step=line["step"])
 
     def close(self) -> None:
-        for tracker in self._open:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in self._open:
+                if tracker.name == "trackio":
+                    import trackio
+
+                    trackio.finish()  # accelerate ends the run alone, and trackio would end it again as Python exits
+                else:
+                    tracker.finish()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -47,10 +55,15 @@ def _start(name: str, folder: Path, run: str) -> Any:
     try:
         if name == "tensorboard":
             tracker = tracking.TensorBoardTracker(run, logging_dir=folder)
+        elif name == "trackio":
+            # One run, in which a training that is continued goes on; nothing but what the training says.
+            quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+            tracker = tracking.TrackioTracker(run, name=run, resume="allow", **quiet)
         else:
-            tracker = {"wandb": tracking.WandBTracker, "trackio": tracking.TrackioTracker}[name](run)
+            tracker = tracking.WandBTracker(run)
         PartialState()  # what the trackers ask which process they are in
-        tracker.start()
+        with redirect_stdout(sys.stderr):  # some greet, and stdout is for results
+            tracker.start()
     except ImportError as error:
         raise UsageError(f"distill.trackers: {name} is not installed; pip install {name}, or leave it out") from error
     return tracker
