@@ -105,6 +105,13 @@ def test_rows_follow_from_the_layout(tmp_path: Path) -> None:
     assert bounds["kept_low"] < bounds["kept"] < bounds["kept_high"] < bounds["candidates"]
 
 
+def test_several_images_of_a_prompt_are_grids_of_their_own(tmp_path: Path) -> None:
+    one, three = (plan("flux-subject", tmp_path, "write.count=100", f"paint.images={n}") for n in (1, 3))
+    assert one["counts"]["grids"] == three["counts"]["prompts"] == 100 and three["counts"]["grids"] == 300
+    assert three["stages"]["paint"]["flops"] == 3 * one["stages"]["paint"]["flops"]
+    assert three["counts"]["candidates"] == 3 * one["counts"]["candidates"]
+
+
 def test_guidance_doubles_the_forwards_and_devices_share_the_hours(tmp_path: Path) -> None:
     one = plan("flux-subject", tmp_path)["stages"]["paint"]
     guided = plan("flux-subject", tmp_path, "paint.true_guidance=2", assume=["devices=8"])["stages"]["paint"]

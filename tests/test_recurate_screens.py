@@ -133,7 +133,7 @@ def test_one_pair_of_each_idea_stays_and_the_others_name_it(recipe: Recipe, tmp_
     assert pairs == ["c-000000-01", "c-000000-10", "c-000001-01", "c-000001-10"]
     refused = {row["id"]: row["reason"] for row in Dataset(tmp_path / "a/failed/select")}
     assert refused == {
-        f"c-{number:06d}-{order}": f"duplicate of c-{number % IDEAS:06d}-{order}"
+        f"c-{number:06d}-{order}": f"duplicate of c-{number % IDEAS:06d}-{order}: hash"
         for number in of_idea(*GOOD)[2:]
         for order in ("01", "10")
     }
@@ -148,10 +148,10 @@ def test_the_funnel_counts_each_refusal_at_its_step(judged: Path) -> None:
     found = {step["name"]: step for step in funnel.measure(judged)["steps"]}
     dark, soft, other, good = (2 * len(of_idea(*ideas)) for ideas in ((BLACK,), (SOFT,), (OTHER,), GOOD))
     assert found["pre-filtered"]["lost"] == {"screen: dark": dark, "screen: blur": soft}
-    assert found["kept"]["lost"] == {"same": other, "duplicate": good - 4} and found["kept"]["count"] == 4
+    assert found["kept"]["lost"] == {"same": other, "duplicate: hash": good - 4} and found["kept"]["count"] == 4
     assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in found.values())
     assert funnel.measure(judged)["balance"]["subject"]["by_name"]["cat"]["kept"] == 4
-    assert "duplicate" in "\n".join(funnel.lines(funnel.measure(judged)))
+    assert f"{good - 4} duplicate: hash" in "\n".join(funnel.lines(funnel.measure(judged)))
 
 
 def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, judged: Path) -> None:
@@ -171,6 +171,7 @@ def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, ju
         ["screens.dark=null"],
         ["curate.screens.blur=0", "screens.flat=0.05"],
         ["duplicates.hash=null"],
+        ["duplicates.hash=null", "duplicates.embedding=0.9999"],
         ["screens.red=0.6", "same=-1"],
     ],
 )
@@ -195,6 +196,18 @@ def test_a_dry_run_tells_how_many_repeat_others(judged: Path) -> None:
     assert "screens.dark 0.1" in text and "screens.flat off" in text and "screens.red 1" in text
 
 
+def test_the_funnel_tells_repeats_by_embedding(judged: Path, tmp_path: Path) -> None:
+    found = again.recurate(judged, ["duplicates.hash=null", "duplicates.embedding=0.9999"], tmp_path / "b", QUIET)
+    good = 2 * len(of_idea(*GOOD)) - 4
+    assert stages.CALLS == [] and found["duplicates"] == {"before": good, "after": good}
+    assert {row["reason"].rpartition(" ")[2] for row in Dataset(tmp_path / "b/failed/select")} == {"embedding"}
+    measured = funnel.measure(tmp_path / "b")
+    assert measured["steps"][-1]["lost"]["duplicate: embedding"] == good and measured["steps"][-1]["count"] == 4
+    # The colours of two ideas are alike within 0.9: then one pair of each order is all there is to keep.
+    loose = again.recurate(judged, ["duplicates.hash=null", "duplicates.embedding=0.9"], display=QUIET)
+    assert loose["duplicates"]["after"] >= good
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -215,8 +228,8 @@ def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path
     run(plain, tmp_path / "plain", stages=ROWS, display=QUIET)
     assert not (tmp_path / "plain/failed/select").exists()
     evidence = json.loads(next(iter(Dataset(tmp_path / "plain/candidates")))["evidence"])
-    assert not {"screens", "hashes"} & set(evidence)
+    assert not {"screens", "hashes", "embeddings"} & set(evidence)
     assert {row["reason"] for row in Dataset(tmp_path / "plain/candidates")} <= {*records.TESTS, "kept"}
-    for text in ("screens.dark=0.1", "duplicates.hash=4"):
+    for text in ("screens.dark=0.1", "duplicates.hash=4", "duplicates.embedding=0.9"):
         with pytest.raises(UsageError, match="only thresholds can change here"):
             again.recurate(tmp_path / "plain", [text], display=QUIET)

@@ -37,7 +37,9 @@ def recurate(
     run: Run,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="same, near_copy, seam, screens.NAME or duplicates.hash."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="same, near_copy, seam, screens.NAME, duplicates.hash or .embedding."
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Make the run with these thresholds here.")

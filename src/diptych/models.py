@@ -15,7 +15,7 @@ from pathlib import Path
 from diptych.errors import UsageError, UserError, nearest
 from diptych.paths import packaged
 
-ROLES = ("teacher", "student", "curator", "scorer", "reader", "vlm")
+ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
 BUILT_IN = ("pocket",)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # A pipeline repository often repeats its weights as single files at its root: 24 GB nobody here reads.

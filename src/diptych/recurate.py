@@ -4,7 +4,7 @@
     recurate("runs/first", ["same=0.7"], "runs/stricter")     # a run with these thresholds
 
 What can change: `curate.thresholds`, and, where the run measured for them, the limits of its screens (`screens.blur`,
-or `screens.NAME` for a classifier's `most`) and what counts as a duplicate (`duplicates.hash`).
+or `screens.NAME` for a classifier's `most`) and what counts as a duplicate (`duplicates.hash`, `.embedding`).
 
 A run folder belongs to one frozen recipe, so its own `pairs/` is never touched. Without `out` nothing is written. With
 `out`, that folder becomes the run of the recipe with the other thresholds, byte for byte what running it anew would
@@ -26,7 +26,7 @@ from typing import Any
 from diptych import recipe as recipes
 from diptych import tasks
 from diptych.console import Display, Report
-from diptych.data import log, records
+from diptych.data import duplicates, log, records
 from diptych.data.engine import Row
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
@@ -107,7 +107,7 @@ def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
     if recipe.curate.screens is not None:
         found |= {f"screens.{name}": value for name, value in recipe.curate.screens.values().items()}
     if recipe.curate.duplicates is not None:
-        found["duplicates.hash"] = recipe.curate.duplicates.hash
+        found |= {f"duplicates.{name}": value for name, value in recipe.curate.duplicates.model_dump().items()}
     return found
 
 
@@ -117,12 +117,10 @@ def _screens(recipe: Recipe) -> records.Limits | None:
 
 def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:
     """How many of the pairs that a recipe keeps would show again what an earlier one shows."""
-    if recipe.curate.duplicates is None or recipe.curate.duplicates.hash is None:
+    if recipe.curate.duplicates is None:
         return 0
-    from diptych.data import duplicates
-
     thresholds = task.thresholds(recipe.curate.thresholds)
-    return len(duplicates.find(candidates, recipe.curate.duplicates.hash, thresholds, _screens(recipe)))
+    return len(duplicates.find(candidates, recipe.curate.duplicates, thresholds, _screens(recipe)))
 
 
 def compare(candidates: Dataset, limits: records.Thresholds, screens: records.Limits | None = None) -> dict[str, Any]:

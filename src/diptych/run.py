@@ -23,12 +23,12 @@ from typing import Any
 from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
-from diptych.data import log, records
+from diptych.data import duplicates, log, records
 from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, versions
-from diptych.sections import Recipe, Thresholds
+from diptych.sections import Duplicates, Recipe, Thresholds
 from diptych.student import parallel
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
@@ -145,13 +145,12 @@ class Pipeline:
         settings = self.recipe.curate
         thresholds = self.task.thresholds(settings.thresholds)
         screens = settings.screens.limits() if settings.screens else None
-        bits = settings.duplicates.hash if settings.duplicates else None
         made_by: dict[str, Any] = {"thresholds": thresholds.model_dump()}
         if screens is not None:
             made_by["screens"] = screens
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
-        stage = _Select(candidates, thresholds, screens, bits)
+        stage = _Select(candidates, thresholds, screens, settings.duplicates)
         result = self._rows(stage, candidates, "pairs", "pairs", self.fingerprints("select"), made_by, quiet=True)
         if result["failed"]:
             again = f"select: {result['failed']} pairs show again what an earlier one shows"
@@ -236,7 +235,7 @@ class Pipeline:
     def _screens(self) -> dict[str, str]:
         """The weights of the classifiers that screen panels, by the screen's name."""
         screens = self.recipe.curate.screens
-        return {c.name: self._model(c.model, "curator") for c in screens.classifiers} if screens else {}
+        return {c.name: self._model(c.model, "screen") for c in screens.classifiers} if screens else {}
 
     def fingerprints(self, stage: str) -> str:
         """What makes a stage's rows: its settings, its models, and, through its input's own fingerprint, all before."""
@@ -265,21 +264,19 @@ class _Select:
     batch_size = 256
 
     def __init__(
-        self, candidates: Dataset, thresholds: Thresholds, screens: records.Limits | None, bits: int | None
+        self, candidates: Dataset, thresholds: Thresholds, screens: records.Limits | None, repeats: Duplicates | None
     ) -> None:
-        self.candidates, self.thresholds, self.screens, self.bits = candidates, thresholds, screens, bits
+        self.candidates, self.thresholds, self.screens, self.repeats = candidates, thresholds, screens, repeats
 
     def load(self) -> Work:
         """Rows to the same rows, or to nothing; a row that repeats an earlier one fails."""
-        again: dict[str, str] = {}
-        if self.bits is not None:
-            from diptych.data import duplicates
-
-            again = duplicates.find(self.candidates, self.bits, self.thresholds, self.screens)
+        again: dict[str, duplicates.Repeat] = {}
+        if self.repeats is not None:
+            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.screens)
 
         def one(row: Row) -> list[Row] | Failure:
             if row["id"] in again:
-                return Failure(f"{records.DUPLICATE} of {again[row['id']]}")
+                return Failure(again[row["id"]].reason)
             return records.select([row], self.thresholds, self.screens)
 
         return lambda rows: [one(row) for row in rows]

@@ -86,8 +86,12 @@ class Paint(Section):
     """Distilled guidance, an input of guidance-distilled teachers (FLUX.1-dev); the pocket teacher has none."""
     true_guidance: float = Field(default=2.0, ge=1)
     """Classifier-free guidance against the empty prompt; 1 is off, anything else doubles the cost."""
+    images: int = Field(default=1, ge=1, le=1000)
+    """Grids drawn of each prompt, each from its own noise."""
     batch_size: int = Field(default=16, ge=1)
     """Grids drawn at once. Part of the recipe: the last bits of a float sum depend on it."""
+    format: Literal["png", "webp", "jpeg"] = "png"
+    """What grids are kept as: `png` and `webp` lose nothing, `jpeg` (quality 95) is the quickest."""
     panel_size: int | None = Field(default=None, ge=16, le=4096)
     """Pixels of a panel's side; null is the teacher's own size, at most 512."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -193,6 +197,9 @@ class Duplicates(Section):
     hash: int | None = Field(default=4, ge=0, le=8)
     """Bits, of the 64 of a perceptual hash, by which each panel may differ from the earlier pair's and still repeat it.
     null keeps the hashes and refuses nothing."""
+    embedding: float | None = Field(default=None, gt=0, le=1)
+    """Cosine from which each panel repeats the earlier pair's, by the embeddings of `judge`: what shows the same though
+    it is drawn anew. null keeps the embeddings and refuses nothing."""
 
 
 class Curate(Section):
@@ -207,7 +214,7 @@ class Curate(Section):
     screens: Screens | None = None
     """Tests of single panels; null: none, and nothing is measured."""
     duplicates: Duplicates | None = None
-    """Repeats among the run's pairs; null: none are looked for, and no hash is made."""
+    """Repeats among the run's pairs; null: none are looked for, and neither hashes nor embeddings kept."""
     thresholds: Thresholds = Thresholds()
     vlm: Vlm | None = None
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
@@ -455,8 +462,9 @@ class Recipe(Section):
             if values["curate"][optional] is None:
                 # What was made before there were any is not made anew.
                 del values["curate"][optional]
-        if values["curate"]["format"] == "png":
-            del values["curate"]["format"]
+        for section, key, default in (("curate", "format", "png"), ("paint", "format", "png"), ("paint", "images", 1)):
+            if values[section][key] == default:
+                del values[section][key]
         if keys:
             values = {key: _at(values, key) for key in keys}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -18,8 +18,9 @@ import judged_run
 from diptych.data import duplicates
 from diptych.data.duplicates import Table, panel_hash
 from diptych.data.store import Dataset
+from diptych.data.vectors import Vectors, alike, pack, unpack
 from diptych.errors import UserError
-from diptych.sections import Thresholds
+from diptych.sections import Duplicates, Thresholds
 
 LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
 CODES = st.integers(0, 2**64 - 1)
@@ -47,9 +48,31 @@ def row(grid: int, a: int, b: int, reference: int, target: int, similarity: floa
     return {**made, "evidence": json.dumps({"hashes": hashes})}
 
 
-def found(folder: Path, rows: list[dict[str, Any]], bits: int = 4, **more: Any) -> dict[str, str]:
+def found(folder: Path, rows: list[dict[str, Any]], bits: int = 4) -> dict[str, str]:
     data = judged_run.save(folder / "candidates", judged_run.records.PAIR, rows)
-    return duplicates.find(data, bits, LIMITS, **more)
+    again = duplicates.find(data, Duplicates(hash=bits), LIMITS)
+    assert {repeat.test for repeat in again.values()} <= {"hash"}
+    return {name: repeat.of for name, repeat in again.items()}
+
+
+def seen(grid: int, a: int, b: int, reference: np.ndarray, target: np.ndarray, code: int = 0) -> dict[str, Any]:
+    """A candidate with embeddings, and with hashes that are equal where `code` is."""
+    made = row(grid, a, b, code, code)
+    codes = {"reference": pack(reference), "target": pack(target)}
+    return {**made, "evidence": json.dumps(json.loads(made["evidence"]) | {"embeddings": codes})}
+
+
+def found_by(folder: Path, rows: list[dict[str, Any]], **tests: Any) -> dict[str, tuple[str, str]]:
+    data = judged_run.save(folder / "candidates", judged_run.records.PAIR, rows)
+    again = duplicates.find(data, Duplicates(**tests), LIMITS)
+    return {name: (repeat.of, repeat.test) for name, repeat in again.items()}
+
+
+def turned(vector: np.ndarray, cosine: float, seed: int) -> np.ndarray:
+    """A vector of length 1 with this cosine to one of length 1."""
+    other = np.random.default_rng(seed).normal(size=len(vector))
+    other -= vector * (other @ vector)
+    return cosine * vector + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
 
 
 def flipped(code: int, bits: int, seed: int = 0) -> int:
@@ -159,8 +182,86 @@ def test_memory_is_a_few_bytes_a_pair_and_none_for_pictures(tmp_path: Path) -> N
             big = {"bytes": b"x" * 20_000, "path": None}
             data.write_shard(shard, [{**one, "conditioning": big} for one in rows])
         tracemalloc.start()
-        assert duplicates.find(data, 4, LIMITS) == {}
+        assert duplicates.find(data, Duplicates(hash=4), LIMITS) == {}
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # Until its buckets are all there, a table takes more for a pair than it will: 5 bands here, 4,096 buckets in each.
     assert peaks[1] - peaks[0] < 6000 * 600, peaks
+
+
+# ---- embeddings
+
+
+@pytest.mark.parametrize("size", [128, 768, 1536])
+def test_a_packed_embedding_keeps_its_cosines(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for seed, cosine in enumerate((0.3, 0.8, 0.9, 0.95, 0.99, 0.999)):
+        one = rng.normal(size=size)
+        one /= np.linalg.norm(one)
+        a, b = (unpack(pack(v)).astype(float) for v in (one, 3 * turned(one, cosine, seed)))
+        assert len(a) == size and a @ b / np.linalg.norm(a) / np.linalg.norm(b) == pytest.approx(cosine, abs=0.002)
+    assert len(pack(rng.normal(size=size))) <= 4 * (size + 2) // 3 + 1
+
+
+def test_an_embedding_without_length_or_number_is_like_none() -> None:
+    odd = [np.zeros(4), np.full(4, np.nan), np.array([np.inf, 1, 0, 0])]
+    codes = np.stack([unpack(pack(vector)) for vector in odd])
+    assert not codes.any() and not alike(codes, codes, 0.1).any()
+
+
+def test_vectors_find_what_comparing_every_two_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.data.vectors.ROWS", 64)
+    rng = np.random.default_rng(2)
+    codes = rng.integers(-127, 128, (2, 400, 3)).astype(np.int8)  # three numbers: many are alike
+    table = Vectors(0.9)
+    for reference, target in zip(*codes, strict=True):
+        table.add(reference, target)
+    both = alike(codes[0], codes[0], 0.9) & alike(codes[1], codes[1], 0.9)
+    asked = slice(0, 150)
+    assert table.first(codes[0, asked], codes[1, asked]).tolist() == [int(row.argmax()) for row in both[asked]]
+    later = [int(row[200:].argmax()) + 200 if row[200:].any() else -1 for row in both[asked]]
+    assert table.first(codes[0, asked], codes[1, asked], since=200).tolist() == later and -1 in later
+    assert len(table) == 400
+
+
+@pytest.mark.parametrize("block", [1, 3, 512])
+def test_what_shows_the_same_drawn_anew_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    a, b, c = np.eye(64)[:3]
+    near, far = turned(a, 0.97, 1), turned(a, 0.93, 2)
+    rows = [seen(0, 0, 1, a, b), seen(0, 1, 0, b, a), seen(1, 0, 1, near, b), seen(2, 0, 1, far, b)]
+    rows += [seen(3, 0, 1, a, c), seen(4, 0, 1, b, near)]  # one panel alone is no repeat; the other way round
+    again = found_by(tmp_path, rows, hash=None, embedding=0.95)
+    assert again == {"c-000001-01": ("c-000000-01", "embedding"), "c-000004-01": ("c-000000-10", "embedding")}
+
+
+@pytest.mark.parametrize("block", [2, 512])
+def test_an_embedding_never_repeats_its_own_grid_and_has_a_twin_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    axis = np.eye(64)[0]
+    rows = [seen(0, a, b, axis, axis) for a in range(3) for b in range(3) if a != b]
+    assert found_by(tmp_path, rows, hash=None, embedding=0.9) == {}
+    # Each turned a little from the one before: by single steps all would be one.
+    angles = [np.array([np.cos(step), np.sin(step)]) for step in np.arange(10) * 0.3]
+    steps = [seen(i, 0, 1, angle, angle) for i, angle in enumerate(angles)]
+    again = found_by(tmp_path / "drift", steps, hash=None, embedding=float(np.cos(0.4)))
+    assert again == {f"c-{i:06d}-01": (f"c-{i - 1:06d}-01", "embedding") for i in range(1, 10, 2)}
+
+
+def test_each_test_is_named_and_both_can_be_off(tmp_path: Path) -> None:
+    a, b = np.eye(64)[:2]
+    rows = [seen(0, 0, 1, a, b, 7), seen(1, 0, 1, b, a, 7), seen(2, 0, 1, a, b, 99 << 30), seen(3, 0, 1, a, b, 7)]
+    both = found_by(tmp_path, rows, hash=2, embedding=0.9)
+    assert both == {
+        "c-000001-01": ("c-000000-01", "hash"),
+        "c-000002-01": ("c-000000-01", "embedding"),
+        "c-000003-01": ("c-000000-01", "hash"),
+    }
+    assert found_by(tmp_path / "off", rows, hash=None) == {}
+
+
+def test_candidates_without_embeddings_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"c-000000-01 has no embeddings in its evidence; curate with curate\.dupl"):
+        found_by(tmp_path, [row(0, 0, 1, 1, 1)], hash=4, embedding=0.9)

@@ -98,6 +98,13 @@ def test_numbers_and_balance_are_those_of_the_rows(run: Path) -> None:
     assert found["balance"]["task"]["by_name"] == {"subject": {"pairs": 144, "kept": 80, "share": 0.5556}}
 
 
+def test_prompts_are_counted_by_the_grids_drawn_of_each(run: Path) -> None:
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("  images: 1\n", "  images: 2\n"))
+    painted = steps(run)["painted"]
+    assert (painted["of"], painted["count"], painted["lost"], painted["waiting"]) == (154, 75, {"out of memory": 4}, 75)
+
+
 def test_too_many_kinds_are_counted_together(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(funnel, "TOLD_APART", 2)
     by_name = funnel.measure(run)["balance"]["subject"]["by_name"]

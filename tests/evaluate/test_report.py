@@ -12,13 +12,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.data import log
-from diptych.evaluate import report
+from diptych.data import log, records
+from diptych.data.engine import failed_row
+from diptych.data.store import Dataset
+from diptych.evaluate import curation, report
 from diptych.evaluate.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
+from diptych.evaluate.curation import Reader
+from diptych.evaluate.html import percent
 from diptych.sections import Recipe
 
 VOID = {"meta", "img", "br", "path", "circle", "rect"}
@@ -99,6 +104,21 @@ def test_a_full_run_is_shown_stage_by_stage(recipe: Recipe, full: Path) -> None:
         assert words in page.words, words
     labels = [attrs["aria-label"] for attrs in page.all("svg")]
     assert len(labels) >= 6 and all(labels)
+
+
+def test_a_pair_that_repeats_another_is_not_counted_as_kept(recipe: Recipe, full: Path) -> None:
+    pairs = Dataset(full / "pairs", records.schema(records.PAIR))
+    rows = pairs.read_shard(0)
+    again = [failed_row("select", row, f"duplicate of {rows[0]['id']}: embedding") for row in rows[2:4]]
+    Dataset(full / "failed/select", records.schema(records.FAILED)).write_shard(0, again, "tiny")
+    pairs.write_shard(0, rows[:2] + rows[4:], "tiny")
+    kept = len(rows) - 2
+    page = page_of(recipe, full)
+    assert f"Of 24 candidates {kept} were kept, {percent(kept / 24)}" in page.words
+    assert "2: both panels repeat an earlier pair’s, by their embeddings" in page.words
+    assert page.words.count("Refused: both panels repeat") == 1  # one picture of it is shown
+    found = curation.on_grids(full, lambda images: np.ones((len(images), 2)), Reader(0.5, hit=1.0, false_alarm=0.0))
+    assert found is not None and found["kept"] == kept and found["reasons"]["duplicate: embedding"] == 2
 
 
 def test_the_page_loads_nothing(recipe: Recipe, full: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
+from diptych import plan
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import run_suite
 
@@ -51,6 +53,15 @@ def test_there_is_one_line_for_each_picture(done: dict[str, Any], run_dir: Path)
     assert len(lines) == (8 + 4) * (len(METHODS) + 2)
     assert {line["method"] for line in lines} == {*METHODS, "truth", "other"}
     assert all(line["met"].keys() == line["asked"].keys() for line in lines)
+
+
+def test_a_plan_counts_the_pictures_that_are_drawn(done: dict[str, Any], recipe: Any, run_dir: Path) -> None:
+    drawn = sum(len(Dataset(folder)) for folder in (run_dir / "samples").iterdir() if folder.is_dir())
+    found = plan.make(recipe, run_dir=run_dir / "no run")
+    assert found["stages"]["evaluate"] == {"suite": "pocket", "pictures": drawn} and drawn == (8 + 4) * 6
+    assert f"evaluate  {drawn} pictures" in "\n".join(plan.lines(found))
+    twice = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"seeds": [0, 1]})})
+    assert plan.make(twice, run_dir=run_dir / "no run")["stages"]["evaluate"]["pictures"] == 2 * drawn
 
 
 def test_a_finished_evaluation_is_not_done_again(

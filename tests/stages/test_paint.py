@@ -75,6 +75,41 @@ def test_noise_does_not_depend_on_the_batch(recipe: Any, teacher: Path) -> None:
     assert np.abs(pixels(moved) - pixels(grids(recipe, prompts(3))[1])).max() <= 1
 
 
+def test_several_images_of_a_prompt_have_names_and_noise_of_their_own(recipe: Any) -> None:
+    one, other = paint.Paint(with_paint(recipe, images=3)).load()(prompts(2))
+    assert [[row["id"] for row in rows] for rows in (one, other)] == [  # pyright: ignore[reportGeneralTypeIssues]
+        ["g-000000", "g-000000.1", "g-000000.2"],
+        ["g-000001", "g-000001.1", "g-000001.2"],
+    ]
+    assert {row["prompt_id"] for row in one} == {"p-000000"}  # pyright: ignore[reportGeneralTypeIssues]
+    assert len({row["image"]["bytes"] for row in [*one, *other]}) == 6  # pyright: ignore[reportGeneralTypeIssues]
+    assert [one[0], other[0]] == grids(recipe, prompts(2))  # pyright: ignore[reportIndexIssue]
+    assert records.pair_id("g-000000.2", 0, 1) == "c-000000.2-01"
+
+
+def test_one_broken_image_costs_its_prompt_and_no_other(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = paint.draw, []
+
+    def broken(*args: Any, **options: Any) -> torch.Tensor:
+        images = real(*args, **options)
+        calls.append(len(images))
+        images[0, 0, 0, 0] = float("inf" if len(calls) == 2 else 0)
+        return images
+
+    monkeypatch.setattr(paint, "draw", broken)
+    first, second = paint.Paint(with_paint(recipe, images=2)).load()(prompts(2))
+    assert isinstance(first, Failure) and not isinstance(second, Failure) and len(second) == 2 and calls == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_grids_are_kept_as_the_recipe_says(recipe: Any, kind: str) -> None:
+    (exact,), (kept,) = grids(recipe, prompts(1)), grids(with_paint(recipe, format=kind), prompts(1))
+    assert kept["image"]["path"] == f"g-000000.{kind}"
+    assert kept["image"]["bytes"][:4] == {"webp": b"RIFF", "jpeg": b"\xff\xd8\xff\xe0"}[kind]
+    off = np.abs(pixels(kept) - pixels(exact))
+    assert off.max() == 0 if kind == "webp" else 0 < off.mean() < 4
+
+
 def test_true_guidance_and_steps_reach_the_teacher(recipe: Any) -> None:
     plain = pixels(grids(with_paint(recipe, true_guidance=1.0), prompts(1))[0])
     assert not np.array_equal(plain, pixels(grids(with_paint(recipe, true_guidance=6.0), prompts(1))[0]))

@@ -1,11 +1,13 @@
 """Pairs that show again what an earlier pair of the run shows: a teacher with few ideas draws one picture many times.
 
-    find(candidates, 4, thresholds)      # {"c-000731-01": "c-000012-10", …}: the second shows the first again
+    find(candidates, Duplicates(hash=4, embedding=0.95), thresholds)
+    # {"c-000731-01": Repeat("c-000012-10", "hash"), …}: the second shows the first again
 
-A pair repeats an earlier one if its reference lies within so many bits of the other's reference, and its target of the
-other's target, by a 64-bit perceptual hash. One pass in the order of the run, over hashes that curation left in the
-evidence; no picture is read. A pair is compared with earlier pairs that stay, never with one that is refused itself, so
-a slow drift of pictures is not swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid,
+A pair repeats an earlier one if its reference lies near the other's reference, and its target near the other's target:
+within so many bits of a 64-bit perceptual hash, which finds a drawing again, or within a cosine of the embeddings of
+`curate.judge`, which finds what it shows. One pass in the order of the run, over what curation left in the evidence; no
+picture is read, no model asked. A pair is compared with earlier pairs that stay, never with one that is refused itself,
+so a slow drift of pictures is not swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid,
 and so the two orders of a pair, are never compared.
 """
 
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import json
 from array import array
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +25,17 @@ import numpy as np
 from diptych.data import records
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
+from diptych.data.vectors import Vectors, unpack
 from diptych.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from diptych.sections import Duplicates
+
 SIDE = 32  # pixels a panel is reduced to
 LOW = 8  # frequencies along each side that the hash looks at
+BLOCK = 512  # pairs whose embeddings are compared at once
 BUCKETS = 65_521  # most buckets of a band: a prime, so that any band spreads over them
 _BOX = 4  # Pillow's resampling filter, whose import is left to whoever has an image
 _COSINES = np.cos(np.pi / (2 * SIDE) * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1))
@@ -48,40 +56,104 @@ def panel_hash(panel: Image) -> str:
     return np.packbits(bits).tobytes().hex()
 
 
-def find(
-    candidates: Dataset, bits: int, thresholds: records.Thresholds, screens: records.Limits | None = None
-) -> dict[str, str]:
-    """`{id: id of the earlier pair that it repeats}`, of the candidates that thresholds and screens keep.
+@dataclass(frozen=True)
+class Repeat:
+    """What a pair repeats: an earlier pair's id, and the test that says so, `hash` or `embedding`."""
 
-    Holds some 200 bytes for each pair that stays, and as much for each that does not. UserError if a candidate has no
-    hashes.
+    of: str
+    test: str
+
+    @property
+    def reason(self) -> str:
+        """For `failed/select/`."""
+        return f"{records.DUPLICATE} of {self.of}: {self.test}"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is compared of a candidate: hashes and embeddings of reference and target, empty where the test is off."""
+
+    name: str
+    grid: str
+    hashes: Sequence[int]
+    codes: Sequence[np.ndarray]
+
+
+def find(
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, screens: records.Limits | None = None
+) -> dict[str, Repeat]:
+    """What each pair repeats, of the candidates that thresholds and screens keep; those that repeat none are left out.
+
+    Holds some 200 bytes for each pair that stays, with embeddings of D numbers 2·D more, and some 200 for each that
+    does not. UserError if a candidate lacks what a test needs.
     """
-    table = Table(bits)
-    found: dict[str, str] = {}
-    grid, of_grid = None, []  # the rows of a grid stand together
+    by_hash = Table(settings.hash) if settings.hash is not None else None
+    by_embedding = Vectors(settings.embedding) if settings.embedding is not None else None
+    found: dict[str, Repeat] = {}
+    names: list[str] = []  # of the pairs in the table of embeddings
+    grid, of_grid = "", []  # the rows of a grid stand together; they go into the tables when all have been compared
+    for block in _blocks(_kept(candidates, settings, thresholds, screens)):
+        before = len(names)
+        earlier = by_embedding.first(*_stacked(block)) if by_embedding is not None else np.empty(0)
+        for i, pair in enumerate(block):
+            if pair.grid != grid:
+                for other in of_grid:
+                    if by_hash is not None:
+                        by_hash.add(other.name, *other.hashes)
+                    if by_embedding is not None:
+                        names.append(other.name)
+                        by_embedding.add(*other.codes)
+                grid, of_grid = pair.grid, []
+            repeat = None
+            if by_hash is not None and (name := by_hash.first(*pair.hashes)) is not None:
+                repeat = Repeat(name, "hash")
+            elif by_embedding is not None:
+                # Those put in since this block began were not there when all of it was compared.
+                number = earlier[i] if earlier[i] >= 0 else by_embedding.first(*_stacked([pair]), since=before)[0]
+                repeat = Repeat(names[number], "embedding") if number >= 0 else None
+            if repeat is None:
+                of_grid.append(pair)
+            else:
+                found[pair.name] = repeat
+    return found
+
+
+def _kept(
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, screens: records.Limits | None
+) -> Iterator[_Pair]:
+    if settings.hash is None and settings.embedding is None:
+        return
     for _, _, batch in batches(candidates, *_COLUMNS):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
             if not records.judged_again(row, thresholds, screens)[0]:
                 continue
-            if row["grid_id"] != grid:
-                for name, reference, target in of_grid:
-                    table.add(name, reference, target)
-                grid, of_grid = row["grid_id"], []
-            reference, target = _hashes(row)
-            earlier = table.first(reference, target)
-            if earlier is None:
-                of_grid.append((row["id"], reference, target))
-            else:
-                found[row["id"]] = earlier
-    return found
+            evidence = json.loads(row["evidence"])
+            hashes, codes = (), ()
+            if settings.hash is not None:
+                hashes = [int(code, 16) for code in _both(row["id"], evidence, "hashes")]
+            if settings.embedding is not None:
+                codes = [unpack(code) for code in _both(row["id"], evidence, "embeddings")]
+            yield _Pair(row["id"], row["grid_id"], hashes, codes)
 
 
-def _hashes(row: dict[str, Any]) -> tuple[int, int]:
-    hashes = json.loads(row["evidence"]).get("hashes")
-    if hashes is None:
-        raise UserError(f"{row['id']} has no hashes in its evidence; curate with curate.duplicates, in another --out")
-    return int(hashes["reference"], 16), int(hashes["target"], 16)
+def _both(name: str, evidence: dict[str, Any], key: str) -> tuple[str, str]:
+    """What the evidence keeps of both panels, reference and target."""
+    found = evidence.get(key)
+    if found is None:
+        raise UserError(f"{name} has no {key} in its evidence; curate with curate.duplicates, in another --out")
+    return found["reference"], found["target"]
+
+
+def _blocks(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+    while block := list(islice(pairs, BLOCK)):
+        yield block
+
+
+def _stacked(pairs: Sequence[_Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the references and of the targets, each (N, D)."""
+    references, targets = zip(*(pair.codes for pair in pairs), strict=True)
+    return np.stack(references), np.stack(targets)
 
 
 class Table:

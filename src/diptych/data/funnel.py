@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data import records
-from diptych.data.scan import batches, open_run
+from diptych.data.scan import batches, open_run, selected
 from diptych.data.spread import Spread
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
@@ -24,8 +24,7 @@ from diptych.errors import UsageError
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
 BY_THE_JUDGE = ("same", UNDECIDED)
-# What comes after all judging: pairs that repeat an earlier one. Their candidates say "kept", which is what they are
-# by themselves; the selection refused them.
+# What comes after all judging: pairs that repeat an earlier one.
 OF_THE_SELECTION = (records.DUPLICATE,)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
@@ -57,7 +56,7 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
     rows = {name: len(data) for name, data in sets.items()}
     if not rows["prompts"] and not rows["candidates"]:
         raise UsageError(f"{folder} holds no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}")
-    seen = _candidates(sets["candidates"], Dataset(folder / "failed" / "select", records.schema(records.FAILED)))
+    seen = _candidates(folder)
     failed = {stage: _failures(folder, stage) for stage in ("write", "paint", "curate")}
     return {
         "run": str(folder),
@@ -65,7 +64,7 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
         "task": task.name,
         "complete": {name: data.is_complete() for name, data in sets.items()},
         "rows": rows,
-        "steps": _steps(recipe.write.count, rows, failed, seen),
+        "steps": _steps(recipe.write.count, recipe.paint.images, rows, failed, seen),
         "numbers": {
             column: _numbers(*seen.numbers[column], getattr(limits, threshold))
             for column, threshold in NUMBERS.items()
@@ -88,19 +87,10 @@ class _Seen:
         self.numbers = {column: (Spread(), Spread()) for column in NUMBERS}
 
 
-def _candidates(data: Dataset, refused: Dataset) -> _Seen:
-    """The candidates; `refused` holds, in parts of the same numbers, what the selection did not take."""
+def _candidates(folder: Path) -> _Seen:
     seen = _Seen()
     last, last_is_cut = None, False  # the rows of a grid stand together
-    parts = set(refused.shards())
-    part, repeats = None, frozenset[str]()
-    for shard, _, batch in batches(data, "id", "grid_id", "subject", "task", "kept", "reason", *NUMBERS):
-        if shard != part:
-            part = shard
-            repeats = frozenset(row["id"] for row in refused.read_shard(shard)) if shard in parts else frozenset()
-        for i, name in enumerate(batch["id"] if repeats else ()):
-            if name in repeats:
-                batch["kept"][i], batch["reason"][i] = False, records.DUPLICATE
+    for batch in selected(folder, "grid_id", "subject", "task", *NUMBERS):
         seen.pairs += len(batch["reason"])
         for grid, reason in zip(batch["grid_id"], batch["reason"], strict=True):
             if grid != last:
@@ -130,8 +120,13 @@ def _failures(folder: Path, stage: str) -> Tally:
     return reasons
 
 
-def _steps(asked: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Seen) -> list[dict[str, Any]]:
-    """The steps in order: how many are left, of how many, what was lost and why, what still waits."""
+def _steps(
+    asked: int, images: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Seen
+) -> list[dict[str, Any]]:
+    """The steps in order: how many are left, of how many, what was lost and why, what still waits. Prompts are counted
+    by the `images` to be drawn of each."""
+    prompts, grids = images * rows["prompts"], rows["grids"]
+    written, painted = (Tally({why: images * n for why, n in failed[stage].items()}) for stage in ("write", "paint"))
     lost_at: dict[str, Tally] = {"cut": Tally(), "pre-filtered": Tally(), "judged": Tally(), "kept": Tally()}
     of_cut = 0
     for reason, times in seen.reasons.items():
@@ -141,10 +136,10 @@ def _steps(asked: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Se
         elif reason.partition(":")[0] == UNDECIDED:
             lost_at["judged"].put(reason, times)
         elif reason != "kept":
-            at_last = reason in (*BY_THE_JUDGE, *OF_THE_SELECTION)
+            at_last = reason.partition(":")[0] in (*BY_THE_JUDGE, *OF_THE_SELECTION)
             lost_at["kept" if at_last else "pre-filtered"].put(reason, times)
     lost_at["cut"].update(failed["curate"])
-    prompts, grids, pairs = rows["prompts"], rows["grids"], seen.pairs - of_cut
+    pairs = seen.pairs - of_cut
     left = pairs - lost_at["pre-filtered"].total()
     judged = left - lost_at["judged"].total()
 
@@ -155,8 +150,8 @@ def _steps(asked: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Se
         return {"name": name, "unit": unit, "count": count, "of": of, "share": share, "lost": why, "waiting": waiting}
 
     return [
-        step("prompted", "grids", prompts, asked, failed["write"]),
-        step("painted", "grids", grids, prompts, failed["paint"]),
+        step("prompted", "grids", prompts, images * asked, written),
+        step("painted", "grids", grids, prompts, painted),
         step("cut", "grids", seen.cut_grids, grids, lost_at["cut"]),
         step("pre-filtered", "pairs", left, pairs, lost_at["pre-filtered"]),
         step("judged", "pairs", judged, left, lost_at["judged"]),

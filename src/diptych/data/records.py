@@ -97,9 +97,9 @@ def prompt_id(index: int) -> str:
     return f"p-{index:06d}"
 
 
-def grid_id(from_prompt: str) -> str:
-    """The grid of a prompt has its number: `p-000012` → `g-000012`."""
-    return "g-" + from_prompt.partition("-")[2]
+def grid_id(from_prompt: str, image: int = 0) -> str:
+    """The grid of a prompt has its number: `p-000012` → `g-000012`, and its second image is `g-000012.1`."""
+    return "g-" + from_prompt.partition("-")[2] + (f".{image}" if image else "")
 
 
 def pair_id(from_grid: str, reference: int, target: int) -> str:
@@ -129,7 +129,7 @@ class Thresholds(Protocol):
 
 TESTS = ("seam", "near_copy", "same")
 SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
-DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID`, in `failed/select/`
+DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID: TEST`, in `failed/select/`
 
 Limits = Mapping[str, Mapping[str, float]]  # of `recipe.Screens.limits`: name → {"least" or "most": number}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from diptych import recipe as recipes
 from diptych import tasks
+from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.sections import Recipe
@@ -37,6 +38,27 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
             for batch in part.iter_batches(BATCH, columns=list(columns)):
                 yield shard, start, batch.to_pydict()
                 start += batch.num_rows
+
+
+def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]]:
+    """`batches` of a run's candidates, `columns` with `id`, `kept` and `reason` as the selection left them.
+
+    A candidate says what it is by itself. What `pairs/` did not take though it was kept, a repeat, is not kept here and
+    has the reason `duplicate: hash` or `duplicate: embedding`.
+    """
+    refused = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
+    parts = set(refused.shards())
+    part, again = None, dict[str, str]()
+    names = list(dict.fromkeys(("id", "kept", "reason", *columns)))
+    for shard, _, batch in batches(Dataset(Path(folder) / "candidates"), *names):
+        if shard != part:  # failures lie in parts of the same numbers as the rows they are of
+            part = shard
+            again = {row["id"]: row["reason"] for row in refused.read_shard(shard)} if shard in parts else {}
+        for i, name in enumerate(batch["id"] if again else ()):
+            if name in again:
+                batch["kept"][i] = False
+                batch["reason"][i] = f"{records.DUPLICATE}:{again[name].rpartition(':')[2]}"
+        yield batch
 
 
 def row(data: Dataset, shard: int, number: int, *columns: str) -> dict[str, Any]:

@@ -208,6 +208,11 @@ METHODS: dict[str, Callable[[Context], Method]] = {
 }
 
 
+def drawn(methods: Sequence[str]) -> list[str]:
+    """The methods that a recipe asks for and the anchors, each once: what draws every sample."""
+    return list(dict.fromkeys([*methods, *ANCHORS]))
+
+
 def open_teacher(recipe: Recipe) -> Any:
     """The recipe's teacher as a stock FluxPipeline on the recipe's device. UserError if it cannot be opened."""
     import torch

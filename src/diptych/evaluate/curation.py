@@ -9,6 +9,7 @@ error on the renders (Rogan & Gladen 1978).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diptych.data.scan import selected
 from diptych.data.store import Dataset
 from diptych.evaluate.metrics import auc
 
@@ -163,13 +165,13 @@ def on_grids(run_dir: Path, identify: Embed, reader: Reader) -> dict[str, Any] |
     candidates = Dataset(run_dir / "candidates")
     if not candidates.shards():
         return None
-    columns = candidates.columns("id", "kept", "reason", "similarity", "reference_panel", "target_panel")
-    reasons: dict[str, int] = {}
-    for row in columns:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    kept = sum(row["kept"] for row in columns)
-    result: dict[str, Any] = {"candidates": len(columns), "kept": kept, "reasons": reasons}
-    result["keep_rate"] = round(kept / len(columns), 4) if columns else None
+    reasons: Counter[str] = Counter()
+    for batch in selected(run_dir):
+        reasons.update(batch["reason"])
+    kept, total = reasons["kept"], reasons.total()
+    result: dict[str, Any] = {"candidates": total, "kept": kept, "reasons": dict(reasons)}
+    result["keep_rate"] = round(kept / total, 4) if total else None
+    columns = candidates.columns("id", "reference_panel", "target_panel")
     # Both orders of a grid hold the same two pictures: one of them is enough.
     once = [row["id"] for row in columns if row["reference_panel"] < row["target_panel"]]
     places = np.linspace(0, len(once) - 1, min(JUDGED, len(once))).round().astype(int)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.data import log
 from diptych.data.images import open_image
+from diptych.data.scan import selected
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 
@@ -50,16 +51,21 @@ class Run:
 
     @cached_property
     def candidates(self) -> list[dict[str, Any]]:
-        """Every candidate's numbers, without its pictures."""
-        return self.data("candidates").columns(*SMALL)
+        """Every candidate's numbers, without its pictures; a pair that repeats an earlier one is not kept."""
+        return [
+            dict(zip(SMALL, values, strict=True))
+            for batch in selected(self.folder, *SMALL)
+            for values in zip(*(batch[name] for name in SMALL), strict=True)
+        ]
 
     def examples(self, reason: str, count: int) -> list[dict[str, Any]]:
         """Whole candidates of one verdict, one of each grid, spread over the first shards."""
         found = []
         data = self.data("candidates")
+        of_reason = {row["id"] for row in self.candidates if row["reason"] == reason}
         for shard in data.shards()[:LOOKED]:
-            rows = data.read_shard(shard)
-            found += [r for r in rows if r["reason"] == reason and r["reference_panel"] < r["target_panel"]]
+            rows = (row for row in data.read_shard(shard) if row["id"] in of_reason)
+            found += [{**r, "kept": reason == "kept", "reason": reason} for r in rows if _in_order(r)]
         step = max(1, len(found) // count)
         return found[::step][:count]
 
@@ -117,6 +123,11 @@ class Run:
     def sittings(self) -> int:
         """How often the run was started."""
         return sum(event.get("event") == "start" for event in log.read(self.folder))
+
+
+def _in_order(row: dict[str, Any]) -> bool:
+    """Of the two orders of two panels, the first."""
+    return row["reference_panel"] < row["target_panel"]
 
 
 def _json(path: Path) -> dict[str, Any] | None:

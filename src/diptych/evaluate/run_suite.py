@@ -23,7 +23,7 @@ from diptych.data.engine import LocalEngine, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
-from diptych.evaluate.baselines import ANCHORS, METHODS, Context, Method
+from diptych.evaluate.baselines import METHODS, Context, Method, drawn
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
 from diptych.machine import device_name, machine, versions
@@ -136,7 +136,7 @@ def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
     """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
     methods: dict[str, Method] = {}
     skipped: dict[str, str] = {}
-    for name in dict.fromkeys([*context.recipe.evaluate.methods, *ANCHORS]):
+    for name in drawn(context.recipe.evaluate.methods):
         method = METHODS[name](context)
         try:
             method.fingerprint()

@@ -33,6 +33,8 @@ REASONS = {
     "prefilter": "too unlike for the judge to be asked",
     "same": "the judge does not see the same subject",
     "alignment": "the outlines of the two panels do not lie over each other",
+    "duplicate: hash": "both panels repeat an earlier pair’s, by their hashes",
+    "duplicate: embedding": "both panels repeat an earlier pair’s, by their embeddings",
 }
 SMOOTH = 0.96
 SIGMA_COLOURS = ("1", "2", "3", "4", "5")

@@ -130,11 +130,16 @@ class Suite(_Part):
 
     def samples(self, identities: int, prompts: int) -> list[Sample]:
         """References × prompts: `identities` of the main split and each other split's share of them (at least 2)."""
-        made = []
-        for split, spec in self.splits.items():
-            count = max(2, round(identities * spec.share))
-            made += [self._sample(split, i, j, prompts) for i in range(count) for j in range(prompts)]
-        return made
+        return [
+            self._sample(split, i, j, prompts)
+            for split, count in self.references(identities).items()
+            for i in range(count)
+            for j in range(prompts)
+        ]
+
+    def references(self, identities: int) -> dict[Split, int]:
+        """How many references each split has."""
+        return {split: max(2, round(identities * spec.share)) for split, spec in self.splits.items()}
 
     def level(self, prompt: int, prompts: int) -> Level:
         """The difficulty of prompt number `prompt` of `prompts`: spread evenly over the levels, easiest first."""

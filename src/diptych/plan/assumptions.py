@@ -108,7 +108,9 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
         "compare_ms": Assumption(9, "ms for two panels on a core", "measured, docs/data.md"),
         "pixel_bytes": Assumption(2.1, "bytes", "12.8 MB of 3,000 pocket grids as PNG")
         if pocket
-        else Assumption(1.6, "bytes", "PNG of photographs (the Kodak set); 3 is the most it can be"),
+        else Assumption(
+            1.6, "bytes", "PNG of photographs (the Kodak set), WebP and JPEG less; 3 is the most it can be"
+        ),
         "grid_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
         "candidate_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
         "row_bytes": Assumption(1000, "bytes", "a guess: a row's words and numbers; 100 to 200 in the pocket world"),

@@ -73,7 +73,7 @@ class Job:
 
     @property
     def grids(self) -> int:
-        return self.recipe.write.count
+        return self.recipe.write.count * self.recipe.paint.images
 
     @property
     def pairs(self) -> int:

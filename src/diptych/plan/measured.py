@@ -50,7 +50,7 @@ def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
     machines = [event["machine"] for event in events if event.get("event") == "start" and "machine" in event]
     machine = f" on {machines[-1].get('processor', '?')}, {machines[-1].get('cores', '?')} cores" if machines else ""
     source = f"in {folder}{machine}"
-    found = _logged([event for event in events if event.get("event") == "stage"], folder)
+    found = _logged([event for event in events if event.get("event") == "stage"], folder, frozen.paint.images)
     if recipe.curate.vlm is not None:
         found |= _tokens(folder)
     return {name: Measured(value, source) for name, value in found.items() if agree(recipe, frozen, DEPENDS[name])}
@@ -69,11 +69,12 @@ def agree(mine: Recipe, theirs: Recipe, keys: tuple[str, ...]) -> bool:
     return True
 
 
-def _logged(stages: list[dict[str, Any]], folder: Path) -> dict[str, float]:
+def _logged(stages: list[dict[str, Any]], folder: Path, images: int) -> dict[str, float]:
+    """Rates from the log's stages; `images` were drawn of each prompt."""
     found: dict[str, float] = {}
     last = {event["stage"]: event["result"] for event in stages}
     painted = [event for event in stages if event["stage"] == "paint"]
-    processed = sum(event["result"].get("processed", 0) for event in painted)
+    processed = images * sum(event["result"].get("processed", 0) for event in painted)
     if processed:
         found["seconds_per_grid"] = sum(event["seconds"] for event in painted) / processed
     if rows := last.get("paint", {}).get("rows"):

@@ -169,12 +169,15 @@ def distill(job: Job) -> dict[str, Any]:
 
 
 def evaluate(job: Job) -> dict[str, Any]:
-    """Pictures to draw and to score."""
+    """Pictures to draw and to score: of every split, by every method and the anchors."""
     settings = job.recipe.evaluate
     if settings.suite == "none":
         return {"suite": "none", "pictures": 0}
-    pictures = settings.samples * settings.prompts * len(settings.seeds) * len(settings.methods)
-    return {"suite": settings.suite, "pictures": pictures}
+    from diptych.evaluate import baselines, suites
+
+    references = sum(suites.load(settings.suite).references(settings.samples).values())
+    methods = len(baselines.drawn(settings.methods))
+    return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 
 def _student_canvas(job: Job) -> arithmetic.Canvas:

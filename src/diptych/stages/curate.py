@@ -26,6 +26,7 @@ from diptych.data import records
 from diptych.data.duplicates import panel_hash
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell, open_image
+from diptych.data.vectors import pack
 from diptych.errors import UserError
 from diptych.stages import alignment, geometry, screens, wording
 
@@ -79,6 +80,7 @@ class Compared:
     pairs: dict[tuple[int, int], Comparison]
     scores: list[dict[str, float]]  # of each panel, by screen; empty where the recipe has no screens
     hashes: list[str]  # of each panel; empty where the recipe looks for no duplicates
+    embeddings: list[str]  # of each panel, packed; as the hashes
 
 
 class Curate:
@@ -164,7 +166,9 @@ class Curate:
     ) -> Compared:
         kind = self.recipe.curate.format
         cells = [image_cell(panel, f"{row['id']}-{n}.{kind}", kind.upper()) for n, panel in enumerate(cut.panels)]
-        hashes = [panel_hash(panel) for panel in cut.panels] if self.recipe.curate.duplicates else []
+        hashes, packed = [], []
+        if self.recipe.curate.duplicates:
+            hashes, packed = [panel_hash(panel) for panel in cut.panels], [pack(own) for own in embeddings]
         limits = self.screens.limits() if self.screens else {}
         pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
@@ -172,7 +176,7 @@ class Curate:
             pair = compare(cut.panels[a], cut.panels[b], similarity, self.task)
             screen = records.failed_screen((scores[a], scores[b]), limits) if limits else ""
             pairs[a, b] = replace(pair, screen=screen)
-        return Compared(row, cut, cells, pairs, scores, hashes)
+        return Compared(row, cut, cells, pairs, scores, hashes, packed)
 
     def _ask(self, vlm: VlmJudge, grids: list[Compared]) -> None:
         """Puts the vision-language model's judgement in the place of the embedding model's, in `grids` themselves."""
@@ -238,6 +242,7 @@ class Curate:
             evidence["screens"] = {**seen, "limits": self.screens.limits()}
         if grid.hashes:
             evidence["hashes"] = {"reference": grid.hashes[reference], "target": grid.hashes[target]}
+            evidence["embeddings"] = {"reference": grid.embeddings[reference], "target": grid.embeddings[target]}
         return {
             "conditioning": cells[reference],
             "image": cells[target],

@@ -22,26 +22,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diptych.stages.stripes import BANDS, EDGES, KNOWN_EDGES, WIDEST, inside, rows_in_bands
+from diptych.stages.stripes import find as find_stripes
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 WORK = 64  # pixels of a panel's side while searching
-BANDS = 16  # bands of a panel's height that vote
 NEAR = 5  # columns on either side that a seam is compared with
 REACH = 1 / 16  # of a panel: how far from its even place a seam is looked for
 OFF_CENTRE = 0.25  # an uneven cut must be this much stronger than the even one: renders have strong edges of their own
 SLACK = 0.8  # puts 0 halfway between grids and single pictures of the pocket world (docs/data.md)
 FLOOR = 1 / 255  # jumps below the last bit of 8 are none
-WIDEST = 1 / 10  # of a panel: the widest border, gutter or pole
-STEADY = 24  # levels of 255: how much the colour of a stripe may vary along it, its bands averaged
-FLAT = 5  # levels: standard deviation of a gutter's pixels, which no painted thing has from edge to edge
-EDGE = 20  # levels: what parts a stripe from its neighbour …
-ENDS = (3, 4, 5)  # bands at the top or bottom where a seam may break off:
-BROKEN = -0.25  # the first few vote no more than this on average,
-BROKEN_GONE, GONE = -0.15, 1 / 8  # or no more than this, and their jumps are an eighth of the others'
-RIVAL = 4  # bands in a row in which another edge is stronger
-CLEAR, SURE = 14, 0.4  # bands in which a seam beside such an edge must stand out, and its strength then
-EDGES, BORDER_EDGES = 0.75, 0.5  # … in this share of the bands: a gutter meets others, and skies of its colour
+FLAT = 5  # levels: standard deviation of a gutter's pixels, at most …
+CLEAN, LEVEL = 1, 3  # … and what no painted thing has: that of its pixels, or the spread of its columns' means
+ENDS = 5  # bands at the top and bottom, at most, in which a thing's edge breaks off, as no seam does. There its
+GONE, FAINT, GONE_VOTE = 1 / 6, 2, 0.1  # jumps are a sixth of the others, twice what is usual, and vote no more,
+UNSEEN, UNSEEN_VOTE = 1.75, -0.1  # or, at one end, less than this of what is usual, and vote no more, and so
+BROKEN = -0.25  # is its strength
+RIVAL, AROUND = 4, 8  # bands in a row in which another edge is stronger, and columns in which it is looked for
+CLEAR, SURE = 12, 0.2  # bands in which a seam beside such an edge must stand out, and its strength then
+BEYOND, PAST = 4, 0.5  # columns past a rival that are looked at, and the share of the seam's jump still there
+SPAN = 20  # columns on either side of a seam's even place that are looked at
+_ABOVE, _BELOW = np.indices((ENDS + 1, ENDS + 1))  # bands that are taken together
+_COUNTS = np.maximum(1, _ABOVE + _BELOW)
+_ONE_END = _ABOVE * _BELOW == 0
+_ENOUGH = (np.where(_ONE_END, 3, 2) <= _COUNTS) & (_COUNTS <= ENDS)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -97,8 +103,8 @@ def cut(image: Image, rows: int, cols: int, panel_size: int) -> Cut:
     from PIL import Image as PIL
 
     pixels = np.asarray(image.convert("RGB"))
-    left, right = _inside(pixels, image.width / cols)
-    top, bottom = _inside(pixels.transpose(1, 0, 2), image.height / rows)
+    left, right = inside(pixels, image.width / cols)
+    top, bottom = inside(pixels.transpose(1, 0, 2), image.height / rows)
     inner = pixels[top:bottom, left:right]
     columns = _seams(inner, cols, "x", left)
     lines = _seams(inner.transpose(1, 0, 2), rows, "y", top)
@@ -118,15 +124,23 @@ def _spans(seams: list[Seam], first: int, last: int) -> list[tuple[int, int]]:
 def _seams(pixels: np.ndarray, parts: int, axis: str, first: int) -> list[Seam]:
     """The vertical seams that part pixels (H, W, 3) into `parts`; `first` is where they begin on the canvas."""
     width = pixels.shape[1]
-    found = [_seam(pixels, width * k // parts, width / parts, axis) for k in range(1, parts)]
+    evens = [width * k // parts for k in range(1, parts)]
+    found = [_seam(pixels, even, width / parts, axis) for even in evens]
+    gutters = [seam.gutter for seam in found if seam.gutter]
+    if gutters and len(gutters) < len(found):  # a grid has gutters everywhere or nowhere, and of one width
+        for number, even in enumerate(evens):
+            again = found[number] if found[number].gutter else _seam(pixels, even, width / parts, axis, KNOWN_EDGES)
+            if min(gutters) - 2 <= again.gutter <= max(gutters) + 2:
+                found[number] = again
     return [replace(seam, at=seam.at + first) for seam in found]
 
 
-def _seam(pixels: np.ndarray, even: int, panel: float, axis: str) -> Seam:
-    """As `find_seam`, past the stripes beside it; at one of them, a gutter, if that is where the seam is."""
+def _seam(pixels: np.ndarray, even: int, panel: float, axis: str, least: float = EDGES) -> Seam:
+    """As `find_seam`, past the stripes beside it; at one of them, a gutter, if that is where the seam is. Stripes stand
+    apart in the share `least` of the bands."""
     around = round(panel * (REACH + WIDEST + NEAR / WORK))
     low, high = max(0, even - around), min(pixels.shape[1], even + around)
-    stripes = [(low + a, low + b) for a, b in _stripes(_rows_in_bands(pixels[:, low:high]), panel)]
+    stripes = [(low + a, low + b) for a, b in find_stripes(rows_in_bands(pixels[:, low:high]), panel, least)]
     if not stripes:
         return find_seam(pixels, even, panel, axis)
     kept = np.ones(pixels.shape[1], bool)
@@ -139,7 +153,7 @@ def _seam(pixels: np.ndarray, even: int, panel: float, axis: str) -> Seam:
     for start, end in stripes:
         join, middle = int(kept[:start].sum()), start + (end - start) // 2
         small, first = _reduce(joined, join, step)
-        strength = _joined(small, (join - first) // step, round((end - start) / step), _colour(pixels[:, start:end]))
+        strength = _apart(small, (join - first) // step, round((end - start) / step), pixels[:, start:end], panel)
         if abs(seam.at - join) <= step:
             best = replace(best, strength=min(best.strength, strength))  # the join itself
         if abs(middle - even) <= panel * REACH and strength >= best.strength:
@@ -147,74 +161,25 @@ def _seam(pixels: np.ndarray, even: int, panel: float, axis: str) -> Seam:
     return best
 
 
-def _colour(stripe: np.ndarray) -> np.ndarray | None:
-    """The one colour (3,) in 0..1 of a gutter (H, W, 3), its smeared sides aside; None for what is shaded, a pole."""
-    aside = stripe.shape[1] // 3
-    middle = stripe[:, aside : stripe.shape[1] - aside].reshape(-1, 3)
-    return middle.mean(0) / 255 if middle.std(0).max() <= FLAT else None
+def _apart(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: float) -> float:
+    """Strength of the seam before column `at` of bands, where the `stripe` (H, W, 3) of `lag` columns was taken out.
 
-
-# ---- borders and stripes
-
-
-def _inside(pixels: np.ndarray, panel: float) -> tuple[int, int]:
-    """The first and last column (exclusive) of pixels (H, W, 3) inside a border, which has one colour on both sides."""
-    width = pixels.shape[1]
-    reach = min(width // 2, round(panel * 2 * WIDEST))
-    first, last = (_border(strip, panel) for strip in (pixels[:, :reach], pixels[:, : width - reach - 1 : -1]))
-    if first and last and np.abs(pixels[:, 0].mean(0) - pixels[:, -1].mean(0)).max() <= STEADY:
-        return first, width - last
-    return 0, width
-
-
-def _border(pixels: np.ndarray, panel: float) -> int:
-    """How many of the columns of pixels (H, W, 3), from the first on, are a border."""
-    return next((end for start, end in _stripes(_rows_in_bands(pixels), panel, outermost=True) if start == 0), 0)
-
-
-def _rows_in_bands(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) averaged over bands of rows: float32 (BANDS, W, 3), 0..255. Empty if there are too few rows."""
-    if len(pixels) < BANDS:
-        return np.zeros((BANDS, 0, 3), np.float32)
-    edges = np.linspace(0, len(pixels), BANDS + 1).round().astype(int)
-    return np.add.reduceat(pixels, edges[:-1], axis=0, dtype=np.float32) / np.diff(edges)[:, None, None]
-
-
-def _stripes(bands: np.ndarray, panel: float, outermost: bool = False) -> list[tuple[int, int]]:
-    """Columns [start, end) of bands (BANDS, W, 3) that stand apart as stripes of one colour from top to bottom.
-
-    What a decoder smears of a stripe over its neighbours is part of it. With `outermost`, only one that begins at the
-    first column, and needs no edge there.
+    A gutter parts its sides whatever they show; of a stripe that may be a pole, the picture must not go on behind it.
     """
-    steady = np.ptp(bands, axis=0).max(1) <= STEADY
-    changes = np.flatnonzero(np.diff(np.r_[False, steady, False]))
-    soft = max(1, round(panel / 128))
-    found = []
-    for start, end in changes.reshape(-1, 2):
-        least = BORDER_EDGES if outermost else EDGES
-        left = 0 if outermost and start == 0 else _edge(bands, start, -1, soft, least)
-        right = _edge(bands, end - 1, 1, soft, least)
-        if left is None or right is None or (outermost and start > 0):
-            continue
-        if end - start + left + right <= panel * WIDEST:
-            found.append((int(start - left), int(end + right)))
-    return found
-
-
-def _edge(bands: np.ndarray, last: int, way: int, soft: int, least: float) -> int | None:
-    """How many columns beyond a stripe's `last` are smeared by it; None unless it stands apart from what lies beyond in
-    the share `least` of the bands."""
-    beyond = last + way * (soft + 1)
-    if not 0 <= beyond < bands.shape[1]:
-        return None
-    contrast = np.abs(bands[:, beyond] - bands[:, last]).max(1)  # (BANDS,)
-    if np.mean(contrast >= EDGE) < least:
-        return None
-    for smeared in range(soft):
-        part = np.abs(bands[:, last + way * (smeared + 1)] - bands[:, beyond]).mean()
-        if part < 0.3 * np.abs(bands[:, last] - bands[:, beyond]).mean():
-            return smeared
-    return soft
+    behind = _joined(bands, at, lag, None)
+    if behind is None:
+        return -1.0
+    aside = stripe.shape[1] // 3
+    middle = stripe[:, aside : stripe.shape[1] - aside].reshape(-1, 3)  # without its smeared sides
+    spread = middle.std(0).max()
+    smeared = max(1, round(panel / 128)) + 1
+    columns = stripe[:, smeared : stripe.shape[1] - smeared].mean(0)  # (W, 3): a pole is round, a gutter is not
+    level = len(columns) >= 3 and np.ptp(columns, axis=0).max() <= LEVEL
+    parted = behind[0].mean() >= UNSEEN_VOTE and behind[1].mean() > UNSEEN * behind[2].mean()
+    if spread > FLAT or not (spread <= CLEAN or level or parted):
+        return _strength(behind)
+    beside = _joined(bands, at, lag, middle.mean(0) / 255)
+    return -1.0 if beside is None else float(beside[0].mean())
 
 
 # ---- seams
@@ -237,52 +202,55 @@ def find_seam(pixels: np.ndarray, even: int, panel: float, axis: str = "x") -> S
     best = max(scores, key=lambda at: (scores[at], -abs(at - centre)))
     if best == centre or scores[best] - OFF_CENTRE <= scores[centre]:
         return Seam(axis, even, 0, float(scores[centre]))
-    at, strength = _sharpest(pixels, first + best * step, step), scores[best]
-    if step > 1:
-        small, first = _reduce(pixels, at, step)  # columns that begin at the seam itself show it best
-        exact = _votes(small, (at - first) // step)
-        strength = strength if exact is None else max(strength, _strength(exact))
+    at = _sharpest(pixels, first + best * step, step)
+    small, first = _reduce(pixels, at, step)  # columns that begin at the seam itself show it best
+    exact = _votes(small, (at - first) // step)
+    strength = scores[best] if exact is None else _strength(exact)
     return Seam(axis, at, at - even, strength - OFF_CENTRE)
 
 
 def _reduce(pixels: np.ndarray, even: int, step: int) -> tuple[np.ndarray, int]:
-    """Bands (BANDS, columns, 3) in 0..1, `step` pixels to a column, one of them beginning at `even`; and where the
+    """Bands (BANDS, ≤ 2·SPAN, 3) in 0..1, `step` pixels to a column, one of them beginning at `even`; and where the
     first begins."""
-    height, width, _ = pixels.shape
-    first = even % step
-    count = (width - first) // step
-    edges = np.linspace(0, height, BANDS + 1).round().astype(int)
-    bands = np.add.reduceat(pixels, edges[:-1], axis=0, dtype=np.float32) / (255 * np.diff(edges)[:, None, None])
-    bands = bands[:, first : first + count * step]
+    first = max(even % step, even - SPAN * step)
+    count = min(2 * SPAN, (pixels.shape[1] - first) // step)
+    bands = rows_in_bands(pixels[:, first : first + count * step]) / 255
     return bands.reshape(BANDS, count, step, 3).mean(2), first
 
 
 def _strength(seen: np.ndarray) -> float:
-    """Of a column as seen (2, BANDS), votes and jumps: the votes' mean; but a seam that breaks off above or below, like
-    a door's edge, is as weak as it is there."""
-    votes, jumps = seen
-    if votes.mean() >= 0:
-        for vote, jump in ((votes, jumps), (votes[::-1], jumps[::-1])):
-            for end in ENDS:
-                found = vote[:end].mean()
-                gone = jump[:end].mean() <= GONE * jump[end:].mean()
-                if (end == ENDS[0] and found <= BROKEN) or (gone and found <= BROKEN_GONE):
-                    return float(found)
-    return float(votes.mean())
+    """Of a column as seen (3, BANDS), votes, jumps and usual jumps: the votes' mean; but what breaks off above or
+    below, like a door's edge, is no seam."""
+    mean = float(seen[0].mean())
+    return BROKEN if mean >= 0 and _breaks_off(seen) else mean
 
 
-def _jumps(bands: np.ndarray, at: int) -> np.ndarray | None:
-    """Those (BANDS, 2·NEAR + 1) around column `at`, its own in the middle; None if too few columns are beside it."""
-    if at <= NEAR or at + NEAR >= bands.shape[1]:
+def _breaks_off(seen: np.ndarray) -> bool:
+    """Whether there is nothing of an edge left in the first few bands, the last few, or both."""
+    sums = np.cumsum(np.pad(seen, ((0, 0), (1, 0))), axis=1)  # (3, BANDS + 1)
+    first, last = sums[:, : ENDS + 1], sums[:, -1:] - sums[:, BANDS - ENDS :][:, ::-1]
+    ends = first[:, :, None] + last[:, None, :]  # (3, above, below): sums over so many bands above and below
+    vote, jump, usual = ends / _COUNTS
+    inner = (sums[1, -1] - ends[1]) / (BANDS - _COUNTS)
+    gone = (jump <= GONE * inner) & (jump <= FAINT * usual) & (vote <= GONE_VOTE)
+    unseen = (jump <= UNSEEN * usual) & (vote <= UNSEEN_VOTE) & _ONE_END
+    return bool(((gone | unseen) & _ENOUGH).any())
+
+
+def _jumps(bands: np.ndarray, at: int, reach: int = NEAR) -> np.ndarray | None:
+    """Those (BANDS, 2·reach + 1) around column `at`, its own in the middle; None if too few columns are beside it."""
+    if at <= reach or at + reach >= bands.shape[1]:
         return None
-    window = bands[:, at - NEAR - 1 : at + NEAR + 1]
+    window = bands[:, at - reach - 1 : at + reach + 1]
     return np.sqrt(((window[:, 1:] - window[:, :-1]) ** 2).sum(2))
 
 
 def _compared(jump: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How each band votes on a jump (BANDS,), beside the others (BANDS, N); and the jump: (2, BANDS)."""
+    """How each band votes on a jump (BANDS,), beside the others (BANDS, N); the jump; and what is usual among the
+    others: (3, BANDS)."""
     near = others.max(1) * SLACK
-    return np.stack([(jump - near - FLOOR) / (jump + near + FLOOR), jump])
+    middle = (others.shape[1] - 1) // 2
+    return np.stack([(jump - near - FLOOR) / (jump + near + FLOOR), jump, np.partition(others, middle, 1)[:, middle]])
 
 
 def _votes(bands: np.ndarray, at: int) -> np.ndarray | None:
@@ -292,23 +260,54 @@ def _votes(bands: np.ndarray, at: int) -> np.ndarray | None:
     return None if jumps is None else _compared(jumps[:, NEAR], np.delete(jumps, (NEAR - 1, NEAR, NEAR + 1), axis=1))
 
 
-def _past_rivals(bands: np.ndarray, at: int, votes: np.ndarray) -> np.ndarray:
-    """The votes without the columns that outdo `at` in a row of bands, doors and poles beside a seam; taken only if the
-    seam then stands out from top to bottom, which the edge of a door does not."""
-    jumps = _jumps(bands, at)
-    assert jumps is not None
-    stronger = jumps > SLACK * jumps[:, NEAR : NEAR + 1]
-    above = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0).all(-1).any(0)
-    rivals = np.convolve(above, np.ones(3, bool), "same").astype(bool)
-    rivals[NEAR - 1 : NEAR + 2] = True
-    if (~rivals).sum() < 2:
-        return votes
-    found = _compared(jumps[:, NEAR], jumps[:, ~rivals])
-    return found if (found[0] > 0).sum() >= CLEAR and found[0].mean() >= SURE else votes
+def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
+    """As seen without the edges that outdo `at` over a few bands, doors and poles beside a seam.
+
+    Taken only if the seam then stands out nearly everywhere, and most of its jump is still there between what lies on
+    its one side and what lies past the edges on the other: behind a pole in one picture, the picture goes on.
+    """
+    jumps = _jumps(bands, at, AROUND)
+    if jumps is None:
+        return seen
+    own = jumps[:, AROUND]
+    stronger = jumps > SLACK * own[:, None]
+    stronger[:, AROUND - 1 : AROUND + 2] = False
+    runs = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0).all(-1)  # (BANDS - RIVAL + 1, columns)
+    rivals = np.zeros_like(stronger)
+    for shift in range(RIVAL):
+        rivals[shift : shift + len(runs)] |= runs
+    smeared = rivals.copy()
+    smeared[:, 1:] |= rivals[:, :-1]
+    smeared[:, :-1] |= rivals[:, 1:]
+    smeared[:, AROUND - 1 : AROUND + 2] = True
+    if not rivals.any() or (~smeared).sum(1).min() < 2:
+        return seen
+    least = np.where(smeared, np.inf, jumps).min(1, keepdims=True)  # in the place of what is left out
+    others = np.delete(np.where(smeared, least, jumps), (AROUND - 1, AROUND, AROUND + 1), axis=1)
+    found = _compared(own, others)
+    clear = (found[0] > 0).sum() >= CLEAR and found[0].mean() >= SURE
+    return found if clear and np.median(_past(bands, at, rivals) / (own + FLOOR)) >= PAST else seen
 
 
-def _joined(bands: np.ndarray, at: int, lag: int, colour: np.ndarray | None) -> float:
-    """Strength of the seam before column `at` of bands, where a stripe `lag` columns wide was taken out.
+def _past(bands: np.ndarray, at: int, rivals: np.ndarray) -> np.ndarray:
+    """The least difference (BANDS,) between the column on one side of `at` and those past the rivals of a band, (BANDS,
+    2·AROUND + 1), on the other."""
+    least = np.full(BANDS, np.inf)
+    for way in (1, -1):
+        here = bands[:, at - 1] if way > 0 else bands[:, at]
+        for band in range(BANDS):
+            of_side = rivals[band, AROUND + 1 :] if way > 0 else rivals[band, AROUND - 1 :: -1]
+            if of_side.any():
+                edge = at + way * (int(np.flatnonzero(of_side)[-1]) + 2)
+                past = bands[band, edge : edge + BEYOND] if way > 0 else bands[band, max(0, edge - BEYOND) : edge]
+                if len(past):
+                    least[band] = min(least[band], np.sqrt(((past.mean(0) - here[band]) ** 2).sum()))
+    return np.where(np.isfinite(least), least, np.sqrt(((bands[:, at] - bands[:, at - 1]) ** 2).sum(1)))
+
+
+def _joined(bands: np.ndarray, at: int, lag: int, colour: np.ndarray | None) -> np.ndarray | None:
+    """The seam before column `at` of bands as seen (3, BANDS), where a stripe `lag` columns wide was taken out; None if
+    too few columns are beside it.
 
     One of a single `colour` must stand apart from both sides, and is a gutter. Behind any other a picture may go on:
     the jump over it is compared with jumps near it over as many columns.
@@ -316,12 +315,12 @@ def _joined(bands: np.ndarray, at: int, lag: int, colour: np.ndarray | None) -> 
     lag = 1 if colour is not None else lag + 1
     sides = bands[:, max(0, at - NEAR - lag) : at], bands[:, at : at + NEAR + lag]
     if any(side.shape[1] < NEAR + lag for side in sides):
-        return -1.0
+        return None
     others = np.concatenate([side[:, lag:] - side[:, :-lag] for side in sides], axis=1)
     left, right = bands[:, at - 1], bands[:, at]
     jumps = [left - right] if colour is None else [left - colour, right - colour]
     jump = np.min([np.sqrt((jump**2).sum(1)) for jump in jumps], axis=0)
-    return _strength(_compared(jump, np.sqrt((others**2).sum(2))))
+    return _compared(jump, np.sqrt((others**2).sum(2)))
 
 
 def _sharpest(pixels: np.ndarray, near: int, step: int) -> int:

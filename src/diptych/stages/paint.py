@@ -57,13 +57,18 @@ class Paint:
 
         def work(rows: list[Row]) -> list[list[Row] | Failure]:
             results: dict[str, list[Row] | Failure] = {}
+            settings = self.recipe.paint
             for layout, group in self._by_layout(rows, results):
-                seeds = [seed_of(self.recipe.seed, row["id"], "paint") for row in group]
-                options = call_options(pipe, self.recipe.paint, len(group))
+                options = call_options(pipe, settings, len(group))
                 canvas = {"height": layout.rows * size, "width": layout.cols * size}
-                images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
-                for row, seed, image in zip(group, seeds, images, strict=True):
-                    results[row["id"]] = _grid(row, seed, image, layout, size, model)
+                drawn: dict[str, list[Row | Failure]] = {row["id"]: [] for row in group}
+                for number in range(settings.images):
+                    seeds = [seed_of(self.recipe.seed, row["id"], _purpose(number)) for row in group]
+                    images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
+                    for row, seed, image in zip(group, seeds, images, strict=True):
+                        name = grid_id(row["id"], number)
+                        drawn[row["id"]].append(_grid(name, row, seed, image, layout, size, model, settings.format))
+                results |= {name: _together(grids) for name, grids in drawn.items()}
             return [results[row["id"]] for row in rows]
 
         return work
@@ -84,18 +89,30 @@ class Paint:
                 yield layout, group
 
 
-def _grid(row: Row, seed: int, image: torch.Tensor, layout: tasks.Grid, size: int, model: str) -> list[Row] | Failure:
-    """A grid row from its picture (3, H, W) in 0..1."""
+def _purpose(number: int) -> str:
+    """What an image's seed is for: those of one prompt have a seed each."""
+    return f"paint {number}" if number else "paint"
+
+
+def _together(grids: list[Row | Failure]) -> list[Row] | Failure:
+    """All grids of a prompt; if one could not be drawn, the prompt fails: `failed/` has no place for a part of it."""
+    broken = [grid for grid in grids if isinstance(grid, Failure)]
+    return broken[0] if broken else [grid for grid in grids if not isinstance(grid, Failure)]
+
+
+def _grid(
+    name: str, row: Row, seed: int, image: torch.Tensor, layout: tasks.Grid, size: int, model: str, kind: str
+) -> Row | Failure:
+    """A grid row from its picture (3, H, W) in 0..1, kept as `kind`."""
     from PIL import Image
 
     if not bool(image.isfinite().all()):
         return Failure("the teacher drew no picture (numbers that are not finite); try paint.dtype: float32")
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    name = grid_id(row["id"])
     shared = {key: row[key] for key in ("prompt", "panels", "subject", "task")}
     place = {"rows": layout.rows, "cols": layout.cols, "panel_size": size}
-    cell = image_cell(Image.fromarray(pixels), f"{name}.png")
-    return [{"id": name, "image": cell, "prompt_id": row["id"], **shared, "seed": seed, **place, "model": model}]
+    cell = image_cell(Image.fromarray(pixels), f"{name}.{kind}", kind.upper())
+    return {"id": name, "image": cell, "prompt_id": row["id"], **shared, "seed": seed, **place, "model": model}
 
 
 def open_teacher(folder: Path, dtype: torch.dtype) -> Any:

@@ -83,7 +83,7 @@ class PanelClassifier:
         """Opens a folder or a hub name. UsageError for a label it has not, UserError if the model is not whole."""
         from diptych.judges.vision import open_vision, refuse_missing
 
-        vision = open_vision(settings.model, "curator", "AutoModelForImageClassification", device)
+        vision = open_vision(settings.model, "screen", "AutoModelForImageClassification", device)
         refuse_missing(sorted(vision.missing), settings.model)
         config = vision.model.config
         labels = {str(label): int(number) for number, label in config.id2label.items()}
