@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.console import Display, Report
 from diptych.data import log
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
@@ -30,7 +31,6 @@ from diptych.machine import device_name, machine, versions
 
 ANSWERS = "answers.sqlite"
 POCKET_SIZE = (40, 5)  # references and prompts, where the suite has no end of its own
-Progress = Callable[..., None]
 Only = Literal["generate", "score"]
 
 
@@ -52,8 +52,7 @@ def evaluate(
     out: Path,
     only: Only | None = None,
     force: bool = False,
-    drawing: Progress | None = None,
-    scoring: Progress | None = None,
+    display: Display | None = None,
     suite: Suite | Pictures | None = None,
 ) -> dict[str, Any]:
     """Draws what is missing, scores what is missing, and returns (and writes) the metrics; with `only="generate"` what
@@ -62,6 +61,7 @@ def evaluate(
     UsageError for a job that cannot be, a judge that curated a model's data (unless `force`), or a folder whose
     pictures other settings made; UserError for a model that cannot be opened, or pictures that are not there yet.
     """
+    display = display or Display(quiet=True)
     if not job_.models and not job_.baselines:
         raise UsageError("nothing to evaluate: name a --model, a --baseline, or both")
     job_ = settled(job_, out)
@@ -77,10 +77,12 @@ def evaluate(
 
         torch.set_num_threads(job_.threads)
     if only != "score":
-        run_suite.generate(plan.context, plan.samples, plan.methods, plan.prints, drawing)
+        with display.stage("generate", "pictures") as report:
+            run_suite.generate(plan.context, plan.samples, plan.methods, plan.prints, report)
     if only == "generate":
         return {"out": str(out), "drawn": {name: len(Dataset(out / "samples" / name)) for name in plan.methods}}
-    lines = look(plan, scorers_, scoring)
+    with display.stage("score", "pictures") as report:
+        lines = look(plan, scorers_, report)
     result = summary.summarise(plan.job, plan.suite, plan.samples, lines, list(plan.methods))
     speed, memory = drawing_costs(out)
     for name, found in result["methods"].items():
@@ -201,7 +203,7 @@ def _conflict(job_: Job, suite: Suite | Pictures) -> bool:
     return False
 
 
-def look(plan: Plan, scorers_: Sequence[Scorer], progress: Progress | None) -> list[dict[str, Any]]:
+def look(plan: Plan, scorers_: Sequence[Scorer], progress: Report) -> list[dict[str, Any]]:
     """Every scorer at every method's pictures; one line for each picture, which `samples/scores.jsonl` holds."""
     done = 0
     columns = [*SAID, "sample", "prompt"]
@@ -224,8 +226,7 @@ def look(plan: Plan, scorers_: Sequence[Scorer], progress: Progress | None) -> l
             def report(more: int, note: str = f"{name}: {scorer.name}") -> None:
                 nonlocal done
                 done += more
-                if progress is not None:
-                    progress(done, total, note)
+                progress(done, total, note)
 
             for id, found in scorers.score(plan.out, name, scorer, plan.prints[name], report).items():
                 values[id] |= found
@@ -245,3 +246,16 @@ def drawing_costs(out: Path) -> tuple[dict[str, float], dict[str, int]]:
             if event.get("peak_bytes"):
                 peaks[event["method"]] = max(peaks.get(event["method"], 0), event["peak_bytes"])
     return {name: round(statistics.median(values), 5) for name, values in spent.items()}, peaks
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What an evaluation has to say on a terminal."""
+    if "methods" not in found:
+        return [f"{name}: {count} pictures" for name, count in found["drawn"].items()]
+    width = max(len(name) for name in [*found["methods"], *found["anchors"], "method"])
+    told = [f"{'method':<{width}}   CP     PF     CP·PF  95 %           copies"]
+    for name, s in {**found["methods"], **found["anchors"]}.items():
+        low, high = s["ci95"]["cp_pf"]
+        scores = "  ".join(f"{s[key]:.3f}" for key in ("cp", "pf", "cp_pf"))
+        told.append(f"{name:<{width}}  {scores}  {low:.3f}–{high:.3f}  {100 * s['copy_rate']:5.1f} %")
+    return told

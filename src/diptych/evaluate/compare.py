@@ -1,6 +1,6 @@
 """Two methods on the same samples, of one evaluation or of two: differences, intervals, p-values.
 
-    compare("evaluations/a:student", "evaluations/b:student")
+compare("evaluations/a:student", "evaluations/b:student")
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
             raise UsageError(f"unknown baseline '{name}'; known: {', '.join(known)}{nearest(name, known)}")
         if name in found:
             raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
-        if name != "copy" and job.base is None and job.data is not None:
-            raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
         found[name] = METHODS[name](context)
+        if isinstance(found[name], baselines.TextOnly) and job.base is None and job.data is not None:
+            raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
     for name in ANCHORS if anchors else ():
         if name in found:
             raise UsageError(f"a model is called {name}, as an anchor is; name it: --model NAME=MODEL")
