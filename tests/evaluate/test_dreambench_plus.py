@@ -11,6 +11,7 @@ import pytest
 import toy_pictures as toy
 
 from diptych import cli
+from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.evaluate import bench, page
 from diptych.evaluate.baselines import METHODS
@@ -70,15 +71,15 @@ def test_copying_and_ignoring_score_nothing_and_the_published_aggregation_is_our
 
 
 def test_names_with_hyphens_stay_whole_and_styles_are_left_out(folder: Path, serve: Serve, tmp_path: Path) -> None:
-    bench.evaluate(job(folder, serve(toy.honest), "good"), tmp_path / "out", "generate")
-    found = bench.evaluate(job(folder, serve(toy.honest), "good"), tmp_path / "out", "score")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "samples" / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == REFERENCES * PROMPTS == found["methods"]["good"]["n"]
-    ids = {line["sample"].rpartition("-")[0] for line in lines}
+    server = serve(toy.honest)
+    drawn = bench.evaluate(job(folder, server, "good"), tmp_path / "out", "generate")
+    assert drawn["drawn"] == {"good": REFERENCES * PROMPTS} and not server.calls
+    rows = Dataset(tmp_path / "out" / "samples" / "good").columns("sample", "level", "kind")
+    ids = {row["sample"].rpartition("-")[0] for row in rows}
     assert "live_subject_animal_00_cotton-top_tamarin" in ids and "object_00_rolls-royce_hood_ornament" in ids
     assert len(ids) == REFERENCES and not any("ukiyo" in id for id in ids)
-    assert Counter(line["level"] for line in lines) == {"photoreal": 24, "style": 18, "imaginative": 12}
-    assert set(found["categories"]["good"]) == {"live_subject/animal", "live_subject/human", "object"}
+    assert Counter(row["level"] for row in rows) == {"photoreal": 24, "style": 18, "imaginative": 12}
+    assert {row["kind"] for row in rows} == {"live_subject/animal", "live_subject/human", "object"}
 
 
 def test_the_judge_sees_what_it_should_and_is_asked_three_times(
@@ -127,7 +128,7 @@ def test_repeats_are_averaged_and_an_answer_outside_0_to_4_is_repaired(
 def test_scoring_goes_on_where_the_server_went_down_and_asks_nothing_twice(
     folder: Path, serve: Serve, tmp_path: Path, small: dict[str, Any]
 ) -> None:
-    state = {"up": True, "left": 20}
+    state = {"left": 20}
     answered: list[str] = []
 
     def act(call: Call) -> Act:

@@ -1,4 +1,4 @@
-"""A toy world in DreamBench++'s published layout: a subject is the colour in the middle, what a prompt asks is the colour
+"""A toy world in DreamBench++'s published layout: a subject is the colour in the middle, what a prompt asks the colour
 around it. So a judge can be honest: it looks, and nothing else."""
 
 from __future__ import annotations

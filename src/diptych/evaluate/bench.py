@@ -68,9 +68,12 @@ def evaluate(
     suite = suite or pictures.open_suite(job_.suite, job_.data, job_.size)
     scorers_ = [] if only == "generate" else choose(job_, suite, out)
     identities = {scorer.name: scorer.identity() for scorer in scorers_}
-    curated = contenders.refuse_own_judge(job_, *own_weights(job_, suite), force) if scorers_ else {}
-    plan = make_plan(job_, suite, out)
+    known = contenders.curators_of(job_, out)
+    judge = own_weights(job_, suite) if scorers_ else ("", frozenset())
+    forced = contenders.refuse_own_judge(known, *judge, force) if scorers_ else False
+    plan = make_plan(job_, suite, out, only)
     out.mkdir(parents=True, exist_ok=True)
+    contenders.remember(known, job_, out)
     write_atomic(out / job.FILE, job.dump(job_))
     if job_.threads is not None:
         import torch
@@ -88,7 +91,8 @@ def evaluate(
     for name, found in result["methods"].items():
         found |= {"seconds_per_image": speed.get(name), "peak_memory_bytes": memory.get(name)}
     summary.add_costs(result, plan.job, lines)
-    result |= {"judges": identities | {"curated_by": curated, "forced": force and _conflict(job_, suite)}}
+    curated = {name: None if by is None else [c.name for c in by] for name, by in known.items()}
+    result |= {"judges": identities | {"curated_by": curated, "forced": forced}}
     result |= {"settings": job_.model_dump(mode="json"), "seeds": list(job_.seeds), "machine": where(job_.device)}
     result |= {"versions": versions(), "fingerprints": plan.prints}
     (out / "report").mkdir(exist_ok=True)
@@ -116,14 +120,31 @@ def where(device: str) -> dict[str, Any]:
     return machine() | {"threads": torch.get_num_threads(), "device": device_name(device)}
 
 
-def make_plan(job_: Job, suite: Suite | Pictures, out: Path) -> Plan:
-    """Everything but the work. UserError for weights that are not there."""
+def make_plan(job_: Job, suite: Suite | Pictures, out: Path, only: Only | None = None) -> Plan:
+    """Everything but the work. UserError for weights that are not there, unless there is nothing to draw with them."""
     context = Context(job_.recipe(), out, suite)  # pyright: ignore[reportArgumentType]
     most = POCKET_SIZE if isinstance(suite, Suite) else (None, None)
     samples = suite.samples(job_.references or most[0], job_.prompts or most[1])  # pyright: ignore[reportArgumentType]
     methods = contenders.gather(job_, context, isinstance(suite, Suite))
-    prints = {name: run_suite.fingerprint(context.recipe, suite, samples, m) for name, m in methods.items()}
+    if only == "score":
+        prints = drawn(out, list(methods), run_suite.asked(suite, samples, job_.seeds))  # pyright: ignore[reportArgumentType]
+    else:
+        recipe = context.recipe
+        prints = {name: run_suite.fingerprint(recipe, suite, samples, m) for name, m in methods.items()}  # pyright: ignore[reportArgumentType]
     return Plan(job_, out, suite, samples, methods, prints, context)
+
+
+def drawn(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
+    """The fingerprints of pictures that are there, by method. UserError if they are not, or of other samples."""
+    found = {}
+    for name in names:
+        data = Dataset(out / "samples" / name)
+        manifest = data.manifest or {}
+        if manifest.get("asked_sha256") != asked or not data.is_complete():
+            whose = "for other samples, seeds or references" if manifest else "by nobody yet, or not to its end"
+            raise UserError(f"{data.url} was drawn {whose}; draw it first, without --only score")
+        found[name] = manifest["fingerprint"]
+    return found
 
 
 # ---- scoring
@@ -194,15 +215,6 @@ def own_weights(job_: Job, suite: Suite | Pictures) -> tuple[str, frozenset[str]
     return name, contenders.weights(models.resolve(name, "scorer"))
 
 
-def _conflict(job_: Job, suite: Suite | Pictures) -> bool:
-    """Whether the judge did curate a model's data."""
-    try:
-        contenders.refuse_own_judge(job_, *own_weights(job_, suite), force=False)
-    except UsageError:
-        return True
-    return False
-
-
 def look(plan: Plan, scorers_: Sequence[Scorer], progress: Report) -> list[dict[str, Any]]:
     """Every scorer at every method's pictures; one line for each picture, which `samples/scores.jsonl` holds."""
     done = 0
@@ -210,9 +222,6 @@ def look(plan: Plan, scorers_: Sequence[Scorer], progress: Report) -> list[dict[
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in plan.methods:
         data = Dataset(plan.out / "samples" / name)
-        if not data.is_complete(plan.prints[name]):
-            whose = "other settings, weights or pictures" if data.manifest else "nobody yet"
-            raise UserError(f"{data.url} was drawn by {whose}; draw it first, without --only score")
         rows[name] = data.columns(*columns)
         if not rows[name]:
             raise UserError(f"{name}: every picture failed; see {plan.out / 'failed' / 'evaluate' / name}")

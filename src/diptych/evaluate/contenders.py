@@ -7,13 +7,15 @@ has seen to it that its own taste is met; so it may not score that model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych import recipe as recipes
+from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError, nearest
 from diptych.evaluate import baselines
 from diptych.evaluate.baselines import ANCHORS, METHODS, PARTS, Context, Method
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from diptych.evaluate.suites import Sample
 
+CURATORS = "curators.json"
 OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
 
 
@@ -181,18 +184,43 @@ def weights(path: Path) -> frozenset[str]:
     return frozenset(hashes or {models.fingerprint(path)})
 
 
-def refuse_own_judge(job: Job, judge: str, own: frozenset[str], force: bool) -> dict[str, list[str] | None]:
-    """Model → the names of its curators. UsageError if one of them is the judge (by name, or by its weights `own`),
-    unless `force`."""
-    told: dict[str, list[str] | None] = {}
+def curators_of(job: Job, out: Path) -> dict[str, list[Curator] | None]:
+    """Who curated what each model learnt from. Where a model is not on this machine, what drawing wrote down holds."""
+    path = out / CURATORS
+    try:
+        kept = json.loads(path.read_text("utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); remove it, and draw again where the models are") from error
+    found: dict[str, list[Curator] | None] = {}
     for name, place in job.models.items():
-        found = curators(place)
-        told[name] = None if found is None else list(dict.fromkeys(curator.name for curator in found))
+        found[name] = curators(place)
+        if found[name] is None and kept.get(name, {}).get("model") == place and kept[name]["curators"] is not None:
+            found[name] = [Curator(c["name"], frozenset(c["weights"])) for c in kept[name]["curators"]]
+    return found
+
+
+def remember(known: Mapping[str, list[Curator] | None], job: Job, out: Path) -> None:
+    """Writes down who curated, for a machine that has the pictures alone."""
+    told = {
+        name: {
+            "model": job.models[name],
+            "curators": None if by is None else [{"name": c.name, "weights": sorted(c.weights)} for c in by],
+        }
+        for name, by in known.items()
+    }
+    write_atomic(out / CURATORS, (json.dumps(told, indent=2) + "\n").encode())
+
+
+def refuse_own_judge(known: Mapping[str, list[Curator] | None], judge: str, own: frozenset[str], force: bool) -> bool:
+    """UsageError if the judge (by its weights `own`, else by its name) is among a model's curators; with `force`
+    whether it is."""
+    for name, found in known.items():
         for curator in found or ():
-            same = bool(curator.weights & own) if own and curator.weights else curator.name == judge
-            if same and not force:
+            if bool(curator.weights & own) if own and curator.weights else curator.name == judge:
+                if force:
+                    return True
                 raise UsageError(
                     f"the judge {judge} curated what {name} learnt from ({curator.name}): a model is not scored by the "
                     "judge that chose its data; name another judge, or --force it, which the result will say"
                 )
-    return told
+    return False

@@ -58,7 +58,8 @@ JUDGED_BY = {
     "vlm": "<em>CP</em> and <em>PF</em> are a vision-language model’s scores from 0 to 4, divided by 4, the mean of "
     "several answers. <em>Debiased</em>: it was told to mark down pasted references.",
     "embedding": "<em>CP</em> is a vision model’s similarity to the reference, 0 for another reference of its "
-    "category; <em>PF</em> is how much better the picture fits its prompt than the reference’s other prompts, 0 for no better.",
+    "category; <em>PF</em> is how much better the picture fits its prompt than the reference’s other prompts, 0 for "
+    "no better.",
 }
 
 

@@ -145,10 +145,14 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     settings = recipe.evaluate
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
+    return _hash([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
+
+
+def asked(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
+    """What decides a method's pictures apart from the method: sha256 over suite, samples and seeds."""
     # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
-    asked = [asdict(sample) for sample in samples]
-    first = suite.picture(samples[0]).tobytes().hex()
-    return _hash([DRAWING, suite.fingerprint(), asked, first, settings.seeds, method.fingerprint(), drawing])
+    told = [asdict(sample) for sample in samples]
+    return _hash([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
 
 
 def _hash(values: Any) -> str:
@@ -233,6 +237,7 @@ def generate(
                 progress(before + done, total, note)
 
         made_by = {"suite": context.suite.name, "version": context.suite.version, "method": name}
+        made_by["asked_sha256"] = asked(context.suite, samples, settings.seeds)
         LocalEngine().run(stage, shards, output, failed, prints[name], report, made_by)
 
 
