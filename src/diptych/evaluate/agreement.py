@@ -31,18 +31,27 @@ def alpha(ratings: Sequence[Mapping[str, float]]) -> float | None:
 
     None where it is not defined: no such item, or all values equal. (Krippendorff, Content Analysis, 2004, ch. 11.)
     """
-    by_item: dict[str, list[float]] = {}
-    for rater in ratings:
-        for item, value in rater.items():
-            by_item.setdefault(item, []).append(value)
-    units = [np.array(values) for values in by_item.values() if len(values) > 1]
-    if not units:
-        return None
-    pooled = np.concatenate(units)
-    # Mean squared difference of all ordered pairs, within items and overall: 2 (Σx² − (Σx)²/m) scaled.
-    observed = sum(2 * (len(u) * (u**2).sum() - u.sum() ** 2) / (len(u) - 1) for u in units) / len(pooled)
-    expected = 2 * (len(pooled) * (pooled**2).sum() - pooled.sum() ** 2) / (len(pooled) * (len(pooled) - 1))
-    return None if expected <= 1e-12 else float(1 - observed / expected)
+    items = sorted({item for rater in ratings for item in rater})
+    found = _alphas(_sums(ratings, items), np.ones((1, len(items))))[0]
+    return None if np.isnan(found) else float(found)
+
+
+def _sums(ratings: Sequence[Mapping[str, float]], items: Sequence[str]) -> np.ndarray:
+    """Of each item's values: how many, their sum, the sum of their squares: (3, items). Zeros where there is but one."""
+    table = np.array([[rater.get(item, np.nan) for item in items] for rater in ratings]).reshape(len(ratings), -1)
+    sums = np.stack([np.sum(~np.isnan(table), 0), np.nansum(table, 0), np.nansum(table**2, 0)]).astype(float)
+    return np.where(sums[0] > 1, sums, 0.0)
+
+
+def _alphas(sums: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Alpha where item i counts `times[k, i]` times: (k,); NaN where it is not defined."""
+    n, s, q = sums
+    # The squared differences of all ordered pairs of n values sum to 2 (n Σx² − (Σx)²).
+    within = times @ (2 * (n * q - s**2) / np.maximum(n - 1, 1))
+    m, total, squares = times @ n, times @ s, times @ q
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = 2 * (m * squares - total**2) / (m - 1)
+        return np.where((m > 1) & (between > 1e-9), 1 - within / between, np.nan)
 
 
 def read_ratings(path: Path) -> Ratings:
@@ -110,21 +119,17 @@ def check(labels: Ratings, judge: Mapping[str, float], judge_name: str) -> dict[
     kept = {name: {item: rater[item] for item in items if item in rater} for name, rater in labels.items()}
     each = {name: alpha([own, rater]) for name, rater in kept.items() if rater}
     mean = _mean(list(each.values()))
-    rng = np.random.default_rng(0)
-    spread = []
-    for _ in range(RESAMPLED):
-        drawn = [items[i] for i in rng.integers(0, len(items), len(items))]
-        again = [_take(own, drawn), *(_take(rater, drawn) for rater in kept.values())]
-        value = _mean([alpha([again[0], rater]) for rater in again[1:] if rater])
-        if value is not None:
-            spread.append(value)
+    draws = np.random.default_rng(0).multinomial(len(items), np.full(len(items), 1 / len(items)), RESAMPLED)
+    pairs = np.stack([_alphas(_sums([own, rater], items), draws) for rater in kept.values() if rater])
+    known = ~np.isnan(pairs)
+    spread = (np.where(known, pairs, 0).sum(0) / np.maximum(known.sum(0), 1))[known.any(0)]
     return {
         "judge": judge_name,
         "items": len(items),
         "labels": steps,
         "mapped_by_rank": mapped,
         "alpha": _round(mean),
-        "ci95": [round(float(v), 4) for v in np.quantile(spread, (0.025, 0.975))] if spread else None,
+        "ci95": [round(float(v), 4) for v in np.quantile(spread, (0.025, 0.975))] if len(spread) else None,
         "alpha_with": {name: _round(value) for name, value in each.items()},
         "alpha_among_raters": _round(alpha(list(kept.values()))) if len(kept) > 1 else None,
     }
@@ -173,11 +178,6 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["mapped_by_rank"]:
         told.append("the judge's values are on a scale of their own: they were put onto the labels by rank")
     return [*told, PUBLISHED]
-
-
-def _take(values: Mapping[str, float], drawn: Sequence[str]) -> dict[str, float]:
-    """Values of drawn items, an item that was drawn twice being two."""
-    return {f"{place}": values[item] for place, item in enumerate(drawn) if item in values}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -33,11 +33,11 @@ class Clip:
         from transformers import AutoTokenizer
 
         vision = open_vision(name, "scorer", "AutoModel", device)
-        refuse_missing(sorted(vision.missing), name)
         if not hasattr(vision.model, "get_text_features"):
             raise UserError(
                 f"'{name}' embeds no texts; CLIP-T needs a dual encoder such as openai/clip-vit-base-patch32"
             )
+        refuse_missing(sorted(vision.missing), name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(models.resolve(name, "scorer")), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
