@@ -37,7 +37,7 @@ def alpha(ratings: Sequence[Mapping[str, float]]) -> float | None:
 
 
 def _sums(ratings: Sequence[Mapping[str, float]], items: Sequence[str]) -> np.ndarray:
-    """Of each item's values: how many, their sum, the sum of their squares: (3, items). Zeros where there is but one."""
+    """Of each item's values: how many, their sum, the sum of their squares: (3, items). Zeros if it has one."""
     table = np.array([[rater.get(item, np.nan) for item in items] for rater in ratings]).reshape(len(ratings), -1)
     sums = np.stack([np.sum(~np.isnan(table), 0), np.nansum(table, 0), np.nansum(table**2, 0)]).astype(float)
     return np.where(sums[0] > 1, sums, 0.0)
