@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych import cli_data
+from diptych import cli_data, cli_evaluate
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
 
@@ -117,10 +117,9 @@ def distill(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: J
     _run(recipe, out, sets, as_json, ("distill",))
 
 
-@app.command("evaluate", epilog="Example: diptych evaluate recipes/pocket.yaml --out runs/first")
-def evaluate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
-    """Score the student beside its baselines and write the report only (student/ → samples/, report/)."""
-    _run(recipe, out, sets, as_json, ("evaluate",))
+app.command("evaluate", epilog=cli_evaluate.EPILOG)(
+    cli_evaluate.command(lambda recipe, out, sets, as_json: _run(recipe, out, sets, as_json, ("evaluate",)))
+)
 
 
 @app.command("plan", epilog="Example: diptych plan flux-subject --assume devices=8 --assume gpu_hour=2.5")

@@ -12,7 +12,8 @@ from diptych.errors import UsageError, UserError
 
 app = typer.Typer(
     name="data",
-    help="A run's evidence: count it (stats), check it by eye (audit), use other thresholds (recurate).",
+    help="A run's evidence: count it (stats), check it by eye (audit), use other thresholds (recurate), hold a judge "
+    "against people (judge-check).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -149,6 +150,48 @@ def _serve(sample: Any, path: Path, labeller: str, port: int) -> None:
     # Also with --json: without the address nobody could label.
     Display().say(f"open {server.url} · labels go to {path} · Finish on the page or Ctrl-C here ends it")
     serve(server)
+
+
+@app.command(
+    "judge-check",
+    epilog="Example: diptych data judge-check ratings.jsonl --scores evaluations/first --score cp · diptych data "
+    "judge-check runs/first/audit/labels.jsonl --run runs/first · diptych data judge-check --oracle pocket",
+)
+def judge_check(
+    ratings: Annotated[
+        str | None,
+        typer.Argument(metavar="RATINGS", help="People's ratings: JSON lines with id, rater, value; or audit labels."),
+    ] = None,
+    scores: Annotated[
+        str | None, typer.Option("--scores", metavar="FOLDER", help="An evaluation, whose judge is checked.")
+    ] = None,
+    score: Annotated[str, typer.Option("--score", help="Which of its scores: cp, pf, cp_debiased, dino, …")] = "cp",
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="A run, whose curating judge is checked.")
+    ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option("--oracle", metavar="JUDGE", help="A vision model, checked on renders whose truth is known."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how far a judge agrees with people, or with the truth of renders: Krippendorff's alpha."""
+    from diptych.evaluate import agreement
+
+    if oracle is not None:
+        if ratings or scores or run:
+            raise UsageError("--oracle brings its own labels; leave RATINGS, --scores and --run out")
+        labels, judged = agreement.oracle(oracle)
+        found = agreement.check(labels, judged, oracle)
+    else:
+        if ratings is None or (scores is None) == (run is None):
+            raise UsageError("give RATINGS and either --scores EVALUATION or --run RUN; or --oracle JUDGE")
+        if scores is not None:
+            judged, name = agreement.read_scores(Path(scores), score), f"{score} of {scores}"
+        else:
+            judged, name = agreement.read_similarities(Path(str(run))), f"the curating judge of {run}"
+        found = agreement.check(agreement.read_ratings(Path(ratings)), judged, name)
+    _print(found, agreement.lines, as_json)
 
 
 def _print(result: dict[str, Any], lines: Any, as_json: bool) -> None:

@@ -153,3 +153,19 @@ def test_equal_inputs_give_equal_numbers() -> None:
 def test_auc_is_the_share_of_pairs_in_the_right_order(positive: list[int], negative: list[int]) -> None:
     counted = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
     assert metrics.auc(np.array(positive, float), np.array(negative, float)) == pytest.approx(np.mean(counted))
+
+
+def test_the_permutation_test_finds_nothing_where_nothing_is_and_its_p_is_even() -> None:
+    rng = np.random.default_rng(4)
+    found = []
+    for _ in range(60):
+        a, b = (outcome_of(np.clip(rng.normal(0.5, 0.2, 24), 0, 1), prompts=2) for _ in "ab")
+        found.append(metrics.permuted(a, b, "cp_pf", 400))
+    assert sum(p < 0.05 for p in found) <= 8 and 0.35 < np.mean(found) < 0.65
+
+
+def test_the_permutation_test_exchanges_whole_identities() -> None:
+    # Two identities of ten equal pictures are two facts: no exchange of them can be rarer than one in two.
+    better = outcome_of(np.full(20, 0.9), prompts=10)
+    worse = outcome_of(np.full(20, 0.1), prompts=10)
+    assert metrics.permuted(better, worse, "cp", 1000) == pytest.approx(0.5, abs=0.06)

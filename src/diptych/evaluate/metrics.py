@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COPY_QUANTILE = 0.01
+PERMUTATIONS = 10_000  # of the paired test, at least
 NAMES = ("cp", "pf", "cp_pf", "copy_rate")
 
 
@@ -86,8 +87,8 @@ class Outcome:
         return Outcome(self.identity[chosen], self.cp[chosen], self.pf[chosen], self.copied[chosen])
 
     def means(self) -> dict[str, float]:
-        """The four scores of `NAMES`."""
-        cp, pf = max(0.0, float(self.cp.mean())), float(self.pf.mean())
+        """The four scores of `NAMES`; a mean below 0 (worse than chance, where the scale begins) is 0."""
+        cp, pf = max(0.0, float(self.cp.mean())), max(0.0, float(self.pf.mean()))
         return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": float(self.copied.mean())}
 
 
@@ -100,15 +101,24 @@ def resample(identities: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
 
 def bootstrap(outcome: Outcome, draws: np.ndarray) -> dict[str, np.ndarray]:
     """The four scores in each resampling, (times,) each."""
-    _, place = np.unique(outcome.identity, return_inverse=True)
-    sizes = np.bincount(place)
-    total = draws @ sizes
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return (draws @ np.bincount(place, weights=values.astype(float))) / total
+        return resampled_mean(outcome.identity, values, draws)
 
-    cp, pf = np.maximum(mean(outcome.cp), 0.0), mean(outcome.pf)
+    cp, pf = np.maximum(mean(outcome.cp), 0.0), np.maximum(mean(outcome.pf), 0.0)
     return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": mean(outcome.copied)}
+
+
+def resampled_mean(identity: np.ndarray, values: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The mean of `values` (N,) in each resampling of their identities: (times,)."""
+    _, place = np.unique(identity, return_inverse=True)
+    return (draws @ np.bincount(place, weights=values.astype(float))) / (draws @ np.bincount(place))
+
+
+def mean_of(identity: np.ndarray, values: np.ndarray, times: int) -> tuple[float, list[float]]:
+    """The mean of any score and its 95 % interval over identities."""
+    spread = resampled_mean(identity, values, resample(identity, times))
+    return round(float(values.mean()), 4), interval(spread)
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -126,24 +136,45 @@ def summary(outcome: Outcome, times: int) -> dict[str, Any]:
 def compare(a: Outcome, b: Outcome, times: int, name: str = "cp_pf") -> dict[str, Any]:
     """`a` minus `b` on the same samples: difference, ratio, 95 % interval, two-sided p-value, whether intervals part.
 
-    Both are resampled together, so that what an easy or hard identity does to both cancels.
+    Both are resampled together, so that what an easy or hard identity does to both cancels. The p-value is of a
+    permutation test: as if the two methods' names had been given to each identity's outputs by the toss of a coin.
     """
     assert np.array_equal(a.identity, b.identity), "only outputs for the same samples can be compared"
     draws = resample(a.identity, times)
     first, second = bootstrap(a, draws)[name], bootstrap(b, draws)[name]
     gap, base = a.means()[name] - b.means()[name], b.means()[name]
-    below = float(((first - second) <= 0).mean())
-    above = float(((first - second) >= 0).mean())
-    p = min(1.0, 2 * (min(below, above) * times + 1) / (times + 1))
     return {
         "score": name,
         "difference": round(gap, 4),
         "ratio": round(a.means()[name] / base, 4) if base > 0 else None,
         "ci95": interval(first - second),
-        "p": round(p, 4),
+        "p": round(permuted(a, b, name, max(times, PERMUTATIONS)), 5),
         "intervals_apart": interval(first)[0] > interval(second)[1] or interval(second)[0] > interval(first)[1],
         "n": len(a.cp),
     }
+
+
+def permuted(a: Outcome, b: Outcome, name: str, times: int, seed: int = 0) -> float:
+    """The two-sided p-value of `a` and `b` being exchangeable within each identity: the share of random exchanges, the
+    true labels counted among them, whose difference of the score is at least as large."""
+    _, place = np.unique(a.identity, return_inverse=True)
+    sums = [np.stack([np.bincount(place, weights=values.astype(float)) for values in _columns(x)]) for x in (a, b)]
+    swap = np.random.default_rng(seed).integers(0, 2, (times, int(place.max()) + 1))
+    swap[0] = 0
+    kept, moved = 1 - swap, swap
+    of_a, of_b = ((kept @ mine.T + moved @ others.T) / len(place) for mine, others in (sums, sums[::-1]))
+    gaps = np.abs(_score(of_a, name) - _score(of_b, name))
+    return float((gaps >= gaps[0] - 1e-12).mean())
+
+
+def _columns(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return outcome.cp, outcome.pf, outcome.copied
+
+
+def _score(means: np.ndarray, name: str) -> np.ndarray:
+    """A score of `NAMES` from means (times, 3) of `_columns`."""
+    cp, pf = np.maximum(means[:, 0], 0.0), np.maximum(means[:, 1], 0.0)
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": means[:, 2]}[name]
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:

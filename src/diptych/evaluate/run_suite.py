@@ -23,10 +23,11 @@ from diptych.data.engine import LocalEngine, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
-from diptych.evaluate.baselines import METHODS, Context, Method, drawn
+from diptych.evaluate.baselines import ANCHORS, METHODS, Context, Method, drawn
+from diptych.evaluate.contenders import weights
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
-from diptych.machine import device_name, machine, versions
+from diptych.machine import device_name, machine, peak, reset_peak, versions
 
 if TYPE_CHECKING:
     from diptych.sections import Recipe
@@ -114,22 +115,12 @@ def refuse_one_judge(recipe: Recipe) -> None:
     """UsageError if any weights file of the scoring judge is also one of the curating judge."""
     curator = models.resolve(recipe.curate.judge, "curator")
     scorer = models.resolve(recipe.evaluate.scorer, "scorer")
-    if _weights(curator) & _weights(scorer):
+    if weights(curator) & weights(scorer):
         raise UsageError(
             f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the data (curate.judge: "
             f"{recipe.curate.judge}): a student is not scored by the judge that chose what it learnt from; "
             "choose another evaluate.scorer"
         )
-
-
-def _weights(path: Path) -> set[str]:
-    """sha256 of each weights file, wherever it lies and whatever it is called."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-    hashes = set()
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes or {models.fingerprint(path)}
 
 
 def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
@@ -154,10 +145,14 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     settings = recipe.evaluate
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
+    return _hash([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
+
+
+def asked(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
+    """What decides a method's pictures apart from the method: sha256 over suite, samples and seeds."""
     # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
-    asked = [asdict(sample) for sample in samples]
-    first = suite.picture(samples[0]).tobytes().hex()
-    return _hash([DRAWING, suite.fingerprint(), asked, first, settings.seeds, method.fingerprint(), drawing])
+    told = [asdict(sample) for sample in samples]
+    return _hash([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
 
 
 def _hash(values: Any) -> str:
@@ -184,10 +179,13 @@ class _Drawing:
             samples = [self.samples[row["sample"]] for row in rows]
             references = [self.context.suite.picture(sample) for sample in samples]
             seeds = [suites.seed_of(row["sample"], row["seed"]) for row in rows]
+            device = self.context.recipe.device
+            reset_peak(device)
             started = time.perf_counter()
             images = self.method.generate(references, samples, seeds)
-            seconds = time.perf_counter() - started
-            log.append(self.context.run_dir, "drawn", method=self.name, images=len(rows), seconds=round(seconds, 4))
+            seconds = round(time.perf_counter() - started, 4)
+            took: dict[str, Any] = {"images": len(rows), "seconds": seconds, "peak_bytes": peak(device)}
+            log.append(self.context.run_dir, "drawn", method=self.name, **took)
             return [
                 [self._row(row, sample, reference, image)]
                 for row, sample, reference, image in zip(rows, samples, references, images, strict=True)
@@ -239,6 +237,7 @@ def generate(
                 progress(before + done, total, note)
 
         made_by = {"suite": context.suite.name, "version": context.suite.version, "method": name}
+        made_by["asked_sha256"] = asked(context.suite, samples, settings.seeds)
         LocalEngine().run(stage, shards, output, failed, prints[name], report, made_by)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from diptych.evaluate import curation, metrics, truth
 from diptych.evaluate.baselines import ANCHORS, Context
 from diptych.evaluate.suites import MAIN, Sample
 
+SAID = ("id", "method", "split", "identity", "kind", "level", "seed")
 STUDENTS = ("student", "student_shipped")
 
 
@@ -81,37 +82,45 @@ def score(context: Context, samples: Sequence[Sample], names: Sequence[str], jud
 
 
 def score_method(
-    run_dir: Path, name: str, scales: dict[Any, metrics.Scale], embed: curation.Embed, read: truth.Read
+    run_dir: Path, name: str, scales: Mapping[Any, metrics.Scale], embed: curation.Embed, read: truth.Read
 ) -> list[dict[str, Any]]:
     """One line for each picture of a method."""
+    pictures = Dataset(run_dir / "samples" / name)
+    return [
+        {**{key: row[key] for key in SAID}, **line}
+        for rows in map(pictures.read_shard, pictures.shards())
+        for row, line in zip(rows, score_rows(rows, scales, embed, read), strict=True)
+    ]
+
+
+def score_rows(
+    rows: Sequence[dict[str, Any]], scales: Mapping[Any, metrics.Scale], embed: curation.Embed, read: truth.Read
+) -> list[dict[str, Any]]:
+    """The numbers of each row of `samples/METHOD/`."""
     from diptych.data.images import open_image
 
+    if not rows:
+        return []
+    images = [open_image(row["image"]) for row in rows]
+    references = [open_image(row["reference"]) for row in rows]
+    similarity = curation.similarities(references, images, embed)
+    distances = metrics.copy_distances(references, images)
     lines: list[dict[str, Any]] = []
-    pictures = Dataset(run_dir / "samples" / name)
-    for shard in pictures.shards():
-        rows = pictures.read_shard(shard)
-        if not rows:
-            continue
-        images = [open_image(row["image"]) for row in rows]
-        references = [open_image(row["reference"]) for row in rows]
-        similarity = curation.similarities(references, images, embed)
-        distances = metrics.copy_distances(references, images)
-        for row, alike, distance, reading in zip(rows, similarity, distances, read(images), strict=True):
-            scale, asked = scales[row["split"]], json.loads(row["asked"])
-            met = metrics.following(asked, reading.values)
-            lines.append(
-                {
-                    **{key: row[key] for key in ("id", "method", "split", "identity", "kind", "level", "seed")},
-                    "similarity": round(float(alike), 5),
-                    "cp": round(float(scale.concept(np.array([alike]))[0]), 5),
-                    "pf": round(sum(met.values()) / len(met), 5),
-                    "copy_distance": round(float(distance), 5),
-                    "copied": bool(distance < scale.copy_distance),
-                    "asked": asked,
-                    "read": {group: reading.values.get(group) for group in asked},
-                    "met": met,
-                }
-            )
+    for row, alike, distance, reading in zip(rows, similarity, distances, read(images), strict=True):
+        scale, asked = scales[row["split"]], json.loads(row["asked"])
+        met = metrics.following(asked, reading.values)
+        lines.append(
+            {
+                "similarity": round(float(alike), 5),
+                "cp": round(float(scale.concept(np.array([alike]))[0]), 5),
+                "pf": round(sum(met.values()) / len(met), 5),
+                "copy_distance": round(float(distance), 5),
+                "copied": bool(distance < scale.copy_distance),
+                "asked": asked,
+                "read": {group: reading.values.get(group) for group in asked},
+                "met": met,
+            }
+        )
     return lines
 
 

@@ -1,4 +1,5 @@
-"""What is asked: references × prompts by difficulty, with the truth of each known. A suite is a versioned YAML file.
+"""What is asked: references × prompts by difficulty. A suite is a versioned YAML file; those with a `layout` ask about
+pictures in a folder (`pictures.py`), the others about subjects of the pocket world, with the truth of each known.
 
 A suite gives samples (`samples`), each with a reference picture, a prompt, and the attributes the prompt asks for. The
 pocket suite draws its references with the renderer, so it also knows what a perfect answer looks like (`truth`).
@@ -10,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,11 +31,16 @@ SPLITS = {"identities": 0, "kinds": 1}
 WORDINGS = 32  # of which the shortest is taken, where room is short
 
 
-class _Part(BaseModel):
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Part(BaseModel):
+    """A part of a suite's file: immutable, nothing unknown in it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SplitSpec(_Part):
+class SplitSpec(Part):
     """Which subjects, what they are called, and how many of them for each asked-for sample."""
 
     kinds: Literal["train", "held_out"]
@@ -42,7 +48,7 @@ class SplitSpec(_Part):
     share: float = Field(gt=0, le=1)
 
 
-class Reference(_Part):
+class Reference(Part):
     """What is fixed about the scene of a reference."""
 
     pose: str
@@ -53,21 +59,21 @@ class Reference(_Part):
     intensity: str
 
 
-class Level(_Part):
+class Level(Part):
     """A difficulty: what its prompts ask."""
 
     name: str
     asks: tuple[Literal["place", "light", "colour", "pose", "prop", "weather"], ...] = Field(min_length=1)
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Renders that fix the scores' scale: identities of each split."""
 
     identities: int = Field(ge=2)
     kinds: int = Field(ge=2)
 
 
-class Prior(_Part):
+class Prior(Part):
     """How often a simulated grid shows one subject, a drifted one, or another."""
 
     same: float = Field(gt=0)
@@ -81,7 +87,7 @@ class Prior(_Part):
         return self
 
 
-class Check(_Part):
+class Check(Part):
     """Renders that judges and curation are measured on."""
 
     identities: int = Field(ge=2)
@@ -101,6 +107,7 @@ class Sample:
     prompt: str
     grid_prompt: str  # the same wish as a 1×2 grid: reference left, target right
     asked: dict[str, str]
+    subject: str = ""  # what the reference is called, where a prompt names it; methods that need a class word use it
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Known:
     target: Scene
 
 
-class Suite(_Part):
+class Suite(Part):
     """A suite of the pocket world."""
 
     name: str
@@ -163,6 +170,7 @@ class Suite(_Part):
             prompt=f"a {noun} {wish}",
             grid_prompt=_grid_prompt(noun, known, say | {"framing": 0.0}, rng),
             asked={group: _value(known.target, group) for group in level.asks},
+            subject=noun,
         )
 
     def rng(self, purpose: str, split: Split, *numbers: int) -> np.random.Generator:
@@ -287,17 +295,32 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Suite:
-    """A suite by name, or from a YAML file. UsageError if it is unknown or does not hold what a suite holds."""
+    """A suite of the pocket world by name, or from a YAML file. UsageError if it is unknown or does not hold what such
+    a suite holds."""
+    return check(Suite, read(name), name)
+
+
+def read(name: str) -> dict[str, Any]:
+    """What a suite's file says, by name or path. UsageError if there is none or it is no YAML."""
     import yaml
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / "suites" / f"{name}.yaml"
     if not path.is_file():
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text("utf8")))
+        values = yaml.safe_load(path.read_text("utf8"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a suite is a list of `key: value` lines; this file is not")
+    return values
+
+
+def check(kind: type[_Model], values: dict[str, Any], where: str) -> _Model:
+    """Plain values as a `kind` of suite. UsageError names the first key that is wrong."""
+    try:
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error

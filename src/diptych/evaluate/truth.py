@@ -49,8 +49,7 @@ def targets(subjects: Sequence[Known]) -> list[Image]:
 
 def scale(suite: Suite, split: Split, embed: Embed) -> metrics.Scale:
     """The scale of one split's scores, from its calibration renders."""
-    count = suite.calibration.identities if split == "identities" else suite.calibration.kinds
-    subjects = known(suite, "calibration", split, count)
+    subjects = known(suite, "calibration", split, calibrating(suite, split))
     first, second = references(subjects), targets(subjects)
     a, b = embed(first), embed(second)
     pairs = [(i, j) for i, j in enumerate(others(subjects)) if i != j]
@@ -62,6 +61,20 @@ def scale(suite: Suite, split: Split, embed: Embed) -> metrics.Scale:
         copy_distance=metrics.copy_threshold(distances),
         pairs=len(subjects),
     )
+
+
+def copy_thresholds(suite: Suite) -> dict[str, float]:
+    """The distance below which a picture is a copy, by split, as in `scale`; needs no judge."""
+    found: dict[str, float] = {}
+    for split in suite.splits:
+        subjects = known(suite, "calibration", split, calibrating(suite, split))
+        found[split] = metrics.copy_threshold(metrics.copy_distances(references(subjects), targets(subjects)))
+    return found
+
+
+def calibrating(suite: Suite, split: Split) -> int:
+    """How many subjects fix the scale of a split."""
+    return suite.calibration.identities if split == "identities" else suite.calibration.kinds
 
 
 def check_pairs(suite: Suite, through: RoundTrip | None) -> Pairs:

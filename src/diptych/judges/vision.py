@@ -6,6 +6,7 @@ because a package is installed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,27 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
     return Vision(model.eval().to(place), processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
+
+
+def pinned(name: str, role: str) -> dict[str, Any]:
+    """What tells a vision model and its preprocessing from others: name, hub revision, sha256 of its files, processor.
+
+    Nothing is opened. UserError if it is not there.
+    """
+    folder = models.resolve(name, role)
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    config = folder / "preprocessor_config.json"
+    try:
+        processor = json.loads(config.read_text("utf8")) if config.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON; fetch the model again") from error
+    return {
+        "name": name,
+        "revision": revision,
+        "fingerprint": models.fingerprint(folder),
+        "preprocessing": processor,
+        "backend": "pil",
+    }
 
 
 def refuse_missing(missing: Sequence[str], name: str) -> None:

@@ -1,0 +1,243 @@
+"""`diptych evaluate --suite` on the pocket world: any models beside baselines, fair judges, resumable, comparable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_world as tiny
+import yaml
+
+from diptych import cli
+from diptych.errors import UsageError, UserError
+from diptych.evaluate import bench, contenders, judging, page
+from diptych.evaluate import job as jobs
+from diptych.evaluate.compare import compare
+from diptych.evaluate.job import Job, Judge
+
+BASELINES = ["copy", "text_only"]
+
+
+@pytest.fixture(scope="session")
+def run(teacher: Path, judge_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a student, as distill leaves it."""
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    tiny.make_student(teacher, folder / "student")
+    (folder / "recipe.yaml").write_text(tiny.make_recipe(teacher, judge_folders).dump())
+    return folder
+
+
+def put_oracle(oracle: Any, patch: pytest.MonkeyPatch) -> None:
+    """Judges that know the truth, in the place of vision models."""
+    patch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
+    patch.setattr(judging.Models, "reader", lambda *_: oracle)
+
+
+@pytest.fixture(scope="session")
+def job(run: Path, teacher: Path, judge_folders: Path) -> Job:
+    scorer, reader = (str(judge_folders / name) for name in ("scorer", "reader"))
+    return Job(
+        models={"mine": str(run)},
+        base=str(teacher),
+        baselines=BASELINES,
+        references=4,
+        prompts=2,
+        steps=2,
+        batch_size=4,
+        device="cpu",
+        judge=Judge(scorer=scorer, reader=reader),
+        bootstrap=50,
+    )
+
+
+@pytest.fixture(scope="session")
+def scored(job: Job, suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation's folder; to be copied, not changed."""
+    out = tmp_path_factory.mktemp("scored") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        put_oracle(oracle, patch)
+        bench.evaluate(job, out, suite=suite)
+    return out
+
+
+@pytest.fixture
+def out(scored: Path, oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    put_oracle(oracle, monkeypatch)
+    shutil.copytree(scored, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def read(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report" / "metrics.json").read_text())
+
+
+def test_the_metrics_keep_the_contract_and_the_headline_sees_copies_and_strangers(out: Path) -> None:
+    found = read(out)
+    assert found["suite"] == "pocket" and found["seeds"] == [0] and found["machine"]["cores"]
+    assert list(found["methods"]) == ["mine", *BASELINES] and list(found["anchors"]) == ["truth", "other"]
+    for scores in found["methods"].values():
+        wanted = {"cp", "pf", "cp_pf", "copy_rate", "n", "ci95", "seconds_per_image", "peak_memory_bytes"}
+        assert wanted <= scores.keys()
+        assert scores["n"] == 8 and all(low <= high for low, high in scores["ci95"].values())
+    assert found["methods"]["copy"]["copy_rate"] == 1 and found["methods"]["copy"]["cp_pf"] < 0.1
+    assert found["anchors"]["other"]["cp_pf"] < 0.15 and found["anchors"]["truth"]["cp_pf"] > 0.9
+    assert found["methods"]["mine"]["peak_memory_bytes"] > 2**26
+    assert set(found["comparisons"]["mine"]) == set(BASELINES)
+    assert found["splits"]["kinds"]["methods"]["mine"]["n"] == 4
+    assert found["judges"]["curated_by"]["mine"] and found["judges"]["forced"] is False
+    assert found["judges"]["judge"]["scorer"]["fingerprint"]
+
+
+def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
+    out: Path, job: Job, suite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read(out)
+    monkeypatch.setattr(contenders.Model, "generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(judging.PocketJudge, "score", lambda *_: pytest.fail("looked at again"))
+    assert bench.evaluate(job, out, suite=suite) == before
+
+
+def test_interrupted_scoring_goes_on_with_what_is_missing(
+    out: Path, job: Job, suite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (out / "samples" / "scores.jsonl").read_bytes()
+    shutil.rmtree(out / "scores" / "text_only")
+    looked: list[str] = []
+    real = judging.PocketJudge.score
+
+    def interrupted(self: Any, rows: Any) -> Any:
+        looked.extend(row["method"] for row in rows)
+        if len(looked) <= len(rows):
+            raise KeyboardInterrupt
+        return real(self, rows)
+
+    monkeypatch.setattr(judging.PocketJudge, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.evaluate(job, out, "score", suite=suite)
+    bench.evaluate(job, out, "score", suite=suite)
+    assert set(looked) == {"text_only"} and len(looked) == 2 * 12
+    assert (out / "samples" / "scores.jsonl").read_bytes() == before
+
+
+def test_pictures_that_were_not_drawn_cannot_be_scored(job: Job, suite: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"by nobody yet.*draw it first"):
+        bench.evaluate(job, tmp_path / "new", "score", suite=suite)
+
+
+def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
+    out: Path, job: Job, suite: Any, judge_folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
+    own = job.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(tmp_path / "renamed")})})
+    with pytest.raises(UsageError, match="curated what mine learnt from"):
+        bench.evaluate(own, out, suite=suite)
+    forced = bench.evaluate(own, out, "score", force=True, suite=suite)
+    assert forced["judges"]["forced"] is True
+    assert "flatter that model" in page.write(out).read_text("utf8")
+
+
+def test_a_vision_language_judge_is_known_by_its_name(run: Path, tmp_path: Path) -> None:
+    curated = tmp_path / "curated"
+    shutil.copytree(run, curated)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    endpoint = {"base_url": "http://localhost:1/v1", "model": "some-vlm"}
+    recipe["curate"]["vlm"] = {"endpoint": endpoint}
+    (curated / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merged = tmp_path / "merged"
+    shutil.copytree(run, merged)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["distill"]["data"] = [{"path": str(curated)}]
+    (merged / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for folder in (curated, curated / "student", merged):
+        job = Job(models={"m": str(folder)}, judge=Judge.model_validate({"kind": "vlm", "endpoint": endpoint}))
+        known = contenders.curators_of(job, tmp_path)
+        with pytest.raises(UsageError, match="the judge some-vlm curated"):
+            contenders.refuse_own_judge(known, "some-vlm", frozenset(), force=False)
+        assert not contenders.refuse_own_judge(known, "another", frozenset(), force=False)
+    assert contenders.curators("owner/name") is None
+
+
+def test_pictures_are_scored_where_the_models_are_not_and_their_curator_is_still_known(
+    out: Path, job: Job, suite: Any, judge_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read(out)
+    gone = job.model_copy(update={"models": {"mine": str(tmp_path / "gone")}})
+    told = (out / contenders.CURATORS).read_text().replace(str(job.models["mine"]), str(tmp_path / "gone"))
+    (out / contenders.CURATORS).write_text(told)
+    found = bench.evaluate(gone, out, "score", suite=suite)
+    assert found["methods"] == before["methods"] and found["judges"] == before["judges"]
+    own = gone.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(judge_folders / "curator")})})
+    with pytest.raises(UsageError, match="curated what mine learnt from"):
+        bench.evaluate(own, out, "score", suite=suite)
+
+
+def test_two_evaluations_are_compared_on_what_both_have(out: Path, tmp_path: Path) -> None:
+    found = compare(f"{out}:mine", f"{out}:copy", times=50)["scores"]
+    assert found["cp_pf"] == read(out)["comparisons"]["mine"]["copy"]
+    assert compare(str(out), "copy", out, 50)["scores"] == found
+    assert compare("mine", "mine", out)["scores"]["cp_pf"]["p"] == 1
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    metrics = read(other)
+    metrics["judges"]["judge"]["scorer"]["fingerprint"] = "another"
+    (other / "report" / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UsageError, match="different judges"):
+        compare(f"{out}:mine", f"{other}:mine")
+    with pytest.raises(UsageError, match="did you mean 'mine'"):
+        compare(f"{out}:min", "copy", out)
+    with pytest.raises(UserError, match="no scored evaluation"):
+        compare(str(tmp_path / "none"), "copy")
+
+
+def test_the_page_shows_every_part_and_loads_nothing(out: Path) -> None:
+    text = page.write(out).read_text("utf8")
+    for words in ("Compared on the same samples", "By difficulty", "mine: the worst", "Side by side", "Kinds nobody"):
+        assert words in text, words
+    assert "<script" not in text and "url(" not in text and 'src="http' not in text
+    assert text.count("<img") > 30 and "Beside published" not in text
+
+
+def test_models_get_names_of_their_own() -> None:
+    found = jobs.named(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
+    assert list(found) == ["first", "pocket", "name_v1", "x"] and found["x"] == "some/where.safetensors"
+    with pytest.raises(UsageError, match="two models are called first"):
+        jobs.named(["runs/first", "old/first/student"])
+
+
+def test_a_folder_remembers_its_job_and_wrong_keys_are_named(tmp_path: Path) -> None:
+    made = jobs.make({"suite": "folder", "data": "d", "seeds": [1, 2]}, tmp_path, ["judge.repeats=5"])
+    (tmp_path / jobs.FILE).write_bytes(jobs.dump(made))
+    assert jobs.make({"steps": 9}, tmp_path) == made.model_copy(update={"steps": 9})
+    for text, said in (
+        ("judge.repeat=5", "did you mean 'repeats'"),
+        ("stepps=5", "did you mean 'steps'"),
+        ("x", "KEY"),
+    ):
+        with pytest.raises(UsageError, match=f"(?i){said}"):
+            jobs.make({}, tmp_path, [text])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("", "missing argument 'RECIPE'"),
+        ("pocket --suite pocket", "leave RECIPE out"),
+        ("--suite pockt --model pocket", "did you mean 'pocket'"),
+        ("--suite pocket", "nothing to evaluate"),
+        ("--suite pocket --baseline student --out {out}", "write --model RUN"),
+        ("--suite pocket --model pocket --only draw", "is generate or score"),
+        ("--suite pocket --model pocket --judge-endpoint http://x/v1", "needs both"),
+        ("--suite pocket --model pocket --judge vlm", "needs a vision-language model"),
+        ("--suite pocket --model nope --out {out}", "unknown student model 'nope'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    args: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = cli.call(["evaluate", *args.format(out=tmp_path / "out").split()])
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and error.count("\n") == 1
