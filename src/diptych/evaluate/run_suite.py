@@ -23,7 +23,7 @@ from diptych.data.engine import LocalEngine, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
-from diptych.evaluate.baselines import ANCHORS, METHODS, Context, Method
+from diptych.evaluate.baselines import ANCHORS, Context, Method, named
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
 from diptych.machine import device_name, machine, versions
@@ -114,7 +114,7 @@ def refuse_one_judge(recipe: Recipe) -> None:
     """UsageError if any weights file of the scoring judge is also one of the curating judge."""
     curator = models.resolve(recipe.curate.judge, "curator")
     scorer = models.resolve(recipe.evaluate.scorer, "scorer")
-    if _weights(curator) & _weights(scorer):
+    if models.weights(curator) & models.weights(scorer):
         raise UsageError(
             f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the data (curate.judge: "
             f"{recipe.curate.judge}): a student is not scored by the judge that chose what it learnt from; "
@@ -122,22 +122,12 @@ def refuse_one_judge(recipe: Recipe) -> None:
         )
 
 
-def _weights(path: Path) -> set[str]:
-    """sha256 of each weights file, wherever it lies and whatever it is called."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-    hashes = set()
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes or {models.fingerprint(path)}
-
-
 def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
     """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
     methods: dict[str, Method] = {}
     skipped: dict[str, str] = {}
-    for name in dict.fromkeys([*context.recipe.evaluate.methods, *ANCHORS]):
-        method = METHODS[name](context)
+    asked = dict.fromkeys([*context.recipe.evaluate.methods, *ANCHORS])
+    for name, method in ((own, method) for each in asked for own, method in named(each, context).items()):
         try:
             method.fingerprint()
         except UserError as error:
@@ -184,6 +174,7 @@ class _Drawing:
             samples = [self.samples[row["sample"]] for row in rows]
             references = [self.context.suite.picture(sample) for sample in samples]
             seeds = [suites.seed_of(row["sample"], row["seed"]) for row in rows]
+            self.method.prepare(references, samples)
             started = time.perf_counter()
             images = self.method.generate(references, samples, seeds)
             seconds = time.perf_counter() - started
