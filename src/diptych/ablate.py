@@ -2,10 +2,10 @@
 
     ablate("pocket", "runs/ablations")
 
-The folder: `base/` has the prompts, grids and pairs that all share (or another run is named for them), `VARIANT/seed-N/`
-is a run like any other, whose prompts, grids and, where curation is the same, candidates are hard links to the base's:
-nothing is painted or judged again. `ablations.json` and `ablations.md` are the table, written anew after every run. Called
-again it goes on where it was.
+The folder: `base/` has the prompts, grids and pairs that all share (or another run is named for them).
+`VARIANT/seed-N/` is a run like any other, whose prompts, grids and, where curation is the same, candidates are hard
+links to the base's: nothing is painted or judged again. `ablations.json` and `ablations.md` are the table, written anew
+after every run. Called again it goes on where it was.
 """
 
 from __future__ import annotations

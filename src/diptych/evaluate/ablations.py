@@ -125,8 +125,8 @@ def filled(value: Any, folders: Mapping[str, Path]) -> Any:
 
 
 def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int) -> dict[str, Any]:
-    """One variant: `cp`, `pf`, `cp_pf`, `copy_rate` as means over its seeds, their `ci95`, the `cp_pf` of each seed, and
-    its `difference` from `full` (the outcomes of the same seeds, in the same order)."""
+    """One variant: `cp`, `pf`, `cp_pf`, `copy_rate` as means over its seeds, their `ci95`, the `cp_pf` of each seed,
+    and its `difference` from `full` (the outcomes of the same seeds, in the same order)."""
     if not all(np.array_equal(each.identity, outcomes[0].identity) for each in outcomes):
         raise UsageError("a variant's runs were not asked the same: were their samples or seeds changed in between?")
     means = {name: float(np.mean([each.means()[name] for each in outcomes])) for name in metrics.NAMES}
@@ -170,7 +170,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         gap = found.get("difference")
         shown = f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})" if gap else "–"
         tail = [shown, f"{gap['p']:.3f}" if gap else "–", str(found["seeds"]), f"{found['training_seconds']:.0f} s"]
-        lines.append(f"| {' | '.join([name, *scores, f'{100 * found["copy_rate"]:.1f} %', *tail])} |")
+        copied = f"{100 * found['copy_rate']:.1f} %"
+        lines.append(f"| {' | '.join([name, *scores, copied, *tail])} |")
     lines += ["", *(f"- `{name}`: {found['about']}" for name, found in result["variants"].items() if found["about"])]
     if result["missing"]:
         lines += ["", f"Not run yet: {', '.join(result['missing'])}."]
