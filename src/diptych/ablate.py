@@ -58,20 +58,16 @@ def ablate(
             raise UsageError(f"--only {name}: the study has {', '.join(plan.variants)}")
     shared = ablations.overlay(plan.sets, *(recipes.parse_set(text) for text in sets))
     if base is None:
-        beside = file.parent / plan.recipe
+        source, beside = out / "base", file.parent / plan.recipe
         start = recipes.load(beside if beside.is_file() else plan.recipe).values()
         recipe = recipes.check(ablations.overlay(start, shared, {"name": f"{plan.name}-base"}), str(file))
-        source = out / "base"
+        _recipes(plan, recipe, shared, out, file)  # what is wrong with a variant is told before hours of painting
         display.say(f"base: {source}")
         run(recipe, source, ROWS, display)
     else:
         source = Path(base).absolute()
     _, frozen, _ = open_run(source)
-    wanted = {
-        (name, seed): _recipe(plan, name, seed, frozen, shared, out, file)
-        for seed in plan.seeds
-        for name in plan.variants
-    }
+    wanted = _recipes(plan, frozen, shared, out, file)
     result: dict[str, Any] = {}
     for (name, seed), recipe in wanted.items():
         if only and name not in only:
@@ -85,6 +81,11 @@ def ablate(
 def place(out: Path, name: str, seed: int) -> Path:
     """The run folder of a variant's training."""
     return out / name / f"seed-{seed}"
+
+
+def _recipes(plan: Study, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> dict[tuple[str, int], Recipe]:
+    """The recipe of every run, in the order in which they run."""
+    return {(name, s): _recipe(plan, name, s, base, shared, out, file) for s in plan.seeds for name in plan.variants}
 
 
 def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> Recipe:
