@@ -406,6 +406,9 @@ class StockPipeline(Section):
     """What its call names the reference; null: found in its signature."""
     prompt: str = Field(default="{prompt}", pattern=r"\{prompt\}")
     """What it is told; a model that takes instructions may want more words around the prompt."""
+    size: int | None = Field(default=None, ge=16)
+    """Side in pixels of what it is given and asked for, before its pictures are brought to the suite's size; null is
+    the suite's."""
     steps: int | None = Field(default=None, ge=1, le=1000)
     """Sampling steps; null is the pipeline's own number."""
     options: dict[str, Any] = {}

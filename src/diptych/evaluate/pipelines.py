@@ -43,16 +43,18 @@ class Stock(Base):
         return f"{models.fingerprint(models.resolve(self._model(), 'teacher'))} {said}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        from diptych.student.geometry import fit_image
+
         pipe = self.context.opened("pipeline", self._open)
-        height, width = size_of(references)
-        settings = self.recipe.evaluate.pipeline
+        settings, (height, width) = self.recipe.evaluate.pipeline, size_of(references)
+        tall, wide = (settings.size, settings.size) if settings.size else (height, width)
         argument = settings.argument or reference_argument(pipe)
         drawn = []
         for reference, sample, seed in zip(references, samples, seeds, strict=True):
             prompt = settings.prompt.replace("{prompt}", sample.prompt)
-            given = arguments(pipe, argument, reference, prompt, seed, height, width, settings.steps, settings.options)
-            image = pipe(**given).images[0].convert("RGB")
-            drawn.append(image if image.size == (width, height) else image.resize((width, height)))
+            seen = fit_image(reference, tall, wide)
+            given = arguments(pipe, argument, seen, prompt, seed, tall, wide, settings.steps, settings.options)
+            drawn.append(fit_image(pipe(**given).images[0], height, width))
         return drawn
 
     def _model(self) -> str:
