@@ -39,7 +39,7 @@ def study(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         "again": {"sets": {"distill": {"init": "{full}/student", "steps": 1}}},
     }
     said = {"name": "tiny", "recipe": "base.yaml", "seeds": [0, 1], "sets": {"distill": {"steps": 2}}}
-    path.write_text(yaml.safe_dump({**said, "variants": variants}))
+    path.write_text(yaml.safe_dump({**said, "variants": variants}, sort_keys=False))
     return path
 
 
@@ -79,7 +79,7 @@ def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trai
 ) -> None:
     values = yaml.safe_load(study.read_text())
     values["variants"]["more"] = {"sets": {"write": {"count": 9}}}
-    study.write_text(yaml.safe_dump(values))
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
     code = cli.call(["ablate", str(study), "--out", str(tmp_path / "out"), "--json"])
     said = capsys.readouterr().err
     assert code == 2 and "variants.more changes write.count" in said and said.count("\n") == 1
