@@ -83,7 +83,7 @@ def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trai
     code = cli.call(["ablate", str(study), "--out", str(tmp_path / "out"), "--json"])
     said = capsys.readouterr().err
     assert code == 2 and "variants.more changes write.count" in said and said.count("\n") == 1
-    assert not (tmp_path / "out" / "full").exists()
+    assert not (tmp_path / "out").exists()  # nothing was painted either
     with pytest.raises(UsageError, match="--only nope: the study has full, adapter, again"):
         ablate.ablate(str(study), tmp_path / "out", QUIET, only=["nope"])
 

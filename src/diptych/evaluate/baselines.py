@@ -246,8 +246,9 @@ def named(name: str, context: Context) -> dict[str, Method]:
     return made if isinstance(made, dict) else {name: made}
 
 
-def open_teacher(recipe: Recipe) -> Any:
-    """The recipe's teacher as a stock FluxPipeline on the recipe's device. UserError if it cannot be opened."""
+def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
+    """The recipe's teacher as a stock FluxPipeline on the recipe's device, in `precision` or else as it paints.
+    UserError if it cannot be opened."""
     import torch
     from diffusers import FluxPipeline
 
@@ -256,7 +257,7 @@ def open_teacher(recipe: Recipe) -> Any:
 
     folder = models.resolve(recipe.teacher, "teacher")
     device = pick_device(recipe.device)
-    dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
+    dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
     try:
         with quiet_bars():
             pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)

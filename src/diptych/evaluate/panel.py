@@ -59,11 +59,11 @@ def ids(canvas: Canvas) -> torch.Tensor:
 
 def teacher(recipe: Recipe) -> tuple[Any, str]:
     """The recipe's teacher to train on, whole and frozen in what training computes in; and that, by name."""
+    from diptych.student.loading import pick_device
     from diptych.train.hardware import pick_precision
 
-    pipe = open_teacher(recipe)
-    precision, _ = pick_precision(recipe.distill.precision, pipe.device)
-    pipe.to(getattr(torch, precision))
+    precision, _ = pick_precision(recipe.distill.precision, pick_device(recipe.device))
+    pipe = open_teacher(recipe, precision)
     pipe.transformer.requires_grad_(False)
     return pipe, precision
 
