@@ -127,6 +127,30 @@ def test_what_another_test_refused_stays_refused(judged: Path) -> None:
     assert {move["from"] for move in found["moves"]} == {"same"}
 
 
+def test_a_derived_run_shares_what_its_recipe_does_not_change(judged: Path, recipe_file: Path, tmp_path: Path) -> None:
+    later = load(recipe_file, ["distill.steps=7", "name=later"])
+    again.derive(judged, later, tmp_path / "b", QUIET)
+    for name in ("prompts", "grids", "candidates"):
+        files = list((judged / name).glob("*.parquet"))
+        assert files and all(path.samefile(tmp_path / "b" / name / path.name) for path in files)
+    stages.CALLS.clear()
+    run(load(tmp_path / "b" / "recipe.yaml"), tmp_path / "b", stages=ROWS, display=QUIET)
+    assert stages.CALLS == []  # nothing was left to do
+    made = stages.data(tmp_path / "b")
+    again.derive(judged, later, tmp_path / "b", QUIET)
+    assert stages.data(tmp_path / "b") == made
+    assert [event["event"] for event in log.read(tmp_path / "b")].count("derive") == 1
+
+
+def test_a_derived_run_has_the_candidates_of_its_own_thresholds(
+    judged: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    stricter = load(recipe_file, ["curate.thresholds.same=0.6"])
+    run(stricter, tmp_path / "anew", stages=ROWS, display=QUIET)
+    again.derive(judged, stricter, tmp_path / "b", QUIET)
+    assert stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
+
+
 def test_a_killed_one_goes_on_where_it_was(judged: Path, tmp_path: Path) -> None:
     again.recurate(judged, ["same=0.6"], tmp_path / "whole", QUIET)
     again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)

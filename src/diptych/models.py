@@ -155,3 +155,14 @@ def fingerprint(path: str | Path) -> str:
             total.update(f"{name}\0{s.st_size}\0{content}\n".encode())
         _fingerprints[key] = total.hexdigest()
     return _fingerprints[key]
+
+
+def weights(path: Path) -> set[str]:
+    """sha256 of each weights file of a model, wherever it lies and whatever it is called: two models that share one are
+    the same model. The fingerprint where there is none."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    hashes = set()
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes or {fingerprint(path)}

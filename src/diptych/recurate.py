@@ -184,10 +184,38 @@ def _write(
     with lock(out):
         freeze(new, out)
         log.append(out, "recurate", source=str(folder), candidates_sha256=source.manifest_hash())
-        for name in ("prompts", "grids", "failed/write", "failed/paint"):
+        return _derive(source, folder, out, new, task, hashes, report)
+
+
+def derive(folder: Path, recipe: Recipe, out: Path, display: Display) -> None:
+    """Makes `out` a run of `recipe` with the prompts, grids and judgements of the run `folder`, ready to be distilled;
+    `recipe` may differ from that run's in its thresholds, `distill` and `evaluate`. What is there already is left."""
+    _, old, task = open_run(folder)
+    hashes = _hashes(folder)
+    source = Dataset(folder / "candidates", records.schema(records.PAIR))
+    if not source.is_complete(_fingerprint(old, task, folder, hashes)):
+        raise UserError(f"{source.url} is not what {folder}/recipe.yaml makes today; curate that run anew")
+    with lock(out):
+        recipe = freeze(recipe, out)
+        if Dataset(out / "pairs").is_complete(_Judged(recipe, task, out, hashes).fingerprints("select")):
+            return
+        log.append(out, "derive", source=str(folder), candidates_sha256=source.manifest_hash())
+        with display.stage("derive", "parts") as report:
+            _derive(source, folder, out, recipe, task, hashes, report)
+
+
+def _derive(
+    source: Dataset, folder: Path, out: Path, new: Recipe, task: tasks.Task, hashes: dict[str, str], report: Report
+) -> int:
+    """Everything up to `pairs/` of `out`, which is locked; how many pairs there are."""
+    for name in ("prompts", "grids", "failed/write", "failed/paint"):
+        share(folder / name, out / name)
+    if source.is_complete(_fingerprint(new, task, out, hashes)):
+        for name in ("candidates", "failed/curate"):
             share(folder / name, out / name)
+    else:
         _candidates(source, folder, out, new, task, hashes, report)
-        return _Judged(new, task, out, hashes).select()
+    return _Judged(new, task, out, hashes).select()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

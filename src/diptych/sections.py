@@ -276,6 +276,8 @@ class Distill(Section):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Pairs in a step, over all devices."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of training alone, so that runs on the same pairs can differ in nothing else; null is the recipe's."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Pairs in one forward pass of one process; null is all of its share. Fewer take less memory for the same step
     (gradient accumulation)."""
@@ -382,7 +384,63 @@ class Distill(Section):
         return self
 
 
-Method = Literal["student", "student_shipped", "text_only", "copy", "inpaint"]
+class Tuning(Section):
+    """The baseline `tuned`: for each subject a LoRA of the teacher, trained on its reference alone (DreamBooth style).
+
+    Every learning rate with every number of steps is a method of its own, `tuned-RATE-STEPS`."""
+
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(default=[5e-4, 2e-3], min_length=1)
+    """Constant ones, of AdamW."""
+    steps: list[Annotated[int, Field(ge=1)]] = Field(default=[50, 100, 200], min_length=1)
+    """A training of the most steps passes the others on its way, so only the last costs time."""
+    rank: int = Field(default=16, ge=1)
+    """Of the LoRA."""
+    lora_targets: list[str] | str = "attention"
+    """As `distill.lora_targets`."""
+    batch_size: int = Field(default=8, ge=1)
+    """Crops in a step."""
+    crops: int = Field(default=16, ge=1)
+    """Views of the reference: itself, its mirror image, then random crops of either."""
+    prior: int = Field(default=0, ge=0)
+    """Pictures of the kind that the teacher draws first and goes on learning from (prior preservation); 0 is off."""
+
+
+class Adapter(Section):
+    """The baseline `adapter`: the teacher with image tokens in its attention, trained on the run's pairs (IP-Adapter
+    style). What is not said here is as in `distill`."""
+
+    path: str | None = None
+    """A folder with a trained `ip_adapter.safetensors`; null trains one on this run's pairs."""
+    encoder: str = Field(default="pocket", min_length=1)
+    """What sees the reference: a CLIP vision model's folder, or any embedding model's; `pocket` is the judge that
+    curates. Never the one that scores."""
+    steps: int | None = Field(default=None, ge=1)
+    """Of training; null is `distill.steps`."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of training; null is `distill.learning_rate`."""
+    scale: float = Field(default=1.0, ge=0)
+    """Of the image tokens, in drawing."""
+
+
+class StockPipeline(Section):
+    """The baseline `pipeline`: any diffusers pipeline with a reference input (Kontext, FLUX.2, Qwen-Image-Edit, …)."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Its folder or hub name."""
+    argument: str | None = Field(default=None, min_length=1)
+    """What its call names the reference; null: found in its signature."""
+    prompt: str = Field(default="{prompt}", pattern=r"\{prompt\}")
+    """What it is told; a model that takes instructions may want more words around the prompt."""
+    size: int | None = Field(default=None, ge=16)
+    """Side in pixels of what it is given and asked for, before its pictures are brought to the suite's size; null is
+    the suite's."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Sampling steps; null is the pipeline's own number."""
+    options: dict[str, Any] = {}
+    """Further arguments of its call, for instance {guidance_scale: 2.5}."""
+
+
+Method = Literal["student", "student_shipped", "text_only", "copy", "inpaint", "tuned", "adapter", "pipeline"]
 
 
 class Evaluate(Section):
@@ -395,7 +453,7 @@ class Evaluate(Section):
     prompts: int = Field(default=5, ge=1)
     """Prompts for each of them."""
     methods: list[Method] = Field(default=["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
-    """What is compared; `student_shipped` is the one in the package."""
+    """What is compared; `student_shipped` is the one in the package. See docs/baselines.md for the last three."""
     steps: int = Field(default=20, ge=1, le=1000)
     """Sampling steps."""
     image_guidance: float = Field(default=1.5, ge=0)
@@ -414,6 +472,9 @@ class Evaluate(Section):
     """The judge that scores; never the one that curated."""
     reader: str = Field(default="pocket", min_length=1)
     """The model that reads what a picture shows."""
+    tuning: Tuning = Tuning()
+    adapter: Adapter = Adapter()
+    pipeline: StockPipeline = StockPipeline()
 
 
 class Recipe(Section):
@@ -436,6 +497,11 @@ class Recipe(Section):
     curate: Curate = Curate()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def training_seed(self) -> int:
+        """What training draws from."""
+        return self.seed if self.distill.seed is None else self.distill.seed
 
     def draws_pairs(self) -> bool:
         """Whether it trains on pairs that it draws itself."""

@@ -65,7 +65,7 @@ def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite:
 
 @pytest.mark.parametrize("name", ["text_only", "inpaint", "student"])
 def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
-    method = baselines.METHODS[name](context)
+    method = baselines.named(name, context)[name]
     references = [suite.picture(s) for s in samples]
     together = method.generate(references, samples, [3, 4])
     alone = [method.generate([r], [s], [n])[0] for r, s, n in zip(references, samples, (3, 4), strict=True)]

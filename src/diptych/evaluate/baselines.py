@@ -1,4 +1,4 @@
-"""The methods that are compared: the students, and baselines that need no training.
+"""The methods that are compared: the students, and their baselines.
 
 A method answers a batch of samples, each with its reference, its prompts and its seed. All methods get the same seeds,
 and a seed means the same noise wherever the canvas is the same. Adding a method is adding one class to `METHODS`.
@@ -8,6 +8,8 @@ and a seed means the same noise wherever the canvas is the same. Adding a method
 - `inpaint`: the teacher draws a 1×2 grid whose left panel is held to the reference, x_left(t) = (1 − σ)·z + σ·ε, the
   path that rectified flow takes to z anyway ("diptych prompting", training-free). Stock `FluxPipeline` and a callback.
 - `student`, `student_shipped`: the run's student, and the one in the package.
+- `tuned`, `adapter`, `pipeline`: a LoRA for each subject (tuning.py), an image-embedding adapter (adapter.py), any
+  diffusers pipeline with a reference input (pipelines.py).
 - `truth`, `other`: no methods but anchors, drawn by the renderer: the asked picture, and the same with another subject.
 """
 
@@ -40,6 +42,10 @@ class Method(Protocol):
         """What decides its pictures besides suite and seeds: weights. UserError if they are not there."""
         ...
 
+    def prepare(self, references: Sequence[Image], samples: Sequence[Sample]) -> None:
+        """What comes before drawing these (a training), and does not count into a picture's seconds."""
+        ...
+
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         """One picture for each sample, of the reference's size."""
         ...
@@ -66,13 +72,18 @@ class Context:
         return self.opened("teacher", lambda: open_teacher(self.recipe))
 
 
-class _Base:
+class Base:
+    """What methods have in common."""
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.recipe = context.recipe
 
+    def prepare(self, references: Sequence[Image], samples: Sequence[Sample]) -> None:
+        """Nothing."""
 
-class TextOnly(_Base):
+
+class TextOnly(Base):
     """The teacher and the prompt."""
 
     def fingerprint(self) -> str:
@@ -80,7 +91,7 @@ class TextOnly(_Base):
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         pipe = self.context.teacher()
-        height, width = _size(references)
+        height, width = size_of(references)
         latents = noise(pipe, seeds, height, width)
         return draw(pipe, [s.prompt for s in samples], height, width, latents, self.recipe)
 
@@ -89,7 +100,7 @@ class Inpaint(TextOnly):
     """The teacher draws a grid; its left panel is held to the reference."""
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
-        height, width = _size(references)
+        height, width = size_of(references)
         grids = self.grids(references, [s.grid_prompt for s in samples], seeds)
         return [grid.crop((width, 0, 2 * width, height)) for grid in grids]
 
@@ -98,7 +109,7 @@ class Inpaint(TextOnly):
         from diptych.student.geometry import Canvas, join_tokens, split_tokens
 
         pipe = self.context.teacher()
-        height, width = _size(references)
+        height, width = size_of(references)
         canvas = Canvas(height, width, pipe.vae_scale_factor)
         z = encode(pipe, references)
         latents = noise(pipe, seeds, height, 2 * width)
@@ -113,7 +124,7 @@ class Inpaint(TextOnly):
         return draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold, **more)
 
 
-class Copy(_Base):
+class Copy(Base):
     """The reference, whatever was asked."""
 
     def fingerprint(self) -> str:
@@ -123,7 +134,7 @@ class Copy(_Base):
         return list(references)
 
 
-class Student(_Base):
+class Student(Base):
     """The student this run has trained."""
 
     name: ClassVar[str] = "student"
@@ -149,7 +160,7 @@ class Student(_Base):
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         pipe = self.context.opened(self.name, self.open)
-        height, width = _size(references)
+        height, width = size_of(references)
         settings = self.recipe.evaluate
         drawn = pipe(
             prompt=[s.prompt for s in samples],
@@ -177,7 +188,7 @@ class StudentShipped(Student):
         return "pocket"
 
 
-class Truth(_Base):
+class Truth(Base):
     """The asked picture, drawn by the renderer."""
 
     def fingerprint(self) -> str:
@@ -187,7 +198,7 @@ class Truth(_Base):
         return [self.context.suite.truth(sample) for sample in samples]
 
 
-class Other(_Base):
+class Other(Base):
     """The asked picture with another subject of the kind, drawn by the renderer."""
 
     def fingerprint(self) -> str:
@@ -197,12 +208,33 @@ class Other(_Base):
         return [self.context.suite.other(sample) for sample in samples]
 
 
-METHODS: dict[str, Callable[[Context], Method]] = {
+def _tuned(context: Context) -> dict[str, Method]:
+    from diptych.evaluate.tuning import sweep
+
+    return sweep(context)
+
+
+def _adapter(context: Context) -> Method:
+    from diptych.evaluate.adapter import ImageAdapter
+
+    return ImageAdapter(context)
+
+
+def _pipeline(context: Context) -> Method:
+    from diptych.evaluate.pipelines import Stock
+
+    return Stock(context)
+
+
+METHODS: dict[str, Callable[[Context], Method | dict[str, Method]]] = {
     "text_only": TextOnly,
     "copy": Copy,
     "inpaint": Inpaint,
     "student": Student,
     "student_shipped": StudentShipped,
+    "tuned": _tuned,
+    "adapter": _adapter,
+    "pipeline": _pipeline,
     "truth": Truth,
     "other": Other,
 }
@@ -213,8 +245,15 @@ def drawn(methods: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*methods, *ANCHORS]))
 
 
-def open_teacher(recipe: Recipe) -> Any:
-    """The recipe's teacher as a stock FluxPipeline on the recipe's device. UserError if it cannot be opened."""
+def named(name: str, context: Context) -> dict[str, Method]:
+    """The methods that a recipe's name stands for: one of that name, or the several of a sweep."""
+    made = METHODS[name](context)
+    return made if isinstance(made, dict) else {name: made}
+
+
+def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
+    """The recipe's teacher as a stock FluxPipeline on the recipe's device, in `precision` or else as it paints.
+    UserError if it cannot be opened."""
     import torch
     from diffusers import FluxPipeline
 
@@ -223,7 +262,7 @@ def open_teacher(recipe: Recipe) -> Any:
 
     folder = models.resolve(recipe.teacher, "teacher")
     device = pick_device(recipe.device)
-    dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
+    dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
     try:
         with quiet_bars():
             pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
@@ -280,15 +319,13 @@ def encode(pipe: Any, images: Sequence[Image]) -> torch.Tensor:
     """Pictures of one panel as packed, scaled latents (B, tokens, 4C): the posterior's mode."""
     import torch
 
-    from diptych.student.geometry import pack, to_pixels
+    from diptych.evaluate.panel import encode_pixels
+    from diptych.student.geometry import to_pixels
 
-    pixels = torch.stack([to_pixels(image) for image in images]).to(pipe.device, pipe.vae.dtype)
-    with torch.no_grad():
-        latents = pipe.vae.encode(pixels).latent_dist.mode()
-    return pack((latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor)
+    return encode_pixels(pipe, torch.stack([to_pixels(image) for image in images]))
 
 
-def _size(references: Sequence[Image]) -> tuple[int, int]:
+def size_of(references: Sequence[Image]) -> tuple[int, int]:
     """Height and width of a panel: the references'."""
     sizes = {image.size for image in references}
     assert len(sizes) == 1, "the references of a suite have one size"

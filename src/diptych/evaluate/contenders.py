@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diptych.evaluate.suites import Sample
 
 CURATORS = "curators.json"
+TEACHERLESS = ("copy", "pipeline")  # the other baselines draw with the teacher
 OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
 
 
@@ -107,13 +108,13 @@ def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
             raise UsageError(f"unknown baseline '{name}'; known: {', '.join(known)}{nearest(name, known)}")
         if name in found:
             raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
-        found[name] = METHODS[name](context)
-        if isinstance(found[name], baselines.TextOnly) and job.base is None and job.data is not None:
+        found |= baselines.named(name, context)
+        if name not in TEACHERLESS and job.base is None and job.data is not None:
             raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
     for name in ANCHORS if anchors else ():
         if name in found:
             raise UsageError(f"a model is called {name}, as an anchor is; name it: --model NAME=MODEL")
-        found[name] = baselines.METHODS[name](context)
+        found |= baselines.named(name, context)
     return found
 
 
@@ -169,19 +170,9 @@ def _recipes(run: Path) -> Iterable[Any]:
 
 def _embedding(name: str) -> Curator:
     try:
-        return Curator(name, weights(models.resolve(name, "curator")))
+        return Curator(name, models.weights(models.resolve(name, "curator")))
     except UserError:
         return Curator(name, frozenset())  # gone from this machine: its name is what is left of it
-
-
-def weights(path: Path) -> frozenset[str]:
-    """sha256 of each weights file, wherever it lies and whatever it is called."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
-    hashes = set()
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return frozenset(hashes or {models.fingerprint(path)})
 
 
 def curators_of(job: Job, out: Path) -> dict[str, list[Curator] | None]:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
-from diptych.sections import Recipe, Section
+from diptych.sections import Adapter, Recipe, Section, StockPipeline, Tuning
 
 FILE = "evaluation.yaml"
 POCKET = "pocket"
@@ -97,6 +97,9 @@ class Job(Section):
     """`auto` takes the best that is there."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; null is torch's own choice."""
+    tuning: Tuning = Tuning()
+    adapter: Adapter = Adapter()
+    pipeline: StockPipeline = StockPipeline()
     judge: Judge = Judge()
     metrics: list[str] | None = None
     """NAME or NAME=MODEL of clip-i, clip-t, dino, dinov2; null is what the suite says, an empty list none."""
@@ -134,6 +137,9 @@ class Job(Section):
             "text_guidance": self.text_guidance,
             "batch_size": self.batch_size or (16 if self.data is None else 1),
             "seeds": self.seeds,
+            "tuning": self.tuning,
+            "adapter": self.adapter,
+            "pipeline": self.pipeline,
         }
         return Recipe.model_validate(
             {

@@ -23,8 +23,7 @@ from diptych.data.engine import LocalEngine, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
-from diptych.evaluate.baselines import ANCHORS, METHODS, Context, Method, drawn
-from diptych.evaluate.contenders import weights
+from diptych.evaluate.baselines import Context, Method, drawn, named
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
 from diptych.machine import device_name, machine, peak, reset_peak, versions
@@ -115,7 +114,7 @@ def refuse_one_judge(recipe: Recipe) -> None:
     """UsageError if any weights file of the scoring judge is also one of the curating judge."""
     curator = models.resolve(recipe.curate.judge, "curator")
     scorer = models.resolve(recipe.evaluate.scorer, "scorer")
-    if weights(curator) & weights(scorer):
+    if models.weights(curator) & models.weights(scorer):
         raise UsageError(
             f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the data (curate.judge: "
             f"{recipe.curate.judge}): a student is not scored by the judge that chose what it learnt from; "
@@ -127,8 +126,8 @@ def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
     """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
     methods: dict[str, Method] = {}
     skipped: dict[str, str] = {}
-    for name in drawn(context.recipe.evaluate.methods):
-        method = METHODS[name](context)
+    asked = drawn(context.recipe.evaluate.methods)
+    for name, method in ((own, method) for each in asked for own, method in named(each, context).items()):
         try:
             method.fingerprint()
         except UserError as error:
@@ -180,6 +179,7 @@ class _Drawing:
             references = [self.context.suite.picture(sample) for sample in samples]
             seeds = [suites.seed_of(row["sample"], row["seed"]) for row in rows]
             device = self.context.recipe.device
+            self.method.prepare(references, samples)
             reset_peak(device)
             started = time.perf_counter()
             images = self.method.generate(references, samples, seeds)

@@ -18,7 +18,7 @@ from diptych import tasks
 from diptych.data import log
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
-from diptych.evaluate import curation, metrics, truth
+from diptych.evaluate import curation, metrics, truth, tuning
 from diptych.evaluate.baselines import ANCHORS, Context
 from diptych.evaluate.suites import MAIN, Sample
 
@@ -53,10 +53,12 @@ def score(context: Context, samples: Sequence[Sample], names: Sequence[str], jud
     summaries = {
         split: {name: metrics.summary(found, times) for name, found in by.items()} for split, by in outcomes.items()
     }
-    speed = seconds_per_image(run_dir)
+    speed, tuned = seconds_per_image(run_dir), tuning.seconds_per_subject(run_dir)
     for by in summaries.values():
         for name in methods:
             by[name]["seconds_per_image"] = speed.get(name)
+            if name in tuned:
+                by[name]["seconds_per_subject"] = tuned[name]
     result: dict[str, Any] = {
         "suite": suite.name,
         "version": suite.version,

@@ -97,7 +97,7 @@ def prepare(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device, processes = device or pick_device(recipe.device), processes or ALONE
-    options = Options.of(recipe.distill, seed=recipe.seed)
+    options = Options.of(recipe.distill, seed=recipe.training_seed)
     precision, reason = pick_precision(options.precision, device)
     log.info("training on %s in %s: %s", device, precision, reason)
 
@@ -253,7 +253,8 @@ def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | 
 
 
 def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
-    return {"distill": recipe.distill.model_dump(mode="json"), "seed": recipe.seed, **sources(recipe, material)}
+    settings = recipe.distill.model_dump(mode="json")
+    return {"distill": settings, "seed": recipe.training_seed, **sources(recipe, material)}
 
 
 def finish(trainer: Trainer, recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -316,7 +317,7 @@ def _export(
 
                 student.save(pipe, temporary)
             else:
-                options = Options.of(recipe.distill)
+                options = Options.of(recipe.distill, seed=recipe.training_seed)
                 parts.save_lora(pipe.transformer, trained, options, temporary, provenance)
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")

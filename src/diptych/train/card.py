@@ -51,7 +51,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "precision": numbers["precision"],
         "loss, left / right panel": f"{numbers['loss']['left']:.4f} / {numbers['loss']['right']:.4f}",
         "validation loss": "none held out" if validation is None else f"{validation['loss']:.4f}",
-        "seed": recipe.seed,
+        "seed": recipe.training_seed,
         "seconds of training": f"{numbers['seconds']:,.0f}",
         "diptych": __version__,
     }

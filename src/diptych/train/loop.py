@@ -33,6 +33,7 @@ from diptych.train.job import Job
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
+from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
 from diptych.train.trackers import Trackers
 
@@ -56,7 +57,7 @@ class Trainer:
         if several and job.options.offload != "none":
             raise UsageError("distill.offload: blocks is for one card; for several take distill.sharding=full")
         self.spread = several and job.options.sharding == "full"  # each process has a part of the weights
-        self.trained = parts.select(self.transformer, job.options, job.options.precision, job.device, self.spread)
+        self.trained = self.select()
         self.optimizer = parts.optimizer(self.trained.parameters, job.options)
         self.ema = parts.moving_average(self.trained, job.options)
         self.order = Schedule(
@@ -76,6 +77,10 @@ class Trainer:
         copied = several and not self.spread
         self.model = processes.replicate(self.transformer, job.device) if copied else self.transformer
         self._unproven = job.options.compile  # torch.compile was asked for, and no step has run with it yet
+
+    def select(self) -> Trained:
+        """What is trained of the transformer, which is put where it is trained."""
+        return parts.select(self.transformer, self.options, self.options.precision, self.job.device, self.spread)
 
     # One step -----------------------------------------------------------------------------------------------------
 
@@ -281,14 +286,16 @@ class Trainer:
         log.info("going on from step %d of %d", self.step, self.options.steps)
 
 
-def train(job: Job, progress: Progress | None = None) -> Trainer:
+def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trainer) -> Trainer:
     """Trains until `job.options.steps` steps are done, and returns the trainer with its last weights.
+
+    `kind` is another trainer for something else than a student.
 
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (a second one leaves at once).
     Raises UserError (a step that went wrong, a full disk) and UsageError (a checkpoint of another training).
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(job)
+    trainer = kind(job)
     options = job.options
     first = job.processes.first
     trackers = Trackers(options.trackers if first else (), job.folder / TRACKED, job.name, job.identity())

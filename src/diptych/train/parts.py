@@ -111,24 +111,28 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
 def _add_adapter(transformer: Any, options: Options) -> None:
     from peft import LoraConfig
 
-    targets = options.lora_targets
-    if isinstance(targets, str):
-        if targets not in TARGETS:
-            hint = nearest(targets, TARGETS)
-            raise UsageError(f"distill.lora_targets: no set '{targets}'; sets: {', '.join(TARGETS)}{hint}")
-        targets = TARGETS[targets]
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = {name.split(".", 2)[-1] for name in names}
-            raise UsageError(f"distill.lora_targets: no linear layer is called '{target}'{nearest(target, known)}")
+    targets = lora_targets(transformer, options.lora_targets)
     if INPUT_LAYER in targets:
         raise UsageError(f"distill.lora_targets: {INPUT_LAYER} is trained whole; leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed, "adapters", "start"))
         transformer.add_adapter(
-            LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=list(targets)), adapter_name=ADAPTER
+            LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets), adapter_name=ADAPTER
         )
+
+
+def lora_targets(transformer: Any, asked: list[str] | str, key: str = "distill.lora_targets") -> list[str]:
+    """The linears that get adapters, of a named set or as they are listed; UsageError for what the model has not."""
+    if isinstance(asked, str):
+        if asked not in TARGETS:
+            raise UsageError(f"{key}: no set '{asked}'; sets: {', '.join(TARGETS)}{nearest(asked, TARGETS)}")
+        asked = TARGETS[asked]
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in asked:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = {name.split(".", 2)[-1] for name in names}
+            raise UsageError(f"{key}: no linear layer is called '{target}'{nearest(target, known)}")
+    return list(asked)
 
 
 @torch.no_grad()

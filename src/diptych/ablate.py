@@ -1,0 +1,212 @@
+"""Runs an ablation study (`evaluate.ablations`): what is missing of every variant and seed, and the table of them all.
+
+    ablate("pocket", "runs/ablations")
+
+The folder: `base/` has the prompts, grids and pairs that all share (or another run is named for them).
+`VARIANT/seed-N/` is a run like any other, whose prompts, grids and, where curation is the same, candidates are hard
+links to the base's: nothing is painted or judged again. `ablations.json` and `ablations.md` are the table, written anew
+after every run. Called again it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych import recipe as recipes
+from diptych.console import Display
+from diptych.data.scan import open_run
+from diptych.data.store import write_atomic
+from diptych.errors import UsageError
+from diptych.evaluate import ablations
+from diptych.evaluate.ablations import Study, Variant
+from diptych.machine import machine, versions
+from diptych.recurate import derive
+from diptych.run import run
+from diptych.sections import Recipe
+
+ROWS = ("write", "paint", "curate")
+LATENTS = Path("student") / "training" / "latents"
+
+
+def ablate(
+    study: str,
+    out: str | Path,
+    display: Display | None = None,
+    base: str | Path | None = None,
+    only: Sequence[str] = (),
+    sets: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs what is missing and returns the table, which it also writes.
+
+    Args:
+        study: a file, or the name of one that ships.
+        out: the study's folder.
+        base: a curated run to take prompts, grids and candidates from; None makes one in `out`.
+        only: variants to run; the others are shown as far as they are.
+        sets: keys laid over the recipe of every variant, as `"distill.steps=200"`.
+
+    Raises UsageError for a study that does not fit together; what its runs raise passes through.
+    """
+    display, out = display or Display(), Path(out).absolute()
+    plan, file = ablations.load(study)
+    for name in only:
+        if name not in plan.variants:
+            raise UsageError(f"--only {name}: the study has {', '.join(plan.variants)}")
+    shared = ablations.overlay(plan.sets, *(recipes.parse_set(text) for text in sets))
+    if base is None:
+        source, beside = out / "base", file.parent / plan.recipe
+        start = recipes.load(beside if beside.is_file() else plan.recipe).values()
+        recipe = recipes.check(ablations.overlay(start, shared, {"name": f"{plan.name}-base"}), str(file))
+        _recipes(plan, recipe, shared, out, file)  # what is wrong with a variant is told before hours of painting
+        display.say(f"base: {source}")
+        run(recipe, source, ROWS, display)
+    else:
+        source = Path(base).absolute()
+    _, frozen, _ = open_run(source)
+    wanted = _recipes(plan, frozen, shared, out, file)
+    result: dict[str, Any] = {}
+    for (name, seed), recipe in wanted.items():
+        if only and name not in only:
+            continue
+        display.say(f"{name}, seed {seed}: {place(out, name, seed)}")
+        _run(plan, name, seed, recipe, source, out, display)
+        result = _write(plan, out)
+    return result or _write(plan, out)
+
+
+def place(out: Path, name: str, seed: int) -> Path:
+    """The run folder of a variant's training."""
+    return out / name / f"seed-{seed}"
+
+
+def _recipes(plan: Study, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> dict[tuple[str, int], Recipe]:
+    """The recipe of every run, in the order in which they run."""
+    return {(name, s): _recipe(plan, name, s, base, shared, out, file) for s in plan.seeds for name in plan.variants}
+
+
+def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> Recipe:
+    """The recipe of one run. UsageError if it changes what comes before curation's thresholds."""
+    variant = plan.variants[name]
+    own = ablations.filled(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
+    fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": {"methods": [variant.method]}}
+    recipe = recipes.check(ablations.overlay(base.values(), shared, own, fixed), f"{file}: variants.{name}")
+    free = ("name", "distill.", "evaluate.", "curate.thresholds")
+    if early := [key for key in base.differences(recipe) if not key.startswith(free)]:
+        raise UsageError(
+            f"{file}: variants.{name} changes {', '.join(early)}: all variants share the prompts, grids and candidates "
+            "of one run, so only distill, evaluate and curate.thresholds can differ"
+        )
+    return recipe
+
+
+def _run(plan: Study, name: str, seed: int, recipe: Recipe, source: Path, out: Path, display: Display) -> None:
+    folder, first = place(out, name, seed), place(out, name, plan.seeds[0])
+    # The first seed's candidates are this variant's, judged under its thresholds: linked, and not written again.
+    whole = first != folder and (first / "pairs" / "manifest.json").is_file()
+    derive(first if whole else source, recipe, folder, display)
+    method = plan.variants[name].method
+    if method == "adapter":
+        from diptych.evaluate import adapter
+
+        frozen = recipes.load(folder / "recipe.yaml")
+        with display.stage("adapter", "steps") as report:
+            adapter.fit(frozen, folder, report)
+        run(frozen, folder, ("evaluate",), display)
+        return
+    full = place(out, plan.full, plan.seeds[0])
+    for cached in (full, first):
+        _share_latents(cached / LATENTS, folder / LATENTS)
+    run(recipes.load(folder / "recipe.yaml"), folder, ("distill", "evaluate"), display)
+
+
+def _share_latents(source: Path, target: Path) -> None:
+    """Hard links to another run's latent cache; a cache is named after its data, so one of other pairs is not read."""
+    if source == target or not source.is_dir():
+        return
+    for path in source.glob("*/part-*.safetensors"):
+        link = target / path.parent.name / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, link)
+        except FileExistsError:
+            continue
+        except OSError:
+            return  # a disk without links: it encodes anew
+
+
+# ---- the table
+
+
+def _write(plan: Study, out: Path) -> dict[str, Any]:
+    """The table of the runs that are scored, as `ablations.json` and `ablations.md`."""
+    result = table(plan, out)
+    if result["variants"]:
+        write_atomic(out / "ablations.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(out / "ablations.md", ablations.markdown(result).encode())
+    return result
+
+
+def table(plan: Study, out: Path) -> dict[str, Any]:
+    """All variants with a scored run: the main split, and the others under `splits`. `missing` are runs without one."""
+    from diptych.evaluate.suites import MAIN
+
+    scored = {(n, s): found for n in plan.variants for s in plan.seeds if (found := _scores(plan, out, n, s))}
+    result: dict[str, Any] = {"name": plan.name, "full": plan.full, "seeds": list(plan.seeds)}
+    result["missing"] = [f"{n} (seed {s})" for s in plan.seeds for n in plan.variants if (n, s) not in scored]
+    result |= {"variants": {}, "splits": {}, "machine": machine(), "versions": versions()}
+    for name, variant in plan.variants.items():
+        own = {seed: scored[name, seed] for seed in plan.seeds if (name, seed) in scored}
+        if not own:
+            continue
+        metrics = next(iter(own.values()))[0]
+        result |= {"suite": metrics["suite"], "version": metrics["version"]}
+        result |= {"subjects": metrics["identities"], "prompts": metrics["prompts"]}
+        for split in (MAIN, *metrics["splits"]):
+            found = _row(plan, name, variant, own, scored, split)
+            if split == MAIN:
+                result["variants"][name] = found
+            else:
+                result["splits"].setdefault(split, {})[name] = found
+    return result
+
+
+def _row(plan: Study, name: str, variant: Variant, own: Any, scored: Any, split: str) -> dict[str, Any]:
+    """A variant's row on one split; compared with the full method on the seeds that both have."""
+    from diptych.evaluate.scoring import outcome
+
+    def outcomes(of: str, seeds: Sequence[int]) -> list[Any]:
+        return [outcome(scored[of, seed][1], plan.variants[of].method, split) for seed in seeds]
+
+    times = next(iter(own.values()))[0]["settings"]["bootstrap"]
+    both = [seed for seed in own if name != plan.full and (plan.full, seed) in scored]
+    row = ablations.row(outcomes(name, list(own)), None, times)
+    if both:
+        compared = ablations.row(outcomes(name, both), outcomes(plan.full, both), times)
+        if "difference" in compared:
+            row["difference"] = {**compared["difference"], "seeds": len(both)}
+    row["training_seconds"] = round(sum(found[2] for found in own.values()) / len(own), 1)
+    return {"about": variant.about, **row}
+
+
+def _scores(plan: Study, out: Path, name: str, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]], float] | None:
+    """Metrics, one line for each picture, and seconds of training; None for a run that is not scored."""
+    folder = place(out, name, seed)
+    adapted = plan.variants[name].method == "adapter"
+    trained = "baselines/adapter/adapter.json" if adapted else "student/training/summary.json"
+    try:
+        metrics = json.loads((folder / "report" / "metrics.json").read_text("utf8"))
+        text = (folder / "samples" / "scores.jsonl").read_text("utf8")
+        about = json.loads((folder / trained).read_text("utf8"))
+    except (OSError, ValueError):
+        return None
+    lines = [json.loads(line) for line in text.splitlines()]
+    return metrics, lines, float(about.get("summary", about)["seconds"])
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The table, for people."""
+    return ablations.markdown(result).splitlines() if result["variants"] else ["nothing has been scored yet"]

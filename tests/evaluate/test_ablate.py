@@ -1,0 +1,94 @@
+"""A study for real, in the tiny world: one run's data, students and an adapter trained with two seeds, one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_world as tiny
+import yaml
+
+from diptych import ablate, cli
+from diptych.console import Display
+from diptych.data import log
+from diptych.errors import UsageError
+
+QUIET = Display(quiet=True)
+
+
+@pytest.fixture
+def study(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three variants and two seeds on random models of the real classes."""
+    from diptych.evaluate import suites
+
+    few = tiny.make_suite(10, 10)
+    monkeypatch.setattr(suites, "load", lambda name: few)
+    judges = tiny.make_judges(tmp_path / "judges")
+    values: dict[str, Any] = tiny.make_recipe(teacher, judges, samples=2, prompts=1, steps=2).values()
+    values |= {"write": {"count": 8, "shard_size": 4}, "paint": {"steps": 2, "batch_size": 4}}
+    values["curate"] |= {"batch_size": 4, "thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
+    values["distill"] |= {"batch_size": 4, "warmup": 1, "validation_pairs": 2, "sample_every": 0, "validate_every": 3}
+    values["evaluate"]["adapter"] = {"encoder": str(judges / "curator")}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
+    path = tmp_path / "study.yaml"
+    variants: dict[str, Any] = {
+        "full": {"about": "all of it"},
+        "adapter": {"method": "adapter"},
+        "again": {"sets": {"distill": {"init": "{full}/student", "steps": 1}}},
+    }
+    said = {"name": "tiny", "recipe": "base.yaml", "seeds": [0, 1], "sets": {"distill": {"steps": 2}}}
+    path.write_text(yaml.safe_dump({**said, "variants": variants}, sort_keys=False))
+    return path
+
+
+def test_a_study_trains_what_is_missing_and_ends_in_one_table(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    part = ablate.ablate(str(study), out, QUIET, only=["full"])
+    assert list(part["variants"]) == ["full"] and len(part["missing"]) == 4
+    found = ablate.ablate(str(study), out, QUIET)
+    assert list(found["variants"]) == ["full", "adapter", "again"] and not found["missing"]
+    assert found == json.loads((out / "ablations.json").read_text())
+    for name, row in found["variants"].items():
+        assert row["seeds"] == 2 and row["n"] == 2 and len(row["cp_pf_by_seed"]) == 2 and row["training_seconds"] >= 0
+        assert ("difference" in row) == (name != "full")
+        assert found["splits"]["kinds"][name]["n"] == 2
+    page = (out / "ablations.md").read_text()
+    assert page.count("| full |") == 1 and "- `full`: all of it" in page and "Not run yet" not in page
+
+    # One run's data for all, and another training for each seed.
+    grid = next((out / "base" / "grids").glob("*.parquet"))
+    students = []
+    for name, seed in (("full", 0), ("full", 1), ("again", 0)):
+        run = ablate.place(out, name, seed)
+        assert grid.samefile(run / "grids" / grid.name)
+        assert "paint" not in [event.get("stage") for event in log.read(run)]
+        students.append((run / "student/transformer/diffusion_pytorch_model.safetensors").read_bytes())
+    assert len(set(students)) == 3
+    caches = [next((ablate.place(out, "full", seed) / ablate.LATENTS).rglob("*.safetensors")) for seed in (0, 1)]
+    assert caches[0].samefile(caches[1])
+
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert ablate.ablate(str(study), out, QUIET) == found
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
+
+
+def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trained(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(study.read_text())
+    values["variants"]["more"] = {"sets": {"write": {"count": 9}}}
+    study.write_text(yaml.safe_dump(values, sort_keys=False))
+    code = cli.call(["ablate", str(study), "--out", str(tmp_path / "out"), "--json"])
+    said = capsys.readouterr().err
+    assert code == 2 and "variants.more changes write.count" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()  # nothing was painted either
+    with pytest.raises(UsageError, match="--only nope: the study has full, adapter, again"):
+        ablate.ablate(str(study), tmp_path / "out", QUIET, only=["nope"])
+
+
+def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["ablate", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hours of two CPU cores" in said and "Example: diptych ablate pocket" in said

@@ -1,0 +1,105 @@
+"""A study: what its file may say, and a table whose intervals hold subjects and trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from diptych import recipe as recipes
+from diptych.errors import UsageError
+from diptych.evaluate import ablations, metrics
+from diptych.evaluate.metrics import Outcome
+from diptych.sections import Distill
+
+TIMES = 400
+
+
+def write(folder: Path, **changes: Any) -> str:
+    values: dict[str, Any] = {"name": "s", "recipe": "demo", "variants": {"full": {}, "less": {"sets": {}}}}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return str(path)
+
+
+def outcome(cp: float, seed: int, subjects: int = 12) -> Outcome:
+    rng = np.random.default_rng(seed)
+    own = np.random.default_rng(99).normal(0, 0.1, subjects)  # an easy subject is easy for every method
+    identity = np.repeat(np.arange(subjects), 4)
+    values = cp + own[identity] + rng.normal(0, 0.02, len(identity))
+    return Outcome(identity, values, np.full(len(identity), 0.8), rng.uniform(size=len(identity)) < 0.1)
+
+
+@pytest.mark.parametrize("name", ablations.names())
+def test_every_variant_of_a_study_that_ships_is_a_recipe(name: str) -> None:
+    study, _ = ablations.load(name)
+    start = recipes.load(study.recipe).values()
+    for label, variant in study.variants.items():
+        said = variant.sets.get("distill", {})
+        if set(said) - set(Distill.model_fields):
+            continue  # a key of distill that this version has not
+        own = ablations.filled(variant.sets, dict.fromkeys(variant.needs(), Path("elsewhere")))
+        recipes.check(ablations.overlay(start, study.sets, own, {"name": label}), name)
+    assert {"full", "no-curation", "right-panel-only", "channel", "adapter", "sfo"} <= set(study.variants)
+    assert len(study.seeds) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"varients": {}}, "Extra inputs"),
+        ({"full": "ful"}, "no variant 'ful'; did you mean 'full'"),
+        ({"seeds": [1, 1]}, "one is there twice"),
+        ({"variants": {"full": {"sets": {"distill": {"init": "{later}/student"}}}, "later": {}}}, "comes before it"),
+        ({"variants": {"full": {}, "../x": {}}}, "no name for a folder"),
+        ({"variants": {"full": {"method": "inpaint"}}}, "variants.full.method"),
+    ],
+)
+def test_a_study_that_does_not_fit_together_is_one_line(tmp_path: Path, changes: Any, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        ablations.load(write(tmp_path, **changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_study_is_told_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"pokcet: no such study; .*did you mean 'pocket'"):
+        ablations.load("pokcet")
+
+
+def test_names_in_braces_become_folders() -> None:
+    sets = {"distill": {"init": "{full}/student", "data": [{"path": "{full}"}], "steps": 3}}
+    found = ablations.filled(sets, {"full": Path("/runs/full/seed-1")})
+    assert found["distill"]["init"] == "/runs/full/seed-1/student" and found["distill"]["steps"] == 3
+    assert found["distill"]["data"] == [{"path": "/runs/full/seed-1"}]
+    assert ablations.overlay({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
+
+
+def test_a_row_is_the_mean_of_its_seeds_and_its_difference_is_paired() -> None:
+    full = [outcome(0.7, seed) for seed in (1, 2, 3)]
+    less = [outcome(0.6, seed) for seed in (4, 5, 6)]
+    row = ablations.row(less, full, TIMES)
+    each = [o.means()["cp_pf"] for o in less]
+    assert row["cp_pf"] == pytest.approx(np.mean(each), abs=1e-4) and row["cp_pf_by_seed"] == np.round(each, 4).tolist()
+    gap = row["difference"]
+    assert gap["cp_pf"] == pytest.approx(-0.08, abs=0.02) and gap["ci95"][1] < 0 and gap["p"] < 0.01
+    # Each alone is as uncertain as its subjects are different; their difference is not.
+    width = row["ci95"]["cp_pf"][1] - row["ci95"]["cp_pf"][0]
+    assert gap["ci95"][1] - gap["ci95"][0] < 0.5 * width
+    assert ablations.row(full, full, TIMES)["difference"] == {"cp_pf": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+def test_trainings_that_differ_widen_the_interval() -> None:
+    steady = [outcome(0.6, 1), outcome(0.6, 1), outcome(0.6, 1)]
+    moody = [outcome(0.4, 1), outcome(0.6, 1), outcome(0.8, 1)]
+    widths = [np.ptp(ablations.row(each, None, TIMES)["ci95"]["cp"]) for each in (steady, moody)]
+    one = np.ptp(metrics.summary(steady[0], TIMES)["ci95"]["cp"])
+    assert widths[0] == pytest.approx(one, rel=0.1) and widths[1] > 1.3 * widths[0]
+
+
+def test_runs_that_were_asked_different_things_are_not_averaged() -> None:
+    with pytest.raises(UsageError, match="were not asked the same"):
+        ablations.row([outcome(0.5, 1), outcome(0.5, 1, subjects=5)], None, TIMES)
+    assert "difference" not in ablations.row([outcome(0.5, 1)], [outcome(0.5, 1, subjects=5)], TIMES)

@@ -1,0 +1,192 @@
+"""One class for every stock pipeline with a reference: what is asked reaches the arguments that its call has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_world as tiny
+from PIL import Image
+
+from diptych.errors import UsageError
+from diptych.evaluate import pipelines
+from diptych.evaluate.baselines import Context
+
+
+def bare(name: str) -> Any:
+    """A pipeline without any model, to look at its call."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    return cls.__new__(cls)
+
+
+def settings(teacher: Path, judge_folders: Path, model: Path, **more: Any) -> Any:
+    stock = {"model": str(model), "steps": 2, **more}
+    recipe = tiny.make_recipe(teacher, judge_folders, methods=["pipeline"], pipeline=stock)
+    values = recipe.values()
+    values["paint"]["dtype"] = "float32"
+    return type(recipe).model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random pipelines of three kinds, as folders."""
+    from diffusers import FluxControlPipeline, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
+
+    root = tmp_path_factory.mktemp("stock")
+    parts = {k: v for k, v in FluxPipeline.from_pretrained(teacher).components.items() if v is not None}
+    FluxKontextPipeline(**parts).save_pretrained(root / "kontext")
+    tiny.make_student(teacher, root / "student")
+    wide = FluxTransformer2DModel.from_pretrained(root / "student" / "transformer")
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    FluxControlPipeline(transformer=wide, **{n: parts[n] for n in names}).save_pretrained(root / "control")
+    for name in ("kontext", "control"):
+        # transformers writes these tokenizers in a form of its own; the teacher's are known to open.
+        for tokenizer in ("tokenizer", "tokenizer_2"):
+            shutil.rmtree(root / name / tokenizer)
+            shutil.copytree(teacher / tokenizer, root / name / tokenizer)
+    make_flux2(root / "flux2")
+    return {name: root / name for name in ("kontext", "control", "flux2")}
+
+
+def make_flux2(folder: Path) -> None:
+    """A random FLUX.2 klein: its own VAE, a Qwen 3 of three layers, a tokenizer of letters."""
+    import torch
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={t: i for i, t in enumerate([*letters, "<|endoftext|>"])}, merges=[])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=3, num_key_value_heads=2, vocab_size=len(tokenizer)))
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "block_out_channels": (4,),
+    }
+    vae = AutoencoderKLFlux2(**blocks, layers_per_block=1, latent_channels=1, norm_num_groups=1, sample_size=32)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=256,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=True,
+    ).save_pretrained(folder)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kontext": {"guidance_scale": 2.5, "max_sequence_length": 32},
+    "control": {"max_sequence_length": 32},
+    "flux2": {"text_encoder_out_layers": [1, 2, 3], "max_sequence_length": 32},
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_a_stock_pipeline_answers_samples_from_their_references(
+    name: str, folders: dict[str, Path], teacher: Path, judge_folders: Path, suite: Any, tmp_path: Path
+) -> None:
+    size = 64 if name == "flux2" else None  # it refuses smaller references
+    recipe = settings(teacher, judge_folders, folders[name], options=OPTIONS[name], size=size)
+    method = pipelines.Stock(Context(recipe, tmp_path, suite))
+    samples = suite.samples(2, 1)[:2]
+    references = [suite.picture(s) for s in samples]
+    drawn = method.generate(references, samples, [3, 4])
+    assert [image.size for image in drawn] == [(32, 32)] * 2 and drawn[0].mode == "RGB"
+    assert method.generate(references[:1], samples[:1], [3])[0].tobytes() == drawn[0].tobytes()  # seeds hold
+    assert method.generate(references[:1], samples[:1], [4])[0].tobytes() != drawn[0].tobytes()
+    other = method.generate(references[1:], samples[:1], [3])[0]
+    assert np.abs(np.asarray(other, float) - np.asarray(drawn[0], float)).max() > 0  # the reference matters
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("FluxKontextPipeline", "image"),
+        ("Flux2Pipeline", "image"),
+        ("Flux2KleinPipeline", "image"),
+        ("FluxControlPipeline", "control_image"),
+        ("QwenImageEditPipeline", "image"),
+        ("QwenImageEditPlusPipeline", "image"),
+        ("OmniGenPipeline", "input_images"),
+        ("LongCatImageEditPipeline", "image"),
+    ],
+)
+def test_the_reference_goes_where_the_pipeline_takes_it(name: str, argument: str) -> None:
+    import inspect
+
+    pipe = bare(name)
+    assert pipelines.reference_argument(pipe) == argument
+    picture = Image.new("RGB", (64, 48))
+    given = pipelines.arguments(pipe, argument, picture, "a cat", 7, 48, 64, 4, {"guidance_scale": 2.0})
+    call = inspect.signature(type(pipe).__call__)
+    call.bind(pipe, **given)  # all of it is taken
+    assert given["prompt"] == "a cat" and given["num_inference_steps"] == 4 and given["guidance_scale"] == 2.0
+    assert given[argument] == ([picture] if argument == "input_images" else picture)
+    assert given["generator"].initial_seed() == 7
+    if "height" in call.parameters:
+        assert (given["height"], given["width"]) == (48, 64)
+    if name == "FluxKontextPipeline":  # which would draw a megapixel otherwise
+        assert given["max_area"] == 48 * 64 and given["_auto_resize"] is False
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline", "FluxFillPipeline", "QwenImagePipeline"])
+def test_a_pipeline_without_a_reference_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} takes no reference picture"):
+        pipelines.reference_argument(bare(name))
+
+
+def test_misspelt_options_are_told_with_the_nearest() -> None:
+    pipe = bare("FluxKontextPipeline")
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(UsageError, match="takes no 'guidance_scal'; did you mean 'guidance_scale'"):
+        pipelines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"guidance_scal": 1})
+    with pytest.raises(UsageError, match="height follow from the suite"):
+        pipelines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"height": 1})
+    with pytest.raises(UsageError, match="takes no argument 'imag'; did you mean 'image'"):
+        pipelines.reference_argument(pipe, "imag")
+
+
+def test_the_prompt_can_be_wrapped_and_no_model_is_no_method(
+    folders: dict[str, Path], teacher: Path, judge_folders: Path, suite: Any, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    recipe = settings(teacher, judge_folders, folders["kontext"], prompt="draw this subject: {prompt}")
+    method = pipelines.Stock(Context(recipe, tmp_path, suite))
+
+    class Pipe:
+        def __call__(self, image: Any, prompt: str, generator: Any) -> Any:
+            seen.append(prompt)
+            return type("Out", (), {"images": [image]})
+
+    method.context._slot["pipeline"] = Pipe()
+    sample = suite.samples(2, 1)[0]
+    method.generate([suite.picture(sample)], [sample], [0])
+    assert seen == [f"draw this subject: {sample.prompt}"]
+    empty = tiny.make_recipe(teacher, judge_folders, methods=["pipeline"])
+    with pytest.raises(UsageError, match=r"evaluate\.pipeline\.model names none"):
+        pipelines.Stock(Context(empty, tmp_path, suite)).fingerprint()
