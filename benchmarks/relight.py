@@ -25,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder [default: the student in the package]")
     parser.add_argument("--scenes", type=int, default=None, help="held-out scenes [default: the recipe's, or 150]")
-    parser.add_argument("--work", type=Path, default=Path("runs/relight-benchmark"), help="where the package's is drawn")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/relight-benchmark"), help="where the package's is drawn"
+    )
     parser.add_argument("--out", type=Path, default=None, help="another result file")
     given = parser.parse_args()
     recipe = recipes.load(given.run / "recipe.yaml" if given.run else "pocket-relight")

@@ -1,7 +1,6 @@
 """How like two pictures are, where the true one is known: PSNR, SSIM, and a distance of features.
 
-Pictures are arrays (N, H, W, 3), float in 0..1. Small enough to be our own, so that the numbers need no extra; the
-tests hold PSNR and SSIM against torchmetrics.
+Pictures are arrays (N, H, W, 3), float in 0..1. Small enough to be our own, so that a report's numbers need no extra.
 """
 
 from __future__ import annotations
@@ -64,7 +63,9 @@ def feature_distance(judge: Any, a: Sequence[Image], b: Sequence[Image]) -> np.n
 
     found: list[np.ndarray] = []
     for one, two in zip(judge.vision.batches(a), judge.vision.batches(b), strict=True):
-        maps = [judge.vision.model(pixel_values=pixels, output_hidden_states=True).hidden_states for pixels in (one, two)]
+        maps = [
+            judge.vision.model(pixel_values=pixels, output_hidden_states=True).hidden_states for pixels in (one, two)
+        ]
         stages = []
         for first, second in zip(*maps, strict=True):
             # A transformer's (B, positions, C), or a convolutional network's (B, C, h, w).

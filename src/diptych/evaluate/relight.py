@@ -10,8 +10,8 @@ Every method answers the same wishes (`relight_suite`) with the same noise. Draw
 - `following`: the share of what the words change (direction, colour, strength) that the attribute reader finds.
 
 Means with 95 % bootstrap intervals over scenes. A student is asked for the light alone, as `diptych relight` asks, and
-scored as that command draws (`relight.keep_detail`); `…_drawn` are the same pictures without the reference's detail, and
-`…_told` was also told what the scene is. A student that never learnt to relight runs, and scores what it scores.
+scored as that command draws (`relight.keep_detail`); `…_drawn` are the same pictures without the reference's detail,
+and `…_told` was also told what the scene is. A student that never learnt to relight runs, and scores what it scores.
 """
 
 from __future__ import annotations

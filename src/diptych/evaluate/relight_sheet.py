@@ -27,7 +27,10 @@ SHOWN = 4  # scenes
 
 def name(method: str) -> tuple[str, str]:
     """What a method is called, and what it is."""
-    for ending, said, about in (("_drawn", DRAWN, "without the reference’s detail"), ("_told", TOLD, "and of the scene")):
+    for ending, said, about in (
+        ("_drawn", DRAWN, "without the reference’s detail"),
+        ("_told", TOLD, "and of the scene"),
+    ):
         if method.endswith(ending):
             first, what = name(method.removesuffix(ending))
             return first + said, about if ending == "_drawn" else f"{what}, {about}"
@@ -60,7 +63,8 @@ def table_and_pictures(run: Run) -> str:
         first, what = name(method)
         cells = [f"{text(first)}<small>{text(what)}</small>"]
         cells += [
-            number(scores[key], DIGITS.get(key, 2)) + between(scores["ci95"][key], DIGITS.get(key, 2)) for key in COLUMNS
+            number(scores[key], DIGITS.get(key, 2)) + between(scores["ci95"][key], DIGITS.get(key, 2))
+            for key in COLUMNS
         ]
         rows.append([*cells, str(scores["n"])])
     muted = set(range(len(found["methods"]), len(rows)))

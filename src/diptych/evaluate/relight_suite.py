@@ -7,8 +7,8 @@ Baselines beside `copy` and `text_only` (`baselines`):
 
 - `colour_transfer`: Reinhard et al. 2001, the reference's mean and spread in lαβ made those of the asked light, as
   averaged over renders of training subjects in that light.
-- `colour_shift`: the same, but moved by the mean *difference* that the asked light makes on such renders, so that a dark
-  place stays dark: the best that one colour curve for the whole picture can know from the words.
+- `colour_shift`: the same, but moved by the mean *difference* that the asked light makes on such renders, so that a
+  dark place stays dark: what one colour curve for the whole picture can know from the words.
 """
 
 from __future__ import annotations

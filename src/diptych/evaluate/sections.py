@@ -33,6 +33,7 @@ REASONS = {
     "prefilter": "too unlike for the judge to be asked",
     "same": "the judge does not see the same subject",
     "alignment": "the outlines of the two panels do not lie over each other",
+    "unchanged": "the light, or what else the task changes, is as it was",
 }
 SMOOTH = 0.96
 SIGMA_COLOURS = ("1", "2", "3", "4", "5")
