@@ -206,9 +206,12 @@ def test_the_pocket_student_draws_a_story_and_one_panel_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    from diptych import Student
     from diptych.paths import packaged
 
-    command = ["story", "--reference", str(packaged("examples") / "references" / "cat.png"), "--steps", "2"]
+    loaded = Student.load("pocket", device="cpu", progress_bar=False)
+    monkeypatch.setattr(Student, "load", lambda *_, **__: loaded)
+    command = ["story", "--reference", str(packaged("examples") / "references" / "cat.png"), "--steps", "1"]
     command += [x for text in TEXTS for x in ("--panel", text)]
     assert cli.call([*command, "--out", "one.png", "--out", "one.pdf"]) == 0
     captured = capsys.readouterr()

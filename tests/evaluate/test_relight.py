@@ -19,11 +19,11 @@ from diptych.pocket import captions, world
 from diptych.sections import Recipe
 
 SUITE = Scenes()
-WISHES = SUITE.samples(12)
+WISHES = SUITE.samples(10)
 
 
 def test_only_the_light_changes_and_what_is_asked_differs_from_the_reference() -> None:
-    assert len(WISHES) == 36 and len({wish.id for wish in WISHES}) == 36
+    assert len(WISHES) == 30 and len({wish.id for wish in WISHES}) == 30
     assert {wish.kind for wish in WISHES} == set(world.TRAIN_KINDS)
     for wish in WISHES:
         known = SUITE.of(wish)
@@ -49,7 +49,7 @@ def test_the_colour_space_of_the_transfer_goes_both_ways() -> None:
     assert np.allclose(relight_suite.statistics(relight_suite.moved(image, target)), target, atol=0.1)
 
 
-def test_colour_baselines_come_nearer_to_a_new_colour_than_a_copy_does() -> None:
+def test_colour_baselines_do_what_they_say() -> None:
     coloured = [wish for wish in WISHES if wish.level == "colour"]
     references, truths = ([f(wish) for wish in coloured] for f in (SUITE.picture, SUITE.truth))
 
@@ -59,7 +59,13 @@ def test_colour_baselines_come_nearer_to_a_new_colour_than_a_copy_does() -> None
 
     shifted = ColourTransfer(SUITE, relative=True).generate(references, coloured, [])
     assert error(shifted) < 0.8 * error(references)
-    assert error(ColourTransfer(SUITE, relative=False).generate(references, coloured, [])) < 1.5 * error(references)
+    for wish, picture in zip(
+        coloured, ColourTransfer(SUITE, relative=False).generate(references, coloured, []), strict=True
+    ):
+        light = SUITE.of(wish).target.light
+        wanted, _ = relight_suite.light_statistics(light.direction, light.colour, light.intensity)
+        before, after = (np.abs(relight_suite.statistics(p) - wanted).sum() for p in (SUITE.picture(wish), picture))
+        assert after < before, "its statistics are those of the asked light, clipped"
 
 
 def line(method: str, scene: int, **scores: float) -> dict[str, Any]:
