@@ -179,7 +179,7 @@ def pocket(arguments: argparse.Namespace) -> dict[str, Any]:
     scales = {key: sampling[key] for key in ("image_guidance", "text_guidance")}
 
     def noise(number: int) -> torch.Tensor:
-        return ours._noise([number + 1], canvas)
+        return ours.noise([number + 1], canvas)
 
     def released(number: int) -> torch.Tensor:
         return way(picture, prompt, noise(number), canvas, steps=steps, **scales).clamp(-1, 1)
@@ -326,12 +326,12 @@ def random_flux(
         forwards = steps if case == "unguided" else min(2, steps) + 3 * max(0, steps - 2)
 
         def released(number: int, scales: dict[str, float] = scales) -> torch.Tensor:
-            noise = ours._noise([number + 1], canvas)
+            noise = ours.noise([number + 1], canvas)
             drawn = released_way(image, None, noise, canvas, steps=steps, texts=texts, empty=empty, **scales)
             return drawn.float().clamp(-1, 1)
 
         def draw(number: int, scales: dict[str, float] = scales) -> torch.Tensor:
-            noise = ours._noise([number + 1], canvas)
+            noise = ours.noise([number + 1], canvas)
             return ours_pixels(ours, image, noise, canvas, steps, scales, **given).float()
 
         found = compare(released, ours, draw, settings, arguments, device)

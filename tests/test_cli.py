@@ -17,7 +17,21 @@ from diptych import cli
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError
 
-COMMANDS = ("run", "write", "paint", "curate", "distill", "evaluate", "generate", "convert", "doctor", "plan", "tasks")
+COMMANDS = (
+    "run",
+    "write",
+    "paint",
+    "curate",
+    "distill",
+    "evaluate",
+    "generate",
+    "convert",
+    "doctor",
+    "plan",
+    "tasks",
+    "relight",
+    "story",
+)
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:

@@ -156,3 +156,9 @@ def test_the_command_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "HEAVY" not in done.stdout, done.stdout[-300:] + done.stderr
+
+
+def test_only_aligned_panels_can_be_asked_to_change_as_a_whole(tmp_path: Path) -> None:
+    assert tasks.load("relight").curation.thresholds["change"] > 0
+    with pytest.raises(UsageError, match="change compares aligned panels, so geometry must be aligned"):
+        tasks.load(changed(tmp_path, {"curation": {"questions": ["same?"], "thresholds": {"change": 0.1}}}))

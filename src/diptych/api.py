@@ -183,8 +183,8 @@ class Student:
             check_seed(number)
         if batch_size < 1:
             raise UsageError(f"batch_size is at least 1, not {batch_size}")
-        canvas = self._canvas(size)
-        references = [self._open(r, background) for r in _as_list(reference)]
+        canvas = self.canvas(size)
+        references = [self.opened(r, background) for r in _as_list(reference)]
         sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
         if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
             log.warning("the negative prompt does nothing unless image or text guidance is above 1")
@@ -235,7 +235,17 @@ class Student:
             self._said.update(unknown)
             log.warning("the model does not know %s; the picture will not show it", ", ".join(map(repr, unknown)))
 
-    def _open(self, reference: Reference, background: str) -> Image.Image | None:
+    def relight(self, reference: Image.Image | str | Path, light: str | Sequence[str], **options: Any) -> Any:
+        """The reference's scene under another light ("soft golden light from the left"), everything in its place.
+
+        One picture, or a list if `light` or `seed` is one; `mask` keeps parts. See `diptych.relight.relight`.
+        """
+        from diptych.relight import relight
+
+        return relight(self, reference, light, **options)
+
+    def opened(self, reference: Reference, background: str = "white") -> Image.Image | None:
+        """A reference as the model is shown it, before it is fitted: upright RGB over `background`."""
         from PIL import Image
 
         from diptych.data.images import open_image, to_rgb
@@ -248,7 +258,8 @@ class Student:
             raise UsageError(f"a reference is a PIL image, an image file or None, not {type(reference).__name__}")
         return open_image(reference, background=background)
 
-    def _canvas(self, size: int | tuple[int, int] | None) -> Canvas:
+    def canvas(self, size: int | tuple[int, int] | None = None) -> Canvas:
+        """The canvas for pictures of a size, by default the model's own. UsageError if the model does not take it."""
         from diptych.student.parallel import check
 
         width, height = (size, size) if isinstance(size, int) or size is None else size
@@ -298,13 +309,19 @@ class _Callbacks:
     def arguments(self) -> dict[str, Any]:
         if not self.each:
             return {}
-        return {"callback_on_step_end": self._call, "callback_on_step_end_tensor_inputs": list(self.inputs)}
+        return {"callback_on_step_end": in_turn(self.each), "callback_on_step_end_tensor_inputs": list(self.inputs)}
 
-    def _call(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+
+def in_turn(callbacks: Sequence[Callable[..., dict[str, Any] | None]]) -> Callable[..., dict[str, Any]]:
+    """Several `callback_on_step_end`s as one: each sees what those before it changed."""
+
+    def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         changed: dict[str, Any] = {}
-        for callback in self.each:
+        for callback in callbacks:
             changed |= callback(pipe, step, timestep, tensors | changed) or {}
         return changed
+
+    return call
 
 
 def check_prompt(text: object) -> None:

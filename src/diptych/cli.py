@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych import cli_data, cli_evaluate
+from diptych import cli_data, cli_draw, cli_evaluate
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
 
@@ -332,6 +332,10 @@ def generate(
             parallel.leave()
     if parallel.is_first():
         _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
+
+
+app.command("relight", epilog=cli_draw.RELIGHT)(cli_draw.relight)
+app.command("story", epilog=cli_draw.STORY)(cli_draw.story)
 
 
 def _enhanced(plan: Any, url: str | None, model: str | None, several: bool, display: Any) -> Any:

@@ -60,8 +60,8 @@ class Enhanced(BaseModel):
     prompt: str = Field(min_length=1, description="The full prompt, one line of at most 50 words.")
 
 
-def endpoint_of(url: str | None, model: str | None) -> Endpoint | None:
-    """The endpoint that the command line or the environment names; None if address or model is missing.
+def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-endpoint") -> Endpoint | None:
+    """The endpoint that the command line (`option`) or the environment names; None if address or model is missing.
 
     The key is read from DIPTYCH_LLM_KEY where that is set. UsageError for an address that is none.
     """
@@ -73,7 +73,7 @@ def endpoint_of(url: str | None, model: str | None) -> Endpoint | None:
         return Endpoint(base_url=url, model=model, api_key_env=key, max_tokens=1024, retries=2, concurrency=4)
     except ValidationError as error:
         said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--enhance-endpoint {said}") from None
+        raise UsageError(f"{option} {said}") from None
 
 
 def enhance(

@@ -220,6 +220,12 @@ class Pipeline:
             with self.display.stage("evaluate", "images") as report:
                 evaluate(self.recipe, self.folder, report)
             result["suite"] = self.recipe.evaluate.suite
+        if self.recipe.evaluate.relight:
+            from diptych.evaluate import relight
+
+            with self.display.stage("relight", "images") as report:
+                relight.evaluate(self.recipe, self.folder, report)
+            result["relight"] = self.recipe.evaluate.relight
         from diptych.evaluate import report as page
 
         with self.display.stage("report", "pages") as progress:

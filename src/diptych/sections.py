@@ -447,7 +447,9 @@ class Evaluate(Section):
     """Stage 5: the student next to its baselines, on subjects nobody trained on."""
 
     suite: Literal["pocket", "none"] = "pocket"
-    """References and prompts; `none` skips this stage."""
+    """References and prompts; `none` scores no subjects."""
+    relight: int = Field(default=0, ge=0)
+    """Held-out scenes that the student is asked to relight, three lights each, against the true answer; 0: none."""
     samples: int = Field(default=40, ge=2)
     """Held-out identities."""
     prompts: int = Field(default=5, ge=1)

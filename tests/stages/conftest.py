@@ -70,3 +70,16 @@ def relit_panels() -> list[tuple[np.ndarray, np.ndarray]]:
         who, scene = world.sample_identity(rng), world.sample_scene(rng)
         pairs.append((world.render(who, scene, 64), world.render(who, world.relight(rng, scene), 64)))
     return pairs
+
+
+@pytest.fixture(scope="session")
+def drifted_panels() -> list[tuple[np.ndarray, np.ndarray]]:
+    """100 pairs of renders (64, 64, 3): one scene in one light, the second with its subject's attributes drawn anew."""
+    from diptych.pocket import world
+
+    pairs = []
+    for index in range(100):
+        rng = np.random.default_rng([9, index])
+        who, scene = world.sample_identity(rng), world.sample_scene(rng)
+        pairs.append((world.render(who, scene, 64), world.render(world.drift(rng, who), scene, 64)))
+    return pairs

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from diptych import tasks
 from diptych.sections import Thresholds
-from diptych.stages.alignment import FINE, copy_distance, structural_shift
+from diptych.stages.alignment import FINE, copy_distance, structural_shift, whole_change
 from diptych.stages.curate import ALIGNED_MATCH, ALIGNED_SHIFT
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
@@ -87,3 +88,16 @@ def test_relit_panels_align_and_moved_or_foreign_ones_do_not(relit_panels: Pairs
     # One subject, upright in the middle of two places, may well be aligned; another grid's panel is not.
     foreign = pairwise(subject_panels[:100])
     assert np.mean([aligned(a, b) for (a, _), (_, b) in foreign]) <= 0.05
+
+
+def test_a_new_light_changes_the_whole_picture_and_a_drifted_subject_does_not(
+    relit_panels: Pairs, drifted_panels: Pairs
+) -> None:
+    least = tasks.load("relight").curation.thresholds["change"]
+    relit = np.array([whole_change(Image.fromarray(a), Image.fromarray(b)) for a, b in relit_panels])
+    drifted = np.array([whole_change(Image.fromarray(a), Image.fromarray(b)) for a, b in drifted_panels])
+    assert np.mean(relit >= least) >= 0.97 and np.mean(drifted >= least) <= 0.25
+    assert whole_change(Image.fromarray(relit_panels[0][0]), Image.fromarray(relit_panels[0][0])) == 0
+    grey = Image.new("RGB", (64, 64), (120, 120, 120))
+    brighter_by_a_tenth = Image.new("RGB", (64, 64), (132, 132, 132))
+    assert whole_change(grey, brighter_by_a_tenth) == pytest.approx(0.0866, abs=0.001)

@@ -111,6 +111,20 @@ def test_relit_panels_must_align(recipe: Any, relit_panels: Pairs, subject_panel
     assert records.select(refused, Thresholds(same=-1, near_copy=0, seam=-1)) == []
 
 
+def test_relit_panels_must_change_as_a_whole(recipe: Any, relit_panels: Pairs) -> None:
+    recipe = with_thresholds(recipe, "relight", same=-1, near_copy=0.01)
+    assert tasks.load("relight").thresholds(recipe.curate.thresholds).seam == -1
+    repainted = relit_panels[0][0].copy()
+    repainted[24:44, 24:44] = 255 - repainted[24:44, 24:44]  # a part of the picture, in the same light
+    rows = (*relit_panels[:4], (relit_panels[0][0], repainted))
+    found = curate(recipe, [grid(i, panels, "relight") for i, panels in enumerate(rows)])
+    assert [pairs[0]["reason"] for pairs in found] == ["kept"] * 4 + ["unchanged"]
+    assert found[4][0]["copy_distance"] > 0.02, "it is no copy either"
+    told = [json.loads(pairs[0]["evidence"])["change"] for pairs in found]
+    assert all(one["least"] == 0.06 for one in told) and told[0]["whole"] > 0.06 > told[4]["whole"]
+    assert records.select(found[4], Thresholds(same=-1, near_copy=0, seam=-1)) == []
+
+
 def test_a_broken_grid_costs_itself_and_changes_no_other_row(recipe: Any, subject_panels: Pairs) -> None:
     rows = [grid(i, pair) for i, pair in enumerate(subject_panels[:3])]
     whole = curate(recipe, [rows[0], rows[2]])

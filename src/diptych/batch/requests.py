@@ -99,14 +99,14 @@ def check_row(row: dict[str, Any], where: str) -> None:
         out = row.get("out", "x")
         if not isinstance(out, str) or not out or Path(out).is_absolute() or ".." in Path(out).parts:
             raise UsageError(f"out is a file's name inside the --out folder, not {out!r}")
-        check_options({key: _size(value) if key == "size" else value for key, value in _options(row).items()})
+        check_options({key: read_size(value) if key == "size" else value for key, value in _options(row).items()})
     except UsageError as error:
         raise UsageError(f"{where}{error}") from None
 
 
 def multiply(row: dict[str, Any], number: int, here: Path, where: str = "") -> Iterator[Request]:
     """Every reference with every prompt with every seed, seeds running fastest."""
-    options = {key: _size(value) if key == "size" else value for key, value in _options(row).items()}
+    options = {key: read_size(value) if key == "size" else value for key, value in _options(row).items()}
     references = [path for place in _listed(row["reference"]) for path in _pictures(place, here, where)]
     combined = itertools.product(references, _listed(row["prompt"]), _listed(row.get("seed", 0)))
     out = Path(row.get("out", ""))
@@ -131,7 +131,7 @@ def _options(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in OPTIONS if row.get(key) is not None}
 
 
-def _size(value: Any) -> Any:
+def read_size(value: Any) -> Any:
     """`64`, `"64"`, `"512x768"` (width first) or `[512, 768]` as a number or a pair."""
     if isinstance(value, list):
         return tuple(value)

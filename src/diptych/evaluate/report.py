@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from diptych import __version__
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
-from diptych.evaluate import scoresheet, sections
+from diptych.evaluate import relight_sheet, scoresheet, sections
 from diptych.evaluate.gather import Run
 from diptych.evaluate.html import count, details, missing, page, paragraph, table, tag, text
 from diptych.models import FLUX_DEV_NOTE
@@ -40,6 +40,10 @@ def write(recipe: Recipe, run_dir: Path) -> Path:
     """Writes `report/report.html` and `report/report.md` and returns the path of the page. UserError if it cannot."""
     run = Run(recipe, Path(run_dir))
     made = [(anchor, heading, guarded(part, run, heading)) for anchor, heading, part in PARTS]
+    if recipe.evaluate.relight:
+        place = [anchor for anchor, _, _ in made].index("trust")
+        part = guarded(relight_sheet.table_and_pictures, run, "Relighting")
+        made.insert(place, ("relight", "Relighting, against the truth", part))
     made.append(("recipe", "9 · What made it", guarded(provenance, run, "What made it")))
     folder = Path(run_dir) / "report"
     try:
@@ -98,7 +102,7 @@ def footer(recipe: Recipe) -> str:
 def markdown(run: Run) -> str:
     """The numbers of the page, for a terminal or a pull request."""
     parts = [f"# {run.recipe.name}"]
-    for part in (headline_lines, data_lines, score_lines, curation_lines, time_lines):
+    for part in (headline_lines, data_lines, score_lines, relight_sheet.lines, curation_lines, time_lines):
         try:
             lines = part(run)
         except (UserError, KeyError, TypeError, IndexError, AttributeError) as error:

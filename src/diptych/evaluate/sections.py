@@ -35,6 +35,7 @@ REASONS = {
     "alignment": "the outlines of the two panels do not lie over each other",
     "duplicate: hash": "both panels repeat an earlier pair’s, by their hashes",
     "duplicate: embedding": "both panels repeat an earlier pair’s, by their embeddings",
+    "unchanged": "the light, or what else the task changes, is as it was",
 }
 SMOOTH = 0.96
 SIGMA_COLOURS = ("1", "2", "3", "4", "5")

@@ -2,7 +2,8 @@
 
 `copy_distance` is what keeps a pair from teaching the student to copy: the mean difference of two panels once a small
 shift, a small change of scale and a little brightness are taken back. `structural_shift` is for tasks whose panels show
-one scene (relight): how far the outlines of one lie from those of the other, whatever the light.
+one scene (relight): how far the outlines of one lie from those of the other, whatever the light. `whole_change` is for
+the same tasks: how much the picture as a whole has changed, which a new light does and a new hat does not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ REACH = 1 / 8  # of a panel: the largest shift that is taken back
 SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)
 FINE_SCALE = 0.025
 _BOX, _BILINEAR = 4, 2  # Pillow's resampling filters, whose import is left to whoever has an image
+CELLS = 8  # of a panel's side, for the change of the whole picture
 GAIN = 0.08  # the largest change of brightness that is taken back; a new light is more
 
 
@@ -107,6 +109,20 @@ def structural_shift(a: Image, b: Image) -> Structure:
     y, x = np.unravel_index(int(surface.argmax()), surface.shape)
     dy, dx = ((int(p) + FINE // 2) % FINE - FINE // 2 for p in (y, x))
     return Structure(float(np.hypot(dx, dy)) / FINE, float(surface.max()))
+
+
+def whole_change(a: Image, b: Image) -> float:
+    """How much two aligned panels differ everywhere: 0 where more than half of the picture is as it was.
+
+    Each panel as 8×8 mean colours; the log ratio of those at the same spot, its size averaged over the channels; and of
+    the cells the median one. So 0.1 is a tenth brighter, darker or more coloured in the typical cell. A subject that
+    drifted, or something that came or went, changes fewer than half of the cells and counts for nothing.
+    """
+    one, two = (
+        np.log(np.asarray(image.convert("RGB").resize((CELLS, CELLS), _BOX), dtype=np.float32) / 255 + 0.05)
+        for image in (a, b)
+    )
+    return float(np.median(np.abs(one - two).mean(2)))
 
 
 def _pixels(image: Image, side: int, bilinear: bool = False) -> np.ndarray:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 ALIGNED_SHIFT = 1.5 / alignment.FINE
 ALIGNED_MATCH = 0.25
 MISALIGNED = "alignment"
+UNCHANGED = "unchanged"
 PREFILTER = "prefilter"
 
 
@@ -52,6 +53,8 @@ class Comparison:
     similarity: float  # the deciding judge's; NaN where it gave none
     copy: alignment.Alignment
     structure: alignment.Structure | None
+    change: float | None = None  # of the whole picture; None where panels need not align
+    least_change: float = 0.0  # the task's
     unjudged: str = ""  # the reason to refuse it if no other test does: why the judge gave none
     votes: tuple[dict[str, Any], ...] = ()
     embedding: float | None = None  # similarity by the embedding model, where a vision-language model decides
@@ -63,6 +66,11 @@ class Comparison:
         return self.structure is None or (
             self.structure.shift <= ALIGNED_SHIFT and self.structure.match >= ALIGNED_MATCH
         )
+
+    @property
+    def changed(self) -> bool:
+        """True where nobody asked."""
+        return self.change is None or self.change >= self.least_change
 
     def judged(self, judgement: Judgement) -> Comparison:
         """With the judgement of a vision-language model."""
@@ -234,6 +242,8 @@ class Curate:
             "grid_seed": row["seed"],
             "teacher": row["model"],
         }
+        if compared.change is not None:
+            evidence["change"] = {"whole": round(compared.change, 4), "least": compared.least_change}
         if compared.embedding is not None:
             evidence["prefilter"] = {"similarity": compared.embedding, "least": self._prefilter}
             evidence["vlm"] = {"votes": compared.votes}
@@ -286,15 +296,21 @@ def _open(row: Row) -> geometry.Cut | Failure:
 
 def compare(a: Image, b: Image, similarity: float, task: tasks.Task) -> Comparison:
     """Two panels side by side; the judge's similarity is given."""
-    structure = alignment.structural_shift(a, b) if task.geometry == "aligned" else None
-    return Comparison(similarity, alignment.copy_distance(a, b), structure)
+    copy = alignment.copy_distance(a, b)
+    if task.geometry != "aligned":
+        return Comparison(similarity, copy, None)
+    structure, change = alignment.structural_shift(a, b), alignment.whole_change(a, b)
+    return Comparison(similarity, copy, structure, change, task.curation.thresholds.get("change", 0.0))
 
 
 def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool, str]:
-    """Whether a pair is kept, and "kept" or why not. Misaligned panels are refused whatever the thresholds say, and so
-    is what a vision-language model was not asked, or could not decide."""
+    """Whether a pair is kept, and "kept" or why not. Whatever the thresholds say, panels that should align and do not
+    are refused, and those that do but show no change; and so is what a vision-language model was not asked, or could
+    not decide."""
     if not compared.aligned:
         return False, MISALIGNED
+    if not compared.changed:
+        return False, UNCHANGED
     if compared.unjudged:
         passes, reason = records.verdict(math.inf, compared.copy.distance, seam, limits, compared.screen)
         return False, compared.unjudged if passes else reason

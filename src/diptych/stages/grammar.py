@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from diptych.pocket.world import Scene
 
-SEASONS = 0.3  # share of outdoor light grids that change the weather instead of the light, as the teacher was taught
-
 
 @dataclass(frozen=True)
 class Draft:
@@ -77,14 +75,12 @@ def subject_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
 
 
 def light_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:
-    """One scene under two lights, or outdoors now and then in two seasons."""
+    """One scene under two lights."""
     from diptych.pocket import world
 
-    kind, place = turn.of(world.TRAIN_KINDS, "kind"), turn.of(world.PLACES, "left")
-    scene = _scene(rng, place)
-    season = place not in world.INDOOR and rng.random() < SEASONS
-    other = world.reseason(rng, scene) if season else world.relight(rng, scene)
-    return _aligned(kind, scene, other, rng)
+    kind = turn.of(world.TRAIN_KINDS, "kind")
+    scene = _scene(rng, turn.of(world.PLACES, "left"))
+    return _aligned(kind, scene, world.relight(rng, scene), rng)
 
 
 def season_grid(turn: Turn, rng: np.random.Generator) -> Draft | None:

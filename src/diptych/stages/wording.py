@@ -112,3 +112,11 @@ def instruction(task: Task, subject: str, caption: str, rng: np.random.Generator
     templates = task.captions.instruction_templates
     template = templates[int(rng.integers(len(templates)))]
     return fill(template, subject=subject, change=fields["change"] or fields["scene"] or caption).strip()
+
+
+def asked(task: Task, change: str, scene: str = "", subject: str = "scene") -> str:
+    """What a student of this task is told: the caption of the wished panel, or, where nobody says what the scene is,
+    the task's first instruction."""
+    if scene:
+        return fill(task.panel_template, subject=subject, scene=scene, change=change)
+    return fill(task.captions.instruction_templates[0], subject=subject, change=change)

@@ -191,7 +191,7 @@ class DiptychPipeline(FluxControlPipeline):
         key = ("reference", content(pixels), id(self.vae), self.vae.dtype, str(self._execution_device))
         return self.recall(key, lambda: (self.encode_canvas(pixels),))[0]
 
-    def _noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
+    def noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
         """Packed standard noise (B, tokens, 4C) in float32: one seed gives the same noise in every batch and dtype."""
         shape = (1, self.transformer.config.in_channels // 8, 2 * canvas.rows, 2 * canvas.columns)
         drawn = []
@@ -332,7 +332,7 @@ class DiptychPipeline(FluxControlPipeline):
             negative = tuple(x.repeat_interleave(repeats, dim=0) for x in negative)
         total = count * repeats
         if latents is None:
-            latents = self._noise(inputs.seeds(generator, count, repeats), canvas)
+            latents = self.noise(inputs.seeds(generator, count, repeats), canvas)
         if tuple(latents.shape) != (total, canvas.tokens, condition.shape[-1]):
             raise UsageError(
                 f"latents are packed noise of the whole canvas, {(total, canvas.tokens, condition.shape[-1])} here, "

@@ -115,8 +115,9 @@ class Curation(_Part):
 
     questions: list[Text] = Field(min_length=1)
     """The steps a vision-language judge answers in order; the last one decides."""
-    thresholds: dict[Literal["same", "near_copy", "seam"], float] = {}
-    """Where this task departs from the recipe's defaults."""
+    thresholds: dict[Literal["same", "near_copy", "seam", "change"], float] = {}
+    """Where this task departs from the recipe's defaults; and for aligned tasks `change`, how much of the whole picture
+    must differ (`stages.alignment.whole_change`), 0 if left out: that the light is another one, and not only a hat."""
 
 
 class Captions(_Part):
@@ -185,6 +186,8 @@ class Task(_Part):
                         f"panel_template {has} {{{field}}}, so grammar.{field} must be "
                         f"{'given' if field in asked else 'left out'}"
                     )
+        if "change" in self.curation.thresholds and self.geometry != "aligned":
+            raise ValueError("curation.thresholds.change compares aligned panels, so geometry must be aligned")
         return self
 
     def layout(self, name: str | None = None) -> Grid:
@@ -218,7 +221,8 @@ class Task(_Part):
     def thresholds(self, recipe: Limits) -> Limits:
         """A recipe's thresholds (`sections.Thresholds`); those it leaves at their defaults are the task's, if any."""
         defaults = type(recipe)()
-        own = {k: v for k, v in self.curation.thresholds.items() if getattr(recipe, k) == getattr(defaults, k)}
+        given = {k: v for k, v in self.curation.thresholds.items() if k in type(recipe).model_fields}
+        own = {k: v for k, v in given.items() if getattr(recipe, k) == getattr(defaults, k)}
         return recipe.model_copy(update=own)
 
 

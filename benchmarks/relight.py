@@ -1,0 +1,48 @@
+"""Relighting against the truth: a student beside copy, colour transfer and text only, on held-out pocket scenes.
+
+    python benchmarks/relight.py                                  # the student in the package
+    python benchmarks/relight.py runs/pocket-relight              # a run's: evaluated first if it was not
+    python benchmarks/relight.py runs/pocket-both --scenes 300
+
+Writes `results/relight-DEVICE-DATE.json` and prints the table. Interrupted, the same command goes on (`--work`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import measuring
+import torch
+
+from diptych import recipe as recipes
+from diptych.console import Display
+from diptych.evaluate import relight, relight_sheet
+from diptych.evaluate.gather import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="a run's folder [default: the student in the package]")
+    parser.add_argument("--scenes", type=int, default=None, help="held-out scenes [default: the recipe's, or 150]")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/relight-benchmark"), help="where the package's is drawn"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="another result file")
+    given = parser.parse_args()
+    recipe = recipes.load(given.run / "recipe.yaml" if given.run else "pocket-relight")
+    scenes = given.scenes or recipe.evaluate.relight or 150
+    methods = ["student" if given.run else "student_shipped"]
+    chosen = {"relight": scenes, "methods": methods}
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)})
+    folder = given.run or given.work
+    with Display().stage("relight", "images") as report:
+        found = relight.evaluate(recipe, folder, report)
+    device = torch.device("cpu" if recipe.device == "auto" and not torch.cuda.is_available() else recipe.device)
+    result = {**found, "student": str(given.run.name) if given.run else "pocket", "about": measuring.about(device)}
+    print("\n".join(relight_sheet.lines(Run(recipe, folder))))
+    print(measuring.write("relight", result, given.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Relighting: the reference's scene under another light, everything in its place (paper section 4, second task).
+
+    relight(student, "cat.png", "soft golden light from the left")          # a picture
+    relight(student, "cat.png", ["dim blue light from above", "bright white light from behind"])   # two
+
+The student is told the light in the words of the task's own file (`tasks/relight.yaml`), so any task whose panels are
+aligned works the same: `task="season.yaml"`, and "in winter" for a light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diptych.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diptych.api import Student
+    from diptych.tasks import Task
+
+DETAIL = 1.0
+SOFT = 1 / 10  # of the panel's side: what is finer than this is detail, and the reference's; what is not is light
+DARK = 0.04  # added before dividing, so that the darkest parts are not torn
+
+
+def relight(
+    student: Student,
+    reference: Image | str | Path,
+    light: str | Sequence[str],
+    *,
+    scene: str = "",
+    task: str = "relight",
+    mask: Image | str | Path | None = None,
+    detail: float = DETAIL,
+    seed: int | Sequence[int] = 0,
+    size: int | tuple[int, int] | None = None,
+    fit: str = "crop",
+    background: str = "white",
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+    **options: Any,
+) -> Any:
+    """The reference under each light with each seed; one picture, or a list if `light` or `seed` is one.
+
+    Args:
+        light: what changes, in words: "warm light from the left".
+        scene: what the reference shows, in words ("a cat in a kitchen"), for a model that is surer when told; else it
+            reads that from the reference alone.
+        task: a task whose panels are aligned, by name or file.
+        mask: of the reference's size: white may change, black stays. What stays is held while the rest is drawn, and in
+            the end taken from the reference itself; grey mixes.
+        detail: how much of the fine detail is the reference's own, 0 to 1: the drawn picture then gives the light and
+            the reference what it falls on. 0 takes the drawn picture as it is.
+        seed, size, fit, background, options: of `Student.generate`.
+
+    Raises UsageError for what does not fit together, UserError for a picture that cannot be read.
+    """
+    from diptych.api import in_turn
+    from diptych.stages import wording
+
+    found = aligned(task)
+    if not 0 <= detail <= 1:
+        raise UsageError(f"detail {detail!r} is a number from 0 to 1")
+    lights, seeds = _listed(light), _listed(seed)
+    for text in lights:
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError("the light is empty; say how the scene is lit, for instance 'soft light from the left'")
+    if reference is None:
+        raise UsageError("missing a reference, the picture that is to be relit")
+    opened, canvas = student.opened(reference, background), student.canvas(size)
+    panel = _fitted(opened, canvas, fit)
+    stays = None if mask is None else kept(mask, opened.size, canvas, fit)
+    told: dict[str, Any] = {"task": found.name, "detail": detail}
+    if stays is not None:
+        told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
+    pictures = []
+    for text in lights:
+        words = wording.asked(found, text.strip(), scene.strip())
+        for number in seeds:
+            calls = [callback_on_step_end] if callback_on_step_end is not None else []
+            if stays is not None:
+                calls.insert(0, _hold(student, panel, stays, canvas, number))
+            image = student.generate(
+                opened,
+                words,
+                seed=number,
+                size=size,
+                fit=fit,
+                background=background,
+                callback_on_step_end=in_turn(calls) if calls else None,
+                **options,
+            )
+            done = keep_detail(image, panel, detail)
+            if stays is not None:
+                done = keep_part(done, panel, stays)
+            done.info = {**image.info, "light": text, **told}
+            pictures.append(done)
+    return pictures if isinstance(light, (list, tuple)) or isinstance(seed, (list, tuple)) else pictures[0]
+
+
+def aligned(task: str) -> Task:
+    """The task. UsageError unless its panels are aligned."""
+    from diptych import tasks
+
+    found = tasks.load(task)
+    if found.geometry != "aligned":
+        raise UsageError(f"the task '{found.name}' moves things about; relighting needs one whose geometry is aligned")
+    return found
+
+
+def kept(mask: Image | str | Path, size: tuple[int, int], canvas: Any, fit: str) -> np.ndarray:
+    """What of a panel stays, float32 (H, W) from 0 to 1, of a mask whose white may change.
+
+    UsageError for a mask that is not of the reference's `size`, or leaves nothing to change.
+    """
+    from PIL import Image as pillow
+
+    from diptych.data.images import open_image, to_rgb
+
+    opened = to_rgb(mask) if isinstance(mask, pillow.Image) else open_image(mask)
+    if opened.size != size:
+        raise UsageError(
+            f"the mask has {opened.width}×{opened.height} pixels and the reference {size[0]}×{size[1]}; "
+            "they must be of one size"
+        )
+    stays = 1 - np.asarray(_fitted(opened, canvas, fit).convert("L"), dtype=np.float32) / 255
+    if stays.min() == 1:
+        raise UsageError("the mask is black everywhere; what may change is white")
+    return stays
+
+
+def keep_detail(drawn: Image, reference: Image, amount: float = 1.0) -> Image:
+    """The reference under the light of `drawn`: what is coarse of the one, what is fine of the other.
+
+    reference × soft(drawn) / soft(reference), channel by channel, `soft` being a Gaussian blur of a tenth of the side;
+    laid over `drawn` with the weight `amount`. As in retouching by frequency separation.
+    """
+    from PIL import Image as pillow
+
+    if amount == 0:
+        return drawn
+    new, old = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (drawn, reference))
+    sigma = SOFT * min(drawn.size)
+    gain = (soft(new, sigma) + DARK) / (soft(old, sigma) + DARK)
+    mixed = amount * np.clip((old + DARK) * gain - DARK, 0, 1) + (1 - amount) * new
+    return pillow.fromarray((mixed * 255).round().astype(np.uint8))
+
+
+def keep_part(drawn: Image, reference: Image, stays: np.ndarray) -> Image:
+    """The reference where `stays` (H, W) is 1, the drawn picture where it is 0, a mixture between."""
+    from PIL import Image as pillow
+
+    mask = pillow.fromarray((stays * 255).round().astype(np.uint8))
+    return pillow.composite(reference, drawn, mask)
+
+
+def soft(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Pixels (H, W, C) blurred by a Gaussian of `sigma` pixels, mirrored at the border."""
+    radius = max(1, min(round(3 * sigma), min(pixels.shape[:2]) - 1))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-3)) ** 2).astype(np.float32)
+    weights /= weights.sum()
+    for axis in (0, 1):
+        around = [(0, 0)] * 3
+        around[axis] = (radius, radius)
+        wide = np.pad(pixels, around, mode="symmetric")
+        pixels = sum(
+            weight * np.take(wide, np.arange(pixels.shape[axis]) + shift, axis) for shift, weight in enumerate(weights)
+        )  # pyright: ignore[reportAssignmentType]
+    return pixels
+
+
+def strip(pictures: Sequence[Image], gap: int = 2) -> Image:
+    """Pictures of one height side by side, `gap` white pixels between them."""
+    from PIL import Image as pillow
+
+    wide = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = pillow.new("RGB", (wide, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    return sheet
+
+
+def _hold(student: Student, panel: Image, stays: np.ndarray, canvas: Any, seed: int) -> Any:
+    from diptych.student.hold import Hold
+
+    return Hold(student.pipeline, panel, stays >= 0.5, canvas, seed)
+
+
+def _fitted(image: Image, canvas: Any, fit: str) -> Image:
+    from diptych.student.geometry import fit_image
+
+    return fit_image(image, canvas.panel_height, canvas.panel_width, fit)
+
+
+def _listed(value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise UsageError("an empty list was given; give at least one light and seed")
+    return values

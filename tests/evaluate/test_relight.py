@@ -1,0 +1,169 @@
+"""Relighting against the truth: what is asked, how baselines answer, what is scored, and the whole on a tiny run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_world as tiny
+from PIL import Image
+
+from diptych.evaluate import relight, relight_sheet, relight_suite, report, run_suite
+from diptych.evaluate.gather import Run
+from diptych.evaluate.relight_suite import ColourTransfer, Scenes
+from diptych.pocket import captions, world
+from diptych.sections import Recipe
+
+SUITE = Scenes()
+WISHES = SUITE.samples(10)
+
+
+def test_only_the_light_changes_and_what_is_asked_differs_from_the_reference() -> None:
+    assert len(WISHES) == 30 and len({wish.id for wish in WISHES}) == 30
+    assert {wish.kind for wish in WISHES} == set(world.TRAIN_KINDS)
+    for wish in WISHES:
+        known = SUITE.of(wish)
+        before, after = known.reference.light, known.target.light
+        assert world.replace(known.target, light=before) == known.reference
+        groups = {"direction": {"light"}, "colour": {"colour"}, "both": {"light", "colour"}}[wish.level]
+        assert wish.asked.keys() - {"intensity"} == groups
+        assert wish.asked.get("light", before.direction) == after.direction
+        assert ("colour" in wish.asked) == (after.colour != before.colour)
+        assert wish.light == captions.describe_light(after) and wish.prompt.endswith(f", {wish.light}")
+        assert not captions.unknown_words(wish.prompt) and captions.count_words(wish.prompt) <= captions.LONGEST
+        assert "light" not in wish.prompt.removesuffix(wish.light)
+        assert SUITE.picture(wish).size == SUITE.truth(wish).size == (32, 32)
+    assert Scenes().samples(3) == WISHES[:9]
+
+
+def test_the_colour_space_of_the_transfer_goes_both_ways() -> None:
+    pixels = np.random.default_rng(0).uniform(0.1, 1, (50, 3))
+    # The matrices are printed with four digits, so white is not quite on the grey axis.
+    assert np.allclose(relight_suite.from_opponent(relight_suite.to_opponent(pixels)), pixels, atol=1e-6)
+    image = Image.fromarray((pixels.reshape(10, 5, 3) * 255).astype(np.uint8))
+    target = np.array([[-0.8, 0.05, 0.0], [-2.0, -3.0, -3.5]])
+    assert np.allclose(relight_suite.statistics(relight_suite.moved(image, target)), target, atol=0.1)
+
+
+def test_colour_baselines_do_what_they_say() -> None:
+    coloured = [wish for wish in WISHES if wish.level == "colour"]
+    references, truths = ([f(wish) for wish in coloured] for f in (SUITE.picture, SUITE.truth))
+
+    def error(pictures: Any) -> float:
+        apart = [np.asarray(p, dtype=float) - np.asarray(t, dtype=float) for p, t in zip(pictures, truths, strict=True)]
+        return float(np.mean([np.abs(one).mean() for one in apart]))
+
+    shifted = ColourTransfer(SUITE, relative=True).generate(references, coloured, [])
+    assert error(shifted) < 0.8 * error(references)
+    for wish, picture in zip(
+        coloured, ColourTransfer(SUITE, relative=False).generate(references, coloured, []), strict=True
+    ):
+        light = SUITE.of(wish).target.light
+        wanted, _ = relight_suite.light_statistics(light.direction, light.colour, light.intensity)
+        before, after = (np.abs(relight_suite.statistics(p) - wanted).sum() for p in (SUITE.picture(wish), picture))
+        assert after < before, "its statistics are those of the asked light, clipped"
+
+
+def line(method: str, scene: int, **scores: float) -> dict[str, Any]:
+    plain = {"psnr": 20.0, "ssim": 0.5, "features": 0.2, "structure": 0.5, "following": 0.5}
+    return {"method": method, "scene": scene, "level": relight_suite.LEVELS[scene % 3], **plain, **scores}
+
+
+def test_ahead_means_better_with_intervals_apart() -> None:
+    rng = np.random.default_rng(0)
+    lines = []
+    for scene in range(60):
+        own = {"psnr": 20 + rng.normal(), "features": 0.2 + 0.01 * rng.normal()}
+        lines += [line(name, scene, **own) for name in (*relight.BASELINES, relight.ROUND_TRIP)]
+        better = {"psnr": own["psnr"] + 2, "ssim": 0.6, "features": own["features"] - 0.1, "following": 0.5}
+        lines.append(line("student", scene, **better))
+    found = relight.summary(lines, 200)
+    assert list(found["anchors"]) == [relight.ROUND_TRIP] and found["methods"]["student"]["n"] == 60
+    against = found["comparisons"]["student"]["copy"]
+    assert {key for key, by in against.items() if by["ahead"]} == {"psnr", "ssim", "features"}
+    assert against["psnr"]["difference"] == pytest.approx(2, abs=1e-3)
+    assert against["psnr"]["ci95"] == pytest.approx([2, 2], abs=1e-3), "both are resampled together"
+    low, high = found["methods"]["copy"]["ci95"]["psnr"]
+    assert low < found["methods"]["copy"]["psnr"] < high < low + 1
+    assert "not clearly ahead on 4 counts" in relight_sheet.verdict(found)
+    for one in lines:
+        one["following"] += one["method"] == "student"
+    assert "beats every baseline" in relight_sheet.verdict(relight.summary(lines, 200))
+
+
+def test_structure_is_the_reference_s_outlines_in_their_place() -> None:
+    wish = WISHES[0]
+    reference, truth = SUITE.picture(wish), SUITE.truth(wish)
+    moved = Image.fromarray(np.roll(np.asarray(reference), 4, 1))
+    assert relight.structure(reference, reference) > 0.99 and relight.structure(reference, moved) == 0
+    assert relight.structure(reference, truth) > 0.5 > relight.structure(reference, SUITE.picture(WISHES[-1]))
+
+
+@pytest.fixture(scope="module")
+def relit(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run whose tiny student was asked to relight two scenes, judged by random models of the right classes."""
+    folder = tmp_path_factory.mktemp("relit")
+    judges = tiny.make_judges(folder / "judges")
+    tiny.make_student(teacher, folder / "run" / "student")
+    recipe = tiny.make_recipe(teacher, judges, suite="none", relight=2, methods=["student"], steps=2)
+    relight.evaluate(recipe, folder / "run")
+    return recipe, folder / "run"
+
+
+def test_a_student_that_never_learnt_it_is_scored_like_the_rest(relit: tuple[Recipe, Path]) -> None:
+    _, folder = relit
+    found = json.loads((folder / "report" / "relight.json").read_text())
+    variants = [f"student{told}{drawn}" for told in ("", "_told") for drawn in ("", "_drawn")]
+    assert set(found["methods"]) == {*relight.BASELINES, *variants}
+    assert all(scores["n"] == 6 and set(scores["ci95"]) == set(relight.SCORES) for scores in found["methods"].values())
+    copy = found["methods"]["copy"]
+    assert copy["structure"] > 0.99 and found["levels"]["copy"]["colour"]["n"] == 2
+    assert found["methods"]["student"]["psnr"] != found["methods"]["student_drawn"]["psnr"]
+    assert found["machine"]["cores"] and found["scenes"] == 2 and "curator" not in found["judges"]
+    lines = [json.loads(row) for row in (folder / "samples" / "relight" / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 * (len(found["methods"]) + 1)
+
+
+def test_a_finished_one_is_not_done_again_and_an_interrupted_one_goes_on(
+    relit: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = relit
+    before = (folder / "report" / "relight.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_suite, "generate", lambda *_: pytest.fail("drawn again"))
+        assert relight.evaluate(recipe, folder) == json.loads(before)
+    (folder / "report" / "relight.json").unlink()
+    kept = {p: p.read_bytes() for p in (folder / "samples" / "relight").rglob("*.parquet")}
+    again = relight.evaluate(recipe, folder)
+    assert {**again, "seconds": 0} == {**json.loads(before), "seconds": 0}
+    assert kept == {p: p.read_bytes() for p in (folder / "samples" / "relight").rglob("*.parquet")}
+
+
+def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -> None:
+    recipe, folder = relit
+    page = report.write(recipe, folder).read_text()
+    assert "Relighting, against the truth" in page and "colour transfer" in page and page.count("<b>truth</b>") == 6
+    text = (folder / "report" / "report.md").read_text()
+    assert "## Relighting" in text and "| student, told the scene |" in text and "| copy |" in text
+    plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"relight": 0})})
+    assert "Relighting" not in report.write(plain, folder).read_text()
+    empty = relight_sheet.table_and_pictures(Run(recipe, folder / "nowhere"))
+    assert "Nothing has been relit yet" in empty
+
+
+def test_a_run_evaluates_relighting_where_its_recipe_asks(
+    relit: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diptych.console import Display
+    from diptych.run import Pipeline
+
+    recipe, folder = relit
+    asked: list[Any] = []
+    monkeypatch.setattr(relight, "evaluate", lambda *given: asked.append(given))
+    task: Any = SimpleNamespace(name="relight", version=3)
+    assert Pipeline(recipe, task, folder, Display(quiet=True)).evaluate() == {"relight": 2}
+    assert asked[0][:2] == (recipe, folder)

@@ -1,0 +1,193 @@
+"""Relighting: the task's own words, the reference's detail, and what a mask keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych import Student, cli, relight
+from diptych.data.images import read_provenance
+from diptych.errors import UsageError
+from diptych.pocket import world
+from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.hold import Hold, held_latents
+
+LIGHT = "dim blue light from above"
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Student:
+    return Student.load("pocket", device="cpu", progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def render() -> Image.Image:
+    rng = np.random.default_rng(5)
+    return Image.fromarray(world.render(world.sample_identity(rng, "cat"), world.sample_scene(rng)))
+
+
+@pytest.fixture
+def mask() -> Image.Image:
+    """White, so free, on the left; black on the right and for a pixel more, so that one latent is partly kept."""
+    image = Image.new("L", (32, 32), 0)
+    image.paste(255, (0, 0, 15, 32))
+    return image
+
+
+def test_the_student_is_told_the_light_in_its_task_s_words(pocket: Student, render: Image.Image) -> None:
+    alone = pocket.relight(render, LIGHT, steps=2, seed=4)
+    assert alone.info["prompt"] == "the same scene, dim blue light from above" and alone.size == (32, 32)
+    assert (alone.info["light"], alone.info["task"], alone.info["seed"]) == (LIGHT, "relight", 4)
+    told = pocket.relight(render, LIGHT, scene="a cat in a cave", steps=2)
+    assert told.info["prompt"] == "a cat in a cave, dim blue light from above"
+
+
+def test_another_aligned_task_is_a_file(pocket: Student, render: Image.Image, tmp_path: Path) -> None:
+    import yaml
+
+    from diptych import tasks
+
+    values = yaml.safe_load((Path(tasks.__file__).parent / "relight.yaml").read_text())
+    values["captions"]["instruction_templates"] = ["in this season: {change}"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, "name": "mine"}))
+    image = pocket.relight(render, "in winter", task=str(path), steps=1)
+    assert image.info["prompt"] == "in this season: in winter" and image.info["task"] == "mine"
+    with pytest.raises(UsageError, match="'subject' moves things about"):
+        pocket.relight(render, "in winter", task="subject")
+
+
+def test_lists_give_lists_and_one_seed_one_picture(pocket: Student, render: Image.Image) -> None:
+    many = pocket.relight(render, [LIGHT, "bright white light from behind"], seed=[1, 2], steps=1)
+    assert [(i.info["light"], i.info["seed"]) for i in many] == [
+        (LIGHT, 1),
+        (LIGHT, 2),
+        ("bright white light from behind", 1),
+        ("bright white light from behind", 2),
+    ]
+    assert np.array_equal(np.asarray(pocket.relight(render, LIGHT, seed=2, steps=1)), np.asarray(many[1]))
+
+
+def test_what_a_mask_keeps_is_the_reference_to_the_pixel(
+    pocket: Student, render: Image.Image, mask: Image.Image
+) -> None:
+    seen: list[int] = []
+    image = pocket.relight(
+        render, LIGHT, mask=mask, steps=3, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step)
+    )
+    new, old = np.asarray(image), np.asarray(render)
+    assert np.array_equal(new[:, 15:], old[:, 15:]) and not np.array_equal(new[:, :15], old[:, :15])
+    assert seen == [0, 1, 2], "the caller's own callback is called as well"
+    assert len(image.info["mask"]) == 64
+    half = Image.new("L", (32, 32), 128)
+    mixed = np.asarray(pocket.relight(render, LIGHT, mask=half, steps=3), dtype=int)
+    free = np.asarray(pocket.relight(render, LIGHT, steps=3), dtype=int)
+    assert np.abs(mixed - (old * (127 / 255) + free * (128 / 255))).max() <= 1
+
+
+def test_the_kept_part_is_held_while_the_rest_is_drawn(pocket: Student, render: Image.Image, mask: Image.Image) -> None:
+    pipe, canvas = pocket.pipeline, pocket.canvas()
+    kept = np.asarray(mask) == 0
+    hold = Hold(pipe, render, kept, canvas, 7)
+    drawn: list[torch.Tensor] = []
+
+    def note(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        changed = hold(pipe, step, t, tensors)
+        drawn.append(changed["latents"])
+        return changed
+
+    pipe(prompt=LIGHT, reference=render, generator=7, num_inference_steps=3, callback_on_step_end=note)
+    held = hold.held
+    sigma = float(pipe.scheduler.sigmas[1])
+    path = (1 - sigma) * hold.clean + sigma * hold.noise
+    assert torch.allclose(drawn[0][held], path[held], atol=1e-5)
+    assert torch.allclose(drawn[-1][held], hold.clean[held], atol=1e-5)
+    _, right = split_tokens(held.float(), canvas)
+    _, picture = split_tokens((drawn[-1] - hold.clean).abs() * ~held, canvas)
+    assert 0.3 < right.mean() < 0.6 and picture.max() > 0.05, "the rest is drawn freely"
+
+
+def test_only_latents_of_which_every_pixel_is_kept_are_held() -> None:
+    canvas = Canvas(32, 32, 4)
+    kept = np.zeros((32, 32), dtype=bool)
+    kept[4:12, 8:15] = True  # latent rows 1 and 2; latent column 2 whole, 3 short of a pixel
+    held = held_latents(kept, canvas, 8)
+    assert held.shape == (1, canvas.tokens, 32) and int(held.sum()) == 2 * 8
+    left, right = split_tokens(held, canvas)
+    assert not left.any() and right.any()
+
+
+def test_detail_takes_light_from_the_drawing_and_the_rest_from_the_reference(render: Image.Image) -> None:
+    old = np.asarray(render, dtype=float)
+    blurred = Image.fromarray((relight.soft(old, 1.5) * np.array([0.9, 0.7, 0.5])).round().astype(np.uint8))
+    tinted = np.clip((old + 255 * relight.DARK) * [0.9, 0.7, 0.5] - 255 * relight.DARK, 0, 255)
+    lit = np.asarray(relight.keep_detail(blurred, render), dtype=float)
+    assert np.abs(lit - tinted).mean() < 6 < np.abs(np.asarray(blurred, dtype=float) - tinted).mean()
+    assert np.array_equal(np.asarray(relight.keep_detail(render, render)), np.asarray(render))
+    assert relight.keep_detail(blurred, render, 0) is blurred
+    half = np.asarray(relight.keep_detail(blurred, render, 0.5), dtype=float)
+    assert np.abs(half - (lit + np.asarray(blurred)) / 2).max() <= 1
+
+
+def test_blurring_keeps_the_mean_and_a_flat_picture() -> None:
+    flat = np.full((9, 7, 3), 0.3, dtype=np.float32)
+    assert np.allclose(relight.soft(flat, 2), 0.3, atol=1e-6)
+    point = np.zeros((31, 31, 1), dtype=np.float32)
+    point[15, 15] = 1
+    spread = relight.soft(point, 3)
+    assert spread.sum() == pytest.approx(1, abs=1e-4) and spread.max() == spread[15, 15] < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"light": "  "}, "the light is empty"),
+        ({"light": []}, "at least one light"),
+        ({"detail": 1.5}, "detail 1.5 is a number from 0 to 1"),
+        ({"reference": None}, "missing a reference"),
+        ({"mask": Image.new("L", (16, 32), 255)}, "the mask has 16×32 pixels and the reference 32×32"),
+        ({"mask": Image.new("L", (32, 32), 0)}, "black everywhere"),
+        ({"task": "relihgt"}, "did you mean 'relight'"),
+        ({"size": 30}, "not a multiple of 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(pocket: Student, render: Image.Image, options: dict[str, Any], says: str) -> None:
+    given: dict[str, Any] = {"reference": render, "light": LIGHT, **options}
+    with pytest.raises(UsageError, match=says):
+        pocket.relight(given.pop("reference"), given.pop("light"), **given)
+
+
+def test_the_command_draws_a_strip_or_a_folder_and_says_what_made_it(
+    pocket: Student,
+    render: Image.Image,
+    mask: Image.Image,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Student, "load", lambda *_, **__: pocket)
+    render.save("cat.png")
+    mask.save("mask.png")
+    command = ["relight", "--reference", "cat.png", "--steps", "1", "--light", LIGHT]
+    assert cli.call([*command, "--out", "lit.png", "--mask", "mask.png"]) == 0
+    assert capsys.readouterr().out == "lit.png\n"
+    told = read_provenance("lit.png")
+    assert told is not None and told["light"] == LIGHT and told["reference_file"] == "cat.png" and "mask" in told
+    assert cli.call([*command, "--light", "soft pink light from the left", "--out", "strip.png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["out"] == ["strip.png"] and len(found["pictures"]) == 2
+    strip = np.asarray(Image.open("strip.png"))
+    assert strip.shape == (32, 66, 3) and (strip[:, 32:34] == 255).all()
+    assert np.array_equal(strip[:, :32], np.asarray(pocket.relight(render, LIGHT, steps=1)))
+    assert cli.call([*command, "--light", LIGHT + ".", "--out", "many/"]) == 0
+    assert len({*capsys.readouterr().out.split()}) == 2 == len(list(Path("many").iterdir()))
+    assert cli.call([*command, "--out", "cat.png"]) == 2
+    assert "cat.png is a reference itself" in capsys.readouterr().err
+    assert cli.call([*command, "--out", "lit.tiff"]) == 2
