@@ -72,8 +72,8 @@ def lora_deltas(path: Path) -> dict[str, Delta]:
     """
     state, alphas, metadata = read_lora(path)
     layers = dict.fromkeys(key.partition(".lora_")[0] for key in state)
-    odd = [key for key in state if not key.startswith("transformer.") or ".lora_" not in key]
-    odd += [layer for layer in layers if not {f"{layer}.lora_{x}.weight" for x in "AB"} <= state.keys()]
+    whole = {layer for layer in layers if {f"{layer}.lora_{x}.weight" for x in "AB"} <= state.keys()}
+    odd = [key for key in state if not key.startswith("transformer.") or key.partition(".lora_")[0] not in whole]
     if odd or not state:
         raise UserError(f"{path}: {len(odd)} keys match no layer of a transformer: {some(sorted(odd))}")
     settings = {k.removeprefix("transformer."): v for k, v in (metadata or {}).items()}

@@ -60,6 +60,8 @@ class Reader:
         key, members, number = "", [], -1
         size = file.stat().st_size if file.suffix == ".tar" else None
         try:
+            if size is not None and size % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut short")
             with tarfile.open(file, "r:*") as tar:
                 for member in tar:
                     # tarfile takes the end of a file for the end of its archive.
