@@ -1,4 +1,4 @@
-"""`diptych data`: what a run's evidence says, and what other thresholds would make of it. Thin, like `cli.py`."""
+"""`diptych data`: what a run's evidence says, what other thresholds would make of it, and data in and out. Thin."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, nearest
 
 app = typer.Typer(
     name="data",
     help="A run's evidence: count it (stats), check it by eye (audit), use other thresholds (recurate), hold a judge "
-    "against people (judge-check).",
+    "against people (judge-check); and other people's data: import, export.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -107,6 +107,85 @@ def audit(
     if sample.pairs and not result["labels"]["used"]:
         display.say("no label of this sample says same or different yet (another --sample or --seed?)")
     _print(result, audits.lines, as_json)
+
+
+FORMATS = "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner or uno"  # docs/interop.md
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{FORMATS}.")]
+Folder = Annotated[str, typer.Option("--out", metavar="DIR", help="A new folder, or one to continue.")]
+Text = Annotated[str, typer.Option("--text", help="What a format's one text is: caption or instruction.")]
+
+
+@app.command("import", epilog="Example: diptych data import edits/ --format imagefolder --out edits-pairs")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder or file; parquet also by fsspec address.")],
+    format: Format,
+    out: Folder,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="OURS=THEIRS", help="For instance image=after. Repeatable."),
+    ] = None,
+    text: Text = "caption",
+    task: Annotated[str, typer.Option("--task", help="What these pairs mean; see diptych tasks.")] = "subject",
+    licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="For the card, if you know it.")] = "",
+    skip: Annotated[bool, typer.Option("--skip", help="List rows that are no pair in OUT/failed, and go on.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make pairs to train on of other people's data: a folder for distill.data, with the pictures' own bytes.
+
+    Interrupted or killed, the same command continues. A row that is no pair is refused with its number and the reason.
+    """
+    from diptych.data.interop.importing import import_data
+
+    options = _options(text, task, columns)
+    with _display(as_json).stage("import", "rows") as report:
+        done = import_data(source, out, format, options, skip=skip, licence=licence, report=report)
+    failed = f"; {done['failed']} rows are no pair, see {done['out']}/failed" if done["failed"] else ""
+    _print(done, lambda found: [f"{found['rows']} pairs{failed}", found["out"]], as_json)
+
+
+@app.command("export", epilog="Example: diptych data export runs/first --format uno --out for-uno")
+def export(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run, an import, or parquet of pairs.")],
+    format: Format,
+    out: Folder,
+    text: Text = "caption",
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Read every row back and compare.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write pairs as other trainers read them, with a card: funnel, models, thresholds, licence.
+
+    Interrupted or killed, the same command continues. Pairs that curation did not keep are left out.
+    """
+    from diptych.data.interop.exporting import export_data
+
+    options = _options(text, "subject", None)
+    with _display(as_json).stage("export", "rows") as report:
+        done = export_data(source, out, format, options, verify=verify, report=report)
+    said = "read back and equal" if done["verified"] else "not read back"
+    _print(done, lambda found: [f"{found['rows']} pairs, {said}", found["out"]], as_json)
+
+
+def _options(text: str, task: str, columns: list[str] | None) -> Any:
+    from diptych import tasks
+    from diptych.data.interop.rows import Options
+    from diptych.data.sources import NAMES
+
+    if text not in ("caption", "instruction"):
+        raise UsageError(f"--text {text}: it is caption or instruction{nearest(text, ('caption', 'instruction'))}")
+    tasks.load(task)
+    mapped: dict[str, str] = {}
+    for given in columns or ():
+        ours, equals, theirs = given.partition("=")
+        if not equals or not theirs or ours not in NAMES:
+            raise UsageError(f"--column {given}: say OURS=THEIRS, ours being {', '.join(NAMES)}{nearest(ours, NAMES)}")
+        mapped[ours] = theirs
+    return Options(mapped, text, task)
+
+
+def _display(as_json: bool) -> Any:
+    from diptych.console import Display
+
+    return Display(quiet=as_json)
 
 
 def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -> bool:

@@ -26,6 +26,7 @@ FLUX_DEV_NOTE = (
     "FLUX.1-dev and everything trained from it are under the FLUX.1-dev Non-Commercial License: "
     "research and personal use only, unless you have a licence from Black Forest Labs."
 )
+FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
 _noted: set[str] = set()
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 
@@ -118,6 +119,31 @@ def note_licence(name: str, path: Path) -> str | None:
         _noted.add(FLUX_DEV_NOTE)
         logging.getLogger("diptych").warning(FLUX_DEV_NOTE)
     return FLUX_DEV_NOTE
+
+
+def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
+    """A base's licence, which what is made from it inherits: card fields, and a sentence.
+
+    `folder` is the model on this machine, if it is there: its README is read for the licence it states.
+    """
+    if name in BUILT_IN:
+        return {"license": "apache-2.0"}, "Apache-2.0, as its base."
+    if _is_flux_dev(name, folder or Path(name)):
+        kind, licence, link = FLUX_DEV
+        return {"license": kind, "license_name": licence, "license_link": link}, FLUX_DEV_NOTE
+    front = None
+    if folder is not None:
+        import yaml
+
+        try:
+            text = (folder / "README.md").read_text("utf8")
+            front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            front = None
+    if isinstance(front, dict) and front.get("license"):
+        fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
+        return fields, f"As its base, {name}: {front.get('license_name') or front['license']}."
+    return {"license": "other"}, f"As its base, {name}, which states none here: look it up before you publish."
 
 
 def _is_flux_dev(name: str, path: Path) -> bool:

@@ -28,11 +28,12 @@ from diptych import tasks
 from diptych.console import Display, Report
 from diptych.data import duplicates, log, records
 from diptych.data.engine import Row
+from diptych.data.lock import lock
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError, nearest
-from diptych.run import Pipeline, freeze, lock
+from diptych.run import Pipeline, freeze
 from diptych.sections import Recipe, Screens, Thresholds
 
 SECTION = "curate.thresholds"

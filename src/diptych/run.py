@@ -25,6 +25,7 @@ from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.data import duplicates, log, records
 from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
+from diptych.data.lock import lock
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, versions
@@ -393,44 +394,3 @@ def enter(recipe: Recipe, folder: Path) -> Iterator[Recipe]:
                 freeze(recipe, folder)
         yield recipes.load(folder / "recipe.yaml")
     parallel.leave()
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps every other process out of a run folder, which is made if need be. UserError if one is already in."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
-    with (folder / ".lock").open("a+") as stream:
-        if not _take(stream.fileno()):
-            stream.seek(0)
-            holder = stream.read().strip()
-            raise UserError(
-                f"another diptych{f' (process {holder})' if holder else ''} is writing {folder}; "
-                "wait for it to end, or choose another --out"
-            )
-        stream.seek(0)
-        stream.truncate()
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
-
-
-def _take(descriptor: int) -> bool:
-    """A lock that the system drops when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: its own lock, on the first byte
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
-            return True
-        except OSError:
-            return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False

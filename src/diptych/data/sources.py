@@ -82,13 +82,15 @@ class Parquet:
             raise UserError(f"{url} holds no parquet files")
         self._places: list[tuple[int, int, int, int]] = []  # file, row group, first row in it, rows
         self._digest = hashlib.sha256(repr(sorted((columns or {}).items())).encode())
-        self._columns: dict[str, str] = {}
-        self._group: tuple[tuple[int, int], list[dict[str, Any]]] | None = None
+        self.columns: dict[str, str] = {}  # ours → theirs
+        self.there: list[str] = []  # every column of the files, by their names
+        self._group: tuple[tuple[int, int, tuple[str, ...]], list[dict[str, Any]]] | None = None
         for number, name in enumerate(self.files):
             with self._open(number) as file:
-                if not self._columns:
-                    self._columns = find_columns(file.schema_arrow.names, columns or {}, url)
-                if missing := [theirs for theirs in self._columns.values() if theirs not in file.schema_arrow.names]:
+                if not self.columns:
+                    self.there = list(file.schema_arrow.names)
+                    self.columns = find_columns(self.there, columns or {}, url)
+                if missing := [theirs for theirs in self.columns.values() if theirs not in file.schema_arrow.names]:
                     raise UsageError(f"{name} has no column '{missing[0]}', which the files before it have")
                 groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
             described = [(g.num_rows, g.total_byte_size, g.column(0).data_page_offset) for g in groups]
@@ -111,16 +113,23 @@ class Parquet:
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
         """Rows with `conditioning`, `image`, `caption`, `instruction`, `id` and `grid_id`."""
-        number, group, first, count = self._places[shard]
-        if self._group is None or self._group[0] != (number, group):
-            with self._open(number) as file:
-                table = file.read_row_group(group, columns=list(dict.fromkeys(self._columns.values())))
-            self._group = ((number, group), table.to_pylist())
-        rows = self._group[1][first : first + count]
+        number, group, first, _ = self._places[shard]
+        rows = self.read_raw(shard, list(dict.fromkeys(self.columns.values())))
         return [self._row(row, f"{number:05d}-{group}-{first + n}") for n, row in enumerate(rows)]
 
+    def read_raw(self, shard: int, names: list[str]) -> list[dict[str, Any]]:
+        """Rows as they lie there, of these columns; one that a file lacks is left out."""
+        number, group, first, count = self._places[shard]
+        key = (number, group, tuple(names))
+        if self._group is None or self._group[0] != key:
+            with self._open(number) as file:
+                there = set(file.schema_arrow.names)
+                table = file.read_row_group(group, columns=[name for name in names if name in there])
+            self._group = (key, table.to_pylist())
+        return self._group[1][first : first + count]
+
     def _row(self, row: Mapping[str, Any], name: str) -> dict[str, Any]:
-        mapped: dict[str, Any] = {ours: row[theirs] for ours, theirs in self._columns.items()}
+        mapped: dict[str, Any] = {ours: row[theirs] for ours, theirs in self.columns.items()}
         for side in ("conditioning", "image"):
             mapped[side] = _cell(mapped[side], f"{name} {side}")
         instruction = str(mapped.get("instruction") or "")

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from diptych.errors import UsageError, UserError, nearest
-from diptych.student import directions, files, gguf_file
+from diptych.student import directions, files, gguf_file, lora_keys, original
 from diptych.student.components import INDEX, NEEDED, copy_parts, find_parts
-from diptych.student.deltas import as_lora, difference, fuse, read_deltas
+from diptych.student.deltas import Delta, as_lora, difference, fuse, lora_deltas, read_deltas
 from diptych.student.loading import SAMPLING_FILE, WORDS_FILE, read_conditioning, resolve
 from diptych.student.lora import INPUT, RELEASED_LORA, lora_file
-from diptych.student.sources import Source, open_source, teacher_state
+from diptych.student.modelspec import modelspec
+from diptych.student.sources import Source, lora_alone, open_source, teacher_state
 from diptych.student.tensors import Stored, held, write_safetensors
 from diptych.student.weights import INPUT_LAYERS, BiasSplit, shapes_of, unfold
 
@@ -30,6 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 INPUT_BIAS = f"{INPUT}.bias"
 Report = Callable[[int, int], None]
 _CONTROL = "control-lora"
+_LORAS = (_CONTROL, *directions.STYLES)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def convert(
 
     Args:
         model: whatever `diptych.student.load` opens.
-        out: a folder; for `to="file"` a name that ends in .safetensors.
+        out: a folder; for a target that is one file (`directions.FILES`) a name with its ending.
         to: one of `directions.TARGETS`.
         base: the teacher: needed to or from a control-LoRA. With `to="folded"` its parts (VAE, text encoders, …) are
             copied along, so that stock diffusers opens the folder.
@@ -83,8 +85,9 @@ def convert(
         directions.find("folded", to)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}': {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    if (to == "file") != (out.suffix == ".safetensors"):
-        what = "a file: end its name in .safetensors" if to == "file" else "a folder: give a name without .safetensors"
+    ending = directions.FILES.get(to, "")
+    if ending != (out.suffix if ending or out.suffix in directions.FILES.values() else ""):
+        what = f"a file: end its name in {ending}" if ending else f"a folder: give a name without {out.suffix}"
         raise UsageError(f"{out}: --to {to} writes {what}")
     path, base_folder = resolve(model, base)
     for read in (path, base_folder):
@@ -93,8 +96,10 @@ def convert(
     files.check_free(out, overwrite, "pass --overwrite")
 
     places = [path, *([base_folder] if base_folder else [])]
-    if to in ("released", "file") and (other := read_conditioning(places)) != "diptych":
+    if to in ("released", "file", *directions.STYLES) and (other := read_conditioning(places)) != "diptych":
         raise UserError(f"{path} → {to} is refused: it cannot say that this student is of {other} conditioning")
+    if to in directions.STYLES and (lora := lora_alone(path)) is not None:
+        return _rewritten(lora, out, to, dtype, started)
     source = open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
@@ -108,7 +113,7 @@ def convert(
             _WRITERS[to](job, partial)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to == _CONTROL else "kept"
+    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to in _LORAS else "kept"
     return {
         "source": source.layout,
         "target": to,
@@ -136,12 +141,12 @@ def _job(
     lora = source.lora
     if lora is not None:
         lora_file(lora)
-        if to == "file" and source.layout != _CONTROL and not fuse_lora:
+        if to in directions.FILES and to not in _LORAS and source.layout != _CONTROL and not fuse_lora:
             raise UserError(
-                f"{source.layout} → file without --fuse is refused: beside the weights lies {lora.name}, which "
+                f"{source.layout} → {to} without --fuse is refused: beside the weights lies {lora.name}, which "
                 f"a single file cannot hold; --fuse adds it into them, or convert {source.place} to leave it out"
             )
-        if to != _CONTROL and (fuse_lora or source.layout == _CONTROL):
+        if to not in _LORAS and (fuse_lora or source.layout == _CONTROL):
             deltas = read_deltas(lora, {key: tensor.shape for key, tensor in tensors.items()})
             half = next((t.dtype for layer in deltas if (t := tensors[f"{layer}.weight"]).dtype.itemsize < 4), None)
             if half is not None and dtype is None:
@@ -184,11 +189,70 @@ def _write_released(job: Job, folder: Path) -> None:
 
 def _write_file(job: Job, path: Path) -> None:
     config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
-    write_safetensors(path, job.tensors, files.header_of(config, job.split), job.report)
+    write_safetensors(path, job.tensors, _header(job, config, path, "diffusers"), job.report)
+
+
+def _write_original(job: Job, path: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    write_safetensors(path, original.to_original(job.tensors), _header(job, config, path, "comfyui"), job.report)
+
+
+def _header(job: Job, config: dict[str, Any], path: Path, style: str) -> dict[str, str]:
+    width = job.tensors[f"{INPUT}.weight"].shape[0]
+    spec = modelspec(path.stem, style, lora=False, width=width, guidance=config.get("guidance_embeds"))
+    return {**files.header_of(config, job.split), **spec}
+
+
+def _write_exported(job: Job, path: Path) -> None:
+    from diptych.student.exported import export
+
+    export({key: tensor.read().float() for key, tensor in job.tensors.items()}, job.source.folded.config, path)
+
+
+def _write_style(style: str) -> Callable[[Job, Path], None]:
+    def write(job: Job, path: Path) -> None:
+        deltas = _deltas(job)
+        tensors, metadata = lora_keys.write(deltas, style)
+        spec = modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
+        write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, {**metadata, **spec})
+
+    return write
+
+
+def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, started: float) -> dict[str, Any]:
+    """A LoRA file in another style of keys; no base is needed for that."""
+    deltas = lora_deltas(lora)
+    width = next((d.a.shape[1] for name, d in deltas.items() if name.endswith("attn.to_q")), 0)
+    width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
+    style = directions.STYLES[to]
+    with files.publish(out) as partial:
+        spec = modelspec(out.stem, style, lora=True, width=width)
+        lora_keys.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
+    return {
+        "source": _CONTROL,
+        "target": to,
+        "out": str(out),
+        "equality": "cast" if dtype else "function",
+        "lora": "none",
+        "split": False,
+        "complete": False,
+        "ignored_adapter_tensors": 0,
+        "bytes": out.stat().st_size,
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
 def _write_control_lora(job: Job, folder: Path) -> None:
     """The student minus its teacher, and the LoRA beside it, as one LoRA file."""
+    tensors, metadata = as_lora(_deltas(job))
+    folder.mkdir()
+    write_safetensors(folder / RELEASED_LORA, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
+    for extra in job.extras:
+        shutil.copyfile(extra, folder / extra.name)
+
+
+def _deltas(job: Job) -> dict[str, Delta]:
+    """What a student adds to its teacher, the LoRA beside it included."""
     assert job.base is not None
     teacher, config = teacher_state(job.base)
     wide = {**config, "in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
@@ -204,11 +268,7 @@ def _write_control_lora(job: Job, folder: Path) -> None:
         for layer, delta in read_deltas(job.lora, shapes).items():
             deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
     deltas[INPUT] = deltas[INPUT].whole()
-    tensors, metadata = as_lora(deltas)
-    folder.mkdir()
-    write_safetensors(folder / RELEASED_LORA, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
-    for extra in job.extras:
-        shutil.copyfile(extra, folder / extra.name)
+    return deltas
 
 
 _WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
@@ -216,6 +276,9 @@ _WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
     "released": _write_released,
     "file": _write_file,
     "control-lora": _write_control_lora,
+    "original": _write_original,
+    "exported": _write_exported,
+    **{target: _write_style(style) for target, style in directions.STYLES.items()},
 }
 
 
@@ -235,7 +298,7 @@ def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype:
 
 def _check_room(job: Job, to: str, out: Path) -> None:
     """UserError unless the disk has room for what will be written."""
-    if to == "control-lora":
+    if to in _LORAS:
         return  # small, and known only after the comparison
     needed = sum(tensor.nbytes for tensor in job.tensors.values())
     if to == "folded" and all(part in job.parts for part in NEEDED):

@@ -52,14 +52,30 @@ def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
     Raises UserError, naming the keys, when any of them finds no layer there.
     """
-    state, alphas, metadata = read_lora(path)
 
     def widths(layer: str) -> tuple[int, int] | None:
         shape = shapes.get(f"{layer.removeprefix('transformer.')}.weight", ())
         return (shape[1], shape[0]) if layer.startswith("transformer.") and len(shape) == 2 else None
 
-    check_lora(state, path, widths)
+    check_lora(read_lora(path)[0], path, widths)
+    deltas = lora_deltas(path)
+    for name, delta in deltas.items():
+        width = shapes[f"{name}.weight"][1]  # the release's x_embedder saw no condition
+        deltas[name] = Delta(torch.nn.functional.pad(delta.a, (0, width - delta.a.shape[1])), delta.b, delta.bias)
+    return deltas
+
+
+def lora_deltas(path: Path) -> dict[str, Delta]:
+    """What a LoRA file adds to each layer of a transformer, whatever transformer that is, at scale 1.
+
+    Raises UserError, naming the keys, for those that are no transformer's.
+    """
+    state, alphas, metadata = read_lora(path)
     layers = dict.fromkeys(key.partition(".lora_")[0] for key in state)
+    whole = {layer for layer in layers if {f"{layer}.lora_{x}.weight" for x in "AB"} <= state.keys()}
+    odd = [key for key in state if not key.startswith("transformer.") or key.partition(".lora_")[0] not in whole]
+    if odd or not state:
+        raise UserError(f"{path}: {len(odd)} keys match no layer of a transformer: {some(sorted(odd))}")
     settings = {k.removeprefix("transformer."): v for k, v in (metadata or {}).items()}
     if settings.get("use_dora"):
         raise UserError(f"{path} is a DoRA, which adds no fixed matrix to a layer; it cannot be fused here")
@@ -69,10 +85,8 @@ def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         name = layer.removeprefix("transformer.")
         scale = _scale(name, a.shape[0], settings, (alphas or {}).get(f"{layer}.alpha"))
         bias = state.get(f"{layer}.lora_B.bias")
-        width = shapes[f"{name}.weight"][1]
-        padded = torch.nn.functional.pad(a, (0, width - a.shape[1]))  # the release's x_embedder saw no condition
         scaled = b if scale == 1 else b.float() * scale
-        deltas[name] = Delta(padded, scaled, bias if bias is None else bias.float() * scale)
+        deltas[name] = Delta(a, scaled, bias if bias is None else bias.float() * scale)
     return deltas
 
 

@@ -18,7 +18,16 @@ LAYOUTS = {
     "file": "one .safetensors file: diffusers' keys, the released keys, or Black Forest Labs' own keys",
     "gguf": "one .gguf file, quantized or not",
 }
-TARGETS = ("released", "folded", "control-lora", "file")
+STYLES = {"lora-diffusers": "diffusers", "lora-comfyui": "comfyui", "lora-kohya": "kohya"}  # one LoRA file each
+FILES = {
+    "file": ".safetensors",
+    "original": ".safetensors",
+    "exported": ".pt2",
+    **dict.fromkeys(STYLES, ".safetensors"),
+}
+TARGETS = ("released", "folded", "control-lora", *FILES)
+
+_Equality = Literal["bits", "function", "refused"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Direction:
 
     source: str
     target: str
-    equality: Literal["bits", "function", "refused"]
+    equality: _Equality
     base: bool  # whether the teacher is needed
     note: str
 
@@ -38,6 +47,25 @@ _FUSED = "added into the teacher's weights; if those are in half precision, --dt
 _RANKS = "the input layer exactly; other layers only where they differ from the teacher by a low rank"
 _CONFIG = "config and bias split go into the file's header"
 _DEQUANTIZED = "dequantized, in float32 unless --dtype says otherwise"
+_QUANTIZED = (
+    "quantizing changed every layer, so the difference from the teacher is no low rank; "
+    "use the weights that the GGUF file was made from"
+)
+_ORIGINAL: tuple[tuple[str, _Equality, bool, str], ...] = (
+    ("released", "bits", False, "one file in Black Forest Labs' keys; a LoRA beside the weights must be fused"),
+    ("folded", "bits", False, "one file in Black Forest Labs' keys; a LoRA beside the weights must be fused"),
+    ("control-lora", "function", True, f"{_FUSED}; Black Forest Labs' keys"),
+    ("file", "bits", False, "into Black Forest Labs' keys"),
+    ("gguf", "function", False, _DEQUANTIZED),
+)
+_LORA: dict[str, tuple[_Equality, bool, str]] = {
+    "released": ("function", True, _RANKS),
+    "folded": ("function", True, _RANKS),
+    "control-lora": ("function", False, "any LoRA of a FLUX transformer; the same weight update under other keys"),
+    "file": ("function", True, _RANKS),
+    "gguf": ("refused", False, _QUANTIZED),
+}
+_EXPORTED = "a torch.export program in float32, for any number of text and image tokens; compared before it is kept"
 
 DIRECTIONS = (
     Direction("released", "released", "bits", False, _SAME),
@@ -63,10 +91,17 @@ DIRECTIONS = (
         "control-lora",
         "refused",
         False,
-        "quantizing changed every layer, so the difference from the teacher is no low rank; "
-        "use the weights that the GGUF file was made from",
+        _QUANTIZED,
     ),
     Direction("gguf", "file", "function", False, _DEQUANTIZED),
+    *(Direction(source, "original", equality, base, note) for source, equality, base, note in _ORIGINAL),
+    *(Direction(source, target, *how) for target in STYLES for source, how in _LORA.items()),
+    *(
+        Direction(source, "exported", "function", source == "control-lora", _EXPORTED)
+        for source in LAYOUTS
+        if source != "gguf"
+    ),
+    Direction("gguf", "exported", "refused", False, "its layers dequantize as they go; convert it to folded first"),
 )
 
 

@@ -9,6 +9,7 @@ layer its input side is padded with zero columns: exact. One on `c_embedder` has
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +70,17 @@ def lora_file(path: Path) -> Path:
 
 
 def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """(tensors in diffusers' keys, alphas, adapter metadata) of a LoRA file of any format that diffusers reads."""
+    """(tensors in diffusers' keys, alphas, adapter metadata) of a LoRA file: ComfyUI's and kohya's keys as `lora_keys`
+    reads them, every other format as diffusers does."""
     from diffusers import FluxControlPipeline
 
+    from diptych.student import lora_keys
+    from diptych.student.deltas import as_lora
+
+    stored = open_safetensors(path)[0]
+    if (style := lora_keys.style_of(stored)) is not None:
+        tensors, header = as_lora(lora_keys.read({key: t.read() for key, t in stored.items()}, style, path))
+        return {key: t.read() for key, t in tensors.items()}, None, json.loads(header["lora_adapter_metadata"])
     # From the file, not from its tensors: the header may hold ranks and alphas.
     try:
         return FluxControlPipeline.lora_state_dict(

@@ -61,6 +61,57 @@ _FOLDERS = {"double_blocks": "transformer_blocks", "single_blocks": "single_tran
 _BLOCK_KEY = re.compile(r"^(double_blocks|single_blocks)\.(\d+)\.(.+)\.(weight|bias|scale)$")
 
 
+INPUT = "img_in"
+MODULATION = "final_layer.adaLN_modulation.1"  # shift and scale the other way round
+
+
+def layer_names(blocks: str = "") -> Iterable[str]:
+    """Black Forest Labs' names of the layers of a kind of block (`double_blocks`, …), or of those outside of blocks."""
+    return _BLOCKS[blocks] if blocks else _TOP
+
+
+def layers_of(layer: str) -> tuple[str, ...]:
+    """diffusers' layers for one of Black Forest Labs', in the order of its rows; none if there is no such layer."""
+    if layer in _TOP:
+        return (_TOP[layer],)
+    blocks, _, rest = layer.partition(".")
+    number, _, inner = rest.partition(".")
+    if blocks not in _BLOCKS or not number.isdecimal():
+        return ()
+    return tuple(f"{_FOLDERS[blocks]}.{number}.{name}" for name in _BLOCKS[blocks].get(inner, ()))
+
+
+def original_of(layer: str) -> str | None:
+    """Black Forest Labs' layer that one of diffusers' is, or is a part of; None if there is no such layer."""
+    for theirs, ours in _TOP.items():
+        if ours == layer:
+            return theirs
+    folder, _, rest = layer.partition(".")
+    number, _, inner = rest.partition(".")
+    for blocks, here in _FOLDERS.items():
+        if here == folder:
+            found = next((theirs for theirs, names in _BLOCKS[blocks].items() if inner in names), None)
+            return found and f"{blocks}.{number}.{found}"
+    return None
+
+
+def to_original(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """diffusers' keys as Black Forest Labs': the way back of `from_original`, bit for bit."""
+    out: dict[str, Stored] = {}
+    for key, tensor in tensors.items():
+        layer, _, part = key.rpartition(".")
+        theirs = original_of(layer)
+        assert theirs is not None, key
+        names = layers_of(theirs)
+        if theirs == MODULATION:
+            tensor = _swapped(tensor)
+        elif len(names) > 1:
+            tensor = _stacked([tensors[f"{name}.{part}"] for name in names])
+        scale = part == "weight" and theirs.endswith(("query_norm", "key_norm"))
+        out[f"{theirs}.{'scale' if scale else part}"] = tensor
+    return out
+
+
 def without_prefix(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The same tensors under keys without another program's prefix, where every key has it."""
     for prefix in PREFIXES:
@@ -135,6 +186,12 @@ def infer_config(tensors: Mapping[str, Stored], hints: Iterable[Mapping[str, Any
 def _count(keys: Iterable[str], blocks: str) -> int:
     found = (re.match(rf"{blocks}\.(\d+)\.", key) for key in keys)
     return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def _stacked(parts: list[Stored]) -> Stored:
+    """Several tensors on top of each other."""
+    rows = sum(part.shape[0] for part in parts)
+    return Stored((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _swapped(tensor: Stored) -> Stored:

@@ -80,6 +80,15 @@ def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
     raise UserError(f"{model} holds no transformer/ folder, so it is no student; is the download complete?")
 
 
+def lora_alone(model: Path) -> Path | None:
+    """The LoRA file that a path is, or that is all the weights a folder has; None if there is more, or none."""
+    if model.is_file():
+        return model if model.suffix == ".safetensors" and is_lora(open_safetensors(model)[0]) else None
+    others = [*TRANSFORMER_FOLDERS, "config.json"]
+    found = model / RELEASED_LORA
+    return found if found.is_file() and not any((model / name).exists() for name in others) else None
+
+
 def teacher_state(base: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     """(tensors, config) of a teacher's transformer; UserError if it is no teacher."""
     place = transformer_folder(base)
@@ -109,7 +118,7 @@ def _teacher(model: Path, base: Path | None) -> Path:
 
 def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
     """The teacher's weights with zero columns for the condition; UserError if the LoRA would never use them."""
-    if not any(INPUT in key for key in open_safetensors(lora)[0]):
+    if not any(INPUT in key or original.INPUT in key for key in open_safetensors(lora)[0]):
         raise UserError(f"{lora} does not adapt {INPUT}, so a student made from it would never see the reference")
     state, config = teacher_state(place)
     state = {key: tensor.to(dtype) for key, tensor in state.items()}

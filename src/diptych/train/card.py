@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe
     from diptych.train.material import Material
 
-FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
-
 
 CONDITIONING = {
     "diptych": "the reference is the left panel of the canvas",
@@ -26,7 +24,7 @@ CONDITIONING = {
 def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> str:
     """README.md with the hub's front matter. `numbers` is `loop.summary`'s."""
     lora = recipe.distill.mode == "lora"
-    licence, terms = base_licence(recipe.teacher)
+    licence, terms = models.licence_of(recipe.teacher, models.resolve(recipe.teacher, "teacher"))
     front = {
         **licence,
         "library_name": "diffusers",
@@ -121,25 +119,6 @@ def curation(pairs: Dataset) -> dict[str, Any]:
     if not manifest or not manifest["rows"]:
         return {}
     return {"candidates": f"{manifest['rows']:,}", "kept": f"{len(pairs) / manifest['rows']:.1%}"}
-
-
-def base_licence(teacher: str) -> tuple[dict[str, Any], str]:
-    """The base's licence, which its student inherits: card fields, and a sentence."""
-    if teacher in models.BUILT_IN:
-        return {"license": "apache-2.0"}, "Apache-2.0, as its base."
-    path = models.resolve(teacher, "teacher")
-    if models.note_licence(teacher, path):
-        kind, name, link = FLUX_DEV
-        return {"license": kind, "license_name": name, "license_link": link}, models.FLUX_DEV_NOTE
-    try:
-        text = (path / "README.md").read_text("utf8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        front = None
-    if isinstance(front, dict) and front.get("license"):
-        fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
-        return fields, f"As its base, {teacher}: {front.get('license_name') or front['license']}."
-    return {"license": "other"}, f"As its base, {teacher}, which states none here: look it up before you publish."
 
 
 def _table(rows: dict[str, Any]) -> list[str]:

@@ -1,0 +1,128 @@
+"""The card of a data set: where its pairs come from, what was lost on the way, the models, thresholds and licences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diptych import __version__, models
+from diptych.data import funnel, records
+from diptych.data.interop.rows import Format
+from diptych.data.scan import open_run
+from diptych.data.sources import Pairs
+from diptych.data.store import Dataset
+from diptych.errors import UserError
+
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_UNKNOWN = "Not known: look up the licence of the source before you publish."
+
+
+def of_import(data: Dataset) -> str:
+    """README.md of an imported data set."""
+    manifest = data.manifest
+    assert manifest is not None
+    said = manifest["imported"]
+    lost = said["rows"] - manifest["rows"]
+    facts = {
+        "pairs": f"{manifest['rows']:,}",
+        "imported from": f"{said['name']} ({said['format']}, {said['rows']:,} rows)",
+        "rows that are no pair": f"{lost:,}; failed/import says why" if lost else "none",
+        "curation": "none by diptych: similarity, copy_distance and seam are empty",
+    }
+    licence = manifest["licence"]
+    terms = _UNKNOWN if licence == "unknown" else licence
+    front = _front(manifest["rows"], {"license": "other" if licence == "unknown" else licence}, "part-*.parquet")
+    return _page(front, said["name"], facts, [], terms, 'load_dataset("parquet", data_files="part-*.parquet")')
+
+
+def of_export(source: str, data: Pairs, kind: Format, out: Path, rows: int) -> str:
+    """README.md of an export of a run's pairs, of an import, or of anyone's parquet."""
+    facts: dict[str, Any] = {"pairs": f"{rows:,}", "format": kind.about}
+    tables: list[tuple[str, dict[str, Any]]] = []
+    licence, terms = {"license": "other"}, _UNKNOWN
+    run = Path(data.url).parent
+    manifest = data.manifest if isinstance(data, Dataset) else None
+    if (run / "recipe.yaml").is_file():
+        licence, terms = _of_run(run, facts, tables)
+    elif manifest and "imported" in manifest:
+        facts["imported from"] = f"{manifest['imported']['name']} ({manifest['imported']['format']})"
+        if manifest["licence"] != "unknown":
+            licence, terms = {"license": manifest["licence"]}, manifest["licence"]
+    else:
+        facts["from"] = Path(source.rstrip("/")).name
+    files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
+    front = _front(rows, licence, files.get(kind.name))
+    return _page(front, out.resolve().name, facts, tables, terms, kind.loads.format(folder=out.resolve().name))
+
+
+def _of_run(run: Path, facts: dict[str, Any], tables: list[Any]) -> tuple[dict[str, str], str]:
+    """Adds what a run knows of its pairs; gives the licence of what they were drawn with."""
+    _, recipe, task = open_run(run)
+    writer = recipe.write.writer
+    judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
+    facts |= {"task": task.name, "recipe": recipe.name, "seed": recipe.seed}
+    grids, candidates = (Dataset(run / name).manifest or {} for name in ("grids", "candidates"))
+    tables.append(
+        (
+            "Models",
+            {
+                "writer": writer,
+                "teacher": _with_hash(recipe.teacher, grids.get("teacher_sha256")),
+                "judge": _with_hash(judge, candidates.get("judge_sha256")),
+            },
+        )
+    )
+    tables.append(("Thresholds", task.thresholds(recipe.curate.thresholds).model_dump()))
+    try:
+        measured = funnel.measure(run)
+    except UserError:
+        measured = None
+    if measured is not None:
+        steps = {
+            step["name"]: f"{step['count']:,} of {step['of']:,} {step['unit']}{_lost(step['lost'])}"
+            for step in measured["steps"]
+        }
+        tables.append(("Funnel", steps))
+    local = Path(recipe.teacher)
+    return models.licence_of(recipe.teacher, local if local.is_dir() else None)
+
+
+def _with_hash(name: str, digest: str | None) -> str:
+    return f"{name} (sha256 {digest[:16]})" if digest else name
+
+
+def _lost(why: dict[str, int]) -> str:
+    named = ", ".join(f"{times:,} {reason}" for reason, times in list(why.items())[:4])
+    return f"; lost: {named}" if named else ""
+
+
+def _front(rows: int, licence: dict[str, str], files: str | None) -> dict[str, Any]:
+    """The hub's front matter."""
+    front: dict[str, Any] = {
+        **licence,
+        "task_categories": ["image-to-image", "text-to-image"],
+        "tags": ["diptych", "diffusion-self-distillation"],
+        "size_categories": [next((name for most, name in SIZES if rows < most), "n>1M")],
+    }
+    if files:
+        front["configs"] = [{"config_name": "default", "data_files": files}]
+    return front
+
+
+def _page(front: dict[str, Any], title: str, facts: dict[str, Any], tables: list[Any], terms: str, loads: str) -> str:
+    about = (
+        "Pairs for models that take a reference image: `conditioning` is the reference, `image` the target, `caption` "
+        f"describes the target. Written by diptych {__version__}."
+    )
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
+    lines += [about, "", *_table(facts), "", "```", loads, "```", ""]
+    for name, rows in tables:
+        lines += [f"## {name}", "", *_table(rows), ""]
+    lines += ["## Columns", "", ", ".join(f"`{name}`" for name in records.PAIR), "", "## Licence", "", terms, ""]
+    return "\n".join(lines)
+
+
+def _table(rows: dict[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]

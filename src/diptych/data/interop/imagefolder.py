@@ -1,0 +1,67 @@
+"""A folder of pictures with `metadata.jsonl`, as `datasets` reads it: `NAME_file_name` for pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.data.interop.folders import Rows, folder_of, picture, put, write_sides
+from diptych.data.interop.rows import Format, Options, columns_of, named
+from diptych.data.sources import find_columns
+from diptych.errors import UserError
+
+LIST = "metadata.jsonl"
+_SUFFIX = "_file_name"
+
+
+def read(place: str, options: Options) -> Rows:
+    """A reader of the folder, or of the folder that a named metadata.jsonl lies in."""
+    root = folder_of(place)
+    path = root / LIST
+    if not path.is_file():
+        raise UserError(f"{root} holds no {LIST}")
+    # Not `splitlines`: JSON may hold the other characters that Unicode calls ends of a line.
+    listed = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    first = _columns(listed[0][1]) if listed else {}
+    names = find_columns(list(first), options.columns, str(path))
+
+    def load(line: bytes) -> dict[str, Any]:
+        values = _columns(line)
+        for side in ("conditioning", "image"):
+            values[names[side]] = picture(root, values.get(names[side]))
+        return named(values, names)
+
+    return Rows(root, [(f"{LIST}:{number}", line) for number, line in listed], load)
+
+
+def _columns(line: bytes) -> dict[str, Any]:
+    """A line's object; `X_file_name` is the column X, and a plain `file_name` is `image`."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({str(error)[:80]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"not a JSON object but a {type(values).__name__}")
+    return {"image" if key == "file_name" else key.removesuffix(_SUFFIX): value for key, value in values.items()}
+
+
+def write(
+    folder: Path, shard: int, of: int, rows: Sequence[tuple[str, dict[str, Any]]], options: Options
+) -> list[dict[str, Any]]:
+    """The pictures of a shard; gives the lines of the list."""
+    lines = []
+    for name, row in rows:
+        files = write_sides(folder, name, row)
+        lines.append({**{f"{side}{_SUFFIX}": path for side, path in files.items()}, **columns_of(row)})
+    return lines
+
+
+def finish(folder: Path, records: Iterable[dict[str, Any]], options: Options) -> None:
+    """metadata.jsonl, which makes the folder a data set."""
+    put(folder / LIST, b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in records))
+
+
+_LOADS = 'load_dataset("imagefolder", data_dir="{folder}", split="train")'
+FORMAT = Format("imagefolder", "a folder of pictures with metadata.jsonl", read, write, finish, True, _LOADS)

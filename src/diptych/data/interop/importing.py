@@ -1,0 +1,135 @@
+"""`diptych data import`: a data set of another format becomes a folder of pairs that training takes as it is.
+
+Parts of `SHARD` rows are published whole, the manifest last: killed and started again it goes on with what is missing.
+A row that is no pair stops the import with its number and the reason, or, with `skip`, is listed in OUT/failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from diptych.console import Report
+from diptych.data import records
+from diptych.data.interop import card, find
+from diptych.data.interop.rows import Options, pair
+from diptych.data.lock import lock
+from diptych.data.store import Dataset, write_atomic
+from diptych.errors import UsageError, UserError
+from diptych.machine import versions
+
+SHARD = 256  # rows of theirs to a part
+VERSION = 1  # raised when the rows made of equal inputs change
+NAME = "import"
+
+
+def import_data(
+    source: str,
+    out: str | Path,
+    format: str,
+    options: Options | None = None,
+    *,
+    skip: bool = False,
+    licence: str = "",
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Reads `source` into the folder `out`; returns counts.
+
+    Raises UsageError for an unknown format or column, or a folder that holds something else; UserError for a source
+    that cannot be read, and for the first row that is no pair (unless `skip`), with its number from 0 and the reason.
+    """
+    options = options or Options()
+    kind = find(format)
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder")
+    reader = kind.open(source, options)
+    told = [
+        NAME,
+        VERSION,
+        format,
+        reader.fingerprint(),
+        sorted(options.columns.items()),
+        options.text,
+        options.task,
+        skip,
+    ]
+    fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    target = Dataset(out, records.schema(records.PAIR))
+    failed = Dataset(out / "failed" / NAME, records.schema(records.FAILED))
+    _check_free(out, target)
+    with lock(out):
+        target.clean()
+        done = target.shards_done(fingerprint)
+        if not target.is_complete(fingerprint):
+            _read(reader, kind.name, options, target, failed, done, fingerprint, skip, report)
+            if not len(target):
+                raise UserError(f"{source}: there is not one pair in it")
+            manifest = {
+                "fingerprint": fingerprint,
+                "imported": {"format": format, "name": Path(source.rstrip("/")).name, "rows": len(reader)},
+                "task": options.task,
+                "licence": licence or "unknown",
+                "versions": versions(),
+            }
+            failed.publish({"stage": NAME})
+            target.publish(manifest)
+            write_atomic(out / "README.md", card.of_import(target).encode())
+        if report:
+            report(len(reader), len(reader))
+    return {"out": str(out), "format": format, "rows": len(target), "failed": len(failed), "continued": bool(done)}
+
+
+def _check_free(out: Path, target: Dataset) -> None:
+    """UsageError where the folder holds something that no import left there."""
+    if target.shards() or not out.is_dir():
+        return
+    others = sorted(p.name for p in out.iterdir() if p.name not in (".lock", "failed") and not p.name.endswith(".tmp"))
+    if others:
+        raise UsageError(f"{out} holds {others[0]} already, and no import; choose another folder")
+
+
+def _read(
+    reader: Any,
+    format: str,
+    options: Options,
+    target: Dataset,
+    failed: Dataset,
+    done: set[int],
+    fingerprint: str,
+    skip: bool,
+    report: Report | None,
+) -> None:
+    total = len(reader)
+    shards = range((total + SHARD - 1) // SHARD)
+    first = next((shard for shard in shards if shard not in done), len(shards))
+    seen = {row["id"]: "an earlier part" for row in target.columns("id")} if done else {}
+    entries = reader.entries(first * SHARD)
+    for shard in range(first, len(shards)):
+        rows: list[dict[str, Any]] = []
+        lost: list[dict[str, Any]] = []
+        for number in range(shard * SHARD, min(total, (shard + 1) * SHARD)):
+            entry = next(entries)
+            try:
+                row = pair(entry.load(), number, options)
+                if row["id"] in seen:
+                    raise UserError(f"its id {row['id']} is that of {seen[row['id']]} already")
+            except UserError as error:
+                if isinstance(error, UsageError):
+                    raise
+                reason = f"{format} row {number} ({entry.where}): {error}"
+                if not skip:
+                    raise UserError(f"{reason}. --skip lists such rows and goes on") from error
+                lost.append({"stage": NAME, "id": f"row-{number:06d}", "reason": reason, "row": "{}"})
+                continue
+            seen[row["id"]] = f"row {number}"
+            rows.append(row)
+        if lost:
+            failed.write_shard(shard, lost, fingerprint)
+        else:
+            failed.drop_shard(shard)
+        target.write_shard(shard, rows, fingerprint)
+        if report:
+            report(min(total, (shard + 1) * SHARD), total)

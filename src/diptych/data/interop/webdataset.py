@@ -1,0 +1,153 @@
+"""WebDataset: tar files whose members of one key stand together: `KEY.conditioning.png`, `KEY.image.png`, `KEY.json`.
+
+The text may lie in `KEY.txt` or `KEY.caption`; a plain `KEY.png` is the target. Tars are read front to back, so
+they may be compressed; nothing is unpacked onto the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.data.images import MAX_BYTES, READ
+from diptych.data.interop.folders import put
+from diptych.data.interop.rows import SIDES, Entry, Format, Options, columns_of, extension, named, told
+from diptych.data.sources import find_columns
+from diptych.errors import UserError
+
+_TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
+_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
+
+
+class Reader:
+    """One tar, or a folder of them, in the order of their names."""
+
+    def __init__(self, place: str, options: Options) -> None:
+        path = Path(place).expanduser()
+        if not path.exists():
+            raise UserError(f"{place}: there is no such file or folder")
+        inside = sorted(p for p in path.iterdir() if p.name.endswith(_ENDINGS)) if path.is_dir() else []
+        self.files = inside if path.is_dir() else [path]
+        if not self.files:
+            raise UserError(f"{place} holds no tar files ({', '.join(_ENDINGS)})")
+        self.options = options
+        self._names: dict[str, str] = {}
+        self._counts = [sum(1 for _ in self._groups(file, read=False)) for file in self.files]
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def fingerprint(self) -> str:
+        told = [(file.name, file.stat().st_size) for file in self.files]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def entries(self, start: int) -> Iterator[Entry]:
+        for file, count in zip(self.files, self._counts, strict=True):
+            if start >= count:
+                start -= count
+                continue
+            for n, (key, members) in enumerate(self._groups(file, skip=start), start):
+                yield Entry(f"{file.name}, sample {n}: {key}", lambda members=members: self._row(members))
+            start = 0
+
+    def _groups(self, file: Path, *, read: bool = True, skip: int = 0) -> Iterator[tuple[str, list[Any]]]:
+        """(key, its (name, bytes)) of the samples of a tar after the first `skip`; no bytes unless they are read."""
+        key, members, number = "", [], -1
+        size = file.stat().st_size if file.suffix == ".tar" else None
+        try:
+            if size is not None and size % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut short")
+            with tarfile.open(file, "r:*") as tar:
+                for member in tar:
+                    # tarfile takes the end of a file for the end of its archive.
+                    if size is not None and member.offset_data + member.size > size:
+                        raise tarfile.ReadError("it is cut short")
+                    folder, _, name = member.name.rpartition("/")
+                    if not member.isfile() or name.startswith("."):
+                        continue
+                    stem, _, rest = name.partition(".")
+                    stem = f"{folder}/{stem}"
+                    if stem != key:
+                        if members and number >= skip:
+                            yield key.lstrip("./"), members
+                        key, members, number = stem, [], number + 1
+                    data = b""
+                    if read and number >= skip and member.size <= MAX_BYTES:
+                        data = tar.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
+                    members.append((rest, data))
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{file} is broken after sample {number} ({str(error)[:120]}); fetch it again") from error
+        if members and number >= skip:
+            yield key.lstrip("./"), members
+
+    def _row(self, members: list[tuple[str, bytes]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        described: dict[str, Any] = {}
+        if len({name for name, _ in members}) < len(members):
+            raise UserError("two members have the same name")
+        for name, data in members:
+            column, _, ending = name.rpartition(".")
+            if f".{ending.lower()}" in READ:
+                values[column or "image"] = data
+            elif ending == "json":
+                described |= _object(name, data)
+            elif name in _TEXT:
+                values[_text_column(name, self.options)] = _decoded(name, data)
+        values |= described
+        if not self._names:
+            self._names = find_columns(list(values), self.options.columns, "a sample of this data set")
+        return named(values, self._names)
+
+
+def _text_column(name: str, options: Options) -> str:
+    return options.text if name == "txt" else _TEXT[name]
+
+
+def _object(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not JSON ({str(error)[:80]})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name} is not a JSON object but a {type(found).__name__}")
+    return found
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not text in UTF-8") from None
+
+
+def write(
+    folder: Path, shard: int, of: int, rows: Sequence[tuple[str, dict[str, Any]]], options: Options
+) -> list[dict[str, Any]]:
+    """One tar of a shard; no time, owner or mode in it, so equal rows make equal bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, row in rows:
+            described = json.dumps(columns_of(row), sort_keys=True, ensure_ascii=False)
+            members = {f"{side}{extension(row[side]['bytes'])}": row[side]["bytes"] for side in SIDES}
+            members |= {"json": described.encode(), "txt": told(row, options.text).encode()}
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    put(folder / f"train-{shard:05d}.tar", out.getvalue())
+    return []
+
+
+def finish(folder: Path, records: Iterable[dict[str, Any]], options: Options) -> None:
+    """Tars need no list."""
+
+
+_LOADS = 'load_dataset("webdataset", data_files="{folder}/*.tar", split="train")'
+FORMAT = Format(
+    "webdataset", "tars: KEY.conditioning.png, KEY.image.png, KEY.json, KEY.txt", Reader, write, finish, True, _LOADS
+)

@@ -1,0 +1,474 @@
+"""Data in and out: 1,000 rows through every format and back, kills, damage, and what others' own loaders read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.cli import call
+from diptych.data import records
+from diptych.data.images import encode
+from diptych.data.interop import FORMATS, find
+from diptych.data.interop.exporting import export_data
+from diptych.data.interop.importing import import_data
+from diptych.data.interop.rows import Options
+from diptych.data.sources import open_pairs
+from diptych.data.store import Dataset
+from diptych.errors import UsageError, UserError
+
+ROWS = 1000
+KINDS = ("PNG", "JPEG", "WEBP")
+
+
+@cache
+def picture(value: int, kind: str) -> bytes:
+    return encode(Image.fromarray(np.full((8, 8, 3), value % 256, np.uint8)), kind)
+
+
+def row(n: int) -> dict[str, Any]:
+    """A pair whose every column says which it is; PNG, JPEG and WebP by turns; some without an instruction."""
+    return {
+        "conditioning": {"bytes": picture(n // 2, KINDS[n % 3]), "path": None},
+        "image": {"bytes": picture(n, KINDS[(n + 1) % 3]), "path": None},
+        "caption": f"a cat, number {n} — «ñ»,\u2028 “quoted”",
+        "instruction": f"show cat {n}" if n % 5 else "",
+        "id": f"c-{n:06d}-01",
+        "grid_id": f"g-{n:06d}",
+        "reference_caption": f"a cat in a box {n}",
+        "task": "subject",
+        "subject": "cat",
+        "reference_panel": 0,
+        "target_panel": 1,
+        "seed": 2**62 + n,
+        "similarity": None if n % 7 == 0 else 0.5 + n / 3,
+        "copy_distance": n / 7,
+        "seam": 1.0,
+        "kept": True,
+        "reason": "kept",
+        "judge": "ab" * 32,
+        "evidence": json.dumps({"n": n}),
+    }
+
+
+def write(folder: Path, rows: list[dict[str, Any]], shard: int = 128) -> Path:
+    data = Dataset(folder, records.schema(records.PAIR))
+    for number, first in enumerate(range(0, len(rows), shard)):
+        data.write_shard(number, rows[first : first + shard])
+    data.publish()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("thousand") / "pairs", [row(n) for n in range(ROWS)])
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    return write(tmp_path / "few", [row(n) for n in range(6)], shard=4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_thousand_rows_go_out_and_come_back_the_same(name: str, thousand: Path, tmp_path: Path) -> None:
+    out = export_data(str(thousand), tmp_path / "out", name, verify=False)
+    assert out["rows"] == ROWS and not out["verified"]
+    back = import_data(str(tmp_path / "out"), tmp_path / "back", name)
+    assert back["rows"] == ROWS and back["failed"] == 0
+    found = {one["id"]: one for one in Dataset(tmp_path / "back")}
+    for n in range(ROWS):
+        wanted, got = row(n), found[f"c-{n:06d}-01"]
+        if not FORMATS[name].whole:  # these formats hold pictures, a name and one text
+            assert got["caption"] == wanted["caption"]
+            wanted, got = ({key: one[key] for key in ("conditioning", "image")} for one in (wanted, got))
+        assert got == wanted
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_training_and_a_second_export_take_an_import_as_it_is(name: str, few: Path, tmp_path: Path) -> None:
+    assert export_data(str(few), tmp_path / "out", name)["verified"]
+    import_data(str(tmp_path / "out"), tmp_path / "back", name)
+    pairs = open_pairs(str(tmp_path / "back"))
+    assert len(pairs) == 6 and pairs.read_shard(0)[0]["caption"]
+    again = export_data(str(tmp_path / "back"), tmp_path / "again", name)
+    assert again["rows"] == 6
+    card = (tmp_path / "again" / "README.md").read_text("utf8")
+    assert "license:" in card and "| pairs | 6 |" in card and "Not known: look up the licence" in card
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_instruction_can_be_the_text(name: str, few: Path, tmp_path: Path) -> None:
+    options = Options(text="instruction")
+    export_data(str(few), tmp_path / "out", name, options)
+    import_data(str(tmp_path / "out"), tmp_path / "back", name, options)
+    found = {one["id"]: one for one in Dataset(tmp_path / "back")}
+    assert found["c-000003-01"]["instruction"] == "show cat 3"
+    if not FORMATS[name].whole:  # row 5 has no instruction: its caption is its text
+        assert found["c-000005-01"]["instruction"] == row(5)["caption"]
+
+
+@pytest.mark.parametrize(("name", "loader"), [(n, n) for n in ("parquet", "webdataset", "imagefolder")])
+def test_the_datasets_library_reads_what_is_written(name: str, loader: str, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    folder = tmp_path / "out"
+    rows = [row(3 * n) for n in range(6)]  # of one kind of picture: its reader of tars wants that
+    export_data(str(write(tmp_path / "pairs", rows)), folder, name)
+    ending = {"parquet": "*.parquet", "webdataset": "*.tar"}.get(name)
+    files: dict[str, Any] = {"data_files": str(folder / ending)} if ending else {"data_dir": str(folder)}
+    data = load_dataset(loader, split="train", cache_dir=str(tmp_path / "cache"), **files)
+    assert len(data) == 6
+    shown = data[3]
+    target = shown["image"] if "image" in shown else next(v for k, v in shown.items() if k.startswith("image."))
+    assert abs(int(np.asarray(target)[0, 0, 0]) - 9) <= 1  # a JPEG
+    assert row(9)["caption"] in (shown.get("caption"), (shown.get("json") or {}).get("caption"))
+
+
+def test_the_webdataset_library_reads_what_is_written(few: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    export_data(str(few), tmp_path / "out", "webdataset")
+    tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
+    samples = [sample for tar in tars for sample in webdataset.WebDataset(tar, shardshuffle=False)]
+    assert [sample["__key__"] for sample in samples] == [f"c-{n:06d}-01" for n in range(6)]
+    assert samples[3]["conditioning.png"] == row(3)["conditioning"]["bytes"]
+    assert samples[3]["txt"].decode() == row(3)["caption"]
+
+
+def test_the_columns_of_edit_data_are_there_for_others(few: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    export_data(str(few), tmp_path / "out", "edit-parquet")
+    table = pq.read_table(sorted((tmp_path / "out").glob("*.parquet"))[0]).to_pylist()
+    assert list(table[0])[:3] == ["original_image", "edit_prompt", "edited_image"]
+    assert table[1]["edit_prompt"] == "show cat 1" and table[0]["edit_prompt"] == row(0)["caption"]
+
+
+def test_other_trainers_find_what_they_look_for(few: Path, tmp_path: Path) -> None:
+    for name in ("ai-toolkit", "simpletuner", "uno"):
+        export_data(str(few), tmp_path / name, name)
+    stem = "c-000003-01"
+    toolkit = tmp_path / "ai-toolkit"
+    assert (toolkit / "control" / f"{stem}.png").read_bytes() == row(3)["conditioning"]["bytes"]
+    assert (toolkit / "target" / f"{stem}.jpg").read_bytes() == row(3)["image"]["bytes"]
+    assert (toolkit / "target" / f"{stem}.txt").read_text("utf8").strip() == row(3)["caption"]
+    backends = {each["id"]: each for each in json.loads((tmp_path / "simpletuner/multidatabackend.json").read_text())}
+    reference = backends[backends["targets"]["conditioning_data"]]
+    assert reference["dataset_type"] == "conditioning" and Path(reference["instance_data_dir"], f"{stem}.png").is_file()
+    assert Path(backends["targets"]["instance_data_dir"], f"{stem}.txt").is_file()
+    (item,) = (i for i in json.loads((tmp_path / "uno/data.json").read_text()) if i["diptych"]["id"] == stem)
+    assert item["prompt"] == row(3)["caption"]
+    # As UNO's own loader joins them.
+    assert [(tmp_path / "uno" / path).is_file() for path in (*item["image_paths"], item["image_tgt_path"])] == [
+        True
+    ] * 2
+
+
+def test_a_row_that_curation_refused_is_not_exported(tmp_path: Path) -> None:
+    rows = [row(n) | ({"kept": False, "reason": "same"} if n == 1 else {}) for n in range(3)]
+    export_data(str(write(tmp_path / "pairs", rows)), tmp_path / "out", "imagefolder")
+    lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_bytes().split(b"\n") if line]
+    assert [line["id"] for line in lines] == ["c-000000-01", "c-000002-01"]
+
+
+def test_ids_that_files_cannot_have_and_ids_that_repeat(tmp_path: Path) -> None:
+    odd = [row(0) | {"id": "../up"}, row(1) | {"id": "a b.c"}]
+    export_data(str(write(tmp_path / "odd", odd)), tmp_path / "out", "webdataset")
+    import_data(str(tmp_path / "out"), tmp_path / "back", "webdataset")
+    assert [one["id"] for one in Dataset(tmp_path / "back")] == ["../up", "a b.c"]
+    export_data(str(tmp_path / "odd"), tmp_path / "files", "ai-toolkit")
+    assert sorted(p.name for p in (tmp_path / "files/control").iterdir()) == ["row-000000.png", "row-000001.jpg"]
+    twice = write(tmp_path / "twice", [row(0), row(1) | {"id": "C-000000-01"}])
+    with pytest.raises(UserError, match="two rows with the id C-000000-01"):
+        export_data(str(twice), tmp_path / "never", "uno")
+
+
+# ---- what is not ours
+
+
+def test_other_peoples_rows_keep_what_they_say_beside(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name in ("before", "after"):
+        (folder / f"{name}.png").write_bytes(picture(len(name), "PNG"))
+    line = {"source_file_name": "before.png", "file_name": "after.png", "prompt": "make it blue", "score": 4.5}
+    (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n\n")
+    with pytest.raises(UsageError, match=r"which column is the reference picture.*it has: source, image, prompt"):
+        import_data(str(folder), tmp_path / "no", "imagefolder")
+    options = Options({"conditioning": "source", "instruction": "prompt"}, task="instruction")
+    import_data(str(folder), tmp_path / "pairs", "imagefolder", options, licence="cc-by-4.0")
+    (got,) = Dataset(tmp_path / "pairs")
+    assert got["instruction"] == got["caption"] == "make it blue" and got["task"] == "instruction"
+    assert got["conditioning"] == {"bytes": picture(6, "PNG"), "path": None} and got["id"] == "i-000000"
+    assert json.loads(got["evidence"]) == {"imported": {"score": 4.5}} and got["similarity"] is None
+    assert "license: cc-by-4.0" in (tmp_path / "pairs/README.md").read_text("utf8")
+
+
+def test_pairs_of_the_original_uno_and_of_simpletuner(tmp_path: Path) -> None:
+    for folder in ("refs", "edited"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.png").write_bytes(picture(len(folder), "PNG"))
+    (tmp_path / "edited/one.txt").write_text("a red hat\n")
+    items = [{"image_path": "refs/one.png", "prompt": "a hat", "image_tgt_path": "edited/one.png"}]
+    (tmp_path / "uno.json").write_text(json.dumps(items))
+    import_data(str(tmp_path / "uno.json"), tmp_path / "a", "uno")
+    backends = [
+        {"id": "e", "instance_data_dir": "/data/edited", "conditioning_data": ["r"], "caption_strategy": "textfile"},
+        {"id": "r", "instance_data_dir": "refs", "conditioning_type": "reference_strict"},
+        {"id": "texts", "dataset_type": "text_embeds"},
+    ]
+    (tmp_path / "backend.json").write_text(json.dumps(backends))
+    import_data(str(tmp_path / "backend.json"), tmp_path / "b", "simpletuner")
+    (one,), (two,) = Dataset(tmp_path / "a"), Dataset(tmp_path / "b")
+    assert (one["caption"], two["caption"]) == ("a hat", "a red hat")
+    assert one["image"] == two["image"] and one["conditioning"] == two["conditioning"]
+
+
+# ---- damage: every format says which row and why
+
+
+def _break_file(pattern: str, data: bytes | None) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = sorted(folder.glob(pattern))[3]
+        path.unlink() if data is None else path.write_bytes(data)
+
+    return act
+
+
+def _edit_list(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = folder / name
+        if name.endswith(".jsonl"):
+            items = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+            change(items)
+            path.write_text("\n".join(item if isinstance(item, str) else json.dumps(item) for item in items))
+        else:
+            items = json.loads(path.read_text())
+            change(items)
+            path.write_text(json.dumps(items))
+
+    return act
+
+
+def _set(n: int, key: str, value: Any) -> Callable[[list[Any]], Any]:
+    return lambda items: items[n].update({key: value})
+
+
+def _retar(change: Callable[[str, bytes], bytes | None]) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        path = sorted(folder.glob("*.tar"))[0]
+        with tarfile.open(path) as tar:
+            members = [(m.name, tar.extractfile(m).read()) for m in tar]  # pyright: ignore
+        with tarfile.open(path, "w") as tar:
+            for name, data in members:
+                if (data := change(name, data)) is not None:  # pyright: ignore
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, BytesIO(data))
+
+    return act
+
+
+def _reparquet(column: str, value: Any) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = sorted(folder.glob("*.parquet"))[0]
+        rows = pq.read_table(path).to_pylist()
+        rows[3][column] = value
+        pq.write_table(pa.Table.from_pylist(rows), path)
+
+    return act
+
+
+CUT = picture(3, "PNG")[:45]
+DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
+    ("parquet", _reparquet("image", {"bytes": CUT, "path": None}), r"parquet row 3 .*image: .*broken or cut short"),
+    ("parquet", _reparquet("image", {"bytes": None, "path": "/etc/x"}), r"row 3 .*image holds a path and no picture"),
+    ("parquet", _reparquet("caption", None), r"row 3"),
+    ("edit-parquet", _reparquet("edited_image", None), r"edit-parquet row 3 .*image: there is no picture"),
+    (
+        "webdataset",
+        _retar(lambda n, d: None if n.startswith("c-000003-01.image") else d),
+        r"row 3 .*sample 3: c-000003-01.*image: there is no picture",
+    ),
+    ("webdataset", _retar(lambda n, d: b"{" if n == "c-000003-01.json" else d), r"webdataset row 3 .*json is not JSON"),
+    (
+        "imagefolder",
+        _edit_list("metadata.jsonl", lambda i: i.__setitem__(3, "{not json")),
+        r"row 3 .metadata.jsonl:4.: not JSON",
+    ),
+    (
+        "imagefolder",
+        _edit_list("metadata.jsonl", _set(3, "image_file_name", "../../secret.png")),
+        r"row 3 .*lies outside",
+    ),
+    (
+        "imagefolder",
+        _edit_list("metadata.jsonl", _set(3, "seed", "many")),
+        r'row 3 .*seed is "many", not a whole number',
+    ),
+    ("imagefolder", _edit_list("metadata.jsonl", _set(3, "caption", "\ud800")), r"row 3 .*half a character"),
+    ("imagefolder", _break_file("image/*", b""), r"imagefolder row 3 .*image: there is no picture"),
+    ("ai-toolkit", _break_file("control/*", None), r"ai-toolkit row 3 .c-000003-01.: control/ has no picture"),
+    ("ai-toolkit", _break_file("target/*.txt", b"\xff\xfe"), r"ai-toolkit row 3 .*not text in UTF-8"),
+    ("ai-toolkit", _break_file("target/*.txt", b"  \n"), r"ai-toolkit row 3 .*there is no text"),
+    ("simpletuner", _break_file("image/*.txt", None), r"simpletuner row 3 .*c-000003-01.txt is missing"),
+    ("simpletuner", _break_file("conditioning/*", b"MZ"), r"simpletuner row 3 .*conditioning: not an image"),
+    ("uno", _edit_list("data.json", _set(3, "image_paths", ["a.png", "b.png"])), r"uno row 3 .*item 3.*2 reference"),
+    ("uno", _edit_list("data.json", _set(3, "image_tgt_path", "/etc/passwd")), r"uno row 3 .*lies outside"),
+    ("uno", _edit_list("data.json", _set(3, "image_tgt_path", None)), r"uno row 3 .*a file name is expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGE, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(DAMAGE)])
+def test_a_malformed_row_is_refused_with_its_number_and_the_reason(
+    name: str, damage: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    pairs = write(tmp_path / "pairs", [row(n) | {"instruction": ""} for n in range(6)])
+    export_data(str(pairs), tmp_path / "out", name, verify=False)
+    damage(tmp_path / "out")
+    with pytest.raises(UserError, match=said):
+        import_data(str(tmp_path / "out"), tmp_path / "back", name)
+    assert not (tmp_path / "back/manifest.json").exists()
+    done = import_data(str(tmp_path / "out"), tmp_path / "some", name, skip=True)
+    assert (done["rows"], done["failed"]) == (5, 1)
+    (lost,) = Dataset(tmp_path / "some/failed/import")
+    assert "row 3" in lost["reason"] and len(open_pairs(str(tmp_path / "some"))) == 5
+
+
+def test_a_link_out_of_the_folder_is_not_followed(few: Path, tmp_path: Path) -> None:
+    export_data(str(few), tmp_path / "out", "imagefolder")
+    victim = sorted((tmp_path / "out/image").iterdir())[3]
+    (tmp_path / "secret.png").write_bytes(picture(1, "PNG"))
+    victim.unlink()
+    victim.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=r"row 3 .*lies outside"):
+        import_data(str(tmp_path / "out"), tmp_path / "back", "imagefolder")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_place_that_is_not_of_the_format_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in ("missing", "empty"):
+        with pytest.raises(UserError) as caught:
+            find(name).open(str(tmp_path / place), Options())
+        assert place in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tar_that_is_cut_short_says_where(few: Path, tmp_path: Path) -> None:
+    export_data(str(few), tmp_path / "out", "webdataset")
+    first = sorted((tmp_path / "out").glob("*.tar"))[0]
+    whole = first.read_bytes()
+    for length in (3000, 1024 + 512):  # in the middle of a block; where a picture should begin
+        first.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"train-00000.tar is broken after sample .*it is cut short"):
+            import_data(str(tmp_path / "out"), tmp_path / "back", "webdataset")
+
+
+def test_a_verified_export_finds_a_disk_that_lies(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diptych.data.interop import folders
+
+    honest = folders.put_small
+
+    def lying(path: Path, data: bytes) -> None:
+        honest(path, picture(99, "PNG") if path.name == "c-000003-01.png" else data)
+
+    monkeypatch.setattr(folders, "put_small", lying)
+    with pytest.raises(UserError, match=r"c-000003-01.*read back, it is not what was written"):
+        export_data(str(few), tmp_path / "out", "ai-toolkit")
+    assert not (tmp_path / "out/diptych.json").exists()
+
+
+# ---- again, and after a kill
+
+
+def test_a_finished_one_is_left_alone_and_another_is_refused(few: Path, tmp_path: Path) -> None:
+    export_data(str(few), tmp_path / "out", "uno")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.name != ".lock"}
+    assert export_data(str(few), tmp_path / "out", "uno")["rows"] == 6
+    import_data(str(tmp_path / "out"), tmp_path / "back", "uno")
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "back").rglob("part-*")}
+    import_data(str(tmp_path / "out"), tmp_path / "back", "uno")
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.name != ".lock"}
+    assert parts == {p: p.stat().st_mtime_ns for p in (tmp_path / "back").rglob("part-*")}
+    with pytest.raises(UsageError, match="another export"):
+        export_data(str(few), tmp_path / "out", "imagefolder")
+    with pytest.raises(UserError, match="made by other settings"):
+        import_data(str(tmp_path / "out"), tmp_path / "back", "uno", Options(task="relight"))
+    with pytest.raises(UsageError, match=r"holds .* already"):
+        import_data(str(tmp_path / "out"), few.parent, "uno")
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(verb: str, thousand: Path, tmp_path: Path) -> None:
+    name = "imagefolder"
+    source, whole, out = thousand, tmp_path / "whole", tmp_path / "killed"
+    if verb == "import":
+        source = tmp_path / "source"
+        export_data(str(thousand), source, name, verify=False)
+        import_data(str(source), whole, name)
+    else:
+        export_data(str(thousand), whole, name)
+    command = [sys.executable, "-m", "diptych", "data", verb, str(source), "--format", name, "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    started = "part-00000.parquet" if verb == "import" else ".export/00000.json"
+    deadline = time.monotonic() + 120
+    while not (out / started).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (out / started).exists()
+    unfinished = not (out / ("manifest.json" if verb == "import" else "diptych.json")).exists()
+    assert unfinished, "the kill came too late to say anything"
+    kept = (out / started).read_bytes()
+    assert call(["data", verb, str(source), "--format", name, "--out", str(out), "--json"]) == 0
+    if verb == "import":
+        assert (out / started).read_bytes() == kept
+
+    def files(folder: Path) -> dict[str, bytes]:
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return {path: data for path, data in found.items() if path not in (".lock", "README.md")}
+
+    assert files(out) == files(whole)
+
+
+def test_the_command_says_what_it_did(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["data", "export", str(few), "--format", "uno", "--out", str(tmp_path / "uno"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 6
+    assert call(["data", "import", str(tmp_path / "uno"), "--format", "uno", "--out", str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().out.splitlines() == ["6 pairs", str(tmp_path / "back")]
+    assert call(["data", "export", str(few), "--format", "unno", "--out", str(tmp_path / "x")]) == 2
+    assert "unknown format 'unno'; did you mean 'uno'?" in capsys.readouterr().err
+    bad = ["data", "import", str(few), "--format", "parquet", "--out", str(tmp_path / "x")]
+    assert call([*bad, "--column", "imag=x"]) == 2 and "did you mean 'image'" in capsys.readouterr().err
+    assert call([*bad, "--text", "words"]) == 2 and call([*bad, "--task", "subjct"]) == 2
+    shutil.rmtree(few)
+    assert call(bad) == 1
+
+
+def test_the_card_of_a_runs_pairs_has_its_funnel_models_and_thresholds(tmp_path: Path) -> None:
+    import judged_run
+    from known_truth import STEPS
+
+    judged_run.make(tmp_path / "run", STEPS, copies=6, seamless=4)
+    out = export_data(str(tmp_path / "run"), tmp_path / "out", "parquet")
+    card = (tmp_path / "out/README.md").read_text("utf8")
+    for wanted in ("## Funnel", "| kept |", "## Thresholds", "| same |", "| teacher | pocket", "license: apache-2.0"):
+        assert wanted in card
+    assert f"| pairs | {out['rows']:,} |" in card
