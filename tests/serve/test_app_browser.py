@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+import plain_stages
 from diptych import Student
+from diptych.data.store import Dataset
 from diptych.serve.settings import Settings
 from serve.running import CAT, TOKENS, Running
 
@@ -24,7 +27,8 @@ SHOTS = os.environ.get("DIPTYCH_SCREENSHOTS")  # a folder: what the pages look l
 
 @pytest.fixture(scope="module")
 def app(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(Settings(folder=tmp_path_factory.mktemp("app"), tokens=TOKENS), student, web_app=True)
+    folder, runs = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("runs")
+    running = Running(Settings(folder=folder, tokens=TOKENS, runs=runs), student, web_app=True)
     yield running
     running.close()
 
@@ -95,6 +99,66 @@ def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(pag
     assert page.faults == []
 
 
+@pytest.fixture
+def runs(app: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A judged run where the server looks for runs."""
+    run = plain_stages.judged(tmp_path, monkeypatch, "first")
+    (run / "student" / "training").mkdir(parents=True)
+    lines = [json.dumps({"step": n, "loss": 1 / n}) for n in range(1, 50)]
+    (run / "student" / "training" / "metrics.jsonl").write_text("\n".join(lines))
+    assert app.service.runs is not None
+    monkeypatch.setattr(app.service.runs, "folder", tmp_path)
+    return run
+
+
+def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs: Path, page: Any) -> None:
+    before = [row["id"] for row in Dataset(runs / "pairs")]
+    refused = next(row["id"] for row in Dataset(runs / "candidates") if not row["kept"])
+    page.reload()
+    page.get_by_role("tab", name="Data").click()
+    choose(page, "Run", "first")
+    panel = page.locator("#pairs")
+    playwright.expect(panel).to_contain_text("pairs")
+    playwright.expect(panel.locator("img").first).not_to_have_js_property("naturalWidth", 0)
+    shot(page, "data")
+    choose(page, "Pairs", "kept")
+    panel.locator(f"[data-pair='{before[0]}']").get_by_role("button", name="Reject").click()
+    playwright.expect(page.locator("#told")).to_contain_text("0 accepted and 1 rejected")
+    choose(page, "Pairs", "refused")
+    panel.locator(f"[data-pair='{refused}']").get_by_role("button", name="Accept").focus()
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#told")).to_contain_text("1 accepted and 1 rejected")
+    assert [row["id"] for row in Dataset(runs / "pairs")] == before
+    page.get_by_role("button", name="Apply decisions").click()
+    playwright.expect(page.locator("#told")).to_contain_text("rows to train on")
+    assert {row["id"] for row in Dataset(runs / "pairs")} == {*before[1:], refused}
+
+    slider = page.locator("#limit-same input[type=number]")
+    playwright.expect(slider).to_have_value("0.3")
+    slider.fill("0.6")
+    slider.press("Enter")
+    playwright.expect(page.locator("#funnel")).to_contain_text("would go")
+    page.get_by_label("Name of a new run").fill("stricter")
+    page.get_by_role("button", name="Make it").click()
+    playwright.expect(page.locator("#funnel")).to_contain_text("The run stricter has")
+    assert all(row["similarity"] >= 0.6 or row["id"] == refused for row in Dataset(runs.parent / "stricter" / "pairs"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+
+    page.get_by_role("tab", name="Runs").click()
+    state = page.locator("#run-state")
+    playwright.expect(state).to_contain_text("candidates")
+    playwright.expect(state.get_by_role("img", name="loss")).to_be_visible()
+    shot(page, "runs")
+    assert page.faults == []
+
+
+def choose(page: Any, label: str, value: str) -> None:
+    """Picks from one of the visible drop-down lists."""
+    box = page.get_by_label(label, exact=True).locator("visible=true").first
+    box.click()
+    page.get_by_role("option", name=value, exact=True).locator("visible=true").first.click()
+
+
 def _pixels(data: bytes) -> bytes:
     import io
 
@@ -122,7 +186,6 @@ def test_gradios_own_doors_to_files_are_shut(app: Running) -> None:
         "file/etc/passwd",
         "upload",
         "proxy=http://127.0.0.1/",
-        "info",
         "runs",
         "stream/x/y/z/a.b",
     ):

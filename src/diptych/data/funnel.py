@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diptych.data import records
+from diptych.data import decisions, records
 from diptych.data.scan import batches, open_run
 from diptych.data.spread import Spread
 from diptych.data.store import Dataset
@@ -24,9 +24,9 @@ from diptych.errors import UsageError
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
 BY_THE_JUDGE = ("same", UNDECIDED)
-# What comes after all judging: pairs that repeat an earlier one. Their candidates say "kept", which is what they are
-# by themselves; the selection refused them.
-OF_THE_SELECTION = (records.DUPLICATE,)
+# What comes after all judging: pairs that repeat an earlier one, or that people rejected. Their candidates say "kept",
+# which is what they are by themselves; the selection refused them. What people accepted counts as kept.
+OF_THE_SELECTION = (records.DUPLICATE, records.REJECTED)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -57,7 +57,8 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
     rows = {name: len(data) for name, data in sets.items()}
     if not rows["prompts"] and not rows["candidates"]:
         raise UsageError(f"{folder} holds no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}")
-    seen = _candidates(sets["candidates"], Dataset(folder / "failed" / "select", records.schema(records.FAILED)))
+    refused = Dataset(folder / "failed" / "select", records.schema(records.FAILED))
+    seen = _candidates(sets["candidates"], refused, decisions.read(folder))
     failed = {stage: _failures(folder, stage) for stage in ("write", "paint", "curate")}
     return {
         "run": str(folder),
@@ -88,8 +89,9 @@ class _Seen:
         self.numbers = {column: (Spread(), Spread()) for column in NUMBERS}
 
 
-def _candidates(data: Dataset, refused: Dataset) -> _Seen:
-    """The candidates; `refused` holds, in parts of the same numbers, what the selection did not take."""
+def _candidates(data: Dataset, refused: Dataset, decided: dict[str, bool]) -> _Seen:
+    """The candidates; `refused` holds, in parts of the same numbers, what the selection did not take, and `decided`
+    what people said of single pairs."""
     seen = _Seen()
     last, last_is_cut = None, False  # the rows of a grid stand together
     parts = set(refused.shards())
@@ -98,9 +100,13 @@ def _candidates(data: Dataset, refused: Dataset) -> _Seen:
         if shard != part:
             part = shard
             repeats = frozenset(row["id"] for row in refused.read_shard(shard)) if shard in parts else frozenset()
-        for i, name in enumerate(batch["id"] if repeats else ()):
-            if name in repeats:
-                batch["kept"][i], batch["reason"][i] = False, records.DUPLICATE
+        for i, name in enumerate(batch["id"] if repeats or decided else ()):
+            accepted = decided.get(name)
+            if accepted:
+                batch["kept"][i], batch["reason"][i] = True, "kept"
+            elif batch["kept"][i] and (accepted is False or name in repeats):
+                reason = records.REJECTED if accepted is False else records.DUPLICATE
+                batch["kept"][i], batch["reason"][i] = False, reason
         seen.pairs += len(batch["reason"])
         for grid, reason in zip(batch["grid_id"], batch["reason"], strict=True):
             if grid != last:

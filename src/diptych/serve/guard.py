@@ -32,7 +32,7 @@ PUBLIC = frozenset({"/healthz", "/readyz", "/login"})
 SIGNED = "/v1/pictures/"  # the route itself looks at the signature
 # Of Gradio's own routes, those that the app's pages need. Its uploads, its file cache, its proxy and its component
 # server are not among them: pictures go through /v1/references and /v1/pictures, which know whose they are.
-GRADIO = ("queue/join", "queue/data", "heartbeat", "reset", "cancel", "startup-events", "app_id")
+GRADIO = ("queue/join", "queue/data", "heartbeat", "reset", "cancel", "startup-events", "app_id", "info")
 CLOSED = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; style-src 'unsafe-inline'"
 PAGES = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -168,6 +168,8 @@ class Guard:
         async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                for name in [name for name in headers if name.startswith("access-control-")]:
+                    del headers[name]  # Gradio would let some pages elsewhere in
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Content-Security-Policy", PAGES if path.startswith(APP) else CLOSED)

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Red
 
 from diptych import __version__
 from diptych.errors import UserError
-from diptych.serve import errors, images, jobs, pages
+from diptych.serve import errors, images, jobs, pages, run_files
 from diptych.serve.guard import APP, Guard
 from diptych.serve.rates import Rate
 from diptych.serve.service import Service
@@ -46,6 +46,8 @@ def create(service: Service, web_app: bool = True) -> Guard:
     errors.install(app)
     app.include_router(images.router)
     app.include_router(jobs.router)
+    if service.runs is not None:
+        app.include_router(run_files.router)
     _add_health(app, service)
     _add_pages(app, gate, service.settings)
     app.openapi = lambda: _schema(app, gate)

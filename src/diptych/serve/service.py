@@ -27,6 +27,7 @@ from diptych.serve.asked import Asked
 from diptych.serve.board import Board
 from diptych.serve.metrics import Metrics
 from diptych.serve.rates import Rate
+from diptych.serve.runs import Runs
 from diptych.serve.settings import Settings
 from diptych.serve.store import OPEN, Store
 from diptych.serve.tokens import Signer
@@ -63,6 +64,7 @@ class Service:
             Worker(self._loader(device), self.store, self.board, self.metrics, settings.batch, settings.watermark)
             for device in settings.devices
         ]
+        self.runs = Runs(settings.runs) if settings.runs is not None else None
         self.draining = False
         self._decoding = threading.Semaphore(DECODERS)
         self._accepting = threading.Lock()

@@ -20,9 +20,12 @@ Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 def tabs(service: Service) -> dict[str, Tab]:
     """The tabs by name, in order."""
-    from diptych.serve.app import create
+    from diptych.serve.app import create, data, runs
 
-    return {"Create": create.add}
+    found: dict[str, Tab] = {"Create": create.add}
+    if service.runs is not None:
+        found |= {"Data": data.add, "Runs": runs.add}
+    return found
 
 
 def mount(app: Any, service: Service) -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import time
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+import gradio as gr
+from PIL import Image
 from pydantic import ValidationError
 
+from diptych import enhance
 from diptych.errors import UserError
 from diptych.serve.app import owner_of
 from diptych.serve.asked import Asked
@@ -24,10 +28,6 @@ DROP = """<label class="dq-drop"><input type="file" accept="image/*" aria-label=
 
 def add(blocks: Any, service: Service) -> None:
     """The tab's components and what they do."""
-    import gradio as gr
-
-    from diptych import enhance
-
     limits = service.settings.limits
     about = gr.HTML(elem_id="about")
     with gr.Row():
@@ -57,15 +57,15 @@ def add(blocks: Any, service: Service) -> None:
     job = gr.State("")
     shown = gr.HTML(elem_id="pictures", elem_classes="dq-status")
 
-    def on_draw(*given: Any, request: gr.Request) -> Iterator[tuple[str, str]]:
+    def on_draw(request: gr.Request, *given: Any) -> Iterator[tuple[str, str]]:
         names = ("reference", "prompt", "seed", "n", "steps", "image_guidance", "text_guidance", "negative_prompt")
         asked = dict(zip((*names, "size", "fit"), given, strict=True))
         yield from drawn(service, owner_of(request), asked)
 
-    def on_stop(id: str, request: gr.Request) -> None:
+    def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)
 
-    def on_enhance(text: str, reference_id: str, request: gr.Request) -> str:
+    def on_enhance(request: gr.Request, text: str, reference_id: str) -> str:
         return longer(service, owner_of(request), text, reference_id)
 
     given = [reference, prompt, seed, count, steps, image_guidance, text_guidance, negative, size, fit]
@@ -138,13 +138,6 @@ def drawn(service: Service, owner: str, given: dict[str, Any]) -> Iterator[tuple
 
 def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
     """The prompt, filled out from the reference by the vision-language model that the environment names."""
-    import io
-
-    import gradio as gr
-    from PIL import Image
-
-    from diptych import enhance
-
     png = service.store.reference(owner, reference) if reference else None
     if png is None or not prompt.strip():
         raise gr.Error("Give a reference and a prompt first.", print_exception=False)
