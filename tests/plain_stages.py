@@ -161,6 +161,31 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
     return {m.__name__: m for m in modules}
 
 
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "a") -> Path:
+    """A small run by these stages, curated to its end, in `tmp_path`/`name`."""
+    from diptych.console import Display
+    from diptych.recipe import load
+    from diptych.run import run
+
+    use(monkeypatch)
+    for model in ("teacher", "judge"):
+        (tmp_path / f"a-{model}").mkdir()
+        (tmp_path / f"a-{model}" / "config.json").write_text(json.dumps({"name": model}))
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(f"""
+name: small
+teacher: {tmp_path}/a-teacher
+device: cpu
+threads: 1
+write: {{count: 23, shard_size: 5}}
+paint: {{dtype: float32}}
+curate: {{judge: {tmp_path}/a-judge, thresholds: {{same: 0.3}}}}
+distill: {{precision: float32}}
+""")
+    run(load(recipe), tmp_path / name, stages=("write", "paint", "curate"), display=Display(quiet=True))
+    return tmp_path / name
+
+
 def module(name: str, **members: Any) -> types.ModuleType:
     """A module that holds `members`."""
     made = types.ModuleType(name)

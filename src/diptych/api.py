@@ -137,6 +137,7 @@ class Student:
         fit: str = "crop",
         background: str = "white",
         batch_size: int = 1,
+        pairwise: bool = False,
         on_preview: Show | None = None,
         preview_every: int = 1,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
@@ -162,6 +163,7 @@ class Student:
             fit: how the reference meets that size: crop, pad or contain.
             background: the colour that a reference's transparent parts are laid over: a name or `#rrggbb`.
             batch_size: pictures drawn together.
+            pairwise: the lists go together instead, one reference, prompt and seed for each picture.
             on_preview: called as `on_preview(done, steps, images)` with small previews of the batch that is being
                 drawn, every `preview_every` steps; see `student.preview`. It changes nothing.
             callback_on_step_end, callback_on_step_end_tensor_inputs: diffusers', called after every step of a batch.
@@ -194,7 +196,11 @@ class Student:
             callbacks.before(self._preview(on_preview, canvas, preview_every))
         images: list[Image.Image] = []
         # One PIL object per reference, so that the pipeline can tell a repeated one.
-        jobs = list(itertools.product(references, prompts, seeds))
+        if pairwise and not len(references) == len(prompts) == len(seeds):
+            raise UsageError(f"{len(references)} references, {len(prompts)} prompts and {len(seeds)} seeds: pairwise")
+        jobs = list(
+            zip(references, prompts, seeds, strict=True) if pairwise else itertools.product(references, prompts, seeds)
+        )
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             with _memory_said(canvas, len(batch)):

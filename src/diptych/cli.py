@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych import cli_data, cli_draw, cli_evaluate
+from diptych import cli_data, cli_draw, cli_evaluate, cli_serve
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
 
@@ -31,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_data.app, name="data")
+app.command("serve", epilog="Example: diptych serve --model pocket --port 8000 --token-file tokens.txt")(
+    cli_serve.serve
+)
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
 OutDir = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder [default: runs/NAME].")]

@@ -26,12 +26,12 @@ from typing import Any
 from diptych import recipe as recipes
 from diptych import tasks
 from diptych.console import Display, Report
-from diptych.data import duplicates, log, records
+from diptych.data import decisions, duplicates, log, records
 from diptych.data.engine import Row
 from diptych.data.lock import lock
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
-from diptych.data.store import MANIFEST, Dataset
+from diptych.data.store import MANIFEST, Dataset, write_atomic
 from diptych.errors import UsageError, UserError, nearest
 from diptych.run import Pipeline, freeze
 from diptych.sections import Recipe, Screens, Thresholds
@@ -174,12 +174,7 @@ def _write(
     if out.resolve() == folder.resolve():
         raise UsageError(f"{folder} belongs to its own thresholds; choose another --out")
     hashes = _hashes(folder)
-    source = Dataset(folder / "candidates", records.schema(records.PAIR))
-    if not source.is_complete(_fingerprint(old, task, folder, hashes)):
-        raise UserError(
-            f"{source.url} is not what {folder}/recipe.yaml makes today: parts are missing, or the task or diptych's "
-            "own stages changed since; the thresholds can be compared (leave out --out), but no run be made of it"
-        )
+    source = _judged(folder, old, task, hashes)
     if not found["kept_after"]:
         raise UserError(f"these thresholds keep none of {found['candidates']} candidate pairs; nothing was written")
     with lock(out):
@@ -214,9 +209,40 @@ def _derive(
     if source.is_complete(_fingerprint(new, task, out, hashes)):
         for name in ("candidates", "failed/curate"):
             share(folder / name, out / name)
+        if decisions.read(folder) and not decisions.path(out).exists():
+            decisions.path(out).parent.mkdir(exist_ok=True)
+            write_atomic(decisions.path(out), decisions.path(folder).read_bytes())
     else:
         _candidates(source, folder, out, new, task, hashes, report)
     return _Judged(new, task, out, hashes).select()
+
+
+def reselect(run_dir: str | Path) -> int:
+    """A run's `pairs/` anew, as people decided (`data.decisions`): no judge is asked. Returns how many rows it has.
+
+    UserError if another process writes the run, or its candidates are not what its recipe makes today.
+    """
+    folder, recipe, task = open_run(run_dir)
+    hashes = _hashes(folder)
+    _judged(folder, recipe, task, hashes)
+    with lock(folder):
+        log.append(folder, "reselect", decisions=len(decisions.read(folder)))
+        pairs = Dataset(folder / "pairs", records.schema(records.PAIR))
+        pairs.unpublish()
+        for shard in pairs.shards():
+            pairs.drop_shard(shard)
+        return _Judged(recipe, task, folder, hashes).select()
+
+
+def _judged(folder: Path, recipe: Recipe, task: tasks.Task, hashes: dict[str, str]) -> Dataset:
+    """A run's candidates; UserError unless they are whole and what its recipe makes."""
+    source = Dataset(folder / "candidates", records.schema(records.PAIR))
+    if not source.is_complete(_fingerprint(recipe, task, folder, hashes)):
+        raise UserError(
+            f"{source.url} is not what {folder}/recipe.yaml makes today: parts are missing, or the task or diptych's "
+            "own stages changed since; thresholds can be compared (no --out), but nothing be selected from it"
+        )
+    return source
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
-from diptych.data import duplicates, log, records
+from diptych.data import decisions, duplicates, log, records
 from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
 from diptych.data.lock import lock
 from diptych.data.store import Dataset, write_atomic
@@ -151,10 +151,13 @@ class Pipeline:
             made_by["screens"] = screens
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
-        stage = _Select(candidates, thresholds, screens, settings.duplicates)
+        decided = decisions.read(self.folder)
+        if decided:
+            made_by["decided"] = {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
+        stage = _Select(candidates, thresholds, screens, settings.duplicates, decided)
         result = self._rows(stage, candidates, "pairs", "pairs", self.fingerprints("select"), made_by, quiet=True)
         if result["failed"]:
-            again = f"select: {result['failed']} pairs show again what an earlier one shows"
+            again = f"select: {result['failed']} pairs show again what an earlier one shows, or people rejected them"
             self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
         if not result["rows"]:
             reasons = count(row["reason"] for row in candidates.columns("reason"))
@@ -261,6 +264,8 @@ class Pipeline:
             settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
+            if decided := decisions.read(self.folder):
+                settings.append(json.dumps(sorted(decided.items())))
         return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
 
 
@@ -271,17 +276,26 @@ class _Select:
     batch_size = 256
 
     def __init__(
-        self, candidates: Dataset, thresholds: Thresholds, screens: records.Limits | None, repeats: Duplicates | None
+        self,
+        candidates: Dataset,
+        thresholds: Thresholds,
+        screens: records.Limits | None,
+        repeats: Duplicates | None,
+        decided: dict[str, bool],
     ) -> None:
         self.candidates, self.thresholds, self.screens, self.repeats = candidates, thresholds, screens, repeats
+        self.decided = decided  # by people, whatever the numbers say
 
     def load(self) -> Work:
-        """Rows to the same rows, or to nothing; a row that repeats an earlier one fails."""
+        """Rows to the same rows, or to nothing; a row that repeats an earlier one or was rejected by hand fails."""
         again: dict[str, duplicates.Repeat] = {}
         if self.repeats is not None:
             again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.screens)
 
         def one(row: Row) -> list[Row] | Failure:
+            accepted = self.decided.get(row["id"])
+            if accepted is not None:
+                return [{**row, "kept": True, "reason": records.ACCEPTED}] if accepted else Failure(records.REJECTED)
             if row["id"] in again:
                 return Failure(again[row["id"]].reason)
             return records.select([row], self.thresholds, self.screens)

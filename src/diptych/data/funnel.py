@@ -24,8 +24,9 @@ from diptych.errors import UsageError
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
 BY_THE_JUDGE = ("same", UNDECIDED)
-# What comes after all judging: pairs that repeat an earlier one.
-OF_THE_SELECTION = (records.DUPLICATE,)
+# What comes after all judging: pairs that repeat an earlier one, or that people rejected. Their candidates say "kept",
+# which is what they are by themselves; the selection refused them. What people accepted counts as kept.
+OF_THE_SELECTION = (records.DUPLICATE, records.REJECTED)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

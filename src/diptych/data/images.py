@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,13 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
     background: str = WHITE,
+    formats: Sequence[str] | None = None,
 ) -> Image:
     """An image file, its bytes, or a row's `{bytes, path}` cell as upright RGB; any mode, alpha over `background`.
 
     Raises UserError, one line that says what is wrong with which image: missing, empty, not an image, a program that
-    would draw one, cut short, larger than `max_bytes` or `max_pixels`. `name` is what the message calls bytes.
+    would draw one, cut short, larger than `max_bytes` or `max_pixels`, or of a kind that is not one of
+    `formats` (Pillow's names; None: any). `name` is what the message calls bytes.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -71,7 +74,7 @@ def open_image(
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats)
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(

@@ -24,8 +24,8 @@ _SHORT = {label[0]: label for label in LABELS}
 class Labels:
     """A labels file. What a kill left of a last line is cut off, or ended if the line is whole."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, choices: Sequence[str] = LABELS) -> None:
+        self.path, self.choices = Path(path), choices
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._mend()
@@ -34,7 +34,7 @@ class Labels:
 
     def add(self, id: str, label: str, labeller: str) -> None:
         """One label, on the disk when this returns."""
-        assert label in LABELS, label
+        assert label in self.choices, label
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"id": id, "label": label, "labeller": labeller, "time": now}
         try:

@@ -130,6 +130,7 @@ class Thresholds(Protocol):
 TESTS = ("seam", "near_copy", "same")
 SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
 DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID: TEST`, in `failed/select/`
+ACCEPTED, REJECTED = "accepted by hand", "rejected by hand"  # reasons in `pairs/` and `failed/select/`; see `decisions`
 
 Limits = Mapping[str, Mapping[str, float]]  # of `recipe.Screens.limits`: name → {"least" or "most": number}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych import recipe as recipes
 from diptych import tasks
-from diptych.data import records
+from diptych.data import decisions, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.sections import Recipe
@@ -43,10 +43,11 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
 def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]]:
     """`batches` of a run's candidates, `columns` with `id`, `kept` and `reason` as the selection left them.
 
-    A candidate says what it is by itself. What `pairs/` did not take though it was kept, a repeat, is not kept here and
-    has the reason `duplicate: hash` or `duplicate: embedding`.
+    A candidate says what it is by itself. What `pairs/` did not take though it was kept is not kept here: a repeat has
+    the reason `duplicate: hash` or `duplicate: embedding`, and people's decisions hold whatever the numbers say.
     """
     refused = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
+    decided = decisions.read(folder)
     parts = set(refused.shards())
     part, again = None, dict[str, str]()
     names = list(dict.fromkeys(("id", "kept", "reason", *columns)))
@@ -54,8 +55,11 @@ def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]
         if shard != part:  # failures lie in parts of the same numbers as the rows they are of
             part = shard
             again = {row["id"]: row["reason"] for row in refused.read_shard(shard)} if shard in parts else {}
-        for i, name in enumerate(batch["id"] if again else ()):
-            if name in again:
+        for i, name in enumerate(batch["id"] if again or decided else ()):
+            if name in decided:
+                batch["kept"][i] = decided[name]
+                batch["reason"][i] = "kept" if decided[name] else records.REJECTED
+            elif name in again and again[name].startswith(records.DUPLICATE):
                 batch["kept"][i] = False
                 batch["reason"][i] = f"{records.DUPLICATE}:{again[name].rpartition(':')[2]}"
         yield batch

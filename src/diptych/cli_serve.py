@@ -1,0 +1,119 @@
+"""`diptych serve`. Thin, like `cli.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diptych.errors import UsageError
+from diptych.models import with_scale
+from diptych.student import speed as speeds
+
+EXTRA = "diptych serve needs more than the core: pip install 'diptych[serve]'"
+
+
+def serve(
+    model: Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")] = (
+        "pocket"
+    ),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Other than this machine only: needs tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", metavar="HOST", help="A name it is reached by. Repeatable.")
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option("--token-file", metavar="FILE", help="One token a line; also $DIPTYCH_SERVE_TOKENS."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", metavar="DIR", help="Where jobs and pictures are kept.")
+    ] = "~/.local/share/diptych/serve",
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            "--runs",
+            metavar="DIR",
+            help="Folder of runs, for the app's Data and Runs tabs [default: runs, if it is "
+            "there and no tokens are used].",
+        ),
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", help="cpu, cuda:0, … Repeated: one worker on each.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="GIB", help="Fit into 8 to 80 GiB, or auto; see docs/memory.md."),
+    ] = None,
+    speed: Annotated[str | None, typer.Option("--speed", help="exact, fast or fastest; requests may choose.")] = None,
+    switch: Annotated[
+        list[str] | None, typer.Option("--switch", metavar="NAME=VALUE", help="One switch of --speed. Repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures of equal settings drawn together.")] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Pictures that may wait; more get 429.")] = 256,
+    rate: Annotated[
+        float | None, typer.Option("--rate", min=0, help="Requests a minute and token [default: 120 with tokens].")
+    ] = None,
+    max_upload: Annotated[float, typer.Option("--max-upload", min=0.01, help="MiB of one request.")] = 20,
+    keep: Annotated[float, typer.Option("--keep", metavar="HOURS", min=0.1, help="That results are kept.")] = 24,
+    watermark: Annotated[
+        bool, typer.Option("--watermark", help="Mark pictures invisibly, by $DIPTYCH_WATERMARK_KEY.")
+    ] = False,
+    app: Annotated[bool, typer.Option("--app/--no-app", help="The web app beside the API.")] = True,
+) -> None:
+    """Serve a student: an HTTP API in OpenAI's format, and a web app, on one port.
+
+    Jobs are kept in --data: killed and started again, it draws what it had accepted. Ctrl-C ends it after the batch in
+    hand. Nobody but this machine is let in unless there are tokens.
+    """
+    for option, value in (("host", host), ("data", data), ("runs", runs), ("token-file", token_file)):
+        if value == "":
+            raise UsageError(f"--{option} is empty")
+    speeds.parse(speed, switch or ())
+    try:
+        from diptych.serve import http, tokens
+        from diptych.serve.settings import MIB, Limits, Settings
+    except ImportError as error:
+        raise UsageError(f"{EXTRA} ({error.name} is missing)") from error
+    known = tokens.read(token_file)
+    loading: dict[str, Any] = {"model": model, "base": base, "memory": memory}
+    if lora:
+        loading["lora"] = [with_scale(given) for given in lora]
+    if speed is not None or switch:
+        loading |= {"speed": speed, "switches": switch or []}
+    key = os.environ.get("DIPTYCH_WATERMARK_KEY", "diptych") if watermark else None
+    limits = Limits(
+        queue=queue, upload_bytes=int(max_upload * MIB), rate=rate if rate is not None else 120.0 if known else 0.0
+    )
+    settings = Settings(
+        folder=Path(data).expanduser(),
+        loading=loading,
+        devices=tuple(device) if device else (None,),
+        host=host,
+        port=port,
+        names=tuple(name or ()),
+        tokens=known,
+        runs=_runs(runs, bool(known)),
+        batch=batch,
+        keep_hours=keep,
+        watermark=key,
+        limits=limits,
+    )
+    http.run(settings, say=lambda text: print(text, file=sys.stderr, flush=True), web_app=app)
+
+
+def _runs(asked: str | None, with_tokens: bool) -> Path | None:
+    if asked is None:
+        return Path("runs") if Path("runs").is_dir() and not with_tokens else None
+    if not Path(asked).is_dir():
+        raise UsageError(f"--runs {asked}: no such folder")
+    return Path(asked)

@@ -1,0 +1,65 @@
+"""The web app: one Gradio page with a tab for each job, on the server's own address, behind the server's own guard.
+
+A tab is a function that adds components inside `gr.Blocks` and knows the `Service`; `tabs` lists them, so that another
+is one line. Pictures never pass through Gradio: the page sends them to /v1/references and shows them from
+/v1/pictures, where everybody sees their own, so that Gradio's cache of files stays empty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from diptych.serve.guard import APP
+from diptych.serve.service import Service
+
+Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
+
+
+def tabs(service: Service) -> dict[str, Tab]:
+    """The tabs by name, in order."""
+    from diptych.serve.app import create, data, runs
+
+    found: dict[str, Tab] = {"Create": create.add}
+    if service.runs is not None:
+        found |= {"Data": data.add, "Runs": runs.add}
+    return found
+
+
+def mount(app: Any, service: Service) -> Any:
+    """The FastAPI app with the web app under /app."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    import gradio as gr
+
+    with gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False) as blocks:
+        for name, add in tabs(service).items():
+            with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                add(blocks, service)
+    blocks.queue(api_open=False, max_size=200)
+    return gr.mount_gradio_app(
+        app,
+        blocks,
+        APP,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_asset("page.css"),
+        head=f"<script>{_asset('page.js')}</script>",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        show_error=False,
+        max_file_size=1,
+    )
+
+
+def _asset(name: str) -> str:
+    return (files("diptych.serve.app") / name).read_text("utf8")
+
+
+def owner_of(request: Any) -> str:
+    """Whose a request of the app is: what the guard found, as for the API."""
+    return request.request.state.owner

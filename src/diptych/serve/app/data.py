@@ -1,0 +1,207 @@
+"""The Data tab: a run's pairs with their verdicts, people's own verdicts, and what other thresholds would keep."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from diptych import recurate
+from diptych.console import Display
+from diptych.data import decisions
+from diptych.data.scan import open_run
+from diptych.errors import UserError
+from diptych.serve.app import owner_of
+from diptych.serve.runs import NAME, Runs
+from diptych.serve.service import Service
+
+PAGE = 12  # pairs
+SHOWN = ["all", "kept", "refused", "decided"]
+NUMBERS = {"similarity": "similarity", "copy_distance": "distance from a copy", "seam": "seam"}
+RANGES = {"same": (-1.0, 1.0), "near_copy": (0.0, 1.0), "seam": (-1.0, 2.0)}
+# The thresholds that every run has, each with the words of its slider.
+SLIDERS = {
+    "same": "same: similarity of at least",
+    "near_copy": "near_copy: distance of at least",
+    "seam": "seam of at least",
+}
+
+
+def add(blocks: Any, service: Service) -> None:
+    """The tab's components and what they do."""
+    runs = service.runs
+    assert runs is not None
+    names = runs.names()
+    with gr.Row():
+        run = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="run", min_width=160)
+        shown = gr.Dropdown(SHOWN, value="all", label="Pairs", elem_id="shown", min_width=160)
+        subject = gr.Textbox(label="Subject contains", max_length=80, min_width=160)
+    with gr.Row():
+        back = gr.Button("Back", size="sm", min_width=80)
+        on = gr.Button("On", size="sm", min_width=80)
+        apply = gr.Button("Apply decisions to pairs/", variant="primary", size="sm", elem_id="apply", min_width=200)
+    at = gr.State(0)
+    decided = gr.Textbox(elem_id="decide", elem_classes="dq-wire", label="decision", container=False)
+    told = gr.HTML(elem_id="told")
+    pairs = gr.HTML(elem_id="pairs")
+    gr.Markdown("### Thresholds\nMove one and see what would be kept. The run itself stays as it is.")
+    with gr.Row():
+        sliders = [
+            gr.Slider(*RANGES[name], value=0, step=0.01, label=label, elem_id=f"limit-{name}", min_width=200)
+            for name, label in SLIDERS.items()
+        ]
+    funnel = gr.HTML(elem_id="funnel")
+    with gr.Row():
+        other = gr.Textbox(label="Name of a new run with these thresholds", max_length=64, elem_id="new-run")
+        make = gr.Button("Make it", elem_id="make-run")
+
+    def show(name: str, what: str, part: str, start: int) -> tuple[str, Any]:
+        return listed(runs, name, what, part, start)
+
+    def turn(way: int) -> Any:
+        def turned(name: str, what: str, part: str, start: int) -> tuple[int, str, Any]:
+            first = max(0, start + way * PAGE)
+            page, choices = listed(runs, name, what, part, first)
+            if way > 0 and 'class="dq-pair"' not in page:
+                first = max(0, start)
+                page, choices = listed(runs, name, what, part, first)
+            return first, page, choices
+
+        return turned
+
+    def decide(request: gr.Request, said: str, name: str, what: str, part: str, start: int) -> tuple[str, str, Any]:
+        words = said.split()
+        if len(words) < 2:
+            return "", *show(name, what, part, start)
+        try:
+            runs.decide(name, words[1], words[0], owner_of(request))
+        except UserError as error:
+            return _wrong(error), *show(name, what, part, start)
+        return _count(runs, name), *show(name, what, part, start)
+
+    def on_apply(name: str) -> str:
+        try:
+            rows = recurate.reselect(runs.of(name))
+        except UserError as error:
+            return _wrong(error)
+        return (
+            f'<p role="status">pairs/ now has {rows} rows to train on, by the thresholds and {_said(runs, name)}.</p>'
+        )
+
+    def on_make(name: str, new: str, *values: float) -> str:
+        try:
+            if not NAME.fullmatch(new or ""):
+                raise UserError("a run's name has letters, digits, dot, dash and underscore, at most 64")
+            made = recurate.recurate(runs.of(name), _sets(runs, name, values), runs.folder / new, Display(quiet=True))
+        except UserError as error:
+            return _wrong(error)
+        return f'<p role="status">The run {escape(new)} has {made["pairs"]} pairs to train on.</p>'
+
+    seen = [run, shown, subject, at]
+    hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
+    first: Any = [lambda *given: (0, *show(*given, 0)), [run, shown, subject], [at, pairs, shown]]
+    gr.on([run.change, shown.input, subject.submit], *first, **hidden)
+    back.click(turn(-1), seen, [at, pairs, shown], **hidden)
+    on.click(turn(1), seen, [at, pairs, shown], **hidden)
+    decided.input(decide, [decided, *seen], [told, pairs, shown], **hidden)
+    apply.click(on_apply, run, told, api_visibility="private", concurrency_limit=1)
+    gr.on(
+        [slider.input for slider in sliders],
+        lambda name, *values: funnel_of(runs, name, values),
+        [run, *sliders],
+        funnel,
+        trigger_mode="always_last",
+        **hidden,
+    )
+    make.click(on_make, [run, other, *sliders], funnel, api_visibility="private", concurrency_limit=1)
+    run.change(lambda name: _limits(runs, name), run, sliders, **hidden)
+    blocks.load(lambda: gr.Dropdown(choices=runs.names()), None, run, **hidden)
+    blocks.load(*first, **hidden)
+    blocks.load(lambda name: _limits(runs, name), run, sliders, **hidden)
+
+
+def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[str, Any]:
+    """A page of pairs as HTML, and the choices of what to show."""
+    if not name:
+        return "<p>There is no run yet: <code>diptych run demo</code> makes one.</p>", gr.Dropdown()
+    try:
+        rows, total, reasons = runs.page(name, shown, subject or "", start, PAGE)
+    except UserError as error:
+        return _wrong(error), gr.Dropdown()
+    figures = "".join(_pair(name, row) for row in rows)
+    upto = min(start + PAGE, total)
+    head = f'<p role="status">{start + 1 if rows else 0} to {upto} of {total} pairs</p>'
+    choices = [*SHOWN, *(reason for reason in reasons if reason not in SHOWN)]
+    return f'{head}<div class="dq-gallery">{figures}</div>', gr.Dropdown(choices=choices, value=shown)
+
+
+def _pair(run: str, row: dict[str, Any]) -> str:
+    id = escape(row["id"])
+    images = "".join(
+        f'<img loading="lazy" src="/v1/runs/{run}/pairs/{id}/{side}" alt="{side} of {id}">'
+        for side in ("reference", "target")
+    )
+    numbers = ", ".join(f"{words} {row[key]:.2f}" for key, words in NUMBERS.items() if row[key] is not None)
+    verdict = "kept" if row["kept"] else f"refused: {row['reason']}"
+    buttons = ""
+    for said, label, mine in (("accept", "Accept", True), ("reject", "Reject", False)):
+        pressed = row["decided"] is mine
+        value = f"{'judge' if pressed else said} {id}"  # pressed once more, it is left to the judge again
+        buttons += (
+            f'<button type="button" data-put="decide" data-once="1" data-value="{value}" '
+            f'aria-pressed="{str(pressed).lower()}">{label}</button>'
+        )
+    return (
+        f'<figure data-pair="{id}"><div class="dq-pair">{images}</div><figcaption><b>{escape(verdict)}</b>'
+        f"<span>{escape(row['subject'])}: {escape(row['caption'])}</span>"
+        f'<span class="dq-small">{escape(numbers)}</span>{buttons}</figcaption></figure>'
+    )
+
+
+def _limits(runs: Runs, name: str | None) -> list[float]:
+    """The run's thresholds, for the sliders."""
+    if not name:
+        return [0.0] * len(SLIDERS)
+    _, recipe, task = open_run(runs.of(name))
+    known = recurate.settable(recipe, task)
+    return [float(known[key] or 0.0) for key in SLIDERS]
+
+
+def _sets(runs: Runs, name: str, values: Any) -> list[str]:
+    """The thresholds that differ from the run's, as `recurate` takes them."""
+    now = _limits(runs, name)
+    return [f"{key}={value}" for key, value, old in zip(SLIDERS, values, now, strict=True) if abs(value - old) > 1e-9]
+
+
+def funnel_of(runs: Runs, name: str | None, values: Any) -> str:
+    """What these thresholds would keep, and what would come and go, from the stored numbers."""
+    try:
+        if not name or not (sets := _sets(runs, name, values)):
+            return '<p role="status">These are the run\'s own thresholds.</p>'
+        found = recurate.recurate(runs.of(name), sets)
+    except UserError as error:
+        return _wrong(error)
+    total = found["candidates"]
+    bars = "".join(
+        f'<tr><td>{label}</td><td class="n">{n}</td><td style="width:50%"><span class="dq-bar" '
+        f'style="width:{100 * n / total:.1f}%"></span></td></tr>'
+        for label, n in (("candidates", total), ("kept now", found["kept_before"]), ("kept then", found["kept_after"]))
+    )
+    moves = "".join(f"<li>{m['pairs']}: {escape(m['from'])} → {escape(m['to'])}</li>" for m in found["moves"])
+    said = f"{found['came']} would come, {found['went']} would go."
+    return f'<table class="dq-table">{bars}</table><p role="status">{said}</p><ul>{moves}</ul>'
+
+
+def _said(runs: Runs, name: str) -> str:
+    decided = decisions.read(runs.of(name))
+    accepted = sum(decided.values())
+    return f"{accepted} accepted and {len(decided) - accepted} rejected by hand"
+
+
+def _count(runs: Runs, name: str) -> str:
+    return f'<p role="status">{_said(runs, name)}; Apply makes pairs/ follow.</p>'
+
+
+def _wrong(error: object) -> str:
+    return f'<div class="dq-wrong" role="alert">{escape(str(error))}</div>'

@@ -1,0 +1,56 @@
+/* What Gradio's components do not do here: send a reference to /v1/references, and hand clicks in galleries on. */
+(() => {
+  const field = (id) => document.querySelector(`#${id} textarea, #${id} input`);
+  const put = (id, value) => {
+    const to = field(id);
+    to.value = value;
+    to.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  async function send(file) {
+    const drop = document.querySelector(".dq-drop");
+    const alert = drop.querySelector("[role=alert]"), shown = drop.querySelector("img"), hint = drop.querySelector("span");
+    alert.textContent = "";
+    hint.textContent = "Sending …";
+    try {
+      const answer = await fetch("/v1/references", { method: "POST", body: file });
+      const told = await answer.json();
+      if (!answer.ok) throw new Error(told.error.message);
+      shown.src = `/v1/references/${told.id}`;
+      shown.hidden = false;
+      hint.textContent = "Another one: drop, paste or choose it";
+      put("reference", told.id);
+    } catch (error) {
+      hint.textContent = "Drop a picture of your subject here, paste it, or choose a file";
+      alert.textContent = `This file cannot be used. ${error.message}`;
+      shown.hidden = true;
+      put("reference", "");
+    }
+  }
+  document.addEventListener("change", (event) => {
+    if (event.target.matches(".dq-drop input") && event.target.files.length) {
+      send(event.target.files[0]);
+      event.target.value = "";
+    }
+  });
+  for (const kind of ["dragover", "dragleave", "drop"])
+    document.addEventListener(kind, (event) => {
+      const drop = event.target.closest?.(".dq-drop");
+      if (!drop) return;
+      event.preventDefault();
+      drop.classList.toggle("over", kind === "dragover");
+      if (kind === "drop" && event.dataTransfer.files.length) send(event.dataTransfer.files[0]);
+    });
+  document.addEventListener("paste", (event) => {
+    const file = [...(event.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
+    if (file && document.querySelector(".dq-drop")?.offsetParent) { event.preventDefault(); send(file); }
+  });
+  let count = 0; // so that the same click twice is two changes
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("button[data-put]");
+    if (button) put(button.dataset.put, button.dataset.value + (button.dataset.once ? ` ${++count}` : ""));
+  });
+  document.addEventListener("input", (event) => {
+    if (event.target.matches(".dq-compare-range"))
+      event.target.previousElementSibling.style.setProperty("--at", `${100 - event.target.value}%`);
+  });
+})();

@@ -1,0 +1,127 @@
+"""What somebody asks for, checked: one model for the HTTP API's two routes and for the web app.
+
+Names and meanings are OpenAI's where OpenAI has them, else those of `diptych generate`. An unknown name is refused with
+the nearest known one, and so is an OpenAI option whose value this model cannot honour: nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diptych.errors import UsageError
+from diptych.serve.settings import Limits
+
+JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
+SPEEDS = ("plain", "exact", "fast", "fastest")
+# OpenAI's options that say how its own models draw; taken where they ask for what happens anyway.
+NEUTRAL = {
+    "quality": ("auto", "standard"),
+    "moderation": ("auto",),
+    "style": ("natural",),
+    "output_compression": ("100",),
+}
+OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
+
+
+class Asked(BaseModel):
+    """A request for pictures: OpenAI's fields, and diptych's own."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, max_length=32_000, description="What the new picture shows, the whole of it.")
+    model: str | None = Field(None, max_length=200, description="Any name: the server has one model.")
+    n: int = Field(1, ge=1, le=100, description="Pictures; the seeds count up.")
+    size: str | None = Field(
+        None, pattern=r"^(auto|[0-9]{1,5}(x[0-9]{1,5})?)$", description="`WIDTHxHEIGHT`, one number, or auto."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json, the default, or url.")
+    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="webp is lossless.")
+    user: str | None = Field(None, max_length=200, description="Kept with the job, and read by nobody.")
+    stream: bool = Field(False, description="Answer with server-sent events, as OpenAI does.")
+    partial_images: int = Field(0, ge=0, le=3, description="Previews in the stream.")
+    background: str | None = Field(
+        None, max_length=30, description="Colour under a transparent reference; auto and opaque are white."
+    )
+    quality: str | None = Field(None, max_length=20, description="Only auto and standard: `steps` says how carefully.")
+    style: str | None = Field(None, max_length=20, description="Only natural.")
+    moderation: str | None = Field(None, max_length=20, description="Only auto: nothing is moderated here.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Only 100.")
+
+    seed: int | None = Field(None, ge=0, lt=2**63 - 100, description="The same seed gives the same picture.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps.")
+    guidance: float | None = Field(None, ge=0, le=1000, description="Distilled guidance, for models that have it.")
+    image_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the reference; 1 is off.")
+    text_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the prompt; 1 is off.")
+    negative_prompt: str | None = Field(None, max_length=32_000, description="Needs image or text guidance above 1.")
+    fit: Literal["crop", "pad", "contain"] | None = Field(None, description="How the reference meets the size.")
+    speed: Literal["plain", "exact", "fast", "fastest"] | None = Field(None, description="See docs/speed.md.")
+    job: str | None = Field(
+        None, pattern=JOB_ID, description="Your own name for the job; sent again, the same request finds the same job."
+    )
+    wait: bool = Field(True, description="False: answer at once, 202, with the job to ask for later.")
+
+    def colour(self) -> str:
+        """What lies under a transparent reference."""
+        return "white" if self.background in (None, "auto", "opaque") else self.background  # pyright: ignore
+
+    def panel(self) -> tuple[int, int] | None:
+        """(width, height) in pixels, None for the model's own."""
+        if self.size in (None, "auto"):
+            return None
+        sides = [int(side) for side in str(self.size).split("x")]
+        return sides[0], sides[-1]
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `Student.generate` that were given."""
+        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        return given | ({"size": self.panel()} if self.panel() else {})
+
+    def settings(self, with_reference: bool) -> str:
+        """What must be equal for pictures to be drawn together."""
+        return json.dumps([self.options(), self.speed, with_reference], sort_keys=True)
+
+
+class Generation(Asked):
+    """`POST /v1/images/generations`: JSON."""
+
+    reference: str | None = Field(
+        None,
+        max_length=40_000_000,
+        description="The picture of your subject, base64 or a `data:` URL with base64. Without it the prompt alone "
+        "says what is drawn: a teacher's way, without any identity to keep.",
+    )
+
+
+def check(asked: Asked, limits: Limits, default_side: int) -> None:
+    """UsageError, which names the field, for what a server with these limits and this model does not do."""
+    from diptych.api import check_options, check_prompt
+
+    check_prompt(asked.prompt)
+    if len(asked.prompt) > limits.prompt_letters or len(asked.negative_prompt or "") > limits.prompt_letters:
+        raise UsageError(f"prompt: at most {limits.prompt_letters} letters here")
+    for text in (asked.prompt, asked.negative_prompt or "", asked.user or ""):
+        if re.search(r"[\x00\ud800-\udfff]", text):
+            raise UsageError("prompt: there are characters in it that are no text")
+    if asked.n > limits.pictures:
+        raise UsageError(f"n: at most {limits.pictures} pictures at once here, not {asked.n}")
+    if (asked.steps or 0) > limits.steps:
+        raise UsageError(f"steps: at most {limits.steps} here, not {asked.steps}")
+    for name, taken in NEUTRAL.items():
+        value = getattr(asked, name)
+        if value is not None and str(value) not in taken:
+            raise UsageError(f"{name}: '{value}' is nothing this model can do; leave it out, or {' or '.join(taken)}")
+    if asked.background == "transparent":
+        raise UsageError("background: this model draws no transparent pictures; leave it out, or name a colour")
+    check_options({**asked.options(), "background": asked.colour()})
+    if (size := asked.panel()) is not None:
+        most = limits.enlarged * default_side**2
+        if size[0] * size[1] > most:
+            side = int(most**0.5)
+            raise UsageError(
+                f"size: {size[0]}x{size[1]} is too large; this model draws {default_side}x{default_side}, and at most "
+                f"as many pixels as {side}x{side} here"
+            )

@@ -1,0 +1,104 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from diptych.errors import UserError, nearest
+from diptych.serve.asked import Generation
+from diptych.serve.service import Busy
+
+log = logging.getLogger("diptych.serve")
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+ANYWHERE = (400, 401, 403, 404, 405, 408, 413, 421, 429, 503)
+
+
+class Fault(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """An error's body."""
+
+    error: Fault
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of these statuses, and of those that every route can give."""
+    return {
+        status: {"model": Error} for status in sorted({*statuses, 400, 401, 403, 404, 405, 408, 413, 421, 429, 503})
+    }
+
+
+def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return Error(error=Fault(message=message, type=kind, param=param, code=code)).model_dump()
+
+
+def answer(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An error as a response."""
+    return JSONResponse(body(status, message, param, code), status, headers)
+
+
+def of_fields(errors: list[Any]) -> JSONResponse:
+    """The first of pydantic's findings, in our words."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    name = ".".join(place) or None
+    if first["type"] == "extra_forbidden" and name:
+        known = [*Generation.model_fields, "image"]
+        return answer(400, f"unknown parameter '{name}'{nearest(name, known)}", name, "unknown_parameter")
+    said = str(first["msg"]).removeprefix("Value error, ")
+    return answer(400, f"{name}: {said}" if name else said, name, first["type"])
+
+
+def install(app: FastAPI) -> None:
+    """Makes an app answer all its errors this way."""
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
+        return of_fields(list(error.errors()))
+
+    @app.exception_handler(ValidationError)
+    async def _(request: Request, error: ValidationError) -> JSONResponse:
+        return of_fields(list(error.errors()))
+
+    @app.exception_handler(UserError)
+    async def _(request: Request, error: UserError) -> JSONResponse:
+        if isinstance(error, Busy):
+            code = "busy" if error.status == 429 else "unavailable"
+            return answer(error.status, str(error), code=code, headers={"Retry-After": str(error.seconds)})
+        name, colon, _ = str(error).partition(":")
+        return answer(400, str(error), name if colon and name.isidentifier() else None)
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s", request.method, request.url.path, exc_info=error)
+        return answer(500, "an error inside the server; its log says more")

@@ -1,0 +1,182 @@
+"""What stands between strangers and the server: an ASGI middleware around everything, the web app included.
+
+In this order: the name the request is addressed to (a page elsewhere whose name was pointed here gets nothing), its
+origin (CORS is closed), whose it is, what of the web app's framework may be reached at all, and the size and the
+patience of its body, which are limits before anything is decoded. Answers get the headers that browsers obey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
+
+from diptych.serve import errors
+from diptych.serve.metrics import Metrics
+from diptych.serve.rates import Rate
+from diptych.serve.settings import Settings
+from diptych.serve.tokens import COOKIE, LOCAL, Gate
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+APP = "/app"
+PUBLIC = frozenset({"/healthz", "/readyz", "/login"})
+SIGNED = "/v1/pictures/"  # the route itself looks at the signature
+# Of Gradio's own routes, those that the app's pages need. Its uploads, its file cache, its proxy and its component
+# server are not among them: pictures go through /v1/references and /v1/pictures, which know whose they are.
+GRADIO = ("queue/join", "queue/data", "heartbeat", "reset", "cancel", "startup-events", "app_id", "info")
+CLOSED = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; style-src 'unsafe-inline'"
+PAGES = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "object-src 'none'; frame-src 'self'; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """See the module."""
+
+    def __init__(self, app: Any, settings: Settings, gate: Gate, metrics: Metrics) -> None:
+        self.app, self.gate, self.metrics = app, gate, metrics
+        self.hosts, self.limits = settings.hosts, settings.limits
+        self.guesses = Rate(settings.limits.guesses)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, self._counted(scope, send))
+        else:  # no page of ours opens a web socket
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        state = scope.setdefault("state", {})
+        state["owner"] = None
+        refusal = self._foreign(headers, scope["method"])
+        if refusal is None:
+            state["owner"], refusal = self._owner(scope, headers)
+        if refusal is None and path.startswith(f"{APP}/gradio_api/"):
+            name = path.removeprefix(f"{APP}/gradio_api/").strip("/")
+            if not any(name == known or name.startswith(f"{known}/") for known in GRADIO):
+                refusal = errors.answer(404, "there is no such page")
+        if refusal is None:
+            length = headers.get("content-length", "0")
+            if not (length.isascii() and length.isdecimal()):
+                refusal = errors.answer(400, "the length of the body is no number")
+            elif int(length) > self.limits.upload_bytes:
+                refusal = errors.answer(413, self._too_large())
+        if refusal is not None:
+            refusal.headers["Connection"] = "close"  # what is left of a body must not be read as the next request
+            await refusal(scope, receive, send)
+            return
+        await self.app(scope, self._limited(receive), send)
+
+    def _foreign(self, headers: Headers, method: str) -> Any:
+        """A refusal for what is addressed to another name than ours, or comes from a page elsewhere."""
+        host = headers.get("host", "")
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            name = ""
+        if not name or (self.hosts is not None and name not in self.hosts):
+            return errors.answer(421, "this server does not go by that name (--name adds one)")
+        origin = headers.get("origin")
+        if origin is None or method in ("GET", "HEAD"):
+            return None
+        if urlsplit(origin).netloc.lower() != host.lower():
+            return errors.answer(403, "pages of other sites may not ask this server")
+        return None
+
+    def _owner(self, scope: Scope, headers: Headers) -> tuple[str | None, Any]:
+        """Whose a request is, or a refusal."""
+        if self.gate.open:
+            return LOCAL, None
+        path = scope["path"]
+        if path in PUBLIC:
+            return None, None
+        address = (scope.get("client") or ("?",))[0]
+        if self.guesses.spent(address):
+            self.metrics.refused.labels("guesses").inc()
+            return None, errors.answer(429, "too many wrong tokens", headers={"Retry-After": "60"})
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if kind:
+            owner = self.gate.owner(token.strip()) if kind.lower() == "bearer" else None
+            if owner is None:
+                self.guesses.take(address)
+        else:
+            owner = self._of_cookie(headers)
+        if owner is not None or path.startswith(SIGNED):
+            return owner, None
+        self.metrics.refused.labels("token").inc()
+        if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+            return None, RedirectResponse("/login", 303)
+        said = "this token is not known here" if kind else "a token is needed: Authorization: Bearer TOKEN"
+        return None, errors.answer(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _of_cookie(self, headers: Headers) -> str | None:
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            return None
+        return self.gate.of_session(cookie.value) if cookie is not None else None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The body, counted and timed as it comes."""
+        loop = asyncio.get_running_loop()
+        until, count, whole = loop.time() + self.limits.body_seconds, 0, False
+
+        async def limited() -> MutableMapping[str, Any]:
+            nonlocal count, whole
+            if whole:  # what comes now is only the news that the client left
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, until - loop.time()))
+            except TimeoutError:
+                raise HTTPException(408, "the body of the request came too slowly") from None
+            count += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if count > self.limits.upload_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return limited
+
+    def _too_large(self) -> str:
+        return f"a request is at most {self.limits.upload_bytes / 2**20:.0f} MiB here"
+
+    def _counted(self, scope: Scope, send: Send) -> Send:
+        """Adds the headers, and counts the answer under its route."""
+        path = scope["path"]
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name in [name for name in headers if name.startswith("access-control-")]:
+                    del headers[name]  # Gradio would let some pages elsewhere in
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Content-Security-Policy", PAGES if path.startswith(APP) else CLOSED)
+                if not path.startswith((f"{APP}/assets", f"{APP}/static", f"{APP}/_app", SIGNED)):
+                    headers.setdefault("Cache-Control", "no-store")
+                route = getattr(scope.get("route"), "path", None) or (APP if path.startswith(APP) else "other")
+                self.metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        return counted

@@ -1,0 +1,196 @@
+"""The HTTP server: the API's routes, health and metrics, login and pages, the web app, and the guard around it all.
+
+run(Settings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+
+from diptych import __version__
+from diptych.errors import UserError
+from diptych.serve import errors, images, jobs, pages, run_files
+from diptych.serve.guard import APP, Guard
+from diptych.serve.rates import Rate
+from diptych.serve.service import Service
+from diptych.serve.settings import Settings
+from diptych.serve.tokens import COOKIE, SESSION_SECONDS, Gate
+
+TITLE = "diptych"
+
+
+def create(service: Service, web_app: bool = True) -> Guard:
+    """The ASGI app of a service. The service itself is started and stopped with it."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.board.bind(asyncio.get_running_loop())
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    app = FastAPI(
+        title=TITLE, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=life,
+        description="Pictures of your subject, in OpenAI's format.",
+    )  # fmt: skip
+    app.state.service = service
+    gate = Gate(service.settings.tokens)
+    errors.install(app)
+    app.include_router(images.router)
+    app.include_router(jobs.router)
+    if service.runs is not None:
+        app.include_router(run_files.router)
+    _add_health(app, service)
+    _add_pages(app, gate, service.settings)
+    app.openapi = lambda: _schema(app, gate)
+    inside: Any = app
+    if web_app:
+        from diptych.serve.app import mount
+
+        inside = mount(app, service)
+    return Guard(inside, service.settings, gate, service.metrics)
+
+
+def _schema(app: FastAPI, gate: Gate) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        if not gate.open:
+            schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"token": []}]
+        for path in ("/healthz", "/readyz"):
+            schema["paths"][path]["get"]["security"] = []
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", tags=["health"], responses=errors.documented())
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"], responses=errors.documented())
+    async def readyz() -> dict[str, str]:
+        """Whether the model is loaded and jobs are taken; 503 if not."""
+        if not service.ready:
+            return errors.answer(503, "stopping" if service.draining else "the model is being loaded")  # pyright: ignore
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=errors.documented())
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
+    guesses = Rate(settings.limits.guesses)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse(f"{APP}/", 303)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(pages.description(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/login", include_in_schema=False)
+    async def login_page() -> HTMLResponse:
+        return HTMLResponse(pages.login())
+
+    @app.post("/login", include_in_schema=False)
+    async def login(request: Request) -> Response:
+        address = request.client.host if request.client else "?"
+        if guesses.spent(address):
+            return errors.answer(429, "too many wrong tokens", headers={"Retry-After": "60"})
+        async with request.form(max_files=0, max_fields=4, max_part_size=2**14) as form:
+            owner = gate.owner(str(form.get("token", "")).strip())
+        if owner is None:
+            guesses.take(address)
+            return HTMLResponse(pages.login(wrong=True), 401)
+        response = RedirectResponse(f"{APP}/", 303)
+        secure = request.url.scheme == "https"
+        response.set_cookie(
+            COOKIE, gate.session(owner), SESSION_SECONDS, httponly=True, samesite="strict", secure=secure
+        )
+        return response
+
+    @app.post("/logout", include_in_schema=False)
+    async def logout() -> Response:
+        response = RedirectResponse("/login", 303)
+        response.delete_cookie(COOKIE)
+        return response
+
+
+def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = True) -> None:
+    """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails."""
+    import socket
+
+    import uvicorn
+
+    service = Service(settings)
+    kind = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(kind, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        raise UserError(
+            f"{settings.host}:{settings.port} cannot be used ({error.strerror or error}); choose another --port"
+        ) from error
+    app = create(service, web_app)
+
+    class Server(uvicorn.Server):
+        """Tells the service at once when it is to stop, so that who waits is told too."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            service.drain()
+            super().handle_exit(sig, frame)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=int(settings.grace_seconds) + 5,
+            limit_concurrency=1000,
+            ws="none",
+            lifespan="on",
+        )
+    )
+    port = listening.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+
+    def watch() -> None:
+        """Says when the model is there; ends the server if it cannot be."""
+        while not service.ready and service.failure is None and not service.draining:
+            service.workers[0].join(0.1)
+        if service.failure is not None:
+            server.should_exit = True
+        elif service.ready:
+            say(
+                f"ready: http://{host}:{port}"
+                + (f"{APP}/ is the app, /v1 the API, /docs its pages" if web_app else "/v1, /docs")
+            )
+
+    say(f"listening on http://{host}:{port}, loading {settings.loading['model']}")
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+    if service.failure is not None:
+        raise service.failure

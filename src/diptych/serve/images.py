@@ -1,0 +1,174 @@
+"""`/v1/images/generations` and `/v1/images/edits`, in OpenAI's format: the official client works unchanged.
+
+The first takes JSON, and with our field `reference` (base64) the picture of a subject too; the second takes a form with
+the picture as `image`. Both make a job and wait for it; `wait=false` answers at once, `stream=true` as it goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from diptych.errors import UsageError
+from diptych.serve import stream
+from diptych.serve.asked import Asked, Generation
+from diptych.serve.errors import answer, documented
+from diptych.serve.service import Service, from_base64
+
+MOST_FIELDS = 60
+GENERATION, EDIT = "image_generation", "image_edit"
+
+
+class Picture(BaseModel):
+    """One picture of an answer."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    seed: int
+    id: str
+
+
+class Pictures(BaseModel):
+    """An answer: OpenAI's, and what made the pictures."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str | None = None
+    background: str = "opaque"
+    quality: str = "auto"
+    job: str
+    settings: dict[str, Any]
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that a request came to."""
+    return request.app.state.service
+
+
+def owner_of(request: Request) -> str:
+    """Whose a request is; the guard has put it there."""
+    return request.state.owner
+
+
+Owner = Annotated[str, Depends(owner_of)]
+Of = Annotated[Service, Depends(service_of)]
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=documented(500, 504))
+FORM = Asked.model_json_schema()
+FORM["properties"] = {
+    **{name: {**field, "anyOf": [o for o in field["anyOf"] if o != {"type": "null"}]} if "anyOf" in field else field
+       for name, field in FORM["properties"].items()},
+    "image": {"type": "string", "format": "binary", "description": "The picture of your subject: PNG, JPEG, WebP, …"},
+}  # fmt: skip
+FORM["required"] = ["prompt", "image"]
+ACCEPTED = {202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}}
+
+
+@router.post("/generations", response_model=Pictures, responses=ACCEPTED)
+async def generations(
+    asked: Annotated[Generation, Body()], request: Request, service: Of, owner: Owner
+) -> Response | Pictures:
+    """Draws pictures from a prompt and, with `reference`, of its subject. Without one, from the text alone."""
+    service.limit(owner)
+    data = None
+    if asked.reference is not None:
+        data = await run_in_threadpool(from_base64, asked.reference, service.settings.limits.upload_bytes)
+    return await _draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
+
+
+@router.post(
+    "/edits",
+    response_model=Pictures,
+    responses=ACCEPTED,
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+)
+async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+    """Draws the subject of `image` as the prompt asks. The whole picture is new, so a mask has no meaning here."""
+    service.limit(owner)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        return answer(415, "send a form (multipart/form-data) with image and prompt")
+    async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=2**18) as form:
+        given: dict[str, Any] = {}
+        files: list[UploadFile] = []
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in ("image", "image[]"):
+                    hint = "; the whole picture is drawn anew" if name == "mask" else ""
+                    raise UsageError(f"{name[:40]}: no such picture can be sent here, only image{hint}")
+                files.append(value)
+            elif name in ("image", "image[]"):
+                raise UsageError("image: send the picture itself, as a file")
+            elif name in given:
+                raise UsageError(f"{name[:40]}: given twice")
+            else:
+                given[name] = value
+        asked = Asked.model_validate(given)
+        if len(files) != 1:
+            raise UsageError(f"image: send one picture, the reference, not {len(files)}")
+        data = await files[0].read()
+    return await _draw(service, owner, asked, data, request, EDIT)
+
+
+async def _draw(
+    service: Service, owner: str, asked: Asked, data: bytes | None, request: Request, kind: str
+) -> Response | Pictures:
+    """Makes the job and answers in the way that was asked for."""
+
+    def submit() -> dict[str, Any]:
+        service.student  # noqa: B018 (Busy while there is none, before a picture is decoded)
+        reference = None if data is None else service.add_reference(owner, data, asked.colour())
+        return service.submit(owner, asked, reference)
+
+    job = await run_in_threadpool(submit)
+    if asked.stream:
+        told = stream.openai_events(service, owner, job["id"], asked, kind)
+        return StreamingResponse(told, media_type="text/event-stream")
+    if not asked.wait:
+        return JSONResponse(service.state(owner, job["id"]), 202)
+    try:
+        ended = await stream.finished(service, owner, job["id"], request, keep=asked.job is not None)
+    except TimeoutError:
+        return answer(504, f"the pictures took longer than {service.settings.limits.wait_seconds:g} s", code="timeout")
+    if ended is None:
+        return Response(status_code=204)  # nobody is there to read it
+    return result(service, ended, asked.response_format or "b64_json", request)
+
+
+def result(service: Service, job: dict[str, Any], response_format: str, request: Request) -> Response | Pictures:
+    """A job that has ended, as OpenAI answers."""
+    if job["status"] != "done":
+        failed = job["status"] == "failed"
+        message = job["error"] if failed else "the job was cancelled"
+        return answer(400, message, code="failed" if failed else "cancelled")
+    pictures = []
+    for made in job["pictures"]:
+        picture = Picture(id=made["id"], seed=made["seed"])
+        if response_format == "url":
+            picture.url = address(service, made["id"], request)
+        else:
+            found = service.store.picture(made["id"])
+            picture.b64_json = base64.b64encode(found[2]).decode() if found else None
+        pictures.append(picture)
+    settings = {k: v for k, v in job["pictures"][0]["made_by"].items() if k not in ("prompt", "seed", "job")}
+    size = f"{settings['width']}x{settings['height']}" if "width" in settings else None
+    return Pictures(
+        created=int(job["finished"] or time.time()),
+        data=pictures,
+        output_format=job["request"]["output_format"],
+        size=size,
+        job=job["id"],
+        settings=settings,
+    )
+
+
+def address(service: Service, picture: str, request: Request) -> str:
+    """Where a picture can be fetched for an hour, by whoever has the address."""
+    return f"{request.base_url}v1/pictures/{picture}?{service.signer.sign(picture)}"

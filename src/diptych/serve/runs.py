@@ -1,0 +1,135 @@
+"""The runs of one folder, as the web app shows them: pairs with their verdicts, stages, losses, sheets, reports.
+
+What a visitor says names a run or a pair, never a file: a run is one of those listed, a pair is looked up by its id.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from diptych.data import decisions, records
+from diptych.data.scan import row
+from diptych.data.store import Dataset
+from diptych.errors import UsageError, UserError
+from diptych.train import metrics
+
+SMALL = ("id", "subject", "caption", "similarity", "copy_distance", "seam", "kept", "reason")
+SIDES = {"reference": "conditioning", "target": "image"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REMEMBERED = 4  # runs
+
+
+class Runs:
+    """The runs in a folder; any thread may ask."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._tables: OrderedDict[str, tuple[Any, pa.Table]] = OrderedDict()
+
+    def names(self) -> list[str]:
+        """The runs, by name."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(p.name for p in found if NAME.fullmatch(p.name) and (p / "recipe.yaml").is_file())
+
+    def of(self, name: str) -> Path:
+        """A run's folder. UsageError for a name that is not listed."""
+        if name not in self.names():
+            raise UsageError(f"run: there is no '{name[:64]}' here")
+        return self.folder / name
+
+    # ---- pairs
+
+    def page(
+        self, name: str, shown: str, subject: str, start: int, count: int
+    ) -> tuple[list[dict[str, Any]], int, list[str]]:
+        """Some candidate pairs, how many there are in all, and the reasons there are.
+
+        `shown` is all, kept, refused, decided, or a reason; `subject` a part of the subject's name.
+        """
+        table, decided = self._table(name), decisions.read(self.of(name))
+        reasons = sorted(set(table["reason"].to_pylist())) if len(table) else []
+        mask = pc.match_substring(table["subject"], subject, ignore_case=True)
+        if shown in ("kept", "refused"):
+            mask = pc.and_(mask, pc.equal(table["kept"], shown == "kept"))
+        elif shown == "decided":
+            mask = pc.and_(mask, pc.is_in(table["id"], pa.array(list(decided), pa.string())))
+        elif shown != "all":
+            mask = pc.and_(mask, pc.equal(table["reason"], shown))
+        found = table.filter(mask)
+        rows = found.slice(max(0, start), count).to_pylist()
+        return [{**pair, "decided": decided.get(pair["id"])} for pair in rows], len(found), reasons
+
+    def picture(self, name: str, id: str, side: str) -> bytes:
+        """The stored bytes of a pair's `reference` or `target`. UsageError if there is none."""
+        table = self._table(name)
+        at = pc.index(table["id"], id).as_py()
+        if at < 0 or side not in SIDES:
+            raise UsageError(f"pair: there is no '{id[:64]}' in this run")
+        where = table.slice(at, 1).to_pylist()[0]
+        column = SIDES[side]
+        data = Dataset(self.of(name) / "candidates")
+        return row(data, where["shard"], where["number"], column)[column]["bytes"] or b""
+
+    def decide(self, name: str, id: str, verdict: str, who: str) -> None:
+        """Keeps a person's verdict on a pair: accept, reject, or judge to leave it to the judge again."""
+        if verdict not in decisions.VERDICTS or pc.index(self._table(name)["id"], id).as_py() < 0:
+            raise UsageError("pair: there is no such pair or verdict")
+        with self._lock:
+            decisions.add(self.of(name), id, verdict, who)
+
+    def _table(self, name: str) -> pa.Table:
+        """The candidates' small columns, with the shard and number of each row; read once until a part changes."""
+        folder = self.of(name) / "candidates"
+        parts = sorted(folder.glob("part-*.parquet"))
+        key = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+        with self._lock:
+            known = self._tables.get(name)
+            if known is not None and known[0] == key:
+                return known[1]
+        data, tables = Dataset(folder, records.schema(records.PAIR)), []
+        for shard in data.shards():
+            with data.open_part(shard) as part:
+                table = part.read(columns=list(SMALL))
+            table = table.append_column("shard", pa.array([shard] * len(table), pa.int64()))
+            tables.append(table.append_column("number", pa.array(range(len(table)), pa.int64())))
+        if not tables:
+            raise UserError(f"the run '{name}' has no candidate pairs yet")
+        whole = pa.concat_tables(tables).replace_schema_metadata(None)
+        with self._lock:
+            self._tables[name] = (key, whole)
+            while len(self._tables) > REMEMBERED:
+                self._tables.popitem(last=False)
+        return whole
+
+    # ---- how far a run is
+
+    def stages(self, name: str) -> list[dict[str, Any]]:
+        """Rows of each stage, and whether it is complete."""
+        folder = self.of(name)
+        found = []
+        for stage in ("prompts", "grids", "candidates", "pairs"):
+            data = Dataset(folder / stage)
+            found.append({"stage": stage, "rows": len(data), "complete": data.is_complete()})
+        return found
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        """(step, loss) of the student's training so far."""
+        lines = metrics.read(self.of(name) / "student" / "training" / "metrics.jsonl")
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    def sheets(self, name: str) -> list[Path]:
+        """The training's sample sheets, oldest first."""
+        return sorted((self.of(name) / "student" / "training" / "samples").glob("step-*.png"))
+
+    def report(self, name: str) -> Path | None:
+        """The run's report, if it is written."""
+        path = self.of(name) / "report" / "report.html"
+        return path if path.is_file() else None

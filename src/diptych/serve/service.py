@@ -1,0 +1,274 @@
+"""The service behind the HTTP API and the web app: takes requests as jobs, hands them to the workers, gives results.
+
+service = Service(settings)
+service.start()
+job = service.submit(owner, Asked(prompt="a cat on the moon"), png)
+…
+service.stop()
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import secrets
+import sqlite3
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from diptych.data.images import encode_png, open_image
+from diptych.errors import UsageError, UserError
+from diptych.serve import asked as asking
+from diptych.serve.asked import Asked
+from diptych.serve.board import Board
+from diptych.serve.metrics import Metrics
+from diptych.serve.rates import Rate
+from diptych.serve.runs import Runs
+from diptych.serve.settings import Settings
+from diptych.serve.store import OPEN, Store
+from diptych.serve.tokens import Signer
+from diptych.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from diptych.api import Student
+
+FILE = "jobs.sqlite"
+DECODERS = 2  # references decoded at once: each may be a hundred megabytes for a moment
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # of references; Pillow knows some fifty more
+log = logging.getLogger("diptych.serve")
+
+
+class Busy(UserError):
+    """Not now: the queue is full, the key asked too often, or the server starts or stops. `seconds` says when."""
+
+    def __init__(self, message: str, seconds: float, status: int = 429) -> None:
+        super().__init__(message)
+        self.seconds, self.status = max(1, round(seconds + 0.5)), status
+
+
+class Service:
+    """Jobs and those who draw them; see the module."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = Store(settings.folder / FILE)
+        self.board = Board()
+        self.metrics = Metrics(self.store.waiting)
+        self.signer = Signer(self.store.secret("addresses", secrets.token_bytes(32)))
+        self.rate = Rate(settings.limits.rate)
+        self.workers = [
+            Worker(self._loader(device), self.store, self.board, self.metrics, settings.batch, settings.watermark)
+            for device in settings.devices
+        ]
+        self.runs = Runs(settings.runs) if settings.runs is not None else None
+        self.draining = False
+        self._decoding = threading.Semaphore(DECODERS)
+        self._accepting = threading.Lock()
+        self._swept = 0.0
+
+    def _loader(self, device: str | None) -> Any:
+        def load() -> Student:
+            from diptych.api import Student
+
+            return Student.load(**self.settings.loading, device=device, progress_bar=False)
+
+        return load
+
+    # ---- life
+
+    def start(self) -> None:
+        """Takes up what a server before this one left, and lets the workers load their models."""
+        waiting, failed = self.store.recover()
+        if waiting or failed:
+            log.warning("%d pictures of an earlier start wait; %d jobs were given up", waiting, failed)
+        for worker in self.workers:
+            worker.work.set()
+            worker.start()
+
+    def drain(self) -> None:
+        """Takes no new jobs, and lets each worker end with the batch it has."""
+        self.draining = True
+        for worker in self.workers:
+            worker.stop()
+        self.board.ring_all()
+
+    def stop(self) -> None:
+        """Ends the workers, within `grace_seconds` or by giving the batch in hand up, and closes the store."""
+        self.drain()
+        until = time.monotonic() + self.settings.grace_seconds
+        for worker in self.workers:
+            worker.join(max(0.0, until - time.monotonic()))
+            if worker.is_alive():
+                worker.abandon()
+                worker.join(self.settings.grace_seconds)
+        if not any(worker.is_alive() for worker in self.workers):
+            self.store.close()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every worker has its model and jobs are taken."""
+        return not self.draining and all(worker.ready for worker in self.workers)
+
+    @property
+    def failure(self) -> UserError | None:
+        """Why a worker has no model."""
+        return next((worker.failure for worker in self.workers if worker.failure is not None), None)
+
+    @property
+    def student(self) -> Student:
+        """A loaded student, to be asked what it can do. Busy while there is none."""
+        for worker in self.workers:
+            if worker.student is not None:
+                return worker.student
+        raise Busy("the model is being loaded", 5, 503)
+
+    # ---- asking
+
+    def add_reference(self, owner: str, data: bytes, background: str = "white") -> str:
+        """A reference's id. The picture is decoded once, here, within the limits, and kept as plain RGB."""
+        limits = self.settings.limits
+        with self._decoding:
+            image = open_image(
+                data,
+                max_bytes=limits.upload_bytes,
+                max_pixels=limits.upload_pixels,
+                name="image",
+                background=background,
+                formats=FORMATS,
+            )
+            png = encode_png(image)
+        id = "ref_" + hashlib.sha256(f"{owner}\0".encode() + png).hexdigest()[:40]
+        self.store.put_reference(owner, id, png, image.size)
+        return id
+
+    def limit(self, owner: str) -> None:
+        """Counts a request that makes work against its key. Busy if that is over its rate."""
+        if seconds := self.rate.take(owner):
+            self.metrics.refused.labels("rate").inc()
+            raise Busy("this key asks too often", seconds)
+
+    def submit(self, owner: str, asked: Asked, reference: str | None) -> dict[str, Any]:
+        """The job of a request, new or, for a repeated `asked.job`, the one that is there. `reference` is an id.
+
+        UsageError for what cannot be drawn, Busy when it cannot be taken now.
+        """
+        student = self.student
+        asking.check(asked, self.settings.limits, student.pipeline.default_panel_size)
+        student._canvas(asked.panel())
+        request = {
+            "prompt": asked.prompt,
+            "options": asked.options(),
+            "speed": asked.speed,
+            "reference": reference,
+            "output_format": asked.output_format,
+            "user": asked.user,
+            "previews": asked.partial_images > 0 or not asked.wait,
+            "asked": hashlib.sha256((asked.model_dump_json() + str(reference)).encode()).hexdigest(),
+        }
+        if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
+            return self._same(there, request)
+        if self.draining:
+            raise Busy("the server is stopping", 5, 503)
+        self.sweep()
+        with self._accepting:
+            waiting = self.store.waiting()
+            if waiting + asked.n > self.settings.limits.queue:
+                self.metrics.refused.labels("queue").inc()
+                raise Busy(f"{waiting} pictures wait already", self.seconds_for(waiting) / 2)
+            seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
+            id = asked.job or f"job_{secrets.token_urlsafe(18)}"
+            pictures = [f"img_{secrets.token_urlsafe(18)}" for _ in range(asked.n)]
+            seeds = [seed + place for place in range(asked.n)]
+            try:
+                self.store.add(owner, id, request, asked.settings(reference is not None), seeds, pictures)
+            except sqlite3.IntegrityError:
+                there = self.store.job(owner, id)
+                assert there is not None
+                return self._same(there, request)
+        for worker in self.workers:
+            worker.work.set()
+        job = self.store.job(owner, id)
+        assert job is not None
+        return job
+
+    @staticmethod
+    def _same(there: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+        if there["request"]["asked"] != request["asked"]:
+            raise UsageError(f"job: '{there['id']}' is the name of another request; choose a new one")
+        return there
+
+    def cancel(self, owner: str, id: str) -> bool:
+        """Gives a job up. False if there is none that is open."""
+        job = self.store.job(owner, id)
+        if job is None or not self.store.cancel(owner, id):
+            return False
+        self.metrics.jobs.labels("cancelled").inc()
+        self.board.end(job["number"])
+        return True
+
+    def seconds_for(self, pictures: int) -> float:
+        """About how long that many pictures take, from the batches drawn so far."""
+        batch = sum(worker.seconds for worker in self.workers) / len(self.workers)
+        return batch * max(1, pictures / self.settings.batch) / len(self.workers)
+
+    def sweep(self) -> None:
+        """Forgets what is older than the server keeps, at most once a minute."""
+        if time.monotonic() - self._swept > 60:
+            self._swept = time.monotonic()
+            self.store.forget(time.time() - 3600 * self.settings.keep_hours)
+
+    # ---- answering
+
+    def state(self, owner: str, id: str) -> dict[str, Any] | None:
+        """A job as its owner may see it, with how far it is."""
+        job = self.store.job(owner, id)
+        if job is None:
+            return None
+        live = self.board.live(job["number"])
+        done = sum(picture["status"] == "done" for picture in job["pictures"])
+        state: dict[str, Any] = {
+            "id": job["id"],
+            "object": "job",
+            "status": job["status"],
+            "created": int(job["created"]),
+            "finished": int(job["finished"]) if job["finished"] else None,
+            "prompt": job["request"]["prompt"],
+            "pictures": [
+                {"id": p["id"], "seed": p["seed"], "status": p["status"], "settings": p["made_by"] or None}
+                for p in job["pictures"]
+            ],
+            "progress": {"done": done, "of": len(job["pictures"]), "step": live.step, "steps": live.steps},
+            "error": job["error"] or None,
+        }
+        if job["status"] == "queued":
+            state["waiting_before"] = self.store.before(job["number"])
+        return state
+
+    def is_open(self, job: dict[str, Any]) -> bool:
+        """Whether a job still waits or runs."""
+        return job["status"] in OPEN
+
+
+def from_base64(text: str, most: int) -> bytes:
+    """The bytes of base64, also as a `data:` URL; any other URL is refused: nothing is fetched from anywhere."""
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise UsageError("reference: a data: URL must hold base64")
+    elif "://" in text[:20]:
+        raise UsageError("reference: an address; this server fetches nothing, so send the picture itself as base64")
+    if len(text) > most * 4 // 3 + 4:
+        raise UserError(f"reference: over the limit of {most / 2**20:.0f} MiB")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError("reference: not base64") from None
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,64 @@
+"""What a server is told at its start, and the limits that hold for everybody who asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UsageError
+
+MIB = 2**20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, one key and the whole queue may ask for."""
+
+    upload_bytes: int = 20 * MIB  # of a whole request
+    upload_pixels: int = 25_000_000  # of a reference, before it is decoded
+    pictures: int = 10  # of one request, as OpenAI has it
+    prompt_letters: int = 4000
+    steps: int = 100
+    enlarged: int = 4  # a picture's pixels, as a multiple of those of the model's own size
+    queue: int = 256  # pictures that may wait
+    rate: float = 0.0  # jobs and uploads a minute and key; 0: no limit
+    body_seconds: float = 30.0  # to send a request's body
+    wait_seconds: float = 600.0  # that a request may wait for its pictures
+    guesses: int = 20  # wrong tokens a minute and address
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server. `loading` holds arguments of `Student.load` beside the device; `tokens` maps names to tokens."""
+
+    folder: Path  # where `jobs.sqlite` is; nothing else is written
+    loading: dict[str, Any] = field(default_factory=lambda: {"model": "pocket"})
+    devices: tuple[str | None, ...] = (None,)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    names: tuple[str, ...] = ()  # other host names that the server is reached by
+    tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    runs: Path | None = None  # folder of runs for the web app; None: no Data and Runs tabs
+    batch: int = 8  # pictures drawn together
+    keep_hours: float = 24.0  # that finished jobs and references are kept
+    grace_seconds: float = 30.0  # for the batch in hand, when the server is told to stop
+    watermark: str | None = field(default=None, repr=False)  # the key of the invisible mark; None: no mark
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.host not in LOOPBACK and not self.tokens:
+            raise UsageError(
+                f"--host {self.host} lets other machines in, and nobody is asked who they are: give --token-file FILE "
+                "(one token a line), or leave --host out"
+            )
+        if self.batch < 1:
+            raise UsageError(f"a batch is at least 1 picture, not {self.batch}")
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Names that requests may be addressed to; None where tokens are asked for anyway and no name was given."""
+        if self.host in LOOPBACK or self.names:
+            return frozenset((*LOOPBACK, "[::1]", self.host, *self.names))
+        return None

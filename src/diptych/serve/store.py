@@ -1,0 +1,301 @@
+"""The jobs of a server in one SQLite file: what was asked, by whom, and the pictures that came of it.
+
+A job is in the file before anybody is told that it was accepted, and a picture before anybody is told that it is drawn;
+so both survive a kill at any moment. `recover` puts what was being drawn back into the queue, or, after the third try,
+among the failed. References and pictures are rows too: nothing that a request says ever names a file.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UserError
+
+VERSION = 1
+TRIES = 3  # of a picture whose server was killed while it was drawn
+OPEN = ("queued", "running")
+_TABLES = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    created REAL NOT NULL,   -- seconds since 1970
+    finished REAL,
+    status TEXT NOT NULL,    -- queued, running, done, failed, cancelled
+    request TEXT NOT NULL,   -- JSON
+    error TEXT NOT NULL DEFAULT '',
+    UNIQUE (owner, id)
+);
+CREATE TABLE pictures (
+    id TEXT PRIMARY KEY,
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    seed INTEGER NOT NULL,
+    settings TEXT NOT NULL,  -- pictures of equal settings may be drawn together
+    status TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    kind TEXT NOT NULL DEFAULT '',
+    data BLOB,
+    made_by TEXT NOT NULL DEFAULT '{}'  -- JSON
+);
+CREATE INDEX waiting ON pictures (status, job, place);
+CREATE INDEX members ON pictures (job, place);
+CREATE TABLE refs (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    created REAL NOT NULL,
+    width INTEGER NOT NULL,
+    height INTEGER NOT NULL,
+    data BLOB NOT NULL       -- PNG
+);
+CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to draw. `reference` is a PNG; `request` the whole of what its job asked for."""
+
+    picture: str
+    job: int
+    owner: str
+    job_id: str
+    place: int
+    seed: int
+    request: dict[str, Any]
+    reference: bytes | None
+
+
+class Store:
+    """The file, made if need be. Any thread may call; a method that writes has committed when it returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
+            self._connection.row_factory = sqlite3.Row
+            path.chmod(0o600)
+            self._prepare()
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
+
+    def _prepare(self) -> None:
+        # Another server on the same file would take this one's pictures for those of a killed one.
+        self._connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute("PRAGMA foreign_keys=ON")
+        with self._writing() as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _TABLES.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION:
+                raise UserError(f"{self.path} is of another version of diptych; choose another --data")
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+
+    def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._connection.close()
+
+    # ---- asking
+
+    def add(
+        self, owner: str, id: str, request: dict[str, Any], settings: str, seeds: Sequence[int], pictures: Sequence[str]
+    ) -> None:
+        """A new job with one picture for each seed. sqlite3.IntegrityError if the owner has one of this id."""
+        with self._writing() as connection:
+            job = connection.execute(
+                "INSERT INTO jobs (id, owner, created, status, request) VALUES (?, ?, ?, 'queued', ?)",
+                (id, owner, time.time(), json.dumps(request)),
+            ).lastrowid
+            connection.executemany(
+                "INSERT INTO pictures (id, job, place, seed, settings, status) VALUES (?, ?, ?, ?, ?, 'queued')",
+                [(name, job, n, seed, settings) for n, (name, seed) in enumerate(zip(pictures, seeds, strict=True))],
+            )
+
+    def put_reference(self, owner: str, id: str, data: bytes, size: tuple[int, int]) -> None:
+        """Keeps a reference; the same picture of the same owner has the same id, and is then only younger again."""
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO refs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET created = excluded.created",
+                (id, owner, time.time(), *size, data),
+            )
+
+    def reference(self, owner: str, id: str) -> bytes | None:
+        """The PNG of an owner's reference."""
+        rows = self._rows("SELECT data FROM refs WHERE id = ? AND owner = ?", id, owner)
+        return rows[0]["data"] if rows else None
+
+    def job(self, owner: str, id: str) -> dict[str, Any] | None:
+        """An owner's job and its pictures, without their bytes."""
+        found = self._rows("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, id)
+        if not found:
+            return None
+        job = {**dict(found[0]), "request": json.loads(found[0]["request"])}
+        rows = self._rows(
+            "SELECT id, place, seed, status, kind, made_by FROM pictures WHERE job = ? ORDER BY place", job["number"]
+        )
+        job["pictures"] = [{**dict(row), "made_by": json.loads(row["made_by"])} for row in rows]
+        return job
+
+    def jobs(self, owner: str, most: int) -> list[str]:
+        """The ids of an owner's latest jobs, newest first."""
+        rows = self._rows("SELECT id FROM jobs WHERE owner = ? ORDER BY number DESC LIMIT ?", owner, most)
+        return [row["id"] for row in rows]
+
+    def picture(self, id: str) -> tuple[str, str, bytes] | None:
+        """(owner, kind, bytes) of a picture that is drawn."""
+        rows = self._rows(
+            "SELECT owner, kind, data FROM pictures JOIN jobs ON jobs.number = job "
+            "WHERE pictures.id = ? AND data IS NOT NULL",
+            id,
+        )
+        return (rows[0]["owner"], rows[0]["kind"], rows[0]["data"]) if rows else None
+
+    def waiting(self) -> int:
+        """Pictures that wait."""
+        return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued'")[0][0]
+
+    def before(self, job: int) -> int:
+        """Pictures of earlier jobs that wait."""
+        return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued' AND job < ?", job)[0][0]
+
+    # ---- drawing
+
+    def take(self, most: int) -> list[Task]:
+        """The picture that has waited longest, and up to `most` with its settings in all; they are now running."""
+        with self._writing() as connection:
+            first = connection.execute(
+                "SELECT settings FROM pictures WHERE status = 'queued' ORDER BY job, place LIMIT 1"
+            ).fetchone()
+            if first is None:
+                return []
+            rows = connection.execute(
+                "SELECT pictures.id AS picture, job, owner, jobs.id AS job_id, place, seed, request FROM pictures "
+                "JOIN jobs ON jobs.number = job WHERE pictures.status = 'queued' AND settings = ? "
+                "ORDER BY job, place LIMIT ?",
+                (first["settings"], most),
+            ).fetchall()
+            ids = [(row["picture"],) for row in rows]
+            connection.executemany("UPDATE pictures SET status = 'running', tries = tries + 1 WHERE id = ?", ids)
+            jobs = [(number,) for number in {row["job"] for row in rows}]
+            connection.executemany("UPDATE jobs SET status = 'running' WHERE number = ?", jobs)
+        tasks, known = [], {}
+        for row in rows:
+            request = json.loads(row["request"])
+            name = request.get("reference")
+            if name is not None and name not in known:
+                known[name] = self.reference(row["owner"], name)
+            tasks.append(Task(**{**dict(row), "request": request}, reference=known.get(name)))
+        return tasks
+
+    def finish(self, picture: str, kind: str, data: bytes, made_by: dict[str, Any]) -> bool:
+        """A picture is drawn. False, and nothing kept, if its job was cancelled meanwhile."""
+        with self._writing() as connection:
+            done = connection.execute(
+                "UPDATE pictures SET status = 'done', kind = ?, data = ?, made_by = ? WHERE id = ? "
+                "AND status = 'running'",
+                (kind, data, json.dumps(made_by), picture),
+            )
+            if not done.rowcount:
+                return False
+            job = connection.execute("SELECT job FROM pictures WHERE id = ?", (picture,)).fetchone()["job"]
+            left = connection.execute(
+                "SELECT COUNT(*) FROM pictures WHERE job = ? AND status != 'done'", (job,)
+            ).fetchone()[0]
+            if not left:
+                connection.execute("UPDATE jobs SET status = 'done', finished = ? WHERE number = ?", (time.time(), job))
+            return True
+
+    def fail(self, job: int, reason: str) -> None:
+        """A job cannot be done: what of it waits or runs is given up, what is drawn stays."""
+        with self._writing() as connection:
+            self._end(connection, job, "failed", reason)
+
+    def cancel(self, owner: str, id: str) -> bool:
+        """Gives an owner's job up. False if it has ended already."""
+        with self._writing() as connection:
+            row = connection.execute(
+                "SELECT number FROM jobs WHERE owner = ? AND id = ? AND finished IS NULL", (owner, id)
+            ).fetchone()
+            if row is None:
+                return False
+            self._end(connection, row["number"], "cancelled", "")
+            return True
+
+    def cancelled(self, pictures: Sequence[str]) -> set[str]:
+        """Which of these pictures nobody wants any more."""
+        marks = ", ".join("?" * len(pictures))
+        rows = self._rows(f"SELECT id FROM pictures WHERE id IN ({marks}) AND status != 'running'", *pictures)
+        return {row["id"] for row in rows}
+
+    @staticmethod
+    def _end(connection: sqlite3.Connection, job: int, status: str, reason: str) -> None:
+        connection.execute(
+            "UPDATE jobs SET status = ?, error = ?, finished = ? WHERE number = ? AND finished IS NULL",
+            (status, reason, time.time(), job),
+        )
+        connection.execute(
+            "UPDATE pictures SET status = ? WHERE job = ? AND status IN ('queued', 'running')", (status, job)
+        )
+
+    # ---- keeping house
+
+    def requeue(self, pictures: Sequence[str]) -> None:
+        """Running pictures wait again, as if they had not been tried: their server was told to stop."""
+        with self._writing() as connection:
+            connection.executemany(
+                "UPDATE pictures SET status = 'queued', tries = tries - 1 WHERE id = ? AND status = 'running'",
+                [(picture,) for picture in pictures],
+            )
+
+    def recover(self) -> tuple[int, int]:
+        """After a kill: what was running waits again; (pictures that wait, jobs failed as tried too often)."""
+        with self._writing() as connection:
+            rows = connection.execute(
+                "SELECT DISTINCT job FROM pictures WHERE status = 'running' AND tries >= ?", (TRIES,)
+            ).fetchall()
+            reason = f"the server stopped {TRIES} times while this was drawn; ask for less at once"
+            for row in rows:
+                self._end(connection, row["job"], "failed", reason)
+            connection.execute("UPDATE pictures SET status = 'queued' WHERE status = 'running'")
+        return self.waiting(), len(rows)
+
+    def forget(self, before: float) -> None:
+        """Drops jobs that ended, and references last given, before a time; references of open jobs stay."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM jobs WHERE finished < ?", (before,))
+            connection.execute(
+                "DELETE FROM refs WHERE created < ? AND id NOT IN "
+                "(SELECT json_extract(request, '$.reference') FROM jobs WHERE finished IS NULL "
+                "AND json_extract(request, '$.reference') IS NOT NULL)",
+                (before,),
+            )
+
+    def secret(self, name: str, new: bytes) -> bytes:
+        """A secret of this server: the one kept under a name, or `new`, which is then kept."""
+        with self._writing() as connection:
+            connection.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (name, new))
+            return connection.execute("SELECT value FROM secrets WHERE name = ?", (name,)).fetchone()["value"]

@@ -1,0 +1,120 @@
+"""Who asks: bearer tokens for programs, a cookie for browsers, and the signatures of picture addresses.
+
+Tokens come from a file or from DIPTYCH_SERVE_TOKENS, never from the command line, where every user of the machine can
+read them. They are compared in constant time and appear in no log, answer or error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from diptych.errors import UsageError
+
+VARIABLE = "DIPTYCH_SERVE_TOKENS"
+SHORTEST = 16  # letters
+LOCAL = "local"  # the owner of everything where no tokens are asked for
+COOKIE = "diptych_session"
+SESSION_SECONDS = 12 * 3600
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+log = logging.getLogger("diptych.serve")
+
+
+def read(file: str | None) -> dict[str, str]:
+    """`{name: token}` of a token file and the environment: one token a line (in the variable also after a comma), with
+    a name before it if you like; `#` begins a comment. UsageError says which line is wrong, and never what it says."""
+    sources: list[tuple[str, str]] = []
+    if file is not None:
+        path = Path(file)
+        try:
+            sources.append((file, path.read_text("utf8")))
+            if os.name == "posix" and path.stat().st_mode & 0o077:
+                log.warning("other users of this machine can read %s; chmod 600 it", file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--token-file {file}: cannot be read ({type(error).__name__})") from None
+    if os.environ.get(VARIABLE):
+        sources.append((VARIABLE, os.environ[VARIABLE].replace(",", "\n")))
+    found: dict[str, str] = {}
+    for source, text in sources:
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            name = words[0] if len(words) == 2 else f"key{len(found) + 1}"
+            where = f"{source}, line {number}"
+            if len(words) > 2 or not _NAME.fullmatch(name):
+                raise UsageError(f"{where}: a token, or a name (letters, digits, . _ -) and a token")
+            if len(words[-1]) < SHORTEST or not words[-1].isascii():
+                raise UsageError(f"{where}: a token has at least {SHORTEST} ASCII letters; `openssl rand -hex 24`")
+            if name in found or words[-1] in found.values():
+                raise UsageError(f"{where}: this name or token was there before")
+            found[name] = words[-1]
+    if file is not None and not found:
+        raise UsageError(f"--token-file {file}: there is no token in it; one a line")
+    return found
+
+
+class Gate:
+    """Who a request is from. Without tokens everybody is `LOCAL`."""
+
+    def __init__(self, tokens: Mapping[str, str]) -> None:
+        self._digests = {name: _digest(token) for name, token in tokens.items()}
+
+    @property
+    def open(self) -> bool:
+        """Whether no token is asked for."""
+        return not self._digests
+
+    def owner(self, token: str) -> str | None:
+        """The name of a token. Takes equally long for all of them, right or wrong."""
+        given, found = _digest(token), None
+        for name, digest in self._digests.items():
+            if hmac.compare_digest(given, digest):
+                found = name
+        return found
+
+    def session(self, owner: str) -> str:
+        """A cookie for a browser that showed its token: name, end, signature by the token itself."""
+        until = int(time.time()) + SESSION_SECONDS
+        return f"{owner}:{until}:{self._sign(owner, until)}"
+
+    def of_session(self, cookie: str) -> str | None:
+        """Whose cookie this is; None if it is none of ours, too old, or its token is no longer taken."""
+        owner, _, rest = cookie.partition(":")
+        until, _, signature = rest.partition(":")
+        if not re.fullmatch(r"[0-9]{1,12}", until) or int(until) < time.time():
+            return None
+        wanted = self._sign(owner, int(until)) if owner in self._digests else ""
+        return owner if wanted and hmac.compare_digest(wanted.encode(), signature.encode()) else None
+
+    def _sign(self, owner: str, until: int) -> str:
+        return hmac.new(self._digests[owner], f"session\0{owner}\0{until}".encode(), hashlib.sha256).hexdigest()
+
+
+class Signer:
+    """Addresses that a browser may open without a header, for a while."""
+
+    def __init__(self, secret: bytes, seconds: int = 3600) -> None:
+        self.secret, self.seconds = secret, seconds
+
+    def sign(self, name: str) -> str:
+        """The query that opens `name`."""
+        until = int(time.time()) + self.seconds
+        return f"until={until}&signature={self._of(name, until)}"
+
+    def fits(self, name: str, until: int, signature: str) -> bool:
+        """Whether a query opens `name` now."""
+        return until >= time.time() and hmac.compare_digest(self._of(name, until).encode(), signature.encode())
+
+    def _of(self, name: str, until: int) -> str:
+        return hmac.new(self.secret, f"{name}\0{until}".encode(), hashlib.sha256).hexdigest()
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(b"diptych token\0" + token.encode("utf8", "surrogateescape")).digest()

@@ -1,0 +1,193 @@
+"""A worker: one thread with one student on one device, which draws what the store has waiting.
+
+What it takes together has equal settings, and each picture its own reference, prompt and seed; `Student.generate` gives
+every one the noise of its seed, so a picture is the one `diptych generate` draws. A batch that fails is tried again one
+by one, so that one bad request costs one job.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diptych.data.images import encode, encode_png
+from diptych.errors import UserError
+from diptych.serve.board import Board
+from diptych.serve.metrics import Metrics
+from diptych.serve.store import Store, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diptych.api import Student
+
+log = logging.getLogger("diptych.serve")
+KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"  # IPTC's word for "generated"
+LINGER = 0.005  # seconds that a picture waits for others to be drawn with
+PREVIEWS = 8  # at most, of one picture
+
+
+class Worker(threading.Thread):
+    """`load` opens the student; `ready` says that it is open, `failure` why it could not be."""
+
+    def __init__(
+        self,
+        load: Callable[[], Student],
+        store: Store,
+        board: Board,
+        metrics: Metrics,
+        batch: int,
+        watermark: str | None,
+    ) -> None:
+        super().__init__(name="diptych-worker", daemon=True)
+        self.load, self.store, self.board, self.metrics = load, store, board, metrics
+        self.batch, self.watermark = batch, watermark
+        self.student: Student | None = None
+        self.failure: UserError | None = None
+        self.seconds = 5.0  # of a batch, a running mean; a guess until one was drawn
+        self.work = threading.Event()  # set when there may be something to draw
+        self._halt = threading.Event()
+        self._abandon = threading.Event()
+
+    @property
+    def ready(self) -> bool:
+        return self.student is not None
+
+    def stop(self) -> None:
+        """Takes nothing more; the batch in hand is drawn to its end."""
+        self._halt.set()
+        self.work.set()
+
+    def abandon(self) -> None:
+        """Gives the batch in hand up, too: its pictures wait for the next start."""
+        self._abandon.set()
+        self.stop()
+
+    def run(self) -> None:
+        try:
+            self.student = self.load()
+        except UserError as error:
+            self.failure = error
+            return
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self.failure = UserError(f"the model could not be loaded ({type(error).__name__}: {error})")
+            return
+        self._own_speed = self._speed = self.student.pipeline.speed
+        while not self._halt.is_set():
+            self.work.wait(1.0)
+            self.work.clear()
+            if self.batch > 1 and self.store.waiting() < self.batch:
+                time.sleep(LINGER)
+            while not self._halt.is_set() and (tasks := self.store.take(self.batch)):
+                self._draw(tasks)
+
+    def _draw(self, tasks: Sequence[Task]) -> None:
+        started = time.monotonic()
+        try:
+            images = self._generate(tasks)
+        except _Stopped:
+            self.store.requeue([task.picture for task in tasks])
+            return
+        except UserError as error:
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._draw([task])
+                return
+            self._fail(tasks[0], " ".join(str(error).split()))
+            return
+        except Exception:
+            log.exception("a batch of %d could not be drawn", len(tasks))
+            for task in tasks:
+                self._fail(task, "an error inside the server; its log says more")
+            return
+        seconds = time.monotonic() - started
+        self.seconds += (seconds - self.seconds) / 4
+        self.metrics.draw.observe(seconds)
+        self.metrics.batch.observe(len(tasks))
+        for task, image in zip(tasks, images, strict=True):
+            self._keep(task, image)
+
+    def _generate(self, tasks: Sequence[Task]) -> list[Image]:
+        from PIL import Image
+
+        assert self.student is not None
+        self._use_speed(tasks[0].request.get("speed"))
+        opened: dict[bytes, Any] = {}  # one object for each picture, so that the pipeline can tell a repeated one
+        for task in tasks:
+            if task.reference is not None and task.reference not in opened:
+                opened[task.reference] = Image.open(io.BytesIO(task.reference)).convert("RGB")
+            elif task.reference is None and task.request.get("reference") is not None:
+                raise UserError("the reference is no longer there; send it again")
+        pictures = [task.picture for task in tasks]
+
+        def on_step(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+            for job in {task.job for task in tasks}:
+                self.board.tell(job, step + 1, pipe.num_timesteps)
+            if self._abandon.is_set() or len(self.store.cancelled(pictures)) == len(pictures):
+                raise _Stopped
+            return {}
+
+        def on_preview(done: int, steps: int, images: list[Image.Image]) -> None:
+            for task, image in zip(tasks, images, strict=True):
+                self.board.tell(task.job, done, steps, {task.place: encode_png(image)})
+
+        options = dict(tasks[0].request["options"])
+        steps = options.get("steps") or int(self.student.sampling["steps"])
+        if any(task.request.get("previews") for task in tasks):
+            options |= {"on_preview": on_preview, "preview_every": max(1, steps // PREVIEWS)}
+        return self.student.generate(
+            [opened.get(task.reference) if task.reference is not None else None for task in tasks],
+            [task.request["prompt"] for task in tasks],
+            seed=[task.seed for task in tasks],
+            pairwise=True,
+            batch_size=len(tasks),
+            callback_on_step_end=on_step,
+            **options,
+        )
+
+    def _use_speed(self, name: str | None) -> None:
+        """The speed that a request asked for by name, or the server's own."""
+        from diptych.student import speed as speeds
+
+        assert self.student is not None
+        wanted = self._own_speed if name is None else speeds.parse(None if name == "plain" else name)
+        if wanted != self._speed:
+            speeds.apply(self.student.pipeline, wanted)
+            self._speed = wanted
+
+    def _keep(self, task: Task, image: Image) -> None:
+        made_by = {**image.info, "job": task.job_id, "digital_source_type": SOURCE_TYPE}
+        if self.watermark is not None:
+            from diptych.serve import watermark
+
+            image = watermark.mark(image, self.watermark)
+            made_by["watermark"] = True
+        kind = KINDS[task.request["output_format"]]
+        try:
+            data = encode(image, kind, made_by)
+        except UserError as error:
+            self._fail(task, str(error))
+            return
+        if self.store.finish(task.picture, kind, data, made_by):
+            self.metrics.pictures.inc()
+        job = self.store.job(task.owner, task.job_id)
+        if job is not None and job["status"] == "done":
+            self.metrics.jobs.labels("done").inc()
+            self.board.end(task.job)
+        else:
+            self.board.tell(task.job)
+
+    def _fail(self, task: Task, reason: str) -> None:
+        self.store.fail(task.job, reason)
+        self.metrics.jobs.labels("failed").inc()
+        self.board.end(task.job)
+
+
+class _Stopped(Exception):
+    """Nobody wants the batch in hand any more, or the server must stop."""

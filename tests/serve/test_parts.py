@@ -1,0 +1,130 @@
+"""The parts that need no server: the store, tokens, rates, the watermark."""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych.errors import UsageError, UserError
+from diptych.serve import tokens, watermark
+from diptych.serve.rates import Rate
+from diptych.serve.store import TRIES, Store
+
+REQUEST = {"prompt": "a cat", "reference": None, "options": {}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "jobs.sqlite")
+
+
+def add(store: Store, id: str, settings: str = "s", pictures: int = 1) -> None:
+    names = [f"{id}-{n}" for n in range(pictures)]
+    store.add("ana", id, REQUEST, settings, list(range(pictures)), names)
+
+
+def test_equal_settings_are_taken_together_the_oldest_first(store: Store) -> None:
+    for id, settings in (("a", "s"), ("b", "other"), ("c", "s"), ("d", "s")):
+        add(store, id, settings, 2)
+    assert [task.picture for task in store.take(3)] == ["a-0", "a-1", "c-0"]
+    assert [task.picture for task in store.take(3)] == ["b-0", "b-1"]
+    assert [task.picture for task in store.take(3)] == ["c-1", "d-0", "d-1"] and store.take(3) == []
+
+
+def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_path: Path) -> None:
+    store = Store(tmp_path / "jobs.sqlite")
+    add(store, "a", pictures=2)
+    store.take(1)
+    store.finish("a-0", "PNG", b"drawn", {"seed": 0})
+    found = []
+    for _ in range(TRIES):
+        assert [task.picture for task in store.take(1)] == ["a-1"]
+        store.close()  # as a kill leaves it: nothing is said of what runs
+        store = Store(tmp_path / "jobs.sqlite")
+        found.append(store.recover())
+    assert found == [(1, 0)] * (TRIES - 1) + [(0, 1)]
+    job = store.job("ana", "a")
+    assert job and job["status"] == "failed" and "stopped" in job["error"]
+    assert store.picture("a-0") == ("ana", "PNG", b"drawn")
+
+
+def test_one_server_a_file(store: Store) -> None:
+    other = sqlite3.connect(store.path, timeout=0)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("SELECT * FROM jobs")
+    other.close()
+    with pytest.raises(UserError, match="choose another --data"):
+        Store(store.path.parent)
+
+
+def test_old_jobs_and_references_are_forgotten_but_not_what_is_needed(store: Store) -> None:
+    store.put_reference("ana", "ref_used", b"png", (1, 1))
+    store.put_reference("ana", "ref_old", b"png", (1, 1))
+    store.add("ana", "open", {**REQUEST, "reference": "ref_used"}, "s", [0], ["p"])
+    add(store, "ended")
+    store.cancel("ana", "ended")
+    store.forget(time.time() + 1)
+    assert store.job("ana", "ended") is None and store.job("ana", "open")
+    assert store.reference("ana", "ref_used") and store.reference("ana", "ref_old") is None
+    assert store.reference("ben", "ref_used") is None
+
+
+def test_tokens_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# people\nana ana-0123456789abcdef  # first\n\nben-0123456789abcdef\n")
+    file.chmod(0o600)
+    monkeypatch.setenv(tokens.VARIABLE, "cid-0123456789abcdef,dora dora-123456789abcdef")
+    found = tokens.read(str(file))
+    assert list(found) == ["ana", "key2", "key3", "dora"] and found["key2"] == "ben-0123456789abcdef"
+    gate = tokens.Gate(found)
+    assert gate.owner("dora-123456789abcdef") == "dora" and gate.owner("dora-123456789abcde") is None
+    assert gate.of_session(gate.session("ana")) == "ana"
+    assert tokens.Gate({"ana": "another-token-of-ana"}).of_session(gate.session("ana")) is None
+    monkeypatch.delenv(tokens.VARIABLE)
+    for text in ("short", "a b c", "ana x y", "", "ana ana-0123456789abcdef\nana ben-0123456789abcdef"):
+        file.write_text(text)
+        with pytest.raises(UsageError) as error:
+            tokens.read(str(file))
+        assert "0123456789abcdef" not in str(error.value)
+
+
+def test_signed_addresses_end() -> None:
+    signer = tokens.Signer(b"secret")
+    until, signature = (part.partition("=")[2] for part in signer.sign("img_1").split("&"))
+    assert signer.fits("img_1", int(until), signature)
+    assert not signer.fits("img_2", int(until), signature) and not signer.fits("img_1", int(until) + 1, signature)
+    old = tokens.Signer(b"secret", seconds=-1).sign("img_1").split("&")
+    assert not signer.fits("img_1", int(old[0].partition("=")[2]), old[1].partition("=")[2])
+
+
+def test_tries_come_back_over_a_minute() -> None:
+    now = [0.0]
+    rate = Rate(60, clock=lambda: now[0])
+    assert [rate.take("a") for _ in range(60)] == [0.0] * 60 and rate.take("a") == pytest.approx(1)
+    assert rate.spent("a") and not rate.spent("b")
+    now[0] = 2.0
+    assert rate.take("a") == 0.0 and rate.take("a") == 0.0 and rate.take("a") > 0
+
+
+@pytest.mark.parametrize("size", [(32, 32), (512, 512)])
+def test_the_watermark_is_found_by_its_key_alone_and_through_a_jpeg(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    plain = small.resize(size, Image.Resampling.BICUBIC)
+    marked = watermark.mark(plain, "ours")
+    assert np.abs(np.asarray(marked, np.int16) - np.asarray(plain, np.int16)).max() <= watermark.STRENGTH
+    assert (
+        watermark.score(marked, "ours")
+        > watermark.SURE
+        > max(abs(watermark.score(plain, "ours")), abs(watermark.score(marked, "another")))
+    )
+    if size[0] > 100:
+        out = io.BytesIO()
+        marked.save(out, "JPEG", quality=85)
+        assert watermark.score(Image.open(out), "ours") > watermark.SURE
