@@ -171,7 +171,7 @@ def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, ju
         ["screens.dark=null"],
         ["curate.screens.blur=0", "screens.flat=0.05"],
         ["duplicates.hash=null"],
-        ["duplicates.hash=null", "duplicates.embedding=0.9999"],
+        ["duplicates.hash=null", "duplicates.embedding=0.9999", "same=-1"],
         ["screens.red=0.6", "same=-1"],
     ],
 )
