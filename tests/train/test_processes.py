@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import kills
@@ -19,7 +18,7 @@ from diptych.errors import UsageError, UserError
 from diptych.stages.distill import distill
 from diptych.train import checkpoint
 from diptych.train.metrics import read
-from diptych.train.processes import Processes
+from diptych.train.processes import Processes, join
 
 SCRIPT = Path(__file__).parent / "tiny_run.py"
 
@@ -129,13 +128,21 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(world: Any, tmp_pa
 
 
 def test_what_fails_in_one_process_is_known_to_all(world: Any, tmp_path: Path) -> None:
-    """The second shard is the second process's to encode; the first one, which speaks to the user, says so too."""
-    (tmp_path / "teacher").symlink_to(world.teacher)
-    tiny_run.make_pairs(tmp_path / "pairs")
-    (shard,) = (tmp_path / "pairs").glob("*00001.parquet")
-    shard.unlink()
-    codes = finished(together(SimpleNamespace(folder=tmp_path), tmp_path / "out"))
-    assert all(code and "part-00001" in errors.splitlines()[-1] for code, _, errors in codes), codes
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import torch\n"
+        "from diptych.errors import UserError\n"
+        "from diptych.train.processes import join\n"
+        "processes, _ = join(torch.device('cpu'))\n"
+        "try:\n"
+        "    with processes.together():\n"
+        "        if not processes.first:\n"
+        "            raise UserError('the disk of the second one is full')\n"
+        "except UserError as error:\n"
+        "    print(error, error.shared)\n"
+    )
+    codes = finished(together(world, tmp_path / "out", script=script))
+    assert [text for _, text, _ in codes] == ["the disk of the second one is full True\n"] * 2, codes
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
@@ -147,3 +154,12 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_a_block_that_fails_alone_fails() -> None:
     with pytest.raises(UserError, match="no room"), Processes().together():
         raise UserError("no room")
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_an_engine_of_accelerates_that_would_do_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UsageError, match=rf"told to use {engine}.*distill\.sharding=full"):
+        join(torch.device("cpu"))
