@@ -19,6 +19,7 @@ from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.evaluate import relight, relight_sheet
 from diptych.evaluate.gather import Run
+from diptych.run import settle
 
 
 def main() -> None:
@@ -34,12 +35,15 @@ def main() -> None:
     scenes = given.scenes or recipe.evaluate.relight or 150
     methods = ["student" if given.run else "student_shipped"]
     chosen = {"relight": scenes, "methods": methods}
-    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)})
+    recipe = settle(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
     folder = given.run or given.work
     with Display().stage("relight", "images") as report:
         found = relight.evaluate(recipe, folder, report)
-    device = torch.device("cpu" if recipe.device == "auto" and not torch.cuda.is_available() else recipe.device)
-    result = {**found, "student": str(given.run.name) if given.run else "pocket", "about": measuring.about(device)}
+    result = {
+        **found,
+        "student": str(given.run.name) if given.run else "pocket",
+        "about": measuring.about(torch.device(recipe.device)),
+    }
     print("\n".join(relight_sheet.lines(Run(recipe, folder))))
     print(measuring.write("relight", result, given.out))
 
