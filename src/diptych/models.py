@@ -183,7 +183,7 @@ def fingerprint(path: str | Path) -> str:
     return _fingerprints[key]
 
 
-def weights(path: Path) -> set[str]:
+def weights(path: Path) -> frozenset[str]:
     """sha256 of each weights file of a model, wherever it lies and whatever it is called: two models that share one are
     the same model. The fingerprint where there is none."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
@@ -191,4 +191,4 @@ def weights(path: Path) -> set[str]:
     for file in files:
         with file.open("rb") as stream:
             hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes or {fingerprint(path)}
+    return frozenset(hashes or {fingerprint(path)})

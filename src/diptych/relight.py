@@ -73,6 +73,7 @@ def relight(
     if reference is None:
         raise UsageError("missing a reference, the picture that is to be relit")
     opened, canvas = student.opened(reference, background), student.canvas(size)
+    assert opened is not None
     panel = _fitted(opened, canvas, fit)
     stays = None if mask is None else kept(mask, opened.size, canvas, fit)
     told: dict[str, Any] = {"task": found.name, "detail": detail}

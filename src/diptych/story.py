@@ -155,13 +155,13 @@ def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> 
         raise UsageError(f"captions '{captions}': one of {', '.join(CAPTIONS)}")
     for panel in panels:
         check_prompt(panel.prompt)
-    given = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    given = [seed] if isinstance(seed, int) else list(seed)
     seeds = [given[0] + number for number in range(len(panels))] if len(given) == 1 else given
     if len(seeds) != len(panels):
         raise UsageError(f"{len(seeds)} seeds for {len(panels)} panels: give one, which counts up, or one for each")
     for number in seeds:
         check_seed(number)
-    return [int(number) for number in seeds]
+    return seeds
 
 
 # ---- the page

@@ -23,8 +23,10 @@ REFERENCE = Path(__file__).parents[2] / "examples" / "references" / "cat.png"
 @pytest.fixture(scope="module")
 def nodes() -> Any:
     """The folder as ComfyUI imports it."""
-    place = {"submodule_search_locations": [str(FOLDER)]}
-    spec: Any = importlib.util.spec_from_file_location("comfyui_diptych", FOLDER / "__init__.py", **place)
+    found = [str(FOLDER)]
+    spec: Any = importlib.util.spec_from_file_location(
+        "comfyui_diptych", FOLDER / "__init__.py", submodule_search_locations=found
+    )
     module = sys.modules["comfyui_diptych"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

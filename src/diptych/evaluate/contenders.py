@@ -32,7 +32,7 @@ OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Method):
     """A student somewhere, as a method. What the job does not say of sampling, the model's own settings do."""
 
     name: str

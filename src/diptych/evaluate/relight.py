@@ -51,7 +51,7 @@ ROUND_TRIP = "truth_through_vae"
 SCORING = 1  # raised when equal pictures would get other numbers
 
 
-class Relit:
+class Relit(Method):
     """A student, asked for a light: told what the scene is, or not."""
 
     def __init__(self, student: Student, told: bool) -> None:

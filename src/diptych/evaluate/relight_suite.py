@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diptych.evaluate import suites
+from diptych.evaluate.baselines import Method
 from diptych.evaluate.suites import MAIN, Sample
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ VERSION = 1
 class Wish(Sample):
     """One scene and one light. `prompt` says both, `light` the light alone."""
 
-    light: str
+    light: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def light_statistics(direction: str, colour: str, intensity: str) -> tuple[np.nd
     return np.mean(after, 0), np.mean(difference, 0)
 
 
-class ColourTransfer:
+class ColourTransfer(Method):
     """Reinhard's transfer; `relative` moves by the mean difference, not to the mean."""
 
     def __init__(self, suite: Scenes, relative: bool) -> None:

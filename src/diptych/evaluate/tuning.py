@@ -165,7 +165,7 @@ class Tuner:
                 batch = torch.cat([batch, kept[torch.randint(len(kept), (settings.batch_size,), generator=generator)]])
             sigma = self._sigma(len(batch), canvas, generator)
             noise = torch.randn(batch.shape, generator=generator).to(self.device)
-            words = tuple(side.expand(len(batch), *side.shape[1:]) for side in text)
+            words = (text[0].expand(len(batch), -1, -1), text[1].expand(len(batch), -1))
             with computing(self.precision, self.device):
                 error = panel.loss(self.transformer, batch, noise, sigma.to(self.device), words, ids, guidance)
             error.mean().backward()
