@@ -38,10 +38,10 @@ PARTS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
 
 def write(recipe: Recipe, run_dir: Path) -> Path:
     """Writes `report/report.html` and `report/report.md` and returns the path of the page. UserError if it cannot."""
-    run = Run(recipe, Path(run_dir))
+    run = Run(recipe, run_dir)
     made = [(anchor, heading, guarded(part, run, heading)) for anchor, heading, part in PARTS]
     made.append(("recipe", "9 · What made it", guarded(provenance, run, "What made it")))
-    folder = Path(run_dir) / "report"
+    folder = run.folder / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
