@@ -2,9 +2,9 @@
 
     python benchmarks/cluster_kills.py [--kills 20] [--out FILE]      # some minutes
 
-A stage that sleeps makes 150 shards while, every few seconds, a worker process gets SIGKILL, an actor is ended by Ray, or
-a node is taken away and another one added. All files must be those of one undisturbed process, and a diary of every
-shard that was begun must show no more than one beginning for each kill over one a shard.
+A stage that sleeps makes 150 shards while every few seconds a worker process gets SIGKILL, an actor is ended by Ray, or
+a node is taken away and another one added. All files must be those of one undisturbed process, and a diary of what was
+begun must show no more shards begun again than there were kills.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
     import torch
-    from data.shard_stages import Doubling, files, shards
-    from data.shard_stages import run as make
     from measuring import about, write
     from ray.cluster_utils import Cluster
 
+    from data.shard_stages import Doubling, files, shards
+    from data.shard_stages import run as make
     from diptych.data.engine import LocalEngine
     from diptych.data.ray_engine import connect
     from diptych.sections import Ray, Recipe

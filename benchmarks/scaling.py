@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [--workers 1 2 4 8 16] [--rows 8] [--out FILE]      # about five minutes
 
-Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node that counts 16 CPUs (sleeping needs none). Efficiency is
-sleep ÷ (workers × time). The clock starts when all workers of the pool run: starting sixteen Python processes takes this
-machine's cores many seconds and is stated apart. Overhead: one worker against this process, shards of 64 rows, in turns.
+Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node that counts 16 CPUs (sleeping needs none). Efficiency
+is sleep ÷ (workers × time). The clock starts when all workers of the pool run: starting sixteen Python processes takes
+the machine's cores many seconds and is stated apart. Overhead: one worker against this process, shards of 64 rows, in
+turns.
 """
 
 from __future__ import annotations

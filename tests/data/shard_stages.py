@@ -1,6 +1,6 @@
 """Stages for tests and benchmarks of the engines: no models, no torch, but ways to be slow, to fail and to die.
 
-As a module they are imported by workers; as a script (FOLDER ADDRESS COUNT SIZE SECONDS) they are a driver to be killed.
+As a module they are imported by workers; as a script (FOLDER ADDRESS COUNT SIZE SECONDS) a driver to be killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shards(count: int, size: int) -> list[list[Row]]:
 class Doubling:
     """Gives each row twice, after `seconds` a row; every seventh fails.
 
-    What else befalls it is told by `Trouble`. Each shard that is begun leaves a line in `diary`: process and first row.
+    What else befalls it is told by `Trouble`. Each batch that is begun leaves a line in `diary`: process and first row.
     """
 
     name = "doubling"

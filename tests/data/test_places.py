@@ -126,7 +126,7 @@ def test_two_processes_of_one_machine_do_not_write_one_address(bucket: str, reci
     from diptych.run import lock
 
     url = place(f"{bucket}/small")
-    with lock(url), pytest.raises(UserError, match="another diptych .* is writing s3://"), lock(url):
+    with lock(url), pytest.raises(UserError, match=r"another diptych .* is writing s3://"), lock(url):
         pass
 
 
