@@ -33,12 +33,13 @@ class Stage:
 
     def __init__(self, recipe: Any, *_: Any) -> None:
         self.recipe = recipe
+        self.delay = DELAY[0]  # goes with the stage to a worker
 
     def load(self) -> Work:
         CALLS.append(f"load {self.name}")
 
         def work(rows: list[Row]) -> list[list[Row] | Failure]:
-            time.sleep(DELAY[0])
+            time.sleep(self.delay)
             return [self.one(row) for row in rows]
 
         return work
@@ -109,7 +110,7 @@ def distill(recipe: Any, pairs: Dataset, out: Path, progress: Any) -> dict[str, 
     return {"steps": 3, "loss": 1.0}
 
 
-def evaluate(recipe: Any, run_dir: Path, progress: Any) -> None:
+def evaluate(recipe: Any, run_dir: Path, progress: Any, engine: Any = None) -> None:
     """Scores of nothing."""
     CALLS.append("evaluate")
     progress(1, 1)

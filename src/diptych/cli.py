@@ -36,10 +36,21 @@ app.command("serve", epilog="Example: diptych serve --model pocket --port 8000 -
 )
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
-OutDir = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder [default: runs/NAME].")]
+OutDir = Annotated[
+    str | None, typer.Option("--out", metavar="DIR", help="The run's folder, or s3://… [default: runs/NAME].")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, for instance distill.steps=200. Repeatable."),
+]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="local|ray", help="This process, or the workers of a Ray cluster.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="HOST:PORT", help="The Ray cluster [default: $RAY_ADDRESS, or this machine alone]."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 
@@ -62,7 +73,15 @@ def _top(
     """Options of the command itself."""
 
 
-def _run(recipe: str, out: str | None, sets: list[str] | None, as_json: bool, stages: tuple[str, ...] | None) -> None:
+def _run(
+    recipe: str,
+    out: str | None,
+    sets: list[str] | None,
+    as_json: bool,
+    stages: tuple[str, ...] | None,
+    engine: str = "local",
+    address: str | None = None,
+) -> None:
     from diptych import recipe as recipes
     from diptych.console import Display, duration
     from diptych.run import STAGES, run
@@ -71,7 +90,7 @@ def _run(recipe: str, out: str | None, sets: list[str] | None, as_json: bool, st
     if out == "":
         raise UsageError("--out is empty; name a folder")
     loaded = recipes.load(recipe, sets or ())
-    summary = run(loaded, out, stages or STAGES, Display(quiet=as_json))
+    summary = run(loaded, out, stages or STAGES, Display(quiet=as_json), engine, address)
     if not parallel.is_first():
         return
     if as_json:
@@ -88,30 +107,59 @@ def _run(recipe: str, out: str | None, sets: list[str] | None, as_json: bool, st
 
 
 @app.command("run", epilog="Example: diptych run recipes/pocket.yaml --out runs/first --set write.count=500")
-def run_all(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+def run_all(
+    recipe: RecipeArg,
+    out: OutDir = None,
+    sets: Sets = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Run a whole recipe: write, paint, curate, distill, evaluate, report.
 
     Interrupted or killed, the same command continues. The folder belongs to one recipe: another one is refused.
+    With --engine ray the workers of a cluster make the rows (docs/scale.md); training stays in this process.
     """
-    _run(recipe, out, sets, as_json, None)
+    _run(recipe, out, sets, as_json, None, engine, address)
 
 
 @app.command("write", epilog="Example: diptych write recipes/pocket.yaml --out runs/first")
-def write(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+def write(
+    recipe: RecipeArg,
+    out: OutDir = None,
+    sets: Sets = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Write the grid prompts only (prompts/)."""
-    _run(recipe, out, sets, as_json, ("write",))
+    _run(recipe, out, sets, as_json, ("write",), engine, address)
 
 
-@app.command("paint", epilog="Example: diptych paint recipes/pocket.yaml --out runs/first")
-def paint(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+@app.command("paint", epilog="Example: diptych paint flux-subject --out s3://bucket/run --engine ray --address auto")
+def paint(
+    recipe: RecipeArg,
+    out: OutDir = None,
+    sets: Sets = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Let the teacher draw the grids only (prompts/ → grids/)."""
-    _run(recipe, out, sets, as_json, ("paint",))
+    _run(recipe, out, sets, as_json, ("paint",), engine, address)
 
 
 @app.command("curate", epilog="Example: diptych curate recipes/pocket.yaml --out runs/first")
-def curate(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+def curate(
+    recipe: RecipeArg,
+    out: OutDir = None,
+    sets: Sets = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Cut, judge and select pairs only (grids/ → candidates/ → pairs/)."""
-    _run(recipe, out, sets, as_json, ("curate",))
+    _run(recipe, out, sets, as_json, ("curate",), engine, address)
 
 
 @app.command("distill", epilog="Example: diptych distill recipes/pocket.yaml --out runs/first")
@@ -121,7 +169,9 @@ def distill(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: J
 
 
 app.command("evaluate", epilog=cli_evaluate.EPILOG)(
-    cli_evaluate.command(lambda recipe, out, sets, as_json: _run(recipe, out, sets, as_json, ("evaluate",)))
+    cli_evaluate.command(
+        lambda recipe, out, sets, as_json, *engine: _run(recipe, out, sets, as_json, ("evaluate",), *engine)
+    )
 )
 
 
@@ -268,15 +318,19 @@ def generate(
         list[str] | None,
         typer.Option("--switch", metavar="NAME=VALUE", help=f"One switch of --speed. Repeatable. {speeds.describe()}."),
     ] = None,
+    engine: Engine = "local",
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Draw your subject in new scenes: every reference with every prompt with every seed.
 
     Run again, it draws only what is missing; a picture that fails is named in DIR/failed.jsonl, and the rest goes on.
-    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together.
+    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together; with --engine ray
+    each worker of a cluster draws pictures of its own.
     """
     from diptych import batch as batches
     from diptych.console import Display
+    from diptych.data.engine import open_engine
     from diptych.data.images import kind_of
     from diptych.models import with_scale
     from diptych.student import parallel
@@ -313,6 +367,8 @@ def generate(
         speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
         loading |= {"speed": speed, "switches": switch or []}
     several = parallel.processes() > 1
+    if engine != "local" and (several or preview is not None):
+        raise UsageError(f"--engine {engine} draws whole pictures in other processes: without torchrun and --preview")
     display = Display(quiet=as_json or not parallel.is_first())
     if enhance:
         plan = _enhanced(plan, enhance_endpoint, enhance_model, several, display)
@@ -327,9 +383,10 @@ def generate(
         return student
 
     try:
-        outcome = batches.draw(
-            plan, loading, load, display, writes=parallel.is_first(), preview=Path(preview) if preview else None
-        )
+        with open_engine(engine, address) as machines:
+            shown = Path(preview) if preview else None
+            options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
+            outcome = batches.draw(plan, loading, load, display, **options)
     finally:
         if several:
             parallel.leave()

@@ -11,7 +11,7 @@ import typer
 
 from diptych.errors import UsageError
 
-RunRecipe = Callable[[str, str | None, list[str] | None, bool], None]
+RunRecipe = Callable[[str, str | None, list[str] | None, bool, str, str | None], None]
 EPILOG = (
     "Example: diptych evaluate recipes/pocket.yaml --out runs/first · diptych evaluate --suite pocket --model pocket "
     "--baseline text_only --baseline copy --out scores · diptych evaluate --suite dreambench++ --data FOLDER --model "
@@ -99,6 +99,10 @@ def command(run_recipe: RunRecipe) -> Callable[..., None]:
             tuple[str, str] | None,
             typer.Option("--compare", metavar="A B", help="FOLDER:METHOD twice: paired differences and p-values."),
         ] = None,
+        engine: Annotated[str, typer.Option("--engine", metavar="local|ray", help="What runs the work.")] = "local",
+        address: Annotated[
+            str | None, typer.Option("--address", help="Of the Ray cluster [default: $RAY_ADDRESS, or one here].")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
     ) -> None:
         """Score students: a recipe's own, or any models and baselines on a suite, with a report; or compare two.
@@ -131,14 +135,14 @@ def command(run_recipe: RunRecipe) -> Callable[..., None]:
                     f"{', '.join(said)}: a recipe says what is evaluated (--set evaluate.KEY=VALUE); leave RECIPE out "
                     "to evaluate other models on a suite"
                 )
-            run_recipe(recipe, out, sets, as_json)
+            run_recipe(recipe, out, sets, as_json, engine, address)
         elif suite is None and out is None:
             raise UsageError("missing argument 'RECIPE', or --suite NAME with --model MODEL")
         else:
             asked["judge"] = _judge(judge, judge_endpoint, judge_model, judge_key, judge_local) or None
             asked["metrics"] = metric
             folder = Path(out) if out is not None else Path("evaluations") / Path(str(suite)).stem
-            _suite(asked, model, folder, only, force, sets, as_json)
+            _suite(asked, model, folder, only, force, sets, as_json, engine, address)
 
     return evaluate
 
@@ -168,8 +172,11 @@ def _suite(
     force: bool,
     sets: list[str] | None,
     as_json: bool,
+    engine: str,
+    address: str | None,
 ) -> None:
     from diptych.console import Display
+    from diptych.data.engine import open_engine
     from diptych.evaluate import bench, job, page
     from diptych.run import lock
 
@@ -181,8 +188,9 @@ def _suite(
     if metrics is not None:
         made = made.model_copy(update={"metrics": [] if metrics == ["none"] else metrics})
     display = Display(quiet=as_json)
-    with lock(out):
-        found = bench.evaluate(made, out, only, force, display)  # pyright: ignore[reportArgumentType]
+    with open_engine(engine, address) as machines, lock(out):
+        workers = machines.of(made.recipe())
+        found = bench.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
         report = None if only == "generate" else page.write(out)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))

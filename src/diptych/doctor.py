@@ -20,6 +20,7 @@ from diptych.student import memory as presets
 EXTRAS = {
     "train": ("bitsandbytes", "tensorboard"),
     "ray": ("ray",),
+    "s3": ("s3fs", "upath"),
     "serve": ("fastapi", "uvicorn", "gradio"),
     "eval": ("torchmetrics", "imagehash"),
     "flux": ("sentencepiece",),

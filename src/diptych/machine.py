@@ -63,6 +63,12 @@ def peak(device: str) -> int | None:
     return None
 
 
+def thread_variables(threads: int) -> dict[str, str]:
+    """Environment variables by which torch, when it is loaded, uses so many CPU threads: the three that
+    `torch.set_num_threads` itself decides."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
+
+
 def device_name(device: str) -> str:
     """The GPU's own name for `cuda` and `cuda:N`, else `device` as it is."""
     if device.startswith("cuda"):

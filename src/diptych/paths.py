@@ -1,9 +1,15 @@
-"""Where the files that ship with diptych lie: in a wheel, or in a source checkout."""
+"""Where files lie: those that ship with diptych, and those that users name, on this machine or at an address."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from diptych.errors import UsageError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 
 def packaged(name: str) -> Path:
@@ -15,3 +21,26 @@ def packaged(name: str) -> Path:
     inside = Path(str(files("diptych"))) / name
     checkout = Path(__file__).resolve().parents[2] / name
     return checkout if not inside.exists() and checkout.exists() else inside
+
+
+def is_remote(where: str | Path | UPath) -> bool:
+    """Whether it is an address and not a folder of this machine."""
+    return "://" in str(where)
+
+
+def place(where: str | Path | UPath) -> Path:
+    """A folder or a file as a path. For an address it is fsspec's, which has pathlib's methods.
+
+    UsageError if what opens such addresses is not installed, or if there is no such kind.
+    """
+    if not is_remote(where):
+        return Path(where)
+    try:
+        from upath import UPath
+
+        # Other machines write there too: what was listed a moment ago is no longer true.
+        return cast("Path", UPath(str(where).rstrip("/"), use_listings_cache=False))
+    except ImportError as error:
+        raise UsageError(f"{where}: {error.name or error} is not installed; pip install 'diptych[s3]'") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}; an address is s3://BUCKET/FOLDER, for instance") from None

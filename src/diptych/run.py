@@ -24,11 +24,13 @@ from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.data import decisions, duplicates, log, records
-from diptych.data.engine import Failure, LocalEngine, Result, Row, Work
+from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work, open_engine
 from diptych.data.lock import lock
+from diptych.data.places import answers, bring, desk, send
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.machine import machine, versions
+from diptych.machine import machine, thread_variables, versions
+from diptych.paths import place
 from diptych.sections import Duplicates, Recipe, Thresholds
 from diptych.student import parallel
 
@@ -40,15 +42,23 @@ PRECISIONS = (("paint", "dtype"), ("distill", "precision"))
 
 
 def run(
-    recipe: Recipe, out: str | Path | None = None, stages: Sequence[str] = STAGES, display: Display | None = None
+    recipe: Recipe,
+    out: str | Path | None = None,
+    stages: Sequence[str] = STAGES,
+    display: Display | None = None,
+    engine: str = "local",
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Runs `stages` of a recipe in the folder `out` (runs/NAME if None) and returns a summary of plain values.
+
+    `out` may be an address such as `s3://bucket/run` (`data.places`). `engine` is `local` or `ray`, the latter with the
+    `address` of a cluster (`data.ray_engine`); training runs in this process with either.
 
     Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage cannot go
     on. KeyboardInterrupt passes through and leaves a folder that the same call continues.
     """
     display = display or Display()
-    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    folder = place(out) if out is not None else Path("runs") / recipe.name
     task = tasks.load(recipe.task)
     started = time.monotonic()
     if (number := parallel.processes()) > 1 and tuple(stages) != ("distill",):
@@ -63,11 +73,12 @@ def run(
         stages = [name for name in stages if name in training]
     first = parallel.is_first()
     display = display if first else Display(quiet=True)
-    with enter(recipe, folder) as recipe:
+    trains = "distill" in stages
+    with open_engine(engine, address) as machines, enter(recipe, folder, machines.of(recipe), trains) as recipe:
         use_threads(recipe.threads)
         if first:
-            log.append(folder, "start", stages=list(stages), machine=machine(), versions=versions())
-        pipeline = Pipeline(recipe, task, folder, display)
+            log.append(folder, "start", stages=list(stages), engine=engine, machine=machine(), versions=versions())
+        pipeline = Pipeline(recipe, task, folder, display, machines.of(recipe))
         done: dict[str, Any] = {}
         for name in STAGES:
             if name in stages:
@@ -88,9 +99,12 @@ def run(
 class Pipeline:
     """The stages of one run, each knowing what made its input."""
 
-    def __init__(self, recipe: Recipe, task: tasks.Task, folder: Path, display: Display) -> None:
+    def __init__(
+        self, recipe: Recipe, task: tasks.Task, folder: Path, display: Display, engine: Engine | None = None
+    ) -> None:
         self.recipe, self.task, self.folder, self.display = recipe, task, folder, display
-        self.engine = LocalEngine()
+        self.engine = engine = engine or LocalEngine()
+        self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
 
     def stage(self, name: str) -> dict[str, Any]:
         return {
@@ -107,7 +121,7 @@ class Pipeline:
         from diptych.stages.write import Write
 
         shards = prompt_shards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
-        stage = Write(self.recipe, self.folder / "answers.sqlite")
+        stage = Write(self.recipe, self.answers)
         result = self._rows(stage, shards, "prompts", "prompts", self.fingerprints("write"), {})
         if self.recipe.write.writer != "llm":
             return result
@@ -132,7 +146,7 @@ class Pipeline:
         if classifiers := self._screens():
             made_by["screens_sha256"] = classifiers
         print_ = self.fingerprints("curate")
-        stage = Curate(self.recipe, self.folder / "answers.sqlite")
+        stage = Curate(self.recipe, self.answers)
         result = self._rows(stage, grids, "candidates", "grids", print_, made_by)
         result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
@@ -155,7 +169,8 @@ class Pipeline:
         if decided:
             made_by["decided"] = {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
         stage = _Select(candidates, thresholds, screens, settings.duplicates, decided)
-        result = self._rows(stage, candidates, "pairs", "pairs", self.fingerprints("select"), made_by, quiet=True)
+        print_ = self.fingerprints("select")
+        result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
         if result["failed"]:
             again = f"select: {result['failed']} pairs show again what an earlier one shows, or people rejected them"
             self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
@@ -177,6 +192,7 @@ class Pipeline:
         fingerprint: str,
         made_by: dict[str, Any],
         quiet: bool = False,
+        engine: Engine | None = None,
     ) -> dict[str, Any]:
         """One stage through the engine, into the folder `output`."""
         target = Dataset(self.folder / output, records.schema(records.COLUMNS[output]))
@@ -187,7 +203,7 @@ class Pipeline:
             manifest["inputs"] = {Path(inputs.url).name: inputs.manifest_hash()}
         display = Display(quiet=True) if quiet else self.display
         with display.stage(stage.name, unit) as report:
-            result: Result = self.engine.run(stage, inputs, target, failed, fingerprint, report, manifest)
+            result: Result = (engine or self.engine).run(stage, inputs, target, failed, fingerprint, report, manifest)
         if result.failed and not quiet:
             first = f" (first: {result.reasons[0]})" if result.reasons else ""
             self.display.say(f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}")
@@ -209,7 +225,9 @@ class Pipeline:
 
         own = self._input("pairs", "curate", self.fingerprints("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
-            numbers = distill(self.recipe, own, self.folder / "student", report)
+            numbers = distill(self.recipe, own, desk(self.folder) / "student", report)
+        if parallel.is_first():
+            send(self.folder, "student")
         return {
             "steps": self.recipe.distill.steps,
             "pairs": numbers["pairs"] if own is None else len(own),
@@ -222,13 +240,13 @@ class Pipeline:
             from diptych.evaluate.run_suite import evaluate
 
             with self.display.stage("evaluate", "images") as report:
-                evaluate(self.recipe, self.folder, report)
+                evaluate(self.recipe, self.folder, report, engine=self.engine)
             result["suite"] = self.recipe.evaluate.suite
         if self.recipe.evaluate.relight:
             from diptych.evaluate import relight
 
             with self.display.stage("relight", "images") as report:
-                relight.evaluate(self.recipe, self.folder, report)
+                relight.evaluate(self.recipe, self.folder, report, self.engine)
             result["relight"] = self.recipe.evaluate.relight
         from diptych.evaluate import report as page
 
@@ -319,15 +337,16 @@ def count(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def freeze(recipe: Recipe, folder: Path) -> Recipe:
+def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe:
     """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
 
-    What is left open (`settle`) becomes what this machine has, and on a later call what the folder says. Raises
-    UsageError with the keys that differ.
+    What is left open (`settle`) becomes what the machine that paints has, and on a later call what the folder says;
+    what is asked of a cluster (`ray`) is this call's. Raises UsageError with the keys that differ.
     """
     path = folder / "recipe.yaml"
     if not path.exists():
-        recipe = settle(recipe)
+        if unsettled(recipe):
+            recipe = (engine or LocalEngine()).there("paint", settle, recipe)
         write_atomic(path, recipe.dump().encode())
         return recipe
     frozen = recipes.load(path)
@@ -347,14 +366,18 @@ def freeze(recipe: Recipe, folder: Path) -> Recipe:
             f"{folder} was made by another recipe: {', '.join(shown)}{more}; choose another --out, "
             f"or continue with {path}"
         )
-    return frozen
+    return frozen.model_copy(update={"ray": recipe.ray})
+
+
+def unsettled(recipe: Recipe) -> bool:
+    """Whether a recipe leaves `device`, `threads` or a key of `PRECISIONS` open."""
+    asked = [getattr(getattr(recipe, section), key) for section, key in PRECISIONS]
+    return recipe.device == "auto" or recipe.threads is None or "auto" in asked
 
 
 def settle(recipe: Recipe) -> Recipe:
     """`device`, `threads` and the keys of `PRECISIONS`, where they are left open, as what this machine has."""
     asked = [getattr(getattr(recipe, section), key) for section, key in PRECISIONS]
-    if recipe.device != "auto" and recipe.threads is not None and "auto" not in asked:
-        return recipe
     import torch
 
     from diptych.train.hardware import pick_precision
@@ -379,8 +402,7 @@ def use_threads(threads: int | None) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     else:
-        # The three that torch.set_num_threads itself decides.
-        os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
+        os.environ |= thread_variables(threads)
 
 
 def _shown(value: Any) -> str:
@@ -388,14 +410,18 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def enter(recipe: Recipe, folder: Path) -> Iterator[Recipe]:
-    """The folder is this run's alone inside; gives the recipe as it is frozen there.
+def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool) -> Iterator[Recipe]:
+    """The folder is this run's alone inside; gives the recipe as it is frozen there. To train, what another machine has
+    trained is fetched.
 
     Of several processes the first locks and freezes, and the others read what it froze.
     """
     if parallel.processes() == 1:
         with lock(folder):
-            yield freeze(recipe, folder)
+            frozen = freeze(recipe, folder, engine)
+            if trains:
+                bring(folder, "student")
+            yield frozen
         return
     from diptych.student.loading import pick_device
     from diptych.train.processes import join
@@ -405,6 +431,7 @@ def enter(recipe: Recipe, folder: Path) -> Iterator[Recipe]:
         with processes.together() as first:
             if first:
                 held.enter_context(lock(folder))
-                freeze(recipe, folder)
+                freeze(recipe, folder, engine)
+                bring(folder, "student")
         yield recipes.load(folder / "recipe.yaml")
     parallel.leave()

@@ -479,6 +479,45 @@ class Evaluate(Section):
     pipeline: StockPipeline = StockPipeline()
 
 
+class Pool(Section):
+    """The workers of one stage on a Ray cluster. Each is a process that holds the stage's models and works on one shard
+    at a time."""
+
+    workers: int | None = Field(default=None, ge=1, le=100_000)
+    """How many at most. Those the cluster has no room for yet are what its autoscaler adds nodes for. null is as many
+    as fit into it."""
+    gpus: float | None = Field(default=None, ge=0, le=64)
+    """Of a worker; 0.25 lets four share a GPU. null is one if `device` is a GPU, none otherwise."""
+    cpus: float = Field(default=1, ge=0, le=4096)
+    """Of a worker. It is what Ray counts; what torch uses is `threads`."""
+    memory: float | None = Field(default=None, gt=0)
+    """GiB of a worker that Ray keeps free for it; null is not counted."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("above one, a whole number of GPUs")
+        return gpus
+
+
+class Ray(Section):
+    """What `--engine ray` asks of a cluster. No row depends on it, so a run may go on with other values."""
+
+    write: Pool = Pool(gpus=0)
+    paint: Pool = Pool()
+    curate: Pool = Pool()
+    evaluate: Pool = Pool()
+    retries: int = Field(default=3, ge=0, le=100)
+    """How often a shard is given to another worker when its own has died."""
+    wait: float = Field(default=900, gt=0)
+    """Seconds to wait for the first worker to start: nodes that are being added take minutes."""
+
+    def pool(self, stage: str) -> Pool:
+        """The pool of a stage; of `evaluate` for every method that is drawn, and for pictures that no recipe asks."""
+        return getattr(self, stage) if stage in ("write", "paint", "curate") else self.evaluate
+
+
 class Recipe(Section):
     """Everything that defines a run."""
 
@@ -499,6 +538,7 @@ class Recipe(Section):
     curate: Curate = Curate()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    ray: Ray = Ray()
 
     @property
     def training_seed(self) -> int:
@@ -533,15 +573,17 @@ class Recipe(Section):
         for section, key, default in (("curate", "format", "png"), ("paint", "format", "png"), ("paint", "images", 1)):
             if values[section][key] == default:
                 del values[section][key]
+        del values["ray"]  # where it is made is not what is made
         if keys:
             values = {key: _at(values, key) for key in keys}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Recipe) -> list[str]:
-        """Keys with another value in `other`, with dots."""
+        """Keys with another value in `other`, with dots; those of `ray` decide no row and are left out."""
         mine, theirs = self.flat(), other.flat()
         # A key may be there in one alone: a section of the other that is null.
-        return [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        differ = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        return [key for key in differ if not key.startswith("ray.")]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.batch.names import name_all
 from diptych.batch.requests import Plan, Request, check_row, multiply, read_rows
+from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diptych.console import Display
 
 FAILED = "failed.jsonl"
+Pending = tuple[Request, dict[str, Any]]  # what is to be drawn, and what its file will say beside what the student says
 
 
 @dataclass
@@ -136,6 +138,7 @@ def draw(
     *,
     writes: bool = True,
     preview: Path | None = None,
+    engine: Engine | None = None,
 ) -> Outcome:
     """Draws what of a plan is not there yet.
 
@@ -147,6 +150,7 @@ def draw(
         load: opens the student.
         writes: False in the processes that only share the work of one that writes.
         preview: a picture file that is rewritten while a picture is being drawn.
+        engine: a cluster's, whose workers draw; they open the student by `loading`. Otherwise this process does.
     """
     outcome, requests = Outcome(), plan.requests
     looked = _look_at(requests, outcome)
@@ -155,7 +159,7 @@ def draw(
         if path.resolve() in references:
             raise UsageError(f"{path} is a reference itself; name another file to write")
     weights = identify(loading) if looked else {}
-    pending: list[tuple[Request, dict[str, Any]]] = []
+    pending: list[Pending] = []
     for request, reference in looked:
         digest = request_digest(request, weights, reference)
         if plan.folder is not None and _is_there(request, digest):
@@ -169,9 +173,16 @@ def draw(
     if writes:
         _note_failed(plan, outcome)
     if pending:
-        student = load()
-        with display.stage("drawing", "steps" if len(requests) == 1 else "pictures") as report:
-            _draw_all(pending, student, outcome, plan, report, writes, preview)
+        several = len(requests) > 1
+        cluster = None if engine is None or isinstance(engine, LocalEngine) else engine
+        student = load() if cluster is None else None
+        with display.stage("drawing", "pictures" if several else "steps") as report:
+            if cluster is not None:
+                pictures = _there(pending, loading, report, cluster)
+            else:
+                assert student is not None
+                pictures = _here(pending, student, report, several, preview if writes else None)
+            _keep(pending, pictures, outcome, plan, report, writes)
     return outcome
 
 
@@ -199,18 +210,16 @@ def _look_at(requests: Sequence[Request], outcome: Outcome) -> list[tuple[Reques
     return fine
 
 
-def _draw_all(
-    pending: Sequence[tuple[Request, dict[str, Any]]],
+def _here(
+    pending: Sequence[Pending],
     student: Student,
-    outcome: Outcome,
-    plan: Plan,
     report: Callable[..., None],
-    writes: bool,
+    several: bool,
     preview: Path | None,
-) -> None:
-    several = len(plan.requests) > 1
+) -> Iterator[tuple[int, Image | UserError]]:
+    """(index, its picture or why there is none) of each, in order, drawn in this process."""
     opened: tuple[Any, Image | None] = (None, None)  # the last reference, so that the pipeline can tell a repeated one
-    for done, (request, told) in enumerate(pending):
+    for done, (request, _) in enumerate(pending):
 
         def on_step(pipe: Any, step: int, timestep: Any, tensors: Any, done: int = done) -> None:
             steps = pipe.num_timesteps
@@ -219,25 +228,104 @@ def _draw_all(
             else:
                 report(step + 1, steps)
 
-        options: dict[str, Any] = {**request.options, "callback_on_step_end": on_step}
-        if preview is not None and writes:
+        options: dict[str, Any] = {"callback_on_step_end": on_step}
+        if preview is not None:
             options["on_preview"] = lambda _done, _steps, images: save_image(images[0], preview)
         try:
             key = (request.reference, request.options.get("background"))
             if opened[0] != key:
-                over = {"background": key[1]} if key[1] else {}
-                opened = (key, open_image(request.reference, **over) if request.reference else None)
-            image = student.generate(opened[1], request.prompt, seed=request.seed, **options)
+                opened = (key, _reference(request))
+            picture = _picture(student, opened[1], request, **options)
         except UserError as error:
+            picture = error
+        yield done, picture
+
+
+def _reference(request: Request) -> Image | None:
+    if request.reference is None:
+        return None
+    background = request.options.get("background")
+    return open_image(request.reference, **({"background": background} if background else {}))
+
+
+def _picture(student: Student, reference: Image | None, request: Request, **more: Any) -> Image:
+    return student.generate(reference, request.prompt, seed=request.seed, **request.options, **more)
+
+
+def _there(
+    pending: Sequence[Pending], loading: dict[str, Any], report: Callable[..., None], engine: Engine
+) -> Iterator[tuple[int, Image | UserError]]:
+    """The same by the engine's workers, as they come. References and pictures travel; the weights must be there."""
+    from diptych.sections import Recipe
+
+    device = {"device": loading["device"]} if loading.get("device") else {}
+    workers = engine.of(Recipe(name="generate", **device))
+    drawn: list[int] = []
+
+    def say(note: str) -> None:
+        report(len(drawn), len(pending), note)
+
+    for index, picture in workers.each("generate", _Drawer(loading), _Wishes(pending), say):
+        drawn.append(index)
+        yield index, picture
+
+
+@dataclass(frozen=True)
+class _Wishes(Sequence[Any]):
+    """Requests with their references, opened when a worker asks for one."""
+
+    pending: Sequence[Pending]
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def __getitem__(self, index: Any) -> tuple[Image | None, Request]:
+        request, _ = self.pending[index]
+        return _reference(request), request
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """Opens a student in a worker."""
+
+    loading: dict[str, Any]
+
+    def __call__(self) -> Callable[[tuple[Image | None, Request]], Image | UserError]:
+        from diptych.api import Student
+
+        student = Student.load(**self.loading, progress_bar=False)
+
+        def one(wish: tuple[Image | None, Request]) -> Image | UserError:
+            try:
+                return _picture(student, *wish)
+            except UserError as error:
+                return UserError(str(error))
+
+        return one
+
+
+def _keep(
+    pending: Sequence[Pending],
+    pictures: Iterator[tuple[int, Image | UserError]],
+    outcome: Outcome,
+    plan: Plan,
+    report: Callable[..., None],
+    writes: bool,
+) -> None:
+    """Saves each picture as it comes, and notes each failure; one picture alone fails as itself."""
+    several = len(plan.requests) > 1
+    for done, (index, picture) in enumerate(pictures):
+        request, told = pending[index]
+        if isinstance(picture, UserError):
             if not several:
-                raise
-            outcome.failed.append({**request.told(), "reason": str(error)})
+                raise picture
+            outcome.failed.append({**request.told(), "reason": str(picture)})
             if writes:
                 _note_failed(plan, outcome)
             continue
         if writes:
-            provenance = {**image.info, **told}
-            outcome.drawn.append((save_image(image, request.out, provenance), provenance))
+            provenance = {**picture.info, **told}
+            outcome.drawn.append((save_image(picture, request.out, provenance), provenance))
         if several:
             report(done + 1, len(pending))
 

@@ -9,20 +9,28 @@ A stage knows nothing of files or processes:
 
 The callable takes one batch of input rows, in order, never from two shards, and gives for each input row its output
 rows (none, one or several) or a `Failure`. If it raises UserError the batch is tried again row by row, so that one bad
-row costs one row. Shard i of the output depends on shard i of the input alone: any order, and any engine (Ray's will
-take this same interface), gives the same files.
+row costs one row. Shard i of the output depends on shard i of the input alone: any order, and any engine
+(`LocalEngine`, `ray_engine.RayEngine`), gives the same files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diptych.data.store import Dataset
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError, nearest
 
+if TYPE_CHECKING:
+    from diptych.sections import Recipe
+
+ENGINES = ("local", "ray")
 Row = dict[str, Any]
 
 
@@ -34,7 +42,9 @@ class Failure:
 
 
 Work = Callable[[list[Row]], Sequence[Sequence[Row] | Failure]]
-Progress = Callable[[int, int], None]  # rows done, rows in all
+Progress = Callable[..., None]  # (rows done, rows in all, note="")
+Setup = Callable[[], Callable[[Any], Any]]  # run once in each worker; gives what is done with an item
+Timed = Callable[[int, float], None]  # (rows, seconds of the stage's own work)
 
 
 class Stage(Protocol):
@@ -58,8 +68,47 @@ class Result:
     reasons: list[str] = field(default_factory=list)  # the first few, for a summary
 
 
-class LocalEngine:
-    """Runs a stage in this process, one shard after the other."""
+@dataclass(frozen=True)
+class Job:
+    """A stage with its input and its output: all that is needed to make any of its shards, in any process."""
+
+    stage: Stage
+    inputs: Dataset | Sequence[list[Row]]
+    output: Dataset
+    failed: Dataset
+    fingerprint: str
+
+    def rows(self, shard: int) -> list[Row]:
+        """A shard's input."""
+        return self.inputs.read_shard(shard) if isinstance(self.inputs, Dataset) else self.inputs[shard]
+
+    def make(self, shard: int, rows: list[Row], work: Work, report: Callable[[int], None], timed: Timed) -> None:
+        """Makes a shard of its input and publishes it. `report` hears the rows done so far."""
+        good: list[Row] = []
+        bad: list[Row] = []
+        for start in range(0, len(rows), self.stage.batch_size):
+            batch = rows[start : start + self.stage.batch_size]
+            began = time.perf_counter()
+            results = attempt(work, batch)
+            timed(len(batch), time.perf_counter() - began)
+            for row, result in zip(batch, results, strict=True):
+                if isinstance(result, Failure):
+                    bad.append(failed_row(self.stage.name, row, result.reason))
+                else:
+                    good.extend(result)
+            report(start + len(batch))
+        # Failures first: once the shard itself is there, its failures are known to be there too.
+        if bad:
+            self.failed.write_shard(shard, bad, self.fingerprint)
+        self.output.write_shard(shard, good, self.fingerprint)
+
+
+class Engine(ABC):
+    """Runs a stage over its shards: what is there stays, what is missing is made, the manifest comes last."""
+
+    @abstractmethod
+    def of(self, recipe: Recipe) -> Engine:
+        """This engine with what `recipe` asks of machines."""
 
     def run(
         self,
@@ -70,12 +119,14 @@ class LocalEngine:
         fingerprint: str,
         progress: Progress | None = None,
         manifest: dict[str, Any] | None = None,
+        timed: Timed | None = None,
     ) -> Result:
         """Makes what is missing of `output`, then publishes it with `manifest` (seeds, versions, input hashes).
 
         `inputs` is a complete data set, or the shards themselves as lists of rows. `failed` gets one part for each
-        shard with failures (stage, id, reason, the row's text columns as JSON). Raises UserError if a part of
-        another fingerprint is there, or if every single row failed. `load` is called only if there is work.
+        shard with failures (stage, id, reason, the row's text columns as JSON). `timed` hears what each batch took.
+        Raises UserError if a part of another fingerprint is there, or if every single row failed. The stage's `load`
+        is called only if there is work.
         """
         shards = inputs.shards() if isinstance(inputs, Dataset) else list(range(len(inputs)))
         sizes = {i: inputs.rows_in(i) if isinstance(inputs, Dataset) else len(inputs[i]) for i in shards}
@@ -87,35 +138,15 @@ class LocalEngine:
             raise UserError(f"{output.url} holds parts that its input does not; remove {output.url} and run again")
         for i in set(failed.shards()) - done:
             failed.drop_shard(i)  # of a shard that never came, or of an output that was removed
-        missing = [i for i in shards if i not in done]
+        missing = {i: sizes[i] for i in shards if i not in done}
         if missing:
             output.unpublish()
         count = sum(sizes[i] for i in done)
         report = progress or (lambda *_: None)
         report(count, total)
-        work: Work | None = None
-        processed = 0
-        for shard in missing:
-            rows = inputs.read_shard(shard) if isinstance(inputs, Dataset) else inputs[shard]
-            if work is None and rows:
-                work = stage.load()
-            good: list[Row] = []
-            bad: list[Row] = []
-            for start in range(0, len(rows), stage.batch_size):
-                batch = rows[start : start + stage.batch_size]
-                assert work is not None
-                for row, result in zip(batch, attempt(work, batch), strict=True):
-                    if isinstance(result, Failure):
-                        bad.append(failed_row(stage.name, row, result.reason))
-                    else:
-                        good.extend(result)
-                processed += len(batch)
-                report(count + start + len(batch), total)
-            count += len(rows)
-            # Failures first: once the shard itself is there, its failures are known to be there too.
-            if bad:
-                failed.write_shard(shard, bad, fingerprint)
-            output.write_shard(shard, good, fingerprint)
+        if missing:
+            job = Job(stage, inputs, output, failed, fingerprint)
+            self.make(job, missing, lambda rows, *note: report(count + rows, total, *note), timed or (lambda *_: None))
         failures = failed.columns("reason") if failed.shards() else []
         if not output.is_complete(fingerprint):
             output.publish(
@@ -127,7 +158,77 @@ class LocalEngine:
                 f"(all reasons in {failed.url}; remove {output.url} to try again)"
             )
         reasons = list(dict.fromkeys(row["reason"] for row in failures))[:5]
-        return Result(total, len(output), len(failures), processed, reasons)
+        return Result(total, len(output), len(failures), sum(missing.values()), reasons)
+
+    @abstractmethod
+    def make(self, job: Job, missing: dict[int, int], report: Callable[..., None], timed: Timed) -> None:
+        """Makes the shards `missing` (shard → its rows), all of them, or raises. `report(rows done, note="")`."""
+
+    @abstractmethod
+    def each(
+        self, name: str, setup: Setup, items: Sequence[Any], say: Callable[[str], None]
+    ) -> Iterator[tuple[int, Any]]:
+        """(index, result) of every item, as they come. `say` hears news of the workers."""
+
+    @abstractmethod
+    def there(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives where the stage `where` works: on a machine with its devices."""
+
+
+class LocalEngine(Engine):
+    """Runs a stage in this process, one shard after the other."""
+
+    def of(self, recipe: Recipe) -> LocalEngine:
+        """Itself: this process has what it has."""
+        return self
+
+    def make(self, job: Job, missing: dict[int, int], report: Callable[..., None], timed: Timed) -> None:
+        """One shard after the other, in order."""
+        work: Work | None = None
+        count = 0
+        for shard, number in missing.items():
+            rows = job.rows(shard)
+            if work is None and rows:
+                work = job.stage.load()
+            job.make(shard, rows, work or idle, partial(_later, report, count), timed)
+            count += number
+
+    def each(
+        self, name: str, setup: Setup, items: Sequence[Any], say: Callable[[str], None]
+    ) -> Iterator[tuple[int, Any]]:
+        """One after the other."""
+        work = setup()
+        yield from ((index, work(item)) for index, item in enumerate(items))
+
+    def there(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Here."""
+        return function(*arguments)
+
+
+@contextmanager
+def open_engine(name: str = "local", address: str | None = None) -> Iterator[Engine]:
+    """The engine `local` or `ray`, the latter with the cluster's address. UsageError for anything else."""
+    if name == "ray":
+        from diptych.data import ray_engine
+
+        with ray_engine.connect(address) as engine:
+            yield engine
+        return
+    if name != "local":
+        raise UsageError(f"--engine {name}: there are local and ray{nearest(name, ENGINES)}")
+    if address is not None:
+        raise UsageError("--address is a Ray cluster's: give --engine ray with it")
+    yield LocalEngine()
+
+
+def _later(report: Callable[..., None], before: int, done: int) -> None:
+    report(before + done)
+
+
+def idle(rows: list[Row]) -> list[list[Row] | Failure]:
+    """The work of a stage that has none: a shard without rows loads no model."""
+    assert not rows
+    return []
 
 
 def attempt(work: Work, batch: list[Row]) -> list[Sequence[Row] | Failure]:

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diptych.data.places import desk
 from diptych.errors import UserError
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps every other process out of a folder, which is made if need be. UserError if one is already in."""
+def lock(place: Path) -> Iterator[None]:
+    """Keeps every other process out of a folder, which is made if need be. UserError if one is already in.
+
+    Nothing can be locked at an address: there it keeps out this machine's other processes.
+    """
+    folder = desk(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -22,7 +27,7 @@ def lock(folder: Path) -> Iterator[None]:
             stream.seek(0)
             holder = stream.read().strip()
             raise UserError(
-                f"another diptych{f' (process {holder})' if holder else ''} is writing {folder}; "
+                f"another diptych{f' (process {holder})' if holder else ''} is writing {place}; "
                 "wait for it to end, or choose another folder"
             )
         stream.seek(0)

@@ -11,13 +11,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diptych.paths import is_remote, place
+
 LOG = "log.jsonl"
 
 
 def append(run_dir: str | Path, event: str, **values: Any) -> None:
     """Adds one line: the time, the event's name, and `values`."""
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **values}
-    path = Path(run_dir) / LOG
+    path = place(run_dir) / LOG
+    if is_remote(path):  # no file there can be added to; the run's one process writes it anew
+        before = path.read_bytes() if path.exists() else b""
+        path.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        return
     with path.open("ab+") as stream:
         # A process killed in mid-line leaves no newline: begin a new line, so that only that line is lost.
         if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
@@ -27,7 +33,7 @@ def append(run_dir: str | Path, event: str, **values: Any) -> None:
 
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
     """All whole lines, in order; none if there is no log."""
-    path = Path(run_dir) / LOG
+    path = place(run_dir) / LOG
     events = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

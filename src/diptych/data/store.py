@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError
+from diptych.paths import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +43,7 @@ class Dataset:
         self.url = str(url).rstrip("/")
         self.schema = schema
         self._hashes: dict[int, str] = {}
-        self._files = _Local(self.url) if "://" not in self.url else _Remote(self.url)
+        self._files = _Remote(self.url) if is_remote(self.url) else _Local(self.url)
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r})"
@@ -256,11 +257,15 @@ class _Remote:
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
 
-        self.fs, self.root = url_to_fs(url)
+        try:
+            # Other machines write there too: what was listed a moment ago is no longer true.
+            self.fs, self.root = url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{url}: {error}; for s3:// addresses: pip install 'diptych[s3]'") from None
 
     def names(self) -> list[str]:
         try:
-            return [str(path).rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False, refresh=True)]
+            return [str(path).rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
         except FileNotFoundError:
             return []
 
@@ -271,7 +276,10 @@ class _Remote:
         return self.fs.cat_file(f"{self.root}/{name}")
 
     def put(self, name: str, data: bytes) -> None:
-        self.fs.pipe_file(f"{self.root}/{name}", data)
+        try:
+            self.fs.pipe_file(f"{self.root}/{name}", data)
+        except OSError as error:
+            raise UserError(f"cannot write {self.root}/{name}: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
         self.fs.rm_file(f"{self.root}/{name}")
@@ -281,7 +289,11 @@ class _Remote:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a local file whole or not at all: a temporary name beside it, flushed to the disk, then renamed."""
+    """Writes a file whole or not at all: on this machine a temporary name beside it, flushed to the disk, then renamed;
+    at an address (`places.place`) one put."""
+    if is_remote(path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from diptych import models
 from diptych.console import quiet_bars
+from diptych.data.places import bring
 from diptych.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class Context:
     run_dir: Path
     suite: Suite
     _slot: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # On its way to a worker it takes no opened model along.
+        return {**self.__dict__, "_slot": {}}
 
     def opened(self, key: str, open_it: Callable[[], Any]) -> Any:
         """The model `key`, opened now unless it is the one that was opened last."""
@@ -140,7 +145,7 @@ class Student(Base):
     name: ClassVar[str] = "student"
 
     def place(self) -> Path:
-        folder = self.context.run_dir / "student"
+        folder = bring(self.context.run_dir, "student")
         # The summary is what distill writes last.
         if not any((folder / name).exists() for name in ("training/summary.json", *PARTS)):
             run = self.context.run_dir

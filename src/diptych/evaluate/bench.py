@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from diptych.console import Display, Report
 from diptych.data import log
+from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import contenders, job, judging, pictures, run_suite, scorers, summary, truth
@@ -54,6 +55,7 @@ def evaluate(
     force: bool = False,
     display: Display | None = None,
     suite: Suite | Pictures | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Draws what is missing, scores what is missing, and returns (and writes) the metrics; with `only="generate"` what
     was drawn.
@@ -81,7 +83,7 @@ def evaluate(
         torch.set_num_threads(job_.threads)
     if only != "score":
         with display.stage("generate", "pictures") as report:
-            run_suite.generate(plan.context, plan.samples, plan.methods, plan.prints, report)
+            run_suite.generate(plan.context, plan.samples, plan.methods, plan.prints, engine or LocalEngine(), report)
     if only == "generate":
         return {"out": str(out), "drawn": {name: len(Dataset(out / "samples" / name)) for name in plan.methods}}
     with display.stage("score", "pictures") as report:

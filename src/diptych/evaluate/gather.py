@@ -12,6 +12,7 @@ from diptych.data.images import open_image
 from diptych.data.scan import selected
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.paths import place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
-        self.folder = Path(folder)
+        self.folder = place(folder)
 
     def data(self, name: str) -> Dataset:
         return Dataset(self.folder / name)

@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diptych import tasks
+from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import likeness, metrics, run_suite, truth
 from diptych.evaluate.baselines import Context, Copy, Method, Student, StudentShipped, TextOnly
 from diptych.evaluate.relight_suite import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.machine import versions
+from diptych.paths import place
 from diptych.relight import DETAIL, keep_detail
 from diptych.stages import alignment, wording
 
@@ -69,7 +71,9 @@ class Relit(Method):
         return self.student.generate(references, [replace(s, prompt=self.words(s)) for s in samples], seeds)
 
 
-def evaluate(recipe: Recipe, run_dir: Path, progress: run_suite.Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    recipe: Recipe, run_dir: Path, progress: run_suite.Progress | None = None, engine: Engine | None = None
+) -> dict[str, Any]:
     """Draws what is missing, scores it, and returns (and writes) the result; a finished one is returned as it is.
 
     UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model cannot
@@ -77,7 +81,7 @@ def evaluate(recipe: Recipe, run_dir: Path, progress: run_suite.Progress | None 
     """
     import torch
 
-    run_dir, suite = Path(run_dir), Scenes()
+    run_dir, suite = place(run_dir), Scenes()
     run_suite.refuse_one_judge(recipe)
     wishes = suite.samples(recipe.evaluate.relight)
     context = Context(recipe, run_dir, suite)  # pyright: ignore[reportArgumentType] (it gives what methods ask for)
@@ -92,7 +96,7 @@ def evaluate(recipe: Recipe, run_dir: Path, progress: run_suite.Progress | None 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     started = time.monotonic()
-    run_suite.generate(context, wishes, methods, prints, progress)
+    run_suite.generate(context, wishes, methods, prints, engine or LocalEngine(), progress)
     judges = run_suite.load_judges(recipe, run_suite.judges_about(recipe))
     lines = score(run_dir, suite, wishes, list(methods), judges, context.teacher().vae)
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)

@@ -38,14 +38,14 @@ PARTS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
 
 def write(recipe: Recipe, run_dir: Path) -> Path:
     """Writes `report/report.html` and `report/report.md` and returns the path of the page. UserError if it cannot."""
-    run = Run(recipe, Path(run_dir))
+    run = Run(recipe, run_dir)
     made = [(anchor, heading, guarded(part, run, heading)) for anchor, heading, part in PARTS]
     if recipe.evaluate.relight:
         place = [anchor for anchor, _, _ in made].index("trust")
         part = guarded(relight_sheet.table_and_pictures, run, "Relighting")
         made.insert(place, ("relight", "Relighting, against the truth", part))
     made.append(("recipe", "9 · What made it", guarded(provenance, run, "What made it")))
-    folder = Path(run_dir) / "report"
+    folder = run.folder / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

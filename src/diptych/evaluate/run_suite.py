@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.data import log, records
-from diptych.data.engine import LocalEngine, Row, Work
+from diptych.data.engine import Engine, LocalEngine, Row, Work
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
@@ -27,6 +27,7 @@ from diptych.evaluate.baselines import Context, Method, drawn, named
 from diptych.evaluate.scoring import Judges
 from diptych.evaluate.suites import Sample, Suite
 from diptych.machine import device_name, machine, peak, reset_peak, versions
+from diptych.paths import place
 
 if TYPE_CHECKING:
     from diptych.sections import Recipe
@@ -52,14 +53,19 @@ Progress = Callable[..., None]  # (images done, images in all, note="")
 
 
 def evaluate(
-    recipe: Recipe, run_dir: Path, progress: Progress | None = None, suite: Suite | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    progress: Progress | None = None,
+    suite: Suite | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Draws what is missing, scores it, and returns (and writes) the metrics.
+    """Draws what is missing, scores it, and returns (and writes) the metrics. On a cluster, one worker scores.
 
     Raises UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model
     cannot be opened. A packaged student that is not installed is skipped, and the metrics say so.
     """
-    run_dir = Path(run_dir)
+    run_dir = place(run_dir)
+    engine = engine or LocalEngine()
     suite = suite or suites.load(recipe.evaluate.suite)
     refuse_one_judge(recipe)
     context = Context(recipe, run_dir, suite)
@@ -73,22 +79,34 @@ def evaluate(
     whole = _hash([SCORING, prints, about, skipped, curated, settings])
     if (found := finished(run_dir, whole)) is not None:
         return found
-    import torch
-
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     run_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    generate(context, samples, methods, prints, progress)
-    judges = load_judges(recipe, about)
-    result = scoring.score(context, samples, list(methods), judges)
-    result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json"), "machine": where(recipe)}
-    result |= {"versions": versions(), "fingerprints": prints, "fingerprint": whole}
+    generate(context, samples, methods, prints, engine, progress)
+    result = engine.there("evaluate", judged, context, samples, list(methods), about)
+    result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json")}
+    result |= {"fingerprints": prints, "fingerprint": whole}
     result["seconds"] = round(time.monotonic() - started, 1)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "metrics.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     return result
+
+
+def judged(
+    context: Context, samples: Sequence[Sample], methods: list[str], about: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """The scores of what was drawn, and where they were made."""
+    use_threads(context.recipe)
+    scores = scoring.score(context, samples, methods, load_judges(context.recipe, about))
+    return {**scores, "machine": where(context.recipe), "versions": versions()}
+
+
+def use_threads(recipe: Recipe) -> None:
+    """Lets torch use as many CPU threads as the recipe says."""
+    import torch
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
 
 
 def where(recipe: Recipe) -> dict[str, Any]:
@@ -172,20 +190,14 @@ class _Drawing:
         self.batch_size = context.recipe.evaluate.batch_size
 
     def load(self) -> Work:
-        """Draws a batch; its time goes to the run's log, since it may not change the data's bytes."""
+        """Draws a batch."""
+        use_threads(self.context.recipe)
 
         def work(rows: list[Row]) -> list[list[Row]]:
             samples = [self.samples[row["sample"]] for row in rows]
             references = [self.context.suite.picture(sample) for sample in samples]
             seeds = [suites.seed_of(row["sample"], row["seed"]) for row in rows]
-            device = self.context.recipe.device
-            self.method.prepare(references, samples)
-            reset_peak(device)
-            started = time.perf_counter()
             images = self.method.generate(references, samples, seeds)
-            seconds = round(time.perf_counter() - started, 4)
-            took: dict[str, Any] = {"images": len(rows), "seconds": seconds, "peak_bytes": peak(device)}
-            log.append(self.context.run_dir, "drawn", method=self.name, **took)
             return [
                 [self._row(row, sample, reference, image)]
                 for row, sample, reference, image in zip(rows, samples, references, images, strict=True)
@@ -217,14 +229,19 @@ def generate(
     samples: Sequence[Sample],
     methods: dict[str, Method],
     prints: dict[str, str],
+    engine: Engine,
     progress: Progress | None = None,
 ) -> None:
-    """Makes what is missing of `samples/METHOD/` for every method."""
+    """Makes what is missing of `samples/METHOD/` for every method.
+
+    What a batch took goes to the run's log, since it may not change the data's bytes.
+    """
     settings = context.recipe.evaluate
     rows = [{"id": f"{s.id}-{seed}", "sample": s.id, "seed": seed} for s in samples for seed in settings.seeds]
     size = SHARD * settings.batch_size
     shards = [rows[start : start + size] for start in range(0, len(rows), size)]
     by_id = {sample.id: sample for sample in samples}
+    subjects = list({(sample.split, sample.identity): sample for sample in samples}.values())
     total = len(rows) * len(methods)
     for number, (name, method) in enumerate(methods.items()):
         stage = _Drawing(name, method, context, by_id)
@@ -232,13 +249,22 @@ def generate(
         output = Dataset(folder, records.schema(SAMPLE))
         failed = Dataset(context.run_dir / "failed" / "evaluate" / name, records.schema(records.FAILED))
 
-        def report(done: int, _: int, before: int = number * len(rows), note: str = name) -> None:
+        def report(done: int, _: int, *note: str, before: int = number * len(rows), name: str = name) -> None:
             if progress is not None:
-                progress(before + done, total, note)
+                progress(before + done, total, ", ".join((name, *note)))
+
+        def timed(images: int, seconds: float, name: str = name) -> None:
+            took: dict[str, Any] = {"images": images, "seconds": round(seconds, 4)}
+            if isinstance(engine, LocalEngine):  # else it is other processes that draw
+                took["peak_bytes"] = peak(context.recipe.device)
+            log.append(context.run_dir, "drawn", method=name, **took)
 
         made_by = {"suite": context.suite.name, "version": context.suite.version, "method": name}
         made_by["asked_sha256"] = asked(context.suite, samples, settings.seeds)
-        LocalEngine().run(stage, shards, output, failed, prints[name], report, made_by)
+        if not output.is_complete(prints[name]):
+            method.prepare([context.suite.picture(sample) for sample in subjects], subjects)
+        reset_peak(context.recipe.device)
+        engine.run(stage, shards, output, failed, prints[name], report, made_by, timed)
 
 
 # ---- judges

@@ -1,0 +1,118 @@
+"""How well the Ray engine scales, and what it costs, with a stage that only sleeps.
+
+    python benchmarks/scaling.py [--workers 1 2 4 8 16] [--rows 8] [--out FILE]      # about five minutes
+
+Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node that counts 16 CPUs (sleeping needs none). Efficiency
+is sleep ÷ (workers × time). The clock starts when all workers of the pool run: starting sixteen Python processes takes
+the machine's cores many seconds and is stated apart. Overhead: one worker against this process, shards of 64 rows, in
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+
+SECONDS = 0.05
+SHARDS = 256
+
+
+def timed(engine: Any, rows: int, count: int, workers: int) -> tuple[float, float]:
+    """Seconds from the moment when all workers ran to the end, and those before it."""
+    from data.shard_stages import Doubling, run, shards
+
+    stage, inputs = Doubling(SECONDS), shards(count, rows)
+    began = time.perf_counter()
+    news: list[tuple[float, int, str]] = []
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        news.append((time.perf_counter(), done, note))
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(engine, folder, stage, inputs, progress=progress)
+    ended = time.perf_counter()
+    # What was done before the last worker ran is taken off the work as well: rows ÷ seconds from there on.
+    started, before, _ = next(one for one in news if workers == 0 or one[2].startswith(f"{workers} worker"))
+    share = (count * rows - before) / (count * rows)
+    return (ended - started) / share, started - began
+
+
+def scaling(address: str, counts: list[int], rows: int) -> dict[str, Any]:
+    """Seconds and efficiency by number of workers."""
+    from diptych.data.ray_engine import connect
+    from diptych.sections import Pool, Ray, Recipe
+
+    found = {}
+    ideal = SHARDS * rows * SECONDS
+    with connect(address) as engine:
+        for workers in counts:
+            pool = Ray(evaluate=Pool(workers=workers))
+            seconds, start = timed(engine.of(Recipe(name="scaling", ray=pool)), rows, SHARDS, workers)
+            efficiency = ideal / workers / seconds
+            found[str(workers)] = {
+                "seconds": round(seconds, 2),
+                "efficiency": round(efficiency, 3),
+                "seconds_to_start": round(start, 1),
+            }
+            print(workers, found[str(workers)], flush=True)
+    return found
+
+
+def overhead(address: str, rounds: int = 3, count: int = 4, rows: int = 64) -> dict[str, Any]:
+    """One worker against this process."""
+    from diptych.data.engine import LocalEngine
+    from diptych.data.ray_engine import connect
+    from diptych.sections import Pool, Ray, Recipe
+
+    times: dict[str, list[float]] = {"in_process": [], "ray": []}
+    with connect(address) as engine:
+        one = engine.of(Recipe(name="scaling", ray=Ray(evaluate=Pool(workers=1))))
+        for _ in range(rounds):
+            times["in_process"].append(timed(LocalEngine(), rows, count, 0)[0])
+            times["ray"].append(timed(one, rows, count, 1)[0])
+    medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
+    share = round(medians["ray"] / medians["in_process"] - 1, 4)
+    print(medians, "overhead", share, flush=True)
+    return {**medians, "overhead": share, "shards": count, "rows": rows, "rounds": rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rows", type=int, default=8, help="rows of a shard")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+    import torch
+    from ray.cluster_utils import Cluster
+
+    logging.basicConfig(level=logging.WARNING)
+    node = {"num_cpus": max(given.workers), "object_store_memory": 100_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        found = {
+            "shards": SHARDS,
+            "rows": given.rows,
+            "seconds_a_row": SECONDS,
+            "workers": scaling(cluster.address, given.workers, given.rows),
+            "overhead": overhead(cluster.address),
+        }
+    finally:
+        cluster.shutdown()
+    from measuring import about, write
+
+    print(write("scaling", {"about": about(torch.device("cpu")), **found}, given.out))
+
+
+if __name__ == "__main__":
+    main()
