@@ -177,8 +177,8 @@ def _suite(
 ) -> None:
     from diptych.console import Display
     from diptych.data.engine import open_engine
+    from diptych.data.lock import lock
     from diptych.evaluate import bench, job, page
-    from diptych.run import lock
 
     if only not in (None, "generate", "score"):
         raise UsageError(f"--only {only}: is generate or score")

@@ -181,11 +181,11 @@ def _lines(
     near = {"psnr": likeness.psnr(a, b), "ssim": likeness.ssim(a, b)}
     near["features"] = likeness.feature_distance(judges.scorer, images, truths)
     found = []
-    for place, (wish, row, reading) in enumerate(zip(wishes, rows, judges.reader.read(list(images)), strict=True)):
+    for number, (wish, row, reading) in enumerate(zip(wishes, rows, judges.reader.read(list(images)), strict=True)):
         met = metrics.following(wish.asked, reading.values)
         line = {"id": row["id"], "method": method, "scene": wish.identity, "level": wish.level, "seed": row["seed"]}
-        line |= {key: round(float(values[place]), 5) for key, values in near.items()}
-        line |= {"structure": round(structure(suite.picture(wish), images[place]), 5)}
+        line |= {key: round(float(values[number]), 5) for key, values in near.items()}
+        line |= {"structure": round(structure(suite.picture(wish), images[number]), 5)}
         found.append({**line, "following": round(sum(met.values()) / len(met), 5), "met": met})
     return found
 
