@@ -34,7 +34,7 @@ def place(where: str | Path | UPath) -> Path:
     UsageError if what opens such addresses is not installed, or if there is no such kind.
     """
     if not is_remote(where):
-        return Path(where)
+        return Path(str(where))
     try:
         from upath import UPath
 

@@ -178,9 +178,10 @@ def _nearest_key(loc: tuple[Any, ...]) -> str:
     hint = nearest(word, section.model_fields)
     if hint:
         return hint
-    elsewhere = [f"'{key}'" for key in _every_path() if key.rsplit(".", 1)[-1] == word]
+    elsewhere = [key for key in _every_path() if key.rsplit(".", 1)[-1] == word]
     if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere)}?"
+        depth = min(key.count(".") for key in elsewhere)  # a stage's own key before one of its parts
+        return f"; did you mean {' or '.join(repr(key) for key in elsewhere if key.count('.') == depth)}?"
     return nearest(word, _every_path()) or f"; keys here: {', '.join(section.model_fields)}"
 
 

@@ -206,12 +206,12 @@ def _derive(
     """Everything up to `pairs/` of `out`, which is locked; how many pairs there are."""
     for name in ("prompts", "grids", "failed/write", "failed/paint"):
         share(folder / name, out / name)
+    if decisions.read(folder) and not decisions.path(out).exists():
+        decisions.path(out).parent.mkdir(exist_ok=True)
+        write_atomic(decisions.path(out), decisions.path(folder).read_bytes())
     if source.is_complete(_fingerprint(new, task, out, hashes)):
         for name in ("candidates", "failed/curate"):
             share(folder / name, out / name)
-        if decisions.read(folder) and not decisions.path(out).exists():
-            decisions.path(out).parent.mkdir(exist_ok=True)
-            write_atomic(decisions.path(out), decisions.path(folder).read_bytes())
     else:
         _candidates(source, folder, out, new, task, hashes, report)
     return _Judged(new, task, out, hashes).select()
@@ -240,7 +240,7 @@ def _judged(folder: Path, recipe: Recipe, task: tasks.Task, hashes: dict[str, st
     if not source.is_complete(_fingerprint(recipe, task, folder, hashes)):
         raise UserError(
             f"{source.url} is not what {folder}/recipe.yaml makes today: parts are missing, or the task or diptych's "
-            "own stages changed since; thresholds can be compared (no --out), but nothing be selected from it"
+            "own stages changed since; thresholds can be compared (leave out --out), but nothing be selected from it"
         )
     return source
 

@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def cluster() -> Iterator[Any]:
     """Three nodes with a CPU each, and this process connected to them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)  # workers open these stages
         import ray
         from ray.cluster_utils import Cluster
 

@@ -103,7 +103,7 @@ def test_yaml_blocks_are_recipes_or_tasks(block: Block, tmp_path: Path) -> None:
     if set(said) <= set(Recipe.model_fields):
         whole = yaml.safe_load((ROOT / "recipes/pocket.yaml").read_text())
         for section, keys in said.items():
-            whole[section] = {**whole[section], **keys} if isinstance(keys, dict) else keys
+            whole[section] = {**whole.get(section, {}), **keys} if isinstance(keys, dict) else keys
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(whole))
         recipe.load(tmp_path / "recipe.yaml")
     else:

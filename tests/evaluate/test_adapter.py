@@ -32,7 +32,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(5)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 12, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 12, "num_attention_heads": 2}
     config = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=32, patch_size=8)
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)

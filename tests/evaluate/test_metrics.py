@@ -28,6 +28,7 @@ def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) ->
 @pytest.fixture(scope="module")
 def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Anchors and `copy`, drawn and scored as a run does it."""
+    from diptych.data.engine import LocalEngine
     from diptych.evaluate import run_suite, scoring
     from diptych.evaluate.baselines import METHODS, Context
 
@@ -36,7 +37,9 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     context = Context(recipe, folder, suite)
     names = ("truth", "other", "copy")
     samples = suite.samples(4, 2)
-    run_suite.generate(context, samples, {n: METHODS[n](context) for n in names}, dict.fromkeys(names, "x"))
+    run_suite.generate(
+        context, samples, {n: METHODS[n](context) for n in names}, dict.fromkeys(names, "x"), LocalEngine()
+    )
     scales: dict[Any, metrics.Scale] = {split: truth.scale(suite, split, oracle.embed) for split in suite.splits}
     lines = [x for n in names for x in scoring.score_method(folder, n, scales, oracle.embed, oracle.read)]
     return {n: scoring.outcome(lines, n, "identities") for n in names}

@@ -15,7 +15,7 @@ from diptych.errors import UsageError
 from diptych.evaluate import baselines, panel, tuning
 from diptych.evaluate.baselines import Context
 from diptych.evaluate.tuning import Tuned
-from diptych.student.geometry import Canvas
+from diptych.train.objective import image_ids
 
 TUNING = {"learning_rates": [0.01], "steps": [1, 3], "rank": 4, "batch_size": 4, "crops": 4}
 
@@ -86,16 +86,17 @@ def test_training_brings_the_model_nearer_to_its_picture(
 ) -> None:
     tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[30]))
     reference = suite.picture(samples[0])
-    canvas = Canvas(32, 32, tuner.pipe.vae_scale_factor)
+    canvas = panel.canvas(tuner.pipe, 32, 32)
     generator = torch.Generator().manual_seed(0)
     clean = panel.encode_pixels(tuner.pipe, tuning.views(reference, 2, generator))
     noise = torch.randn(clean.shape, generator=generator)
-    words = tuple(side.expand(2, *side.shape[1:]) for side in panel.encode_text(tuner.pipe, ["a cat"]))
+    embeds, pooled = panel.encode_text(tuner.pipe, ["a cat"])
+    words = (embeds.expand(2, -1, -1), pooled.expand(2, -1))
 
     @torch.no_grad()
     def error() -> float:
         sigma = torch.tensor([0.5, 0.7])
-        return panel.loss(tuner.transformer, clean, noise, sigma, words, panel.ids(canvas)).mean().item()
+        return panel.loss(tuner.transformer, clean, noise, sigma, words, image_ids(canvas)).mean().item()
 
     tuner.trained.put(tuner.start)
     before = error()

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from diptych.data.labels import Labels
 from diptych.errors import UserError
+from diptych.paths import place
 
 VERDICTS = ("accept", "reject", "judge")
 
 
 def path(run_dir: str | Path) -> Path:
     """The file of a run."""
-    return Path(run_dir) / "audit" / "decisions.jsonl"
+    return place(run_dir) / "audit" / "decisions.jsonl"
 
 
 def add(run_dir: str | Path, id: str, verdict: str, who: str) -> None:

@@ -74,7 +74,7 @@ def open_image(
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=formats and list(formats))
+            image = Image.open(io.BytesIO(data), formats=None if formats is None else list(formats))
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(

@@ -24,14 +24,14 @@ STAYS = re.compile(r"training/(latents|latest|best|step-\d+)\b")  # of a student
 def desk(run: str | Path | UPath) -> Path:
     """The folder on this machine that belongs to a run: its own, or for an address one in `CACHE`."""
     if not is_remote(run):
-        return Path(run)
+        return Path(str(run))
     return _kept(run).expanduser()
 
 
 def answers(run: str | Path | UPath, everywhere: bool) -> Path:
     """The file that keeps a language model's answers to a run's questions. If workers on several machines ask, each
     machine has its own, because SQLite's locks do not hold on network file systems; `~` is then the worker's."""
-    return (_kept(run if is_remote(run) else Path(run).resolve()) if everywhere else desk(run)) / "answers.sqlite"
+    return (_kept(run if is_remote(run) else Path(str(run)).resolve()) if everywhere else desk(run)) / "answers.sqlite"
 
 
 def _kept(run: str | Path | UPath) -> Path:
@@ -44,7 +44,7 @@ def bring(run: str | Path | UPath, name: str) -> Path:
     UserError if a file cannot be read.
     """
     if not is_remote(run):
-        return Path(run) / name
+        return Path(str(run)) / name
     source, target = place(run) / name, desk(run) / name
     for file in source.rglob("*") if source.is_dir() else []:
         if file.is_file():

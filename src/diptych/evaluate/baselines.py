@@ -45,7 +45,7 @@ class Method(Protocol):
 
     def prepare(self, references: Sequence[Image], samples: Sequence[Sample]) -> None:
         """What comes before drawing these (a training), and does not count into a picture's seconds."""
-        ...
+        return None
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         """One picture for each sample, of the reference's size."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych import models
 from diptych.console import Display, Report
 from diptych.data import log
 from diptych.data.engine import Engine, LocalEngine
@@ -207,14 +208,13 @@ def copies(suite: Suite | Pictures) -> Scorer:
 
 def own_weights(job_: Job, suite: Suite | Pictures) -> tuple[str, frozenset[str]]:
     """The judge's name and the sha256 of its weights; a vision-language model goes by its name."""
-    from diptych import models
 
     judge = job_.judge
     kind = job_.judge_kind()
     if kind == "vlm":
         return judge.local or (judge.endpoint.model if judge.endpoint else ""), frozenset()
     name = judge.scorer or (job.POCKET if kind == "pocket" else job.METRICS["dinov2"])
-    return name, contenders.weights(models.resolve(name, "scorer"))
+    return name, models.weights(models.resolve(name, "scorer"))
 
 
 def look(plan: Plan, scorers_: Sequence[Scorer], progress: Report) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diptych.evaluate.suites import Sample
 
 CURATORS = "curators.json"
-TEACHERLESS = ("copy", "pipeline")  # the other baselines draw with the teacher
+TRAINED = ("tuned", "adapter")  # baselines that train the teacher
 OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
 
 
@@ -109,7 +109,8 @@ def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
         if name in found:
             raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
         found |= baselines.named(name, context)
-        if name not in TEACHERLESS and job.base is None and job.data is not None:
+        drawn_by_it = name in TRAINED or isinstance(found.get(name), baselines.TextOnly)
+        if drawn_by_it and job.base is None and job.data is not None:
             raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
     for name in ANCHORS if anchors else ():
         if name in found:

@@ -256,7 +256,7 @@ def judged(found: dict[str, Any]) -> str:
             ("answers to each question", str(judges["judge"]["repeats"])),
         ]
         pairs += [("rubric", f"version {rubric['version']}, <span class='mono'>{rubric['sha256'][:12]}</span>")]
-    pairs += [(COLUMNS.get(key, key), pinned(about)) for key, about in judges.items() if key in COLUMNS]
+    pairs += [(COLUMNS[key] or key, pinned(about)) for key, about in judges.items() if key in COLUMNS]
     for name, curated in judges["curated_by"].items():
         pairs.append((f"{name} was curated by", "nobody knows" if curated is None else text(", ".join(curated))))
     whole = json.dumps({"judges": judges, "settings": found["settings"], "versions": found["versions"]}, indent=2)

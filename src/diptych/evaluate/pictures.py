@@ -96,7 +96,7 @@ class Pictures:
             said.append(told)
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    def samples(self, identities: int | None, prompts: int | None) -> list[Sample]:
+    def samples(self, identities: int | None = None, prompts: int | None = None) -> list[Sample]:
         """References × prompts: all, or so many of each, spread evenly over the categories and the levels."""
         return [
             self._sample(subject, n)

@@ -69,7 +69,9 @@ FORM["properties"] = {
     "image": {"type": "string", "format": "binary", "description": "The picture of your subject: PNG, JPEG, WebP, …"},
 }  # fmt: skip
 FORM["required"] = ["prompt", "image"]
-ACCEPTED = {202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}}
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}
+}
 
 
 @router.post("/generations", response_model=Pictures, responses=ACCEPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,7 +15,7 @@ class Metrics:
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        given = {"registry": self.registry}
+        given: Any = {"registry": self.registry}
         self.requests = Counter("diptych_requests", "Requests by route and status", ["route", "status"], **given)
         self.jobs = Counter("diptych_jobs", "Jobs by how they ended", ["end"], **given)
         self.pictures = Counter("diptych_pictures", "Pictures drawn", **given)

@@ -270,7 +270,7 @@ def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
     if jumps is None:
         return seen
     own = jumps[:, AROUND]
-    stronger: np.ndarray = jumps > SLACK * own[:, None]
+    stronger = np.asarray(jumps > SLACK * own[:, None])
     stronger[:, AROUND - 1 : AROUND + 2] = False
     runs = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0).all(-1)  # (BANDS - RIVAL + 1, columns)
     rivals = np.zeros_like(stronger)

@@ -59,7 +59,7 @@ def add(blocks: Any, service: Service) -> None:
 
     def on_draw(request: gr.Request, *given: Any) -> Iterator[tuple[str, str]]:
         names = ("reference", "prompt", "seed", "n", "steps", "image_guidance", "text_guidance", "negative_prompt")
-        asked = dict(zip((*names, "size", "fit"), given, strict=True))
+        asked: dict[str, Any] = dict(zip((*names, "size", "fit"), given, strict=True))
         yield from drawn(service, owner_of(request), asked)
 
     def on_stop(request: gr.Request, id: str) -> None:

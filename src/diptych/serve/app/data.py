@@ -100,7 +100,7 @@ def add(blocks: Any, service: Service) -> None:
 
     seen = [run, shown, subject, at]
     hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    first: Any = [lambda *given: (0, *show(*given, 0)), [run, shown, subject], [at, pairs, shown]]
+    first: Any = [lambda name, what, part: (0, *show(name, what, part, 0)), [run, shown, subject], [at, pairs, shown]]
     gr.on([run.change, shown.input, subject.submit], *first, **hidden)
     back.click(turn(-1), seen, [at, pairs, shown], **hidden)
     on.click(turn(1), seen, [at, pairs, shown], **hidden)
