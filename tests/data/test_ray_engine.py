@@ -134,7 +134,7 @@ def test_storage_that_the_driver_does_not_see_is_told(engine: Any) -> None:
 def test_a_pool_larger_than_the_cluster_waits_for_room_without_holding_shards(engine: Any, tmp_path: Path) -> None:
     wide = engine.of(engine.recipe.model_copy(update={"ray": Ray(evaluate=Pool(workers=8))}))
     seen: list[tuple[Any, ...]] = []
-    stages.run(wide, tmp_path, Doubling(0.02), shards(24, 3), progress=lambda *news: seen.append(news))
+    stages.run(wide, tmp_path, Doubling(0.1), shards(24, 3), progress=lambda *news: seen.append(news))
     assert "3 workers on 3 nodes, 5 starting" in " ".join(news[2] for news in seen if len(news) > 2)
     assert len(Dataset(tmp_path / "out").shards()) == 24
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from diptych.evaluate.baselines import Method
 from llm.chat_server import Act, Call, say
 
 SUBJECTS = {
@@ -56,7 +57,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-class _Drawn:
+class _Drawn(Method):
     def __init__(self, context: Any) -> None:
         self.suite = context.suite
 
