@@ -158,7 +158,7 @@ class Service:
         """
         student = self.student
         asking.check(asked, self.settings.limits, student.pipeline.default_panel_size)
-        student._canvas(asked.panel())
+        student.canvas(asked.panel())
         request = {
             "prompt": asked.prompt,
             "options": asked.options(),
