@@ -1,7 +1,7 @@
 """What the server costs and gains: HTTP over the library's own call, and batching under clients.
 
-    python benchmarks/serve.py overhead [--rounds 30]          # minutes: one client, the same picture both ways in turn
-    python benchmarks/serve.py throughput [--clients 8]        # minutes: the same requests at --batch 1 and at --batch 8
+    python benchmarks/serve.py overhead [--rounds 30]          # minutes: the same picture both ways in turn
+    python benchmarks/serve.py throughput [--clients 8]        # minutes: at --batch 1 and at --batch 8
 
 Both use the shipped pocket model and a server in a process of its own. 50 clients with 500 requests are in
 tests/soak/test_serve.py.
