@@ -20,8 +20,9 @@ demo: $(VENV)/.installed
 	$(BIN)/diptych run recipes/demo.yaml --out $(OUT)
 	@echo "report: $(CURDIR)/$(OUT)/report/report.html"
 
+# Two workers, a thread each: what two cores hold.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

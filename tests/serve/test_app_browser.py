@@ -20,7 +20,7 @@ from serve.running import CAT, TOKENS, Running
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 PATIENCE = 60_000  # milliseconds
 SHOTS = os.environ.get("DIPTYCH_SCREENSHOTS")  # a folder: what the pages look like is kept there
 
