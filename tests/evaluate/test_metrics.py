@@ -30,16 +30,15 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """Anchors and `copy`, drawn and scored as a run does it."""
     from diptych.data.engine import LocalEngine
     from diptych.evaluate import run_suite, scoring
-    from diptych.evaluate.baselines import METHODS, Context
+    from diptych.evaluate.baselines import Context, named
 
     folder = tmp_path_factory.mktemp("scored")
     recipe = tiny.make_recipe(Path("none"), Path("none"))
     context = Context(recipe, folder, suite)
     names = ("truth", "other", "copy")
     samples = suite.samples(4, 2)
-    run_suite.generate(
-        context, samples, {n: METHODS[n](context) for n in names}, dict.fromkeys(names, "x"), LocalEngine()
-    )
+    methods = {own: method for name in names for own, method in named(name, context).items()}
+    run_suite.generate(context, samples, methods, dict.fromkeys(names, "x"), LocalEngine())
     scales: dict[Any, metrics.Scale] = {split: truth.scale(suite, split, oracle.embed) for split in suite.splits}
     lines = [x for n in names for x in scoring.score_method(folder, n, scales, oracle.embed, oracle.read)]
     return {n: scoring.outcome(lines, n, "identities") for n in names}

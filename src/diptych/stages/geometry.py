@@ -272,7 +272,8 @@ def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
     own = jumps[:, AROUND]
     stronger = np.asarray(jumps > SLACK * own[:, None])
     stronger[:, AROUND - 1 : AROUND + 2] = False
-    runs = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0).all(-1)  # (BANDS - RIVAL + 1, columns)
+    windows = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0)
+    runs: Any = windows.all(-1)  # (BANDS - RIVAL + 1, columns)
     rivals = np.zeros_like(stronger)
     for shift in range(RIVAL):
         rivals[shift : shift + len(runs)] |= runs
