@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 
 from diptych import Student
 from diptych.serve.settings import Limits, Settings
@@ -40,21 +40,28 @@ def described(fuzzed: Running) -> Any:
     return schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json", headers=BEARER)
 
 
-schema = schemathesis.pytest.from_fixture("described")
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-@schema.parametrize()
-@settings(max_examples=6, deadline=None, suppress_health_check=QUIET)
-def test_the_api_is_as_it_is_described(case: Any, fuzzed: Running) -> None:
-    check(case, fuzzed)
+def fuzz(described: Any, fuzzed: Running, examples: int) -> None:
+    """So many made-up requests to every operation of the description."""
+    for found in described.get_all_operations():
+
+        @settings(max_examples=examples, deadline=None, suppress_health_check=QUIET)
+        @given(case=found.ok().as_strategy())
+        def ask(case: Any) -> None:
+            check(case, fuzzed)
+
+        ask()
+
+
+def test_the_api_is_as_it_is_described(described: Any, fuzzed: Running) -> None:
+    fuzz(described, fuzzed, 6)
 
 
 @pytest.mark.soak
-@schema.parametrize()
-@settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
-def test_thousands_of_made_up_requests_do_no_harm(case: Any, fuzzed: Running) -> None:
-    check(case, fuzzed)
+def test_thousands_of_made_up_requests_do_no_harm(described: Any, fuzzed: Running) -> None:
+    fuzz(described, fuzzed, 400)
     files = {path.name for path in fuzzed.service.settings.folder.rglob("*")}
     assert files <= {"jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm"}
 

@@ -34,13 +34,10 @@ class Vision:
     missing: frozenset[str]
 
     def batches(self, images: Sequence[Image]) -> Iterator[torch.Tensor]:
-        """Pixels (≤ BATCH, 3, H, W) of the images, in order, on the device; no gradient is kept of what is done."""
-        import torch
-
-        with torch.no_grad():
-            for first in range(0, len(images), BATCH):
-                batch = [image.convert("RGB") for image in images[first : first + BATCH]]
-                yield self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
+        """Pixels (≤ BATCH, 3, H, W) of the images, in order, on the device."""
+        for first in range(0, len(images), BATCH):
+            batch = [image.convert("RGB") for image in images[first : first + BATCH]]
+            yield self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
 
 
 def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
@@ -59,7 +56,9 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
-    return Vision(model.eval().to(place), processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
+    # It asks for no gradients, so none are kept of what is done with it.
+    model = model.eval().requires_grad_(False).to(place)
+    return Vision(model, processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
 
 
 def pinned(name: str, role: str) -> dict[str, Any]:
