@@ -33,7 +33,7 @@ class Trackers:
         with redirect_stdout(sys.stderr):
             for tracker in self._open:
                 if tracker.name == "trackio":
-                    import trackio
+                    import trackio  # pyright: ignore[reportMissingImports]
 
                     trackio.finish()  # accelerate ends the run alone, and trackio would end it again as Python exits
                 else:

@@ -139,7 +139,7 @@ def test_the_datasets_library_reads_what_is_written(name: str, loader: str, tmp_
 
 
 def test_the_webdataset_library_reads_what_is_written(few: Path, tmp_path: Path) -> None:
-    import webdataset
+    webdataset = pytest.importorskip("webdataset")
 
     export_data(str(few), tmp_path / "out", "webdataset")
     tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
