@@ -121,7 +121,7 @@ def _missing(modules: tuple[str, ...]) -> list[str]:
 def _pocket(problems: list[str]) -> dict[str, float | None]:
     """MB of each of the models that ship, None for one that is not there."""
     sizes: dict[str, float | None] = {}
-    for role in models.ROLES:
+    for role in models.SHIPPED:
         folder = packaged("pocket/weights") / role
         weights = list(folder.rglob("*.safetensors"))
         sizes[role] = round(sum(p.stat().st_size for p in weights) / 1e6, 1) if weights else None

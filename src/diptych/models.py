@@ -17,6 +17,8 @@ from diptych.paths import packaged
 
 ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
 BUILT_IN = ("pocket",)
+SHIPPED = ("teacher", "student", "curator", "scorer", "reader")
+"""The roles that a built-in model has a folder for; the others are only ever somebody else's model."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # A pipeline repository often repeats its weights as single files at its root: 24 GB nobody here reads.
 _HUB_FILES = {"teacher": ["*.json", "*/*"], "student": None}
@@ -39,6 +41,8 @@ def resolve(name: str, role: str) -> Path:
     """
     assert role in ROLES, role
     if name in BUILT_IN:
+        if role not in SHIPPED:
+            raise UsageError(f"there is no {name} {role}: name a local folder or a hub name (owner/name)")
         folder = packaged("pocket/weights") / role
         if not folder.is_dir():
             raise UserError(f"the {name} {role} is not in this installation ({folder}); reinstall diptych")

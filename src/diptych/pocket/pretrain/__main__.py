@@ -69,14 +69,17 @@ def teacher(
     compile: bool = True,
     start: Path | None = None,
     drifted: float = 0.1,
+    freeze_text: bool = False,
     device: Device = "auto",
 ) -> None:
     """Train the teacher and its text encoders. `--no-finish` keeps the rate up, for another sitting; `--start` begins
     from a teacher's folder (the package's, say) where the work folder holds no state; `--drifted` is the share of the
-    inconsistent grids to learn from."""
+    inconsistent grids to learn from; `--freeze-text` trains the transformer alone."""
     from . import teacher as step
 
-    step.train(work, minutes, batch, rate, singles_until, finish, compile, start, drifted, device, report=_say)
+    step.train(
+        work, minutes, batch, rate, singles_until, finish, compile, start, drifted, freeze_text, device, report=_say
+    )
 
 
 @app.command()
