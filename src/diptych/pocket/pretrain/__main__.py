@@ -88,15 +88,18 @@ def judges(
     minutes: float = 15,
     roles: str = "curator scorer reader",
     count: int = 15000,
+    rate: float = 2e-3,
+    start: Path | None = None,
     average: Path | None = None,
     device: Device = "auto",
 ) -> None:
-    """Train the curator, the scorer and the attribute reader, each on its own third of the renders. `--average` saves
-    the mean with the judges of that folder (the package's, say)."""
+    """Train the curator, the scorer and the attribute reader, each on its own third of the renders. `--start`
+    begins from the judges of that folder (the package's, say) where the work folder holds no state, `--average` saves
+    the mean with that folder's."""
     from . import judges as step
 
     for role in roles.split():
-        step.train(work, role, minutes, count, average=average, device=device, report=_say)
+        step.train(work, role, minutes, count, rate=rate, start=start, average=average, device=device, report=_say)
 
 
 @app.command()

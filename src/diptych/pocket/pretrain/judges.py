@@ -290,12 +290,15 @@ def train(
     count: int = 15000,
     batch: int = 128,
     rate: float = 2e-3,
+    start: Path | None = None,
     average: Path | None = None,
     device: str = "auto",
     report=print,
 ) -> None:
     """Train `role`'s model for `minutes` and save its folder in `work/<role>`, with its held-out errors in the log.
 
+    `start` holds judges (`start/<role>`) to begin from where the work folder has no state; what reads their traits
+    while they train did not ship, and begins anew.
     What is saved is its mean with the model of `average/<role>`, if that is given: of two trainings from one start the
     mean is often better than either (model soups, arXiv 2203.05482).
     """
@@ -305,10 +308,14 @@ def train(
     place = pick_device(device)
     pairs, side = Pairs(work, role, count, device, report), INPUT[role]
     model: Any = make(role)
+    if start is not None:
+        model.load_state_dict(type(model).from_pretrained(start / role).state_dict())
     model.train().to(place, memory_format=torch.channels_last)
     width = IDENTITY if role == "reader" else model.config.hidden_sizes[-1]
     head = Head(width).to(place)
     trainer = Trainer(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
+    if start is not None and trainer.step == 0:
+        trainer.log(start=start.name)
     rng, generator = np.random.default_rng(trainer.step), torch.Generator().manual_seed(trainer.step)
     started, losses = time.monotonic(), []
     while (passed := (time.monotonic() - started) / 60) < minutes:
