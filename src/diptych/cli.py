@@ -10,15 +10,13 @@ import json
 import logging
 import os
 import sys
-import time
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from diptych import cli_data, cli_draw, cli_evaluate, cli_serve
+from diptych import cli_data, cli_draw, cli_evaluate, cli_generate, cli_serve
+from diptych.cli_options import Address, Engine, Json
 from diptych.errors import UsageError, UserError
-from diptych.student import speed as speeds
 
 app = typer.Typer(
     name="diptych",
@@ -43,17 +41,6 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, for instance distill.steps=200. Repeatable."),
 ]
-Engine = Annotated[
-    str, typer.Option("--engine", metavar="local|ray", help="This process, or the workers of a Ray cluster.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--address", metavar="HOST:PORT", help="The Ray cluster [default: $RAY_ADDRESS, or this machine alone]."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
-
 
 INTERRUPTED = "interrupted; run the same command to continue"
 
@@ -229,209 +216,9 @@ def ablate(
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(studies.lines(found)))
 
 
-@app.command(
-    "generate",
-    epilog='Example: diptych generate --model pocket --reference examples/references/cat.png --prompt "a cat on the '
-    'moon" --out cat.png --seed 1',
-)
-def generate(
-    reference: Annotated[
-        list[str] | None,
-        typer.Option("--reference", metavar="IMAGE|DIR", help="The picture of your subject, or a folder. Repeatable."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What the new picture shows, the whole of it. Repeatable.")
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            "--batch", metavar="FILE", help="JSONL: one object a line, with reference, prompt, seed, options."
-        ),
-    ] = None,
-    model: Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")] = (
-        "pocket"
-    ),
-    base: Annotated[
-        str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            metavar="FILE|DIR",
-            help="A .png, .webp or .jpg file, replaced if it is there [default: diptych.png]. For several pictures a "
-            "folder, or names with {reference}, {prompt}, {seed}, {row}; what is there already is kept.",
-        ),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option("--seed", min=0, help="The same seed gives the same picture. Repeatable [default: 0]."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", min=0, help="Distilled guidance, for models that have it.")
-    ] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option("--image-guidance", min=0, help="Strength of the reference; 1 is off.")
-    ] = None,
-    text_guidance: Annotated[
-        float | None, typer.Option("--text-guidance", min=0, help="Strength of the prompt; 1 is off.")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="What not to show; needs image or text guidance above 1.")
-    ] = None,
-    enhance: Annotated[
-        bool,
-        typer.Option("--enhance", help="Let a vision-language model fill the prompt out from the reference."),
-    ] = False,
-    enhance_endpoint: Annotated[
-        str | None,
-        typer.Option("--enhance-endpoint", metavar="URL", help="Where it answers [default: $DIPTYCH_LLM_URL]."),
-    ] = None,
-    enhance_model: Annotated[
-        str | None, typer.Option("--enhance-model", metavar="NAME", help="Its name [default: $DIPTYCH_LLM_MODEL].")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of the picture [default: the model's].")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option("--fit", help="How the reference meets the size: crop, pad or contain.")
-    ] = None,
-    background: Annotated[
-        str | None, typer.Option("--background", help="Colour under a transparent reference [default: white].")
-    ] = None,
-    preview: Annotated[
-        str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", metavar="GIB", help="Fit into 8, 12, 16, 24, 48 or 80 GiB, or auto; see docs/memory.md."
-        ),
-    ] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help=speeds.summary())] = None,
-    switch: Annotated[
-        list[str] | None,
-        typer.Option("--switch", metavar="NAME=VALUE", help=f"One switch of --speed. Repeatable. {speeds.describe()}."),
-    ] = None,
-    engine: Engine = "local",
-    address: Address = None,
-    as_json: Json = False,
-) -> None:
-    """Draw your subject in new scenes: every reference with every prompt with every seed.
-
-    Run again, it draws only what is missing; a picture that fails is named in DIR/failed.jsonl, and the rest goes on.
-    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together; with --engine ray
-    each worker of a cluster draws pictures of its own.
-    """
-    from diptych import batch as batches
-    from diptych.console import Display
-    from diptych.data.engine import open_engine
-    from diptych.data.images import kind_of
-    from diptych.models import with_scale
-    from diptych.student import parallel
-
-    started = time.monotonic()
-    if batch is None and not (reference and prompt):
-        raise UsageError(f"missing option '--{'prompt' if reference else 'reference'}' (or --batch FILE)")
-    if any(not text.strip() for text in prompt or ()):
-        raise UsageError("--prompt is empty; say what the new picture shows")
-    if out == "":
-        raise UsageError("--out is empty; name a file or a folder")
-    if preview is not None:
-        kind_of(preview)
-    asked: dict[str, Any] = {
-        "reference": reference or None,
-        "prompt": prompt or None,
-        "seed": seed or None,
-        "steps": steps,
-        "guidance": guidance,
-        "image_guidance": image_guidance,
-        "text_guidance": text_guidance,
-        "negative_prompt": negative_prompt,
-        "size": size,
-        "fit": fit,
-        "background": background,
-    }
-    plan = batches.plan(asked, batch, out)
-    loading: dict[str, Any] = {"model": model, "base": base, "device": device}
-    if lora:
-        loading["lora"] = [with_scale(given) for given in lora]
-    if memory is not None:
-        loading["memory"] = memory
-    if speed is not None or switch:
-        speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
-        loading |= {"speed": speed, "switches": switch or []}
-    several = parallel.processes() > 1
-    if engine != "local" and (several or preview is not None):
-        raise UsageError(f"--engine {engine} draws whole pictures in other processes: without torchrun and --preview")
-    display = Display(quiet=as_json or not parallel.is_first())
-    if enhance:
-        plan = _enhanced(plan, enhance_endpoint, enhance_model, several, display)
-
-    def load() -> Any:
-        display.say(f"loading {model}")
-        from diptych.api import Student
-
-        student = Student.load(**loading, parallel=several, progress_bar=False)
-        if student.pipeline.memory is not None:
-            display.say(student.pipeline.memory.reason)
-        return student
-
-    try:
-        with open_engine(engine, address) as machines:
-            shown = Path(preview) if preview else None
-            options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
-            outcome = batches.draw(plan, loading, load, display, **options)
-    finally:
-        if several:
-            parallel.leave()
-    if parallel.is_first():
-        _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
-
-
+app.command("generate", epilog=cli_generate.EXAMPLE)(cli_generate.generate)
 app.command("relight", epilog=cli_draw.RELIGHT)(cli_draw.relight)
 app.command("story", epilog=cli_draw.STORY)(cli_draw.story)
-
-
-def _enhanced(plan: Any, url: str | None, model: str | None, several: bool, display: Any) -> Any:
-    """The plan with its prompts filled out; as it is, and one line that says so, where there is no endpoint."""
-    from diptych import enhance
-    from diptych.llm.cache import Cache
-
-    if several:
-        raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
-    endpoint = enhance.endpoint_of(url, model)
-    if endpoint is None:
-        print(enhance.OFF, file=sys.stderr, flush=True)
-        return plan
-    with Cache(enhance.CACHE.expanduser()) as cache, display.stage("enhance", "prompts") as report:
-        return enhance.apply(plan, endpoint, cache, report)
-
-
-def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
-    """What `generate` has to say at its end: the files on stdout, the counts on stderr, failures as its exit code."""
-    from diptych.batch import FAILED, counted
-
-    drawn = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
-    if as_json:
-        skipped = [str(path) for path in outcome.skipped]
-        several = {"pictures": drawn, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
-        told = several if plan.folder is not None else {**drawn[0], "seconds": seconds}
-        print(json.dumps(told, default=str, ensure_ascii=False))
-    else:
-        for picture in drawn:
-            print(picture["out"])
-        display.say(f"{counted(outcome)}, {seconds:.1f} s")
-    if outcome.failed and plan.folder is not None:  # one picture with a name of its own fails as itself
-        raise UserError(
-            f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
-            "the same command tries them again"
-        )
 
 
 def _print_directions(value: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych.cli_options import Json
 from diptych.errors import UsageError, UserError, nearest
 
 app = typer.Typer(
@@ -19,7 +20,6 @@ app = typer.Typer(
 )
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 
 
 @app.command("stats", epilog="Example: diptych data stats runs/first")

@@ -10,6 +10,23 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych.cli_options import (
+    Background,
+    Base,
+    Device,
+    Fit,
+    Guidance,
+    ImageGuidance,
+    Json,
+    Lora,
+    Memory,
+    Model,
+    Size,
+    Speed,
+    Steps,
+    Switch,
+    TextGuidance,
+)
 from diptych.errors import UsageError
 from diptych.student import speed as speeds
 
@@ -22,34 +39,6 @@ STORY = (
     'forest | Then it got lost." --panel "a cat in a cave" --panel "a cat sleeping in a kitchen | Home." '
     "--out story.pdf"
 )
-
-Model = Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")]
-Base = Annotated[
-    str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
-]
-Lora = Annotated[list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")]
-Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="GIB", help="Fit into so many GiB, or auto; see docs/memory.md.")
-]
-SpeedOf = Annotated[str | None, typer.Option("--speed", help=speeds.summary())]
-Switch = Annotated[
-    list[str] | None, typer.Option("--switch", metavar="NAME=VALUE", help="One switch of --speed. Repeatable.")
-]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps.")]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance", min=0, help="Distilled guidance, for models that have it.")
-]
-ImageGuidance = Annotated[
-    float | None, typer.Option("--image-guidance", min=0, help="Strength of the reference; 1 is off.")
-]
-TextGuidance = Annotated[float | None, typer.Option("--text-guidance", min=0, help="Strength of the words; 1 is off.")]
-Size = Annotated[
-    str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of a picture [default: the model's].")
-]
-FitOf = Annotated[str, typer.Option("--fit", help="How the reference meets the size: crop, pad or contain.")]
-Background = Annotated[str, typer.Option("--background", help="Colour under a transparent reference.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 
 
 def relight(
@@ -84,11 +73,11 @@ def relight(
     image_guidance: ImageGuidance = None,
     text_guidance: TextGuidance = None,
     size: Size = None,
-    fit: FitOf = "crop",
-    background: Background = "white",
+    fit: Fit = None,
+    background: Background = None,
     device: Device = None,
     memory: Memory = None,
-    speed: SpeedOf = None,
+    speed: Speed = None,
     switch: Switch = None,
     as_json: Json = False,
 ) -> None:
@@ -110,8 +99,8 @@ def relight(
         raise UsageError(f"{out} is a reference itself; name another file to write")
     relighting.aligned(task)
     told = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
-    picture, masked = open_image(reference, background=background), open_image(mask) if mask else None
-    options = _options(steps, guidance, image_guidance, text_guidance)
+    picture, masked = open_image(reference, background=background or "white"), open_image(mask) if mask else None
+    options = _options(steps, guidance, image_guidance, text_guidance, fit, background)
     display = Display(quiet=as_json)
     student = _load(display, model, base, lora, device, memory, speed, switch)
     pictures = []
@@ -128,8 +117,6 @@ def relight(
                     detail=detail,
                     seed=seed,
                     size=_size(size),
-                    fit=fit,
-                    background=background,
                     **options,
                 )
             )
@@ -192,11 +179,11 @@ def story(
     image_guidance: ImageGuidance = None,
     text_guidance: TextGuidance = None,
     size: Size = None,
-    fit: FitOf = "crop",
-    background: Background = "white",
+    fit: Fit = None,
+    background: Background = None,
     device: Device = None,
     memory: Memory = None,
-    speed: SpeedOf = None,
+    speed: Speed = None,
     switch: Switch = None,
     as_json: Json = False,
 ) -> None:
@@ -224,7 +211,7 @@ def story(
         found = stories.read_panels(panels) if panels else [stories.read_panel(text) for text in panel or ()]
     stories.check(found, seeds, captions)
     font_of = stories.font_for((title, *(one.caption for one in found)), font)
-    options = {**_options(steps, guidance, image_guidance, text_guidance), "size": _size(size)}
+    options = {**_options(steps, guidance, image_guidance, text_guidance, fit, background), "size": _size(size)}
     student = _load(display, model, base, lora, device, memory, speed, switch)
     with display.stage("story", "panels") as report:
         page = stories.story(
@@ -236,8 +223,6 @@ def story(
             captions=captions,  # pyright: ignore[reportArgumentType] (checked above)
             font=font_of,
             on_panel=report,
-            fit=fit,
-            background=background,
             **options,
         )
     page.provenance |= told
@@ -264,9 +249,23 @@ def _written(idea: str, count: int, url: str | None, model: str | None, display:
 
 
 def _options(
-    steps: int | None, guidance: float | None, image_guidance: float | None, text_guidance: float | None
+    steps: int | None,
+    guidance: float | None,
+    image_guidance: float | None,
+    text_guidance: float | None,
+    fit: str | None,
+    background: str | None,
 ) -> dict[str, Any]:
-    return {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "text_guidance": text_guidance}
+    """What was said of how to draw; what was not is the model's own."""
+    said = {
+        "steps": steps,
+        "guidance": guidance,
+        "image_guidance": image_guidance,
+        "text_guidance": text_guidance,
+        "fit": fit,
+        "background": background,
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _size(text: str | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych.cli_options import Address, Engine, Json
 from diptych.errors import UsageError
 
 RunRecipe = Callable[[str, str | None, list[str] | None, bool, str, str | None], None]
@@ -99,11 +100,9 @@ def command(run_recipe: RunRecipe) -> Callable[..., None]:
             tuple[str, str] | None,
             typer.Option("--compare", metavar="A B", help="FOLDER:METHOD twice: paired differences and p-values."),
         ] = None,
-        engine: Annotated[str, typer.Option("--engine", metavar="local|ray", help="What runs the work.")] = "local",
-        address: Annotated[
-            str | None, typer.Option("--address", help="Of the Ray cluster [default: $RAY_ADDRESS, or one here].")
-        ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+        engine: Engine = "local",
+        address: Address = None,
+        as_json: Json = False,
     ) -> None:
         """Score students: a recipe's own, or any models and baselines on a suite, with a report; or compare two.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych.cli_options import Base, Lora, Memory, Model, Speed, Switch
 from diptych.errors import UsageError
 from diptych.models import with_scale
 from diptych.student import speed as speeds
@@ -17,15 +18,9 @@ EXTRA = "diptych serve needs more than the core: pip install 'diptych[serve]'"
 
 
 def serve(
-    model: Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")] = (
-        "pocket"
-    ),
-    base: Annotated[
-        str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
-    ] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")
-    ] = None,
+    model: Model = "pocket",
+    base: Base = None,
+    lora: Lora = None,
     host: Annotated[str, typer.Option("--host", help="Other than this machine only: needs tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -50,14 +45,9 @@ def serve(
     device: Annotated[
         list[str] | None, typer.Option("--device", help="cpu, cuda:0, … Repeated: one worker on each.")
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", metavar="GIB", help="Fit into 8 to 80 GiB, or auto; see docs/memory.md."),
-    ] = None,
-    speed: Annotated[str | None, typer.Option("--speed", help="exact, fast or fastest; requests may choose.")] = None,
-    switch: Annotated[
-        list[str] | None, typer.Option("--switch", metavar="NAME=VALUE", help="One switch of --speed. Repeatable.")
-    ] = None,
+    memory: Memory = None,
+    speed: Speed = None,
+    switch: Switch = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures of equal settings drawn together.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Pictures that may wait; more get 429.")] = 256,
     rate: Annotated[

@@ -1,0 +1,208 @@
+"""The command `diptych generate`: every reference with every prompt with every seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diptych.cli_options import (
+    Address,
+    Background,
+    Base,
+    Device,
+    Engine,
+    Fit,
+    Guidance,
+    ImageGuidance,
+    Json,
+    Lora,
+    Memory,
+    Model,
+    Size,
+    Speed,
+    Steps,
+    Switch,
+    TextGuidance,
+)
+from diptych.errors import UsageError, UserError
+from diptych.student import speed as speeds
+
+EXAMPLE = (
+    'Example: diptych generate --model pocket --reference examples/references/cat.png --prompt "a cat on the moon" '
+    "--out cat.png --seed 1"
+)
+
+
+def generate(
+    reference: Annotated[
+        list[str] | None,
+        typer.Option("--reference", metavar="IMAGE|DIR", help="The picture of your subject, or a folder. Repeatable."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What the new picture shows, the whole of it. Repeatable.")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch", metavar="FILE", help="JSONL: one object a line, with reference, prompt, seed, options."
+        ),
+    ] = None,
+    model: Model = "pocket",
+    base: Base = None,
+    lora: Lora = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="A .png, .webp or .jpg file, replaced if it is there [default: diptych.png]. For several pictures a "
+            "folder, or names with {reference}, {prompt}, {seed}, {row}; what is there already is kept.",
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=0, help="The same seed gives the same picture. Repeatable [default: 0]."),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    image_guidance: ImageGuidance = None,
+    text_guidance: TextGuidance = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What not to show; needs image or text guidance above 1.")
+    ] = None,
+    enhance: Annotated[
+        bool,
+        typer.Option("--enhance", help="Let a vision-language model fill the prompt out from the reference."),
+    ] = False,
+    enhance_endpoint: Annotated[
+        str | None,
+        typer.Option("--enhance-endpoint", metavar="URL", help="Where it answers [default: $DIPTYCH_LLM_URL]."),
+    ] = None,
+    enhance_model: Annotated[
+        str | None, typer.Option("--enhance-model", metavar="NAME", help="Its name [default: $DIPTYCH_LLM_MODEL].")
+    ] = None,
+    size: Size = None,
+    fit: Fit = None,
+    background: Background = None,
+    preview: Annotated[
+        str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
+    ] = None,
+    device: Device = None,
+    memory: Memory = None,
+    speed: Speed = None,
+    switch: Switch = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Draw your subject in new scenes: every reference with every prompt with every seed.
+
+    Run again, it draws only what is missing; a picture that fails is named in DIR/failed.jsonl, and the rest goes on.
+    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together; with --engine ray
+    each worker of a cluster draws pictures of its own.
+    """
+    from diptych import batch as batches
+    from diptych.console import Display
+    from diptych.data.engine import open_engine
+    from diptych.data.images import kind_of
+    from diptych.models import with_scale
+    from diptych.student import parallel
+
+    started = time.monotonic()
+    if batch is None and not (reference and prompt):
+        raise UsageError(f"missing option '--{'prompt' if reference else 'reference'}' (or --batch FILE)")
+    if any(not text.strip() for text in prompt or ()):
+        raise UsageError("--prompt is empty; say what the new picture shows")
+    if out == "":
+        raise UsageError("--out is empty; name a file or a folder")
+    if preview is not None:
+        kind_of(preview)
+    asked: dict[str, Any] = {
+        "reference": reference or None,
+        "prompt": prompt or None,
+        "seed": seed or None,
+        "steps": steps,
+        "guidance": guidance,
+        "image_guidance": image_guidance,
+        "text_guidance": text_guidance,
+        "negative_prompt": negative_prompt,
+        "size": size,
+        "fit": fit,
+        "background": background,
+    }
+    plan = batches.plan(asked, batch, out)
+    loading: dict[str, Any] = {"model": model, "base": base, "device": device}
+    if lora:
+        loading["lora"] = [with_scale(given) for given in lora]
+    if memory is not None:
+        loading["memory"] = memory
+    if speed is not None or switch:
+        speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
+        loading |= {"speed": speed, "switches": switch or []}
+    several = parallel.processes() > 1
+    if engine != "local" and (several or preview is not None):
+        raise UsageError(f"--engine {engine} draws whole pictures in other processes: without torchrun and --preview")
+    display = Display(quiet=as_json or not parallel.is_first())
+    if enhance:
+        plan = _enhanced(plan, enhance_endpoint, enhance_model, several, display)
+
+    def load() -> Any:
+        display.say(f"loading {model}")
+        from diptych.api import Student
+
+        student = Student.load(**loading, parallel=several, progress_bar=False)
+        if student.pipeline.memory is not None:
+            display.say(student.pipeline.memory.reason)
+        return student
+
+    try:
+        with open_engine(engine, address) as machines:
+            shown = Path(preview) if preview else None
+            options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
+            outcome = batches.draw(plan, loading, load, display, **options)
+    finally:
+        if several:
+            parallel.leave()
+    if parallel.is_first():
+        _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
+
+
+def _enhanced(plan: Any, url: str | None, model: str | None, several: bool, display: Any) -> Any:
+    """The plan with its prompts filled out; as it is, and one line that says so, where there is no endpoint."""
+    from diptych import enhance
+    from diptych.llm.cache import Cache
+
+    if several:
+        raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
+    endpoint = enhance.endpoint_of(url, model)
+    if endpoint is None:
+        print(enhance.OFF, file=sys.stderr, flush=True)
+        return plan
+    with Cache(enhance.CACHE.expanduser()) as cache, display.stage("enhance", "prompts") as report:
+        return enhance.apply(plan, endpoint, cache, report)
+
+
+def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
+    """What `generate` has to say at its end: the files on stdout, the counts on stderr, failures as its exit code."""
+    from diptych.batch import FAILED, counted
+
+    drawn = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
+    if as_json:
+        skipped = [str(path) for path in outcome.skipped]
+        several = {"pictures": drawn, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
+        told = several if plan.folder is not None else {**drawn[0], "seconds": seconds}
+        print(json.dumps(told, default=str, ensure_ascii=False))
+    else:
+        for picture in drawn:
+            print(picture["out"])
+        display.say(f"{counted(outcome)}, {seconds:.1f} s")
+    if outcome.failed and plan.folder is not None:  # one picture with a name of its own fails as itself
+        raise UserError(
+            f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
+            "the same command tries them again"
+        )

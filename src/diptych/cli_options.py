@@ -1,0 +1,53 @@
+"""Options that several commands share: one wording, one meaning. The names are the field's."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diptych.student import speed as speeds
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="local|ray", help="This process, or the workers of a Ray cluster.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="HOST:PORT", help="The Ray cluster [default: $RAY_ADDRESS, or this machine alone]."
+    ),
+]
+
+Model = Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
+]
+Lora = Annotated[list[str] | None, typer.Option("--lora", metavar="PATH[:SCALE]", help="A LoRA on top. Repeatable.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps [default: the best there is].")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="GIB", help="Fit into 8, 12, 16, 24, 48 or 80 GiB, or auto; see docs/memory.md."),
+]
+Speed = Annotated[str | None, typer.Option("--speed", help=speeds.summary())]
+Switch = Annotated[
+    list[str] | None,
+    typer.Option("--switch", metavar="NAME=VALUE", help=f"One switch of --speed. Repeatable. {speeds.describe()}."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", min=0, help="Distilled guidance, for models that have it.")
+]
+ImageGuidance = Annotated[
+    float | None, typer.Option("--image-guidance", min=0, help="Strength of the reference; 1 is off.")
+]
+TextGuidance = Annotated[float | None, typer.Option("--text-guidance", min=0, help="Strength of the prompt; 1 is off.")]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="N|WxH", help="Pixels of a picture [default: the model's].")
+]
+Fit = Annotated[
+    str | None, typer.Option("--fit", help="How the reference meets the size: crop, pad or contain [default: crop].")
+]
+Background = Annotated[
+    str | None, typer.Option("--background", help="Colour under a transparent reference [default: white].")
+]
