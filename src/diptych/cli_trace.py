@@ -13,10 +13,10 @@ EXAMPLE = "Example: diptych trace cat.png --in runs/demo"
 
 
 def trace(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file, a student's folder, or a run.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, or a run.")],
     places: Annotated[
         list[str] | None,
-        typer.Option("--in", metavar="DIR", help="Where runs or weights lie, beside the folders above FILE. Repeatable."),
+        typer.Option("--in", metavar="DIR", help="Where runs or weights lie, if not above FILE. Repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:

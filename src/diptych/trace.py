@@ -19,6 +19,7 @@ from typing import Any
 
 from diptych import models
 from diptych.data.images import KINDS, broken_seal, read_provenance
+from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError
 
@@ -98,7 +99,10 @@ class _Places:
     def __init__(self, file: Path, given: Sequence[Path]) -> None:
         above = list(file.resolve().parents)[:UP]
         near = [*given, *above, *(p / "runs" for p in above), Path("runs")]
-        folders = [*near, *(child for place in [*given, *(p for p in near if p.name == "runs")] for child in _in(place))]
+        folders = [
+            *near,
+            *(child for place in [*given, *(p for p in near if p.name == "runs")] for child in _in(place)),
+        ]
         self.folders = list({p.resolve(): p for p in folders if p.is_dir()}.values())
         self.runs = [p for p in self.folders if _is_run(p)]
 
@@ -128,7 +132,9 @@ def _holds_weights(folder: Path) -> bool:
 def _picture(path: Path, here: _Places) -> Link:
     told = read_provenance(path)
     if told is None:
-        raise UsageError(f"{path}: a picture that does not say what made it; diptych did not draw it, or it was saved anew")
+        raise UsageError(
+            f"{path}: a picture that does not say what made it; diptych did not draw it, or it was saved anew"
+        )
     broken = broken_seal(path)
     says = f'"{told["prompt"]}"' if told.get("prompt") else f"step {told.get('step')} of a training"
     link = Link("picture", str(path), "unrecorded" if broken is None else "ok", says)
@@ -145,7 +151,11 @@ def _picture(path: Path, here: _Places) -> Link:
         return link
     prints = told["fingerprints"]
     name = str(told.get("model", ""))
-    link.links.append(_drawn_by(name, prints[0] if prints else None, here, told))
+    student = _drawn_by(name, prints[0] if prints else None, here, told)
+    link.links.append(student)
+    if student.status != "missing":
+        version = told.get("versions", {}).get("diptych")
+        link.links += [_base(print_, name, student, version) for print_ in prints[1:] if print_]
     return link
 
 
@@ -167,13 +177,33 @@ def _drawn_by(name: str, print_: str | None, here: _Places, told: dict[str, Any]
     for path in known:
         if print_ in (models.fingerprint(path), models.fingerprint(path, training=True)):
             return _student(path, here, matched=True)
-    match = next((p for p in known if _named(p, name) or _changed(p)), None)
+    match = next((p for p in known if _recorded(p) == print_), None)
+    match = match or next((p for p in known if _named(p, name) and _recorded(p) is None), None)
     if match is None or (name in models.BUILT_IN and told.get("versions", {}).get("diptych") != _version()):
         return Link("student", name, "missing", f"{print_[:12]}… not found; give --in the folder of its run")
     link = _student(match, here)
     link.status = "differs"
     link.says = f"its files are not those that drew the picture ({print_[:12]}…); {link.says}"
     return link
+
+
+def _base(print_: str, drawer: str, student: Link, version: str | None) -> Link:
+    """The teacher that a student was completed from: the one that came with it, or the one its training names."""
+    folder = Path(student.where)
+    names = [drawer] if drawer in models.BUILT_IN else [str((_origin(folder, folder) or {}).get("teacher", ""))]
+    for name in names:
+        if name in models.BUILT_IN or (name and Path(name).expanduser().exists()):
+            path = models.resolve(name, "teacher")
+            if print_ in (models.fingerprint(path), models.fingerprint(path, training=True)):
+                return Link("base", name, "ok", "")
+            if version == _version():
+                return Link("base", name, "differs", f"{path} is not {print_[:12]}… that completed the student")
+    return Link("base", "", "missing", f"{print_[:12]}… is not on this machine under the name that the student gives")
+
+
+def _recorded(path: Path) -> str | None:
+    """The fingerprint that a student had when its training ended."""
+    return (_json(path / models.TRAINING / "summary.json") or {}).get("fingerprint")
 
 
 def _named(path: Path, name: str) -> bool:
@@ -208,6 +238,8 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
     if stored is None:
         link.links.append(Link("training", str(summary), "differs", "it is not valid JSON"))
         stored = {}
+    if "sha256" in stored and stored["sha256"] != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
+        link.links.append(Link("training", str(summary), "differs", "changed since training"))
     if changed := _changed(folder):
         link.status, link.says = "differs", f"changed since training: {', '.join(changed)}"
     elif stored.get("files"):

@@ -37,8 +37,10 @@ def world(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytes
     base = teacher if request.param == "lora" else None
     student = Student.load(out / "student", base, device="cpu", progress_bar=False)
     image = student.generate(None, "a cat in the snow", seed=1, steps=2)
-    pictures = [save_image(image, folder / "drawn" / f"cat.{kind}", dict(image.info)) for kind in ("png", "webp", "jpg")]
-    return {"run": out, "pictures": pictures}
+    pictures = [
+        save_image(image, folder / "drawn" / f"cat.{kind}", dict(image.info)) for kind in ("png", "webp", "jpg")
+    ]
+    return {"run": out, "pictures": pictures, "teacher": teacher, "judge": folder / "judges" / "curator"}
 
 
 def statuses(chain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -65,7 +67,7 @@ def test_a_picture_leads_to_the_grids_the_recipe_and_the_teacher(world: dict[str
         found = trace(picture)
         seen = {what: status for what, status, _ in statuses(found["chain"])}
         wanted = {"picture", "student", "run", "recipe", "teacher", "judge", *DATA}
-        assert found["verified"] and seen == dict.fromkeys(wanted, "ok")
+        assert found["verified"] and {**seen, "base": "ok"} == dict.fromkeys({*wanted, "base"}, "ok")
 
 
 def test_a_sheet_of_samples_and_the_weights_lead_there_too(world: dict[str, Any]) -> None:
@@ -81,8 +83,12 @@ def test_a_flipped_byte_anywhere_is_found_and_named(
 ) -> None:
     run, picture = world["run"], world["pictures"][0]
     chain = [p for name in DATA for p in sorted((run / name).iterdir())]
-    chain += [run / "recipe.yaml", *sorted(p for p in (run / "student").rglob("*.safetensors") if "training" not in p.parts)]
+    chain += [
+        run / "recipe.yaml",
+        *sorted(p for p in (run / "student").rglob("*.safetensors") if "training" not in p.parts),
+    ]
     chain += sorted(p for p in (run / "student").rglob("*.json") if "training" not in p.parts)
+    chain.append(run / "student" / "training" / "summary.json")
     assert len(chain) > 12
     for path in chain:
         with flipped(path, at):
@@ -90,6 +96,10 @@ def test_a_flipped_byte_anywhere_is_found_and_named(
         said = capsys.readouterr().out
         named = [line for line in said.splitlines() if line.lstrip().startswith("✗")]
         assert any(path.name in line for line in named), (path, said)
+    for what, folder in (("teacher", world["teacher"] / "transformer"), ("judge", world["judge"])):
+        with flipped(next(folder.glob("*.safetensors")), at):
+            assert call(["trace", str(picture)]) == 1
+        assert f"✗ {what}" in capsys.readouterr().out
     assert call(["trace", str(picture)]) == 0
 
 

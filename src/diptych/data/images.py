@@ -208,8 +208,8 @@ def encode(image: Image, kind: str, provenance: dict[str, Any] | None = None) ->
     """An image as PNG, WEBP (lossless) or JPEG: the same bytes for the same picture and provenance.
 
     `provenance` is JSON with sorted keys: in a PNG the text chunk `diptych`, beside a line to read in `parameters`; in
-    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. It is sealed (`data.seal`). UserError if a JPEG cannot
-    hold that much of it.
+    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. It is sealed (`data.seal`). UserError if a JPEG
+    cannot hold that much of it.
     """
     options = dict(_SAVING[kind])
     if provenance is not None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.console import quiet_bars
+from diptych.data.seal import text_hash
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.train.card import model_card
@@ -288,7 +289,9 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | Non
                 _export(*_assembled(recipe, trainer.options, whole), None, recipe, provenance, card, out)
             else:
                 _export(trainer.job.pipe, trainer.trained, trainer.ema, recipe, provenance, card, out)
-            stored = {"summary": numbers, "made_by": _made_by(recipe, material), "files": models.files(out)}
+            stored = {"summary": numbers, "made_by": _made_by(recipe, material)}
+            stored |= {"files": models.files(out), "fingerprint": models.fingerprint(out)}
+            stored["sha256"] = text_hash(stored)
             write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
     return numbers
 
