@@ -171,8 +171,9 @@ TRAINING = "training"
 def fingerprint(path: str | Path, training: bool = False) -> str:
     """sha256 over the relative names, sizes and contents of a model's *.safetensors and *.json, in sorted order.
 
-    A student's own `training/` is left out: the student is the same without it. `training` includes it, as older pictures
-    have it. Cached per process until a file's size or modification time changes. A single file is its own list.
+    A student's own `training/` is left out: the student is the same without it; `training` includes it, as older
+    pictures have it. Cached per process until a file's size or modification time changes. A single file is its own
+    list.
     """
     path = Path(path)
     if path.is_dir():
