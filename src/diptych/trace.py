@@ -142,9 +142,9 @@ def _picture(path: Path, here: _Places) -> Link:
         link.status, link.says = "differs", f"its {' and '.join(broken)} changed since it was drawn"
     if "fingerprints" not in told:  # a sheet of samples, which lies in the training that drew it
         student = next((p for p in path.resolve().parents if (p / models.TRAINING / "samples").is_dir()), None)
-        pairs = told.get("pairs")
+        pairs = told.get("made_from", {}).get("pairs")
         link.links.append(
-            _student(student, here, pairs if isinstance(pairs, str) else None)
+            _student(student, here, pairs)
             if student
             else Link("student", "", "missing", "not found; give --in the folder of its run")
         )
