@@ -22,6 +22,7 @@ from diptych.data.images import KINDS, broken_seal, read_provenance
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError
+from diptych.sections import OWN
 
 ORDER = ("pairs", "candidates", "grids", "prompts")
 MODELS = (("teacher", "teacher"), ("judge", "curator"))
@@ -263,7 +264,16 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
         return link
     training = Link("run", where, "ok", f"{steps} steps")
     training.links.append(_recipe(run / "recipe.yaml", origin.get("recipe_sha256")))
-    training.links += _rows(run, "pairs", origin.get("pairs_manifest"), pairs or origin.get("pairs"))
+    data = made_by.get("distill", {}).get("data") or []
+    others = [str(each["path"]) for each in data if each["path"] != OWN]
+    if len(others) == len(data) and data:
+        own = []  # it was trained on no pairs of its run
+    else:
+        # With other people's data beside them the hash is of all together, which is not taken apart here.
+        alone = bool(made_by) and not data
+        own = _rows(run, "pairs", origin.get("pairs_manifest"), (pairs or origin.get("pairs")) if alone else None)
+    training.links += own
+    training.links += [Link("data", path, "unrecorded", "other people's pairs, not followed") for path in others]
     link.links.append(training)
     return link
 
