@@ -99,7 +99,7 @@ class Curate(Stage):
         return pairs
 
 
-def distill(recipe: Any, pairs: Dataset, out: Path, progress: Any) -> dict[str, Any]:
+def distill(recipe: Any, pairs: Dataset, out: Path, progress: Any, **_: Any) -> dict[str, Any]:
     """A student that is the sum of its pairs."""
     CALLS.append("distill")
     for step in range(3):

@@ -164,14 +164,22 @@ def _is_flux_dev(name: str, path: Path) -> bool:
     return False
 
 
-def fingerprint(path: str | Path) -> str:
+TRAINING = "training"
+"""What a student's folder has beside the student: checkpoints, metrics, and what to go on training needs."""
+
+
+def fingerprint(path: str | Path, training: bool = False) -> str:
     """sha256 over the relative names, sizes and contents of a model's *.safetensors and *.json, in sorted order.
 
-    Cached per process until a file's size or modification time changes. A single file is its own list.
+    A student's own `training/` is left out: the student is the same without it; `training` includes it, as older
+    pictures have it. Cached per process until a file's size or modification time changes. A single file is its own
+    list.
     """
     path = Path(path)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+        if not training:
+            found = [p for p in found if p.relative_to(path).parts[0] != TRAINING]
     else:
         found = [path]
     stats = [p.stat() for p in found]
@@ -185,6 +193,17 @@ def fingerprint(path: str | Path) -> str:
             total.update(f"{name}\0{s.st_size}\0{content}\n".encode())
         _fingerprints[key] = total.hexdigest()
     return _fingerprints[key]
+
+
+def files(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a student's folder by its name in it, `training/` left out."""
+    found: dict[str, str] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if not name.startswith((f"{TRAINING}/", ".")):
+            with path.open("rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def weights(path: Path) -> frozenset[str]:

@@ -225,7 +225,8 @@ class Pipeline:
 
         own = self._input("pairs", "curate", self.fingerprints("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
-            numbers = distill(self.recipe, own, desk(self.folder) / "student", report)
+            recipe = hashlib.sha256((self.folder / "recipe.yaml").read_bytes()).hexdigest()
+            numbers = distill(self.recipe, own, desk(self.folder) / "student", report, recipe_sha256=recipe)
         if parallel.is_first():
             send(self.folder, "student")
         return {

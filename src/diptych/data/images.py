@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.data import seal
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError, nearest
 
@@ -207,10 +208,13 @@ def encode(image: Image, kind: str, provenance: dict[str, Any] | None = None) ->
     """An image as PNG, WEBP (lossless) or JPEG: the same bytes for the same picture and provenance.
 
     `provenance` is JSON with sorted keys: in a PNG the text chunk `diptych`, beside a line to read in `parameters`; in
-    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. UserError if a JPEG cannot hold that much of it.
+    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. It is sealed (`data.seal`). UserError if a JPEG
+    cannot hold that much of it.
     """
     options = dict(_SAVING[kind])
     if provenance is not None:
+        shown = seal.coded_hash(encode(image, kind)) if kind == "JPEG" else seal.pixels_hash(image)
+        provenance = seal.sealed(provenance, shown)
         options |= {"pnginfo": _png_text(provenance)} if kind == "PNG" else {"exif": _exif(provenance)}
         if kind == "JPEG" and len(options["exif"]) > _MAX_JPEG_EXIF:
             raise UserError("the provenance, prompt included, is too long for a JPEG; write a PNG or WebP")
@@ -278,16 +282,42 @@ def save_image(image: Image, path: str | Path, provenance: dict[str, Any] | None
 
 def read_provenance(path: str | Path) -> dict[str, Any] | None:
     """What made a PNG, WebP or JPEG, or None if it does not say. UserError if it is no image."""
+    told = _read_text(path, _read(Path(path), MAX_BYTES))
+    return None if told is None else {key: value for key, value in told.items() if key != seal.KEY}
+
+
+def broken_seal(path: str | Path) -> list[str] | None:
+    """What of a picture is not as it was written: `pixels`, `text`, a chunk of the file; None if it has no seal.
+
+    UserError if it is no image, or one that can no longer be decoded.
+    """
+    data = _read(Path(path), MAX_BYTES)
+    told = _read_text(path, data)
+    if told is None or not isinstance(said := told.get(seal.KEY), dict):
+        return None
+    broken = [] if seal.text_hash(told) == said.get("text") else ["text"]
+    if data.startswith(b"\xff\xd8"):
+        shown = seal.coded_hash(data)
+    else:
+        shown = seal.pixels_hash(open_image(data, name=str(path)))
+    if shown != said.get("picture"):
+        broken.append("pixels")
+    if not broken and data.startswith(b"\x89PNG") and (chunk := seal.broken_chunk(data)):
+        broken.append(f"{chunk} chunk")
+    return broken
+
+
+def _read_text(path: str | Path, data: bytes) -> dict[str, Any] | None:
+    """The provenance in a file's bytes, seal and all; None if there is none."""
     from PIL import Image, UnidentifiedImageError
 
-    data = _read(Path(path), MAX_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             text = image.info.get(PROVENANCE)
             comment = None if text is not None else image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a readable image ({_short(error)})") from error
     if text is None:
         return _from_comment(comment)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.console import quiet_bars
+from diptych.data.seal import text_hash
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.train.card import model_card
@@ -38,13 +39,20 @@ if TYPE_CHECKING:
     from diptych.train.parts import Trained
     from diptych.train.processes import Processes
 
-TRAINING = "training"
+TRAINING = models.TRAINING
 SUMMARY = "summary.json"
+ORIGIN = "origin.json"
 INDEX = "model_index.json"
 log = logging.getLogger(__name__)
 
 
-def distill(recipe: Recipe, pairs: Dataset | None, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def distill(
+    recipe: Recipe,
+    pairs: Dataset | None,
+    out: Path,
+    progress: Progress | None = None,
+    recipe_sha256: str | None = None,
+) -> dict[str, Any]:
     """Trains a student on `pairs`, and on what `distill.data` names, into the folder `out`.
 
     Returns a summary of plain values (`loop.summary`).
@@ -55,6 +63,7 @@ def distill(recipe: Recipe, pairs: Dataset | None, out: Path, progress: Progress
             `distill.data` has other people's alone.
         out: made if need be; a checkpoint in it is continued exactly.
         progress: called, or its `update` called, with (step, total, text).
+        recipe_sha256: of the run's recipe.yaml, which the student then names as where it comes from.
 
     Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
     training). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
@@ -72,7 +81,7 @@ def distill(recipe: Recipe, pairs: Dataset | None, out: Path, progress: Progress
     processes, device = join(pick_device(recipe.device))
     progress = progress if processes.first else None
     trainer = train(prepare(recipe, material, out, progress, processes, device), progress)
-    return finish(trainer, recipe, out)
+    return finish(trainer, recipe, out, recipe_sha256)
 
 
 def prepare(
@@ -257,7 +266,7 @@ def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
     return {"distill": settings, "seed": recipe.training_seed, **sources(recipe, material)}
 
 
-def finish(trainer: Trainer, recipe: Recipe, out: Path) -> dict[str, Any]:
+def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | None = None) -> dict[str, Any]:
     """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
 
     In several processes the first one writes and the others wait.
@@ -266,7 +275,12 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path) -> dict[str, Any]:
 
     numbers = summary(trainer)
     made_from, material = trainer.job.made_from, trainer.job.material
-    provenance = {"base": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    provenance |= {"name": recipe.name, "mode": recipe.distill.mode, "number_of_pairs": numbers["pairs"]}
+    if material.own is not None and material.own in material.sets:
+        provenance["pairs_manifest"] = material.own.manifest_hash()
+    if recipe_sha256 is not None:
+        provenance["recipe_sha256"] = recipe_sha256
     whole = trainer.averages() if trainer.spread else None
     with trainer.processes.together() as first:
         if first:
@@ -276,6 +290,8 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path) -> dict[str, Any]:
             else:
                 _export(trainer.job.pipe, trainer.trained, trainer.ema, recipe, provenance, card, out)
             stored = {"summary": numbers, "made_by": _made_by(recipe, material)}
+            stored |= {"files": models.files(out), "fingerprint": models.fingerprint(out)}
+            stored["sha256"] = text_hash(stored)
             write_atomic(out / TRAINING / SUMMARY, (json.dumps(stored, indent=2) + "\n").encode())
     return numbers
 
@@ -321,6 +337,7 @@ def _export(
                 parts.save_lora(pipe.transformer, trained, options, temporary, provenance)
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
+        (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")
         _publish(temporary, out)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
         reason = getattr(error, "strerror", None) or error

@@ -224,7 +224,8 @@ class Trainer:
             sheet = validate.sample_sheet(job.pipe, job.buckets, job.latents, job.text, rows, self.options)
         pairs = [job.latents.samples[row].id for row in rows]
         if self.processes.first:
-            save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", {"step": self.step, "pairs": pairs})
+            told = {"step": self.step, "pairs": pairs, "made_from": job.made_from}
+            save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", told)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """What is saved in the end: the moving average, or the weights where there is none. All processes call it."""

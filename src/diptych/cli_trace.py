@@ -1,0 +1,32 @@
+"""The command `diptych trace`: from a picture back to the grids, every hash compared."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from diptych.cli_options import Json
+
+EXAMPLE = "Example: diptych trace cat.png --in runs/demo"
+
+
+def trace(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, or a run.")],
+    places: Annotated[
+        list[str] | None,
+        typer.Option("--in", metavar="DIR", help="Where runs or weights lie, if not above FILE. Repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a picture or a student came from, back to the grids and the recipe, and check every hash on the way.
+
+    Exit code 0 if all that was found is as it was, 1 if something differs, 2 for a file that diptych did not make.
+    """
+    from diptych import trace as tracing
+
+    found = tracing.trace(file, places or ())
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tracing.lines(found)))
+    if not found["verified"]:
+        raise typer.Exit(1)
