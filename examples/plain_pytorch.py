@@ -1,8 +1,9 @@
 """The method's inference in plain PyTorch: everything but the networks is written out here.
 
     diptych convert pocket folded --to folded --base pocket --dtype float32
-    python examples/plain_pytorch.py folded examples/references/cat.png "a cat on the beach" out.png [SEED STEPS IMAGE TEXT]
+    python examples/plain_pytorch.py folded examples/references/cat.png "a cat on the beach" out.png
 
+After these, perhaps: seed, steps, image and text guidance.
 Draws what `Student.generate` draws with the same settings, to float rounding. For a schedule with one fixed shift
 (the pocket's); FLUX.1-dev's shift depends on the canvas, and is refused.
 Shapes: R × K tokens of the canvas, C latent channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,17 @@ def test_the_examples_do_not_import_diptych() -> None:
     for script in ("plain_pytorch.py", "stock_diffusers.py"):
         lines = (EXAMPLES / script).read_text().splitlines()
         assert not [line for line in lines if line.split()[:2] in (["import", "diptych"], ["from", "diptych"])]
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_holds_no_outputs(tmp_path: Path) -> None:
+    cells = json.loads((EXAMPLES / "diptych.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    check = "import json; print(json.dumps([verdict, [image.size for image in lights], two[0] != two[1]]))"
+    script = tmp_path / "notebook.py"
+    script.write_text("\n".join(["".join(cell["source"]) for cell in code] + [check]))
+    done = subprocess.run([sys.executable, str(script)], cwd=EXAMPLES, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    verdict, sizes, differ = json.loads(done.stdout.splitlines()[-1])
+    assert verdict["the drawn picture"] > verdict["a stranger"]
+    assert sizes == [[32, 32], [32, 32]] and differ
