@@ -20,9 +20,9 @@ Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 def tabs(service: Service) -> dict[str, Tab]:
     """The tabs by name, in order."""
-    from diptych.serve.app import create, data, runs
+    from diptych.serve.app import create, data, relight, runs, story
 
-    found: dict[str, Tab] = {"Create": create.add}
+    found: dict[str, Tab] = {"Create": create.add, "Relight": relight.add, "Story": story.add}
     if service.runs is not None:
         found |= {"Data": data.add, "Runs": runs.add}
     return found
