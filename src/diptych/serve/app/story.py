@@ -66,11 +66,10 @@ def add(blocks: Any, service: Service) -> None:
                     min_width=160,
                 )
                 captions = gr.Dropdown(list(CAPTIONS), value="below", label="Words", min_width=120)
-            with gr.Accordion("More settings (empty: the model's own)", open=False):
-                with gr.Row():
-                    steps = gr.Textbox(label="Steps", elem_id="story-steps", max_length=4, min_width=100)
-                    image_guidance = gr.Textbox(label="Strength of the reference", max_length=8, min_width=100)
-                    text_guidance = gr.Textbox(label="Strength of the prompt", max_length=8, min_width=100)
+            with gr.Accordion("More settings (empty: the model's own)", open=False), gr.Row():
+                steps = gr.Textbox(label="Steps", elem_id="story-steps", max_length=4, min_width=100)
+                image_guidance = gr.Textbox(label="Strength of the reference", max_length=8, min_width=100)
+                text_guidance = gr.Textbox(label="Strength of the prompt", max_length=8, min_width=100)
             with gr.Row():
                 draw = gr.Button("Draw the story", variant="primary", elem_id="tell")
                 stop = gr.Button("Stop")
