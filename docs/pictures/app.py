@@ -35,7 +35,7 @@ a cat sleeping in a kitchen, soft golden light from the left | Home."""
 
 def create(page: Page) -> None:
     give(page, "reference", "cat")
-    page.get_by_label("Prompt").fill("a cat on the beach, soft golden light from the left")
+    page.locator("#prompt textarea").fill("a cat on the beach, soft golden light from the left")
     page.locator("#seed input, #seed textarea").fill("7")
     page.get_by_label("number input for Pictures").locator("visible=true").fill("2")
     drawn(page, "#pictures", "Draw")
@@ -86,16 +86,6 @@ def drawn(page: Page, where: str, button: str) -> None:
     )
 
 
-def open_tab(page: Page, name: str) -> None:
-    """Opens a tab; at a phone's width some stand behind a button."""
-    tab = page.get_by_role("tab", name=name, exact=True).locator("visible=true")
-    if tab.count():
-        tab.first.click()
-    else:
-        page.locator(".overflow-menu button").first.click()
-        page.locator(".overflow-dropdown button").filter(has_text=name).click()
-
-
 def keep(page: Page, tab: str, size: str) -> None:
     """The page as a small PNG of at most 256 colours."""
     page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
@@ -134,7 +124,7 @@ def visit(started: Any, server: Any) -> None:
             page = context.new_page()
             page.goto(f"{address.group()}/app/")
             expect(page.locator("#about")).to_contain_text("draws")
-            open_tab(page, name)
+            page.get_by_role("tab", name=name, exact=True).click()
             act(page)
             keep(page, name, size)
             page.close()

@@ -64,8 +64,9 @@ def answer(
 
 
 def of_fields(errors: list[Any], model: type[Common] = Generation) -> JSONResponse:
-    """The first of pydantic's findings about a request, in our words."""
-    first = errors[0]
+    """The most telling of pydantic's findings about a request, in our words."""
+    # A misspelt field that is needed is also missing: its misspelling says more.
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(place) or None
     if first["type"] == "extra_forbidden" and name:

@@ -34,9 +34,10 @@ def mount(app: Any, service: Service) -> Any:
     import gradio as gr
 
     with gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False) as blocks:
-        for name, add in tabs(service).items():
-            with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
-                add(blocks, service)
+        with gr.Tabs(overflow_behavior="wrap"):  # a phone shows all of them, too
+            for name, add in tabs(service).items():
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                    add(blocks, service)
     blocks.queue(api_open=False, max_size=200)
     return gr.mount_gradio_app(
         app,
