@@ -104,7 +104,7 @@ def add(blocks: Any, service: Service) -> None:
     gr.on([run.change, shown.input, subject.submit], *first, **hidden)
     back.click(turn(-1), seen, [at, pairs, shown], **hidden)
     on.click(turn(1), seen, [at, pairs, shown], **hidden)
-    decided.input(decide, [decided, *seen], [told, pairs, shown], **hidden)
+    decided.change(decide, [decided, *seen], [told, pairs, shown], **hidden)
     apply.click(on_apply, run, told, api_visibility="private", concurrency_limit=1)
     gr.on(
         [slider.input for slider in sliders],
