@@ -1,4 +1,5 @@
-"""Pictures of the web app for docs/serve.md: `python docs/pictures/app.py runs` (a folder of runs, as `make demo` makes).
+"""Pictures of the web app for docs/serve.md: `python docs/pictures/app.py [runs]` (a folder of runs, as `make demo` makes;
+without it there are no tabs Data and Runs).
 
 Starts a server of its own, does in Chromium on each tab what the tab is for, and writes app-TAB-desk.png (light) and
 app-TAB-phone.png (dark) beside this file.
@@ -97,17 +98,19 @@ def keep(page: Page, tab: str, size: str) -> None:
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "diptych", "serve", "--port", "0", "--runs", sys.argv[1], "--data"]
+    given = ["--runs", sys.argv[1]] if len(sys.argv) > 1 else []
+    tabs = list(TABS) if given else [name for name in TABS if name not in ("Data", "Runs")]
+    command = [sys.executable, "-m", "diptych", "serve", "--port", "0", *given, "--data"]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         server = subprocess.Popen([*command, folder], stderr=subprocess.PIPE, text=True)
         try:
-            visit(started, server)
+            visit(started, server, tabs)
         finally:
             server.terminate()
             server.wait(60)
 
 
-def visit(started: Any, server: Any) -> None:
+def visit(started: Any, server: Any, tabs: list[str]) -> None:
     lines: list[str] = []
     while not any("ready" in line for line in lines):
         lines.append(server.stderr.readline())
@@ -120,12 +123,12 @@ def visit(started: Any, server: Any) -> None:
     for size, (width, height, scheme) in SIZES.items():
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         context.set_default_timeout(PATIENCE)
-        for name, act in TABS.items():
+        for name in tabs:
             page = context.new_page()
             page.goto(f"{address.group()}/app/")
             expect(page.locator("#about")).to_contain_text("draws")
             page.get_by_role("tab", name=name, exact=True).click()
-            act(page)
+            TABS[name](page)
             keep(page, name, size)
             page.close()
     browser.close()
