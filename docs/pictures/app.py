@@ -1,5 +1,6 @@
-"""Pictures of the web app for docs/serve.md: `python docs/pictures/app.py [runs]` (a folder of runs, as `make demo` makes;
-without it there are no tabs Data and Runs).
+"""Pictures of the web app for docs/serve.md: `python docs/pictures/app.py [runs]`.
+
+`runs` is a folder of runs, as `make demo` makes; without it there are no tabs Data and Runs.
 
 Starts a server of its own, does in Chromium on each tab what the tab is for, and writes app-TAB-desk.png (light) and
 app-TAB-phone.png (dark) beside this file.

@@ -33,11 +33,12 @@ def mount(app: Any, service: Service) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import gradio as gr
 
-    with gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False) as blocks:
-        with gr.Tabs(overflow_behavior="wrap"):  # a phone shows all of them, too
-            for name, add in tabs(service).items():
-                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
-                    add(blocks, service)
+    # Tabs wrap, so that a phone shows all of them.
+    page: Any = gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False)
+    with page as blocks, gr.Tabs(overflow_behavior="wrap"):
+        for name, add in tabs(service).items():
+            with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                add(blocks, service)
     blocks.queue(api_open=False, max_size=200)
     return gr.mount_gradio_app(
         app,
