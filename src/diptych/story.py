@@ -119,11 +119,26 @@ def story(
         drawn.append(student.generate(opened, panel.prompt, seed=own, **options))
     if on_panel is not None:
         on_panel(len(told), len(told))
-    provenance = {**drawn[0].info, "prompt": title or told[0].prompt, "title": title, "seeds": seeds}
-    provenance |= {"panels": [{"prompt": p.prompt, "caption": p.caption} for p in told], "captions": captions}
+    return bind(drawn, told, seeds, drawn[0].info, title=title, captions=captions, font=font)
+
+
+def bind(
+    drawn: list[Image],
+    panels: list[Panel],
+    seeds: list[int],
+    made_by: dict[str, Any],
+    *,
+    title: str = "",
+    captions: str = "below",
+    font: str | Path | None = None,
+) -> Page:
+    """The story of panels that are drawn already; `made_by` is the provenance of the first."""
+    font = font_for((title, *(panel.caption for panel in panels)), font)
+    provenance = {**made_by, "prompt": title or panels[0].prompt, "title": title, "seeds": seeds}
+    provenance |= {"panels": [{"prompt": p.prompt, "caption": p.caption} for p in panels], "captions": captions}
     provenance.pop("seed", None)
-    page = lay_out(drawn, [panel.caption for panel in told], title=title, captions=captions, font=font)
-    return Page(page, drawn, told, seeds, provenance)
+    page = lay_out(drawn, [panel.caption for panel in panels], title=title, captions=captions, font=font)
+    return Page(page, drawn, panels, seeds, provenance)
 
 
 def read_panel(line: str) -> Panel:

@@ -16,7 +16,7 @@ from diptych.serve import tokens, watermark
 from diptych.serve.rates import Rate
 from diptych.serve.store import TRIES, Store
 
-REQUEST = {"prompt": "a cat", "reference": None, "options": {}}
+REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}
 
 
 @pytest.fixture
@@ -65,13 +65,15 @@ def test_one_server_a_file(store: Store) -> None:
 
 def test_old_jobs_and_references_are_forgotten_but_not_what_is_needed(store: Store) -> None:
     store.put_reference("ana", "ref_used", b"png", (1, 1))
+    store.put_reference("ana", "ref_mask", b"png", (1, 1))
     store.put_reference("ana", "ref_old", b"png", (1, 1))
-    store.add("ana", "open", {**REQUEST, "reference": "ref_used"}, "s", [0], ["p"])
+    store.add("ana", "open", {**REQUEST, "reference": "ref_used", "mask": "ref_mask"}, "s", [0], ["p"])
     add(store, "ended")
     store.cancel("ana", "ended")
     store.forget(time.time() + 1)
     assert store.job("ana", "ended") is None and store.job("ana", "open")
     assert store.reference("ana", "ref_used") and store.reference("ana", "ref_old") is None
+    assert [task.mask for task in store.take(1)] == [b"png"]
     assert store.reference("ben", "ref_used") is None
 
 

@@ -1,4 +1,4 @@
-"""What somebody asks for, checked: one model for the HTTP API's two routes and for the web app.
+"""What somebody asks for, checked: one model for each kind of job, the same for the HTTP API and for the web app.
 
 Names and meanings are OpenAI's where OpenAI has them, else those of `diptych generate`. An unknown name is refused with
 the nearest known one, and so is an OpenAI option whose value this model cannot honour: nothing is ignored in silence.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from diptych.errors import UsageError
 from diptych.serve.settings import Limits
+
+if TYPE_CHECKING:
+    from diptych.story import Panel
 
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
 SPEEDS = ("plain", "exact", "fast", "fastest")
@@ -27,14 +30,13 @@ NEUTRAL = {
 OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
 
 
-class Asked(BaseModel):
-    """A request for pictures: OpenAI's fields, and diptych's own."""
+class Common(BaseModel):
+    """What every request may say: OpenAI's fields, and diptych's own."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kind: ClassVar[str] = "images"  # of the job: images, relight, story
 
-    prompt: str = Field(min_length=1, max_length=32_000, description="What the new picture shows, the whole of it.")
     model: str | None = Field(None, max_length=200, description="Any name: the server has one model.")
-    n: int = Field(1, ge=1, le=100, description="Pictures; the seeds count up.")
     size: str | None = Field(
         None, pattern=r"^(auto|[0-9]{1,5}(x[0-9]{1,5})?)$", description="`WIDTHxHEIGHT`, one number, or auto."
     )
@@ -64,11 +66,31 @@ class Asked(BaseModel):
     )
     wait: bool = Field(True, description="False: answer at once, 202, with the job to ask for later.")
 
+    def texts(self) -> list[str]:
+        """What each picture shows, in order: a job has as many pictures as texts."""
+        raise NotImplementedError
+
+    def seeds(self, first: int) -> list[int]:
+        """The pictures' seeds."""
+        return [first + place for place in range(len(self.texts()))]
+
+    def about(self) -> str:
+        """The job in a line."""
+        return self.texts()[0]
+
+    def words(self) -> list[str]:
+        """The texts of it that are not prompts."""
+        return []
+
+    def more(self) -> dict[str, Any]:
+        """What a job of this kind remembers beside."""
+        return {}
+
     def colour(self) -> str:
         """What lies under a transparent reference."""
         return "white" if self.background in (None, "auto", "opaque") else self.background  # pyright: ignore
 
-    def panel(self) -> tuple[int, int] | None:
+    def pixels(self) -> tuple[int, int] | None:
         """(width, height) in pixels, None for the model's own."""
         if self.size in (None, "auto"):
             return None
@@ -78,11 +100,21 @@ class Asked(BaseModel):
     def options(self) -> dict[str, Any]:
         """The arguments of `Student.generate` that were given."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
-        return given | ({"size": self.panel()} if self.panel() else {})
+        return given | ({"size": self.pixels()} if self.pixels() else {})
 
     def settings(self, with_reference: bool) -> str:
         """What must be equal for pictures to be drawn together."""
-        return json.dumps([self.options(), self.speed, with_reference], sort_keys=True)
+        return json.dumps([self.kind == Relit.kind, self.options(), self.speed, with_reference], sort_keys=True)
+
+
+class Asked(Common):
+    """A request for pictures of a prompt."""
+
+    prompt: str = Field(min_length=1, max_length=32_000, description="What the new picture shows, the whole of it.")
+    n: int = Field(1, ge=1, le=100, description="Pictures; the seeds count up.")
+
+    def texts(self) -> list[str]:
+        return [self.prompt] * self.n
 
 
 class Generation(Asked):
@@ -96,18 +128,96 @@ class Generation(Asked):
     )
 
 
-def check(asked: Asked, limits: Limits, default_side: int) -> None:
+Line = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Relit(Common):
+    """`POST /v1/relights`: a picture under one or several lights, each with `n` seeds."""
+
+    kind: ClassVar[str] = "relight"
+
+    light: list[Line] = Field(
+        min_length=1, max_length=10, description="How the scene is lit, in words; repeated for several lights."
+    )
+    n: int = Field(1, ge=1, le=100, description="Pictures of each light; the seeds count up.")
+    scene: str = Field("", max_length=1000, description="What the picture shows, for a model that is surer when told.")
+    detail: float = Field(
+        1.0, ge=0, le=1, description="How much of the fine detail is the picture's own; 0 takes it as it is drawn."
+    )
+
+    def texts(self) -> list[str]:
+        return [light for light in self.light for _ in range(self.n)]
+
+    def seeds(self, first: int) -> list[int]:
+        return [first + place for _ in self.light for place in range(self.n)]
+
+    def about(self) -> str:
+        return "; ".join(self.light)
+
+    def words(self) -> list[str]:
+        return [self.scene]
+
+    def more(self) -> dict[str, Any]:
+        return {"scene": self.scene, "detail": self.detail}
+
+
+class Story(Common):
+    """`POST /v1/stories`: a page of 4 to 10 panels of one character; `diptych.story` says which."""
+
+    kind: ClassVar[str] = "story"
+
+    panel: list[Line] = Field(
+        min_length=1, max_length=20, description="What a panel shows `| what is written with it`; repeated, 4 to 10."
+    )
+    title: str = Field("", max_length=200, description="Stands above the first row.")
+    captions: Literal["below", "inside", "none"] = Field("below", description="Where the words stand.")
+    panel_seed: list[Annotated[int, Field(ge=0, lt=2**63)]] | None = Field(
+        None, max_length=20, description="A seed for each panel, repeated; without them they count up from `seed`."
+    )
+
+    def panels(self) -> list[Panel]:
+        """The panels, read."""
+        from diptych.story import read_panel
+
+        return [read_panel(line) for line in self.panel]
+
+    def texts(self) -> list[str]:
+        return [panel.prompt for panel in self.panels()]
+
+    def seeds(self, first: int) -> list[int]:
+        from diptych.story import check
+
+        return check(self.panels(), self.panel_seed or first, self.captions)
+
+    def about(self) -> str:
+        return self.title or self.texts()[0]
+
+    def words(self) -> list[str]:
+        return [self.title, *(panel.caption for panel in self.panels())]
+
+    def more(self) -> dict[str, Any]:
+        return {"panels": self.panel, "title": self.title, "captions": self.captions}
+
+
+def check(asked: Common, limits: Limits, default_side: int) -> None:
     """UsageError, which names the field, for what a server with these limits and this model does not do."""
     from diptych.api import check_options, check_prompt
 
-    check_prompt(asked.prompt)
-    if len(asked.prompt) > limits.prompt_letters or len(asked.negative_prompt or "") > limits.prompt_letters:
-        raise UsageError(f"prompt: at most {limits.prompt_letters} letters here")
-    for text in (asked.prompt, asked.negative_prompt or "", asked.user or ""):
+    shown, said = asked.texts(), asked.words()
+    for text in shown:
+        check_prompt(text)
+    for text in (*shown, *said, asked.negative_prompt or "", asked.user or ""):
+        if len(text) > limits.prompt_letters:
+            raise UsageError(f"prompt: at most {limits.prompt_letters} letters here")
         if re.search(r"[\x00\ud800-\udfff]", text):
             raise UsageError("prompt: there are characters in it that are no text")
-    if asked.n > limits.pictures:
-        raise UsageError(f"n: at most {limits.pictures} pictures at once here, not {asked.n}")
+    if len(shown) > limits.pictures:
+        raise UsageError(f"n: at most {limits.pictures} pictures at once here, not {len(shown)}")
+    if isinstance(asked, Story):
+        from diptych.story import font_for
+
+        asked.seeds(0)
+        font_for(said)
     if (asked.steps or 0) > limits.steps:
         raise UsageError(f"steps: at most {limits.steps} here, not {asked.steps}")
     for name, taken in NEUTRAL.items():
@@ -117,7 +227,7 @@ def check(asked: Asked, limits: Limits, default_side: int) -> None:
     if asked.background == "transparent":
         raise UsageError("background: this model draws no transparent pictures; leave it out, or name a colour")
     check_options({**asked.options(), "background": asked.colour()})
-    if (size := asked.panel()) is not None:
+    if (size := asked.pixels()) is not None:
         most = limits.enlarged * default_side**2
         if size[0] * size[1] > most:
             side = int(most**0.5)

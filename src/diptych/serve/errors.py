@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from diptych.errors import UserError, nearest
-from diptych.serve.asked import Generation
+from diptych.serve.asked import Asked, Common, Generation, Relit, Story
 from diptych.serve.service import Busy
 
 log = logging.getLogger("diptych.serve")
@@ -63,13 +63,14 @@ def answer(
     return JSONResponse(body(status, message, param, code), status, headers)
 
 
-def of_fields(errors: list[Any]) -> JSONResponse:
-    """The first of pydantic's findings, in our words."""
-    first = errors[0]
+def of_fields(errors: list[Any], model: type[Common] = Generation) -> JSONResponse:
+    """The most telling of pydantic's findings about a request, in our words."""
+    # A misspelt field that is needed is also missing: its misspelling says more.
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     name = ".".join(place) or None
     if first["type"] == "extra_forbidden" and name:
-        known = [*Generation.model_fields, "image"]
+        known = [*model.model_fields, "image"]
         return answer(400, f"unknown parameter '{name}'{nearest(name, known)}", name, "unknown_parameter")
     said = str(first["msg"]).removeprefix("Value error, ")
     return answer(400, f"{name}: {said}" if name else said, name, first["type"])
@@ -84,7 +85,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ValidationError)
     async def _(request: Request, error: ValidationError) -> JSONResponse:
-        return of_fields(list(error.errors()))
+        models = {model.__name__: model for model in (Asked, Relit, Story)}
+        return of_fields(list(error.errors()), models.get(error.title, Generation))
 
     @app.exception_handler(UserError)
     async def _(request: Request, error: UserError) -> JSONResponse:

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Red
 
 from diptych import __version__
 from diptych.errors import UserError
-from diptych.serve import errors, images, jobs, pages, run_files
+from diptych.serve import errors, images, jobs, own, pages, run_files
 from diptych.serve.guard import APP, Guard
 from diptych.serve.rates import Rate
 from diptych.serve.service import Service
@@ -46,6 +46,7 @@ def create(service: Service, web_app: bool = True) -> Guard:
     errors.install(app)
     app.include_router(images.router)
     app.include_router(jobs.router)
+    app.include_router(own.router)
     if service.runs is not None:
         app.include_router(run_files.router)
     _add_health(app, service)

@@ -14,15 +14,12 @@ from fastapi import APIRouter, Body, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 
-from diptych.errors import UsageError
-from diptych.serve import stream
-from diptych.serve.asked import Asked, Generation
+from diptych.serve import forms, stream
+from diptych.serve.asked import Asked, Common, Generation
 from diptych.serve.errors import answer, documented
 from diptych.serve.service import Service, from_base64
 
-MOST_FIELDS = 60
 GENERATION, EDIT = "image_generation", "image_edit"
 
 
@@ -62,13 +59,6 @@ def owner_of(request: Request) -> str:
 Owner = Annotated[str, Depends(owner_of)]
 Of = Annotated[Service, Depends(service_of)]
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=documented(500, 504))
-FORM = Asked.model_json_schema()
-FORM["properties"] = {
-    **{name: {**field, "anyOf": [o for o in field["anyOf"] if o != {"type": "null"}]} if "anyOf" in field else field
-       for name, field in FORM["properties"].items()},
-    "image": {"type": "string", "format": "binary", "description": "The picture of your subject: PNG, JPEG, WebP, …"},
-}  # fmt: skip
-FORM["required"] = ["prompt", "image"]
 ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}
 }
@@ -83,51 +73,37 @@ async def generations(
     data = None
     if asked.reference is not None:
         data = await run_in_threadpool(from_base64, asked.reference, service.settings.limits.upload_bytes)
-    return await _draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
+    return await draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
 
 
 @router.post(
     "/edits",
     response_model=Pictures,
-    responses=ACCEPTED,
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+    responses={**documented(415), **ACCEPTED},
+    openapi_extra=forms.described(Asked, {"image": True}),
 )
 async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictures:
     """Draws the subject of `image` as the prompt asks. The whole picture is new, so a mask has no meaning here."""
     service.limit(owner)
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        return answer(415, "send a form (multipart/form-data) with image and prompt")
-    async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=2**18) as form:
-        given: dict[str, Any] = {}
-        files: list[UploadFile] = []
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in ("image", "image[]"):
-                    hint = "; the whole picture is drawn anew" if name == "mask" else ""
-                    raise UsageError(f"{name[:40]}: no such picture can be sent here, only image{hint}")
-                files.append(value)
-            elif name in ("image", "image[]"):
-                raise UsageError("image: send the picture itself, as a file")
-            elif name in given:
-                raise UsageError(f"{name[:40]}: given twice")
-            else:
-                given[name] = value
-        asked = Asked.model_validate(given)
-        if len(files) != 1:
-            raise UsageError(f"image: send one picture, the reference, not {len(files)}")
-        data = await files[0].read()
-    return await _draw(service, owner, asked, data, request, EDIT)
+    asked, files = await forms.read(request, Asked, {"image": True})
+    return await draw(service, owner, asked, files["image"], request, EDIT)
 
 
-async def _draw(
-    service: Service, owner: str, asked: Asked, data: bytes | None, request: Request, kind: str
+async def draw(
+    service: Service,
+    owner: str,
+    asked: Common,
+    data: bytes | None,
+    request: Request,
+    kind: str,
+    mask: bytes | None = None,
 ) -> Response | Pictures:
-    """Makes the job and answers in the way that was asked for."""
+    """Makes the job, with a reference and a mask as they were sent, and answers in the way that was asked for."""
 
     def submit() -> dict[str, Any]:
         service.student  # noqa: B018 (Busy while there is none, before a picture is decoded)
-        reference = None if data is None else service.add_reference(owner, data, asked.colour())
-        return service.submit(owner, asked, reference)
+        kept = [None if sent is None else service.add_reference(owner, sent, asked.colour()) for sent in (data, mask)]
+        return service.submit(owner, asked, *kept)
 
     job = await run_in_threadpool(submit)
     if asked.stream:

@@ -36,19 +36,21 @@ class Progress(BaseModel):
 
 
 class JobPicture(BaseModel):
-    """One picture of a job; `settings` once it is drawn."""
+    """One picture of a job: `text` is what it shows, `settings` come once it is drawn."""
 
     id: str
+    text: str
     seed: int
     status: str
     settings: dict[str, Any] | None
 
 
 class Job(BaseModel):
-    """A job as it stands: queued, running, done, failed or cancelled."""
+    """A job as it stands: queued, running, done, failed or cancelled; of the kind images, relight or story."""
 
     id: str
     object: str
+    kind: str
     status: str
     created: int
     finished: int | None

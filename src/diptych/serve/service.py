@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import json
 import logging
 import secrets
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
 from diptych.serve import asked as asking
-from diptych.serve.asked import Asked
+from diptych.serve.asked import Common, Relit
 from diptych.serve.board import Board
 from diptych.serve.metrics import Metrics
 from diptych.serve.rates import Rate
@@ -66,7 +67,7 @@ class Service:
         ]
         self.runs = Runs(settings.runs) if settings.runs is not None else None
         self.draining = False
-        self._decoding = threading.Semaphore(DECODERS)
+        self.decoding = threading.Semaphore(DECODERS)
         self._accepting = threading.Lock()
         self._swept = 0.0
 
@@ -131,7 +132,7 @@ class Service:
     def add_reference(self, owner: str, data: bytes, background: str = "white") -> str:
         """A reference's id. The picture is decoded once, here, within the limits, and kept as plain RGB."""
         limits = self.settings.limits
-        with self._decoding:
+        with self.decoding:
             image = open_image(
                 data,
                 max_bytes=limits.upload_bytes,
@@ -151,23 +152,33 @@ class Service:
             self.metrics.refused.labels("rate").inc()
             raise Busy("this key asks too often", seconds)
 
-    def submit(self, owner: str, asked: Asked, reference: str | None) -> dict[str, Any]:
-        """The job of a request, new or, for a repeated `asked.job`, the one that is there. `reference` is an id.
+    def submit(
+        self, owner: str, asked: Common, reference: str | None = None, mask: str | None = None
+    ) -> dict[str, Any]:
+        """The job of a request, new or, for a repeated `asked.job`, the one that is there. `reference` and `mask` (of
+        what may change when relighting) are ids.
 
         UsageError for what cannot be drawn, Busy when it cannot be taken now.
         """
         student = self.student
         asking.check(asked, self.settings.limits, student.pipeline.default_panel_size)
-        student.canvas(asked.panel())
+        canvas = student.canvas(asked.pixels())
+        if isinstance(asked, Relit):
+            self._check_relit(owner, asked, reference, mask, canvas)
+        texts = asked.texts()
         request = {
-            "prompt": asked.prompt,
+            "kind": asked.kind,
+            "prompt": asked.about(),
+            "texts": texts,
+            **asked.more(),
             "options": asked.options(),
             "speed": asked.speed,
             "reference": reference,
+            "mask": mask,
             "output_format": asked.output_format,
             "user": asked.user,
             "previews": asked.partial_images > 0 or not asked.wait,
-            "asked": hashlib.sha256((asked.model_dump_json() + str(reference)).encode()).hexdigest(),
+            "asked": hashlib.sha256(f"{asked.kind}{asked.model_dump_json()}{reference}{mask}".encode()).hexdigest(),
         }
         if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
             return self._same(there, request)
@@ -176,13 +187,13 @@ class Service:
         self.sweep()
         with self._accepting:
             waiting = self.store.waiting()
-            if waiting + asked.n > self.settings.limits.queue:
+            if waiting + len(texts) > self.settings.limits.queue:
                 self.metrics.refused.labels("queue").inc()
                 raise Busy(f"{waiting} pictures wait already", self.seconds_for(waiting) / 2)
             seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
             id = asked.job or f"job_{secrets.token_urlsafe(18)}"
-            pictures = [f"img_{secrets.token_urlsafe(18)}" for _ in range(asked.n)]
-            seeds = [seed + place for place in range(asked.n)]
+            pictures = [f"img_{secrets.token_urlsafe(18)}" for _ in texts]
+            seeds = asked.seeds(seed)
             try:
                 self.store.add(owner, id, request, asked.settings(reference is not None), seeds, pictures)
             except sqlite3.IntegrityError:
@@ -194,6 +205,21 @@ class Service:
         job = self.store.job(owner, id)
         assert job is not None
         return job
+
+    def _check_relit(self, owner: str, asked: Relit, reference: str | None, mask: str | None, canvas: Any) -> None:
+        """UsageError for a picture or a mask that is missing or does not fit."""
+        from PIL import Image
+
+        from diptych.relight import kept
+
+        pictures = [self.store.reference(owner, id) if id else None for id in (reference, mask)]
+        if pictures[0] is None:
+            raise UsageError("image: send the picture that is to be relit")
+        if mask is not None:
+            if pictures[1] is None:
+                raise UsageError("mask: it is no longer there; send it again")
+            with self.decoding, Image.open(io.BytesIO(pictures[0])) as seen, Image.open(io.BytesIO(pictures[1])) as of:
+                kept(of, seen.size, canvas, asked.fit or "crop")
 
     @staticmethod
     def _same(there: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
@@ -233,13 +259,20 @@ class Service:
         state: dict[str, Any] = {
             "id": job["id"],
             "object": "job",
+            "kind": job["request"]["kind"],
             "status": job["status"],
             "created": int(job["created"]),
             "finished": int(job["finished"]) if job["finished"] else None,
             "prompt": job["request"]["prompt"],
             "pictures": [
-                {"id": p["id"], "seed": p["seed"], "status": p["status"], "settings": p["made_by"] or None}
-                for p in job["pictures"]
+                {
+                    "id": p["id"],
+                    "text": text,
+                    "seed": p["seed"],
+                    "status": p["status"],
+                    "settings": p["made_by"] or None,
+                }
+                for p, text in zip(job["pictures"], job["request"]["texts"], strict=True)
             ],
             "progress": {"done": done, "of": len(job["pictures"]), "step": live.step, "steps": live.steps},
             "error": job["error"] or None,

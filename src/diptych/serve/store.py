@@ -62,7 +62,7 @@ CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw. `reference` is a PNG; `request` the whole of what its job asked for."""
+    """One picture to draw, of `text`. `reference` and `mask` are PNGs; `request` is all that its job asked for."""
 
     picture: str
     job: int
@@ -70,8 +70,10 @@ class Task:
     job_id: str
     place: int
     seed: int
+    text: str
     request: dict[str, Any]
     reference: bytes | None
+    mask: bytes | None
 
 
 class Store:
@@ -174,6 +176,11 @@ class Store:
         )
         return (rows[0]["owner"], rows[0]["kind"], rows[0]["data"]) if rows else None
 
+    def drawn(self, job: int) -> list[bytes]:
+        """The pictures of a job that are drawn, in order."""
+        rows = self._rows("SELECT data FROM pictures WHERE job = ? AND data IS NOT NULL ORDER BY place", job)
+        return [row["data"] for row in rows]
+
     def waiting(self) -> int:
         """Pictures that wait."""
         return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued'")[0][0]
@@ -202,13 +209,17 @@ class Store:
             connection.executemany("UPDATE pictures SET status = 'running', tries = tries + 1 WHERE id = ?", ids)
             jobs = [(number,) for number in {row["job"] for row in rows}]
             connection.executemany("UPDATE jobs SET status = 'running' WHERE number = ?", jobs)
-        tasks, known = [], {}
+        tasks: list[Task] = []
+        known: dict[str | None, bytes | None] = {None: None}
         for row in rows:
             request = json.loads(row["request"])
-            name = request.get("reference")
-            if name is not None and name not in known:
-                known[name] = self.reference(row["owner"], name)
-            tasks.append(Task(**{**dict(row), "request": request}, reference=known.get(name)))
+            names = request["reference"], request["mask"]
+            for name in names:
+                if name not in known:
+                    known[name] = self.reference(row["owner"], name)
+            text = request["texts"][row["place"]]
+            given = {**dict(row), "request": request}
+            tasks.append(Task(**given, text=text, reference=known[names[0]], mask=known[names[1]]))
         return tasks
 
     def finish(self, picture: str, kind: str, data: bytes, made_by: dict[str, Any]) -> bool:
@@ -288,9 +299,8 @@ class Store:
         with self._writing() as connection:
             connection.execute("DELETE FROM jobs WHERE finished < ?", (before,))
             connection.execute(
-                "DELETE FROM refs WHERE created < ? AND id NOT IN "
-                "(SELECT json_extract(request, '$.reference') FROM jobs WHERE finished IS NULL "
-                "AND json_extract(request, '$.reference') IS NOT NULL)",
+                "DELETE FROM refs WHERE created < ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE finished IS NULL AND "
+                "refs.id IN (json_extract(request, '$.reference'), json_extract(request, '$.mask')))",
                 (before,),
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from diptych.serve.asked import Asked
+from diptych.serve.asked import Common
 from diptych.serve.service import Busy, Service, as_json
 
 PULSE = 1.0  # seconds between looks when nothing happens
@@ -77,7 +77,7 @@ async def events(service: Service, owner: str, id: str, previews: bool) -> Async
         await service.board.changed(job["number"], PULSE)
 
 
-async def openai_events(service: Service, owner: str, id: str, asked: Asked, kind: str) -> AsyncIterator[str]:
+async def openai_events(service: Service, owner: str, id: str, asked: Common, kind: str) -> AsyncIterator[str]:
     """OpenAI's stream of a request: `image_generation.partial_image` and `image_generation.completed`, or
     `image_edit.…`; an `error` event if it fails."""
     shown: dict[int, bytes] = {}

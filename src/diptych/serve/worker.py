@@ -85,7 +85,9 @@ class Worker(threading.Thread):
             if self.batch > 1 and self.store.waiting() < self.batch:
                 time.sleep(LINGER)
             while not self._halt.is_set() and (tasks := self.store.take(self.batch)):
-                self._draw(tasks)
+                # What is relit is drawn one by one: each has a mask and a detail of its own.
+                for together in [tasks] if tasks[0].request["kind"] != "relight" else [[task] for task in tasks]:
+                    self._draw(together)
 
     def _draw(self, tasks: Sequence[Task]) -> None:
         started = time.monotonic()
@@ -120,10 +122,11 @@ class Worker(threading.Thread):
         self._use_speed(tasks[0].request.get("speed"))
         opened: dict[bytes, Any] = {}  # one object for each picture, so that the pipeline can tell a repeated one
         for task in tasks:
-            if task.reference is not None and task.reference not in opened:
-                opened[task.reference] = Image.open(io.BytesIO(task.reference)).convert("RGB")
-            elif task.reference is None and task.request.get("reference") is not None:
-                raise UserError("the reference is no longer there; send it again")
+            for name, png in (("reference", task.reference), ("mask", task.mask)):
+                if png is not None and png not in opened:
+                    opened[png] = Image.open(io.BytesIO(png)).convert("RGB")
+                elif png is None and task.request[name] is not None:
+                    raise UserError(f"the {name} is no longer there; send it again")
         pictures = [task.picture for task in tasks]
 
         def on_step(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
@@ -141,13 +144,19 @@ class Worker(threading.Thread):
         steps = options.get("steps") or int(self.student.sampling["steps"])
         if any(task.request.get("previews") for task in tasks):
             options |= {"on_preview": on_preview, "preview_every": max(1, steps // PREVIEWS)}
+        options["callback_on_step_end"] = on_step
+        if tasks[0].request["kind"] == "relight":
+            (task,) = tasks
+            assert task.reference is not None
+            mask = opened[task.mask] if task.mask is not None else None
+            options |= {"mask": mask, "scene": task.request["scene"], "detail": task.request["detail"]}
+            return [self.student.relight(opened[task.reference], task.text, seed=task.seed, **options)]
         return self.student.generate(
             [opened.get(task.reference) if task.reference is not None else None for task in tasks],
-            [task.request["prompt"] for task in tasks],
+            [task.text for task in tasks],
             seed=[task.seed for task in tasks],
             pairwise=True,
             batch_size=len(tasks),
-            callback_on_step_end=on_step,
             **options,
         )
 

@@ -20,9 +20,9 @@ Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 def tabs(service: Service) -> dict[str, Tab]:
     """The tabs by name, in order."""
-    from diptych.serve.app import create, data, runs
+    from diptych.serve.app import create, data, relight, runs, story
 
-    found: dict[str, Tab] = {"Create": create.add}
+    found: dict[str, Tab] = {"Create": create.add, "Relight": relight.add, "Story": story.add}
     if service.runs is not None:
         found |= {"Data": data.add, "Runs": runs.add}
     return found
@@ -33,7 +33,9 @@ def mount(app: Any, service: Service) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import gradio as gr
 
-    with gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False) as blocks:
+    # Tabs wrap, so that a phone shows all of them.
+    page: Any = gr.Blocks(title="diptych", analytics_enabled=False, fill_width=False)
+    with page as blocks, gr.Tabs(overflow_behavior="wrap"):
         for name, add in tabs(service).items():
             with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                 add(blocks, service)

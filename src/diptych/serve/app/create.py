@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import time
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import gradio as gr
 from PIL import Image
-from pydantic import ValidationError
 
 from diptych import enhance
 from diptych.errors import UserError
+from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of
 from diptych.serve.asked import Asked
-from diptych.serve.service import Busy, Service
-
-EVERY = 0.25  # seconds between looks at a job
-SMALL = 256  # pixels: what a model below it draws shows little
-DROP = """<label class="dq-drop"><input type="file" accept="image/*" aria-label="Reference: a picture of your subject">
-<img alt="the reference" hidden><br><span>Drop a picture of your subject here, paste it, or choose a file</span>
-<div role="alert"></div></label>"""
+from diptych.serve.service import Service
 
 
 def add(blocks: Any, service: Service) -> None:
@@ -32,7 +24,11 @@ def add(blocks: Any, service: Service) -> None:
     about = gr.HTML(elem_id="about")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            gr.HTML(DROP)
+            gr.HTML(
+                jobs.drop(
+                    "reference", "Reference: a picture of your subject", "Drop it here, paste it, or choose a file"
+                )
+            )
             reference = gr.Textbox(elem_id="reference", elem_classes="dq-wire", label="reference", container=False)
         with gr.Column(scale=3, min_width=280):
             prompt = gr.Textbox(
@@ -60,7 +56,7 @@ def add(blocks: Any, service: Service) -> None:
     def on_draw(request: gr.Request, *given: Any) -> Iterator[tuple[str, str]]:
         names = ("reference", "prompt", "seed", "n", "steps", "image_guidance", "text_guidance", "negative_prompt")
         asked: dict[str, Any] = dict(zip((*names, "size", "fit"), given, strict=True))
-        yield from drawn(service, owner_of(request), asked)
+        yield from jobs.drawn(service, owner_of(request), Asked, asked, asked.pop("reference"))
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)
@@ -85,13 +81,12 @@ def add(blocks: Any, service: Service) -> None:
 
 def described(service: Service) -> str:
     """What the model draws and what it cannot, in plain words."""
-    try:
-        student = service.student
-    except Busy:
+    student = jobs.student_of(service)
+    if student is None:
         return '<p role="status">The model is being loaded; open this page again in a moment.</p>'
     side = student.pipeline.default_panel_size
     told = f"<b>{escape(student.name)}</b> draws {side}×{side} pixels."
-    if side < SMALL:
+    if side < jobs.SMALL:
         told += " It is a small model: expect the idea of a scene, not a picture to hang up. "
         told += "Fine patterns, hands, writing and likeness are beyond it."
     if student.words is not None:
@@ -99,41 +94,6 @@ def described(service: Service) -> str:
         listed = escape(", ".join(sorted(student.words)))
         told += f"<details><summary>The words it knows</summary>{listed}</details>"
     return f'<div class="dq-small">{told}</div>'
-
-
-def drawn(service: Service, owner: str, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(job, HTML) as the pictures of a request come about."""
-    reference = given.pop("reference") or None
-    try:
-        asked = Asked(**{name: value for name, value in given.items() if value not in (None, "")}, partial_images=1)
-        if reference is not None and service.store.reference(owner, reference) is None:
-            raise UserError("The reference is no longer there; send it again.")
-        service.limit(owner)
-        job = service.submit(owner, asked, reference)
-    except ValidationError as error:
-        first = error.errors()[0]
-        said = "Say in the prompt what the new picture shows." if "prompt" in first["loc"] else first["msg"]
-        where = "" if "prompt" in first["loc"] else f"{'.'.join(map(str, first['loc']))}: "
-        yield "", _wrong(where + said)
-        return
-    except UserError as error:
-        yield "", _wrong(str(error))
-        return
-    unknown = service.student.unknown_words(asked.prompt)
-    note = f"The model does not know {', '.join(map(repr, unknown))}: the picture will not show it." if unknown else ""
-    last = ""
-    while (state := service.state(owner, job["id"])) is not None:
-        live = service.board.live(job["number"])
-        page = _page(state, live.previews, reference, note)
-        if page != last:
-            last = page
-            yield job["id"], page
-        if not service.is_open(state):
-            return
-        if service.draining:
-            yield job["id"], _wrong("The server is stopping; what was accepted goes on when it starts again.")
-            return
-        time.sleep(EVERY)
 
 
 def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
@@ -147,53 +107,3 @@ def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
             return enhance.enhance(prompt, image.convert("RGB"), enhance.endpoint_of(None, None))
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
-
-
-def _wrong(text: str) -> str:
-    return f'<div class="dq-wrong" role="alert">{escape(text)}</div>'
-
-
-def _page(state: dict[str, Any], previews: dict[int, bytes], reference: str | None, note: str) -> str:
-    progress, parts = state["progress"], []
-    if note:
-        parts.append(f'<p class="dq-small">{escape(note)}</p>')
-    if state["status"] == "queued":
-        parts.append(f'<p role="status">Waiting; {state["waiting_before"]} pictures come before.</p>')
-    elif state["status"] == "running":
-        share = progress["done"] * (progress["steps"] or 1) + progress["step"]
-        whole = progress["of"] * (progress["steps"] or 1)
-        parts.append(f'<p role="status">Drawing: step {progress["step"]} of {progress["steps"]}, '
-                     f'{progress["done"]} of {progress["of"]} done</p>'
-                     f'<progress max="{whole}" value="{min(share, whole)}"></progress>')  # fmt: skip
-    elif state["status"] == "failed":
-        parts.append(_wrong(state["error"]))
-    elif state["status"] == "cancelled":
-        parts.append('<p role="status">Stopped.</p>')
-    figures = [_figure(place, p, previews, reference) for place, p in enumerate(state["pictures"])]
-    return "".join(parts) + f'<div class="dq-gallery" data-status="{state["status"]}">{"".join(figures)}</div>'
-
-
-def _figure(place: int, picture: dict[str, Any], previews: dict[int, bytes], reference: str | None) -> str:
-    seed = picture["seed"]
-    if picture["status"] != "done":
-        if place not in previews:
-            return ""
-        data = base64.b64encode(previews[place]).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="preview">'
-        return f"<figure>{image}<figcaption>seed {seed}</figcaption></figure>"
-    address = f"/v1/pictures/{picture['id']}"
-    image = f'<img class="done" src="{address}" alt="picture with seed {seed}">'
-    if reference is not None:
-        # What was sent and what came of it, one over the other, and a slider between them.
-        image = (
-            f'<div class="dq-compare"><img class="before" src="/v1/references/{reference}" alt="the reference">'
-            f'<img class="after done" src="{address}" alt="picture with seed {seed}"></div>'
-            '<input class="dq-compare-range" type="range" min="0" max="100" value="100" '
-            'aria-label="from the reference (left) to the picture (right)">'
-        )
-    told = picture["settings"] or {}
-    return (
-        f"<figure>{image}<figcaption><span>seed {seed}, {told.get('steps')} steps</span>"
-        f'<button type="button" data-put="seed" data-value="{seed}">Use this seed</button>'
-        f'<a class="dq-button" href="{address}" download="diptych-{seed}.png">Save</a></figcaption></figure>'
-    )

@@ -13,6 +13,7 @@ from diptych.data import decisions
 from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.serve.app import owner_of
+from diptych.serve.app.runs import listing
 from diptych.serve.runs import NAME, Runs
 from diptych.serve.service import Service
 
@@ -104,7 +105,7 @@ def add(blocks: Any, service: Service) -> None:
     gr.on([run.change, shown.input, subject.submit], *first, **hidden)
     back.click(turn(-1), seen, [at, pairs, shown], **hidden)
     on.click(turn(1), seen, [at, pairs, shown], **hidden)
-    decided.input(decide, [decided, *seen], [told, pairs, shown], **hidden)
+    decided.change(decide, [decided, *seen], [told, pairs, shown], **hidden)
     apply.click(on_apply, run, told, api_visibility="private", concurrency_limit=1)
     gr.on(
         [slider.input for slider in sliders],
@@ -116,7 +117,7 @@ def add(blocks: Any, service: Service) -> None:
     )
     make.click(on_make, [run, other, *sliders], funnel, api_visibility="private", concurrency_limit=1)
     run.change(lambda name: _limits(runs, name), run, sliders, **hidden)
-    blocks.load(lambda: gr.Dropdown(choices=runs.names()), None, run, **hidden)
+    blocks.load(lambda name: listing(runs, name), run, run, **hidden)
     blocks.load(*first, **hidden)
     blocks.load(lambda name: _limits(runs, name), run, sliders, **hidden)
 

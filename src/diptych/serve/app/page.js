@@ -6,8 +6,7 @@
     to.value = value;
     to.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  async function send(file) {
-    const drop = document.querySelector(".dq-drop");
+  async function send(drop, file) {
     const alert = drop.querySelector("[role=alert]"), shown = drop.querySelector("img"), hint = drop.querySelector("span");
     alert.textContent = "";
     hint.textContent = "Sending …";
@@ -18,17 +17,17 @@
       shown.src = `/v1/references/${told.id}`;
       shown.hidden = false;
       hint.textContent = "Another one: drop, paste or choose it";
-      put("reference", told.id);
+      put(drop.dataset.to, told.id);
     } catch (error) {
-      hint.textContent = "Drop a picture of your subject here, paste it, or choose a file";
+      hint.textContent = drop.dataset.hint;
       alert.textContent = `This file cannot be used. ${error.message}`;
       shown.hidden = true;
-      put("reference", "");
+      put(drop.dataset.to, "");
     }
   }
   document.addEventListener("change", (event) => {
     if (event.target.matches(".dq-drop input") && event.target.files.length) {
-      send(event.target.files[0]);
+      send(event.target.closest(".dq-drop"), event.target.files[0]);
       event.target.value = "";
     }
   });
@@ -38,11 +37,12 @@
       if (!drop) return;
       event.preventDefault();
       drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop" && event.dataTransfer.files.length) send(event.dataTransfer.files[0]);
+      if (kind === "drop" && event.dataTransfer.files.length) send(drop, event.dataTransfer.files[0]);
     });
   document.addEventListener("paste", (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
-    if (file && document.querySelector(".dq-drop")?.offsetParent) { event.preventDefault(); send(file); }
+    const drop = [...document.querySelectorAll(".dq-drop")].find((found) => found.offsetParent); // of the open tab
+    if (file && drop) { event.preventDefault(); send(drop, file); }
   });
   let count = 0; // so that the same click twice is two changes
   document.addEventListener("click", (event) => {

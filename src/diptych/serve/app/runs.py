@@ -28,7 +28,13 @@ def add(blocks: Any, service: Service) -> None:
     timer = gr.Timer(EVERY)
     hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
     gr.on([run.change, timer.tick, blocks.load], lambda name: described(runs, name), run, shown, **hidden)
-    blocks.load(lambda: gr.Dropdown(choices=runs.names()), None, run, **hidden)
+    blocks.load(lambda name: listing(runs, name), run, run, **hidden)
+
+
+def listing(runs: Runs, name: str | None) -> Any:
+    """The runs that there are now; the first is chosen if what was chosen is not among them."""
+    names = runs.names()
+    return gr.Dropdown(choices=names, value=name if name in names else next(iter(names), None))
 
 
 def described(runs: Runs, name: str | None) -> str:
