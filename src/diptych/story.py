@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,7 +126,7 @@ def bind(
     drawn: list[Image],
     panels: list[Panel],
     seeds: list[int],
-    made_by: dict[str, Any],
+    made_by: Mapping[Any, Any],
     *,
     title: str = "",
     captions: str = "below",
@@ -134,7 +134,7 @@ def bind(
 ) -> Page:
     """The story of panels that are drawn already; `made_by` is the provenance of the first."""
     font = font_for((title, *(panel.caption for panel in panels)), font)
-    provenance = {**made_by, "prompt": title or panels[0].prompt, "title": title, "seeds": seeds}
+    provenance: dict[str, Any] = {**made_by, "prompt": title or panels[0].prompt, "title": title, "seeds": seeds}
     provenance |= {"panels": [{"prompt": p.prompt, "caption": p.caption} for p in panels], "captions": captions}
     provenance.pop("seed", None)
     page = lay_out(drawn, [panel.caption for panel in panels], title=title, captions=captions, font=font)
