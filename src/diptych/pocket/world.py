@@ -9,7 +9,7 @@ Both are plain frozen dataclasses, drawn from a `numpy` generator, so the render
 picture it makes.
 
     from diptych.pocket import world
-    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 32×32×3
+    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
 """
 
 import colorsys
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-PANEL = 32
+PANEL = 64
 """Side of a panel in pixels."""
 
 KINDS = ("blob", "cat", "robot", "bird", "fish", "mushroom", "teapot", "car", "house", "cactus", "snail", "rocket")
@@ -136,7 +136,7 @@ def _choice(rng: np.random.Generator, options, weights=None):
 def sample_identity(
     rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS
 ) -> Identity:
-    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a panel of 32 pixels can show."""
+    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a small panel can show."""
     hue = rng.random()
 
     def middling() -> float:
@@ -151,7 +151,7 @@ def sample_identity(
         height=middling(),
         roundness=middling(),
         limb=middling(),
-        pattern=_choice(rng, PATTERNS, (3, 1, 2, 3, 3, 0.5, 0.5)),
+        pattern=_choice(rng, PATTERNS, (2.5, 2, 3, 2, 3, 1, 1)),
         pattern_scale=rng.uniform(0.7, 1.0),
         pattern_angle=(90.0 * rng.integers(2) + rng.uniform(-12, 12)) % 180.0,
         eyes=_choice(rng, (1, 2, 3), (2, 8, 1)),

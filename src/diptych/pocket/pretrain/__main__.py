@@ -20,6 +20,7 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 Work = Annotated[Path, typer.Option(help="Work folder: renders, states, models.")]
 Device = Annotated[str, typer.Option(help="`auto` takes the GPU if there is one; cpu, cuda, cuda:1, …")]
+Processes = Annotated[int, typer.Option(help="Processes that render and tokenize; 0: as many as cores.")]
 WORK = Path("runs/pretrain")
 
 
@@ -28,11 +29,12 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def pairs(work: Work = WORK, count: int = 160000, processes: int = 2) -> None:
+def pairs(work: Work = WORK, count: int = 160000, processes: Processes = 0) -> None:
     """Render pairs of panels with their captions."""
     from . import renders
+    from .loop import cores
 
-    renders.make(work / "pairs", count, processes=processes, report=_say)
+    renders.make(work / "pairs", count, processes=processes or cores(), report=_say)
 
 
 @app.command()
@@ -42,20 +44,24 @@ def vae(
     batch: int = 32,
     rate: float = 2e-3,
     start: Path | None = None,
+    decoder_only: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Train the VAE. `--start` begins from a VAE's folder where the work folder holds no state."""
+    """Train the VAE. `--start` begins from a VAE's folder where the work folder holds no state; `--decoder-only` leaves
+    its encoder, and with it the teacher's latents, as they are."""
     from . import vae as step
 
-    step.train(work, minutes, batch, rate, start, device, report=_say)
+    step.train(work, minutes, batch, rate, start, decoder_only, device, report=_say)
 
 
 @app.command()
-def latents(work: Work = WORK, count: int = 160000, device: Device = "auto") -> None:
-    """Encode all renders once."""
+def latents(work: Work = WORK, count: int = 160000, device: Device = "auto", processes: Processes = 0) -> None:
+    """Encode all renders once, with their captions and what is known of their subjects."""
     from . import teacher as step
+    from .loop import cores
 
-    step.cache(work, count, device, report=_say)
+    step.tables(work, count, processes or cores())
+    step.encode(work, count, device, report=_say)
 
 
 @app.command()
@@ -78,7 +84,18 @@ def teacher(
     from . import teacher as step
 
     step.train(
-        work, minutes, batch, rate, singles_until, finish, compile, start, drifted, freeze_text, device, report=_say
+        work,
+        minutes,
+        batch,
+        rate,
+        singles_until,
+        finish,
+        compile,
+        start,
+        drifted,
+        freeze_text,
+        device,
+        report=_say,
     )
 
 
@@ -91,15 +108,19 @@ def judges(
     rate: float = 2e-3,
     start: Path | None = None,
     average: Path | None = None,
+    batch: int = 128,
     device: Device = "auto",
+    processes: Processes = 0,
 ) -> None:
     """Train the curator, the scorer and the attribute reader, each on its own third of the renders. `--start`
     begins from the judges of that folder (the package's, say) where the work folder holds no state, `--average` saves
     the mean with that folder's."""
     from . import judges as step
+    from .loop import cores
 
+    options: dict = {"batch": batch, "rate": rate, "start": start, "average": average, "device": device}
     for role in roles.split():
-        step.train(work, role, minutes, count, rate=rate, start=start, average=average, device=device, report=_say)
+        step.train(work, role, minutes, count, **options, processes=processes or cores(), report=_say)
 
 
 @app.command()

@@ -12,7 +12,6 @@ judge will be.
 """
 
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ import torch.nn.functional as F
 from .. import world
 from . import renders, traits
 from . import vae as vae_training
-from .loop import Trainer, mixed, pick_device
+from .loop import Trainer, mean, mixed, pick_device, resident
 
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
 HELD_OUT = 600
 """Triplets on which a judge's errors are measured."""
-INPUT = {"curator": 64, "scorer": 32, "reader": 64}
-"""Side in pixels at which panels enter: a ResNet's stem shrinks four times, which would lose the eyes of a 32 px
-panel."""
+INPUT = {"curator": 64, "scorer": 64, "reader": 64}
+"""Side in pixels at which panels enter."""
 IDENTITY = 32
 """Coordinates of the reader's identity embedding."""
 GROUPS = {
@@ -48,7 +46,7 @@ LABELS = [f"{group}:{value}" for group, values in GROUPS.items() for value in va
     f"identity:{n}" for n in range(IDENTITY)
 ]
 TEMPERATURE = 0.07
-CHUNK = 400
+CHUNK = 100
 
 
 def truth(identity: world.Identity, scene: world.Scene) -> list[int]:
@@ -69,7 +67,7 @@ def truth(identity: world.Identity, scene: world.Scene) -> list[int]:
 
 
 def triplet(index: int, seed: int):
-    """A subject, the same one in another scene, and one that drifted from it: uint8 `[3, 32, 32, 3]`, labels
+    """A subject, the same one in another scene, and one that drifted from it: uint8 `[3, H, W, 3]`, labels
     `[3, 9]`."""
     rng = np.random.default_rng([seed, index])
     identity = world.sample_identity(rng)
@@ -89,7 +87,7 @@ def _chunk(arguments):
 
 
 def held_out(
-    work: Path, role: str, count: int = HELD_OUT, processes: int = 2, report=print
+    work: Path, role: str, count: int = HELD_OUT, processes: int = 1, report=print
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` triplets of subjects that nothing was trained on, rendered once into `work/judges/`."""
     folder = work / "judges"
@@ -97,8 +95,7 @@ def held_out(
     path = folder / f"{role}-{count}.npz"
     if not path.exists():
         todo = [(s, min(s + CHUNK, count), SEEDS[role]) for s in range(0, count, CHUNK)]
-        with get_context("spawn").Pool(processes) as pool:
-            panels, labels = zip(*pool.imap(_chunk, todo), strict=True)
+        panels, labels = zip(*renders.spread(_chunk, todo, processes), strict=True)
         partial = folder / f"{role}.tmp.npz"
         np.savez(partial, panels=np.concatenate(panels), labels=np.concatenate(labels))
         partial.rename(path)
@@ -123,7 +120,7 @@ def make(role: str):
                 depths=[1, 1, 2, 1],
                 groups_width=16,
                 layer_type="y",
-                downsample_in_first_stage=False,
+                downsample_in_first_stage=True,
             )
         )
     labels = dict(enumerate(LABELS))
@@ -159,15 +156,15 @@ class Head(torch.nn.Module):
         return told + 0.25 * found
 
 
-def degrade(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Blur half of the panels a little or a lot, and add a little noise to them."""
+def degrade(x: torch.Tensor, shrink: float, rng: torch.Generator) -> torch.Tensor:
+    """Blur half of the panels, by making them `shrink` times as large and back, and add a little noise to them. `rng`
+    is on the panels' device."""
     n, _, h, w = x.shape
-    chosen = torch.rand(n, generator=rng) < 0.5
-    small = F.interpolate(
-        x, scale_factor=float(torch.empty(1).uniform_(0.4, 0.9, generator=rng)), mode="bilinear", antialias=True
-    )
+    chosen = torch.rand(n, generator=rng, device=x.device) < 0.5
+    small = F.interpolate(x, scale_factor=shrink, mode="bilinear", antialias=True)
     blurred = F.interpolate(small, size=(h, w), mode="bilinear")
-    noise = torch.randn(x.shape, generator=rng) * torch.rand(n, 1, 1, 1, generator=rng) * 0.08
+    strength = torch.rand(n, 1, 1, 1, generator=rng, device=x.device) * 0.08
+    noise = torch.randn(x.shape, generator=rng, device=x.device) * strength
     return torch.where(chosen[:, None, None, None], blurred + noise, x)
 
 
@@ -191,7 +188,7 @@ def attribute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def through_vae(
     work: Path, panels: np.ndarray, rng: torch.Generator, device: str = "auto", batch: int = 100
 ) -> np.ndarray:
-    """What the VAE makes of uint8 panels `[N, 32, 32, 3]`, with errors in their latents such as a teacher makes."""
+    """What the VAE makes of uint8 panels `[N, H, W, 3]`, with errors in their latents such as a teacher makes."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
@@ -207,12 +204,18 @@ def through_vae(
     return out
 
 
+def _truths(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    plans = [renders.plan(n)[:2] for n in rows]
+    labels = torch.tensor([[truth(*each) for each in zip(*plan, strict=True)] for plan in plans])
+    return labels, *traits.table(subjects for subjects, _ in plans)
+
+
 class Pairs:
-    """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, 32, 32, 3]`, most of them as the VAE shows
+    """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, H, W, 3]`, most of them as the VAE shows
     them, `same` bool `[N]`, and of each panel the scene's `labels` `[N, 2, 9]`, the subject's `numbers`
     `[N, 2, TRAITS]` and `choices` `[N, 2, 5]`."""
 
-    def __init__(self, work: Path, role: str, count: int, device: str = "auto", report=print):
+    def __init__(self, work: Path, role: str, count: int, device: str = "auto", processes: int = 1, report=print):
         panels, rows = renders.load(work / "pairs")
         own = range(list(SEEDS).index(role), len(rows), len(SEEDS))
         chosen = [n for n in own if rows[n]["task"] == "subject"][:count]
@@ -229,9 +232,9 @@ class Pairs:
             report(f"{len(chosen)} pairs for the {role}")
         self.panels = np.load(path, mmap_mode="r")
         self.same = torch.tensor([rows[n]["same"] for n in chosen])
-        plans = [renders.plan(n)[:2] for n in chosen]
-        self.labels = torch.tensor([[truth(*each) for each in zip(*plan, strict=True)] for plan in plans])
-        self.numbers, self.choices = traits.table([subjects for subjects, _ in plans])
+        parts = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
+        told = zip(*renders.spread(_truths, parts, processes), strict=True)
+        self.labels, self.numbers, self.choices = (torch.cat(parts) for parts in told)
 
     def draw(self, rng: np.random.Generator, batch: int) -> np.ndarray:
         """Row numbers `[batch]`, sorted: half of them of one subject, half drifted."""
@@ -293,6 +296,7 @@ def train(
     start: Path | None = None,
     average: Path | None = None,
     device: str = "auto",
+    processes: int = 1,
     report=print,
 ) -> None:
     """Train `role`'s model for `minutes` and save its folder in `work/<role>`, with its held-out errors in the log.
@@ -306,7 +310,7 @@ def train(
 
     torch.manual_seed(SEEDS[role])
     place = pick_device(device)
-    pairs, side = Pairs(work, role, count, device, report), INPUT[role]
+    pairs, side = Pairs(work, role, count, device, processes, report), INPUT[role]
     model: Any = make(role)
     if start is not None:
         model.load_state_dict(type(model).from_pretrained(start / role).state_dict())
@@ -316,30 +320,32 @@ def train(
     trainer = Trainer(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
     if start is not None and trainer.step == 0:
         trainer.log(start=start.name)
-    rng, generator = np.random.default_rng(trainer.step), torch.Generator().manual_seed(trainer.step)
-    started, losses = time.monotonic(), []
+    rng, generator = np.random.default_rng(trainer.step), torch.Generator(place).manual_seed(trainer.step)
+    picked, labels, numbers, choices = (
+        resident(of, place) for of in (pairs.panels, *(t.numpy() for t in (pairs.labels, pairs.numbers, pairs.choices)))
+    )
+    same, started, losses = pairs.same.to(place), time.monotonic(), []
     while (passed := (time.monotonic() - started) / 60) < minutes:
-        pick = pairs.draw(rng, batch)
-        x = vae_training.to_tensor(pairs.panels[pick].reshape(-1, *pairs.panels.shape[2:]))
-        x = enlarge(degrade(x, generator).to(place), side).contiguous(memory_format=torch.channels_last)
+        pick = torch.from_numpy(pairs.draw(rng, batch)).to(place)
+        x = degrade(vae_training.to_tensor(picked[pick].flatten(0, 1)), rng.uniform(0.4, 0.9), generator)
+        x = enlarge(x, side).contiguous(memory_format=torch.channels_last)
         with mixed(place):
             vectors, logits = outputs(model, x)
-        numbers, choices = (of[pick].flatten(0, 1).to(place) for of in (pairs.numbers, pairs.choices))
-        value = head.pair_loss(vectors[::2], vectors[1::2], pairs.same[pick].to(place))
-        value = value + head.traits.loss(vectors, numbers, choices)
+        value = head.pair_loss(vectors[::2], vectors[1::2], same[pick])
+        value = value + head.traits.loss(vectors, numbers[pick].flatten(0, 1), choices[pick].flatten(0, 1))
         if logits is not None:
-            value = value + 2 * attribute_loss(logits, pairs.labels[pick].flatten(0, 1).to(place))
+            value = value + 2 * attribute_loss(logits, labels[pick].flatten(0, 1))
         trainer.update(value, scale=max(0.01, min(1.0, 1.6 * (1 - passed / minutes))))
-        losses.append(float(value))
+        losses.append(value.detach())
         if trainer.step % 100 == 0:
-            report(trainer.log(loss=round(float(np.mean(losses)), 4), minutes=round(passed, 2)))
+            report(trainer.log(loss=round(mean(losses), 4), minutes=round(passed, 2)))
             trainer.save()
             losses.clear()
     trainer.save()
     model.eval()
     if average is not None:
         mix(model, type(model).from_pretrained(average / role))
-    found = measure(model, side, *held_out(work, role, report=report))
+    found = measure(model, side, *held_out(work, role, processes=processes, report=report))
     report(trainer.log(role=role, samples=trainer.step * batch * 2, averaged=average is not None, **found))
     model.to(memory_format=torch.contiguous_format).save_pretrained(work / role)
     size = {"height": side, "width": side}

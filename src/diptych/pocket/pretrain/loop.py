@@ -5,9 +5,11 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -15,7 +17,27 @@ def pick_device(name: str) -> torch.device:
     """What `--device` names; `auto` takes the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
     return torch.device(name)
+
+
+def resident(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` as a tensor that batches are picked from: on a GPU all of it lies in the GPU's memory, on a CPU it stays
+    where it is (mapped from disk, say)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a read-only map: nothing is written to it
+        return torch.from_numpy(array).to(device)
+
+
+def cores() -> int:
+    """Processes to render and tokenize with: one for every core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def mean(values: Sequence[torch.Tensor]) -> float:
+    """Of losses that were left where they were computed."""
+    return float(torch.stack(list(values)).mean())
 
 
 def mixed(device: torch.device) -> torch.autocast:
@@ -62,6 +84,7 @@ class Trainer:
             )
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.seconds = 0, 0.0
+        self._finite: torch.Tensor | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
             self._load()
@@ -78,7 +101,15 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
 
+    def check(self) -> None:
+        """Refuse to go on if any loss since the last check was not a number. Not looked at in every step, because a
+        GPU would wait for it."""
+        if self._finite is not None and not self._finite:
+            raise RuntimeError(f"no finite loss by step {self.step}; the last good state is in {self.folder}")
+        self._finite = None
+
     def save(self) -> None:
+        self.check()
         state = {
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "average": self.average,
@@ -96,8 +127,8 @@ class Trainer:
 
     def update(self, loss: torch.Tensor, scale: float = 1.0) -> None:
         """One step down `loss`; `scale` multiplies the learning rate (a schedule)."""
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"loss is {loss.item()} at step {self.step}; the last good state is in {self.folder}")
+        finite = torch.isfinite(loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -111,6 +142,7 @@ class Trainer:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     def log(self, **values) -> str:
+        self.check()
         line = json.dumps({"step": self.step, "seconds": round(self.elapsed, 1), **values})
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")

@@ -7,8 +7,10 @@ Row `n` depends on `n` alone, so a rendering that was interrupted continues wher
 """
 
 import json
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,9 +54,22 @@ def plan(index: int, seed: int = 0):
 
 
 def pair(index: int, seed: int = 0):
-    """Row `index`: two panels uint8 `[2, 32, 32, 3]` and what is said of them."""
+    """Row `index`: two panels uint8 `[2, H, W, 3]` and what is said of them."""
     subjects, scenes, row = plan(index, seed)
     return np.stack([world.render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]), row
+
+
+def spread(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> list[Any]:
+    """`work` of every item, in order, on `processes` cores."""
+    if processes == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with get_context("spawn").Pool(processes) as pool:
+        return pool.map(work, items, chunksize=1)
+
+
+def chunks(count: int) -> list[range]:
+    """The rows 0 to `count` in parts that a process takes at once."""
+    return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
 
 def _chunk(arguments):

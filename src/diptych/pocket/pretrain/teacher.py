@@ -9,6 +9,7 @@ false): it is drawn with true guidance.
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diptych.train.hardware import computing
 
 from . import renders, tokenizers, traits
 from . import vae as vae_training
-from .loop import Trainer, pick_device
+from .loop import Trainer, mean, pick_device, resident
 
 HEADS = 3
 HEAD = 64
@@ -40,7 +41,7 @@ def make_transformer():
 
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=32,
+        in_channels=64,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=HEAD,
@@ -66,53 +67,59 @@ def position_ids(height: int, width: int) -> torch.Tensor:
     return FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, torch.device("cpu"), torch.float32)
 
 
-def cache(work: Path, count: int, device: str = "auto", report=print) -> None:
-    """Encode the first `count` rendered pairs once, each as one canvas: `work/latents.npy`, float16 `[N, 8, H, 2H]`;
-    beside it what the subjects' traits are (`numbers.npy`, `choices.npy`; see `traits.table`)."""
+def encode(work: Path, count: int, device: str = "auto", report=print) -> None:
+    """Encode the first `count` rendered pairs once, each as a canvas: `work/latents.npy`, float16 `[N, 16, H, 2H]`."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
     vae.eval().to(pick_device(device))
     panels, rows = renders.load(work / "pairs")
-    count, side = min(count, len(rows)), panels.shape[2] // 4
+    count, side = min(count, len(rows)), panels.shape[2] // 8
     array = np.lib.format.open_memmap(
-        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, 8, side, 2 * side)
+        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, 16, side, 2 * side)
     )
     for start in range(0, count, 250):
         block = np.asarray(panels[start : min(start + 250, count)])
         canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
         array[start : start + len(block)] = vae_training.encode(vae, canvas).numpy()
-        if start % 5000 == 0:
+        if start % 10000 == 0:
             report(f"encoded {start} of {count} pairs")
     array.flush()
-    numbers, choices = traits.table(renders.plan(n)[0] for n in range(count))
-    np.save(work / "numbers.npy", numbers.numpy())
-    np.save(work / "choices.npy", choices.numpy())
     (work / "latents.tmp.npy").rename(work / "latents.npy")
 
 
-class Prompts:
-    """Token ids of every caption, made once: `[rows, variants, MAX_LENGTH]` for both encoders. Variant lists are
-    repeated to two."""
+TEXTS = ("grid", "left", "right")
+"""What is said of a rendered pair: of both panels, and of each."""
 
-    def __init__(self, clip_tokenizer, t5_tokenizer, rows: list[dict]):
-        self.tokenizers = (clip_tokenizer, t5_tokenizer)
-        self.grids = self._ids([row["grid"] for row in rows])
-        self.left = self._ids([row["left"] for row in rows])
-        self.right = self._ids([row["right"] for row in rows])
-        self.empty = self._ids([["", ""]])
 
-    def _ids(self, variants: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        texts = [text for pair in variants for text in (pair[0], pair[-1])]
-        clip, t5 = (self.tokenize(tokenizer, texts).view(len(variants), 2, -1) for tokenizer in self.tokenizers)
-        return clip, t5
+def tokenize(both: Sequence[Any], rows: list[dict]) -> np.ndarray:
+    """Token ids of all captions of some rows by the CLIP and the T5 tokenizer: int16 `[rows, TEXTS, 2 variants,
+    2 encoders, MAX_LENGTH]`. A lone variant is repeated."""
+    texts = [text for row in rows for name in TEXTS for text in (row[name][0], row[name][-1])]
+    ids = [
+        tokenizer(
+            texts, padding="max_length", truncation=True, max_length=tokenizers.MAX_LENGTH, return_tensors="np"
+        ).input_ids.astype(np.int16)
+        for tokenizer in both
+    ]
+    return np.stack(ids, 1).reshape(len(rows), len(TEXTS), 2, 2, -1)
 
-    @staticmethod
-    def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
-        ids = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=tokenizers.MAX_LENGTH, return_tensors="pt"
-        ).input_ids
-        return ids.to(torch.int32)
+
+def _told(given: tuple[Any, Any, range, list[dict]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    *both, numbers, rows = given
+    values, choices = traits.table(renders.plan(n)[0] for n in numbers)
+    return values.numpy(), choices.numpy(), tokenize(both, rows)
+
+
+def tables(work: Path, count: int, processes: int = 1) -> None:
+    """What is known and said of the first `count` rendered pairs: the subjects' traits (`numbers.npy`, `choices.npy`;
+    see `traits.table`) and all captions as token ids (`prompts.npy`; see `tokenize`)."""
+    both = tokenizers.load_or_make(work / "teacher_training")
+    _, rows = renders.load(work / "pairs")
+    parts = [(*both, part, rows[part.start : part.stop]) for part in renders.chunks(min(count, len(rows)))]
+    told = zip(*renders.spread(_told, parts, processes), strict=True)
+    for name, arrays in zip(("numbers", "choices", "prompts"), told, strict=True):
+        np.save(work / f"{name}.npy", np.concatenate(arrays))
 
 
 class Teacher(torch.nn.Module):
@@ -191,10 +198,12 @@ def train(
     are, for a teacher whose words are right already: a sixth of the work.
     """
     torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers.load_or_make(start or work / "teacher_training")
-    teacher = Teacher(make_transformer(), *tokenizers.make_encoders(clip_tokenizer, t5_tokenizer))
-    if start is not None:
-        load_weights(teacher, start)
+    both = tokenizers.load_or_make(work / "teacher_training")
+    if start is not None and [t.get_vocab() for t in tokenizers.load_or_make(start)] != [t.get_vocab() for t in both]:
+        raise ValueError(f"{start} knows other words: its text encoders would not understand these prompts")
+    teacher = Teacher(make_transformer(), *tokenizers.make_encoders(*both))
+    if start is not None and (anew := load_weights(teacher, start)):
+        report(f"begin anew: {', '.join(anew)}")
     if freeze_text:
         for encoder in (teacher.clip, teacher.t5):
             encoder.requires_grad_(False)
@@ -209,10 +218,11 @@ def train(
 
     vae = AutoencoderKL.from_pretrained(work / "vae")
     _, rows = renders.load(work / "pairs")
-    grids = np.load(work / "latents.npy")
+    grids = resident(np.load(work / "latents.npy", mmap_mode="c"), place)
     rows = rows[: len(grids)]
-    known = [torch.from_numpy(np.load(work / f"{name}.npy")) for name in ("numbers", "choices")]
-    prompts = Prompts(clip_tokenizer, t5_tokenizer, rows)
+    known = [resident(np.load(work / f"{name}.npy"), place) for name in ("numbers", "choices")]
+    prompts = resident(np.load(work / "prompts.npy"), place)
+    empty = resident(tokenize(both, [{name: [""] for name in TEXTS}])[0, 0, 0], place)
     taken = np.random.default_rng(0).random(len(rows)) < drifted
     legible = np.flatnonzero([bool(row["grid"][0]) and (row["same"] or taken[n]) for n, row in enumerate(rows)])
     side = grids.shape[2]
@@ -231,61 +241,63 @@ def train(
         length = tokenizers.MAX_LENGTH if passed > minutes * singles_until else SINGLE_LENGTH
         size = batch // 2 if grid else batch
         pick = rng.choice(legible, size) if grid else rng.integers(0, len(rows), size)
-        variant, drop = rng.integers(0, 2, size), rng.random(size) < TEXT_DROPOUT
+        pick, variant = (torch.from_numpy(of).to(place) for of in (pick, rng.integers(0, 2, size)))
+        silent = torch.from_numpy(rng.random(size) < TEXT_DROPOUT).to(place)
+        latents, told = grids[pick], [values[pick] for values in known]
         if grid:
-            latents, text = grids[pick], prompts.grids
-            told = [values[pick].flatten(0, 1) for values in known]
+            text, told = prompts[pick, 0, variant], [values.flatten(0, 1) for values in told]
         else:
-            right = bool(rng.integers(2))
-            latents = grids[pick][..., side:] if right else grids[pick][..., :side]
-            text = prompts.right if right else prompts.left
-            told = [values[pick, int(right)] for values in known]
-        tokens = pack((torch.from_numpy(latents).float() - vae.config.shift_factor) * vae.config.scaling_factor)
-        clip_ids, t5_ids = (t[pick, variant].clone() for t in text)
-        for t, empty in zip((clip_ids, t5_ids), prompts.empty, strict=True):
-            t[torch.from_numpy(drop)] = empty[0, 0]
-        tokens, clip_ids, t5_ids = (tensor.to(place) for tensor in (tokens, clip_ids, t5_ids[:, :length]))
+            right = int(rng.integers(2))
+            latents, text = latents[..., right * side : (right + 1) * side], prompts[pick, 1 + right, variant]
+            told = [values[:, right] for values in told]
+        tokens = pack((latents.float() - vae.config.shift_factor) * vae.config.scaling_factor)
+        clip_ids, t5_ids = torch.where(silent[:, None, None], empty, text).long().unbind(1)
+        t5_ids = t5_ids[:, :length]
         with computing("bfloat16", place):
             value = loss(teacher, tokens, clip_ids, t5_ids, ids[grid], generator)
-        read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *(v.to(place) for v in told))
+        read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *told)
         scale = min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0
         trainer.update(value + TRAIT_WEIGHT * read, scale)
-        losses[grid].append(float(value))
-        readings.append(float(read))
+        losses[grid].append(value.detach())
+        readings.append(read.detach())
         if trainer.step % 100 == 0:
-            mean = {
-                name: round(float(np.mean(losses[key])), 4)
-                for key, name in ((False, "singles"), (True, "grids"))
-                if losses[key]
+            means = {
+                name: round(mean(losses[key]), 4) for key, name in ((False, "singles"), (True, "grids")) if losses[key]
             }
             report(
                 trainer.log(
-                    loss=mean,
+                    loss=means,
                     panels=trainer.step * batch,
-                    traits=round(float(np.mean(readings)), 3),
+                    traits=round(mean(readings), 3),
                     minutes=round(passed, 1),
                     seconds_per_step=round((time.monotonic() - seen) / 100, 3),
                 )
             )
             losses, readings, seen = {False: [], True: []}, [], time.monotonic()
-        if trainer.step % 100 == 0:
+        if trainer.step % 500 == 0:
             trainer.save()
     trainer.save()
     with trainer.averaged():
-        save(work / "teacher", teacher, vae, clip_tokenizer, t5_tokenizer)
+        save(work / "teacher", teacher, vae, *both)
 
 
-def load_weights(teacher: Teacher, folder: Path) -> None:
-    """Put the weights of a `FluxPipeline` folder, such as the package's, into `teacher`."""
+def load_weights(teacher: Teacher, folder: Path) -> list[str]:
+    """Put the weights of a `FluxPipeline` folder, such as the package's, into `teacher`. Returns the names of the
+    tensors that have another shape there (another VAE's input and output layer, say): they begin anew."""
+    anew = []
     from safetensors.torch import load_file
 
     parts = {"transformer": teacher.transformer, "text_encoder": teacher.clip, "text_encoder_2": teacher.t5}
     for name, module in parts.items():
         (path,) = (folder / name).glob("*.safetensors")
         # Tied weights (T5 writes its embedding once) are missing under their second name.
-        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
-        if unexpected or set(missing) - {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}:
+        weights, own = load_file(path), module.state_dict()
+        other = [key for key, tensor in weights.items() if key in own and own[key].shape != tensor.shape]
+        missing, unexpected = module.load_state_dict({k: weights[k] for k in weights if k not in other}, strict=False)
+        if unexpected or set(missing) - {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids", *other}:
             raise ValueError(f"{path} is another model: unexpected {unexpected[:3]}, missing {missing[:3]}")
+        anew += other
+    return anew
 
 
 def save(folder: Path, teacher: Teacher, vae, clip_tokenizer, t5_tokenizer) -> None:

@@ -1,4 +1,5 @@
-"""The pocket VAE: a stock `AutoencoderKL`, 4× downsampling, 8 latent channels, trained on single panels."""
+"""The pocket VAE: a stock `AutoencoderKL`, 8× downsampling and 16 latent channels as FLUX has them, trained on single
+panels."""
 
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import world
 from . import renders
-from .loop import Trainer, mixed, pick_device
+from .loop import Trainer, mean, mixed, pick_device, resident
 
 KL_WEIGHT = 2e-4
 
@@ -20,14 +21,14 @@ def make():
     from diffusers import AutoencoderKL
 
     blocks: dict[str, Any] = {  # diffusers annotates these as tuples of one
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (16, 48, 96),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (24, 48, 64, 96),
     }
     return AutoencoderKL(
         **blocks,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=16,
         norm_num_groups=8,
         sample_size=world.PANEL,
         mid_block_add_attention=False,
@@ -39,9 +40,11 @@ def make():
     )
 
 
-def to_tensor(panels: np.ndarray) -> torch.Tensor:
-    """uint8 `[N, H, W, 3]` to float `[N, 3, H, W]` in −1..1."""
-    return torch.from_numpy(np.ascontiguousarray(panels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def to_tensor(panels: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 `[N, H, W, 3]` to float `[N, 3, H, W]` in −1..1, where the panels are."""
+    if isinstance(panels, np.ndarray):
+        panels = torch.from_numpy(np.ascontiguousarray(panels))
+    return panels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +73,7 @@ def measure(vae, panels: np.ndarray) -> float:
 
 @torch.no_grad()
 def encode(vae, panels: np.ndarray, batch: int = 100) -> torch.Tensor:
-    """Posterior modes of uint8 panels, float16 `[N, 8, H/4, W/4]`, before scaling."""
+    """Posterior modes of uint8 panels, float16 `[N, 16, H/8, W/8]`, before scaling."""
     parts = []
     for start in range(0, len(panels), batch):
         x = to_tensor(panels[start : start + batch]).to(vae.device)
@@ -85,41 +88,45 @@ def train(
     batch: int = 32,
     rate: float = 2e-3,
     start: Path | None = None,
+    decoder_only: bool = False,
     device: str = "auto",
     report=print,
 ) -> None:
     """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`.
-    `start` is a VAE folder to begin from where no state is."""
+    `start` is a VAE folder to begin from where no state is; `decoder_only` changes nothing that a latent depends on."""
     torch.manual_seed(0)
     place = pick_device(device)
     vae: Any = make()
     if start is not None:
-        vae.load_state_dict(type(vae).from_pretrained(start).state_dict())
-    vae.to(place)
+        begun: Any = type(vae).from_pretrained(start)
+        vae.load_state_dict(begun.state_dict())
+        vae.register_to_config(shift_factor=begun.config.shift_factor, scaling_factor=begun.config.scaling_factor)
+    vae.encoder.requires_grad_(not decoder_only)
+    vae.to(place, memory_format=torch.channels_last if place.type == "cuda" else torch.contiguous_format)
     trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
     if start is not None and trainer.step == 0:
         trainer.log(start=start.name)
     held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])
+    panels, _ = renders.load(work / "pairs")
+    panels = panels.reshape(-1, *panels.shape[2:])
+    picked = resident(panels, place)
     rng = np.random.default_rng(trainer.step)
-    started = time.monotonic()
+    started, squares = time.monotonic(), []
     while (passed := (time.monotonic() - started) / 60) < minutes:
-        panels, rows = renders.load(work / "pairs")
-        order = rng.permutation(len(rows) * 2)[:20000]
-        for first in range(0, len(order) - batch, batch):
-            index = np.sort(order[first : first + batch])
-            x = to_tensor(panels.reshape(-1, *panels.shape[2:])[index]).to(place)
-            with mixed(place):
-                value, square = loss(vae, x)
-            passed = (time.monotonic() - started) / 60
-            trainer.update(value, scale=min(1.0, max(0.02, 2.0 * (1 - passed / minutes))))
-            if trainer.step % 200 == 0:
-                report(trainer.log(square=float(square), samples=trainer.step * batch, minutes=round(passed, 2)))
-            if passed >= minutes:
-                break
-        trainer.save()
+        index = torch.from_numpy(np.sort(rng.choice(len(panels), batch))).to(place)
+        with mixed(place):
+            value, square = loss(vae, to_tensor(picked[index]))
+        trainer.update(value, scale=min(1.0, max(0.02, 2.0 * (1 - passed / minutes))))
+        squares.append(square)
+        if trainer.step % 200 == 0:
+            report(trainer.log(square=mean(squares), samples=trainer.step * batch, minutes=round(passed, 2)))
+            squares.clear()
+        if trainer.step % 600 == 0:
+            trainer.save()
     with trainer.averaged():
-        latents = encode(vae, panels[:2000].reshape(-1, *panels.shape[2:])).float()
-        vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+        latents = encode(vae, panels[:4000]).float()
+        if not decoder_only:
+            vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
         report(
             trainer.log(
                 psnr=measure(vae, held_out),
@@ -127,5 +134,5 @@ def train(
                 per_channel_std=[round(float(s), 3) for s in latents.std((0, 2, 3))],
             )
         )
-        vae.save_pretrained(work / "vae")
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
     trainer.save()
