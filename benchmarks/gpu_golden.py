@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import inference
@@ -10,7 +11,7 @@ import torch
 
 
 def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
-    sheet.line("float32", lambda: far(device, torch.float32))
+    sheet.line("float32", lambda: far(device, torch.float32, ("plain",) if small else ("plain", "guided")))
     if device.type == "cuda":
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
@@ -21,6 +22,6 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
         sheet.line("bfloat16", lambda: far(device, torch.bfloat16))
 
 
-def far(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    found = inference.golden_on(device, dtype)
+def far(device: torch.device, dtype: torch.dtype, cases: Sequence[str] = ("plain", "guided")) -> dict[str, Any]:
+    found = inference.golden_on(device, dtype, cases)
     return {f"{way} {case}": numbers for way, cases in found.items() for case, numbers in cases.items()}

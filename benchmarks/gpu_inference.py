@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
 
 def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    config, side, text = (TINY, 32, 8) if small else ({"guidance_embeds": True}, 512, 512)
+    config, side, text = (TINY, 32, 8) if small else (inference.FLUX, 512, 512)
     rate = measuring.matrix_rate(device, dtype, 256 if small else 8192)
     sheet.note(matrix_tflops=round(rate / 1e12, 2), dtype=str(dtype).removeprefix("torch."))
     can_compile = sheet.line("torch.compile", lambda: compiles(device))

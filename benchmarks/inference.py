@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from PIL import Image
 from released_way import ReleasedWay, from_folder, split_input
 
 from diptych import student
+from diptych.plan.teacher import KNOWN
 from diptych.student import speed
 from diptych.student.geometry import Canvas
 from diptych.student.speed import PLAIN, PRESETS, Speed
@@ -44,6 +45,9 @@ UNGUIDED = {"image_guidance": 1.0, "text_guidance": 1.0}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 RANK = 128
 H200_RATE = 790e12  # measured bf16 product rate; the floor of 1.33 s for 28 forwards rests on it
+FLUX: dict[str, Any] = {
+    key: value for key, value in KNOWN["black-forest-labs/FLUX.1-dev"]["transformer"].items() if not key.startswith("_")
+}
 MIDSIZE: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 4,
@@ -68,7 +72,9 @@ def golden(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"benchmark": "golden", "largest_difference": largest, "tolerance": TOLERANCE, "passed": passed}
 
 
-def golden_on(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def golden_on(
+    device: torch.device, dtype: torch.dtype, cases: Sequence[str] = ("plain", "guided")
+) -> dict[str, dict[str, Any]]:
     """By way and case: how far the final latents are from the release's own (float32, CPU), largest and on average,
     and whether that is within `TOLERANCE`."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -86,7 +92,8 @@ def golden_on(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, A
     given = {name: tensors[name].to(device, dtype) for name in names}
     texts, empty = (given[names[0]], given[names[1]]), (given[names[2]], given[names[3]])
     found: dict[str, dict[str, Any]] = {"released": {}, "exact": {}}
-    for name, scales in (("plain", UNGUIDED), ("guided", GUIDED)):
+    for name in cases:
+        scales = UNGUIDED if name == "plain" else GUIDED
         theirs = released(
             image, None, tensors["noise"], canvas, steps=4, texts=texts, empty=empty, latents_only=True, **scales
         )
@@ -363,7 +370,7 @@ def full(arguments: argparse.Namespace) -> dict[str, Any]:
     """FLUX.1-dev's sizes, random weights in bfloat16: two panels of 512 pixels, 512 tokens of text."""
     if not torch.cuda.is_available():
         sys.exit("full needs a CUDA GPU with about 80 GB; here: midsize, pocket")
-    return random_flux("full", {"guidance_embeds": True}, 512, 512, torch.device("cuda"), arguments)
+    return random_flux("full", FLUX, 512, 512, torch.device("cuda"), arguments)
 
 
 # quality -----------------------------------------------------------------------------------------------------------

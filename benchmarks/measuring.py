@@ -186,9 +186,14 @@ def clocked(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, 
 
 def random_weights(model: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
     """A module without buffers, made without weights and filled on `device`: norms 1, all else small and normal."""
-    with torch.device("meta"):
-        made = model()
-    made = made.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            made = model()
+    finally:
+        torch.set_default_dtype(before)
+    made = made.to_empty(device=device).eval().requires_grad_(False)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             parameter.fill_(1.0) if "norm" in name and parameter.ndim == 1 else parameter.normal_(std=0.02)
