@@ -11,6 +11,7 @@ their libraries at once and then wait for their turn: the device is one part's a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import signal
@@ -89,10 +90,8 @@ def run(parts: list[str], limits: dict[str, float], asked: argparse.Namespace) -
 
 def kill(process: subprocess.Popen[str]) -> None:
     """Ends a part and what it started, and waits until the device is free of it."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,4 +1,4 @@
-"""The release's fixture on a GPU in float32 and bfloat16, and how far it is from what the release computed (`gpu.py`)."""
+"""The release's fixture on a GPU in float32 and bfloat16: how far it is from what the release computed (`gpu.py`)."""
 
 from __future__ import annotations
 

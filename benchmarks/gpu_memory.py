@@ -1,4 +1,4 @@
-"""Memory presets put on a full-size model made on the GPU, and what they hold there against the plan (`gpu.py` runs it).
+"""Memory presets put on a full-size model made on the GPU, and what they hold against the plan (`gpu.py` runs it).
 
 No file: the parts get random weights on the device, the preset is applied to them there, and a picture is drawn from
 random embeddings with sequential true guidance. So staged text encoders, which are opened from files, are not measured;
