@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-LIMITS = {"golden": 20.0, "inference": 110.0, "training": 60.0, "memory": 50.0}  # seconds, in this order
+LIMITS = {"golden": 20.0, "inference": 105.0, "training": 75.0, "memory": 60.0}  # seconds, in this order
 GRACE = 4.0  # a part stops taking up lines this long before it is killed
 
 

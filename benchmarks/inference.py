@@ -67,6 +67,7 @@ MIDSIZE: dict[str, Any] = {
 def golden(arguments: argparse.Namespace) -> dict[str, Any]:
     """Largest difference of final latents from the release's own, for the way rewritten here and for `exact`."""
     found = golden_on(torch.device("cpu"), torch.float32)
+    del found["apart"]
     passed = all(case["within"] for way in found.values() for case in way.values())
     largest = {way: {name: case["max"] for name, case in cases.items()} for way, cases in found.items()}
     return {"benchmark": "golden", "largest_difference": largest, "tolerance": TOLERANCE, "passed": passed}
@@ -76,7 +77,9 @@ def golden_on(
     device: torch.device, dtype: torch.dtype, cases: Sequence[str] = ("plain", "guided")
 ) -> dict[str, dict[str, Any]]:
     """By way and case: how far the final latents are from the release's own (float32, CPU), largest and on average,
-    and whether that is within `TOLERANCE`."""
+    and whether that is within `TOLERANCE`. `apart`: the two ways from one another.
+
+    The fixture's small random model answers to bfloat16's coarse timesteps with other pictures, in both ways alike."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from safetensors.torch import load_file
 
@@ -91,7 +94,7 @@ def golden_on(
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     given = {name: tensors[name].to(device, dtype) for name in names}
     texts, empty = (given[names[0]], given[names[1]]), (given[names[2]], given[names[3]])
-    found: dict[str, dict[str, Any]] = {"released": {}, "exact": {}}
+    found: dict[str, dict[str, Any]] = {"released": {}, "exact": {}, "apart": {}}
     for name in cases:
         scales = UNGUIDED if name == "plain" else GUIDED
         theirs = released(
@@ -107,13 +110,14 @@ def golden_on(
             **given,
         ).images
         expected = tensors[f"latents_{name}"]
-        for way, got in (("released", theirs), ("exact", mine)):
-            got = got.float().cpu()
-            difference = (got - expected).abs()
+        theirs, mine = theirs.float().cpu(), mine.float().cpu()
+        ways = {"released": (theirs, expected), "exact": (mine, expected), "apart": (mine, theirs)}
+        for way, (got, wanted) in ways.items():
+            difference = (got - wanted).abs()
             found[way][name] = {
                 "max": float(difference.max()),
                 "mean": float(difference.mean()),
-                "within": torch.allclose(got, expected, **TOLERANCE),
+                "within": torch.allclose(got, wanted, **TOLERANCE),
             }
     return found
 
