@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its small run goes through every part, and what fails or runs out of time costs no more than that."""
+"""benchmarks/gpu.py: its small run goes through every part; what fails or runs out of time costs no more than that."""
 
 from __future__ import annotations
 
