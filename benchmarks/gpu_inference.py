@@ -57,6 +57,8 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
     )
     generator = torch.Generator().manual_seed(1)
     shapes = (1, text, ours.transformer.config.joint_attention_dim), (1, ours.transformer.config.pooled_projection_dim)
+    texts: Any
+    empty: Any
     texts, empty = (
         tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes) for _ in range(2)
     )
@@ -67,10 +69,10 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
     first: dict[str, torch.Tensor] = {}  # the released way's picture of each case
     base: dict[str, float] = {}  # and its seconds
 
-    def theirs(steps: int, scales: dict[str, float]) -> torch.Tensor:
+    def theirs(steps: int, scales: Any) -> torch.Tensor:
         return released_way(image, None, noise, canvas, steps=steps, texts=texts, empty=empty, **scales).clamp(-1, 1)
 
-    def mine(steps: int, scales: dict[str, float]) -> torch.Tensor:
+    def mine(steps: int, scales: Any) -> torch.Tensor:
         return inference.ours_pixels(ours, image, noise, canvas, steps, scales, **given)
 
     def method(

@@ -159,7 +159,7 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
 def timed(trainer: Trainer, quantize: str, rate: float, small: bool, optimizer: str = "adamw") -> dict[str, Any]:
     """One step to warm up, then `STEPS` on the clock."""
     device, batch = trainer.job.device, trainer.options.batch_size
-    batches = loop._batches(trainer)
+    batches: Any = loop._batches(trainer)
 
     def steps(count: int) -> list[dict[str, Any]]:
         return [trainer.advance(each) for each in islice(batches, count)]
