@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import json
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,72 @@ def write(name: str, result: dict[str, Any], out: Path | None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf8")
     return path
+
+
+class Sheet:
+    """A result that is written after every line of it, so that what was measured stays when the rest is cut off."""
+
+    def __init__(self, name: str, path: Path, device: torch.device, seconds: float) -> None:
+        self.path = path
+        self.ends = time.monotonic() + seconds
+        self.result: dict[str, Any] = {"benchmark": name, "about": about(device), "lines": {}}
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - time.monotonic()
+
+    def note(self, **facts: Any) -> None:
+        """Facts beside the lines."""
+        self.result |= facts
+        self._write()
+
+    def line(self, name: str, measure: Callable[[], dict[str, Any]], needs: float = 0.0) -> dict[str, Any]:
+        """Takes down what `measure` returns; when it fails, why, and when fewer than `needs` seconds are left, that."""
+        started = time.monotonic()
+        if self.left() < needs:
+            found: dict[str, Any] = {"not_run": f"{self.left():.0f} s were left"}
+        else:
+            try:
+                found = measure()
+            except Exception as error:
+                traceback.print_exc()
+                found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            found["all_s"] = round(time.monotonic() - started, 1)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.result["lines"][name] = found
+        self._write()
+        print(f"{self.result['benchmark']} {name}: {json.dumps(found)}", flush=True)
+        return found
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.result, indent=1) + "\n", "utf8")
+        partial.replace(self.path)
+
+
+def clocked(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, int, int]:
+    """(what `call` returns, seconds, most bytes held, bytes held before)."""
+    rest = reset_peak(device)
+    synchronize(device)
+    started = time.perf_counter()
+    found = call()
+    synchronize(device)
+    return found, time.perf_counter() - started, peak(device), rest
+
+
+def random_weights(model: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A module without buffers, made without weights and filled on `device`: norms 1, all else small and normal."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            made = model()
+    finally:
+        torch.set_default_dtype(before)
+    made = made.to_empty(device=device).eval().requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.fill_(1.0) if "norm" in name and parameter.ndim == 1 else parameter.normal_(std=0.02)
+    return made

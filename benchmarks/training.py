@@ -120,7 +120,8 @@ def compare(recipe: Recipe, pairs: Dataset, folder: Path, rounds: int, steps: in
     device = trainer.job.device
 
     def ours(number: int) -> torch.Tensor:
-        lines = [trainer.advance(trainer.assemble(trainer.step + 1)) for _ in range(steps)]
+        batches = (trainer.assemble(trainer.step + 1).map(lambda tensor: tensor.to(device)) for _ in range(steps))
+        lines = [trainer.advance(batch) for batch in batches]
         return torch.tensor(lines[-1]["loss"])
 
     def theirs(number: int) -> torch.Tensor:
