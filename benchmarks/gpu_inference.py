@@ -22,7 +22,7 @@ from diptych.student import speed
 from diptych.student.geometry import Canvas
 from diptych.student.speed import PLAIN, PRESETS, Speed
 
-STEPS, FEW_STEPS, WARM_STEPS = 28, 6, 8
+STEPS, FEW_STEPS, WARM_STEPS = 20, 6, 4
 TINY: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 1,
