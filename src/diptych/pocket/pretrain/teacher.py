@@ -41,7 +41,7 @@ def make_transformer():
 
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=64,
+        in_channels=4 * vae_training.LATENTS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=HEAD,
@@ -68,15 +68,15 @@ def position_ids(height: int, width: int) -> torch.Tensor:
 
 
 def encode(work: Path, count: int, device: str = "auto", report=print) -> None:
-    """Encode the first `count` rendered pairs once, each as a canvas: `work/latents.npy`, float16 `[N, 16, H, 2H]`."""
+    """Encode the first `count` rendered pairs once, each as a canvas: `work/latents.npy`, float16 `[N, C, H, 2H]`."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(work / "vae")
     vae.eval().to(pick_device(device))
     panels, rows = renders.load(work / "pairs")
-    count, side = min(count, len(rows)), panels.shape[2] // 8
+    count, side = min(count, len(rows)), panels.shape[2] // vae_training.FACTOR
     array = np.lib.format.open_memmap(
-        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, 16, side, 2 * side)
+        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, vae_training.LATENTS, side, 2 * side)
     )
     for start in range(0, count, 250):
         block = np.asarray(panels[start : min(start + 250, count)])

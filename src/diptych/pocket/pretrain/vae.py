@@ -1,5 +1,4 @@
-"""The pocket VAE: a stock `AutoencoderKL`, 8× downsampling and 16 latent channels as FLUX has them, trained on single
-panels."""
+"""The pocket VAE: a stock `AutoencoderKL`, trained on single panels."""
 
 import time
 from pathlib import Path
@@ -14,6 +13,12 @@ from . import renders
 from .loop import Trainer, mean, mixed, pick_device, resident
 
 KL_WEIGHT = 2e-4
+WIDTHS = (24, 48, 64, 96)
+"""Channels of the blocks, each but the last of which halves the side."""
+FACTOR = 2 ** (len(WIDTHS) - 1)
+"""Pixels of a panel's side to one of its latent's."""
+LATENTS = 16
+"""Channels of a latent."""
 
 
 def make():
@@ -21,14 +26,14 @@ def make():
     from diffusers import AutoencoderKL
 
     blocks: dict[str, Any] = {  # diffusers annotates these as tuples of one
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (24, 48, 64, 96),
+        "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
+        "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
+        "block_out_channels": WIDTHS,
     }
     return AutoencoderKL(
         **blocks,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=LATENTS,
         norm_num_groups=8,
         sample_size=world.PANEL,
         mid_block_add_attention=False,
@@ -73,7 +78,7 @@ def measure(vae, panels: np.ndarray) -> float:
 
 @torch.no_grad()
 def encode(vae, panels: np.ndarray, batch: int = 100) -> torch.Tensor:
-    """Posterior modes of uint8 panels, float16 `[N, 16, H/8, W/8]`, before scaling."""
+    """Posterior modes of uint8 panels, float16 `[N, LATENTS, H/FACTOR, W/FACTOR]`, before scaling."""
     parts = []
     for start in range(0, len(panels), batch):
         x = to_tensor(panels[start : start + batch]).to(vae.device)
