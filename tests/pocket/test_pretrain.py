@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -49,15 +50,70 @@ def test_a_training_killed_and_continued_equals_one_straight_through(tmp_path):
     assert torch.equal(train(tmp_path / "b", 20), straight)
 
 
-def test_the_trainer_refuses_a_loss_that_is_not_a_number(tmp_path):
+def test_the_trainer_never_saves_over_a_good_state_after_a_loss_that_is_not_a_number(tmp_path):
     model = torch.nn.Linear(1, 1)
     trainer = Trainer(tmp_path, {"model": model}, rate=0.1)
-    try:
-        trainer.update(model(torch.full((1, 1), torch.nan)).sum())
-    except RuntimeError as error:
-        assert "step 0" in str(error)
-    else:
-        raise AssertionError("not refused")
+    trainer.update(model(torch.ones(1, 1)).sum())
+    trainer.save()
+    good = (tmp_path / "state.pt").read_bytes()
+    trainer.update(model(torch.full((1, 1), torch.nan)).sum())
+    trainer.update(model(torch.ones(1, 1)).sum())
+    for refused in (trainer.save, lambda: trainer.log(loss=0)):
+        with pytest.raises(RuntimeError, match=f"by step 3; the last good state is in {tmp_path}"):
+            refused()
+    assert (tmp_path / "state.pt").read_bytes() == good
+
+
+def test_the_teacher_is_taught_every_rendered_pair_as_it_was_said_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(renders, "CHUNK", 4)
+    renders.make(tmp_path / "pairs", 8, processes=1, report=lambda line: None)
+    vae.make().save_pretrained(tmp_path / "vae")
+    teacher.tables(tmp_path, 8)
+    teacher.encode(tmp_path, 8, "cpu", report=lambda line: None)
+    _, rows = renders.load(tmp_path / "pairs")
+    latents, prompts = np.load(tmp_path / "latents.npy"), np.load(tmp_path / "prompts.npy")
+    side = world.PANEL // vae.FACTOR
+    assert latents.shape == (8, vae.LATENTS, side, 2 * side) and np.isfinite(latents).all()
+    _, t5 = tokenizers.load_or_make(tmp_path / "teacher_training")
+    for n, row in enumerate(rows):
+        for place, name in enumerate(teacher.TEXTS):
+            wanted = t5(row[name][-1], padding="max_length", max_length=tokenizers.MAX_LENGTH).input_ids
+            assert prompts[n, place, 1, 1].tolist() == wanted
+        numbers, choices = traits.of(renders.plan(n)[0][1])
+        assert np.allclose(np.load(tmp_path / "numbers.npy")[n, 1], numbers)
+        assert np.load(tmp_path / "choices.npy")[n, 1].tolist() == choices
+    assert len({latents[n].tobytes() for n in range(8)}) == 8
+
+
+def test_work_spread_over_processes_comes_back_in_order():
+    numbers = list(range(7))
+    assert renders.spread(str, numbers, 2) == renders.spread(str, numbers, 1) == [str(n) for n in numbers]
+
+
+def test_a_decoder_trained_further_leaves_the_latents_as_they_are(tmp_path):
+    renders.make(tmp_path / "pairs", 20, processes=1, report=lambda line: None)
+    vae.make().save_pretrained(tmp_path / "begun")
+    vae.train(tmp_path, 0.01, 4, 1e-2, tmp_path / "begun", True, "cpu", report=lambda line: None)
+    before, after = (type(vae.make()).from_pretrained(tmp_path / name) for name in ("begun", "vae"))
+    panels = renders.load(tmp_path / "pairs")[0][:2, 0]
+    assert torch.equal(vae.encode(before, panels), vae.encode(after, panels))
+    assert before.config.scaling_factor == after.config.scaling_factor
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
+    ]
+    assert any(changed)
+
+
+def test_a_teacher_begins_anew_only_where_another_vae_needs_other_layers(tmp_path, monkeypatch):
+    both = tokenizers.make_tokenizers()
+    first = teacher.Teacher(teacher.make_transformer(), *tokenizers.make_encoders(*both))
+    teacher.save(tmp_path, first, vae.make(), *both)
+    monkeypatch.setattr(vae, "LATENTS", 2 * vae.LATENTS)
+    second = teacher.Teacher(teacher.make_transformer(), *tokenizers.make_encoders(*both))
+    anew = teacher.load_weights(second, tmp_path)
+    assert sorted(anew) == ["proj_out.bias", "proj_out.weight", "x_embedder.weight"]
+    a, b = first.transformer.state_dict(), second.transformer.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a if key not in anew)
 
 
 def test_tokenizers_survive_a_save_and_end_marks_are_found(tmp_path):
