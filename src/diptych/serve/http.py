@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -177,8 +178,8 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
 
     def watch() -> None:
         """Says when the model is there; ends the server if it cannot be."""
-        while not service.ready and service.failure is None and not service.draining:
-            service.workers[0].join(0.1)
+        while not service.ready and service.failure is None and not server.should_exit:
+            time.sleep(0.1)
         if service.failure is not None:
             server.should_exit = True
         elif service.ready:
