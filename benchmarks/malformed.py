@@ -1,7 +1,7 @@
 """Requests as nobody should send them, by the thousand: `Maker(seed, app).case()`.
 
-Of seven kinds: hostile pictures, JSON, forms, names and addresses of things, the web app's own routes, its events, and
-bytes that are hardly HTTP. All are made from a seed, so that a case that did harm can be made again by its number.
+Of eight kinds: hostile pictures, JSON, forms, names and addresses of things, the web app's own routes, its events,
+bytes that are hardly HTTP, and requests cut off in the middle. All are made from a seed, so that a case that did harm can be made again by its number.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class Maker:
         self.events = app["dependencies"]
         cat = Image.open(packaged("examples/references") / "cat.png").convert("RGB")
         self.cat = saved(cat, "PNG")
-        self.pictures = [*hostile(cat), *(saved(cat, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "TIFF"))]
-        self.kinds = (self.picture, self.json, self.form, self.name, self.route, self.event, self.bytes)
+        self.pictures = [
+            *hostile(cat),
+            *(saved(cat, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "TIFF")),
+        ]
+        self.kinds = (self.picture, self.json, self.form, self.name, self.route, self.event, self.bytes, self.cut)
 
     def case(self) -> Case:
         return self.by.choice(self.kinds)()
@@ -96,7 +99,9 @@ class Maker:
                 case 3 if len(out) > 40:  # in the header, where sizes and offsets are
                     out[self.by.randrange(40)] = self.by.choice((0, 1, 0x7F, 0x80, 0xFF))
                 case 4:
-                    out[at : at + 4] = struct.pack(self.by.choice(("<I", ">I")), self.by.choice((0, 1, 2**31, 2**32 - 1)))
+                    out[at : at + 4] = struct.pack(
+                        self.by.choice(("<I", ">I")), self.by.choice((0, 1, 2**31, 2**32 - 1))
+                    )
                 case _ if self.by.random() < 0.2:
                     del out[at:]
         return bytes(out)
@@ -110,10 +115,16 @@ class Maker:
                 asked = {"prompt": "a cat", "steps": 1, "wait": False, "reference": base64.b64encode(data).decode()}
                 return posted("pictures", "/v1/images/generations", json.dumps(asked).encode())
             case 2:
-                return form("pictures", "/v1/images/edits", [("prompt", "a cat"), ("steps", "1"), ("wait", "0")], image=data)
+                return form(
+                    "pictures", "/v1/images/edits", [("prompt", "a cat"), ("steps", "1"), ("wait", "0")], image=data
+                )
             case _:
-                both = {"image": self.cat, "mask": data} if self.by.random() < 0.5 else {"image": data, "mask": self.cat}
-                return form("pictures", "/v1/relights", [("light", "blue light"), ("steps", "1"), ("wait", "0")], **both)
+                both = (
+                    {"image": self.cat, "mask": data} if self.by.random() < 0.5 else {"image": data, "mask": self.cat}
+                )
+                return form(
+                    "pictures", "/v1/relights", [("light", "blue light"), ("steps", "1"), ("wait", "0")], **both
+                )
 
     def json(self) -> Case:
         asked: dict[str, Any] = {"prompt": "a cat", "steps": 1, "wait": False}
@@ -125,10 +136,16 @@ class Maker:
             case 1:
                 body = b"[" * self.by.choice((1, 100, 100_000)) + body
             case 2:
-                body = b'{"prompt": "a", "seed": ' + self.by.choice((b"1" * 5000, b"NaN", b"-Infinity", b"1e999", b"0x1")) + b"}"
+                body = (
+                    b'{"prompt": "a", "seed": '
+                    + self.by.choice((b"1" * 5000, b"NaN", b"-Infinity", b"1e999", b"0x1"))
+                    + b"}"
+                )
             case 3:
                 body = body.decode().encode(self.by.choice(("utf-16", "utf-7", "utf-32"))) + b"\xff\xfe"
-        media = self.by.choice(("application/json",) * 6 + ("text/plain", "application/xml", "application/json; charset=utf-16", ""))
+        media = self.by.choice(
+            ("application/json",) * 6 + ("text/plain", "application/xml", "application/json; charset=utf-16", "")
+        )
         return posted("json", "/v1/images/generations", body, media)
 
     def form(self) -> Case:
@@ -137,7 +154,12 @@ class Maker:
         fields += [(self.by.choice(FIELDS), str(self.by.choice(VALUES))) for _ in range(self.by.randrange(4))]
         if "stories" in target:
             fields = [(n, v) for n, v in fields if n != "light"] + [("panel", "a cat | hello")] * self.by.randrange(6)
-        made = form("forms", target, fields * self.by.choice((1, 1, 1, 40)), **({"image": self.cat} if self.by.random() < 0.8 else {}))
+        made = form(
+            "forms",
+            target,
+            fields * self.by.choice((1, 1, 1, 40)),
+            **({"image": self.cat} if self.by.random() < 0.8 else {}),
+        )
         if self.by.random() < 0.5:
             made.body = self.broken(made.body)
         if self.by.random() < 0.2:
@@ -159,11 +181,19 @@ class Maker:
 
     def route(self) -> Case:
         known = self.by.choice((self.by.choice(PLACES), "/app/gradio_api/" + self.by.choice(GRADIO)))
-        target = self.by.choice((known, known + self.by.choice(TRAVERSALS), known.replace("/app", "/app/.."), known.upper()))
+        target = self.by.choice(
+            (known, known + self.by.choice(TRAVERSALS), known.replace("/app", "/app/.."), known.upper())
+        )
         if self.by.random() < 0.3:
-            target += self.by.choice(("?session_hash=abc", "?upload_id=x", "?__theme=light", "?session_hash=" + "x" * 2000, "?a[]=%00"))
+            target += self.by.choice(
+                ("?session_hash=abc", "?upload_id=x", "?__theme=light", "?session_hash=" + "x" * 2000, "?a[]=%00")
+            )
         method = self.by.choice(("GET", "GET", "GET", "POST", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"))
-        body = b"" if method != "POST" else self.by.choice((b"", b"{}", b"[]", b"null", b"\xff", b'{"session_hash": 1}', b"a" * 99_999))
+        body = (
+            b""
+            if method != "POST"
+            else self.by.choice((b"", b"{}", b"[]", b"null", b"\xff", b'{"session_hash": 1}', b"a" * 99_999))
+        )
         odd = (("Cookie", self.by.choice(('diptych_session="ana:9:9"', "a" * 3000, "=;=;", "access-token=x", '"'))),
                ("Origin", "https://evil.example"), ("X-Forwarded-For", "10.0.0.1, \x80"), ("Upgrade", "websocket"), ("Range", "bytes=9-1"),
                ("Accept-Language", "é" * 500), ("Host", "evil.example"), ("Content-Length", "-5"), ("Content-Length", "9" * 30),
@@ -178,16 +208,26 @@ class Maker:
         for at in range(len(data)):
             if self.by.random() < 0.4:
                 data[at] = self.by.choice(VALUES)
-        odd = ({"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, {"path": "http://127.0.0.1:1/x", "url": "x"})
+        odd = (
+            {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+            {"path": "http://127.0.0.1:1/x", "url": "x"},
+        )
         if data and self.by.random() < 0.2:
             data[self.by.randrange(len(data))] = self.by.choice(odd)
         if self.by.random() < 0.1:
             data = self.by.choice(([], data * 9, [data], {}))  # pyright: ignore
         asked = {"data": data, "fn_index": event["id"], "session_hash": session, "trigger_id": 1, "event_data": None}
         if self.by.random() < 0.3:
-            asked[self.by.choice((*asked, "api_name", "batched", "request", "simple_format"))] = self.by.choice((*VALUES, -9, 9999))
+            asked[self.by.choice((*asked, "api_name", "batched", "request", "simple_format"))] = self.by.choice(
+                (*VALUES, -9, 9999)
+            )
         body = json.dumps(asked).encode()
-        return posted("events", "/app/gradio_api/queue/join", self.broken(body) if self.by.random() < 0.1 else body, session=session)
+        return posted(
+            "events",
+            "/app/gradio_api/queue/join",
+            self.broken(body) if self.by.random() < 0.1 else body,
+            session=session,
+        )
 
     def bytes(self) -> Case:
         line = self.by.choice((b"GET /v1/models HTTP/1.1", b"GET /v1/models HTTP/9.9", b"GET  HTTP/1.1", b"\x16\x03\x01\x02\x00", b"GET /v1/jobs",
@@ -198,10 +238,27 @@ class Maker:
                  b"a:\x00b", b"a: b\r\n c", b"no colon", b"Host: evil.example\r\nHost: HOST", b"Content-Length: 99999999999999999999", b"Host:",
                  b"Host: [::1", b"Host: a:b:c", b"a: b\n\nGET /v1/jobs HTTP/1.1")  # fmt: skip
         some = self.by.sample(lines, self.by.randrange(4))
-        bodies = (b"", b"0\r\n\r\n", b"zz\r\nabc\r\n", b"5\r\nabc", b"ffffffffffffffff\r\na", b"abcd", b"\x00" * 100, b"GET /v1/jobs HTTP/1.1\r\n\r\n")
+        bodies = (
+            b"",
+            b"0\r\n\r\n",
+            b"zz\r\nabc\r\n",
+            b"5\r\nabc",
+            b"ffffffffffffffff\r\na",
+            b"abcd",
+            b"\x00" * 100,
+            b"GET /v1/jobs HTTP/1.1\r\n\r\n",
+        )
         host = [b"Host: HOST"] if self.by.random() < 0.7 else []
-        raw = line + b"\r\nAUTH" + b"".join(part + b"\r\n" for part in (*host, *some)) + b"\r\n" + self.by.choice(bodies)
+        raw = (
+            line + b"\r\nAUTH" + b"".join(part + b"\r\n" for part in (*host, *some)) + b"\r\n" + self.by.choice(bodies)
+        )
         return Case("bytes", raw=raw if self.by.random() < 0.8 else raw[: self.by.randrange(1, len(raw))])
+
+    def cut(self) -> Case:
+        """A request whose client leaves in the middle of it."""
+        whole = self.by.choice((self.picture, self.form, self.event))().wire("HOST", "AUTH")
+        whole = whole.replace(b"AUTH\r\n", b"AUTH")
+        return Case("cut", raw=whole[: self.by.randrange(len(whole) // 2, len(whole))])
 
 
 def posted(kind: str, target: str, body: bytes, media: str = "application/json", session: str = "") -> Case:
@@ -210,7 +267,10 @@ def posted(kind: str, target: str, body: bytes, media: str = "application/json",
 
 def form(kind: str, target: str, fields: list[tuple[str, str]], **files: bytes) -> Case:
     """A form; file names are none that one would want used."""
-    parts = [f'--{FORM}\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n{v}\r\n'.encode("utf8", "replace") for n, v in fields]
+    parts = [
+        f'--{FORM}\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n{v}\r\n'.encode("utf8", "replace")
+        for n, v in fields
+    ]
     for name, data in files.items():
         head = f'--{FORM}\r\nContent-Disposition: form-data; name="{name}"; filename="../../../tmp/x.png"\r\n\r\n'
         parts.append(head.encode() + data + b"\r\n")

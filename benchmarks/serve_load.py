@@ -126,7 +126,8 @@ def under_load(clients: int, requests: int, kills: int, folder: Path) -> dict[st
 def _memory(resident: list[tuple[int, int]], requests: int) -> dict[str, Any]:
     """Median MiB in each tenth of the requests, and how much the last holds over the second, when all is warm."""
     tenths = [
-        statistics.median([size for ended, size in resident if n <= 10 * ended / requests < n + 1 and size] or [0]) / MIB
+        statistics.median([size for ended, size in resident if n <= 10 * ended / requests < n + 1 and size] or [0])
+        / MIB
         for n in range(10)
     ]
     return {"mib_by_tenth": [round(size) for size in tenths], "grown_mib": round(tenths[-1] - tenths[1], 1)}

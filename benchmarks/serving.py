@@ -60,6 +60,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 continue
             raise RuntimeError(f"the server ended before it was ready:\n{self.text()[-2000:]}")
+        self.started = len(self.audit.read_text(errors="replace").splitlines()) if self.audit else 0
         return process
 
     def text(self) -> str:

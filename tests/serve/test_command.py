@@ -43,5 +43,7 @@ def test_what_it_accepted_before_a_kill_it_draws_after_the_next_start(tmp_path: 
 
 def test_a_model_that_is_not_there_ends_it_with_a_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diptych", "serve", "--no-app", "--port", "0", "--data", str(tmp_path / "data")]
-    ended = subprocess.run([*command, "--model", str(tmp_path / "nowhere")], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [*command, "--model", str(tmp_path / "nowhere")], capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 2 and "nowhere" in ended.stderr and "Traceback" not in ended.stderr

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
+from diptych.serve.app.plain import Plain
 from diptych.serve.guard import APP
 from diptych.serve.service import Service
 
@@ -40,7 +41,7 @@ def mount(app: Any, service: Service) -> Any:
             with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                 add(blocks, service)
     blocks.queue(api_open=False, max_size=200)
-    return gr.mount_gradio_app(
+    mounted = gr.mount_gradio_app(
         app,
         blocks,
         APP,
@@ -56,6 +57,7 @@ def mount(app: Any, service: Service) -> Any:
         show_error=False,
         max_file_size=1,
     )
+    return Plain(mounted, blocks.fns)
 
 
 def _asset(name: str) -> str:
