@@ -59,6 +59,13 @@ def test_no_event_makes_a_file_of_this_machine_a_file_of_the_app(app: Running, c
     assert not [found for found in cache.rglob("*") if found.is_file()]
 
 
+def test_what_is_no_text_is_refused_before_it_breaks_the_answer(app: Running) -> None:
+    event = b'{"session_hash": "abc", "fn_index": %d, "data": ["\\ud800", ""]}' % enhance(app)["id"]
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{app.url}/app/gradio_api/queue/join", content=event, headers=headers, timeout=60)
+    assert answer.status_code == 400 and "no text" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("number", [10**9, -1, "x", 1.5, True, [0]], ids=str)
 def test_an_event_that_the_page_does_not_have_is_refused(app: Running, number: Any) -> None:
     assert send(app, {"fn_index": number, "data": []})[0] == 400

@@ -8,6 +8,7 @@ ours holds an object, so none is let through.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
@@ -80,4 +81,6 @@ def fault(body: bytes, known: Container[int]) -> str:
             return "the app's fields hold texts and numbers, no objects"
         if isinstance(value, list):
             left += value
+        elif isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
+            return "there are characters in it that are no text"  # Gradio could not send them back
     return ""
