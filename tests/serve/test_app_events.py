@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from diptych import Student
+from diptych.serve import app as web_app
 from diptych.serve.settings import Settings
 from serve.running import Running
 
@@ -26,18 +27,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def app(student: Student, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(cache))
+        patch.setattr(web_app, "SESSIONS", 8)
         running = Running(Settings(folder=tmp_path_factory.mktemp("app")), student, web_app=True)
         yield running
         running.close()
 
 
-def send(app: Running, event: dict[str, Any]) -> tuple[int, str]:
+def send(app: Running, event: dict[str, Any], session: str = "abc") -> tuple[int, str]:
     """The status of an event, and what came of it."""
     with httpx.Client(base_url=f"{app.url}/app/gradio_api", timeout=60) as client:
-        answer = client.post("/queue/join", json={"session_hash": "abc", "trigger_id": None, **event})
+        answer = client.post("/queue/join", json={"session_hash": session, "trigger_id": None, **event})
         if answer.status_code != 200:
             return answer.status_code, answer.text
-        return 200, client.get("/queue/data", params={"session_hash": "abc"}).text
+        return 200, client.get("/queue/data", params={"session_hash": session}).text
 
 
 def enhance(app: Running) -> dict[str, Any]:
@@ -91,3 +93,16 @@ def test_a_client_that_leaves_while_it_sends_is_no_error_in_the_log(
         time.sleep(0.3)
         assert httpx.get(f"{app.url}/healthz").status_code == 200
     assert caplog.records == []
+
+
+def test_the_state_of_old_pages_is_let_go(app: Running) -> None:
+    for number in range(12):
+        assert send(app, {"fn_index": enhance(app)["id"], "data": ["a cat", ""]}, f"page-{number}")[0] == 200
+    asgi: Any = app.server.config.app
+    (gradio,) = [route.app for route in asgi.app.app.routes if getattr(route, "path", "") == "/app"]
+    assert list(gradio.state_holder.session_data) == [f"page-{number}" for number in range(4, 12)]
+
+
+def test_a_file_name_that_no_file_can_have_is_not_found(app: Running) -> None:
+    for path in ("/app/assets/", "/app/static/", "/app/", "/v1/jobs/"):
+        assert httpx.get(f"{app.url}{path}{'a' * 3000}", timeout=60).status_code == 404
