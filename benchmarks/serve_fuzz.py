@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import http.client
 import io
+import itertools
 import re
 import socket
 import sys
@@ -126,12 +127,14 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
             known = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
             asked = {"prompt": "a cat", "seed": 1, "steps": 4}
             first = known.post("/v1/images/generations", json=asked).raise_for_status().json()
-            before, started = server.memory(), time.monotonic()
+            sizes, started = [server.memory()], time.monotonic()
             fuzz, maker = Fuzz(server), Maker(seed, known.get("/app/config").raise_for_status().json())
             cases = [(number, maker.case()) for number in range((requests + 1) // 2)]
-            with concurrent.futures.ThreadPoolExecutor(SENDERS) as pool:
-                list(pool.map(lambda numbered: fuzz.try_(*numbered), cases))
-            seconds, after = time.monotonic() - started, server.memory()
+            for half in (cases[: len(cases) // 2], cases[len(cases) // 2 :]):
+                with concurrent.futures.ThreadPoolExecutor(SENDERS) as pool:
+                    list(pool.map(lambda numbered: fuzz.try_(*numbered), half))
+                sizes.append(server.memory())
+            seconds = time.monotonic() - started
             while (again := known.post("/v1/images/generations", json=asked)).status_code == 429:
                 time.sleep(int(again.headers["retry-after"]))
             if pixels(again.json()) != pixels(first):
@@ -155,7 +158,7 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
         "statuses": {kind: dict(sorted(counted.items())) for kind, counted in sorted(fuzz.statuses.items())},
         "served_without_token": fuzz.served,
         "refused_by_gradio": traced - len(ours),
-        "grown_mib": round((after - before) / 2**20, 1),
+        "grown_mib_by_half": [round((after - before) / 2**20, 1) for before, after in itertools.pairwise(sizes)],
         "problems": fuzz.problems,
     }
     print(measuring.write("serve-fuzz", found, out))
