@@ -1,7 +1,8 @@
 """Requests as nobody should send them, by the thousand: `Maker(seed, app).case()`.
 
 Of eight kinds: hostile pictures, JSON, forms, names and addresses of things, the web app's own routes, its events,
-bytes that are hardly HTTP, and requests cut off in the middle. All are made from a seed, so that a case that did harm can be made again by its number.
+bytes that are hardly HTTP, and requests cut off in the middle. All are made from a seed, so that a case that did harm
+can be made again by its number.
 """
 
 from __future__ import annotations
@@ -21,25 +22,30 @@ from PIL import Image
 from diptych.paths import packaged
 
 FORM = "XboundaryX"
-TRAVERSALS = ("..", "../..", "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "/etc/passwd",
-              "....//....//etc/passwd", "..%5c..%5cwin.ini", "%00", "file:///etc/passwd", "C:\\win.ini", "jobs.sqlite",
-              "..%252f..%252fetc/passwd", "a" * 3000, "%ff%fe", "é", "~root", ".", "*", "{id}", "' OR 1=1 --")  # fmt: skip
-VALUES = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, -0.0, 1e308, "", " ", "a", "a" * 5000, "\x00", "\ud800",
-          "\u202e\ufeff", "😀" * 300, "1", "nan", "../../x", [], [None], [[]] * 3, ["a"] * 200, {}, {"a": {"b": []}},
-          "data:image/png;base64,AAAA", "data:,", "https://example.org/x.png", "file:///etc/passwd",
-          "32x32", "0x0", "99999x1", "99999x99999", "-1", "64", "auto", "png", "webp", "white", "#12345", "rgb(1,2,3)")  # fmt: skip
-FIELDS = ("prompt", "n", "size", "seed", "steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit",
-          "speed", "job", "wait", "stream", "partial_images", "response_format", "output_format", "background", "quality",
-          "user", "model", "style", "moderation", "output_compression", "reference", "mask", "image", "light", "panel",
-          "scene", "detail", "title", "captions", "panel_seed", "promt", "__proto__", "kind")  # fmt: skip
-GRADIO = ("file=/etc/passwd", "file/etc/passwd", "upload", "upload_progress", "proxy=http://127.0.0.1:1/", "stream/a/b/c",
-          "component_server", "deep_link", "custom_component/a/b/c/d", "queue/join", "queue/data", "queue/status",
-          "heartbeat/abc", "reset", "reset/", "cancel", "startup-events", "app_id", "info", "info/", "run/predict", "api/predict",
-          "call/on_draw", "call/on_draw/abc", "process_recording", "vibe-edit", "login", "login_check", "theme.css", "monitoring",
-          "queue/join/", "mcp/sse", "mcp", "dev/reload", "static/../../x", "file=C:/x", "token", "user", "config")  # fmt: skip
-PLACES = ("/app/", "/app", "/app/config", "/app/assets/", "/app/static/", "/app/theme.css", "/app/robots.txt", "/app/manifest.json",
-          "/app/monitoring", "/app/monitoring/x", "/app/login", "/app/logout", "/app/svelte/", "/app/?deep_link=../../x", "/app/_app/",
-          "/app/page/x", "/docs", "/openapi.json", "/metrics", "/logout", "/", "//", "/v1", "/v1/", "/v2/x", "/app/custom_component/")  # fmt: skip
+TRAVERSALS = ("..", "../..", "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd",
+              "/etc/passwd", "....//....//etc/passwd", "..%5c..%5cwin.ini", "%00", "file:///etc/passwd", "C:\\win.ini",
+              "jobs.sqlite", "..%252f..%252fetc/passwd", "a" * 3000, "%ff%fe", "é", "~root", ".", "*", "{id}",
+              "' OR 1=1 --")  # fmt: skip
+VALUES = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, -0.0, 1e308, "", " ", "a", "a" * 5000, "\x00",
+          "\ud800", "\u202e\ufeff", "😀" * 300, "1", "nan", "../../x", [], [None], [[]] * 3, ["a"] * 200, {},
+          {"a": {"b": []}}, "data:image/png;base64,AAAA", "data:,", "https://example.org/x.png", "file:///etc/passwd",
+          "32x32", "0x0", "99999x1", "99999x99999", "-1", "64", "auto", "png", "webp", "white", "#12345",
+          "rgb(1,2,3)")  # fmt: skip
+FIELDS = ("prompt", "n", "size", "seed", "steps", "guidance", "image_guidance", "text_guidance", "negative_prompt",
+          "fit", "speed", "job", "wait", "stream", "partial_images", "response_format", "output_format", "background",
+          "quality", "user", "model", "style", "moderation", "output_compression", "reference", "mask", "image",
+          "light", "panel", "scene", "detail", "title", "captions", "panel_seed", "promt", "__proto__",
+          "kind")  # fmt: skip
+GRADIO = ("file=/etc/passwd", "file/etc/passwd", "upload", "upload_progress", "proxy=http://127.0.0.1:1/",
+          "stream/a/b/c", "component_server", "deep_link", "custom_component/a/b/c/d", "queue/join", "queue/data",
+          "queue/status", "heartbeat/abc", "reset", "reset/", "cancel", "startup-events", "app_id", "info", "info/",
+          "run/predict", "api/predict", "call/on_draw", "call/on_draw/abc", "process_recording", "vibe-edit", "login",
+          "login_check", "theme.css", "monitoring", "queue/join/", "mcp/sse", "mcp", "dev/reload", "static/../../x",
+          "file=C:/x", "token", "user", "config")  # fmt: skip
+PLACES = ("/app/", "/app", "/app/config", "/app/assets/", "/app/static/", "/app/theme.css", "/app/robots.txt",
+          "/app/manifest.json", "/app/monitoring", "/app/monitoring/x", "/app/login", "/app/logout", "/app/svelte/",
+          "/app/?deep_link=../../x", "/app/_app/", "/app/page/x", "/docs", "/openapi.json", "/metrics", "/logout", "/",
+          "//", "/v1", "/v1/", "/v2/x", "/app/custom_component/")  # fmt: skip
 
 
 @dataclass
@@ -163,19 +169,22 @@ class Maker:
         if self.by.random() < 0.5:
             made.body = self.broken(made.body)
         if self.by.random() < 0.2:
-            kinds = ("multipart/form-data", "multipart/form-data; boundary=", f"multipart/form-data; boundary={'b' * 300}",
-                     "multipart/form-data; boundary=\x80", "application/x-www-form-urlencoded", "multipart/mixed; boundary=X")  # fmt: skip
+            kinds = ("multipart/form-data", "multipart/form-data; boundary=",
+                     f"multipart/form-data; boundary={'b' * 300}", "multipart/form-data; boundary=\x80",
+                     "application/x-www-form-urlencoded", "multipart/mixed; boundary=X")  # fmt: skip
             made.headers = (("Content-Type", self.by.choice(kinds)),)
         return made
 
     def name(self) -> Case:
-        odd = self.by.choice((*TRAVERSALS, *(quote(str(v)[:500], safe="", errors="replace") for v in VALUES), "job_" + "a" * 24,
-                              "img_" + "a" * 24, "ref_" + "0" * 40, "c-000001-01"))  # fmt: skip
-        path = self.by.choice(("/v1/jobs/{}", "/v1/jobs/{}/events", "/v1/jobs/{}/images", "/v1/jobs/{}/page", "/v1/pictures/{}",
-                               "/v1/references/{}", "/v1/runs/{}/report", "/v1/runs/{}/sheets/0", "/v1/runs/run/sheets/{}",
-                               "/v1/runs/run/pairs/{}/target", "/v1/runs/{}/pairs/c-000001-01/reference", "/v1/{}", "/{}"))  # fmt: skip
-        queries = ("", "", f"?format={odd}", f"?limit={odd}", f"?until={odd}&signature={odd}", "?until=99999999999&signature=" + "0" * 64,
-                   f"?response_format={odd}", f"?previews={odd}", f"?{odd}", "?" + "a=b&" * 500)  # fmt: skip
+        odd = self.by.choice((*TRAVERSALS, *(quote(str(v)[:500], safe="", errors="replace") for v in VALUES),
+                              "job_" + "a" * 24, "img_" + "a" * 24, "ref_" + "0" * 40, "c-000001-01"))  # fmt: skip
+        path = self.by.choice(("/v1/jobs/{}", "/v1/jobs/{}/events", "/v1/jobs/{}/images", "/v1/jobs/{}/page",
+                               "/v1/pictures/{}", "/v1/references/{}", "/v1/runs/{}/report", "/v1/runs/{}/sheets/0",
+                               "/v1/runs/run/sheets/{}", "/v1/runs/run/pairs/{}/target",
+                               "/v1/runs/{}/pairs/c-000001-01/reference", "/v1/{}", "/{}"))  # fmt: skip
+        queries = ("", "", f"?format={odd}", f"?limit={odd}", f"?until={odd}&signature={odd}",
+                   "?until=99999999999&signature=" + "0" * 64, f"?response_format={odd}", f"?previews={odd}",
+                   f"?{odd}", "?" + "a=b&" * 500)  # fmt: skip
         method = self.by.choice(("GET",) * 6 + ("DELETE", "POST", "PUT", "PATCH", "HEAD", "OPTIONS", "TRACE", "NOPE"))
         return Case("names", method, (path.format(odd) + self.by.choice(queries)).replace(" ", "+").replace("\x00", ""))
 
@@ -195,9 +204,10 @@ class Maker:
             else self.by.choice((b"", b"{}", b"[]", b"null", b"\xff", b'{"session_hash": 1}', b"a" * 99_999))
         )
         odd = (("Cookie", self.by.choice(('diptych_session="ana:9:9"', "a" * 3000, "=;=;", "access-token=x", '"'))),
-               ("Origin", "https://evil.example"), ("X-Forwarded-For", "10.0.0.1, \x80"), ("Upgrade", "websocket"), ("Range", "bytes=9-1"),
-               ("Accept-Language", "é" * 500), ("Host", "evil.example"), ("Content-Length", "-5"), ("Content-Length", "9" * 30),
-               ("Transfer-Encoding", "chunked"), ("Expect", "100-continue"), ("X-Gradio-User", "x"), ("Referer", "http://[::1"))  # fmt: skip
+               ("Origin", "https://evil.example"), ("X-Forwarded-For", "10.0.0.1, \x80"), ("Upgrade", "websocket"),
+               ("Range", "bytes=9-1"), ("Accept-Language", "é" * 500), ("Host", "evil.example"), ("Content-Length",
+               "-5"), ("Content-Length", "9" * 30), ("Transfer-Encoding", "chunked"), ("Expect", "100-continue"),
+               ("X-Gradio-User", "x"), ("Referer", "http://[::1"))  # fmt: skip
         headers = tuple(self.by.sample(odd, self.by.choice((0, 0, 1, 2))))
         return Case("routes", method, target.replace(" ", "+"), (("Content-Type", "application/json"), *headers), body)
 
@@ -230,13 +240,16 @@ class Maker:
         )
 
     def bytes(self) -> Case:
-        line = self.by.choice((b"GET /v1/models HTTP/1.1", b"GET /v1/models HTTP/9.9", b"GET  HTTP/1.1", b"\x16\x03\x01\x02\x00", b"GET /v1/jobs",
-                               b"POST /v1/references HTTP/1.1", b"GET /\x00 HTTP/1.1", b"PRI * HTTP/2.0", b"CONNECT a:1 HTTP/1.1",
-                               b"GET http://evil.example/v1/jobs HTTP/1.1", b"get /v1/jobs http/1.1", b"GET /v1/jobs HTTP/1.0"))  # fmt: skip
-        lines = (b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: +5", b"Transfer-Encoding: chunked", b"Transfer-Encoding: x, chunked",
-                 b"Content-Length: 4\r\nTransfer-Encoding: chunked", b": x", b"A" * 70_000 + b": b", b"a: " + b"b" * 70_000, b"Host: HOST",
-                 b"a:\x00b", b"a: b\r\n c", b"no colon", b"Host: evil.example\r\nHost: HOST", b"Content-Length: 99999999999999999999", b"Host:",
-                 b"Host: [::1", b"Host: a:b:c", b"a: b\n\nGET /v1/jobs HTTP/1.1")  # fmt: skip
+        line = self.by.choice((b"GET /v1/models HTTP/1.1", b"GET /v1/models HTTP/9.9", b"GET  HTTP/1.1",
+                               b"\x16\x03\x01\x02\x00", b"GET /v1/jobs", b"POST /v1/references HTTP/1.1",
+                               b"GET /\x00 HTTP/1.1", b"PRI * HTTP/2.0", b"CONNECT a:1 HTTP/1.1",
+                               b"GET http://evil.example/v1/jobs HTTP/1.1", b"get /v1/jobs http/1.1",
+                               b"GET /v1/jobs HTTP/1.0"))  # fmt: skip
+        lines = (b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: +5", b"Transfer-Encoding: chunked",
+                 b"Transfer-Encoding: x, chunked", b"Content-Length: 4\r\nTransfer-Encoding: chunked", b": x",
+                 b"A" * 70_000 + b": b", b"a: " + b"b" * 70_000, b"Host: HOST", b"a:\x00b", b"a: b\r\n c", b"no colon",
+                 b"Host: evil.example\r\nHost: HOST", b"Content-Length: 99999999999999999999", b"Host:", b"Host: [::1",
+                 b"Host: a:b:c", b"a: b\n\nGET /v1/jobs HTTP/1.1")  # fmt: skip
         some = self.by.sample(lines, self.by.randrange(4))
         bodies = (
             b"",

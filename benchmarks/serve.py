@@ -13,9 +13,9 @@ import argparse
 import base64
 import concurrent.futures
 import io
+import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,14 +55,26 @@ def overhead(rounds: int) -> dict[str, Any]:
             data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
             return torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
 
+        def look() -> None:
+            text = client.get("/metrics").text
+            drawn.append(float(text.partition("\ndiptych_draw_seconds_sum ")[2].partition("\n")[0]))
+
+        drawn: list[float] = []  # seconds that the server drew, before each of its requests, and after the last
+        http.prepare = look  # pyright: ignore[reportFunctionMemberAccess]
         seconds, pixels, _ = measuring.alternate({"library": library, "http": http}, rounds, CPU)
-    apart = [over - alone for over, alone in zip(seconds["http"], seconds["library"], strict=True)]
+        look()
+    apart = sorted(over - alone for over, alone in zip(seconds["http"], seconds["library"], strict=True))
+    far = min((rounds - 1) // 2, int(0.98 * rounds**0.5) + 1)  # the median's 95 % interval, by order
+    drawing = [after - before for before, after in itertools.pairwise(drawn[1:])]  # the first is the warm-up's
+    beside = [whole - part for whole, part in zip(seconds["http"], drawing, strict=True)]
     return {
         "asked": ASKED,
         "side": len(pixels["http"]),
         "library": measuring.summary(seconds["library"]),
         "http": measuring.summary(seconds["http"]),
         "overhead_ms": round(1000 * statistics.median(apart), 1),  # of the differences within a round
+        "overhead_ms_95": [round(1000 * apart[at], 1) for at in (rounds // 2 - far, (rounds - 1) // 2 + far)],
+        "beside_drawing_ms": round(1000 * statistics.median(beside), 1),  # of a request, by the server's own clock
         "same_pixels": bool(torch.equal(pixels["library"], pixels["http"])),
     }
 
@@ -110,10 +122,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    if asked.what == "overhead":
-        result = overhead(asked.rounds or 30)
-    else:
-        result = throughput(asked.clients, asked.rounds or 5)
+    result = overhead(asked.rounds or 30) if asked.what == "overhead" else throughput(asked.clients, asked.rounds or 5)
     print(measuring.write(f"serve-{asked.what}", {"about": measuring.about(CPU), **result}, asked.out))
     print(result)
 

@@ -4,7 +4,8 @@
 
 Every request of malformed.py is sent twice: with a token, and with none or a wrong one. The server is a process of its
 own with the web app and a folder of runs; Python itself says which files it opens to write. After all of it the server
-must draw a picture as before. Requests made from the server's own OpenAPI description are in tests/serve/test_schema.py.
+must draw a picture as before. Requests made from the server's own OpenAPI description:
+tests/serve/test_schema.py.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def test_a_body_that_is_no_event_is_refused(app: Running, body: bytes) -> None:
 def test_a_client_that_leaves_while_it_sends_is_no_error_in_the_log(
     app: Running, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\nContent-Type: multipart/form-data; boundary=X\r\n\r\n"
+    form = "Content-Type: multipart/form-data; boundary=X"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n{form}\r\n\r\n"
     with caplog.at_level(logging.WARNING):
         with socket.create_connection(("127.0.0.1", app.port)) as client:
             client.sendall(head.encode() + b"--X\r\n")
