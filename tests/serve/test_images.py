@@ -46,7 +46,8 @@ def test_an_edit_is_the_picture_that_the_library_draws(ours: openai.OpenAI, stud
     assert [picture.seed for picture in answer.data] == [5, 6] and answer.size == "{0}x{0}".format(side(student))
     for picture, image in zip(answer.data, wanted, strict=True):
         drawn = opened(picture.b64_json)
-        assert same(drawn, image)
+        # Drawn together, the library one by one: rounding may differ by a level of 255.
+        assert np.abs(np.asarray(drawn, np.int16) - np.asarray(image, np.int16)).max() <= 1
         told = json.loads(drawn.info["diptych"])
         assert (told["prompt"], told["steps"], told["model"]) == ("a cat on a beach", 2, "pocket")
         assert told["seed"] == picture.seed and told["digital_source_type"].endswith("trainedAlgorithmicMedia")
