@@ -1,106 +1,129 @@
 """What the server costs and gains: HTTP over the library's own call, and batching under clients.
 
-    python benchmarks/serve.py overhead [--rounds 30]          # minutes: the same picture both ways in turn
-    python benchmarks/serve.py throughput [--clients 8]        # minutes: at --batch 1 and at --batch 8
+    python benchmarks/serve.py overhead [--rounds 30]          # a minute: the same picture both ways in turn
+    python benchmarks/serve.py throughput [--clients 8]        # minutes: servers at --batch 1 and --batch 8 in turn
 
-Both use the shipped pocket model and a server in a process of its own. 50 clients with 500 requests are in
-tests/soak/test_serve.py.
+Both use the shipped pocket model and servers in processes of their own. Many clients, kills and malformed requests are
+in serve_load.py and serve_fuzz.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
-import re
+import io
+import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import measuring
+import numpy as np
 import torch
+from PIL import Image
+from serving import Server
 
 from diptych import Student
 
+CPU = torch.device("cpu")
 ASKED: dict[str, Any] = {"prompt": "a cat on a beach", "steps": 8}
-PER_CLIENT = 6  # requests
-
-
-@contextmanager
-def serving(batch: int) -> Iterator[str]:
-    """The address of a server that is ready."""
-    with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "diptych", "serve", "--no-app", "--port", "0", "--data", data]
-        process = subprocess.Popen([*command, "--batch", str(batch)], stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        url = ""
-        for line in process.stderr:
-            if found := re.search(r"listening on (http://\S+),", line):
-                url = found[1]
-            if line.startswith("ready"):
-                break
-        try:
-            yield url
-        finally:
-            process.terminate()
-            process.wait(120)
+PER_CLIENT = 4  # requests in a round
+BATCHES = (1, 8)
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Milliseconds that a request takes beyond the library's call, which takes turns with it."""
+    """Milliseconds that a request takes beyond the library's call for the same picture; both end with its pixels.
+
+    The server is as it comes: it waits a moment for others to be drawn together with, and nobody else is there.
+    """
     student = Student.load("pocket", progress_bar=False)
-    seconds: dict[str, list[float]] = {"library": [], "http": []}
-    with serving(1) as url, httpx.Client(base_url=url, timeout=120) as client:
-        for number in range(-2, rounds):
-            for way in ("library", "http") if number % 2 else ("http", "library"):
-                started = time.perf_counter()
-                if way == "http":
-                    answer = client.post("/v1/images/generations", json={**ASKED, "seed": max(0, number)})
-                    answer.raise_for_status()
-                else:
-                    student.generate(None, ASKED["prompt"], seed=max(0, number), steps=ASKED["steps"])
-                if number >= 0:
-                    seconds[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(found) for way, found in seconds.items()}
-    return {"seconds": median, "overhead_ms": round(1000 * (median["http"] - median["library"]), 2), "rounds": rounds}
+    with ExitStack() as open_:
+        server = open_.enter_context(Server(Path(open_.enter_context(tempfile.TemporaryDirectory())), "--no-app"))
+        client = open_.enter_context(httpx.Client(base_url=server.url, timeout=120))
+
+        def library(number: int) -> torch.Tensor:
+            image = student.generate(None, ASKED["prompt"], seed=max(0, number), steps=ASKED["steps"])
+            return torch.from_numpy(np.array(image))
+
+        def http(number: int) -> torch.Tensor:
+            answer = client.post("/v1/images/generations", json={**ASKED, "seed": max(0, number)})
+            data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
+            return torch.from_numpy(np.array(Image.open(io.BytesIO(data))))
+
+        def look() -> None:
+            text = client.get("/metrics").text
+            drawn.append(float(text.partition("\ndiptych_draw_seconds_sum ")[2].partition("\n")[0]))
+
+        drawn: list[float] = []  # seconds that the server drew, before each of its requests, and after the last
+        http.prepare = look  # pyright: ignore[reportFunctionMemberAccess]
+        seconds, pixels, _ = measuring.alternate({"library": library, "http": http}, rounds, CPU)
+        look()
+    apart = sorted(over - alone for over, alone in zip(seconds["http"], seconds["library"], strict=True))
+    far = min((rounds - 1) // 2, int(0.98 * rounds**0.5) + 1)  # the median's 95 % interval, by order
+    drawing = [after - before for before, after in itertools.pairwise(drawn[1:])]  # the first is the warm-up's
+    beside = [whole - part for whole, part in zip(seconds["http"], drawing, strict=True)]
+    return {
+        "asked": ASKED,
+        "side": len(pixels["http"]),
+        "library": measuring.summary(seconds["library"]),
+        "http": measuring.summary(seconds["http"]),
+        "overhead_ms": round(1000 * statistics.median(apart), 1),  # of the differences within a round
+        "overhead_ms_95": [round(1000 * apart[at], 1) for at in (rounds // 2 - far, (rounds - 1) // 2 + far)],
+        "beside_drawing_ms": round(1000 * statistics.median(beside), 1),  # of a request, by the server's own clock
+        "same_pixels": bool(torch.equal(pixels["library"], pixels["http"])),
+    }
 
 
-def throughput(clients: int) -> dict[str, Any]:
+def throughput(clients: int, rounds: int) -> dict[str, Any]:
     """Pictures a second of that many clients at once, drawn one by one and together."""
-    found: dict[str, float] = {}
-    for batch in (1, 8):
-        with serving(batch) as url:
+    with ExitStack() as open_:
+        folder = Path(open_.enter_context(tempfile.TemporaryDirectory()))
+        pool = open_.enter_context(concurrent.futures.ThreadPoolExecutor(clients))
+        servers = {
+            batch: open_.enter_context(Server(folder / f"{batch}", "--no-app", "--batch", str(batch)))
+            for batch in BATCHES
+        }
 
-            def ask(number: int, url: str = url) -> None:
-                with httpx.Client(base_url=url, timeout=600) as client:
-                    for n in range(PER_CLIENT):
-                        asked = {**ASKED, "seed": PER_CLIENT * number + n}
-                        client.post("/v1/images/generations", json=asked).raise_for_status()
+        def asking(server: Server) -> Callable[[int], torch.Tensor]:
+            def ask(first: int) -> None:
+                with httpx.Client(base_url=server.url, timeout=600) as client:
+                    for seed in range(first, first + PER_CLIENT):
+                        client.post("/v1/images/generations", json={**ASKED, "seed": seed}).raise_for_status()
 
-            ask(0)
-            with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-                started = time.perf_counter()
-                list(pool.map(ask, range(clients)))
-                found[f"batch_{batch}"] = round(clients * PER_CLIENT / (time.perf_counter() - started), 3)
-    return {"clients": clients, "pictures_per_second": found, "gain": round(found["batch_8"] / found["batch_1"], 3)}
+            def all_of_them(number: int) -> torch.Tensor:
+                starts = [PER_CLIENT * (clients * max(0, number) + client) for client in range(clients)]
+                return torch.tensor(len(list(pool.map(ask, starts))))
+
+            return all_of_them
+
+        seconds, _, _ = measuring.alternate({str(batch): asking(servers[batch]) for batch in BATCHES}, rounds, CPU)
+    pictures = clients * PER_CLIENT
+    rates = {f"batch_{batch}": round(pictures / statistics.median(seconds[str(batch)]), 2) for batch in BATCHES}
+    gains = [one / together for one, together in zip(seconds["1"], seconds["8"], strict=True)]
+    return {
+        "asked": ASKED,
+        "clients": clients,
+        "pictures_a_round": pictures,
+        "rounds": rounds,
+        "pictures_per_second": rates,
+        "gain": round(statistics.median(gains), 2),  # of a round's two times
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["overhead", "throughput"])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, help="Of each way in turn [default: 30, throughput 5].")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    result = overhead(asked.rounds) if asked.what == "overhead" else throughput(asked.clients)
-    about = {"about": measuring.about(torch.device("cpu"))}
-    print(measuring.write(f"serve-{asked.what}", {**about, **result}, asked.out))
+    result = overhead(asked.rounds or 30) if asked.what == "overhead" else throughput(asked.clients, asked.rounds or 5)
+    print(measuring.write(f"serve-{asked.what}", {"about": measuring.about(CPU), **result}, asked.out))
     print(result)
 
 

@@ -111,6 +111,14 @@ def test_hostile_pictures_are_refused_before_they_are_decoded(client: httpx.Clie
     assert time.monotonic() - started < 20
 
 
+def test_an_avif_that_breaks_its_decoder_is_refused_like_any_broken_picture(client: httpx.Client, cat: bytes) -> None:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(cat)).save(out, "AVIF")
+    head, mark, planes = out.getvalue().partition(b"mdat")
+    answer = client.post("/v1/references", content=head + mark + bytes(len(planes)))
+    assert answer.status_code == 400 and "broken" in answer.json()["error"]["message"]
+
+
 def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: Student, tmp_path: Path) -> None:
     running = Running(Settings(folder=tmp_path, limits=Limits(upload_bytes=50_000, body_seconds=3)), student)
     try:

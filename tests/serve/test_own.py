@@ -61,7 +61,8 @@ def test_relit_pictures_are_those_of_the_library_and_their_page_is_a_strip(
     assert (told["light"], told["task"], told["detail"], told["seed"]) == (LIGHTS[1], "relight", 0.5, 3)
     page = client.get(f"/v1/jobs/{answer.json()['job']}/page")
     strip = Image.open(io.BytesIO(page.content))
-    assert strip.size == (2 * 32 + 2, 32) and np.array_equal(pixels(strip)[:, :32], pixels(made[0]))
+    side = student.pipeline.default_panel_size
+    assert strip.size == (2 * side + 2, side) and np.array_equal(pixels(strip)[:, :side], pixels(made[0]))
     refused = client.get(f"/v1/jobs/{answer.json()['job']}/page", params={"format": "pdf"})
     assert refused.status_code == 400 and "only stories" in refused.json()["error"]["message"]
 

@@ -14,6 +14,7 @@ from PIL import Image
 from diptych.errors import UsageError, UserError
 from diptych.serve import tokens, watermark
 from diptych.serve.rates import Rate
+from diptych.serve.runs import Runs
 from diptych.serve.store import TRIES, Store
 
 REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}
@@ -130,3 +131,9 @@ def test_the_watermark_is_found_by_its_key_alone_and_through_a_jpeg(size: tuple[
         out = io.BytesIO()
         marked.save(out, "JPEG", quality=85)
         assert watermark.score(Image.open(out), "ours") > watermark.SURE
+
+
+def test_a_run_that_was_not_chosen_is_asked_for(tmp_path: Path) -> None:
+    for name, says in ((None, "choose one"), ("", "choose one"), ("other", "there is no 'other'")):
+        with pytest.raises(UsageError, match=says):
+            Runs(tmp_path).of(name)

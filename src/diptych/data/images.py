@@ -92,8 +92,7 @@ def open_image(
         raise UserError(f"{label}: far more pixels than the limit of {max_pixels / 1e6:.0f} megapixels") from None
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError) as error:
-        # Pillow's decoders raise all of these on broken files.
+    except Exception as error:  # Pillow's decoders raise anything on broken files, AVIF's a RuntimeError
         raise UserError(f"{label}: the image is broken or cut short ({_short(error)})") from error
 
 

@@ -27,6 +27,7 @@ NEUTRAL = {
     "style": ("natural",),
     "output_compression": ("100",),
 }
+ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to answer, not what to draw
 OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
 
 
@@ -101,6 +102,10 @@ class Common(BaseModel):
         """The arguments of `Student.generate` that were given."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         return given | ({"size": self.pixels()} if self.pixels() else {})
+
+    def drawing(self) -> str:
+        """All that is asked to be drawn, in one text: equal for requests that differ in how they are answered."""
+        return f"{self.kind}{self.model_dump_json(exclude=ANSWER)}"
 
     def settings(self, with_reference: bool) -> str:
         """What must be equal for pictures to be drawn together."""

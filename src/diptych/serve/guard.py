@@ -30,6 +30,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 APP = "/app"
 PUBLIC = frozenset({"/healthz", "/readyz", "/login"})
 SIGNED = "/v1/pictures/"  # the route itself looks at the signature
+LONGEST = 255  # bytes of a part of a path: the file systems' limit, and the app's scripts and styles are files
 # Of Gradio's own routes, those that the app's pages need. Its uploads, its file cache, its proxy and its component
 # server are not among them: pictures go through /v1/references and /v1/pictures, which know whose they are.
 GRADIO = ("queue/join", "queue/data", "heartbeat", "reset", "cancel", "startup-events", "app_id", "info")
@@ -76,6 +77,8 @@ class Guard:
             name = path.removeprefix(f"{APP}/gradio_api/").strip("/")
             if not any(name == known or name.startswith(f"{known}/") for known in GRADIO):
                 refusal = errors.answer(404, "there is no such page")
+        if refusal is None and any(len(part.encode("utf8", "replace")) > LONGEST for part in path.split("/")):
+            refusal = errors.answer(404, "there is no such page")
         if refusal is None:
             length = headers.get("content-length", "0")
             if not (length.isascii() and length.isdecimal()):

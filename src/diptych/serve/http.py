@@ -6,7 +6,9 @@ run(Settings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -142,7 +144,8 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
 
     service = Service(settings)
     kind = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(kind, socket.SOCK_STREAM)
+    # With its protocol named, or asyncio leaves Nagle's delay on: 40 ms an answer.
+    listening = socket.socket(kind, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
@@ -153,11 +156,13 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
     app = create(service, web_app)
 
     class Server(uvicorn.Server):
-        """Tells the service at once when it is to stop, so that who waits is told too."""
+        """Tells the service at once when it is to stop, so that who waits is told too. A second Ctrl-C waits for
+        nobody. uvicorn's own way ends with the signal raised once more, as if the process had been killed by it."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             service.drain()
-            super().handle_exit(sig, frame)
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
 
     server = Server(
         uvicorn.Config(
@@ -177,8 +182,8 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
 
     def watch() -> None:
         """Says when the model is there; ends the server if it cannot be."""
-        while not service.ready and service.failure is None and not service.draining:
-            service.workers[0].join(0.1)
+        while not service.ready and service.failure is None and not server.should_exit:
+            time.sleep(0.1)
         if service.failure is not None:
             server.should_exit = True
         elif service.ready:

@@ -39,8 +39,10 @@ class Runs:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(p.name for p in found if NAME.fullmatch(p.name) and (p / "recipe.yaml").is_file())
 
-    def of(self, name: str) -> Path:
-        """A run's folder. UsageError for a name that is not listed."""
+    def of(self, name: str | None) -> Path:
+        """A run's folder. UsageError for a name that is not listed, and for none."""
+        if not name:
+            raise UsageError("run: choose one first")
         if name not in self.names():
             raise UsageError(f"run: there is no '{name[:64]}' here")
         return self.folder / name

@@ -178,7 +178,7 @@ class Service:
             "output_format": asked.output_format,
             "user": asked.user,
             "previews": asked.partial_images > 0 or not asked.wait,
-            "asked": hashlib.sha256(f"{asked.kind}{asked.model_dump_json()}{reference}{mask}".encode()).hexdigest(),
+            "asked": hashlib.sha256(f"{asked.drawing()}{reference}{mask}".encode()).hexdigest(),
         }
         if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
             return self._same(there, request)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
+from diptych.serve.app.plain import Plain
 from diptych.serve.guard import APP
 from diptych.serve.service import Service
 
+SESSIONS = 256  # open pages whose state is kept, the latest: over 100 KB each, and Gradio lets none go by itself
 Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 
@@ -40,7 +42,8 @@ def mount(app: Any, service: Service) -> Any:
             with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                 add(blocks, service)
     blocks.queue(api_open=False, max_size=200)
-    return gr.mount_gradio_app(
+    blocks.state_session_capacity = SESSIONS
+    mounted = gr.mount_gradio_app(
         app,
         blocks,
         APP,
@@ -56,6 +59,7 @@ def mount(app: Any, service: Service) -> Any:
         show_error=False,
         max_file_size=1,
     )
+    return Plain(mounted, blocks.fns)
 
 
 def _asset(name: str) -> str:

@@ -76,11 +76,13 @@ def add(blocks: Any, service: Service) -> None:
     job = gr.State("")
     shown = gr.HTML(elem_id="story", elem_classes="dq-status")
 
-    def on_draw(request: gr.Request, sent: str, lines: str, seeds: str, *given: Any) -> Iterator[tuple[str, str]]:
+    def on_draw(
+        request: gr.Request, sent: str, lines: str | None, seeds: str | None, *given: Any
+    ) -> Iterator[tuple[str, str]]:
         names = ("title", "captions", "steps", "image_guidance", "text_guidance")
         asked: dict[str, Any] = dict(zip(names, given, strict=True))
-        asked["panel"] = [line.strip() for line in lines.splitlines() if line.strip()]
-        numbers = seeds.replace(",", " ").split()
+        asked["panel"] = [line.strip() for line in (lines or "").splitlines() if line.strip()]
+        numbers = (seeds or "").replace(",", " ").split()
         asked |= {"seed": numbers[0]} if len(numbers) == 1 else {"panel_seed": numbers or None}
         yield from jobs.drawn(service, owner_of(request), Story, asked, sent)
 
