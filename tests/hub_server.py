@@ -143,11 +143,11 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.break_commit:
                 self.hub.break_commit -= 1
                 return self._send(500, {"error": "Internal"})
-            return self._commit(repo, [json.loads(line) for line in body.splitlines()])
+            return self._commit(match, repo, [json.loads(line) for line in body.splitlines()])
         siblings = [{"rfilename": path} for path in files]
         return self._send(200, {"id": match["repo"], "private": repo["private"], "sha": sha, "siblings": siblings})
 
-    def _commit(self, repo: dict[str, Any], operations: list[dict[str, Any]]) -> None:
+    def _commit(self, match: re.Match[str], repo: dict[str, Any], operations: list[dict[str, Any]]) -> None:
         held = dict(repo["files"])
         for each in operations:
             value = each["value"]
@@ -160,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo["files"] = held
         repo["commits"].append(operations[0]["value"]["summary"])
         oid = f"{len(repo['commits']):040x}"
-        return self._send(200, {"commitUrl": f"{self.hub.url}/commit/{oid}", "commitOid": oid, "success": True})
+        url = f"{self.hub.url}/{'datasets/' if match['type'] == 'dataset' else ''}{match['repo']}"
+        return self._send(200, {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, "success": True})
 
     def _batch(self, asked: dict[str, Any]) -> None:
         objects: list[dict[str, Any]] = []

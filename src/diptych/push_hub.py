@@ -7,6 +7,7 @@ hashes that it lists, is not sent again; a large file that arrived before an int
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ def upload(made: Material, repo: str, private: bool, report: Callable[[str], Non
     token = huggingface_hub.get_token()
     if not token:
         raise UserError("no token for the hub; `hf auth login`, or set HF_TOKEN to one that may write")
+    if report is None or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     api = HfApi(token=token, library_name="diptych")
     with _told(repo, token):
         where = str(api.create_repo(repo, repo_type=made.kind, private=private or None, exist_ok=True))
