@@ -84,9 +84,10 @@ def material(source: str | Path, licence: str = "") -> Material:
 
 
 def _student(path: Path, licence: str) -> Material:
-    found = _verified(path)
+    edited = trace.changed(path) == [CARD]  # people write better cards than a training does
+    _verified(path, but_the_card=edited)
     summary = trace.read_json(path / SUMMARY)
-    if found["chain"]["status"] != "ok" or not summary or not summary.get("files"):
+    if not summary or not summary.get("files"):
         raise UserError(
             f"{path}: no hashes of its files in {SUMMARY}, so nothing says what it was trained on; "
             "push the student as `diptych distill` wrote it"
@@ -95,7 +96,7 @@ def _student(path: Path, licence: str) -> Material:
     stated = _read_card(path)
     text = _licensed(stated, licence, path)
     files[SUMMARY] = path / SUMMARY
-    if text != stated:
+    if edited or text != stated:
         files[CARD] = text.encode()
         # The copy's own record names the card that it has.
         summary["files"][CARD] = hashlib.sha256(text.encode()).hexdigest()
@@ -125,14 +126,13 @@ def _export(path: Path, licence: str) -> Material:
     return Material("dataset", {**files, CARD: text.encode()}, text)
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The chain of what is to be published; UserError with the first link that is not what it was."""
-    found = trace.trace(path)
-    if not found["verified"]:
-        wrong = next(link for link in trace.links(found["chain"]) if link["status"] == "differs")
-        named = f"{wrong['what']} {wrong['where']}: {wrong['says']}"
-        raise UserError(f"{path} is not published: {named}; `diptych trace` shows the chain")
-    return found
+def _verified(path: Path, but_the_card: bool = False) -> None:
+    """UserError with the first link of the chain that is not what it was."""
+    found = list(trace.links(trace.trace(path)["chain"]))
+    for link in found[1 if but_the_card else 0 :]:
+        if link["status"] == "differs":
+            named = f"{link['what']} {link['where']}: {link['says']}"
+            raise UserError(f"{path} is not published: {named}; `diptych trace` shows the chain")
 
 
 # Card and licence ----------------------------------------------------------------------------------------------------

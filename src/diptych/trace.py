@@ -229,7 +229,7 @@ def _version() -> str:
     return __version__
 
 
-def _changed(path: Path) -> list[str]:
+def changed(path: Path) -> list[str]:
     """The files of a student that are not those its training wrote."""
     files = (read_json(path / models.TRAINING / "summary.json") or {}).get("files")
     if not isinstance(files, dict):
@@ -250,8 +250,8 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
         stored = {}
     if "sha256" in stored and stored["sha256"] != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
         link.links.append(Link("training", str(summary), "differs", "changed since training"))
-    if changed := _changed(folder):
-        link.status, link.says = "differs", f"changed since training: {', '.join(changed)}"
+    if others := changed(folder):
+        link.status, link.says = "differs", f"changed since training: {', '.join(others)}"
     elif stored.get("files"):
         link.status = "ok"
         link.says = link.says or "its files are those that training wrote"

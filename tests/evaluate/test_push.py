@@ -181,10 +181,9 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(
 def test_private_is_not_asked_of_what_is_public(run: Path, hub: Hub, diptych: Run) -> None:
     assert diptych("push", run / "pairs", f"{OWNER}/open").returncode == 0
     hub.calls.clear()
-    refused = diptych("push", run, f"{OWNER}/open2")
-    assert refused.returncode == 0
-    refused = diptych("push", run, f"{OWNER}/open2", "--private")
+    refused = diptych("push", run / "pairs", f"{OWNER}/open", "--private")
     assert refused.returncode == 1 and "there and public" in refused.stderr
+    assert not [call for call in hub.calls if call.startswith("PUT") or "/commit/" in call]
 
 
 def test_a_flipped_byte_is_not_published(run: Path, tmp_path: Path) -> None:
@@ -228,6 +227,26 @@ def test_a_student_without_a_licence_needs_one_named(unlicensed: Path, tmp_path:
     assert card.startswith("---\nlicense: apache-2.0\n") and "look it up" not in card
     found = trace(tmp_path / "out", [unlicensed])
     assert found["verified"] and found["chain"]["status"] == "ok"
+
+
+def test_a_card_that_somebody_rewrote_goes_out_and_is_recorded(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "runs" / "tiny"
+    shutil.copytree(run, copy)
+    card = copy / "student" / "README.md"
+    card.write_text(card.read_text() + "\nDrawn best at dusk.\n")
+    push(copy, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == card.read_text()
+    assert trace(tmp_path / "out", [copy])["chain"]["status"] == "ok"
+    (copy / "student" / "sampling.json").write_text("{}")
+    with pytest.raises(UserError, match=r"changed since training: README\.md, sampling\.json"):
+        push(copy, str(tmp_path / "out"))
+
+
+def test_weights_that_no_training_left_are_not_published(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "student", tmp_path / "student")
+    shutil.rmtree(tmp_path / "student" / "training")
+    with pytest.raises(UserError, match="nothing says what it was trained on"):
+        push(tmp_path / "student", "./out", dry_run=True)
 
 
 def test_a_licence_that_is_inherited_is_not_replaced(run: Path) -> None:
