@@ -13,7 +13,7 @@ EXAMPLE = "Example: diptych trace cat.png --in runs/demo"
 
 
 def trace(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, or a run.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, a run or its data.")],
     places: Annotated[
         list[str] | None,
         typer.Option("--in", metavar="DIR", help="Where runs or weights lie, if not above FILE. Repeatable."),

@@ -48,7 +48,7 @@ class Link:
 
 
 def trace(file: str | Path, places: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Walks from a picture, a weight file, a student's folder or a run to what it came from.
+    """Walks from a picture, a weight file, a student's folder, a run or one of its data sets to what it came from.
 
     `places` are folders that hold runs or weights, beside those above the file and `runs/` here. UsageError for what
     is no picture of diptych's and no weights; UserError for a picture that cannot be decoded.
@@ -65,12 +65,21 @@ def trace(file: str | Path, places: Sequence[str | Path] = ()) -> dict[str, Any]
         top = _student(path / "student", here) if (path / "student").is_dir() else Link("run", str(path), "ok", "")
         if top.what == "run":
             top.links = _rows(path, ORDER[0], None)
-    elif path.suffix == ".safetensors" or (path.is_dir() and _holds_weights(path)):
+    elif (path / MANIFEST).is_file():
+        top = _rows(path.resolve().parent, path.resolve().name, None)[0]
+    elif path.suffix == ".safetensors" or (path.is_dir() and holds_weights(path)):
         top = _student(path, here)
     else:
-        raise UsageError(f"{path}: neither a picture (.png, .webp, .jpg) nor weights (.safetensors, or their folder)")
+        raise UsageError(f"{path}: no picture (.png, .webp, .jpg), weights (.safetensors, or their folder) or data set")
     links = list(top.all())
     return {"file": str(path), "verified": all(link.status != "differs" for link in links), "chain": asdict(top)}
+
+
+def links(chain: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each link of a chain that `trace` found, from the top."""
+    yield chain
+    for below in chain["links"]:
+        yield from links(below)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -110,7 +119,7 @@ class _Places:
     def students(self) -> list[Path]:
         """Folders with weights: those of runs, then others."""
         own = [run / "student" for run in self.runs if (run / "student").is_dir()]
-        return [*own, *(p for p in self.folders if p not in self.runs and _holds_weights(p))]
+        return [*own, *(p for p in self.folders if p not in self.runs and holds_weights(p))]
 
 
 def _in(folder: Path) -> list[Path]:
@@ -122,7 +131,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "recipe.yaml").is_file() or any((folder / name / MANIFEST).is_file() for name in ORDER)
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
     inside = [folder, folder / "transformer"]
     return any(p.is_dir() and any(p.glob("*.safetensors")) for p in inside) or (folder / "origin.json").is_file()
 
@@ -204,7 +213,7 @@ def _base(print_: str, drawer: str, student: Link, version: str | None) -> Link:
 
 def _recorded(path: Path) -> str | None:
     """The fingerprint that a student had when its training ended."""
-    return (_json(path / models.TRAINING / "summary.json") or {}).get("fingerprint")
+    return (read_json(path / models.TRAINING / "summary.json") or {}).get("fingerprint")
 
 
 def _named(path: Path, name: str) -> bool:
@@ -220,9 +229,9 @@ def _version() -> str:
     return __version__
 
 
-def _changed(path: Path) -> list[str]:
+def changed(path: Path) -> list[str]:
     """The files of a student that are not those its training wrote."""
-    files = (_json(path / models.TRAINING / "summary.json") or {}).get("files")
+    files = (read_json(path / models.TRAINING / "summary.json") or {}).get("files")
     if not isinstance(files, dict):
         return []
     now = models.files(path)
@@ -235,14 +244,14 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
         folder = folder.parent
     link = Link("student", str(folder), "ok" if matched else "unrecorded", "the one that drew it" if matched else "")
     summary = folder / models.TRAINING / "summary.json"
-    stored = _json(summary) if summary.is_file() else {}
+    stored = read_json(summary) if summary.is_file() else {}
     if stored is None:
         link.links.append(Link("training", str(summary), "differs", "it is not valid JSON"))
         stored = {}
     if "sha256" in stored and stored["sha256"] != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
         link.links.append(Link("training", str(summary), "differs", "changed since training"))
-    if changed := _changed(folder):
-        link.status, link.says = "differs", f"changed since training: {', '.join(changed)}"
+    if others := changed(folder):
+        link.status, link.says = "differs", f"changed since training: {', '.join(others)}"
     elif stored.get("files"):
         link.status = "ok"
         link.says = link.says or "its files are those that training wrote"
@@ -281,7 +290,7 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
 def _origin(path: Path, folder: Path) -> dict[str, Any] | None:
     """What a student says it was made from: in `origin.json`, or in the header of a control-LoRA's file."""
     if (folder / "origin.json").is_file():
-        return _json(folder / "origin.json")
+        return read_json(folder / "origin.json")
     file = path if path.is_file() else next(iter(sorted(folder.glob("*.safetensors"))), None)
     if file is None:
         return None
@@ -358,7 +367,7 @@ def _rows(run: Path, name: str, manifest_sha256: str | None, print_: str | None 
         link.says += "; as its manifest says"
     link.links += [_model(kind, role, manifest) for kind, role in MODELS if f"{kind}_sha256" in manifest]
     following = next((key for key in inputs if key in ORDER), None)
-    if following is None and name != ORDER[-1]:
+    if following is None and name in ORDER[:-1] and "imported" not in manifest:
         following = ORDER[ORDER.index(name) + 1]  # the manifest no longer says, or never did
     if following is not None:
         link.links += _rows(run, following, inputs.get(following))
@@ -383,7 +392,7 @@ def _sha(path: Path) -> str | None:
         return None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text("utf8"))
     except (OSError, ValueError):

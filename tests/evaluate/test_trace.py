@@ -12,7 +12,6 @@ import pytest
 import tiny_world as tiny
 
 from diptych.cli import call
-from diptych.sections import Recipe
 from diptych.trace import trace
 
 DATA = ("pairs", "candidates", "grids", "prompts")
@@ -22,18 +21,10 @@ DATA = ("pairs", "candidates", "grids", "prompts")
 def world(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole small run, and pictures that its student drew, elsewhere."""
     from diptych.api import Student
-    from diptych.console import Display
     from diptych.data.images import save_image
-    from diptych.run import run
 
     folder = tmp_path_factory.mktemp("trace")
-    values: dict[str, Any] = tiny.make_recipe(teacher, tiny.make_judges(folder / "judges")).values()
-    values |= {"write": {"count": 8, "shard_size": 4}, "paint": {"steps": 2, "batch_size": 4}}
-    values["curate"] |= {"batch_size": 4, "thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
-    values["distill"] |= {"steps": 2, "batch_size": 4, "warmup": 1, "validation_pairs": 2, "sample_every": 2}
-    values["distill"] |= {"mode": request.param}
-    out = folder / "runs" / "tiny"
-    run(Recipe.model_validate(values), out, ("write", "paint", "curate", "distill"), Display(quiet=True))
+    out = tiny.make_run(teacher, folder, request.param)
     base = teacher if request.param == "lora" else None
     student = Student.load(out / "student", base, device="cpu", progress_bar=False)
     image = student.generate(None, "a cat in the snow", seed=1, steps=2)

@@ -193,3 +193,19 @@ def make_data(folder: Path, grids: int = 12) -> None:
         data = Dataset(folder / name, records.schema(records.COLUMNS[name]))
         data.write_shard(0, made, "tiny")
         data.publish({"fingerprint": "tiny", "teacher_sha256": "0" * 64})
+
+
+def make_run(teacher: Path, folder: Path, mode: str) -> Path:
+    """A whole small run with a student, painted by that teacher; its judges lie in `folder` too."""
+    from diptych.console import Display
+    from diptych.run import run
+    from diptych.sections import Recipe
+
+    values: dict[str, Any] = make_recipe(teacher, make_judges(folder / "judges")).values()
+    values |= {"write": {"count": 8, "shard_size": 4}, "paint": {"steps": 2, "batch_size": 4}}
+    values["curate"] |= {"batch_size": 4, "thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
+    values["distill"] |= {"steps": 2, "batch_size": 4, "warmup": 1, "validation_pairs": 2, "sample_every": 2}
+    values["distill"] |= {"mode": mode}
+    out = folder / "runs" / "tiny"
+    run(Recipe.model_validate(values), out, ("write", "paint", "curate", "distill"), Display(quiet=True))
+    return out

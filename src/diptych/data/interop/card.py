@@ -16,6 +16,7 @@ from diptych.data.store import Dataset
 from diptych.errors import UserError
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_PARTS = "part-*.parquet"
 _UNKNOWN = "Not known: look up the licence of the source before you publish."
 
 
@@ -33,8 +34,8 @@ def of_import(data: Dataset) -> str:
     }
     licence = manifest["licence"]
     terms = _UNKNOWN if licence == "unknown" else licence
-    front = _front(manifest["rows"], {"license": "other" if licence == "unknown" else licence}, "part-*.parquet")
-    return _page(front, said["name"], facts, [], terms, 'load_dataset("parquet", data_files="part-*.parquet")')
+    front = _front(manifest["rows"], {"license": "other" if licence == "unknown" else licence}, _PARTS)
+    return _page(front, said["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
 def of_export(source: str, data: Pairs, kind: Format, out: Path, rows: int) -> str:
@@ -55,6 +56,21 @@ def of_export(source: str, data: Pairs, kind: Format, out: Path, rows: int) -> s
     files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
     front = _front(rows, licence, files.get(kind.name))
     return _page(front, out.resolve().name, facts, tables, terms, kind.loads.format(folder=out.resolve().name))
+
+
+def of_rows(data: Dataset) -> str:
+    """README.md of a data set as a run has it in its folder: `pairs`, or the candidates or grids it came from."""
+    manifest = data.manifest
+    assert manifest is not None
+    run = Path(data.url).resolve().parent
+    facts: dict[str, Any] = {"rows": f"{manifest['rows']:,}"}
+    tables: list[tuple[str, dict[str, Any]]] = []
+    licence, terms = {"license": "other"}, _UNKNOWN
+    if (run / "recipe.yaml").is_file():
+        licence, terms = _of_run(run, facts, tables)
+    front = _front(manifest["rows"], licence, _PARTS)
+    title = f"{run.name}, {Path(data.url).name}"
+    return _page(front, title, facts, tables, terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
 def _of_run(run: Path, facts: dict[str, Any], tables: list[Any]) -> tuple[dict[str, str], str]:

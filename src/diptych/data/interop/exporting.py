@@ -66,6 +66,24 @@ def export_data(
     return {"out": str(out), "format": format, "rows": made["rows"], "verified": bool(made["verified"])}
 
 
+def check(out: Path) -> int:
+    """Reads a finished export again and holds all its rows against the hash of those it verified; returns how many.
+
+    Raises UserError where something differs, or where the export was never verified.
+    """
+    made = read_json(out / MADE)
+    if not made.get("verified"):
+        raise UserError(f"{out} was exported with --no-verify, so nothing says what its rows were; export it again")
+    kind, options = find(made["format"]), Options(text=made["text"])
+    found: dict[str, str] = {}
+    for number, entry in enumerate(kind.open(str(out), options).entries(0)):
+        row = pair(entry.load(), number, options)
+        found[row["id"]] = _digest(row, kind, options)
+    if len(found) != made["rows"] or _whole(found) != made["verified"]:
+        raise UserError(f"{out}: its rows are not those that were exported; export it again into another folder")
+    return len(found)
+
+
 def _check_free(out: Path, fingerprint: str) -> None:
     if not out.is_dir():
         return
@@ -122,7 +140,7 @@ def _verified(kind: Format, options: Options, out: Path, report: Report | None) 
     """sha256 over what all rows hold, after every row read back was compared with what was noted of it."""
     wanted = {id: digest for _, id, digest in _notes(out, "rows")}
     total = len(wanted)
-    whole = hashlib.sha256("".join(wanted[id] for id in sorted(wanted)).encode()).hexdigest()
+    whole = _whole(wanted)
     # By id: folders list their files by name, not in the source's order.
     for number, entry in enumerate(kind.open(str(out), options).entries(0)):
         row = pair(entry.load(), number, options)
@@ -133,6 +151,11 @@ def _verified(kind: Format, options: Options, out: Path, report: Report | None) 
     if wanted:
         raise UserError(f"{out}: {len(wanted)} rows cannot be read back, first {next(iter(wanted))}")
     return whole
+
+
+def _whole(digests: dict[str, str]) -> str:
+    """One hash of all rows' hashes, whatever order they were read in."""
+    return hashlib.sha256("".join(digests[id] for id in sorted(digests)).encode()).hexdigest()
 
 
 def _digest(row: dict[str, Any], kind: Format, options: Options) -> str:
