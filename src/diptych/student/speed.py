@@ -28,6 +28,7 @@ log = logging.getLogger("diptych.student")
 COSTS = Path(__file__).with_name("speed_costs.json")
 CACHES = ("none", "first_block", "magnitude", "skip")
 DECODES = ("canvas", "right")
+FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # whose attention reads them; SD 3.5's loses its norms
 COMPILE_FROM = 100_000_000  # parameters: compiling a smaller transformer takes longer than it ever gives back
 
 
@@ -159,30 +160,42 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.attention:
         _one_of("attention", speed.attention, _attention_backends())
     remove(pipe)
-    if speed.attention:
-        _set_attention(transformer, speed.attention)
-    left_out = []
     if speed.fused_lora and getattr(transformer, "peft_config", None):
         pipe.fuse_lora(components=["transformer"])
         pipe.unload_lora_weights()
-    if speed.fused_qkv and (reason := _cannot_fuse_qkv(transformer)):
-        left_out.append(f"fused_qkv: {reason}")
-    elif speed.fused_qkv:
-        _fuse_qkv(transformer)
+    left_out = apply_attention(transformer, speed)
     if speed.modulation and getattr(transformer, "peft_config", None):
         left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
         speed = replace(speed, modulation=False)
     if speed.cache != "none":
         pipe.step_cache = caches.enable(transformer, speed, _ratios(pipe))
-    if speed.compile and (reason := _cannot_compile(pipe)):
-        left_out.append(f"compile: {reason}")
-    elif speed.compile:
-        transformer.compile_repeated_blocks()
+    left_out += apply_compile(transformer, speed)
     pipe.recall = recall.Recall(speed.remember)
     pipe.speed = speed
     for reason in left_out:
         log.info("left out: %s", reason)
     return left_out
+
+
+def apply_attention(transformer: Any, speed: Speed) -> list[str]:
+    """The attention back-end and fused projections on any diffusers transformer; what was left out, with its reason."""
+    if speed.attention:
+        _one_of("attention", speed.attention, _attention_backends())
+        _set_attention(transformer, speed.attention)
+    if speed.fused_qkv and (reason := _cannot_fuse_qkv(transformer)):
+        return [f"fused_qkv: {reason}"]
+    if speed.fused_qkv:
+        _fuse_qkv(transformer)
+    return []
+
+
+def apply_compile(transformer: Any, speed: Speed) -> list[str]:
+    """Compiles the repeated blocks of any diffusers transformer; or why not."""
+    if speed.compile and (reason := _cannot_compile(transformer)):
+        return [f"compile: {reason}"]
+    if speed.compile:
+        transformer.compile_repeated_blocks()
+    return []
 
 
 def remove(pipe: DiptychPipeline) -> None:
@@ -271,9 +284,10 @@ def _repeated(transformer: Any) -> Iterator[Any]:
     return (module for module in transformer.modules() if type(module).__name__ in names)
 
 
-def _cannot_compile(pipe: DiptychPipeline) -> str:
+def _cannot_compile(transformer: Any) -> str:
     """Why compiling would not work or not pay; empty if it would."""
-    transformer: Any = pipe.transformer
+    if not getattr(transformer, "_repeated_blocks", None):
+        return f"diffusers names no repeated blocks of a {type(transformer).__name__}"
     count = sum(p.numel() for p in transformer.parameters())
     if count < COMPILE_FROM:
         return f"a transformer of {count / 1e6:.0f} M parameters draws faster than it compiles"
@@ -291,6 +305,8 @@ def _cannot_fuse_qkv(transformer: Any) -> str:
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
     from torch import nn
 
+    if type(transformer).__name__ not in FUSED:
+        return f"diffusers' fused projections of a {type(transformer).__name__} are not read, or leave a norm out"
     if getattr(transformer, "peft_config", None):
         return "an unfused LoRA sits on the projections (fused_lora=on)"
     if _is_group_offload_enabled(transformer):
