@@ -34,6 +34,8 @@ def make_sd3(folder: Path) -> Path:
         latent_channels=8,
         norm_num_groups=4,
         sample_size=64,
+        scaling_factor=0.7,
+        shift_factor=0.1,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,

@@ -193,8 +193,7 @@ class SkipHook(ModelHook):
 
     def _skips(self, points: list[tuple[int, torch.Tensor]], rows: int) -> bool:
         cache, interval = self.cache, self.cache.speed.cache_interval
-        since = cache.step - (cache.speed.cache_warmup - 1)
-        if since <= 0 or since % interval == 0 or cache.step == cache.steps - 1:
+        if cache.speed.runs(cache.step, cache.steps):
             return False
         # A branch that has just begun, or comes back after a pause, has no line to follow.
         recent = len(points) == 2 and cache.step - points[0][0] < 2 * interval and len(points[0][1]) == rows

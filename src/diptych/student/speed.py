@@ -80,6 +80,11 @@ class Speed:
         if self.cache_threshold < 0:
             raise UsageError(f"speed switch cache_threshold is not negative, so not {self.cache_threshold}")
 
+    def runs(self, step: int, steps: int) -> bool:
+        """Whether the fixed schedule of `cache: skip` computes this step, counted from 0; without it, always."""
+        since = step - (self.cache_warmup - 1)
+        return self.cache != "skip" or since <= 0 or since % self.cache_interval == 0 or step == steps - 1
+
     def changed(self) -> dict[str, Any]:
         """The switches that are not as in the released sampler."""
         return {key: value for key, value in asdict(self).items() if value != getattr(PLAIN, key)}
@@ -194,7 +199,8 @@ def apply_compile(transformer: Any, speed: Speed) -> list[str]:
     if speed.compile and (reason := _cannot_compile(transformer)):
         return [f"compile: {reason}"]
     if speed.compile:
-        transformer.compile_repeated_blocks()
+        for block in _repeated(transformer):
+            block.compile()  # what diffusers' compile_repeated_blocks does, where it names them
     return []
 
 
@@ -280,14 +286,16 @@ def _read(name: str, text: str, kind: type) -> Any:
 
 
 def _repeated(transformer: Any) -> Iterator[Any]:
-    names = getattr(transformer, "_repeated_blocks", None) or ()
-    return (module for module in transformer.modules() if type(module).__name__ in names)
+    """The blocks that diffusers names as repeated; of a transformer where it names none, the members of its lists."""
+    from torch import nn
+
+    if names := getattr(transformer, "_repeated_blocks", None):
+        return (module for module in transformer.modules() if type(module).__name__ in names)
+    return (block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child)
 
 
 def _cannot_compile(transformer: Any) -> str:
     """Why compiling would not work or not pay; empty if it would."""
-    if not getattr(transformer, "_repeated_blocks", None):
-        return f"diffusers names no repeated blocks of a {type(transformer).__name__}"
     count = sum(p.numel() for p in transformer.parameters())
     if count < COMPILE_FROM:
         return f"a transformer of {count / 1e6:.0f} M parameters draws faster than it compiles"
