@@ -104,9 +104,7 @@ def test_a_plan_counts_every_byte_of_the_teacher(folders: dict[str, Path], famil
     assert counted.vae == numbers("vae") and (counted.modulation > 0) == (family == "flux")
 
 
-def test_modulation_and_what_lies_outside_the_blocks_is_never_quantized(
-    folders: dict[str, Path], family: str
-) -> None:
+def test_modulation_and_what_lies_outside_the_blocks_is_never_quantized(folders: dict[str, Path], family: str) -> None:
     transformer = paint.open_teacher(folders[family], torch.float32).transformer
     taken = set(quantize.quantizable(transformer))
     assert {"transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"} <= taken
@@ -123,7 +121,42 @@ def test_what_a_family_cannot_have_is_left_out_and_said(of: Any, family: str, ca
     assert "left out: guidance_until: guidance is the pipeline's own" in said
     tabled = any("modulation precomputed" in line for line in said)
     assert tabled == (family == "flux") == (not any("only FLUX.1's" in line for line in said))
-    assert (family == "flux") == (not any(line.startswith("left out: fused_qkv") for line in said))
+    assert any(line.startswith("left out: fused_qkv: ") for line in said)  # staged, or not FLUX
+
+
+def test_fused_projections_of_flux_share_the_bytes_of_the_single_ones(folders: dict[str, Path]) -> None:
+    pipe = paint.open_teacher(folders["flux"], torch.float32)
+    numbers = sum(p.numel() for p in pipe.transformer.parameters())
+    stock.apply(pipe, None, stock.speed_of(folders["flux"], "exact"), torch.device("cpu"))
+    attention = pipe.transformer.transformer_blocks[0].attn
+    assert attention.fused_projections and attention.to_q.weight.data_ptr() == attention.to_qkv.weight.data_ptr()
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in pipe.transformer.parameters()}
+    assert sum(held.values()) == 4 * numbers
+    pipe = paint.open_teacher(folders["flux"], torch.float32)
+    staged = stock.settle(folders["flux"], "24", "cpu", torch.float32, {})
+    stock.apply(pipe, staged, stock.speed_of(folders["flux"], "exact"), torch.device("cpu"))
+    assert not hasattr(pipe.transformer.transformer_blocks[0].attn, "to_qkv")
+
+
+def test_the_modulation_of_a_guidance_distilled_teacher_is_precomputed_for_its_guidance(
+    recipe: Any, teacher: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from diffusers import FluxTransformer2DModel
+
+    folder = tmp_path / "dev"
+    shutil.copytree(teacher, folder)
+    config = dict(FluxTransformer2DModel.load_config(folder / "transformer")) | {"guidance_embeds": True}
+    torch.manual_seed(1)
+    FluxTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    dev = with_paint(recipe.model_copy(update={"teacher": str(folder)}), true_guidance=1.0, guidance=3.5)
+    plain = grids(dev, prompts(2))
+    assert grids(with_paint(dev, memory="24"), prompts(2)) == plain
+    assert grids(with_paint(dev, memory="24", guidance=30.0), prompts(2)) != plain
+    pipe = paint.open_teacher(folder, torch.float32)
+    stock.apply(pipe, stock.settle(folder, "24", "cpu", torch.float32, {}), speed.PLAIN, torch.device("cpu"))
+    assert not any("norm1.linear" in name for name, _ in pipe.transformer.named_parameters())
 
 
 def test_the_pocket_teacher_paints_the_same_bytes_at_exact_speed_and_in_24_gib() -> None:
@@ -176,7 +209,10 @@ def test_grids_painted_before_there_were_presets_are_not_painted_anew(recipe: An
     section = {k: v for k, v in recipe.values()["paint"].items() if k not in ("memory", "speed", "format", "images")}
     import hashlib
 
-    assert recipe.fingerprint("paint") == hashlib.sha256(json.dumps({"paint": section}, sort_keys=True).encode()).hexdigest()
+    assert (
+        recipe.fingerprint("paint")
+        == hashlib.sha256(json.dumps({"paint": section}, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def test_a_preset_is_a_name_though_yaml_reads_a_number() -> None:

@@ -60,7 +60,7 @@ def paint(job: Job) -> dict[str, Any]:
     hours = job.hours("seconds_per_grid", job.grids, job.grids * per_grid, "paint_share")
     size = (layout.rows * job.size, layout.cols * job.size)
     bytes_ = job.number_bytes(settings.dtype)
-    gib = job.book.maybe("device_gib")
+    gib = job.book.maybe("device_gib") if settings.memory == "auto" else None
     memory, preset, held = painting_memory(
         job.teacher, size, settings.batch_size, job.on_cpu, bytes_, settings.memory, gib and gib * 2**30
     )

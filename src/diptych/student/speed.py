@@ -317,6 +317,8 @@ def _cannot_fuse_qkv(transformer: Any) -> str:
         return f"diffusers' fused projections of a {type(transformer).__name__} are not read, or leave a norm out"
     if getattr(transformer, "peft_config", None):
         return "an unfused LoRA sits on the projections (fused_lora=on)"
+    if hasattr(transformer, "_hf_hook"):
+        return "the transformer comes to the device for each call, and the single projections would come as well"
     if _is_group_offload_enabled(transformer):
         return "the layers are offloaded by groups, which know the single projections alone"
     linears = [m for name, m in transformer.named_modules() if name.endswith((".to_q", ".add_q_proj"))]

@@ -99,10 +99,11 @@ def apply(pipe: Any, held: Memory | None, wanted: Speed, device: torch.device) -
         held.shrink(transformer)
         if held.modulation is not None:
             drawing.tabulate(held.modulation)
-    left_out = speed.apply_attention(transformer, wanted)
     if wanted.cache != "none":
-        drawing.skip(wanted)
-    left_out += _place(pipe, held, device)
+        drawing.skip(wanted)  # before what moves the transformer, which goes around it and is put on anew each call
+    left_out = _place(pipe, held, device)
+    # Fused and single projections share their bytes, which a move would end.
+    left_out += speed.apply_attention(transformer, wanted)
     left_out += speed.apply_compile(transformer, wanted)
     _tell(left_out)
     return drawing
