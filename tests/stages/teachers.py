@@ -93,8 +93,14 @@ def make_qwen(folder: Path) -> Path:
         "vocab_size": len(tokenizer),
         "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]},
     }
-    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    marks = {"bos_token_id": 0, "eos_token_id": 0, "image_token_id": 1, "video_token_id": 2}
+    sight: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    marks: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "image_token_id": 1, "video_token_id": 2}
     marks |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=sight, **marks)
     vae = AutoencoderKLQwenImage(

@@ -156,8 +156,11 @@ def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.
     if settings.memory is None:
         return None
     layout = tasks.load(recipe.task).layout(recipe.write.layout)
-    size = settings.panel_size or min(MAX_PANEL, int(stock.shapes(folder).vae.get("sample_size") or MAX_PANEL))
-    drawn = {"rows": settings.batch_size, "panel": (layout.rows * size, layout.cols * size // 2)}
+    shapes = stock.shapes(folder)
+    size = settings.panel_size or min(MAX_PANEL, int(shapes.vae.get("sample_size") or MAX_PANEL))
+    # FLUX runs true guidance as a second forward, others mostly in one batch.
+    rows = settings.batch_size * (1 if shapes.is_flux or settings.true_guidance == 1 else 2)
+    drawn = {"rows": rows, "panel": (layout.rows * size, layout.cols * size // 2)}
     return stock.settle(folder, settings.memory, device, dtype, drawn)
 
 

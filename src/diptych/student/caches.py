@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
+from diffusers.hooks.hooks import BaseState, StateManager
 
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, right_tokens
@@ -89,7 +89,7 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
     """Hooks the cache that `speed.cache` names into a FLUX transformer. UserError if it has too few blocks for it."""
     cache = StepCache(speed, ratios or {})
     if speed.cache == "skip":
-        _register(transformer, SkipHook(cache))
+        register(transformer, SkipHook(cache))
     else:
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         if len(blocks) < 2:
@@ -97,21 +97,9 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
         shared = StateManager(_Sum)  # pyright: ignore[reportArgumentType]
         rule = _first_block if speed.cache == "first_block" else _magnitude
         for i, block in enumerate(blocks):
-            _register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
+            register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
     HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
     return cache
-
-
-def enable_stock(transformer: Any, speed: Speed, scheduler: Any) -> StepCache:
-    """Hooks the fixed schedule into any transformer that a stock pipeline calls, which tells nobody where it is."""
-    cache = StepCache(speed, {})
-    _register(transformer, _StockSkipHook(cache, scheduler))
-    return cache
-
-
-def reset(transformer: Any) -> None:
-    """Forgets what was kept between steps; some stock pipelines do so after a call, and some do not."""
-    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks(recurse=True)
 
 
 def disable(transformer: Any) -> None:
@@ -147,7 +135,7 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf8"))
 
 
-def _register(module: torch.nn.Module, hook: ModelHook) -> None:
+def register(module: torch.nn.Module, hook: ModelHook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
 
 
@@ -202,28 +190,6 @@ class SkipHook(ModelHook):
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.state_manager.reset()
         return module
-
-
-class _StockSkipHook(SkipHook):
-    """Where no loop of ours says so, the scheduler tells the step, and a step's forwards are its branches in order."""
-
-    def __init__(self, cache: StepCache, scheduler: Any) -> None:
-        super().__init__(cache)
-        self.scheduler = scheduler
-        self.branch, self.last = 0, -1
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache, step = self.cache, self.scheduler.step_index or 0  # None until the first step was taken
-        self.branch = self.branch + 1 if step == self.last else 0
-        if step == 0 and self.branch == 0:
-            cache.times, cache.computed, cache.skipped = self.scheduler.timesteps.tolist(), 0, 0
-        cache.step = self.last = step
-        self.state_manager.set_context(CacheContext(str(self.branch)))
-        return super().new_forward(module, *args, **kwargs)
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.branch, self.last = 0, -1
-        return super().reset_state(module)
 
 
 # The blocks' sum, kept -----------------------------------------------------------------------------------------------

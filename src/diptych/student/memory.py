@@ -69,8 +69,8 @@ def plan(
 
     Weights and table are counted; activations are estimated (`footprint.activations`). `rows`: pictures drawn together,
     times the branches of batched guidance. `reopened`: staged text encoders are read from their files when a prompt
-    comes; otherwise they wait in main memory. On a CPU what waits shares the memory with what runs, so it counts in every
-    stage.
+    comes; otherwise they wait in main memory. On a CPU what waits shares the memory with what runs, so it counts in
+    every stage.
     """
     from diptych.student.modulation import adaln_layers
 
@@ -174,8 +174,8 @@ class Memory:
         self._preset, left_out = suited(self._preset, shapes)
         needed = plan(shapes, self.preset, **options).peak
         self.reason = (
-            f"{self.asked.lstrip('-')} {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, {self.free / GIB:.1f} GiB free on "
-            f"{self.where}"
+            f"{self.asked.lstrip('-')} {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, "
+            f"{self.free / GIB:.1f} GiB free on {self.where}"
         )
         if needed > self.free:
             log.warning("%s: this may run out of memory", self.reason)

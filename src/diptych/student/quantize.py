@@ -1,8 +1,8 @@
 """Weights in fewer bits, by diffusers' own quantizers, of a model that is in memory already (LoRAs are fused before).
 
 What is quantized is one rule for any transformer: the linears inside numbered blocks, but not those of modulation.
-Input and output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and the
-quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
+Input and output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and
+the quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
 """
 
 from __future__ import annotations

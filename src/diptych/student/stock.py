@@ -11,22 +11,25 @@ goes another way here or is left out, with its reason: `LOOP` and `suited_speed`
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext
 
 from diptych.errors import UsageError
-from diptych.student import footprint, speed
+from diptych.student import caches, footprint, speed
+from diptych.student.files import read_json
 from diptych.student.footprint import Shapes
 from diptych.student.memory import Memory, prepare
-
-if TYPE_CHECKING:
-    import torch
-
-    from diptych.student.speed import Speed
+from diptych.student.speed import Speed
 
 log = logging.getLogger("diptych.student")
 INDEX = "model_index.json"
@@ -42,9 +45,7 @@ LOOP: dict[str, str] = {
 
 
 def shapes(folder: Path) -> Shapes:
-    """The configs of a pipeline's parts. UsageError for a pipeline without a transformer, which no preset is made for."""
-    from diptych.student.files import read_json
-
+    """The configs of a pipeline's parts. UsageError for one without a transformer, which no preset is made for."""
     index = read_json(folder / INDEX)
     if not (folder / "transformer" / "config.json").is_file():
         raise UsageError(
@@ -144,7 +145,7 @@ class Drawing:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.table: Table | None = None
-        self.skipping: Any = None  # the `caches.StepCache`
+        self.skipping: caches.StepCache | None = None
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -155,9 +156,8 @@ class Drawing:
             if self.table is not None:
                 self.table.clear()
             if self.skipping is not None:
-                from diptych.student import caches
-
-                caches.reset(self.pipe.transformer)
+                # Some pipelines do so after a call, and some do not.
+                HookRegistry.check_if_exists_or_initialize(self.pipe.transformer).reset_stateful_hooks(recurse=True)
 
     def tabulate(self, modulation: Any) -> None:
         """Precomputes the modulation of a FLUX transformer as its forwards come."""
@@ -166,9 +166,8 @@ class Drawing:
 
     def skip(self, wanted: Speed) -> None:
         """Skips steps on the fixed schedule of `wanted`."""
-        from diptych.student import caches
-
-        self.skipping = caches.enable_stock(self.pipe.transformer, wanted, self.pipe.scheduler)
+        self.skipping = caches.StepCache(wanted, {})
+        caches.register(self.pipe.transformer, StockSkip(self.skipping, self.pipe.scheduler))
 
 
 class Table:
@@ -187,8 +186,6 @@ class Table:
         self.modulation.lookup.clear()
 
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        import torch
-
         pooled, guidance = kwargs["pooled_projections"], kwargs.get("guidance")
         if self.pooled is not None and (pooled[:, None] == self.pooled).all(-1).any(-1).all():
             return
@@ -199,12 +196,30 @@ class Table:
         lookup.pooled = self.pooled
 
 
+class StockSkip(caches.SkipHook):
+    """Where no loop of ours says so, the scheduler tells the step, and a step's forwards are its branches in order."""
+
+    def __init__(self, cache: caches.StepCache, scheduler: Any) -> None:
+        super().__init__(cache)
+        self.scheduler = scheduler
+        self.branch, self.last = 0, -1
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache, step = self.cache, self.scheduler.step_index or 0  # None until the first step was taken
+        self.branch = self.branch + 1 if step == self.last else 0
+        if step == 0 and self.branch == 0:
+            cache.times, cache.computed, cache.skipped = self.scheduler.timesteps.tolist(), 0, 0
+        cache.step = self.last = step
+        self.state_manager.set_context(CacheContext(str(self.branch)))
+        return super().new_forward(module, *args, **kwargs)
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.branch, self.last = 0, -1
+        return super().reset_state(module)
+
+
 def _cannot_skip(wanted: Speed, found: Shapes, scheduler: str) -> str:
     """Why steps cannot be skipped; empty if they can."""
-    import inspect
-
-    import diffusers
-
     if wanted.cache != "skip":
         return f"{wanted.cache} looks at the student's right panel"
     if scheduler != SCHEDULER:
@@ -216,8 +231,6 @@ def _cannot_skip(wanted: Speed, found: Shapes, scheduler: str) -> str:
 
 
 def _scheduler(folder: Path) -> str:
-    from diptych.student.files import read_json
-
     named = read_json(folder / INDEX).get("scheduler") or [None, "pipeline without a scheduler"]
     return str(named[1])
 
