@@ -142,10 +142,36 @@ def test_what_does_not_fit_the_device_is_said_with_its_cures(tmp_path: Path) -> 
     assert (
         note.startswith("distill needs") and "set distill.gradient_checkpointing=true, set distill.micro_batch" in note
     )
-    small = plan("flux-subject", tmp_path, gpu="rtx4090")["notes"]
-    assert any(note.startswith("paint needs") for note in small)
+    small = plan("flux-subject", tmp_path, "paint.memory=null", gpu="rtx4090")["notes"]
+    assert any(note.startswith("paint needs") and note.endswith("set paint.memory=auto") for note in small)
     few = plan("pocket", tmp_path, "write.count=10")["notes"]
     assert any("fewer than one batch of 32" in note for note in few)
+
+
+def test_painting_is_planned_as_its_memory_preset_holds_the_teacher(tmp_path: Path) -> None:
+    def paint(*sets: str, **options: Any) -> dict[str, Any]:
+        return plan("flux-subject", tmp_path, *sets, **options)["stages"]["paint"]
+
+    whole, staged, packed = (paint(f"paint.memory={name}")["memory"] for name in ("null", "24", "12"))
+    assert whole > 33 * 2**30 > 24 * 2**30 > staged > packed and packed < 12 * 2**30
+    chosen = paint("paint.memory=auto", gpu="rtx4090")
+    assert chosen["memory_preset"] == "auto → 24" and chosen["memory"] == staged
+    assert paint("paint.memory=auto")["memory"] == whole
+    notes = {name: plan("flux-subject", tmp_path, f"paint.memory={name}")["notes"] for name in ("12", "24")}
+    assert [any("longer than planned" in note for note in found) for found in notes.values()] == [True, False]
+
+
+def test_a_speed_skips_forwards_and_compiles_where_there_is_a_gpu(tmp_path: Path) -> None:
+    def paint(*sets: str) -> tuple[int, float]:
+        found = plan("flux-subject", tmp_path, *sets)["stages"]["paint"]
+        return found["forwards_per_grid"], found["seconds_per_grid"]
+
+    (steps, plain), (same, exact), (fewer, fast) = (paint(f"paint.speed={name}") for name in ("null", "exact", "fast"))
+    assert steps == same == 28 and fewer == 16
+    assert exact == pytest.approx(plain * 0.42 / 0.6) and fast < 0.6 * exact
+    pocket = plan("pocket", tmp_path, "paint.speed=exact")
+    assert pocket["stages"]["paint"]["flops"] == plan("pocket", tmp_path)["stages"]["paint"]["flops"]
+    assert pocket["assumed"].get("paint_share", {"value": 1})["value"] == 1  # nothing compiles there
 
 
 # ---- calls, tokens, money

@@ -38,7 +38,7 @@ STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 # Keys whose `auto` is settled by the machine that starts a run.
-PRECISIONS = (("paint", "dtype"), ("distill", "precision"))
+OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"))  # `auto` is settled when a run is frozen
 
 
 def run(
@@ -351,12 +351,12 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe
         write_atomic(path, recipe.dump().encode())
         return recipe
     frozen = recipes.load(path)
-    kept = {
+    kept: dict[str, Any] = {
         "device": frozen.device if recipe.device == "auto" else recipe.device,
         "threads": frozen.threads if recipe.threads is None else recipe.threads,
     }
-    for section, key in PRECISIONS:
-        if getattr(mine := getattr(recipe, section), key) == "auto":
+    for section, key in OPEN:
+        if getattr(mine := kept.get(section, getattr(recipe, section)), key) == "auto":
             kept[section] = mine.model_copy(update={key: getattr(getattr(frozen, section), key)})
     wanted = recipe.model_copy(update=kept)
     if differ := frozen.differences(wanted):
@@ -371,14 +371,13 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe
 
 
 def unsettled(recipe: Recipe) -> bool:
-    """Whether a recipe leaves `device`, `threads` or a key of `PRECISIONS` open."""
-    asked = [getattr(getattr(recipe, section), key) for section, key in PRECISIONS]
+    """Whether a recipe leaves `device`, `threads` or a key of `OPEN` open."""
+    asked = [getattr(getattr(recipe, section), key) for section, key in OPEN]
     return recipe.device == "auto" or recipe.threads is None or "auto" in asked
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """`device`, `threads` and the keys of `PRECISIONS`, where they are left open, as what this machine has."""
-    asked = [getattr(getattr(recipe, section), key) for section, key in PRECISIONS]
+    """`device`, `threads` and the keys of `OPEN`, where they are left open, as what this machine has."""
     import torch
 
     from diptych.train.hardware import pick_precision
@@ -387,10 +386,16 @@ def settle(recipe: Recipe) -> Recipe:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     update: dict[str, Any] = {"device": device, "threads": recipe.threads or torch.get_num_threads()}
-    for (section, key), precision in zip(PRECISIONS, asked, strict=True):
-        settled, _ = pick_precision(precision, torch.device(device))
+    for section, key in (("paint", "dtype"), ("distill", "precision")):
+        settled, _ = pick_precision(getattr(getattr(recipe, section), key), torch.device(device))
         update[section] = getattr(recipe, section).model_copy(update={key: settled})
-    return recipe.model_copy(update=update)
+    recipe = recipe.model_copy(update=update)
+    if recipe.paint.memory == "auto" and recipe.draws_pairs():
+        from diptych.stages.paint import settle_memory
+
+        memory = settle_memory(recipe)
+        recipe = recipe.model_copy(update={"paint": recipe.paint.model_copy(update={"memory": memory})})
+    return recipe
 
 
 def use_threads(threads: int | None) -> None:

@@ -97,6 +97,19 @@ class Paint(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in. `auto` takes bfloat16 where it is faster, and is settled, like `device`, when a run
     is frozen."""
+    memory: Literal["auto", "8", "12", "16", "24", "48", "80"] | None = None
+    """Holds the teacher for a card of so many GiB, as `generate --memory` holds a student: below 24 its weights are
+    quantized, so grids change. `auto` takes the largest that fits, and is settled, like `device`, when a run is frozen;
+    null leaves every part as loaded, on the device."""
+    speed: Literal["exact", "fast", "fastest"] | None = None
+    """`generate --speed` for a teacher: `exact` compiles, fuses and precomputes, to float rounding; `fast` and
+    `fastest` also skip every second step, or all but every fourth. null is the stock pipeline."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _named(cls, memory: Any) -> Any:
+        """`memory: 24` is a number in YAML, and a name here."""
+        return str(memory) if isinstance(memory, int) and not isinstance(memory, bool) else memory
 
 
 class Thresholds(Section):
@@ -570,7 +583,13 @@ class Recipe(Section):
             if values["curate"][optional] is None:
                 # What was made before there were any is not made anew.
                 del values["curate"][optional]
-        for section, key, default in (("curate", "format", "png"), ("paint", "format", "png"), ("paint", "images", 1)):
+        for section, key, default in (
+            ("curate", "format", "png"),
+            ("paint", "format", "png"),
+            ("paint", "images", 1),
+            ("paint", "memory", None),
+            ("paint", "speed", None),
+        ):
             if values[section][key] == default:
                 del values[section][key]
         del values["ray"]  # where it is made is not what is made

@@ -118,12 +118,17 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         needs = found["stages"][stage]["memory"] / 2**30
         if room is None or needs <= room:
             continue
-        cures = ["lower paint.batch_size"]
+        cures = ["lower paint.batch_size", *(["set paint.memory=auto"] if recipe.paint.memory is None else [])]
         if stage == "distill":
             cures = [] if recipe.distill.gradient_checkpointing else ["set distill.gradient_checkpointing=true"]
             cures += ["set distill.micro_batch"] if found["stages"][stage]["rows_at_once"] > 1 else []
             cures += ["set distill.quantize=nf4"] if recipe.distill.mode == "lora" else []
         notes.append(f"{stage} needs {needs:,.0f} GiB, and a device has {room:,.0f}: {', '.join(cures)}")
+    held = found["stages"]["paint"]["held"]
+    if "transformer as loaded" not in held or "offload" in held:
+        notes.append(
+            "painting with paint.memory below 24 takes longer than planned: unpacking and moving weights is not counted"
+        )
     if device["devices"] > 1:
         notes.append("painting drives one device, training several (torchrun); the plan shares both out evenly")
     if any(one["of"] == "measured" for one in found["assumed"].values()):

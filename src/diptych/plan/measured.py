@@ -16,7 +16,13 @@ from diptych import recipe as recipes
 from diptych.data import log
 from diptych.sections import Recipe
 
-OPEN = ("device", "threads", "paint.dtype", "distill.precision")  # `auto` and null agree with what a run has settled
+OPEN = (
+    "device",
+    "threads",
+    "paint.dtype",
+    "paint.memory",
+    "distill.precision",
+)  # `auto` and null agree with what a run has settled
 _PICTURES = ("teacher", "task", "write.layout", "paint.")
 _PAIRS = (*_PICTURES, "write.writer", "write.grammar", "write.captions", "curate.judge", "curate.vlm")
 DEPENDS: dict[str, tuple[str, ...]] = {

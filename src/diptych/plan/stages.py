@@ -54,12 +54,16 @@ def paint(job: Job) -> dict[str, Any]:
     """Forward passes, operations, device hours, memory and disk of the grids."""
     settings, layout = job.recipe.paint, job.layout
     prompts = 2 if settings.true_guidance > 1 else 1
-    forwards = settings.steps * prompts
+    forwards = _steps_run(settings.speed, settings.steps) * prompts
     one = arithmetic.forward(job.counts.shapes, job.canvas(layout.rows, layout.cols))
     per_grid = forwards * one + prompts * job.text_flops
     hours = job.hours("seconds_per_grid", job.grids, job.grids * per_grid, "paint_share")
     size = (layout.rows * job.size, layout.cols * job.size)
     bytes_ = job.number_bytes(settings.dtype)
+    gib = job.book.maybe("device_gib") if settings.memory == "auto" else None
+    memory, preset, held = painting_memory(
+        job.teacher, size, settings.batch_size, job.on_cpu, bytes_, settings.memory, gib and gib * 2**30
+    )
     return {
         "grids": job.grids,
         "forwards_per_grid": forwards,
@@ -68,9 +72,20 @@ def paint(job: Job) -> dict[str, Any]:
         "flops": job.grids * per_grid,
         "seconds_per_grid": hours * 3600 / job.grids,
         **_time(job, hours),
-        "memory": painting_memory(job.teacher, size, settings.batch_size, job.on_cpu, bytes_),
+        "memory": memory,
+        "memory_preset": preset,
+        "held": held,
+        "speed": settings.speed,
         "disk": round(job.grids * job.row_bytes("grid_bytes", layout.panels)),
     }
+
+
+def _steps_run(name: str | None, steps: int) -> int:
+    """How many of the sampling steps a speed computes."""
+    from diptych.student import speed
+
+    wanted = speed.parse(name)
+    return sum(wanted.runs(step, steps) for step in range(steps))
 
 
 def curate(job: Job, painting_hours: float) -> dict[str, Any]:

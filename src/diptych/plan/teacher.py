@@ -136,16 +136,31 @@ def _shapes(config: str) -> Mapping[str, tuple[int, ...]]:
     return shapes_of(json.loads(config))
 
 
-def painting_memory(teacher: Teacher, size: tuple[int, int], rows: int, cpu: bool, bytes_: int) -> int:
-    """Bytes that drawing `rows` pictures of `size` (height, width) at once holds at most: `student.memory`'s plan."""
-    from diptych.student.memory import Preset
+def painting_memory(
+    teacher: Teacher, size: tuple[int, int], rows: int, cpu: bool, bytes_: int, name: str | None, room: float | None
+) -> tuple[int, str | None, str]:
+    """Bytes that drawing `rows` pictures of `size` (height, width) at once holds at most: `student.memory`'s plan.
+
+    Args:
+        name: `paint.memory`; `room` is the device's bytes, for `auto`. None: a CPU's, enough for anything.
+
+    Returns:
+        (bytes, the preset's name, what it does in words). UsageError for one that cannot work here.
+    """
+    from diptych.student.memory import Preset, choose, pick
     from diptych.student.memory import plan as memory_plan
 
     half = (size[0], size[1] // 2)  # that plan's pictures are two panels wide
     device = "cpu" if cpu else "cuda"
-    text = teacher.text_tokens
-    options: dict[str, Any] = {"device": device, "dtype_bytes": bytes_, "panel": half, "text_tokens": text}
-    return memory_plan(memory_shapes(teacher), Preset(), rows=rows, **options).peak
+    options: dict[str, Any] = {"dtype_bytes": bytes_, "panel": half, "text_tokens": teacher.text_tokens}
+    options |= {"rows": rows, "device": device, "reopened": False}
+    shapes = memory_shapes(teacher)
+    preset = Preset()
+    if name == "auto" and room is not None:
+        name, preset = choose(shapes, int(room), "the device", **options)
+    elif name not in (None, "auto"):
+        preset = pick(name, device, "paint.memory")
+    return memory_plan(shapes, preset, **options).peak, name, str(preset)
 
 
 def frozen_bytes(teacher: Teacher, quantization: str, bytes_: int) -> int:

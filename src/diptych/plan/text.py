@@ -58,9 +58,11 @@ def _write(found: dict[str, Any]) -> list[str]:
 
 def _paint(found: dict[str, Any]) -> list[str]:
     each = f"{found['forwards_per_grid']} forwards of {si(found['flops_per_forward'])}FLOP a grid"
+    preset = f" (paint.memory {found['memory_preset']}: {found['held']})" if found["memory_preset"] else ""
+    speed = f" · paint.speed {found['speed']}" if found["speed"] else ""
     return [
-        f"{each}, {si(found['flops_per_grid'])}FLOP with its text; {si(found['flops'])}FLOP in all",
-        f"{seconds(found['seconds_per_grid'])} a grid · {_hours(found)} · memory {gib(found['memory'])} · "
+        f"{each}, {si(found['flops_per_grid'])}FLOP with its text; {si(found['flops'])}FLOP in all{speed}",
+        f"{seconds(found['seconds_per_grid'])} a grid · {_hours(found)} · memory {gib(found['memory'])}{preset} · "
         f"disk {size(found['disk'])}",
     ]
 

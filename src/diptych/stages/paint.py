@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.sections import Recipe
+    from diptych.student.memory import Memory
 
 MAX_PANEL = 512
 MAX_TEXT_TOKENS = 512
@@ -43,6 +44,7 @@ class Paint:
         """Opens the teacher. UserError if it cannot be, UsageError if it cannot draw panels of the recipe's size."""
         import torch
 
+        from diptych.student import stock
         from diptych.student.loading import pick_device
         from diptych.train.hardware import pick_precision
 
@@ -52,19 +54,24 @@ class Paint:
         model = models.fingerprint(folder)
         device = pick_device(self.recipe.device)
         dtype, _ = pick_precision(self.recipe.paint.dtype, device)
-        pipe = open_teacher(folder, getattr(torch, dtype)).to(device)
-        size = panel_size(pipe, self.recipe.paint.panel_size)
+        settings = self.recipe.paint
+        # What cannot work is told before gigabytes are read.
+        held = memory_for(self.recipe, folder, device, getattr(torch, dtype))
+        speed = stock.speed_of(folder, settings.speed)
+        pipe = open_teacher(folder, getattr(torch, dtype))
+        size = panel_size(pipe, settings.panel_size)
+        drawing = stock.apply(pipe, held, speed, device)
 
         def work(rows: list[Row]) -> list[list[Row] | Failure]:
             results: dict[str, list[Row] | Failure] = {}
-            settings = self.recipe.paint
             for layout, group in self._by_layout(rows, results):
                 options = call_options(pipe, settings, len(group))
                 canvas = {"height": layout.rows * size, "width": layout.cols * size}
                 drawn: dict[str, list[Row | Failure]] = {row["id"]: [] for row in group}
                 for number in range(settings.images):
                     seeds = [seed_of(self.recipe.seed, row["id"], _purpose(number)) for row in group]
-                    images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
+                    with drawing.call():
+                        images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
                     for row, seed, image in zip(group, seeds, images, strict=True):
                         name = grid_id(row["id"], number)
                         drawn[row["id"]].append(_grid(name, row, seed, image, layout, size, model, settings.format))
@@ -136,6 +143,35 @@ def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.dtype) -> Memory | None:
+    """`paint.memory` for the teacher in `folder`, planned from its configs; None if the recipe has none.
+
+    UsageError if it cannot work here, UserError if `auto` finds nothing that fits.
+    """
+    from diptych.student import stock
+
+    settings = recipe.paint
+    if settings.memory is None:
+        return None
+    layout = tasks.load(recipe.task).layout(recipe.write.layout)
+    shapes = stock.shapes(folder)
+    size = settings.panel_size or min(MAX_PANEL, int(shapes.vae.get("sample_size") or MAX_PANEL))
+    # FLUX runs true guidance as a second forward, others mostly in one batch.
+    rows = settings.batch_size * (1 if shapes.is_flux or settings.true_guidance == 1 else 2)
+    drawn = {"rows": rows, "panel": (layout.rows * size, layout.cols * size // 2)}
+    return stock.settle(folder, settings.memory, device, dtype, drawn)
+
+
+def settle_memory(recipe: Recipe) -> str:
+    """The preset that `paint.memory: auto` is on this machine, for a recipe whose device and dtype are settled."""
+    import torch
+
+    folder = models.resolve(recipe.teacher, "teacher")
+    held = memory_for(recipe, folder, torch.device(recipe.device), getattr(torch, recipe.paint.dtype))
+    assert held is not None
+    return held.name.rpartition(" ")[2]  # "auto → 24"
 
 
 def panel_size(pipe: Any, asked: int | None) -> int:

@@ -89,7 +89,7 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
     """Hooks the cache that `speed.cache` names into a FLUX transformer. UserError if it has too few blocks for it."""
     cache = StepCache(speed, ratios or {})
     if speed.cache == "skip":
-        _register(transformer, _SkipHook(cache))
+        register(transformer, SkipHook(cache))
     else:
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         if len(blocks) < 2:
@@ -97,7 +97,7 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
         shared = StateManager(_Sum)  # pyright: ignore[reportArgumentType]
         rule = _first_block if speed.cache == "first_block" else _magnitude
         for i, block in enumerate(blocks):
-            _register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
+            register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
     HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
     return cache
 
@@ -135,7 +135,7 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf8"))
 
 
-def _register(module: torch.nn.Module, hook: ModelHook) -> None:
+def register(module: torch.nn.Module, hook: ModelHook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
 
 
@@ -152,7 +152,7 @@ class _Past(BaseState):
         self.points: list[tuple[int, torch.Tensor]] = []
 
 
-class _SkipHook(ModelHook):
+class SkipHook(ModelHook):
     """On the transformer itself: at skipped steps it does not run at all."""
 
     _is_stateful = True
@@ -166,7 +166,7 @@ class _SkipHook(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
         points: list[tuple[int, torch.Tensor]] = self.state_manager.get_state().points
-        rows = len(kwargs["hidden_states"])
+        rows = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
         if self._skips(points, rows):
             cache.count(0, rows)
             (older, v_0), (newer, v_1) = points
@@ -181,8 +181,7 @@ class _SkipHook(ModelHook):
 
     def _skips(self, points: list[tuple[int, torch.Tensor]], rows: int) -> bool:
         cache, interval = self.cache, self.cache.speed.cache_interval
-        since = cache.step - (cache.speed.cache_warmup - 1)
-        if since <= 0 or since % interval == 0 or cache.step == cache.steps - 1:
+        if cache.speed.runs(cache.step, cache.steps):
             return False
         # A branch that has just begun, or comes back after a pause, has no line to follow.
         recent = len(points) == 2 and cache.step - points[0][0] < 2 * interval and len(points[0][1]) == rows

@@ -8,11 +8,24 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from diptych.student import quantize
+
+TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+CLASSES = {
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+}
+
+
+def is_small(text_encoder: str) -> bool:
+    """Whether text encoders of this class are never quantized: CLIPs are a hundredth of what they stand beside."""
+    return text_encoder.startswith("CLIP")
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,7 @@ class Shapes:
     """What a plan is made from: the configs of the parts as plain values. Text configs may be absent.
 
     `quantized`: bytes of the transformer's weights that its file holds quantized already (GGUF); they stay so.
+    `classes`: of the parts that are not FLUX.1's (`CLASSES`).
     """
 
     transformer: Mapping[str, Any]
@@ -27,6 +41,26 @@ class Shapes:
     text_encoder: Mapping[str, Any] | None = None
     text_encoder_2: Mapping[str, Any] | None = None
     quantized: int = 0
+    text_encoder_3: Mapping[str, Any] | None = None
+    text_encoder_4: Mapping[str, Any] | None = None
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+    def class_of(self, part: str) -> str:
+        return self.classes.get(part, CLASSES.get(part, ""))
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether the transformer is FLUX.1's, the one whose modulation is precomputed."""
+        return self.class_of("transformer") == CLASSES["transformer"]
+
+    def model(self, part: str) -> Any:
+        """A part on the meta device; None if it is absent."""
+        library = "transformers" if part in TEXTS else "diffusers"
+        return meta(library, self.class_of(part), getattr(self, part))
+
+    def texts(self) -> dict[str, Mapping[str, Any]]:
+        """The configs of the text encoders that are there."""
+        return {part: config for part in TEXTS if (config := getattr(self, part)) is not None}
 
 
 def meta(library: str, name: str, config: Mapping[str, Any] | None) -> Any:
@@ -82,22 +116,32 @@ def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: 
     the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token."""
     config = shapes.transformer
     width = config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128)
-    down = 2 ** (len(shapes.vae["block_out_channels"]) - 1) * 2
+    down = 2 ** (len(channels(shapes.vae)) - 1) * 2
     tokens = text_tokens + 2 * (panel[0] // down) * (panel[1] // down)
     return 16 * rows * tokens * width * dtype_bytes
 
 
 def text_activations(shapes: Shapes, text_tokens: int, dtype_bytes: int) -> int:
-    """T5's widest layer: attention scores in float32 and the gated MLP."""
-    config = shapes.text_encoder_2 or {}
-    scores = config.get("num_heads", 64) * text_tokens**2 * 4
-    return scores + 4 * text_tokens * config.get("d_ff", 10240) * dtype_bytes
+    """The widest layer of a text encoder, T5's where none is known: attention scores in float32 and the gated MLP."""
+    sizes = []
+    for config in shapes.texts().values():
+        own = config.get("text_config") or config  # a vision-language model's
+        heads = own.get("num_heads", own.get("num_attention_heads", 64))
+        wide = own.get("d_ff", own.get("intermediate_size", 10240))
+        sizes.append(heads * text_tokens**2 * 4 + 4 * text_tokens * wide * dtype_bytes)
+    return max(sizes, default=64 * text_tokens**2 * 4 + 4 * text_tokens * 10240 * dtype_bytes)
+
+
+def channels(vae: Mapping[str, Any]) -> list[int]:
+    """A VAE's widths, the full size's first, in whichever words its config has them."""
+    found = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    return list(found or [vae.get("base_dim", 96) * times for times in vae.get("dim_mult", (1, 2, 4, 4))])
 
 
 def decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_bytes: int) -> int:
     """The decoder's last up block works at full size on the second-narrowest channels: four maps of that, and the
     picture itself where it is put together from tiles."""
-    channels = vae["block_out_channels"][min(1, len(vae["block_out_channels"]) - 1)]
+    widths = channels(vae)
     pixels = panel[0] * panel[1] * 2
     at_once = min(pixels, tile * tile) if tile else pixels
-    return 4 * channels * at_once * dtype_bytes + 3 * 3 * pixels * dtype_bytes
+    return 4 * widths[min(1, len(widths) - 1)] * at_once * dtype_bytes + 3 * 3 * pixels * dtype_bytes

@@ -63,30 +63,33 @@ def plan(
     steps: int = 28,
     rows: int = 1,
     text_tokens: int = 512,
+    reopened: bool = True,
 ) -> Plan:
     """What `preset` needs, from configs alone: the models are built on the meta device.
 
     Weights and table are counted; activations are estimated (`footprint.activations`). `rows`: pictures drawn together,
-    times the branches of batched guidance. On a CPU what waits shares the memory with what runs, so it counts in every
-    stage.
+    times the branches of batched guidance. `reopened`: staged text encoders are read from their files when a prompt
+    comes; otherwise they wait in main memory. On a CPU what waits shares the memory with what runs, so it counts in
+    every stage.
     """
     from diptych.student.modulation import adaln_layers
 
-    transformer = footprint.meta("diffusers", "FluxTransformer2DModel", shapes.transformer)
+    transformer = shapes.model("transformer")
+    tabled: dict[str, Any] = adaln_layers(transformer) if shapes.is_flux else {}
     if shapes.quantized:
         blocks, modulation, other = footprint.as_in_file(transformer, shapes.quantized, dtype_bytes)
     else:
         blocks, rest = footprint.quantized_split(transformer, preset.transformer, dtype_bytes)
-        adaln = sum(footprint.count(layer) for layer in adaln_layers(transformer).values())
-        modulation = (adaln + footprint.count(transformer.time_text_embed)) * dtype_bytes
+        adaln = sum(footprint.count(layer) for layer in tabled.values())
+        modulation = (adaln + footprint.count(transformer.time_text_embed)) * dtype_bytes if tabled else 0
         other = rest - modulation
-    clip = footprint.meta("transformers", "CLIPTextModel", shapes.text_encoder)
-    t5 = footprint.meta("transformers", "T5EncoderModel", shapes.text_encoder_2)
-    text = sum(footprint.quantized_split(t5, preset.text, dtype_bytes)) if t5 is not None else 0
-    text += footprint.count(clip) * dtype_bytes if clip is not None else 0
-    vae = footprint.count(footprint.meta("diffusers", "AutoencoderKL", shapes.vae)) * dtype_bytes
+    text = 0
+    for part in shapes.texts():
+        kind = "none" if footprint.is_small(shapes.class_of(part)) else preset.text
+        text += sum(footprint.quantized_split(shapes.model(part), kind, dtype_bytes))
+    vae = footprint.count(shapes.model("vae")) * dtype_bytes
 
-    columns = sum(layer.linear.out_features for layer in adaln_layers(transformer).values())  # pyright: ignore
+    columns = sum(layer.linear.out_features for layer in tabled.values())
     table = steps * (rows + 1) * columns * dtype_bytes if preset.modulation else 0  # one more text: the negative
     activations = footprint.activations(shapes, panel, rows, text_tokens, dtype_bytes)
     widest = max((m.in_features * m.out_features for m in quantize.quantizable(transformer).values()), default=0)
@@ -100,7 +103,7 @@ def plan(
     on_device = (waiting_modulation + grouped) if shared else 0
     if grouped and not shared:
         scratch += 2 * blocks // max(1, len(quantize.quantizable(transformer)) // 8)  # a group, and the next one coming
-    text_weights = 0 if preset.staged else text
+    text_weights = 0 if preset.staged and (reopened or not shared) else text
     # The transformer steps aside while text is encoded.
     aside = resident if preset.staged and not shared and not grouped else 0
     encode = footprint.text_activations(shapes, text_tokens, dtype_bytes)
@@ -109,7 +112,7 @@ def plan(
         "denoise": resident + on_device + text_weights + vae + table + activations + scratch,
         "decode": resident + on_device + text_weights + vae + decode,
     }
-    host = 0 if shared else waiting_modulation + grouped + aside
+    host = 0 if shared else waiting_modulation + grouped + aside + (text if preset.staged and not reopened else 0)
     return Plan(blocks, modulation, other, text, vae, table, activations, stages, host)
 
 
@@ -133,8 +136,9 @@ class Memory:
     `apply` on the loaded pipeline; then the sampler calls `stage`.
     """
 
-    def __init__(self, name: str, preset: Preset | None, device: torch.device) -> None:
+    def __init__(self, name: str, preset: Preset | None, device: torch.device, asked: str = "--memory") -> None:
         self.name = name
+        self.asked = asked  # by what: an option, or a recipe's key
         self._preset = preset  # None: auto, until the configs are known
         self.device = device
         self.free, self.where = free_bytes(device)
@@ -149,36 +153,40 @@ class Memory:
         assert self._preset is not None, "settle comes first"
         return self._preset
 
-    def settle(self, shapes: Shapes, dtype: torch.dtype, places: Mapping[str, Path]) -> None:
-        """Chooses for `auto`, and says what was chosen and planned in `reason`.
+    def settle(self, shapes: Shapes, dtype: torch.dtype, places: Mapping[str, Path], **drawn: Any) -> list[str]:
+        """Chooses for `auto`, and says what was chosen and planned in `reason`. Returns what this transformer cannot
+        have of the preset, each with its reason.
 
         Args:
             places: the folders of the parts; staged text encoders are opened from there.
+            drawn: what is drawn at once, as `plan` takes it; one square picture of the VAE's size if not said.
 
         Raises:
             UserError when `auto` finds no preset that fits.
         """
         self.dtype = dtype
-        side = min(512, int(shapes.vae["sample_size"]))
-        options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)}
+        side = min(512, int(shapes.vae.get("sample_size") or 512))
+        options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)} | drawn
         if self._preset is None:
             self.name, self._preset = choose(shapes, self.free, self.where, **options)
         if shapes.quantized:
             self._preset = replace(self._preset, transformer="none")
+        self._preset, left_out = suited(self._preset, shapes)
         needed = plan(shapes, self.preset, **options).peak
         self.reason = (
-            f"memory {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, {self.free / GIB:.1f} GiB free on "
-            f"{self.where}"
+            f"{self.asked.lstrip('-')} {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, "
+            f"{self.free / GIB:.1f} GiB free on {self.where}"
         )
         if needed > self.free:
             log.warning("%s: this may run out of memory", self.reason)
         if self.preset.staged:
             self._places = {part: places[part] for part in TEXT_PARTS if part in places}
+        return left_out
 
     def check(self, loras: Sequence[Path], fuse: bool) -> None:
         """Refuses LoRAs that this preset cannot take, before anything is loaded."""
         if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
-            raise UsageError(f"--memory {self.name} does not work here: {'; '.join(found)}")
+            raise UsageError(f"{self.asked} {self.name} does not work here: {'; '.join(found)}")
         if self._places:
             from diptych.student.tensors import open_safetensors
 
@@ -189,28 +197,46 @@ class Memory:
 
     def apply(self, pipe: DiptychPipeline) -> None:
         """Quantizes, places and offloads the parts of `pipe`, which are on the CPU, its LoRAs fused."""
-        preset, self._pipe = self.preset, pipe
-        transformer: Any = pipe.transformer
-        # Modulation first: quantizers and offload then never see those weights.
-        if preset.modulation:
-            from diptych.student.modulation import Modulation
-
-            self.modulation = Modulation(transformer).detach("cpu")
-        quantize.quantize(transformer, preset.transformer, self.device, self.dtype)
+        self._pipe, transformer = pipe, pipe.transformer
+        self.shrink(transformer)
         pipe.vae.to(self.device)
-        if preset.tile:
-            factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-            pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = preset.tile, preset.tile // factor
+        self.tile(pipe.vae)
         for part in TEXT_PARTS:
             if (encoder := getattr(pipe, part)) is not None:
-                setattr(pipe, part, self._placed(part, encoder))
-        if preset.offload == "group":
-            transformer.enable_group_offload(
-                onload_device=self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
-            )
+                setattr(pipe, part, self._placed(encoder))
+        if self.preset.offload == "group":
+            self.offload(transformer)
         elif not self._places:
             transformer.to(self.device)
         pipe.memory = self
+
+    def shrink(self, transformer: Any) -> None:
+        """Takes the modulation out and quantizes the rest."""
+        # Modulation first: quantizers and offload then never see those weights.
+        if self.preset.modulation:
+            from diptych.student.modulation import Modulation
+
+            self.modulation = Modulation(transformer).detach("cpu")
+        quantize.quantize(transformer, self.preset.transformer, self.device, self.dtype)
+
+    def shrink_text(self, encoder: Any) -> None:
+        """Quantizes a text encoder, unless it is small anyway."""
+        kind = "none" if footprint.is_small(type(encoder).__name__) else self.preset.text
+        quantize.quantize(encoder, kind, self.device, self.dtype)
+
+    def tile(self, vae: Any) -> None:
+        """Sets the size of the tiles that `vae` decodes, where the preset has any."""
+        if self.preset.tile and hasattr(vae, "tile_latent_min_size"):
+            factor = 2 ** (len(footprint.channels(vae.config)) - 1)
+            vae.tile_sample_min_size, vae.tile_latent_min_size = self.preset.tile, self.preset.tile // factor
+
+    def offload(self, model: Any) -> None:
+        """Brings the layers of `model` to the device one by one."""
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(
+            model, onload_device=self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
+        )
 
     def stage(self, name: str) -> None:
         """Called by the sampler before `text`, `denoise` and `decode`: brings what that needs, frees the rest."""
@@ -240,8 +266,8 @@ class Memory:
         """The text encoders that are opened when a prompt comes."""
         return tuple(self._places)
 
-    def _placed(self, part: str, encoder: Any) -> Any:
-        quantize.quantize(encoder, self.preset.text if part == "text_encoder_2" else "none", self.device, self.dtype)
+    def _placed(self, encoder: Any) -> Any:
+        self.shrink_text(encoder)
         return encoder.to(self.device)
 
     def _open_text(self) -> None:
@@ -252,7 +278,7 @@ class Memory:
         if self.device.type != "cpu" and self.preset.offload == "none":
             self._pipe.transformer.to("cpu")
         for part, place in self._places.items():
-            setattr(self._pipe, part, self._placed(part, open_part(part, place, self.dtype)))
+            setattr(self._pipe, part, self._placed(open_part(part, place, self.dtype)))
         self._open = True
 
     def _close_text(self) -> None:
@@ -266,8 +292,8 @@ class Memory:
         self._open = False
 
 
-def prepare(name: str | int | Preset, device: str | torch.device) -> Memory:
-    """A preset by name or made by hand, checked before anything is opened.
+def prepare(name: str | int | Preset, device: str | torch.device, asked: str = "--memory") -> Memory:
+    """A preset by name or made by hand, checked before anything is opened. `asked`: by what, for errors.
 
     Raises UsageError with every reason when it does not work on this machine.
     """
@@ -277,8 +303,16 @@ def prepare(name: str | int | Preset, device: str | torch.device) -> Memory:
     if isinstance(name, Preset):
         if found := problems(name, device.type):
             raise UsageError(f"this memory preset does not work here: {'; '.join(found)}")
-        return Memory("custom", name, device)
-    return Memory(str(name), None if str(name) == "auto" else pick(str(name), device.type), device)
+        return Memory("custom", name, device, asked)
+    return Memory(str(name), None if str(name) == "auto" else pick(str(name), device.type, asked), device, asked)
+
+
+def suited(preset: Preset, shapes: Shapes) -> tuple[Preset, list[str]]:
+    """`preset` without what the transformer's class cannot have, and that, each with its reason."""
+    if preset.modulation and not shapes.is_flux:
+        reason = f"modulation: {shapes.class_of('transformer')}'s is not precomputed, only FLUX.1's"
+        return replace(preset, modulation=False), [reason]
+    return preset, []
 
 
 def choose(shapes: Shapes, free: int, where: str, *, device: str, **options: Any) -> tuple[str, Preset]:
@@ -289,7 +323,7 @@ def choose(shapes: Shapes, free: int, where: str, *, device: str, **options: Any
             if found := problems(preset, device):
                 seen.append(f"{name}: {found[0]}")
                 continue
-            needed = plan(shapes, preset, device=device, **options).peak
+            needed = plan(shapes, suited(preset, shapes)[0], device=device, **options).peak
             if needed <= HEADROOM * free:
                 return f"auto → {name}", preset
             seen.append(f"{name} needs {needed / GIB:.1f} GiB")

@@ -17,7 +17,7 @@ HEADROOM = 0.92  # share of the free memory a plan may fill: allocators fragment
 class Preset:
     """How the parts are held.
 
-    transformer, text: a name of `quantize.QUANTIZATIONS`; `text` is that of T5, CLIP is small.
+    transformer, text: a name of `quantize.QUANTIZATIONS`; `text` is that of T5 (or a language model), CLIP is small.
     staged: text encoders are opened when there is a prompt to encode, and freed before the transformer comes to the
         device (again).
     offload: `none`, or `group`: the transformer's layers come to the device one by one (diffusers' group offload).
@@ -86,8 +86,8 @@ def problems(preset: Preset, device: str, *, unfused_lora: bool = False) -> list
     return [reason for holds, reason in rules if holds]
 
 
-def pick(name: str, device: str) -> Preset:
-    """The preset of that name; UsageError, with every reason, if no row of it works on `device`."""
+def pick(name: str, device: str, asked: str = "--memory") -> Preset:
+    """The preset of that name; UsageError, with every reason, if no row of it works on `device`. `asked`: by what."""
     if name not in PRESETS:
         raise UsageError(f"unknown memory preset '{name}': one of {', '.join(NAMES)}{nearest(name, NAMES)}")
     reasons: list[str] = []
@@ -96,7 +96,7 @@ def pick(name: str, device: str) -> Preset:
         if not found:
             return preset
         reasons += [reason for reason in found if reason not in reasons]
-    raise UsageError(f"--memory {name} does not work here: {'; '.join(reasons)}")
+    raise UsageError(f"{asked} {name} does not work here: {'; '.join(reasons)}")
 
 
 def _words(quantization: str) -> str:

@@ -1,13 +1,14 @@
 """Weights in fewer bits, by diffusers' own quantizers, of a model that is in memory already (LoRAs are fused before).
 
-What is quantized is one rule: the linears inside the repeated blocks, but not those of the AdaLN layers. Input and
-output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and the
-quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
+What is quantized is one rule for any transformer: the linears inside numbered blocks, but not those of modulation.
+Input and output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and
+the quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ QUANTIZATIONS = {
     "nf4": Quantization(4 + 8 / 64 + 32 / (64 * 256), package="bitsandbytes", devices=("cuda",)),
 }
 
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
+_MODULATION = re.compile(r"(^|\.)(norm\w*|\w*mod(ulation)?)\.(.*\.)?(linear|\d+)$")  # FLUX's, SD3's, Qwen-Image's
 
 
 def problem(name: str, device: str) -> str:
@@ -56,21 +57,19 @@ def problem(name: str, device: str) -> str:
 
 
 def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linears to quantize, by name: those of a FLUX transformer's blocks or a T5's, without AdaLN and T5's `wo`.
+    """The linears to quantize, by name: those in numbered blocks of a transformer or a text encoder, without modulation
+    and T5's `wo`.
 
     T5 casts what it feeds `wo` to the dtype in which that weight is stored.
     """
     import torch
 
-    from diptych.student.modulation import adaln_layers
-
-    kept = {f"{name}.linear" for name in adaln_layers(model)}
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and name.startswith(_BLOCKS)
-        and name not in kept
+        and any(part.isdecimal() for part in name.split(".")[:-1])
+        and not _MODULATION.search(name)
         and not name.endswith(".wo")
     }
 

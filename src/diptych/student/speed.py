@@ -28,6 +28,7 @@ log = logging.getLogger("diptych.student")
 COSTS = Path(__file__).with_name("speed_costs.json")
 CACHES = ("none", "first_block", "magnitude", "skip")
 DECODES = ("canvas", "right")
+FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # whose attention reads them; SD 3.5's loses its norms
 COMPILE_FROM = 100_000_000  # parameters: compiling a smaller transformer takes longer than it ever gives back
 
 
@@ -78,6 +79,11 @@ class Speed:
             raise UsageError(f"speed switch guidance_until is a share of the steps, 0 to 1, not {self.guidance_until}")
         if self.cache_threshold < 0:
             raise UsageError(f"speed switch cache_threshold is not negative, so not {self.cache_threshold}")
+
+    def runs(self, step: int, steps: int) -> bool:
+        """Whether the fixed schedule of `cache: skip` computes this step, counted from 0; without it, always."""
+        since = step - (self.cache_warmup - 1)
+        return self.cache != "skip" or since <= 0 or since % self.cache_interval == 0 or step == steps - 1
 
     def changed(self) -> dict[str, Any]:
         """The switches that are not as in the released sampler."""
@@ -159,30 +165,43 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.attention:
         _one_of("attention", speed.attention, _attention_backends())
     remove(pipe)
-    if speed.attention:
-        _set_attention(transformer, speed.attention)
-    left_out = []
     if speed.fused_lora and getattr(transformer, "peft_config", None):
         pipe.fuse_lora(components=["transformer"])
         pipe.unload_lora_weights()
-    if speed.fused_qkv and (reason := _cannot_fuse_qkv(transformer)):
-        left_out.append(f"fused_qkv: {reason}")
-    elif speed.fused_qkv:
-        _fuse_qkv(transformer)
+    left_out = apply_attention(transformer, speed)
     if speed.modulation and getattr(transformer, "peft_config", None):
         left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
         speed = replace(speed, modulation=False)
     if speed.cache != "none":
         pipe.step_cache = caches.enable(transformer, speed, _ratios(pipe))
-    if speed.compile and (reason := _cannot_compile(pipe)):
-        left_out.append(f"compile: {reason}")
-    elif speed.compile:
-        transformer.compile_repeated_blocks()
+    left_out += apply_compile(transformer, speed)
     pipe.recall = recall.Recall(speed.remember)
     pipe.speed = speed
     for reason in left_out:
         log.info("left out: %s", reason)
     return left_out
+
+
+def apply_attention(transformer: Any, speed: Speed) -> list[str]:
+    """The attention back-end and fused projections on any diffusers transformer; what was left out, with its reason."""
+    if speed.attention:
+        _one_of("attention", speed.attention, _attention_backends())
+        _set_attention(transformer, speed.attention)
+    if speed.fused_qkv and (reason := _cannot_fuse_qkv(transformer)):
+        return [f"fused_qkv: {reason}"]
+    if speed.fused_qkv:
+        _fuse_qkv(transformer)
+    return []
+
+
+def apply_compile(transformer: Any, speed: Speed) -> list[str]:
+    """Compiles the repeated blocks of any diffusers transformer; or why not."""
+    if speed.compile and (reason := _cannot_compile(transformer)):
+        return [f"compile: {reason}"]
+    if speed.compile:
+        for block in _repeated(transformer):
+            block.compile()  # what diffusers' compile_repeated_blocks does, where it names them
+    return []
 
 
 def remove(pipe: DiptychPipeline) -> None:
@@ -267,13 +286,16 @@ def _read(name: str, text: str, kind: type) -> Any:
 
 
 def _repeated(transformer: Any) -> Iterator[Any]:
-    names = getattr(transformer, "_repeated_blocks", None) or ()
-    return (module for module in transformer.modules() if type(module).__name__ in names)
+    """The blocks that diffusers names as repeated; of a transformer where it names none, the members of its lists."""
+    from torch import nn
+
+    if names := getattr(transformer, "_repeated_blocks", None):
+        return (module for module in transformer.modules() if type(module).__name__ in names)
+    return (block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child)
 
 
-def _cannot_compile(pipe: DiptychPipeline) -> str:
+def _cannot_compile(transformer: Any) -> str:
     """Why compiling would not work or not pay; empty if it would."""
-    transformer: Any = pipe.transformer
     count = sum(p.numel() for p in transformer.parameters())
     if count < COMPILE_FROM:
         return f"a transformer of {count / 1e6:.0f} M parameters draws faster than it compiles"
@@ -291,8 +313,12 @@ def _cannot_fuse_qkv(transformer: Any) -> str:
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
     from torch import nn
 
+    if type(transformer).__name__ not in FUSED:
+        return f"diffusers' fused projections of a {type(transformer).__name__} are not read, or leave a norm out"
     if getattr(transformer, "peft_config", None):
         return "an unfused LoRA sits on the projections (fused_lora=on)"
+    if hasattr(transformer, "_hf_hook"):
+        return "the transformer comes to the device for each call, and the single projections would come as well"
     if _is_group_offload_enabled(transformer):
         return "the layers are offloaded by groups, which know the single projections alone"
     linears = [m for name, m in transformer.named_modules() if name.endswith((".to_q", ".add_q_proj"))]
