@@ -174,8 +174,6 @@ def lines(found: dict[str, Any]) -> list[str]:
     out += [f"fits      {name}: {'yes' if fits else 'no'}" for name, fits in found["fits"].items()]
     for reason in dict.fromkeys(found["flux"].values()):
         names = ", ".join(name for name, why in found["flux"].items() if why == reason)
-        out.append(
-            f"memory    FLUX.1-dev with --memory or paint.memory {names}: {f'no: {reason}' if reason else 'yes'}"
-        )
+        out.append(f"memory    FLUX.1-dev with --memory {names}: {f'no: {reason}' if reason else 'yes'}")
     out += [f"problem   {problem}" for problem in found["problems"]] or ["all right"]
     return out
