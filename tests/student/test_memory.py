@@ -13,7 +13,7 @@ from PIL import Image
 
 from diptych import cli, student
 from diptych.errors import UsageError, UserError
-from diptych.student import memory, quantize
+from diptych.student import memory, quantize, speed
 from diptych.student.memory import GIB, PRESETS, Plan, Preset, choose, pick, plan, problems, shapes_in
 from student.conftest import GOLDEN, tiny_transformer
 
@@ -123,6 +123,15 @@ def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, p
     assert held.text_encoder is None and held.text_encoder_2 is None  # freed again
     kept = sum(p.numel() for p in held.transformer.parameters())
     assert kept < 0.75 * sum(p.numel() for p in pipe.transformer.parameters())
+
+
+def test_projections_are_not_fused_where_the_transformer_leaves_the_device_for_new_prompts(load):
+    held = load(Preset(staged=True))
+    assert speed.apply(held, speed.Speed(fused_qkv=True)) == []  # on a CPU it stays where it is
+    held.memory.device = torch.device("cuda")  # nothing is moved before the next call
+    (reason,) = speed.apply(held, speed.Speed(fused_qkv=True))
+    assert "leaves the device" in reason
+    assert not any(getattr(module, "fused_projections", False) for module in held.transformer.modules())
 
 
 def test_group_offload_changes_no_bit(pipe, load, pictures):

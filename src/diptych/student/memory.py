@@ -262,6 +262,11 @@ class Memory:
             self._close_text()
 
     @property
+    def moves(self) -> bool:
+        """Whether the transformer leaves the device for every new prompt, and comes back."""
+        return bool(self._places) and self.device.type != "cpu" and self.preset.offload == "none"
+
+    @property
     def waiting(self) -> tuple[str, ...]:
         """The text encoders that are opened when a prompt comes."""
         return tuple(self._places)
@@ -275,7 +280,7 @@ class Memory:
 
         if self._open or not self._places:
             return
-        if self.device.type != "cpu" and self.preset.offload == "none":
+        if self.moves:
             self._pipe.transformer.to("cpu")
         for part, place in self._places.items():
             setattr(self._pipe, part, self._placed(open_part(part, place, self.dtype)))

@@ -168,7 +168,11 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.fused_lora and getattr(transformer, "peft_config", None):
         pipe.fuse_lora(components=["transformer"])
         pipe.unload_lora_weights()
-    left_out = apply_attention(transformer, speed)
+    left_out = []
+    if speed.fused_qkv and pipe.memory is not None and pipe.memory.moves:
+        left_out.append("fused_qkv: the transformer leaves the device for new prompts, and single projections would")
+        speed = replace(speed, fused_qkv=False)
+    left_out += apply_attention(transformer, speed)
     if speed.modulation and getattr(transformer, "peft_config", None):
         left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
         speed = replace(speed, modulation=False)
