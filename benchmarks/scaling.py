@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--workers 1 2 4 8 16] [--rows 8] [--out FILE]      # about five minutes
 
 Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node that counts 16 CPUs (sleeping needs none). Efficiency
-is sleep ÷ (workers × time). The clock starts when all workers of the pool run: starting sixteen Python processes takes
-the machine's cores many seconds and is stated apart. Overhead: one worker against this process, shards of 64 rows, in
-turns.
+is sleep ÷ (workers × time). The clock starts when the last worker of the pool begins its first row: starting sixteen
+Python processes takes the machine's cores many seconds and is stated apart. Overhead: one worker against this process,
+shards of 64 rows, in turns.
 """
 
 from __future__ import annotations
@@ -26,24 +26,29 @@ SECONDS = 0.05
 SHARDS = 256
 
 
-def timed(engine: Any, rows: int, count: int, workers: int) -> tuple[float, float]:
-    """Seconds from the moment when all workers ran to the end, and those before it."""
+def timed(engine: Any, rows: int, count: int, workers: int) -> tuple[float, float, float]:
+    """Seconds from the moment when all `workers` had begun to the end, seconds slept since then by all of them, and the
+    seconds before it."""
     from data.shard_stages import Doubling, run, shards
 
-    stage, inputs = Doubling(SECONDS), shards(count, rows)
-    began = time.perf_counter()
-    news: list[tuple[float, int, str]] = []
+    class Timed(Doubling):
+        def work(self, rows: list[Any]) -> list[Any]:
+            began = time.time()
+            made = super().work(rows)
+            with (Path(folder) / "diary").open("a") as stream:
+                stream.write(f"{os.getpid()} {began} {time.time()}\n")
+            return made
 
-    def progress(done: int, total: int, note: str = "") -> None:
-        news.append((time.perf_counter(), done, note))
-
+    started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        run(engine, folder, stage, inputs, progress=progress)
-    ended = time.perf_counter()
-    # What was done before the last worker ran is taken off the work as well: rows ÷ seconds from there on.
-    started, before, _ = next(one for one in news if workers == 0 or one[2].startswith(f"{workers} worker"))
-    share = (count * rows - before) / (count * rows)
-    return (ended - started) / share, started - began
+        run(engine, f"{folder}/run", Timed(SECONDS), shards(count, rows))
+        ended = time.time()
+        lines = [line.split() for line in (Path(folder) / "diary").read_text().splitlines()]
+    slept = [(pid, float(began), float(done)) for pid, began, done in lines]
+    first = {pid: min(began for one, began, _ in slept if one == pid) for pid, *_ in slept}
+    assert len(first) == workers, f"{len(first)} of {workers} workers had work: more shards are needed"
+    ready = max(first.values())
+    return ended - ready, sum(max(0.0, done - max(began, ready)) for _, began, done in slept), ready - started
 
 
 def scaling(address: str, counts: list[int], rows: int) -> dict[str, Any]:
@@ -52,12 +57,11 @@ def scaling(address: str, counts: list[int], rows: int) -> dict[str, Any]:
     from diptych.sections import Pool, Ray, Recipe
 
     found = {}
-    ideal = SHARDS * rows * SECONDS
     with connect(address) as engine:
         for workers in counts:
             pool = Ray(evaluate=Pool(workers=workers))
-            seconds, start = timed(engine.of(Recipe(name="scaling", ray=pool)), rows, SHARDS, workers)
-            efficiency = ideal / workers / seconds
+            seconds, slept, start = timed(engine.of(Recipe(name="scaling", ray=pool)), rows, SHARDS, workers)
+            efficiency = slept / workers / seconds
             found[str(workers)] = {
                 "seconds": round(seconds, 2),
                 "efficiency": round(efficiency, 3),
@@ -77,7 +81,7 @@ def overhead(address: str, rounds: int = 3, count: int = 4, rows: int = 64) -> d
     with connect(address) as engine:
         one = engine.of(Recipe(name="scaling", ray=Ray(evaluate=Pool(workers=1))))
         for _ in range(rounds):
-            times["in_process"].append(timed(LocalEngine(), rows, count, 0)[0])
+            times["in_process"].append(timed(LocalEngine(), rows, count, 1)[0])
             times["ray"].append(timed(one, rows, count, 1)[0])
     medians = {name: round(statistics.median(values), 3) for name, values in times.items()}
     share = round(medians["ray"] / medians["in_process"] - 1, 4)
