@@ -9,22 +9,16 @@ from typing import Any
 PANEL = 64
 
 
-def make_teacher(folder: Path) -> Path:
-    """A complete FluxPipeline folder that reads the pocket vocabulary."""
-    import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def make_vae() -> Any:
+    """An AutoencoderKL of eight channels, four times smaller a side, as these teachers have it."""
+    from diffusers import AutoencoderKL
 
-    from diptych.pocket.pretrain import tokenizers
-
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
-    clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
     three: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
         "block_out_channels": (8, 8, 8),
     }
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         **three,
         latent_channels=8,
         norm_num_groups=4,
@@ -35,6 +29,19 @@ def make_teacher(folder: Path) -> Path:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def make_teacher(folder: Path) -> Path:
+    """A complete FluxPipeline folder that reads the pocket vocabulary."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from diptych.pocket.pretrain import tokenizers
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
+    clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
+    vae = make_vae()
     transformer = FluxTransformer2DModel(
         in_channels=32,
         num_layers=1,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from curation_models import make_vae
+
 
 def make_sd3(folder: Path) -> Path:
     """A StableDiffusion3Pipeline with SD 3.5's norms and second attention, two CLIPs and a T5."""
     import torch
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
@@ -24,22 +25,7 @@ def make_sd3(folder: Path) -> Path:
     clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
     config = clip.config
     config.hidden_size, config.intermediate_size, config.projection_dim = 32, 64, 32
-    three: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (8, 8, 8),
-    }
-    vae = AutoencoderKL(
-        **three,
-        latent_channels=8,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = make_vae()
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
