@@ -1,7 +1,8 @@
 """What may be published of a student or a data set: its files with a recorded hash, and a card that states a licence.
 
-A student's files are those that its training named, a data set's the parts of its manifest, an export's those that read
-back as they were verified. What else lies in the folder stays here: checkpoints, notes, failed rows.
+A student's files are those that its training named, a data set's the parts of its manifest; what else lies in the
+folder stays here: checkpoints, notes, failed rows. An export goes whole (but for hidden files), once its data read back
+as they were verified.
 """
 
 from __future__ import annotations
