@@ -105,6 +105,11 @@ class Pipeline:
         self.recipe, self.task, self.folder, self.display = recipe, task, folder, display
         self.engine = engine = engine or LocalEngine()
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
+        if recipe.curate.copies is not None and task.geometry == "aligned":
+            raise UsageError(
+                f"curate.copies refuses panels that show one picture, and the task '{task.name}' asks for such: leave "
+                "it out; what must differ there is the task's thresholds.change"
+            )
 
     def stage(self, name: str) -> dict[str, Any]:
         return {
@@ -159,16 +164,18 @@ class Pipeline:
         candidates = self._input("candidates", "curate", self.fingerprints("curate"))
         settings = self.recipe.curate
         thresholds = self.task.thresholds(settings.thresholds)
-        screens = settings.screens.limits() if settings.screens else None
+        bounds = records.Bounds.of(settings)
         made_by: dict[str, Any] = {"thresholds": thresholds.model_dump()}
-        if screens is not None:
-            made_by["screens"] = screens
+        if bounds.screens is not None:
+            made_by["screens"] = bounds.screens
+        if bounds.copies is not None:
+            made_by["copies"] = bounds.copies
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
         decided = decisions.read(self.folder)
         if decided:
             made_by["decided"] = {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
-        stage = _Select(candidates, thresholds, screens, settings.duplicates, decided)
+        stage = _Select(candidates, thresholds, bounds, settings.duplicates, decided)
         print_ = self.fingerprints("select")
         result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
         if result["failed"]:
@@ -298,18 +305,18 @@ class _Select:
         self,
         candidates: Dataset,
         thresholds: Thresholds,
-        screens: records.Limits | None,
+        bounds: records.Bounds,
         repeats: Duplicates | None,
         decided: dict[str, bool],
     ) -> None:
-        self.candidates, self.thresholds, self.screens, self.repeats = candidates, thresholds, screens, repeats
+        self.candidates, self.thresholds, self.bounds, self.repeats = candidates, thresholds, bounds, repeats
         self.decided = decided  # by people, whatever the numbers say
 
     def load(self) -> Work:
         """Rows to the same rows, or to nothing; a row that repeats an earlier one or was rejected by hand fails."""
         again: dict[str, duplicates.Repeat] = {}
         if self.repeats is not None:
-            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.screens)
+            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.bounds)
 
         def one(row: Row) -> list[Row] | Failure:
             accepted = self.decided.get(row["id"])
@@ -317,7 +324,7 @@ class _Select:
                 return [{**row, "kept": True, "reason": records.ACCEPTED}] if accepted else Failure(records.REJECTED)
             if row["id"] in again:
                 return Failure(again[row["id"]].reason)
-            return records.select([row], self.thresholds, self.screens)
+            return records.select([row], self.thresholds, self.bounds)
 
         return lambda rows: [one(row) for row in rows]
 

@@ -204,6 +204,21 @@ class Screens(Section):
         return self
 
 
+class Copies(Section):
+    """Panels of one pair that show one picture though their pixels differ: another brightness or tint, mirrored, drawn
+    anew. Not for aligned tasks, whose panels are meant to be alike."""
+
+    hash: int | None = Field(default=8, ge=0, le=20)
+    """Bits, of the 64 of a perceptual hash, by which the target may differ from the reference, or from its mirror
+    image, and still be a copy. null measures and refuses nothing."""
+    embedding: float | None = Field(default=None, gt=0, le=1)
+    """Cosine of the two panels' embeddings, by `judge`, from which the target is a copy. null refuses nothing."""
+
+    def limits(self) -> dict[str, float]:
+        """What refuses: `{"hash": 4, "embedding": 0.98}`."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
 class Duplicates(Section):
     """Pairs that show again what an earlier pair of the run shows: the first stays, the others are refused."""
 
@@ -226,6 +241,8 @@ class Curate(Section):
     """What panels are kept as: `png` and `webp` lose nothing, `jpeg` (quality 95) is the quickest."""
     screens: Screens | None = None
     """Tests of single panels; null: none, and nothing is measured."""
+    copies: Copies | None = None
+    """Tests of a pair's two panels beside `thresholds.near_copy`; null: none, and nothing is measured."""
     duplicates: Duplicates | None = None
     """Repeats among the run's pairs; null: none are looked for, and neither hashes nor embeddings kept."""
     thresholds: Thresholds = Thresholds()
@@ -579,7 +596,7 @@ class Recipe(Section):
     def fingerprint(self, *keys: str) -> str:
         """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
         values = self.values()
-        for optional in ("vlm", "screens", "duplicates"):
+        for optional in ("vlm", "screens", "copies", "duplicates"):
             if values["curate"][optional] is None:
                 # What was made before there were any is not made anew.
                 del values["curate"][optional]
