@@ -106,13 +106,7 @@ def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequen
 
 def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
     """Everything that can change here and its value, by the name that `--set` takes; None is off."""
-    found: dict[str, float | None] = dict(task.thresholds(recipe.curate.thresholds).model_dump())
-    if recipe.curate.screens is not None:
-        found |= {f"screens.{name}": value for name, value in recipe.curate.screens.values().items()}
-    for section in ("copies", "duplicates"):
-        if (settings := getattr(recipe.curate, section)) is not None:
-            found |= {f"{section}.{name}": value for name, value in settings.model_dump().items()}
-    return found
+    return {**task.thresholds(recipe.curate.thresholds).model_dump(), **recipe.curate.further()}
 
 
 def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:

@@ -23,10 +23,12 @@ from typing import Any
 from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
+from diptych.data import bill as bills
 from diptych.data import decisions, duplicates, log, records
 from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work, open_engine
 from diptych.data.lock import lock
 from diptych.data.places import answers, bring, desk, send
+from diptych.data.scan import batches
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, thread_variables, versions
@@ -125,15 +127,17 @@ class Pipeline:
     def write(self) -> dict[str, Any]:
         from diptych.stages.write import Write
 
-        shards = prompt_shards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
+        shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
         stage = Write(self.recipe, self.answers)
         result = self._rows(stage, shards, "prompts", "prompts", self.fingerprints("write"), {})
         if self.recipe.write.writer != "llm":
             return result
         from diptych.stages import diversity  # a language model may repeat itself; a grammar cannot
 
-        prompts = Dataset(self.folder / "prompts").columns("prompt")
-        return {**result, "spread": diversity.spread([row["prompt"] for row in prompts]).values()}
+        prompts = Dataset(self.folder / "prompts")
+        texts = (text for _, _, batch in batches(prompts, "prompt") for text in batch["prompt"])
+        spread = diversity.spread(texts, len(prompts)).values()
+        return {**result, "spread": spread, **self._asked("write")}
 
     def paint(self) -> dict[str, Any]:
         from diptych.stages.paint import Paint
@@ -156,7 +160,14 @@ class Pipeline:
         result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
             result["duplicates"] = len(Dataset(self.folder / "failed" / _Select.name))
-        return result
+        return result | (self._asked("curate") if self.recipe.curate.vlm else {})
+
+    def _asked(self, stage: str) -> dict[str, Any]:
+        """What the run's language models cost so far, said and for the log."""
+        found = bills.bill(self.folder, self.recipe)
+        for line in bills.lines(found):
+            self.display.say(f"{stage}: {line}, so far")
+        return {"asked": found}
 
     def select(self) -> int:
         """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
@@ -193,7 +204,7 @@ class Pipeline:
     def _rows(
         self,
         stage: Any,
-        inputs: Dataset | list[list[Row]],
+        inputs: Dataset | Sequence[list[Row]],
         output: str,
         unit: str,
         fingerprint: str,
@@ -329,13 +340,26 @@ class _Select:
         return lambda rows: [one(row) for row in rows]
 
 
-def prompt_shards(seed: int, total: int, shard_size: int) -> list[list[Row]]:
-    """The input of the first stage: for each grid to ask for its id, its number and its seed."""
-    rows = [
-        {"id": records.prompt_id(i), "index": i, "seed": records.seed_of(seed, records.prompt_id(i), "write")}
-        for i in range(total)
-    ]
-    return [rows[start : start + shard_size] for start in range(0, total, shard_size)]
+class PromptShards(Sequence[list[Row]]):
+    """The input of the first stage, a shard at a time, made when it is asked for: for each grid to ask for its id, its
+    number and its seed."""
+
+    def __init__(self, seed: int, total: int, shard_size: int) -> None:
+        self.seed, self.total, self.shard_size = seed, total, shard_size
+
+    def __len__(self) -> int:
+        return -(-self.total // self.shard_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The rows of shard `index`, from 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.shard_size
+        names = [records.prompt_id(i) for i in range(start, min(start + self.shard_size, self.total))]
+        return [
+            {"id": name, "index": start + i, "seed": records.seed_of(self.seed, name, "write")}
+            for i, name in enumerate(names)
+        ]
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

@@ -249,6 +249,17 @@ class Curate(Section):
     vlm: Vlm | None = None
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
 
+    def further(self) -> dict[str, float | None]:
+        """The limits of the tests that are there only if asked for: `{"screens.dark": 0.1, "copies.hash": 8}`; None is
+        off."""
+        found: dict[str, float | None] = {}
+        if self.screens is not None:
+            found |= {f"screens.{name}": value for name, value in self.screens.values().items()}
+        for name, tests in (("copies", self.copies), ("duplicates", self.duplicates)):
+            if tests is not None:
+                found |= {f"{name}.{key}": value for key, value in tests.model_dump().items()}
+        return found
+
 
 OWN = "own"
 
