@@ -53,8 +53,9 @@ class BadServer:
             return draw.choice(TROUBLE)(call)
         with self._lock:
             self.answered[key] += 1
-        always = random.Random(key).random()  # the same each time, so that an undisturbed run is comparable
-        if (always < 0.15 and call.turns == 2) or always < 0.02:
+        # Of the pair, and the same each time: an undisturbed run has the same outcome.
+        always = random.Random(json.dumps(call.body["messages"][:2])).random()
+        if always < (0.2 if call.turns == 2 else 0.1):
             return say('{"same": tru')
         return say(opinion(always < 0.7, 1 + int(always * 100) % 5), delay=0.01)
 
