@@ -111,7 +111,8 @@ def test_modulation_and_what_lies_outside_the_blocks_is_never_quantized(folders:
     transformer = paint.open_teacher(folders[family], torch.float32).transformer
     taken = set(quantize.quantizable(transformer))
     assert {"transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"} <= taken
-    modulation = {"qwen": "transformer_blocks.0.img_mod.1"}.get(family, "transformer_blocks.0.norm1.linear")
+    own = {"qwen": "transformer_blocks.0.img_mod.1", "flux2": "double_stream_modulation_img.linear"}
+    modulation = own.get(family, "transformer_blocks.0.norm1.linear")
     assert isinstance(transformer.get_submodule(modulation), torch.nn.Linear)
     assert {modulation, "proj_out", "norm_out.linear"}.isdisjoint(taken)
 
