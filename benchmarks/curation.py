@@ -1,11 +1,14 @@
 """How fast curation is without its judge, and whether its memory stays flat.
 
     python benchmarks/curation.py speed [--grids 400] [--format jpeg] [--size 512] [--processes 2]     # a minute
+    python benchmarks/curation.py speed --painted webp --tests      # as recipes/flux-subject.yaml has it, and more
     python benchmarks/curation.py memory [--rows 100000] [--size 16]                                   # some 20 minutes
 
 Both run the real stage in the real engine, from grids in parquet files to candidates in parquet files: read, decode,
 cut, compare, caption, encode, write. The judge is the smallest that there can be, colours on a 4×4 raster; its time is
-measured and told apart. `speed` gives each process a data set of its own, as two runs have. `memory` fails if resident
+measured and told apart. `speed` gives each process a data set of its own, as two runs have. Panels are written as
+`--format`; grids are read as the same, or as `--painted`. With `--tests` every test that a recipe may ask for is on:
+screens, copies, and hashes and embeddings for duplicates. `memory` fails if resident
 memory grows by more than `BOUND` after the first tenth of the rows.
 """
 
@@ -46,8 +49,9 @@ BOUND = 32 * 2**20  # bytes of growth over nine tenths of the rows: no part of a
 KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 RECIPE = (
     "name: curation\ntask: subject\nseed: 1\nteacher: pocket\n"
-    "curate: {batch_size: 16, thresholds: {same: -1.0}, format: %s}\n"
+    "curate: {batch_size: 16, thresholds: {same: -1.0}, format: %s%s}\n"
 )
+TESTS = ", screens: {dark: 0, flat: 0, blur: 0}, copies: {hash: null}, duplicates: {hash: 4, embedding: 0.95}"
 
 
 class Colours:
@@ -91,12 +95,14 @@ class Job:
     grids: int
     size: int
     format: str
+    painted: str
+    tests: bool
 
 
-def recipe(folder: Path, format: str) -> Recipe:
-    """A recipe whose panels are kept in a format."""
+def recipe(folder: Path, format: str, tests: bool = False) -> Recipe:
+    """A recipe whose panels are kept in a format; with all `tests`, or those that every recipe has."""
     path = folder / "curation.yaml"
-    path.write_text(RECIPE % format)
+    path.write_text(RECIPE % (format, TESTS if tests else ""))
     return load(path)
 
 
@@ -133,7 +139,7 @@ def write_grids(folder: Path, count: int, size: int, format: str, shard: int) ->
 def curate(job: Job) -> dict[str, float]:
     """Curates a folder's grids: seconds in all, the judge's among them, and how many pairs came out."""
     folder = Path(job.folder)
-    stage = Stage(recipe(folder, job.format))
+    stage = Stage(recipe(folder, job.format, job.tests))
     grids = Dataset(folder / "grids")
     candidates = Dataset(folder / "candidates", records.schema(records.PAIR))
     failed = Dataset(folder / "failed", records.schema(records.FAILED))
@@ -144,11 +150,14 @@ def curate(job: Job) -> dict[str, float]:
     return {"seconds": seconds, "judge_s": stage.judge.seconds, "pairs": result.rows, "started": time.time() - seconds}
 
 
-def speed(grids: int, size: int, format: str, processes: int) -> dict[str, Any]:
+def speed(
+    grids: int, size: int, format: str, processes: int, painted: str | None = None, tests: bool = False
+) -> dict[str, Any]:
     """Pairs a second of `processes` processes side by side, the judge's time taken away."""
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(processes, context) as pool:
-        jobs = [Job(f"{scratch}/{n}", max(1, grids // processes), size, format) for n in range(processes)]
+        share = max(1, grids // processes)
+        jobs = [Job(f"{scratch}/{n}", share, size, format, painted or format, tests) for n in range(processes)]
         for job in jobs:
             Path(job.folder).mkdir()
         list(pool.map(prepare, jobs))  # imports what they need as well, outside the clock
@@ -158,6 +167,8 @@ def speed(grids: int, size: int, format: str, processes: int) -> dict[str, Any]:
     pairs = int(sum(d["pairs"] for d in done))
     return {
         "format": format,
+        "painted": painted or format,
+        "tests": tests,
         "panel_size": size,
         "processes": processes,
         "pairs": pairs,
@@ -170,8 +181,8 @@ def speed(grids: int, size: int, format: str, processes: int) -> dict[str, Any]:
 
 def prepare(job: Job) -> None:
     """A process's grids."""
-    write_grids(Path(job.folder), job.grids, job.size, job.format, 64)
-    recipe(Path(job.folder), job.format)
+    write_grids(Path(job.folder), job.grids, job.size, job.painted, 64)
+    recipe(Path(job.folder), job.format, job.tests)
 
 
 def memory(rows: int, size: int, format: str) -> dict[str, Any]:
@@ -214,13 +225,13 @@ def resident() -> int:
     return int(found[1]) * 1024
 
 
-def profile(size: int, format: str, grids: int) -> str:
+def profile(size: int, format: str, grids: int, painted: str | None = None, tests: bool = False) -> str:
     """Where the time of a few grids goes."""
     import cProfile
     import pstats
 
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(scratch, grids, size, format)
+        job = Job(scratch, grids, size, format, painted or format, tests)
         prepare(job)
         with cProfile.Profile() as watch:
             curate(job)
@@ -246,18 +257,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--size", type=int, help="of a panel; 512 for speed, 16 for memory")
     parser.add_argument("--format", choices=tuple(KINDS), default="jpeg")
+    parser.add_argument("--painted", choices=tuple(KINDS), help="of the grids; as --format")
+    parser.add_argument("--tests", action="store_true", help="all tests on")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.mode == "profile":
-        print(profile(given.size or 512, given.format, given.grids))
+        print(profile(given.size or 512, given.format, given.grids, given.painted, given.tests))
         return
     if given.mode == "speed":
-        found = speed(given.grids, given.size or 512, given.format, given.processes)
+        found = speed(given.grids, given.size or 512, given.format, given.processes, given.painted, given.tests)
     else:
         found = memory(given.rows, given.size or 16, given.format)
     print(json.dumps({key: value for key, value in found.items() if key != "samples_mib"}, indent=1))
-    print(write(f"{given.mode}-{given.format}", found, given.out))
+    more = f"-painted-{given.painted}" if given.painted else ""
+    print(write(f"{given.mode}-{given.format}{more}{'-tests' if given.tests else ''}", found, given.out))
     if not found.get("flat", True):
         raise SystemExit(f"memory grew by {found['growth_mib']} MiB, more than {found['bound_mib']}")
 

@@ -13,11 +13,11 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 OWNER, TOKEN = "me", "hf_the_token_that_may_write"
 LARGE = (".safetensors", ".parquet", ".tar", ".png")
-_API = re.compile(r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>\w+)/(?P<rev>[^/]+))?")
+_API = re.compile(r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>\w+)(?:-info)?/(?P<rev>[^/]+))?")
 _LFS = re.compile(r"/(?P<data>datasets/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 _FILE = re.compile(r"/(?P<data>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
 
@@ -125,7 +125,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         files, sha = repo["files"], f"{len(repo['commits']):040x}"
         if match["what"] == "tree":
-            return self._send(200, [_listed(path, *held) for path, held in files.items()])
+            under = unquote(urlsplit(self.path).path)[match.end() :].strip("/")
+            every = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true"
+            return self._send(200, _tree(files, under, every, sha))
+        if match["what"] == "paths":
+            asked = [path.strip("/") for path in parse_qs(body.decode()).get("paths", [])]
+            known = [_listed(path, *files[path]) for path in asked if path in files]
+            folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
+            return self._send(200, known + [{"type": "directory", "path": path, "oid": sha} for path in folders])
         if match["what"] == "preupload":
             asked = json.loads(body)["files"]
             said = [
@@ -176,7 +183,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": "no such file"}, X_Error_Code="EntryNotFound")
         data = repo["files"][path][0]
         commit = f"{len(repo['commits']):040x}"
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if part:
+            first, last = int(part[1]), min(int(part[2]), len(data) - 1)
+            return self._send(206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}")
         return self._send(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=commit)
+
+
+def _tree(files: dict[str, tuple[bytes, bool]], under: str, every: bool, oid: str) -> list[dict[str, Any]]:
+    """What lies in a folder, folders too; with `every` what lies in those as well."""
+    inside = {path: held for path, held in files.items() if not under or path.startswith(f"{under}/")}
+    depth = under.count("/") + 1 if under else 0
+    parents = {"/".join(path.split("/")[:n]) for path in inside for n in range(depth + 1, path.count("/") + 1)}
+    folders = sorted(folder for folder in parents if every or folder.count("/") == depth)
+    shown = [_listed(path, *held) for path, held in inside.items() if every or path.count("/") == depth]
+    return [*({"type": "directory", "path": folder, "oid": oid} for folder in folders), *shown]
 
 
 def _listed(path: str, data: bytes, large: bool) -> dict[str, Any]:

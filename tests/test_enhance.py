@@ -75,14 +75,51 @@ def test_a_merged_prompt_that_loses_words_or_is_too_long_gives_way_to_the_captio
 def test_the_result_is_one_line_of_at_most_77_tokens_unless_the_user_wrote_more() -> None:
     lines = enhance.merge("a cat\n on the moon", "a cat", "a cat\n\n on the\tmoon, craters")
     assert lines == "a cat on the moon, craters"
-    long = "a cat " + " ".join(f"word{i}" for i in range(50))
-    assert enhance.tokens(long) <= 77
+    long = "a cat " + " ".join(f"w{i:02d}" for i in range(24))
+    assert 70 < enhance.tokens(long) <= 77
     assert enhance.merge(long, CAPTION, long + " and more and more and more and more and more") == long
     longer = long + " more" * 30
     assert enhance.tokens(longer) > 77 and enhance.merge(longer, CAPTION, MERGED) == longer
     for words in range(2, 80):
         result = enhance.merge("a cat", " ".join(["very"] * words), " ".join(["cat"] * words))
         assert enhance.tokens(result) <= 77
+
+
+# What CLIP's own vocabulary makes of them, its two ends included.
+CLIP_TOKENS = {
+    MERGED: 29,
+    "photo 2048x1536, f/1.4, ISO 12800, 85mm, Kodachrome": 33,
+    "antidisestablishmentarianism pseudohallucinogenic xylophonist": 17,
+    "a schnauzer in a lederhosen at Neuschwanstein": 16,
+    "кот на луне, рыжий кот с голубым ошейником": 47,
+    "月の上の猫、青い首輪": 22,
+    "a cat — «ñandú» café naïve": 14,
+}
+
+
+@pytest.mark.parametrize("text", CLIP_TOKENS)
+def test_without_a_tokenizer_no_text_is_taken_for_shorter_than_clip_makes_it(text: str) -> None:
+    assert CLIP_TOKENS[text] <= enhance.tokens(text) <= 2.1 * CLIP_TOKENS[text]
+
+
+def test_the_drawing_model_s_own_tokenizer_counts_where_it_has_one(tmp_path: Path) -> None:
+    length = enhance.length_of("pocket")
+    assert length.most == 32  # that teacher reads no more
+    assert length.count("a cat") == 4 and length.count("a cat " * 40) == 82
+    assert enhance.merge("a cat", "a cat", "a cat " + "on the moon " * 8, length) == "a cat " + "on the moon " * 7 + (
+        "on the moon"
+    )
+    assert enhance.merge("a cat", "a dog", "a cat " + "on the moon " * 10, length) == "a cat, a dog"
+    (tmp_path / "student").mkdir()
+    by_base = enhance.length_of(str(tmp_path / "student"), "pocket")
+    assert (by_base.most, by_base.count("a cat")) == (32, 4)
+    assert enhance.length_of(str(tmp_path / "student")) is enhance.ESTIMATED
+    with pytest.raises(UsageError, match="unknown student model"):
+        enhance.length_of("no such model")
+    (tmp_path / "student" / "tokenizer").mkdir()
+    (tmp_path / "student" / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"')
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be opened"):
+        enhance.length_of(str(tmp_path / "student"))
 
 
 def test_every_content_word_counts_in_any_case_and_fillers_do_not() -> None:
@@ -157,8 +194,11 @@ def test_a_picture_records_the_user_s_prompt_beside_the_one_it_was_drawn_from(
     server = serve(merging)
     at = ["--enhance", "--enhance-endpoint", server.url, "--enhance-model", "tiny"]
     out = tmp_path / "pictures"
+    (tmp_path / "student").mkdir()  # without a tokenizer of its own: the pocket student reads less than this prompt
     asked = [
         "generate",
+        "--model",
+        str(tmp_path / "student"),
         "--reference",
         str(picture),
         "--prompt",
@@ -199,7 +239,9 @@ def test_a_reference_that_cannot_be_read_costs_only_its_own_picture(
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     server = serve(merging)
-    args = ["generate", "--reference", str(picture), "--reference", str(tmp_path / "broken.png"), "--prompt", PROMPT]
+    (tmp_path / "student").mkdir()
+    args = ["generate", "--model", str(tmp_path / "student"), "--reference", str(picture)]
+    args += ["--reference", str(tmp_path / "broken.png"), "--prompt", PROMPT]
     args += ["--out", str(tmp_path / "out"), "--enhance", "--enhance-endpoint", server.url, "--enhance-model", "tiny"]
     assert cli.call(args) == 1
     assert drawn == [MERGED] and "1 of 2 pictures failed" in capsys.readouterr().err

@@ -233,3 +233,40 @@ def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path
     for text in ("screens.dark=0.1", "duplicates.hash=4", "duplicates.embedding=0.9"):
         with pytest.raises(UsageError, match="only thresholds can change here"):
             again.recurate(tmp_path / "plain", [text], display=QUIET)
+
+
+# ---- copies
+
+
+class Dimmed(Paint):
+    """As above, but the second panel of the first idea is its first, darker."""
+
+    def one(self, row: dict[str, Any]) -> Any:
+        made: Any = super().one(row)
+        if isinstance(made, stages.Failure) or int(row["id"][2:]) % IDEAS != GOOD[0]:
+            return made
+        whole = Image.new("RGB", (128, 64))
+        left = panel(GOOD[0], 0)
+        whole.paste(left, (0, 0))
+        whole.paste(Image.fromarray((np.asarray(left) * 0.6).astype(np.uint8)), (64, 0))
+        return [{**made[0], "image": image_cell(whole)}]
+
+
+def test_what_counts_as_a_copy_can_change_and_makes_the_bytes_of_a_run_with_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.use(monkeypatch, Paint=Dimmed, Curate=Curate)
+    run(load(recipe_file, ["curate.copies.hash=null"]), tmp_path / "a", stages=ROWS, display=QUIET)
+    stages.CALLS.clear()
+    found = again.recurate(tmp_path / "a", ["copies.hash=8"], tmp_path / "b", QUIET)
+    copied = 2 * len(of_idea(GOOD[0]))
+    assert stages.CALLS == [] and found["moves"] == [{"from": "kept", "to": "near_copy: hash", "pairs": copied}]
+    assert "copies.hash off → 8" in "\n".join(again.lines(found))
+    run(load(tmp_path / "b/recipe.yaml"), tmp_path / "anew", stages=ROWS, display=QUIET)
+    assert stages.CALLS and stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
+    manifest = Dataset(tmp_path / "b/pairs").manifest
+    assert manifest is not None and manifest["copies"] == {"hash": 8}
+    steps = {step["name"]: step for step in funnel.measure(tmp_path / "b")["steps"]}
+    assert steps["pre-filtered"]["lost"]["near_copy: hash"] == copied
+    back = again.recurate(tmp_path / "b", ["copies.hash=null"], display=QUIET)
+    assert back["moves"] == [{"from": "near_copy: hash", "to": "kept", "pairs": copied}]

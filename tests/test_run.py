@@ -22,7 +22,7 @@ from diptych.data import log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load
-from diptych.run import prompt_shards, run
+from diptych.run import PromptShards, run
 from diptych.sections import Recipe
 
 QUIET = Display(quiet=True)
@@ -133,10 +133,12 @@ def test_the_suite_can_be_left_out(recipe_file: Path, recipe: Recipe, tmp_path: 
 
 
 def test_a_prompt_depends_on_the_seed_and_its_number_only() -> None:
-    one, other = prompt_shards(0, 10, 3), prompt_shards(0, 20, 7)
+    one, other = PromptShards(0, 10, 3), PromptShards(0, 20, 7)
     assert [len(shard) for shard in one] == [3, 3, 3, 1]
     assert list(chain(*one)) == list(chain(*other))[:10]
-    assert prompt_shards(1, 1, 1)[0][0]["seed"] != one[0][0]["seed"]
+    with pytest.raises(IndexError):
+        one[4]
+    assert PromptShards(1, 1, 1)[0][0]["seed"] != one[0][0]["seed"]
 
 
 # ---- processes

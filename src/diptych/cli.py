@@ -172,7 +172,8 @@ def plan(
         typer.Option("--assume", metavar="NAME=NUMBER", help="Any assumption that the plan names. Repeatable."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="H200, RTX4090 or cpu [default: as the recipe asks].")
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="H200, H100, RTX4090 or cpu [default: as the recipe asks]."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -39,7 +39,9 @@ def recurate(
     sets: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="same, near_copy, seam, screens.NAME, duplicates.hash or .embedding."
+            "--set",
+            metavar="NAME=VALUE",
+            help="same, near_copy, seam, screens.NAME, copies.hash, duplicates.hash or either's .embedding.",
         ),
     ] = None,
     out: Annotated[

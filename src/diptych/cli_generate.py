@@ -149,7 +149,7 @@ def generate(
         raise UsageError(f"--engine {engine} draws whole pictures in other processes: without torchrun and --preview")
     display = Display(quiet=as_json or not parallel.is_first())
     if enhance:
-        plan = _enhanced(plan, enhance_endpoint, enhance_model, several, display)
+        plan = _enhanced(plan, enhance_endpoint, enhance_model, (model, base), several, display)
 
     def load() -> Any:
         display.say(f"loading {model}")
@@ -172,19 +172,23 @@ def generate(
         _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
 
 
-def _enhanced(plan: Any, url: str | None, model: str | None, several: bool, display: Any) -> Any:
-    """The plan with its prompts filled out; as it is, and one line that says so, where there is no endpoint."""
+def _enhanced(
+    plan: Any, url: str | None, asked: str | None, draws: tuple[str, str | None], several: bool, display: Any
+) -> Any:
+    """The plan with its prompts filled out by the model that is `asked`, as long as the one that `draws` reads; as it
+    is, and one line that says so, where there is no endpoint."""
     from diptych import enhance
     from diptych.llm.cache import Cache
 
     if several:
         raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
-    endpoint = enhance.endpoint_of(url, model)
+    endpoint = enhance.endpoint_of(url, asked)
     if endpoint is None:
         print(enhance.OFF, file=sys.stderr, flush=True)
         return plan
+    length = enhance.length_of(*draws)
     with Cache(enhance.CACHE.expanduser()) as cache, display.stage("enhance", "prompts") as report:
-        return enhance.apply(plan, endpoint, cache, report)
+        return enhance.apply(plan, endpoint, cache, report, length)
 
 
 def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:

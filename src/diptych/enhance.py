@@ -3,18 +3,18 @@
     enhance("a cat on the moon", "cat.png", endpoint)  # "a ginger cat with a blue collar on the moon, craters, …"
 
 One question gives both a caption of the reference's subject and the merged prompt. The merged prompt is taken only if
-every content word of the user's is in it and it is short enough for CLIP; else the caption is added to the user's
-prompt as a clause; and if even that is too long, or the model gives no answer, the prompt stays as it is.
+every content word of the user's is in it and it is short enough for CLIP, whose tokens the drawing model's own
+tokenizer counts (`length_of`); else the caption is added to the user's prompt as a clause; and if even that is too
+long, or the model gives no answer, the prompt stays as it is.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diptych.batch.requests import Plan
 
 MAX_TOKENS = 77  # CLIP's text length
-TOKENS_PER_WORD = 1.3  # CLIP's, about, for English prose; no tokenizer is loaded to count a prompt
+LETTERS_PER_TOKEN = 4  # of a word, where no tokenizer is at hand: CLIP makes no more of a word of English
 MAX_SIDE = 768  # pixels of the reference as it is shown to the model
 CACHE = Path("~/.cache/diptych/enhance.sqlite")
 URL, MODEL, KEY = "DIPTYCH_LLM_URL", "DIPTYCH_LLM_MODEL", "DIPTYCH_LLM_KEY"  # environment variables
@@ -76,10 +76,64 @@ def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-end
         raise UsageError(f"{option} {said}") from None
 
 
+def tokens(text: str) -> int:
+    """At least as many as CLIP's tokenizer makes of a text, its two ends included, without that tokenizer: a word of
+    English in fours of letters, of another script by its bytes; every digit and mark by itself."""
+    found = 2
+    for piece in re.findall(r"[^\W\d_]+|[^\s]", text):
+        letters = piece[0].isalpha()
+        found += -(-len(piece) // LETTERS_PER_TOKEN) if letters and piece.isascii() else len(piece.encode())
+    return found
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a prompt may be: at most `most` tokens, as `count` counts them."""
+
+    count: Callable[[str], int] = tokens
+    most: int = MAX_TOKENS
+
+
+ESTIMATED = Length()
+
+
+def length_of(model: str, base: str | None = None) -> Length:
+    """What the model that draws (`generate --model`, `--base`) reads, by its own first tokenizer: at most 77 tokens, or
+    fewer if it reads less. `ESTIMATED` for a model without one of its own, a single file for instance.
+
+    UsageError or UserError for a model that is not there.
+    """
+    from diptych import models
+
+    folders = [models.resolve(model, "student")]
+    if base is not None or model in models.BUILT_IN:
+        folders.append(models.resolve(base or model, "teacher"))
+    for folder in folders:
+        if (folder / "tokenizer" / "tokenizer_config.json").is_file():
+            return _counted(folder / "tokenizer")
+    return ESTIMATED
+
+
+def _counted(folder: Path) -> Length:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"the tokenizer in {folder} cannot be opened ({line})") from error
+    most = min(MAX_TOKENS, int(tokenizer.model_max_length))
+    return Length(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), most)
+
+
 def enhance(
-    prompt: str, reference: str | Path | Image | None, endpoint: Endpoint | None, cache: Cache | None = None
+    prompt: str,
+    reference: str | Path | Image | None,
+    endpoint: Endpoint | None,
+    cache: Cache | None = None,
+    length: Length = ESTIMATED,
 ) -> str:
-    """The prompt, filled out from the reference: one line, at most 77 tokens (words × 1.3) unless it had more already.
+    """The prompt, filled out from the reference: one line of at most `length`, unless it had more already.
 
     Returned as it is without an endpoint or a reference. UserError if nobody answers there, or for a reference that
     cannot be read.
@@ -88,10 +142,10 @@ def enhance(
         log.warning(OFF)
         return prompt
     with Client(endpoint, cache) as client:
-        return ask(client, prompt, reference)
+        return ask(client, prompt, reference, length)
 
 
-def ask(client: Client, prompt: str, reference: str | Path | Image | None) -> str:
+def ask(client: Client, prompt: str, reference: str | Path | Image | None, length: Length = ESTIMATED) -> str:
     """`enhance` by a client that is there already."""
     if reference is None:
         return prompt
@@ -100,16 +154,16 @@ def ask(client: Client, prompt: str, reference: str | Path | Image | None) -> st
     if outcome.answer is None:
         log.warning("the prompt is used as it is: %s", outcome.reason)
         return prompt
-    return merge(prompt, outcome.answer["caption"], outcome.answer["prompt"])
+    return merge(prompt, outcome.answer["caption"], outcome.answer["prompt"], length)
 
 
-def merge(prompt: str, caption: str, merged: str) -> str:
+def merge(prompt: str, caption: str, merged: str, length: Length = ESTIMATED) -> str:
     """What is drawn: the merged prompt if it keeps the user's words and is short enough, else the user's and the
     caption, else the user's alone."""
     own = _line(prompt)
     clause = f"{own.rstrip(' .,;')}, {_line(caption).rstrip(' .,;')}"
     for candidate in (_line(merged), clause):
-        if tokens(candidate) <= MAX_TOKENS and not lost(own, candidate):
+        if length.count(candidate) <= length.most and not lost(own, candidate):
             return candidate
     return prompt
 
@@ -120,13 +174,12 @@ def lost(prompt: str, merged: str) -> list[str]:
     return [word for word in dict.fromkeys(_words(prompt)) if word not in _PLAIN and word not in there]
 
 
-def tokens(text: str) -> int:
-    """About as many as CLIP's tokenizer makes of a text, its two ends included."""
-    return math.ceil(len(re.findall(r"\w+|[^\w\s]", text)) * TOKENS_PER_WORD) + 2
-
-
 def apply(
-    plan: Plan, endpoint: Endpoint, cache: Cache | None, report: Callable[[int, int], object] | None = None
+    plan: Plan,
+    endpoint: Endpoint,
+    cache: Cache | None,
+    report: Callable[[int, int], object] | None = None,
+    length: Length = ESTIMATED,
 ) -> Plan:
     """A plan with its prompts enhanced, each reference and prompt asked about once. Files keep the names they have.
 
@@ -138,7 +191,7 @@ def apply(
         for done, request in enumerate(plan.requests, 1):
             key = (request.reference, request.prompt)
             if key not in known:
-                known[key] = _tried(client, request.prompt, request.reference)
+                known[key] = _tried(client, request.prompt, request.reference, length)
             if known[key] != request.prompt:
                 request = replace(request, prompt=known[key], asked_prompt=request.prompt)
             requests.append(request)
@@ -147,7 +200,7 @@ def apply(
     return replace(plan, requests=requests)
 
 
-def _tried(client: Client, prompt: str, reference: Path | None) -> str:
+def _tried(client: Client, prompt: str, reference: Path | None, length: Length) -> str:
     from diptych.data.images import check_image
 
     try:
@@ -155,7 +208,7 @@ def _tried(client: Client, prompt: str, reference: Path | None) -> str:
             check_image(reference)
     except UserError:
         return prompt
-    return ask(client, prompt, reference)
+    return ask(client, prompt, reference, length)
 
 
 def _shown(reference: str | Path | Image) -> Any:

@@ -4,12 +4,14 @@
     recurate("runs/first", ["same=0.7"], "runs/stricter")     # a run with these thresholds
 
 What can change: `curate.thresholds`, and, where the run measured for them, the limits of its screens (`screens.blur`,
-or `screens.NAME` for a classifier's `most`) and what counts as a duplicate (`duplicates.hash`, `.embedding`).
+or `screens.NAME` for a classifier's `most`), and what counts as a copy or a duplicate (`copies.hash`,
+`duplicates.hash`, `.embedding`).
 
 A run folder belongs to one frozen recipe, so its own `pairs/` is never touched. Without `out` nothing is written. With
 `out`, that folder becomes the run of the recipe with the other thresholds, byte for byte what running it anew would
-have made: prompts and grids are the same files (hard links where the disk allows), candidates get the new verdicts, and
-`pairs/` comes from curation's own last step. It can be distilled, evaluated and curated again like any run.
+have made, but for pairs that come before a vision-language judge who was never asked about them (`unasked`). Prompts
+and grids are the same files (hard links where the disk allows), candidates get the new verdicts, and `pairs/` comes
+from curation's own last step. It can be distilled, evaluated and curated again like any run.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def recurate(
     folder, old, task = open_run(run_dir)
     new = with_thresholds(old, task, folder, sets)
     candidates = Dataset(folder / "candidates")
-    found = compare(candidates, task.thresholds(new.curate.thresholds), _screens(new))
+    found = compare(candidates, task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate))
     if not found["candidates"]:
         raise UserError(f"{folder} has no candidates yet; first: diptych curate {folder}/recipe.yaml --out {folder}")
     before, after = (settable(recipe, task) for recipe in (old, new))
@@ -104,16 +106,7 @@ def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequen
 
 def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
     """Everything that can change here and its value, by the name that `--set` takes; None is off."""
-    found: dict[str, float | None] = dict(task.thresholds(recipe.curate.thresholds).model_dump())
-    if recipe.curate.screens is not None:
-        found |= {f"screens.{name}": value for name, value in recipe.curate.screens.values().items()}
-    if recipe.curate.duplicates is not None:
-        found |= {f"duplicates.{name}": value for name, value in recipe.curate.duplicates.model_dump().items()}
-    return found
-
-
-def _screens(recipe: Recipe) -> records.Limits | None:
-    return recipe.curate.screens.limits() if recipe.curate.screens else None
+    return {**task.thresholds(recipe.curate.thresholds).model_dump(), **recipe.curate.further()}
 
 
 def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:
@@ -121,20 +114,21 @@ def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:
     if recipe.curate.duplicates is None:
         return 0
     thresholds = task.thresholds(recipe.curate.thresholds)
-    return len(duplicates.find(candidates, recipe.curate.duplicates, thresholds, _screens(recipe)))
+    return len(duplicates.find(candidates, recipe.curate.duplicates, thresholds, records.Bounds.of(recipe.curate)))
 
 
-def compare(candidates: Dataset, limits: records.Thresholds, screens: records.Limits | None = None) -> dict[str, Any]:
-    """How many pairs come and go, from which reason to which, with a few ids. Reads small columns; with `screens` also
-    the evidence."""
+def compare(candidates: Dataset, limits: records.Thresholds, bounds: records.Bounds = records.NONE) -> dict[str, Any]:
+    """How many pairs come and go, from which reason to which, with a few ids. Reads small columns; where something is
+    bounded also the evidence."""
     moves: Counter[tuple[str, str]] = Counter()
     examples: dict[str, list[str]] = {"came": [], "went": []}
     total = kept_before = kept_after = 0
-    columns = ["id", "similarity", "copy_distance", "seam", "kept", "reason", *(["evidence"] if screens else [])]
+    columns = ["id", "similarity", "copy_distance", "seam", "kept", "reason"]
+    columns += ["evidence"] if bounds.screens or bounds.copies else []
     for _, _, batch in batches(candidates, *columns):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            keep, reason = judged_again(row, limits, screens)
+            keep, reason = judged_again(row, limits, bounds)
             total, kept_before, kept_after = total + 1, kept_before + row["kept"], kept_after + keep
             if reason != row["reason"]:
                 moves[row["reason"], reason] += 1
@@ -274,7 +268,7 @@ def _candidates(
     report: Report,
 ) -> None:
     """The candidates and failures of `folder` under new verdicts; shards that are there already are left."""
-    thresholds, screens = task.thresholds(new.curate.thresholds), _screens(new)
+    thresholds, bounds = task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate)
     fingerprint = _fingerprint(new, task, out, hashes)
     target = Dataset(out / "candidates", records.schema(records.PAIR))
     failed_there = Dataset(folder / "failed" / "curate", records.schema(records.FAILED))
@@ -289,21 +283,23 @@ def _candidates(
             continue
         if shard in failed_shards:
             failed.write_shard(shard, failed_there.read_shard(shard), fingerprint)
-        target.write_shard(shard, [_updated(row, thresholds, screens) for row in source.read_shard(shard)], fingerprint)
+        target.write_shard(shard, [_updated(row, thresholds, bounds) for row in source.read_shard(shard)], fingerprint)
     if not target.is_complete(fingerprint):
         manifest = {key: value for key, value in (source.manifest or {}).items() if key not in ("rows", "parts")}
         target.publish({**manifest, "fingerprint": fingerprint})
     report(len(shards), len(shards))
 
 
-def _updated(row: Row, limits: Thresholds, screens: records.Limits | None) -> Row:
+def _updated(row: Row, limits: Thresholds, bounds: records.Bounds) -> Row:
     """A candidate as curation writes it under `limits`: its verdict, and the thresholds that its evidence names."""
-    kept, reason = judged_again(row, limits, screens)
+    kept, reason = judged_again(row, limits, bounds)
     evidence = json.loads(row["evidence"])
     if "thresholds" in evidence:
         evidence["thresholds"] = {name: getattr(limits, name) for name in evidence["thresholds"]}
     if "screens" in evidence:
-        evidence["screens"]["limits"] = screens
+        evidence["screens"]["limits"] = bounds.screens
+    if "copies" in evidence:
+        evidence["copies"]["limits"] = bounds.copies
     text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
     return {**row, "kept": kept, "reason": reason, "evidence": text}
 

@@ -23,10 +23,12 @@ from typing import Any
 from diptych import models, tasks
 from diptych import recipe as recipes
 from diptych.console import Display
+from diptych.data import bill as bills
 from diptych.data import decisions, duplicates, log, records
 from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work, open_engine
 from diptych.data.lock import lock
 from diptych.data.places import answers, bring, desk, send
+from diptych.data.scan import batches
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.machine import machine, thread_variables, versions
@@ -105,6 +107,11 @@ class Pipeline:
         self.recipe, self.task, self.folder, self.display = recipe, task, folder, display
         self.engine = engine = engine or LocalEngine()
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
+        if recipe.curate.copies is not None and task.geometry == "aligned":
+            raise UsageError(
+                f"curate.copies refuses panels that show one picture, and the task '{task.name}' asks for such: leave "
+                "it out; what must differ there is the task's thresholds.change"
+            )
 
     def stage(self, name: str) -> dict[str, Any]:
         return {
@@ -120,15 +127,17 @@ class Pipeline:
     def write(self) -> dict[str, Any]:
         from diptych.stages.write import Write
 
-        shards = prompt_shards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
+        shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
         stage = Write(self.recipe, self.answers)
         result = self._rows(stage, shards, "prompts", "prompts", self.fingerprints("write"), {})
         if self.recipe.write.writer != "llm":
             return result
         from diptych.stages import diversity  # a language model may repeat itself; a grammar cannot
 
-        prompts = Dataset(self.folder / "prompts").columns("prompt")
-        return {**result, "spread": diversity.spread([row["prompt"] for row in prompts]).values()}
+        prompts = Dataset(self.folder / "prompts")
+        texts = (text for _, _, batch in batches(prompts, "prompt") for text in batch["prompt"])
+        spread = diversity.spread(texts, len(prompts)).values()
+        return {**result, "spread": spread, **self._asked("write")}
 
     def paint(self) -> dict[str, Any]:
         from diptych.stages.paint import Paint
@@ -151,7 +160,14 @@ class Pipeline:
         result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
             result["duplicates"] = len(Dataset(self.folder / "failed" / _Select.name))
-        return result
+        return result | (self._asked("curate") if self.recipe.curate.vlm else {})
+
+    def _asked(self, stage: str) -> dict[str, Any]:
+        """What the run's language models cost so far, said and for the log."""
+        found = bills.bill(self.folder, self.recipe)
+        for line in bills.lines(found):
+            self.display.say(f"{stage}: {line}, so far")
+        return {"asked": found}
 
     def select(self) -> int:
         """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
@@ -159,16 +175,18 @@ class Pipeline:
         candidates = self._input("candidates", "curate", self.fingerprints("curate"))
         settings = self.recipe.curate
         thresholds = self.task.thresholds(settings.thresholds)
-        screens = settings.screens.limits() if settings.screens else None
+        bounds = records.Bounds.of(settings)
         made_by: dict[str, Any] = {"thresholds": thresholds.model_dump()}
-        if screens is not None:
-            made_by["screens"] = screens
+        if bounds.screens is not None:
+            made_by["screens"] = bounds.screens
+        if bounds.copies is not None:
+            made_by["copies"] = bounds.copies
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
         decided = decisions.read(self.folder)
         if decided:
             made_by["decided"] = {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
-        stage = _Select(candidates, thresholds, screens, settings.duplicates, decided)
+        stage = _Select(candidates, thresholds, bounds, settings.duplicates, decided)
         print_ = self.fingerprints("select")
         result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
         if result["failed"]:
@@ -186,7 +204,7 @@ class Pipeline:
     def _rows(
         self,
         stage: Any,
-        inputs: Dataset | list[list[Row]],
+        inputs: Dataset | Sequence[list[Row]],
         output: str,
         unit: str,
         fingerprint: str,
@@ -298,18 +316,18 @@ class _Select:
         self,
         candidates: Dataset,
         thresholds: Thresholds,
-        screens: records.Limits | None,
+        bounds: records.Bounds,
         repeats: Duplicates | None,
         decided: dict[str, bool],
     ) -> None:
-        self.candidates, self.thresholds, self.screens, self.repeats = candidates, thresholds, screens, repeats
+        self.candidates, self.thresholds, self.bounds, self.repeats = candidates, thresholds, bounds, repeats
         self.decided = decided  # by people, whatever the numbers say
 
     def load(self) -> Work:
         """Rows to the same rows, or to nothing; a row that repeats an earlier one or was rejected by hand fails."""
         again: dict[str, duplicates.Repeat] = {}
         if self.repeats is not None:
-            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.screens)
+            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.bounds)
 
         def one(row: Row) -> list[Row] | Failure:
             accepted = self.decided.get(row["id"])
@@ -317,18 +335,31 @@ class _Select:
                 return [{**row, "kept": True, "reason": records.ACCEPTED}] if accepted else Failure(records.REJECTED)
             if row["id"] in again:
                 return Failure(again[row["id"]].reason)
-            return records.select([row], self.thresholds, self.screens)
+            return records.select([row], self.thresholds, self.bounds)
 
         return lambda rows: [one(row) for row in rows]
 
 
-def prompt_shards(seed: int, total: int, shard_size: int) -> list[list[Row]]:
-    """The input of the first stage: for each grid to ask for its id, its number and its seed."""
-    rows = [
-        {"id": records.prompt_id(i), "index": i, "seed": records.seed_of(seed, records.prompt_id(i), "write")}
-        for i in range(total)
-    ]
-    return [rows[start : start + shard_size] for start in range(0, total, shard_size)]
+class PromptShards(Sequence[list[Row]]):
+    """The input of the first stage, a shard at a time, made when it is asked for: for each grid to ask for its id, its
+    number and its seed."""
+
+    def __init__(self, seed: int, total: int, shard_size: int) -> None:
+        self.seed, self.total, self.shard_size = seed, total, shard_size
+
+    def __len__(self) -> int:
+        return -(-self.total // self.shard_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The rows of shard `index`, from 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.shard_size
+        names = [records.prompt_id(i) for i in range(start, min(start + self.shard_size, self.total))]
+        return [
+            {"id": name, "index": start + i, "seed": records.seed_of(self.seed, name, "write")}
+            for i, name in enumerate(names)
+        ]
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

@@ -204,6 +204,21 @@ class Screens(Section):
         return self
 
 
+class Copies(Section):
+    """Panels of one pair that show one picture though their pixels differ: another brightness or tint, mirrored, drawn
+    anew. Not for aligned tasks, whose panels are meant to be alike."""
+
+    hash: int | None = Field(default=8, ge=0, le=20)
+    """Bits, of the 64 of a perceptual hash, by which the target may differ from the reference, or from its mirror
+    image, and still be a copy. null measures and refuses nothing."""
+    embedding: float | None = Field(default=None, gt=0, le=1)
+    """Cosine of the two panels' embeddings, by `judge`, from which the target is a copy. null refuses nothing."""
+
+    def limits(self) -> dict[str, float]:
+        """What refuses: `{"hash": 4, "embedding": 0.98}`."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
 class Duplicates(Section):
     """Pairs that show again what an earlier pair of the run shows: the first stays, the others are refused."""
 
@@ -226,11 +241,24 @@ class Curate(Section):
     """What panels are kept as: `png` and `webp` lose nothing, `jpeg` (quality 95) is the quickest."""
     screens: Screens | None = None
     """Tests of single panels; null: none, and nothing is measured."""
+    copies: Copies | None = None
+    """Tests of a pair's two panels beside `thresholds.near_copy`; null: none, and nothing is measured."""
     duplicates: Duplicates | None = None
     """Repeats among the run's pairs; null: none are looked for, and neither hashes nor embeddings kept."""
     thresholds: Thresholds = Thresholds()
     vlm: Vlm | None = None
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
+
+    def further(self) -> dict[str, float | None]:
+        """The limits of the tests that are there only if asked for: `{"screens.dark": 0.1, "copies.hash": 8}`; None is
+        off."""
+        found: dict[str, float | None] = {}
+        if self.screens is not None:
+            found |= {f"screens.{name}": value for name, value in self.screens.values().items()}
+        for name, tests in (("copies", self.copies), ("duplicates", self.duplicates)):
+            if tests is not None:
+                found |= {f"{name}.{key}": value for key, value in tests.model_dump().items()}
+        return found
 
 
 OWN = "own"
@@ -579,7 +607,7 @@ class Recipe(Section):
     def fingerprint(self, *keys: str) -> str:
         """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
         values = self.values()
-        for optional in ("vlm", "screens", "duplicates"):
+        for optional in ("vlm", "screens", "copies", "duplicates"):
             if values["curate"][optional] is None:
                 # What was made before there were any is not made anew.
                 del values["curate"][optional]

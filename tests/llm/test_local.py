@@ -26,8 +26,8 @@ TEMPLATE = (
 SIDE, PATCH = 16, 8
 
 
-def save_tiny_llava(folder: Path, template: str | None = TEMPLATE) -> None:
-    """A LLaVA of two thin layers, its tokenizer one token for each byte."""
+def save_tiny_llava(folder: Path, template: str | None = TEMPLATE, mute: bool = False) -> None:
+    """A LLaVA of two thin layers, its tokenizer one token for each byte. If `mute` it ends before it says a word."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -73,7 +73,11 @@ def save_tiny_llava(folder: Path, template: str | None = TEMPLATE) -> None:
         image_seq_length=(SIDE // PATCH) ** 2,
     )
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    if mute:
+        torch.nn.init.zeros_(model.lm_head.weight)  # of equal chances greedy takes token 0
+        model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from diptych import tasks
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket.captions import count_words
-from diptych.run import prompt_shards
+from diptych.run import PromptShards
 from diptych.sections import Recipe
 from diptych.sections import Write as Settings
 from diptych.stages import compose, vocabulary, wording, write
@@ -27,7 +27,7 @@ LAYOUTS = ("1x2", "2x2", "1x3", "1x4")
 def written(task: str, count: int, layout: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
     settings = Settings(grammar="photo", layout=layout)
     work = write.Write(Recipe(name="x", task=task, seed=seed, write=settings)).load()
-    results = list(chain.from_iterable(work(rows) for rows in prompt_shards(seed, count, 500)))
+    results = list(chain.from_iterable(work(rows) for rows in PromptShards(seed, count, 500)))
     assert not [result for result in results if isinstance(result, Failure)]
     return [row for result in results if not isinstance(result, Failure) for row in result]
 

@@ -191,12 +191,12 @@ def test_other_limits_need_only_the_stored_scores(recipe: Any, subject_panels: P
     free = [pair for pairs in curate(screened(recipe), rows) for pair in pairs]
     assert {pair["reason"] for pair in free} <= {"kept", "seam", "near_copy"}
     middle = sorted(json.loads(pair["evidence"])["screens"]["target"]["blur"] for pair in free)[6]
-    limits = Screens(blur=middle).limits()
+    limits = records.Bounds(Screens(blur=middle).limits())
     strict = [pair for pairs in curate(screened(recipe, blur=middle), rows) for pair in pairs]
     again = [records.judged_again(pair, Thresholds(same=-1), limits) for pair in free]
     assert again == [(pair["kept"], pair["reason"]) for pair in strict]
     assert {"kept", "screen: blur"} <= {reason for _, reason in again}
-    back = [records.judged_again(pair, Thresholds(same=-1), {}) for pair in strict]
+    back = [records.judged_again(pair, Thresholds(same=-1), records.Bounds({})) for pair in strict]
     assert back == [(pair["kept"], pair["reason"]) for pair in free]
 
 

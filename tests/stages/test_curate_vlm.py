@@ -24,6 +24,7 @@ from diptych.data import funnel, records
 from diptych.data.images import open_image
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
+from diptych.llm.cache import Cache
 from diptych.llm.model import NobodyAnswers, open_model
 from diptych.recurate import judged_again
 from diptych.sections import Recipe, Thresholds, Vlm
@@ -235,6 +236,24 @@ def test_the_stage_opens_both_judges_and_keeps_the_answers_in_the_run_or_where_t
         assert open_image(pair["conditioning"]).size == (64, 64)
         assert len(server.calls) == calls and shared.is_file() == (calls == 2)
     assert answers.is_file()
+
+
+def test_a_model_on_this_machine_judges_without_a_server(judge: Path, tmp_path: Path) -> None:
+    """A random model that says nothing: every pair is undecided, with what it was asked and what it said."""
+    from llm.test_local import save_tiny_llava
+
+    save_tiny_llava(tmp_path / "llava", mute=True)
+    curate = {"judge": str(judge), "thresholds": {"seam": -1}, "vlm": {"local": str(tmp_path / "llava")}}
+    recipe = recipes.check({"name": "t", "device": "cpu", "threads": 1, "curate": curate}, "test")
+    rows = [grid(0, SAME), grid(1, OTHER)]
+    found: list[Any] = list(Curate(recipe, tmp_path / "answers.sqlite").load()(rows))
+    for pairs in found:
+        assert [pair["reason"] for pair in pairs] == ["undecided: no valid answer"] * 2
+        (vote,) = json.loads(pairs[0]["evidence"])["vlm"]["votes"]
+        assert (vote["status"], vote["model"], vote["text"]) == ("undecided", "llava", "")
+        assert "is empty" in vote["reason"] and vote["tokens"][0] > 1000
+    with Cache(tmp_path / "answers.sqlite") as cache:
+        assert len(cache) == 4  # two turns of each
 
 
 # ---- the recipe's section

@@ -54,17 +54,17 @@ def test_the_most_alike_is_the_one_that_is_compared_to_all_earlier_ones() -> Non
 
 
 def test_the_spread_tells_collapse_from_variety() -> None:
-    collapsed = spread([FOX] * 50)
+    collapsed = spread([FOX] * 50, 50)
     assert collapsed.distance == 0.0 and collapsed.distinct == pytest.approx(1 / 50)
-    varied = spread([f"{i} {i + 1000} {i + 2000} {i + 3000}" for i in range(50)])
+    varied = spread([f"{i} {i + 1000} {i + 2000} {i + 3000}" for i in range(50)], 50)
     assert varied.distance == varied.distinct == 1.0 and varied.texts == 50
-    mixed = spread([FOX.replace("red", f"colour{i}").replace("windowsill", f"place{i}") for i in range(50)])
+    mixed = spread([FOX.replace("red", f"colour{i}").replace("windowsill", f"place{i}") for i in range(50)], 50)
     assert 0.1 < mixed.distance < 0.6
-    assert spread([]).distance == spread([FOX]).distance == 0.0
+    assert spread([], 0).distance == spread([FOX], 1).distance == 0.0
 
 
 def test_the_spread_of_many_texts_is_that_of_an_even_sample() -> None:
     half = [FOX] * 3000 + [f"{i} {i + 9000} {i + 19000}" for i in range(3000)]
-    sampled = spread(half, sample=200)
-    assert sampled == spread(half, sample=200) and sampled.texts == 6000
+    sampled = spread(iter(half), 6000, sample=200)
+    assert sampled == spread(iter(half), 6000, sample=200) and sampled.texts == 6000
     assert 0.4 < sampled.distance < 0.8

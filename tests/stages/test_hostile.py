@@ -31,7 +31,7 @@ from diptych.data.store import Dataset
 from diptych.evaluate import report
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.model import open_model
-from diptych.run import prompt_shards
+from diptych.run import PromptShards
 from diptych.sections import Recipe
 from diptych.stages.curate import Curate
 from diptych.stages.write import Write
@@ -322,7 +322,7 @@ def test_seed_captions_that_give_orders_stay_data_and_become_rows_that_a_page_ca
     prompts = Dataset(run / "prompts", records.schema(records.PROMPT))
     failed = Dataset(run / "failed" / "write", records.schema(records.FAILED))
     before = set(tmp_path.parent.rglob("*"))
-    LocalEngine().run(Write(recipe), prompt_shards(0, len(EVIL), 100), prompts, failed, "f")
+    LocalEngine().run(Write(recipe), PromptShards(0, len(EVIL), 100), prompts, failed, "f")
     rows = list(prompts)
     assert [row["id"] for row in rows] == [records.prompt_id(number) for number in range(len(EVIL))], list(failed)
     for row in rows:

@@ -22,7 +22,7 @@ from diptych.data.engine import Failure, Row
 from diptych.errors import UsageError, UserError
 from diptych.llm import schema
 from diptych.pocket.captions import count_words
-from diptych.run import prompt_shards
+from diptych.run import PromptShards
 from diptych.sections import Recipe
 from diptych.stages import llm_writer, seeds, wording, write
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
@@ -73,7 +73,7 @@ def run(of: Recipe, count: int = 40, seed: int = 0) -> list[Row | Failure]:
     """For each row its prompt, or why there is none."""
     work = write.Write(of).load()
     found: list[Row | Failure] = []
-    for rows in prompt_shards(seed, count, of.write.shard_size):
+    for rows in PromptShards(seed, count, of.write.shard_size):
         for result in work(rows):
             found.append(result if isinstance(result, Failure) else result[0])
     return found

@@ -201,6 +201,19 @@ def test_guidance_means_what_each_family_means_by_it() -> None:
     assert paint.call_options(Pipe(flux, short), settings, 1)["max_sequence_length"] == 56
 
 
+def test_every_family_draws_what_its_prompts_say_and_each_row_its_own(recipe: Any, tmp_path: Path) -> None:
+    import teachers
+
+    for name in ("flux2", "sd3", "qwen"):
+        folder = getattr(teachers, f"make_{name}")(tmp_path / name)
+        of = with_paint(recipe, panel_size=32).model_copy(update={"teacher": str(folder)})
+        rows = prompts(2)
+        plain = grids(of, rows)
+        assert [pixels(row).shape for row in plain] == [(32, 64, 3)] * 2, name
+        other = grids(of, [{**rows[0], "prompt": "something else altogether"}, rows[1]])
+        assert other[0]["image"] != plain[0]["image"] and other[1]["image"] == plain[1]["image"], name
+
+
 def test_a_folder_that_is_no_teacher_is_one_clear_line(tmp_path: Path, recipe: Any) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be opened as a diffusers pipeline"):

@@ -1,4 +1,4 @@
-"""Painting with the student's memory and speed presets: three families really paint, and what cannot work is told."""
+"""Painting with the student's memory and speed presets: four families really paint, and what cannot work is told."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from diptych.recipe import load
 from diptych.stages import paint
 from diptych.student import memory, quantize, speed, stock
 
-FAMILIES = ("flux", "sd3", "qwen")
-BRANCHES = {"flux": 2, "sd3": 1, "qwen": 2}  # forwards of a step with true guidance: SD 3.5's are one batch
+FAMILIES = ("flux", "flux2", "sd3", "qwen")
+BRANCHES = {"flux": 2, "flux2": 2, "sd3": 1, "qwen": 2}  # forwards of a step with true guidance: SD 3.5's are one batch
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,8 @@ def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     import teachers
 
     root = tmp_path_factory.mktemp("families")
-    return {"flux": teacher, "sd3": teachers.make_sd3(root / "sd3"), "qwen": teachers.make_qwen(root / "qwen")}
+    made = {name: getattr(teachers, f"make_{name}")(root / name) for name in FAMILIES if name != "flux"}
+    return {"flux": teacher, **made}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -110,7 +111,8 @@ def test_modulation_and_what_lies_outside_the_blocks_is_never_quantized(folders:
     transformer = paint.open_teacher(folders[family], torch.float32).transformer
     taken = set(quantize.quantizable(transformer))
     assert {"transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"} <= taken
-    modulation = {"qwen": "transformer_blocks.0.img_mod.1"}.get(family, "transformer_blocks.0.norm1.linear")
+    own = {"qwen": "transformer_blocks.0.img_mod.1", "flux2": "double_stream_modulation_img.linear"}
+    modulation = own.get(family, "transformer_blocks.0.norm1.linear")
     assert isinstance(transformer.get_submodule(modulation), torch.nn.Linear)
     assert {modulation, "proj_out", "norm_out.linear"}.isdisjoint(taken)
 

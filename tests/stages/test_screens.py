@@ -231,4 +231,5 @@ def test_a_screened_pair_costs_no_call_and_keeps_its_scores() -> None:
     assert vlm.names == ["c-000000-01"]
     assert [pair["reason"] for pair in (*good, *bad)] == ["kept", "kept", "screen: dark", "screen: dark"]
     assert json.loads(bad[0]["evidence"])["screens"]["target"]["dark"] < 0.1 and np.isnan(bad[0]["similarity"])
-    assert records.judged_again(bad[0], recipe.curate.thresholds, {}) == (False, "same")  # nobody was asked
+    free = records.Bounds(screens={})
+    assert records.judged_again(bad[0], recipe.curate.thresholds, free) == (False, "unasked")

@@ -17,7 +17,7 @@ from diptych.data import records
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket import captions, world
-from diptych.run import prompt_shards
+from diptych.run import PromptShards
 from diptych.sections import Recipe
 from diptych.sections import Write as Settings
 from diptych.stages import wording, write
@@ -26,7 +26,7 @@ from diptych.stages.grammar import GRAMMARS, Draft, Turn
 
 def written(task: str, count: int, seed: int = 0, shard: int = 50, **settings: Any) -> list[dict[str, Any]]:
     work = write.Write(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
-    results = chain.from_iterable(work(rows) for rows in prompt_shards(seed, count, shard))
+    results = chain.from_iterable(work(rows) for rows in PromptShards(seed, count, shard))
     return [row for result in results if not isinstance(result, Failure) for row in result]
 
 
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_too_long_is_drawn_again(monkeypatch: pytest.MonkeyPatc
     after = written("subject", 60)
     assert before > 30 >= max(captions.count_words(row["prompt"]) for row in after) and len(after) == 60
     monkeypatch.setattr(captions, "LONGEST", 5)
-    (failure,) = write.Write(Recipe(name="x")).load()(prompt_shards(0, 1, 1)[0])
+    (failure,) = write.Write(Recipe(name="x")).load()(PromptShards(0, 1, 1)[0])
     assert "no prompt of at most 5 words" in failure.reason  # pyright: ignore
 
 

@@ -80,9 +80,9 @@ class _Pair:
 
 
 def find(
-    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, screens: records.Limits | None = None
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds = records.NONE
 ) -> dict[str, Repeat]:
-    """What each pair repeats, of the candidates that thresholds and screens keep; those that repeat none are left out.
+    """What each pair repeats, of the candidates that thresholds and bounds keep; those that repeat none are left out.
 
     Holds some 200 bytes for each pair that stays, with embeddings of D numbers 2·D more, and some 200 for each that
     does not. UserError if a candidate lacks what a test needs.
@@ -92,7 +92,7 @@ def find(
     found: dict[str, Repeat] = {}
     names: list[str] = []  # of the pairs in the table of embeddings
     grid, of_grid = "", []  # the rows of a grid stand together; they go into the tables when all have been compared
-    for block in _blocks(_kept(candidates, settings, thresholds, screens)):
+    for block in _blocks(_kept(candidates, settings, thresholds, bounds)):
         before = len(names)
         earlier = by_embedding.first(*_stacked(block)) if by_embedding is not None else np.empty(0)
         for i, pair in enumerate(block):
@@ -119,14 +119,14 @@ def find(
 
 
 def _kept(
-    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, screens: records.Limits | None
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds
 ) -> Iterator[_Pair]:
     if settings.hash is None and settings.embedding is None:
         return
     for _, _, batch in batches(candidates, *_COLUMNS):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            if not records.judged_again(row, thresholds, screens)[0]:
+            if not records.judged_again(row, thresholds, bounds)[0]:
                 continue
             evidence = json.loads(row["evidence"])
             hashes, codes = (), ()

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diptych.data import records
+from diptych.data import bill as bills
+from diptych.data import log, records
 from diptych.data.scan import batches, open_run, selected
 from diptych.data.spread import Spread
 from diptych.data.store import Dataset
@@ -72,7 +73,15 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
             if seen.numbers[column][0].count
         },
         "balance": {"subject": _balance(*seen.subjects), "task": _balance(*seen.tasks)},
+        "spread": _spread(folder),
+        "asked": bills.bill(folder, recipe),
     }
+
+
+def _spread(folder: Path) -> dict[str, float] | None:
+    """How varied the prompts are (`stages.diversity.Spread`), as the writer left it in the log; None for a grammar."""
+    told = [event["result"].get("spread") for event in log.read(folder) if event.get("stage") == "write"]
+    return next((one for one in reversed(told) if one), None)
 
 
 class _Seen:
@@ -208,6 +217,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         row = f"{step['name']:<13}{step['count']:>9} {step['of']:>9} {share:>7}  {step['unit']}"
         text.append(row + (f"; lost: {', '.join(why)}" if why else ""))
     text.append(f"pairs/ holds {found['rows']['pairs']} rows to train on")
+    if (spread := found["spread"]) is not None:
+        distinct = f"{100 * spread['distinct']:.0f} % of their word pairs are distinct"
+        text.append(f"prompts: {distinct}, mean distance {spread['distance']:.2f} (0: all the same, 1: nothing shared)")
+    text += [f"asked {_printable(line)}" for line in bills.lines(found["asked"])]
     for column, numbers in found["numbers"].items():
         text += ["", *_histogram(column, numbers)]
     for word, balance in found["balance"].items():

@@ -12,10 +12,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from diptych.sections import Curate
 
 IMAGE = "image"
 
@@ -129,18 +132,40 @@ class Thresholds(Protocol):
 
 TESTS = ("seam", "near_copy", "same")
 SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
+COPY = "near_copy"  # … and of one whose panels are one picture by another test than pixels, `near_copy: hash`
+COPY_TESTS = {"hash": "hash", "mirrored": "hash", "embedding": "embedding"}  # what is measured → its limit
+UNASKED = "unasked"  # other limits let it through to a judge who was never asked about it
 DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID: TEST`, in `failed/select/`
 ACCEPTED, REJECTED = "accepted by hand", "rejected by hand"  # reasons in `pairs/` and `failed/select/`; see `decisions`
 
 Limits = Mapping[str, Mapping[str, float]]  # of `recipe.Screens.limits`: name → {"least" or "most": number}
 
 
-def verdict(
-    similarity: float, copy_distance: float, seam: float, thresholds: Thresholds, screen: str = ""
-) -> tuple[bool, str]:
-    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed, or the `screen` that did.
+@dataclass(frozen=True)
+class Bounds:
+    """What decides besides the thresholds, where a recipe had it measured: the limits of its screens (`Screens.limits`)
+    and of its tests of copies (`Copies.limits`). None: nothing was measured, and the evidence holds no numbers."""
 
-    Geometry first, then single panels, then the copy test, then identity: a bad cut makes the later numbers
+    screens: Limits | None = None
+    copies: Mapping[str, float] | None = None
+
+    @classmethod
+    def of(cls, curate: Curate) -> Bounds:
+        """A recipe's."""
+        screens, copies = curate.screens, curate.copies
+        return cls(screens.limits() if screens else None, copies.limits() if copies else None)
+
+
+NONE = Bounds()
+
+
+def verdict(
+    similarity: float, copy_distance: float, seam: float, thresholds: Thresholds, screen: str = "", copy: str = ""
+) -> tuple[bool, str]:
+    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed, or the `screen` that did, or
+    the test of copies.
+
+    Geometry first, then single panels, then the copy tests, then identity: a bad cut makes the later numbers
     meaningless. NaN fails its test.
     """
     if not seam >= thresholds.seam:
@@ -149,6 +174,8 @@ def verdict(
         return False, f"{SCREEN}: {screen}"
     if not copy_distance >= thresholds.near_copy:
         return False, "near_copy"
+    if copy:
+        return False, f"{COPY}: {copy}"
     if not similarity >= thresholds.same:
         return False, "same"
     return True, "kept"
@@ -167,29 +194,47 @@ def failed_screen(panels: Sequence[Mapping[str, float]], limits: Limits) -> str:
     return ""
 
 
-def judged_again(row: Mapping[str, Any], thresholds: Thresholds, screens: Limits | None = None) -> tuple[bool, str]:
+def failed_copy(measured: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """What says first that two panels are one picture: `hash` (bits), `mirrored` (bits) or `embedding` (cosine); `""`
+    if nothing does. A number that is NaN, or is not there, fails."""
+    for name, limit in COPY_TESTS.items():
+        number = measured.get(name, math.nan)
+        if limit in limits and not (number < limits[limit] if name == "embedding" else number > limits[limit]):
+            return name
+    return ""
+
+
+def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds = NONE) -> tuple[bool, str]:
     """A candidate's verdict under other thresholds, from its stored numbers: no judge, no picture.
 
-    `screens` needs the column `evidence`; without it (None, a run that has none) no screen is looked at. A candidate
-    refused for another reason than these stays refused.
+    `bounds` need the column `evidence`; without them no screen and no test of copies is looked at. A candidate refused
+    for another reason than these stays refused; one that no judge was asked about and now comes so far is `unasked`.
     """
-    again = row["kept"] or row["reason"] in TESTS
-    screen = ""
-    if screens is not None:
-        again = again or row["reason"].startswith(f"{SCREEN}:")
-        if again and screens:
-            scores = json.loads(row["evidence"])["screens"]
-            screen = failed_screen((scores["reference"], scores["target"]), screens)
+    before = row["reason"]
+    again = row["kept"] or before in (*TESTS, UNASKED)
+    again = again or (bounds.screens is not None and before.startswith(f"{SCREEN}:"))
+    again = again or (bounds.copies is not None and before.startswith(f"{COPY}:"))
     if not again:
-        return row["kept"], row["reason"]
-    return verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds, screen)
+        return row["kept"], before
+    screen = copy = ""
+    if bounds.screens or bounds.copies:
+        evidence = json.loads(row["evidence"])
+        if bounds.screens:
+            scores = evidence["screens"]
+            screen = failed_screen((scores["reference"], scores["target"]), bounds.screens)
+        if bounds.copies:
+            copy = failed_copy(evidence["copies"], bounds.copies)
+    keep, reason = verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds, screen, copy)
+    if reason == "same" != before and math.isnan(row["similarity"]):
+        return False, UNASKED
+    return keep, reason
 
 
-def select(rows: list[dict[str, Any]], thresholds: Thresholds, screens: Limits | None = None) -> list[dict[str, Any]]:
-    """The rows of `candidates` that `thresholds` and `screens` keep, their verdict brought up to date."""
+def select(rows: list[dict[str, Any]], thresholds: Thresholds, bounds: Bounds = NONE) -> list[dict[str, Any]]:
+    """The rows of `candidates` that `thresholds` and `bounds` keep, their verdict brought up to date."""
     kept = []
     for row in rows:
-        keep, reason = judged_again(row, thresholds, screens)
+        keep, reason = judged_again(row, thresholds, bounds)
         if keep:
             kept.append({**row, "kept": keep, "reason": reason})
     return kept

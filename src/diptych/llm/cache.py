@@ -72,6 +72,15 @@ class Cache:
         rows = [(key,) for key in keys]
         self._do(lambda connection: connection.executemany("DELETE FROM replies WHERE key = ?", rows))
 
+    def usage(self) -> dict[str, Usage]:
+        """What the replies that are kept cost once, by the model as its server names it."""
+        rows = self._do(
+            lambda connection: connection.execute(
+                "SELECT model, SUM(calls), SUM(input_tokens), SUM(output_tokens) FROM replies GROUP BY model"
+            ).fetchall()
+        )
+        return {model: Usage(*counts) for model, *counts in rows}
+
     def __len__(self) -> int:
         return self._do(lambda connection: connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
 

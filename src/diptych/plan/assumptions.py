@@ -39,6 +39,9 @@ COMPILED = 0.60, "published FLUX.1 draws in 2.2 s compiled, as paint.speed has i
 CPU_SHARES = dict.fromkeys(GPU_SHARES, "tflops is then what drawing itself reached")
 DEVICES = {
     "H200": Device(790, 141e9, "bfloat16 matrix products measured on an H200"),
+    "H100": Device(
+        749, 80e9, "bfloat16 matrix products measured on an H100 (benchmarks/results/gpu-inference-h100-2026-11-26)"
+    ),
     "RTX4090": Device(165, 24 * 2**30, "a floor of 6.4 s for a FLUX.1 picture of 1.055 PFLOP"),
     "cpu": Device(
         0.093,

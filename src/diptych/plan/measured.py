@@ -25,11 +25,12 @@ OPEN = (
 )  # `auto` and null agree with what a run has settled
 _PICTURES = ("teacher", "task", "write.layout", "paint.")
 _PAIRS = (*_PICTURES, "write.writer", "write.grammar", "write.captions", "curate.judge", "curate.vlm")
+_PAIRS += ("curate.screens", "curate.copies", "curate.duplicates")
 DEPENDS: dict[str, tuple[str, ...]] = {
     "seconds_per_grid": (*_PICTURES, "device", "threads"),
     "seconds_per_step": ("teacher", "paint.panel_size", "distill.", "device", "threads"),
     "grid_bytes": _PICTURES,
-    "candidate_bytes": _PAIRS,
+    "candidate_bytes": (*_PAIRS, "curate.format"),
     "keep_rate": (*_PAIRS, "curate.thresholds."),
     "judge_input_tokens": ("task", "paint.panel_size", "curate.vlm"),
     "judge_answer_tokens": ("task", "paint.panel_size", "curate.vlm"),

@@ -28,7 +28,7 @@ from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell, open_image
 from diptych.data.vectors import pack
 from diptych.errors import UserError
-from diptych.stages import alignment, geometry, screens, wording
+from diptych.stages import alignment, copies, geometry, screens, wording
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,6 +59,8 @@ class Comparison:
     votes: tuple[dict[str, Any], ...] = ()
     embedding: float | None = None  # similarity by the embedding model, where a vision-language model decides
     screen: str = ""  # the first screen that one of the panels fails
+    likeness: dict[str, float] | None = None  # what tells a copy besides pixels; None where the recipe does not ask
+    copied: str = ""  # the first of its tests that says copy
 
     @property
     def aligned(self) -> bool:
@@ -106,6 +108,7 @@ class Curate:
         self.task = tasks.load(recipe.task)
         self.thresholds = self.task.thresholds(recipe.curate.thresholds)
         self.screens = recipe.curate.screens
+        self.bounds = records.Bounds.of(recipe.curate)
 
     def load(self) -> Work:
         """Opens the judges."""
@@ -177,13 +180,18 @@ class Curate:
         hashes, packed = [], []
         if self.recipe.curate.duplicates:
             hashes, packed = [panel_hash(panel) for panel in cut.panels], [pack(own) for own in embeddings]
-        limits = self.screens.limits() if self.screens else {}
+        looks = [copies.look(panel) for panel in cut.panels] if self.bounds.copies is not None else []
         pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
             pair = compare(cut.panels[a], cut.panels[b], similarity, self.task)
-            screen = records.failed_screen((scores[a], scores[b]), limits) if limits else ""
-            pairs[a, b] = replace(pair, screen=screen)
+            if self.bounds.screens:
+                pair = replace(pair, screen=records.failed_screen((scores[a], scores[b]), self.bounds.screens))
+            if self.bounds.copies is not None:
+                likeness = copies.measure(looks[a], looks[b], similarity)
+                copied = records.failed_copy(likeness, self.bounds.copies)
+                pair = replace(pair, likeness=likeness, copied=copied)
+            pairs[a, b] = pair
         return Compared(row, cut, cells, pairs, scores, hashes, packed)
 
     def _ask(self, vlm: VlmJudge, grids: list[Compared]) -> None:
@@ -249,7 +257,9 @@ class Curate:
             evidence["vlm"] = {"votes": compared.votes}
         if self.screens is not None:
             seen = {"reference": grid.scores[reference], "target": grid.scores[target]}
-            evidence["screens"] = {**seen, "limits": self.screens.limits()}
+            evidence["screens"] = {**seen, "limits": self.bounds.screens}
+        if compared.likeness is not None:
+            evidence["copies"] = {**compared.likeness, "limits": self.bounds.copies}
         if grid.hashes:
             evidence["hashes"] = {"reference": grid.hashes[reference], "target": grid.hashes[target]}
             evidence["embeddings"] = {"reference": grid.embeddings[reference], "target": grid.embeddings[target]}
@@ -312,6 +322,10 @@ def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool
     if not compared.changed:
         return False, UNCHANGED
     if compared.unjudged:
-        passes, reason = records.verdict(math.inf, compared.copy.distance, seam, limits, compared.screen)
+        passes, reason = _tested(compared, math.inf, seam, limits)
         return False, compared.unjudged if passes else reason
-    return records.verdict(compared.similarity, compared.copy.distance, seam, limits, compared.screen)
+    return _tested(compared, compared.similarity, seam, limits)
+
+
+def _tested(compared: Comparison, similarity: float, seam: float, limits: Thresholds) -> tuple[bool, str]:
+    return records.verdict(similarity, compared.copy.distance, seam, limits, compared.screen, compared.copied)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 WORDS = 2  # of a shingle
@@ -80,16 +80,16 @@ class Spread:
         return {key: round(value, 4) for key, value in asdict(self).items()}
 
 
-def spread(texts: Sequence[str], sample: int = SAMPLE) -> Spread:
-    """The spread of texts, over at most `sample` of them, evenly picked.
+def spread(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Spread:
+    """The spread of `count` texts, over at most `sample` of them, evenly picked; no others are held.
 
     Each is compared with its next neighbours, one, two, four, … further, round the end: some ten pairs a text, and the
     same ones each time.
     """
-    picked = [texts[len(texts) * i // sample] for i in range(sample)] if len(texts) > sample else list(texts)
-    sets = [shingles(text) for text in picked]
-    count = sum(len(one) for one in sets)
-    distinct = len(frozenset().union(*sets)) / count if count else 0.0
+    wanted = {count * i // sample for i in range(sample)} if count > sample else range(count)
+    sets = [shingles(text) for place, text in enumerate(texts) if place in wanted]
+    pairs = sum(len(one) for one in sets)
+    distinct = len(frozenset().union(*sets)) / pairs if pairs else 0.0
     steps = [2**power for power in range(20) if 2**power < len(sets)]
     apart = [1 - resemblance(one, sets[(place + step) % len(sets)]) for place, one in enumerate(sets) for step in steps]
-    return Spread(len(texts), distinct, sum(apart) / len(apart) if apart else 0.0)
+    return Spread(count, distinct, sum(apart) / len(apart) if apart else 0.0)

@@ -140,7 +140,7 @@ class LanguageModel:
         return kept
 
     def _warn(self, rows: Sequence[Row], written: list[Draft], repeats: int) -> None:
-        spread = diversity.spread([told(one) for one in written])
+        spread = diversity.spread([told(one) for one in written], len(written))
         if self.settings.captions is None:
             cure = "without seed captions models do that: give write.captions"
         else:

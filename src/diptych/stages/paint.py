@@ -216,5 +216,6 @@ def draw(pipe: Any, prompts: list[str], seeds: list[int], **options: Any) -> tor
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with torch.no_grad():
-        images = pipe(prompts, generator=generators, output_type="pt", **options).images
+        # By name: the first thing that FLUX.2's pipelines take is a picture.
+        images = pipe(prompt=prompts, generator=generators, output_type="pt", **options).images
     return images.float().cpu()

@@ -90,7 +90,8 @@ def _of_run(run: Path, facts: dict[str, Any], tables: list[Any]) -> tuple[dict[s
             },
         )
     )
-    tables.append(("Thresholds", task.thresholds(recipe.curate.thresholds).model_dump()))
+    further = {name: value for name, value in recipe.curate.further().items() if value is not None}
+    tables.append(("Thresholds", {**task.thresholds(recipe.curate.thresholds).model_dump(), **further}))
     try:
         measured = funnel.measure(run)
     except UserError:

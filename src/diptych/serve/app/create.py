@@ -104,6 +104,8 @@ def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
     try:
         service.limit(owner)
         with Image.open(io.BytesIO(png)) as image:
-            return enhance.enhance(prompt, image.convert("RGB"), enhance.endpoint_of(None, None))
+            loading = service.settings.loading
+            length = enhance.length_of(str(loading["model"]), loading.get("base"))
+            return enhance.enhance(prompt, image.convert("RGB"), enhance.endpoint_of(None, None), length=length)
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
