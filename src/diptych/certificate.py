@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,7 @@ class Identity:
     """The last day of the certificate, YYYY-MM-DD."""
 
 
-def load_identity(
-    certificate: str | Path, key: str | Path | None = None, algorithm: str | None = None
-) -> Identity:
+def load_identity(certificate: str | Path, key: str | Path | None = None, algorithm: str | None = None) -> Identity:
     """A certificate chain and its private key, from files in PEM; the key from DIPTYCH_SIGN_KEY if `key` is None, the
     password of an encrypted one from DIPTYCH_SIGN_PASSWORD.
 
@@ -49,12 +48,11 @@ def load_identity(
     from cryptography.hazmat.primitives import serialization
     from cryptography.x509.oid import NameOID
 
+    data = _read(certificate, "--certificate")
     try:
-        chain = x509.load_pem_x509_certificates(_read(certificate, "--certificate"))
+        chain = x509.load_pem_x509_certificates(data)
     except ValueError:
-        raise UsageError(
-            f"--certificate {certificate}: no certificates in PEM (-----BEGIN CERTIFICATE-----)"
-        ) from None
+        raise UsageError(f"--certificate {certificate}: no certificates in PEM (-----BEGIN CERTIFICATE-----)") from None
     if problem := _problem(chain):
         raise UsageError(f"--certificate {certificate}: {problem}")
     private = _private_key(key)
@@ -96,7 +94,7 @@ def _problem(chain: Sequence[Any]) -> str | None:
     purposes = _extension(leaf, x509.ExtendedKeyUsage) or ()
     if not any(each.dotted_string in PURPOSES for each in purposes):
         return f"not made for signing content; its extended key usage must hold one of {', '.join(PURPOSES.values())}"
-    for number, (one, above) in enumerate(zip(chain, chain[1:], strict=False), 1):
+    for number, (one, above) in enumerate(pairwise(chain), 1):
         try:
             one.verify_directly_issued_by(above)
         except Exception:  # ValueError, TypeError or InvalidSignature, by what does not fit

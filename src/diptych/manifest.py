@@ -48,7 +48,7 @@ class Manifest:
 
     signer: str
     time: str | None
-    """When it was signed, if a timestamp says so (ISO 8601)."""
+    """When it was signed (ISO 8601), if a timestamp that the trust list covers says so."""
     trusted: bool | None
     wrong: list[str]
     provenance: dict[str, Any] | None
@@ -131,7 +131,7 @@ def read(data: bytes, kind: str, trust: str | None = None) -> Manifest:
     signed = active.get("signature_info") or {}
     return Manifest(
         signer=name(signed.get("common_name"), signed.get("issuer")),
-        time=signed.get("time"),
+        time=signed.get("time") if "timeStamp.trusted" in _succeeded(store) else None,
         trusted=None if trust is None else _UNTRUSTED not in codes,
         wrong=list(dict.fromkeys(_said(each) for each in failed if each["code"] != _UNTRUSTED)),
         provenance=_provenance(active),
@@ -151,6 +151,11 @@ def _provenance(manifest: dict[str, Any]) -> dict[str, Any] | None:
 def name(common: str | None, organisation: str | None) -> str:
     """Whom a certificate names, in one line."""
     return f"{common} ({organisation})" if common and organisation else common or organisation or "nobody named"
+
+
+def _succeeded(store: dict[str, Any]) -> set[str]:
+    results = store.get("validation_results", {}).get("activeManifest", {})
+    return {each["code"] for each in results.get("success", [])}
 
 
 def _said(failure: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from diptych.certificate import Identity, load_identity
 from diptych.data.embedded import holds_manifest
-from diptych.data.images import broken_seal, kind_of, read_provenance
+from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.manifest import LABEL, MIME, context, library
@@ -165,9 +165,8 @@ def _plan(files: Sequence[str | Path], out: str | Path | None, overwrite: bool) 
         target = path if out is None else folder / path.name if folder else Path(out)
         if taken.setdefault(target, path) != path:
             raise UsageError(f"{taken[target]} and {path} would both be {target}; sign them into two folders")
-        kind = kind_of(target)
-        if kind != _check(path):
-            raise UsageError(f"{target}: {path} is a {kind_of(path)}; a picture is signed as what it is")
+        if (kind := _check(path)) != kind_of(target):
+            raise UsageError(f"{target}: {path} is a {kind}, and signing converts nothing; end both names alike")
         there = target.exists() and not overwrite
         if there and holds_manifest(target.read_bytes()):
             kept.append(target)
@@ -196,7 +195,8 @@ def _check(path: Path) -> str:
         raise UsageError(f"{path} is a folder; name the pictures in it ({path}/*.png)")
     if not path.exists():
         raise UsageError(f"{path}: no such file")
-    kind = kind_of(path)
+    if path.suffix.lower() not in KINDS:
+        raise UsageError(f"{path}: only PNG, WebP and JPEG pictures are signed")
     try:
         told, broken = read_provenance(path), broken_seal(path)
     except UserError as error:
@@ -205,4 +205,4 @@ def _check(path: Path) -> str:
         raise UsageError(f"{path}: not a picture that diptych made, or it was saved anew; only what made one is signed")
     if broken:
         raise UserError(f"{path}: its {' and '.join(broken)} changed since it was drawn; it is not signed as drawn")
-    return kind
+    return kind_of(path)

@@ -48,9 +48,7 @@ class Link:
             yield from link.all()
 
 
-def trace(
-    file: str | Path, places: Sequence[str | Path] = (), trust: Sequence[str | Path] = ()
-) -> dict[str, Any]:
+def trace(file: str | Path, places: Sequence[str | Path] = (), trust: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Walks from a picture, a weight file, a student's folder, a run or one of its data sets to what it came from.
 
     `places` are folders that hold runs or weights, beside those above the file and `runs/` here. `trust` are files of
@@ -197,7 +195,11 @@ def _manifest(path: Path, told: dict[str, Any], trust: str | None) -> list[Link]
         wrong.append("its signer is on no list of --trust")
     if wrong:
         return [Link("manifest", found.signer, "differs", "; ".join(wrong))]
-    says = "its signer is trusted" if found.trusted else "as it was signed; whether its signer is who it says, --trust FILE tells"
+    says = (
+        "its signer is trusted"
+        if found.trusted
+        else "as it was signed; whether its signer is who it says, --trust FILE tells"
+    )
     return [Link("manifest", found.signer, "ok", f"{says}; {found.time}" if found.time else says)]
 
 
