@@ -118,10 +118,10 @@ def _private_key(path: str | Path | None) -> Any:
     if path is None and not os.environ.get(KEY):
         raise UsageError(f"no private key: name its file with --key, or put it into the environment variable {KEY}")
     data = os.environ[KEY].encode() if path is None else _read(path, "--key")
-    password = os.environ.get(PASSWORD) or None
+    password = os.environ.get(PASSWORD, "").encode() or None
     # What a library says of a key is not repeated: none of it may reach a log.
     try:
-        return load_pem_private_key(data, password and password.encode())
+        return load_pem_private_key(data, password)
     except UnsupportedAlgorithm:
         raise UsageError(f"{_where(path)}: a kind of key that C2PA does not take; it takes {_KINDS}") from None
     except TypeError:

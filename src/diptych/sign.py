@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def definition(told: dict[str, Any], title: str) -> dict[str, Any]:
     }
 
 
-def source_type(told: dict[str, Any]) -> str:
+def source_type(told: Mapping[Any, Any]) -> str:
     """IPTC's word for how a picture came about, as an address. A relit one that holds pixels or fine detail of its
     reference is a composite."""
     composite = "mask" in told or bool(told.get("detail"))

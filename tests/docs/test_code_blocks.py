@@ -31,8 +31,8 @@ def named(language: str, run: bool = True) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples run: a clone's recipes and references, a picture and a certificate of the reader's own, and two
-    small runs."""
+    """Where the examples run: a clone's recipes and references, the reader's own picture and certificate, two small
+    runs."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("recipes", "examples"):
         (folder / name).symlink_to(ROOT / name)
