@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from diptych import cli_data, cli_draw, cli_evaluate, cli_generate, cli_push, cli_serve, cli_trace
+from diptych import cli_data, cli_draw, cli_evaluate, cli_generate, cli_push, cli_serve, cli_sign, cli_trace
 from diptych.cli_options import Address, Engine, Json
 from diptych.errors import UsageError, UserError
 
@@ -221,6 +221,7 @@ app.command("generate", epilog=cli_generate.EXAMPLE)(cli_generate.generate)
 app.command("relight", epilog=cli_draw.RELIGHT)(cli_draw.relight)
 app.command("story", epilog=cli_draw.STORY)(cli_draw.story)
 app.command("push", epilog=cli_push.EXAMPLE)(cli_push.push)
+app.command("sign", epilog=cli_sign.EXAMPLE)(cli_sign.sign)
 app.command("trace", epilog=cli_trace.EXAMPLE)(cli_trace.trace)
 
 

@@ -18,6 +18,14 @@ def trace(
         list[str] | None,
         typer.Option("--in", metavar="DIR", help="Where runs or weights lie, if not above FILE. Repeatable."),
     ] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trust",
+            metavar="FILE",
+            help="Certificates of authorities (PEM): a picture's C2PA manifest must be signed under one. Repeatable.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a picture or a student came from, back to the grids and the recipe, and check every hash on the way.
@@ -26,7 +34,7 @@ def trace(
     """
     from diptych import trace as tracing
 
-    found = tracing.trace(file, places or ())
+    found = tracing.trace(file, places or (), trust or ())
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tracing.lines(found)))
     if not found["verified"]:
         raise typer.Exit(1)

@@ -24,6 +24,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "gradio"),
     "eval": ("torchmetrics", "imagehash"),
     "flux": ("sentencepiece",),
+    "c2pa": ("c2pa", "cryptography"),
     "dev": ("pytest", "hypothesis", "datasets"),
 }
 # What fits into the machine's memory, GiB. For a GPU the memory presets say it.

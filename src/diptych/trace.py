@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diptych import models
-from diptych.data.images import KINDS, broken_seal, read_provenance
+from diptych import manifest, models
+from diptych.data.embedded import holds_manifest
+from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError
@@ -47,10 +48,11 @@ class Link:
             yield from link.all()
 
 
-def trace(file: str | Path, places: Sequence[str | Path] = ()) -> dict[str, Any]:
+def trace(file: str | Path, places: Sequence[str | Path] = (), trust: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Walks from a picture, a weight file, a student's folder, a run or one of its data sets to what it came from.
 
-    `places` are folders that hold runs or weights, beside those above the file and `runs/` here. UsageError for what
+    `places` are folders that hold runs or weights, beside those above the file and `runs/` here. `trust` are files of
+    certificates (PEM): a picture then must have a C2PA manifest whose signer leads to one of them. UsageError for what
     is no picture of diptych's and no weights; UserError for a picture that cannot be decoded.
     """
     path = Path(file)
@@ -59,8 +61,11 @@ def trace(file: str | Path, places: Sequence[str | Path] = ()) -> dict[str, Any]
     if absent := [str(place) for place in places if not Path(place).is_dir()]:
         raise UsageError(f"--in {absent[0]}: no such folder")
     here = _Places(path, [Path(place) for place in places])
+    trusted = manifest.read_trust(trust)
     if path.suffix.lower() in KINDS and path.is_file():
-        top = _picture(path, here)
+        top = _picture(path, here, trusted)
+    elif trusted is not None:
+        raise UsageError(f"--trust is about who signed a picture, and {path} is none")
     elif (path / "recipe.yaml").is_file():
         top = _student(path / "student", here) if (path / "student").is_dir() else Link("run", str(path), "ok", "")
         if top.what == "run":
@@ -139,7 +144,7 @@ def holds_weights(folder: Path) -> bool:
 # Picture and student -------------------------------------------------------------------------------------------------
 
 
-def _picture(path: Path, here: _Places) -> Link:
+def _picture(path: Path, here: _Places, trust: str | None) -> Link:
     told = read_provenance(path)
     if told is None:
         raise UsageError(
@@ -150,6 +155,7 @@ def _picture(path: Path, here: _Places) -> Link:
     link = Link("picture", str(path), "unrecorded" if broken is None else "ok", says)
     if broken:
         link.status, link.says = "differs", f"its {' and '.join(broken)} changed since it was drawn"
+    link.links += _manifest(path, told, trust)
     if "fingerprints" not in told:  # a sheet of samples, which lies in the training that drew it
         student = next((p for p in path.resolve().parents if (p / models.TRAINING / "samples").is_dir()), None)
         pairs = told.get("made_from", {}).get("pairs")
@@ -167,6 +173,34 @@ def _picture(path: Path, here: _Places) -> Link:
         version = told.get("versions", {}).get("diptych")
         link.links += [_base(print_, name, student, version) for print_ in prints[1:] if print_]
     return link
+
+
+def _manifest(path: Path, told: dict[str, Any], trust: str | None) -> list[Link]:
+    """A picture's C2PA manifest, if it has one or should have: who signed it, and whether it is as it was signed."""
+    data = path.read_bytes()
+    if not holds_manifest(data):
+        return [] if trust is None else [Link("manifest", "", "differs", "there is none, and --trust asks for one")]
+    if not manifest.is_installed():
+        return [Link("manifest", "", "missing", f"of C2PA, not looked at; to verify it: {manifest.EXTRA}")]
+    try:
+        found = manifest.read(data, kind_of(path), trust)
+    except UsageError as error:  # it is installed, and does not load
+        return [Link("manifest", "", "missing", str(error))]
+    except UserError as error:
+        return [Link("manifest", "", "differs", f"it is damaged ({error})")]
+    wrong = list(found.wrong)
+    if found.provenance is not None and found.provenance != told:
+        wrong.append("the picture's text is not what it says")
+    if found.trusted is False:
+        wrong.append("its signer is on no list of --trust")
+    if wrong:
+        return [Link("manifest", found.signer, "differs", "; ".join(wrong))]
+    says = (
+        "its signer is trusted"
+        if found.trusted
+        else "as it was signed; whether its signer is who it says, --trust FILE tells"
+    )
+    return [Link("manifest", found.signer, "ok", f"{says}; {found.time}" if found.time else says)]
 
 
 def _drawn_by(name: str, print_: str | None, here: _Places, told: dict[str, Any]) -> Link:

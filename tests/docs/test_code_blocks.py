@@ -11,6 +11,7 @@ import pytest
 import typer
 import yaml
 
+import authority
 from diptych import cli, recipe, tasks
 from diptych.sections import Recipe
 
@@ -30,11 +31,13 @@ def named(language: str, run: bool = True) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples run: a clone's recipes and references, a picture of the reader's own, and two small runs."""
+    """Where the examples run: a clone's recipes and references, the reader's own picture and certificate, two small
+    runs."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("recipes", "examples"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "examples/references/cat.png", folder / "cat.png")
+    authority.make(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         sets = [word for item in SMALL.split() for word in ("--set", item)]

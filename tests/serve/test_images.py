@@ -50,7 +50,7 @@ def test_an_edit_is_the_picture_that_the_library_draws(ours: openai.OpenAI, stud
         assert np.abs(np.asarray(drawn, np.int16) - np.asarray(image, np.int16)).max() <= 1
         told = json.loads(drawn.info["diptych"])
         assert (told["prompt"], told["steps"], told["model"]) == ("a cat on a beach", 2, "pocket")
-        assert told["seed"] == picture.seed and told["digital_source_type"].endswith("trainedAlgorithmicMedia")
+        assert told["seed"] == picture.seed and told["digital_source_type"].endswith("/trainedAlgorithmicMedia")
 
 
 def test_a_generation_takes_a_reference_as_base64_or_none(ours: openai.OpenAI, student: Student, cat: bytes) -> None:

@@ -59,6 +59,7 @@ def test_relit_pictures_are_those_of_the_library_and_their_page_is_a_strip(
     assert not np.array_equal(pixels(made[0]), pixels(made[1]))
     told = json.loads(made[1].info["diptych"])
     assert (told["light"], told["task"], told["detail"], told["seed"]) == (LIGHTS[1], "relight", 0.5, 3)
+    assert told["digital_source_type"].endswith("/compositeWithTrainedAlgorithmicMedia")
     page = client.get(f"/v1/jobs/{answer.json()['job']}/page")
     strip = Image.open(io.BytesIO(page.content))
     side = student.pipeline.default_panel_size

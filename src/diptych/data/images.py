@@ -279,26 +279,26 @@ def save_image(image: Image, path: str | Path, provenance: dict[str, Any] | None
     return path
 
 
-def read_provenance(path: str | Path) -> dict[str, Any] | None:
-    """What made a PNG, WebP or JPEG, or None if it does not say. UserError if it is no image."""
-    told = _read_text(path, _read(Path(path), MAX_BYTES))
+def read_provenance(source: str | Path | bytes) -> dict[str, Any] | None:
+    """What made a PNG, WebP or JPEG (a file, or its bytes); None if it does not say. UserError if it is no image."""
+    told = _read_text(_label(source), _bytes(source))
     return None if told is None else {key: value for key, value in told.items() if key != seal.KEY}
 
 
-def broken_seal(path: str | Path) -> list[str] | None:
+def broken_seal(source: str | Path | bytes) -> list[str] | None:
     """What of a picture is not as it was written: `pixels`, `text`, a chunk of the file; None if it has no seal.
 
     UserError if it is no image, or one that can no longer be decoded.
     """
-    data = _read(Path(path), MAX_BYTES)
-    told = _read_text(path, data)
+    data = _bytes(source)
+    told = _read_text(_label(source), data)
     if told is None or not isinstance(said := told.get(seal.KEY), dict):
         return None
     broken = [] if seal.text_hash(told) == said.get("text") else ["text"]
     if data.startswith(b"\xff\xd8"):
         shown = seal.coded_hash(data)
     else:
-        shown = seal.pixels_hash(open_image(data, name=str(path)))
+        shown = seal.pixels_hash(open_image(data, name=_label(source)))
     if shown != said.get("picture"):
         broken.append("pixels")
     if not broken and data.startswith(b"\x89PNG") and (chunk := seal.broken_chunk(data)):
@@ -306,7 +306,15 @@ def broken_seal(path: str | Path) -> list[str] | None:
     return broken
 
 
-def _read_text(path: str | Path, data: bytes) -> dict[str, Any] | None:
+def _bytes(source: str | Path | bytes) -> bytes:
+    return source if isinstance(source, bytes) else _read(Path(source), MAX_BYTES)
+
+
+def _label(source: str | Path | bytes) -> str:
+    return "image" if isinstance(source, bytes) else str(source)
+
+
+def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
     """The provenance in a file's bytes, seal and all; None if there is none."""
     from PIL import Image, UnidentifiedImageError
 
@@ -321,9 +329,10 @@ def _read_text(path: str | Path, data: bytes) -> dict[str, Any] | None:
     if text is None:
         return _from_comment(comment)
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: its provenance is not valid JSON") from error
+    return found if isinstance(found, dict) else None
 
 
 def _from_comment(comment: object) -> dict[str, Any] | None:

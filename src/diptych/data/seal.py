@@ -2,7 +2,8 @@
 
 `seal` in the provenance holds two: of what the picture shows, and of what it says. What it shows is, in a PNG or a
 lossless WebP, the pixels: a program that packs them better changes nothing. A JPEG's pixels depend on who decodes them,
-so there it is every byte of the file but the EXIF segment. A seal is no signature: who forges one may forge both.
+so there it is every byte of the file but the EXIF segment and a C2PA manifest. A seal is no signature: who forges one
+may forge both. `diptych sign` adds one.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
+from diptych.data.embedded import chunks, segments
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "seal"
 _EXIF_SEGMENT = 0xE1
-_SCAN = 0xDA  # from this marker on a JPEG is coded pixels
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def pixels_hash(image: Image) -> str:
@@ -29,12 +30,11 @@ def pixels_hash(image: Image) -> str:
 
 
 def coded_hash(data: bytes) -> str:
-    """sha256 of a JPEG file without its EXIF segment."""
+    """sha256 of a JPEG file without its EXIF segment and without a C2PA manifest, which is put in later."""
     kept, at = bytearray(data[:2]), 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
-        end = at + 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
-        if data[at + 1] != _EXIF_SEGMENT:
-            kept += data[at:end]
+    for start, end, is_manifest in segments(data):
+        if data[start + 1] != _EXIF_SEGMENT and not is_manifest:
+            kept += data[start:end]
         at = end
     return hashlib.sha256(bytes(kept) + data[at:]).hexdigest()
 
@@ -54,13 +54,9 @@ def sealed(provenance: dict[str, Any], picture: str) -> dict[str, Any]:
 
 def broken_chunk(data: bytes) -> str | None:
     """The kind of the first chunk of a PNG whose checksum is not that of its bytes; `"end"` if there is no end."""
-    at = len(_PNG)
-    while at + 12 <= len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        kind, end = data[at + 4 : at + 8], at + 8 + length
-        if struct.pack(">I", zlib.crc32(data[at + 4 : end])) != data[end : end + 4]:
+    for kind, start, end in chunks(data):
+        if struct.pack(">I", zlib.crc32(kind + data[start:end])) != data[end : end + 4]:
             return kind.decode("latin-1")
         if kind == b"IEND":
             return None
-        at = end + 4
     return "end"

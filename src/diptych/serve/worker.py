@@ -19,6 +19,7 @@ from diptych.errors import UserError
 from diptych.serve.board import Board
 from diptych.serve.metrics import Metrics
 from diptych.serve.store import Store, Task
+from diptych.sign import source_type
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diptych.serve")
 KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"  # IPTC's word for "generated"
 LINGER = 0.005  # seconds that a picture waits for others to be drawn with
 PREVIEWS = 8  # at most, of one picture
 
@@ -171,7 +171,7 @@ class Worker(threading.Thread):
             self._speed = wanted
 
     def _keep(self, task: Task, image: Image) -> None:
-        made_by = {**image.info, "job": task.job_id, "digital_source_type": SOURCE_TYPE}
+        made_by = {**image.info, "job": task.job_id, "digital_source_type": source_type(image.info)}
         if self.watermark is not None:
             from diptych.serve import watermark
 
