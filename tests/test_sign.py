@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +27,7 @@ from PIL import Image
 import authority
 from diptych import manifest
 from diptych.cli import call
-from diptych.data.embedded import holds_manifest
+from diptych.data.embedded import chunks, holds_manifest
 from diptych.data.images import broken_seal, encode, open_image, read_provenance, save_image
 from diptych.errors import UserError
 from diptych.paths import packaged
@@ -44,6 +45,10 @@ TOLD = {
 }
 
 
+CAT = str(packaged("examples/references/cat.png"))
+DRAW = ["generate", "--model", "pocket", "--reference", CAT, "--prompt", "a cat on the moon", "--steps", "2"]
+
+
 @pytest.fixture(scope="module")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> authority.Signer:
     return authority.make(tmp_path_factory.mktemp("signer"))
@@ -53,10 +58,9 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> authority.Signer:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One picture that the pocket student drew from a reference, as a file of each kind."""
     folder = tmp_path_factory.mktemp("drawn")
-    reference = str(packaged("examples/references/cat.png"))
-    words = ["generate", "--model", "pocket", "--reference", reference, "--prompt", "a cat on the moon", "--steps", "2"]
-    assert call([*words, "--out", str(folder / "cat.png")]) == 0
-    image, told = open_image(folder / "cat.png"), read_provenance(folder / "cat.png")
+    assert call([*DRAW, "--out", f"{folder}/generated/"]) == 0
+    (generated,) = folder.glob("generated/*.png")
+    image, told = open_image(generated), read_provenance(generated)
     for kind in KINDS:
         save_image(image, folder / f"cat.{kind}", told)
     return {kind: folder / f"cat.{kind}" for kind in KINDS}
@@ -140,6 +144,19 @@ def test_a_signed_picture_is_traced_as_before_and_shows_the_same(
     assert after == before
     assert broken_seal(picture) == [] and read_provenance(picture) == told
     assert open_image(picture).tobytes() == pixels
+
+
+def test_a_signed_picture_is_found_again_by_the_command_that_drew_it(
+    drawn: dict[str, Path], signer: authority.Signer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(drawn["png"].parent / "generated", tmp_path / "pictures")
+    (picture,) = (tmp_path / "pictures").glob("*.png")
+    sign([picture], signer.chain, signer.key)
+    signed = picture.read_bytes()
+    capsys.readouterr()
+    assert call([*DRAW, "--out", f"{tmp_path}/pictures/", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["skipped"] == [str(picture)] and picture.read_bytes() == signed
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -240,11 +257,24 @@ def test_trace_says_what_changed_and_fails(
         assert call(["trace", str(changed)]) == 1
         said = capsys.readouterr()
         assert "the picture or its text changed since it was signed" in said.out or "broken or cut short" in said.err
-    data = pictures["jpg"].read_bytes()
-    pictures["jpg"].write_bytes(data.replace(b"c2pa.created", b"c2pa.edited!"))
-    assert call(["trace", str(pictures["jpg"])]) == 1
-    said = capsys.readouterr().out
-    assert "✓ picture" in said and "✗ manifest" in said and "its assertion c2pa.actions.v2 changed" in said
+    for picture in pictures.values():
+        data = picture.read_bytes().replace(b"c2pa.created", b"c2pa.edited!")
+        picture.write_bytes(data)
+        if picture.suffix == ".png":
+            assert call(["trace", str(picture)]) == 1
+            assert "its caBX chunk is damaged" in capsys.readouterr().err
+            picture.write_bytes(with_true_checksums(data))
+        assert call(["trace", str(picture)]) == 1
+        said = capsys.readouterr().out
+        assert "✓ picture" in said and "✗ manifest" in said and "its assertion c2pa.actions.v2 changed" in said
+
+
+def with_true_checksums(png: bytes) -> bytes:
+    """A PNG whose chunks changed, as who meant to change them would leave it."""
+    whole = bytearray(png)
+    for kind, start, end in chunks(png):
+        whole[end : end + 4] = zlib.crc32(kind + png[start:end]).to_bytes(4, "big")
+    return bytes(whole)
 
 
 def test_a_manifest_moved_to_another_picture_does_not_fit(signer: authority.Signer, tmp_path: Path) -> None:
@@ -284,12 +314,13 @@ def test_a_signer_is_trusted_by_a_list_and_by_no_other(
 def test_an_expired_certificate_no_longer_proves_anything_unless_a_timestamp_is_trusted(
     tmp_path: Path, timestamps: Timestamps
 ) -> None:
-    signer = authority.make(tmp_path, seconds=(-86_400, 4))
+    ends = time.monotonic() + 8
+    signer = authority.make(tmp_path, seconds=(-86_400, 8))
     for name, address in (("plain.png", None), ("stamped.png", timestamps.url)):
         (tmp_path / name).write_bytes(small("PNG"))
         sign([tmp_path / name], signer.chain, signer.key, timestamp=address)
     assert links(trace(tmp_path / "plain.png"))["manifest"][0] == "ok"
-    time.sleep(5)
+    time.sleep(max(0, ends + 1 - time.monotonic()))
     trust = [signer.trust, timestamps.trust]
     status, says = links(trace(tmp_path / "plain.png", trust=trust))["manifest"]
     assert status == "differs" and "has expired" in says

@@ -13,7 +13,7 @@ EXAMPLE = "Example: diptych sign cat.png --certificate chain.pem --key key.pem"
 
 
 def sign(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Pictures that diptych made.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Pictures that diptych made.")],
     certificate: Annotated[
         str,
         typer.Option("--certificate", metavar="FILE", help="PEM: your certificate, then its authorities', upwards."),

@@ -70,7 +70,7 @@ def sign(
             raise UserError(f"{path}: {error}") from error
         _write(target, data)
         signed.append(target)
-    if report:
+    if report and pending:
         report(len(pending), len(pending))
     return {"signed": signed, "kept": kept, "signer": identity.signer, "until": identity.until}
 

@@ -325,7 +325,10 @@ def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
             text = image.info.get(PROVENANCE)
             comment = None if text is not None else image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable image ({_short(error)})") from error
+        chunk = seal.broken_chunk(data) if data.startswith(b"\x89PNG") else None
+        damaged = "cut short" if chunk == "end" else f"its {chunk} chunk is damaged"
+        reason = damaged if chunk else _short(error)
+        raise UserError(f"{path}: not a readable image ({reason})") from error
     if text is None:
         return _from_comment(comment)
     try:
