@@ -32,8 +32,8 @@ class Curate(RealCurate):
 def main(recipe: str, out: str) -> int:
     """Writes, paints and curates; the command's exit code."""
     made = stages.install()
-    made["diptych.stages.paint"].Paint = Paint
-    made["diptych.stages.curate"].Curate = Curate
+    vars(made["diptych.stages.paint"])["Paint"] = Paint
+    vars(made["diptych.stages.curate"])["Curate"] = Curate
     sys.modules.update(made)
     from diptych import cli
 

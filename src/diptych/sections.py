@@ -208,7 +208,7 @@ class Copies(Section):
     """Panels of one pair that show one picture though their pixels differ: another brightness or tint, mirrored, drawn
     anew. Not for aligned tasks, whose panels are meant to be alike."""
 
-    hash: int | None = Field(default=8, ge=0, le=20)
+    hash: int | None = Field(default=6, ge=0, le=20)
     """Bits, of the 64 of a perceptual hash, by which the target may differ from the reference, or from its mirror
     image, and still be a copy. null measures and refuses nothing."""
     embedding: float | None = Field(default=None, gt=0, le=1)
@@ -250,7 +250,7 @@ class Curate(Section):
     """A vision-language model that decides in the place of `judge`; null: `judge` decides."""
 
     def further(self) -> dict[str, float | None]:
-        """The limits of the tests that are there only if asked for: `{"screens.dark": 0.1, "copies.hash": 8}`; None is
+        """The limits of the tests that are there only if asked for: `{"screens.dark": 0.1, "copies.hash": 6}`; None is
         off."""
         found: dict[str, float | None] = {}
         if self.screens is not None:

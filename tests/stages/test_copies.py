@@ -51,7 +51,7 @@ def measured(one: np.ndarray, other: np.ndarray, similarity: float = 0.5) -> dic
 def test_hashes_find_copies_that_pixels_do_not(subject_panels: Pairs, name: str) -> None:
     made = [(panel, COPIES[name](panel)) for panel, _ in subject_panels]
     found = [records.failed_copy(measured(*pair), LIMITS) for pair in made]
-    assert np.mean([reason != "" for reason in found]) >= 0.97
+    assert "" not in found
     if name == "mirrored":
         assert set(found) == {"mirrored"}
     by_pixels = [alignment.copy_distance(*map(Image.fromarray, pair)).distance for pair in made[:40]]
@@ -160,7 +160,7 @@ def test_a_recipe_without_them_is_the_recipe_it_was() -> None:
     old = plain.values()
     assert old["curate"].pop("copies") is None and recipes.check(old, "an older recipe.yaml") == plain
     asked = [
-        recipes.load("pocket", sets).fingerprint("curate") for sets in (["curate.copies={}"], ["curate.copies.hash=8"])
+        recipes.load("pocket", sets).fingerprint("curate") for sets in (["curate.copies={}"], ["curate.copies.hash=6"])
     ]
     assert asked[0] == asked[1] != plain.fingerprint("curate")
 
