@@ -41,8 +41,9 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict
 
 # The wheel is built from the sdist, so both are checked: installed, outside the clone, it must draw.
-package: $(VENV)/.installed-dev
+package: $(VENV)/bin/python
 	rm -rf dist build/wheel
+	$(PIP) install -q 'build>=1'
 	$(BIN)/python -m build -q
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install -q dist/*.whl -c constraints.txt

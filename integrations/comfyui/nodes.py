@@ -26,6 +26,13 @@ def to_pictures(tensor: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy()) for picture in tensor[..., :3]]
 
 
+def to_masks(tensor: torch.Tensor) -> list[Image.Image | None]:
+    """(B, H, W) or (H, W) in 0..1 to PIL; None where all is black: so Load Image says that nobody painted a mask."""
+    masks = tensor.reshape(-1, *tensor.shape[-2:])
+    drawn = to_pictures(masks[..., None].expand(*masks.shape, 3))
+    return [picture if mask.any() else None for picture, mask in zip(drawn, masks, strict=True)]
+
+
 def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
     """PIL to (B, H, W, 3), float32 in 0..1."""
     return torch.stack([torch.from_numpy(np.asarray(p.convert("RGB"), dtype=np.float32) / 255) for p in pictures])
@@ -181,7 +188,9 @@ class DiptychRelight:
                 ),
                 **SAMPLING,
             },
-            "optional": {"mask": ("MASK", {"tooltip": "White may change, black stays."})},
+            "optional": {
+                "mask": ("MASK", {"tooltip": "What is painted may change, the rest stays. Nothing painted: all may."})
+            },
         }
 
     def relight(
@@ -204,7 +213,7 @@ class DiptychRelight:
             steps=steps, guidance=guidance, image_guidance=image_guidance, text_guidance=text_guidance, size=size
         )
         pictures = to_pictures(reference)
-        masks = [None] * len(pictures) if mask is None else to_pictures(mask[..., None].expand(*mask.shape, 3))
+        masks = [None] if mask is None else to_masks(mask)
         bar = progress(len(pictures) * int(steps or student.sampling["steps"]))
         drawn = [
             student.relight(

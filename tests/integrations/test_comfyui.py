@@ -32,13 +32,19 @@ def nodes() -> Any:
     return module
 
 
-def load_image() -> tuple[torch.Tensor, torch.Tensor]:
-    """ComfyUI's LoadImage: the picture and its alpha as a mask; white, so that all of it may change."""
-    pixels = torch.from_numpy(np.asarray(Image.open(REFERENCE).convert("RGB"), dtype=np.float32) / 255)[None]
-    return pixels, torch.ones(pixels.shape[:3])
+def load_image(picture: Image.Image | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """ComfyUI's LoadImage: the picture, and as a mask what is transparent in it (its mask editor paints that); of a
+    picture without an alpha channel a mask of 64×64 zeros, whatever its own size."""
+    picture = picture or Image.open(REFERENCE)
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    if "A" not in picture.getbands():
+        return pixels, torch.zeros((1, 64, 64))
+    return pixels, 1 - torch.from_numpy(np.asarray(picture.getchannel("A"), dtype=np.float32) / 255)[None]
 
 
-def run(nodes: Any, workflow: dict[str, Any], **changed: Any) -> torch.Tensor:
+def run(
+    nodes: Any, workflow: dict[str, Any], picture: Image.Image | None = None, **changed: Any
+) -> torch.Tensor:
     """What SaveImage is given; `changed` are inputs of diptych's nodes."""
     results: dict[str, tuple[Any, ...]] = {}
     for number, node in workflow.items():  # the files list a node after those it needs
@@ -49,7 +55,7 @@ def run(nodes: Any, workflow: dict[str, Any], **changed: Any) -> torch.Tensor:
         if node["class_type"] == "SaveImage":
             return inputs["images"]
         if node["class_type"] == "LoadImage":
-            results[number] = load_image()
+            results[number] = load_image(picture)
             continue
         kind = nodes.NODE_CLASS_MAPPINGS[node["class_type"]]
         asked = kind.INPUT_TYPES()
@@ -69,10 +75,25 @@ def test_a_workflow_draws_what_the_library_draws(nodes: Any, name: str) -> None:
         prompt = workflow["3"]["inputs"]["prompt"]
         own = student.generate(REFERENCE, prompt, steps=2, seed=3)
     else:
-        white = Image.new("RGB", Image.open(REFERENCE).size, "white")
-        own = student.relight(REFERENCE, workflow["3"]["inputs"]["light"], steps=2, seed=3, mask=white)
+        own = student.relight(REFERENCE, workflow["3"]["inputs"]["light"], steps=2, seed=3)
     assert drawn.shape == (1, 32, 32, 3) and drawn.dtype == torch.float32
     assert torch.equal(drawn[0], torch.from_numpy(np.asarray(own, dtype=np.float32) / 255))
+
+
+def test_where_no_mask_was_painted_a_relit_picture_stays(nodes: Any) -> None:
+    picture = Image.open(REFERENCE).convert("RGBA")
+    half = picture.width // 2
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, half, picture.height))  # the mask editor's brush makes transparent
+    picture.putalpha(alpha)
+    workflow = json.loads((FOLDER / "workflows" / "relight.json").read_text())
+    drawn = (run(nodes, workflow, picture, steps=2, seed=3)[0] * 255).round().byte().numpy()
+    student = Student.load("pocket", speed="exact", progress_bar=False)
+    painted = Image.eval(alpha, lambda value: 255 - value)
+    own = student.relight(REFERENCE, workflow["3"]["inputs"]["light"], steps=2, seed=3, mask=painted)
+    assert np.array_equal(drawn, np.asarray(own))
+    fitted = np.asarray(picture.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS), dtype=int)
+    assert np.abs(drawn[:, 20:] - fitted[:, 20:]).mean() < 8 < np.abs(drawn[:, :12] - fitted[:, :12]).mean()
 
 
 def test_a_batch_of_references_gives_as_many_pictures(nodes: Any) -> None:

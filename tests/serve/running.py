@@ -19,16 +19,16 @@ TOKENS = {"ana": "ana-0123456789abcdef", "ben": "ben-0123456789abcdef"}
 
 
 class Running:
-    """`url` is where it answers; `service` what is behind it. Draws with `student`, which is loaded already."""
+    """`url` is where it answers; `service` what is behind it. Draws with `student`, which is loaded already; without
+    one each worker loads its own."""
 
-    def __init__(self, settings: Settings, student: Student, web_app: bool = False) -> None:
+    def __init__(self, settings: Settings, student: Student | None, web_app: bool = False) -> None:
         self.service = Service(settings)
-        for worker in self.service.workers:
+        for worker in self.service.workers if student is not None else ():
             worker.load = lambda: student
-        config = uvicorn.Config(
-            http.create(self.service, web_app), port=0, log_level="error", ws="none", timeout_graceful_shutdown=5
-        )
-        self.server = uvicorn.Server(config)
+        app = http.create(self.service, web_app)
+        own: dict[str, Any] = {"port": 0, "log_level": "error", "timeout_graceful_shutdown": 5}
+        self.server = uvicorn.Server(http.config(app, settings, **own))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         until = time.monotonic() + 120

@@ -134,6 +134,35 @@ def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: St
         running.close()
 
 
+def test_who_sends_no_request_is_hung_up_on_and_who_waits_for_an_answer_is_not(
+    student: Student, tmp_path: Path
+) -> None:
+    running = Running(Settings(folder=tmp_path, limits=Limits(head_seconds=1)), student)
+    head, rest = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"\r\n"
+
+    def hung_up(*sent: bytes) -> float:
+        """Seconds until the server closes, after these bytes; an answer must come to each whole head."""
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            for part in sent:
+                client.sendall(part)
+                answer = b""
+                while part.endswith(rest * 2) and not answer.endswith(b"}"):
+                    answer += client.recv(10_000)
+            started = time.monotonic()
+            assert client.recv(10_000) == b""
+            return time.monotonic() - started
+
+    try:
+        for sent in ((), (head,), (head + rest, head)):
+            assert 0.5 < hung_up(*sent) < 10  # uvicorn keeps idle connections for 15 seconds, and these for ever
+        job = {"prompt": "a cat", "steps": 90}
+        started = time.monotonic()
+        answer = httpx.post(f"{running.url}/v1/images/generations", json=job, timeout=120)
+        assert answer.status_code == 200 and time.monotonic() - started > 1
+    finally:
+        running.close()
+
+
 def test_nothing_but_the_jobs_file_is_written(server: Running, client: httpx.Client, cat: bytes) -> None:
     client.post("/v1/images/edits", files={"image": ("../../../evil.png", cat)}, data={"prompt": "a cat", "steps": "1"})
     files = {path.name for path in server.service.settings.folder.rglob("*")}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
+from PIL import Image
 
 from diptych import Student
 from diptych.serve.settings import Limits, Settings
@@ -85,6 +89,39 @@ def test_a_full_queue_says_when_to_come_again(student: Student, tmp_path: Any) -
             for answer in answers:
                 if answer.status_code == 202:
                     client.delete(f"/v1/jobs/{answer.json()['id']}")
+    finally:
+        running.close()
+
+
+def test_each_device_has_a_worker_and_they_share_what_waits(student: Student, tmp_path: Any) -> None:
+    running = Running(Settings(folder=tmp_path, devices=("cpu", "cpu"), batch=1), None)
+    try:
+        first, second = running.service.workers
+        assert first.student is not second.student and first.student is not None
+        guesses = [worker.seconds for worker in running.service.workers]
+        asked = {"prompt": "a cat at night", "n": 8, "seed": 3, "steps": 6}
+        answer = httpx.post(f"{running.url}/v1/images/generations", json=asked, timeout=120).json()
+        assert [worker.seconds != guess for worker, guess in zip((first, second), guesses, strict=True)] == [True, True]
+        drawn = [Image.open(io.BytesIO(base64.b64decode(made["b64_json"]))) for made in answer["data"]]
+        wanted = student.generate(None, "a cat at night", seed=list(range(3, 11)), steps=6)
+        for picture, image in zip(drawn, wanted, strict=True):
+            assert np.array_equal(np.asarray(picture), np.asarray(image))
+    finally:
+        running.close()
+
+
+def test_a_request_that_waits_too_long_is_told_so_and_given_up_unless_it_has_a_name(
+    student: Student, tmp_path: Any
+) -> None:
+    running = Running(Settings(folder=tmp_path, limits=Limits(wait_seconds=0.2)), student)
+    try:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            late = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 90})
+            named = client.post("/v1/images/generations", json={"prompt": "a dog", "steps": 90, "job": "go-on-with-it"})
+            for answer in (late, named):
+                assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+            found = {job["prompt"]: job["status"] for job in client.get("/v1/jobs").json()["data"]}
+            assert found["a cat"] == "cancelled" and found["a dog"] in ("queued", "running")
     finally:
         running.close()
 

@@ -136,6 +136,26 @@ def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
         return response
 
 
+def config(app: Any, settings: Settings, **more: Any) -> Any:
+    """How uvicorn serves the app; `more` are settings of its own."""
+    import uvicorn
+
+    from diptych.serve.heads import impatient
+
+    given: dict[str, Any] = {
+        "http": impatient(settings.limits.head_seconds),
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": 15,
+        "timeout_graceful_shutdown": int(settings.grace_seconds) + 5,
+        "limit_concurrency": 1000,
+        "ws": "none",
+        "lifespan": "on",
+    }
+    return uvicorn.Config(app, **given | more)
+
+
 def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = True) -> None:
     """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails."""
     import socket
@@ -164,19 +184,7 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
 
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=int(settings.grace_seconds) + 5,
-            limit_concurrency=1000,
-            ws="none",
-            lifespan="on",
-        )
-    )
+    server = Server(config(app, settings))
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
 

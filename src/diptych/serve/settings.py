@@ -24,6 +24,7 @@ class Limits:
     enlarged: int = 4  # a picture's pixels, as a multiple of those of the model's own size
     queue: int = 256  # pictures that may wait
     rate: float = 0.0  # jobs and uploads a minute and key; 0: no limit
+    head_seconds: float = 15.0  # to send a request's head
     body_seconds: float = 30.0  # to send a request's body
     wait_seconds: float = 600.0  # that a request may wait for its pictures
     guesses: int = 20  # wrong tokens a minute and address

@@ -16,6 +16,7 @@ import torch
 from diptych import models
 from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
+from diptych.student.alone import alone
 from diptych.student.components import check_family, check_parts, find_parts, open_part
 from diptych.student.geometry import CONDITIONINGS, Conditioning
 from diptych.student.lora import apply_lora, lora_file
@@ -32,6 +33,7 @@ SAMPLING: dict[str, float] = {"steps": 28, "guidance": 3.5, "image_guidance": 1.
 """How a student is sampled unless it says otherwise or is asked otherwise: the released code's settings."""
 
 
+@alone
 def load(
     model: str | Path,
     base: str | Path | None = None,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, UserError
 from diptych.student import footprint, quantize
+from diptych.student.alone import alone
 from diptych.student.footprint import Shapes
 from diptych.student.presets import HEADROOM, PRESETS, Preset, pick, problems
 
@@ -275,6 +276,7 @@ class Memory:
         self.shrink_text(encoder)
         return encoder.to(self.device)
 
+    @alone
     def _open_text(self) -> None:
         from diptych.student.components import open_part
 

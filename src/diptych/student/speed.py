@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
+from diptych.student.alone import alone
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
@@ -151,6 +152,7 @@ def parse(preset: str | Speed | None, switches: Sequence[str] = ()) -> Speed:
     return replace(speed, **given)
 
 
+@alone
 def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     """Puts `speed` on a pipeline in place of what was there; returns what was left out, each with its reason.
 
