@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import models
+from diptych.llm import vllm
 from diptych.machine import processor, versions
 from diptych.paths import packaged
 from diptych.student import memory as presets
@@ -25,6 +26,7 @@ EXTRAS = {
     "eval": ("torchmetrics", "imagehash"),
     "flux": ("sentencepiece",),
     "c2pa": ("c2pa", "cryptography"),
+    "vllm": ("vllm",),
     "dev": ("pytest", "hypothesis", "datasets"),
 }
 # What fits into the machine's memory, GiB. For a GPU the memory presets say it.
@@ -50,6 +52,7 @@ def examine() -> dict[str, Any]:
     }
     found["fits"] = {name: (found["memory"]["total"] or 0) >= need for name, need in NEEDS}
     found["flux"] = _flux(found["devices"])
+    found["vllm"] = vllm.problem()
     found["problems"] = problems
     return found
 
@@ -176,5 +179,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     for reason in dict.fromkeys(found["flux"].values()):
         names = ", ".join(name for name, why in found["flux"].items() if why == reason)
         out.append(f"memory    FLUX.1-dev with --memory {names}: {f'no: {reason}' if reason else 'yes'}")
+    reason = found["vllm"]
+    out.append(f"judge     a vision-language model on vLLM (curate.vlm.vllm): {f'no: {reason}' if reason else 'yes'}")
     out += [f"problem   {problem}" for problem in found["problems"]] or ["all right"]
     return out

@@ -164,7 +164,8 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
         # A list is one value of --set, and its sections' keys are below it.
         in_set = any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in from_set)
         joined = " or ".join(dict.fromkeys(texts)).replace(" or must be", " or")
-        lines.append(f"{f'--set {key}' if in_set else f'{where}: {key}'}: {joined}{got}")
+        place_ = f"--set {key}" if in_set else ": ".join(filter(None, (where, key)))  # no key: what two of them say
+        lines.append(f"{place_}: {joined}{got}")
     return lines
 
 

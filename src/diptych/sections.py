@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from diptych.llm.endpoint import Endpoint
+from diptych.llm.vllm import Vllm
 
 
 class Section(BaseModel):
@@ -33,7 +34,7 @@ class Write(Section):
 
     writer: Literal["grammar", "llm"] = "grammar"
     """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model; `llm`
-    asks the one at `endpoint`, by the task's brief."""
+    asks the one at `endpoint` or in `vllm`, by the task's brief."""
     grammar: str = Field(default="auto", min_length=1)
     """Whose words the grammar uses: `pocket` those of the pocket world's teacher, `photo` a vocabulary for teachers
     that know English, or a vocabulary file. `auto` asks the teacher: `pocket` if it reads less text than CLIP does."""
@@ -46,6 +47,8 @@ class Write(Section):
     and what near duplicates are looked for in."""
     endpoint: Endpoint | None = None
     """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    vllm: Vllm | None = None
+    """Or a language model that vLLM runs inside the stage; its keys are in `llm/vllm.py` and docs/endpoints.md."""
     cache: str | None = Field(default=None, min_length=1)
     """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
     captions: str | None = Field(default=None, min_length=1)
@@ -68,8 +71,10 @@ class Write(Section):
 
     @model_validator(mode="after")
     def _asks_somebody(self) -> Write:
-        if self.writer == "llm" and self.endpoint is None:
+        if self.writer == "llm" and self.endpoint is None and self.vllm is None:
             raise ValueError("the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}")
+        if self.endpoint is not None and self.vllm is not None:
+            raise ValueError("name one model: either endpoint or vllm")
         if self.category_column and not (self.captions and self.quotas):
             raise ValueError("category_column needs captions, and quotas that go by it")
         if self.clear_subject and not self.captions:
@@ -131,6 +136,8 @@ class Vlm(Section):
     """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
     local: str | None = Field(default=None, min_length=1)
     """Or a transformers model on this machine: a folder, or a hub name."""
+    vllm: Vllm | None = None
+    """Or a model that vLLM runs inside the stage; its keys are in `llm/vllm.py` and docs/endpoints.md."""
     votes: int = Field(default=1, ge=1, le=99)
     """Times each pair is asked about; the majority of valid answers decides. Several need a temperature above 0."""
     prefilter: float = Field(default=-1.0, ge=-1, le=1)
@@ -143,14 +150,17 @@ class Vlm(Section):
     @property
     def model(self) -> str:
         """Who decides, by name."""
-        return self.local or (self.endpoint.model if self.endpoint else "")
+        asked = self.endpoint or self.vllm
+        return self.local or (asked.model if asked else "")
 
     @model_validator(mode="after")
     def _one_that_can_vote(self) -> Vlm:
-        if (self.endpoint is None) == (self.local is None):
-            raise ValueError("name one model: either endpoint (base_url and model) or local")
-        if self.votes > 1 and (self.endpoint is None or self.endpoint.temperature == 0):
-            fix = "set endpoint.temperature, for instance to 0.7" if self.endpoint else "a local model samples nothing"
+        named = {key: getattr(self, key) for key in ("endpoint", "local", "vllm") if getattr(self, key) is not None}
+        if len(named) != 1:
+            raise ValueError("name one model: either endpoint (base_url and model) or local or vllm (model)")
+        (key,) = named
+        if self.votes > 1 and getattr(named[key], "temperature", 0) == 0:
+            fix = "a local model samples nothing" if key == "local" else f"set {key}.temperature, for instance to 0.7"
             raise ValueError(f"{self.votes} votes at temperature 0 are one and the same; {fix}, or ask for one vote")
         return self
 
@@ -528,7 +538,8 @@ class Pool(Section):
     """How many at most. Those the cluster has no room for yet are what its autoscaler adds nodes for. null is as many
     as fit into it."""
     gpus: float | None = Field(default=None, ge=0, le=64)
-    """Of a worker; 0.25 lets four share a GPU. null is one if `device` is a GPU, none otherwise."""
+    """Of a worker; 0.25 lets four share a GPU. null: as many as the stage's vLLM model is spread over; where it has
+    none, one if `device` is a GPU and the stage computes on it, which `write` does not."""
     cpus: float = Field(default=1, ge=0, le=4096)
     """Of a worker. It is what Ray counts; what torch uses is `threads`."""
     memory: float | None = Field(default=None, gt=0)
@@ -545,7 +556,7 @@ class Pool(Section):
 class Ray(Section):
     """What `--engine ray` asks of a cluster. No row depends on it, so a run may go on with other values."""
 
-    write: Pool = Pool(gpus=0)
+    write: Pool = Pool()
     paint: Pool = Pool()
     curate: Pool = Pool()
     evaluate: Pool = Pool()
@@ -581,6 +592,28 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     ray: Ray = Ray()
 
+    @model_validator(mode="after")
+    def _room_for_vllm(self) -> Recipe:
+        for stage in ("write", "curate"):
+            model, gpus = self.vllm(stage), self.ray.pool(stage).gpus
+            if model is None or gpus is None or gpus >= (takes := model.tensor_parallel_size):
+                continue
+            shares = 0 < gpus < 1 and takes == 1
+            if not shares or gpus < model.gpu_memory_utilization:
+                asked = "1 GPU" if takes == 1 else f"{takes} GPUs"
+                raise ValueError(
+                    f"ray.{stage}.gpus: a worker gets {gpus:g}, and its vLLM model takes "
+                    f"{model.gpu_memory_utilization:g} of the memory of {asked}; "
+                    + (f"set gpu_memory_utilization to at most {gpus:g}" if shares else f"set it to {takes}, or null")
+                )
+        return self
+
+    def vllm(self, stage: str) -> Vllm | None:
+        """The model that vLLM runs in each worker of a stage, if any."""
+        if stage == "write":
+            return self.write.vllm if self.write.writer == "llm" else None
+        return self.curate.vlm.vllm if stage == "curate" and self.curate.vlm else None
+
     @property
     def training_seed(self) -> int:
         """What training draws from."""
@@ -611,6 +644,9 @@ class Recipe(Section):
             if values["curate"][optional] is None:
                 # What was made before there were any is not made anew.
                 del values["curate"][optional]
+        for section in (values["write"], values["curate"].get("vlm")):
+            if section and section["vllm"] is None:
+                del section["vllm"]
         for section, key, default in (
             ("curate", "format", "png"),
             ("paint", "format", "png"),

@@ -150,7 +150,7 @@ def test_what_no_node_has_is_told_with_what_there_is(engine: Any, tmp_path: Path
 def test_workers_use_the_recipes_threads(engine: Any) -> None:
     import os
 
-    assert engine.there("paint", os.environ.get, "OMP_NUM_THREADS") == "1"
+    assert engine.there("paint", os.getenv, "OMP_NUM_THREADS") == "1"
     with pytest.raises(UsageError, match="no such size"):
         engine.there("paint", stages.misuse)
 

@@ -26,8 +26,11 @@ TEMPLATE = (
 SIDE, PATCH = 16, 8
 
 
-def save_tiny_llava(folder: Path, template: str | None = TEMPLATE, mute: bool = False) -> None:
-    """A LLaVA of two thin layers, its tokenizer one token for each byte. If `mute` it ends before it says a word."""
+def save_tiny_llava(
+    folder: Path, template: str | None = TEMPLATE, mute: bool = False, head: int = 8, longest: int = 2048
+) -> None:
+    """A LLaVA of two thin layers, with two heads of a width, its tokenizer one token for each byte. If `mute` it ends
+    before it says a word."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -59,7 +62,7 @@ def save_tiny_llava(folder: Path, template: str | None = TEMPLATE, mute: bool = 
         chat_template=template,
     ).save_pretrained(folder)
     thin: dict[str, Any] = {
-        "hidden_size": 16,
+        "hidden_size": 2 * head,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -67,7 +70,13 @@ def save_tiny_llava(folder: Path, template: str | None = TEMPLATE, mute: bool = 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**thin, image_size=SIDE, patch_size=PATCH),
         text_config=LlamaConfig(
-            **thin, vocab_size=len(vocabulary), num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+            **thin,
+            vocab_size=len(vocabulary),
+            num_key_value_heads=2,
+            max_position_embeddings=longest,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
         image_token_index=3,
         image_seq_length=(SIDE // PATCH) ** 2,

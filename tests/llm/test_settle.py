@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diptych.llm.cache import Cache
 from diptych.llm.local import STOP_AFTER, LocalModel
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Usage
 from diptych.llm.question import Message, Question, system, user
-from diptych.llm.settle import Memory, settle
+from diptych.llm.settle import Memory, Turn, settle, settle_together
 
 GOOD, BAD = '{"same": true, "score": 1.0}', '{"same": "perhaps"}'
 
@@ -30,6 +31,28 @@ class Model:
         if isinstance(line, Exception):
             raise line
         return Reply(line, "tiny", Usage(1, 10, 2))
+
+
+class Together(Model):
+    """The same for several turns at once; `batches` are how many."""
+
+    def __init__(self, *lines: str | Exception) -> None:
+        super().__init__(*lines)
+        self.batches: list[int] = []
+
+    def __call__(self, turns: Sequence[Turn]) -> list[Reply | GaveUp]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.batches.append(len(turns))
+        return [self._one(turn) for turn in turns]
+
+    def _one(self, turn: Turn) -> Reply | GaveUp:
+        try:
+            return super().__call__(turn.messages)
+        except GaveUp as error:
+            return error
+
+
+def questions(verdict: type[BaseModel], *texts: str) -> list[Question]:
+    return [Question((user(text),), verdict, tag=text) for text in texts]
 
 
 @pytest.fixture
@@ -93,7 +116,7 @@ def test_another_identity_asks_anew(question: Question, tmp_path: Path) -> None:
 def test_a_local_model_settles_and_counts_like_a_client(question: Question, tmp_path: Path) -> None:
     outcomes: list[Outcome] = []
     with Cache(tmp_path / "a.sqlite") as cache:
-        model = LocalModel(Model(GOOD), {"model": "tiny"}, cache)
+        model = LocalModel(Together(GOOD), {"model": "tiny"}, cache)
         spent = model.ask_many([question, question], outcomes.append)
     assert [outcome.status for outcome in outcomes] == ["answered", "answered"]
     assert (spent.questions, spent.answered, spent.cached, spent.usage) == (2, 2, 1, Usage(1, 10, 2))
@@ -101,7 +124,47 @@ def test_a_local_model_settles_and_counts_like_a_client(question: Question, tmp_
 
 def test_a_local_model_that_only_fails_stops_the_run(question: Question) -> None:
     outcomes: list[Outcome] = []
-    model = LocalModel(Model(*[GaveUp("no memory")] * 50), {})
+    model = LocalModel(Together(*[GaveUp("no memory")] * 50), {})
     with pytest.raises(UserError, match="20 questions in a row failed, the last because no memory"):
         model.ask_many([question] * 50, outcomes.append)
     assert len(outcomes) == STOP_AFTER - 1
+
+
+def test_many_are_settled_in_step_and_only_what_was_wrong_is_asked_again(verdict: type[BaseModel]) -> None:
+    model = Together(GOOD, BAD, GaveUp("too long"), "well…", GOOD, BAD)
+    found = settle_together(model, questions(verdict, "a", "b", "c", "d"), Memory({}))
+    assert model.batches == [4, 2]
+    told = [(outcome.tag, outcome.status, outcome.usage.calls) for outcome in found]
+    assert told == [("a", "answered", 1), ("b", "answered", 2), ("c", "failed", 0), ("d", "undecided", 2)]
+    assert [turn[0].parts[0] for turn in model.heard] == ["a", "b", "c", "d", "b", "d"]
+
+
+def test_of_a_batch_only_what_the_cache_lacks_is_asked(verdict: type[BaseModel], tmp_path: Path) -> None:
+    with Cache(tmp_path / "a.sqlite") as cache:
+        settle_together(Together(GOOD, GOOD), questions(verdict, "a", "c"), Memory({}, cache))
+        model = Together(GOOD)
+        found = settle_together(model, questions(verdict, "a", "b", "c"), Memory({}, cache))
+        assert [outcome.cached for outcome in found] == [True, False, True] and model.batches == [1]
+        assert settle_together(Together(), questions(verdict, "a", "b"), Memory({}, cache))[1].cached
+
+
+def test_the_same_question_twice_in_a_batch_is_asked_once_and_paid_for_once(verdict: type[BaseModel]) -> None:
+    model = Together(BAD, GOOD)
+    first, second = settle_together(model, questions(verdict, "a", "a"), Memory({}))
+    assert model.batches == [1, 1] and first.answer == second.answer
+    assert (first.paid, second.paid) == (Usage(2, 20, 4), Usage()) and first.usage == second.usage
+
+
+def test_a_local_model_takes_a_generator_batch_by_batch(verdict: type[BaseModel]) -> None:
+    drawn: list[str] = []
+    answered: list[tuple[str, int]] = []
+
+    def source() -> Iterator[Question]:
+        for question in questions(verdict, "a", "b", "c", "d", "e"):
+            drawn.append(question.tag)
+            yield question
+
+    model = LocalModel(together := Together(*[GOOD] * 5), {}, batch_size=2)
+    spent = model.ask_many(source(), lambda outcome: answered.append((outcome.tag, len(drawn))))
+    assert together.batches == [2, 2, 1] and spent.answered == 5
+    assert answered == [("a", 2), ("b", 2), ("c", 4), ("d", 4), ("e", 5)]

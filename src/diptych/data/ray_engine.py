@@ -20,6 +20,7 @@ from typing import Any
 from diptych.data.engine import Engine, Job, Row, Setup, Timed, Work, idle, one_line
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.llm.vllm import IN_WORKERS
 from diptych.machine import thread_variables
 from diptych.sections import Pool, Recipe
 
@@ -108,16 +109,25 @@ class RayEngine(Engine):
         recipe = self.recipe or Recipe(name="none")
         asked = recipe.ray.pool(name)
         variables = thread_variables(recipe.threads) if recipe.threads else {}
-        asked = asked.model_copy(update={"gpus": _gpus(asked, recipe.device)})
+        if recipe.vllm(name) is not None:
+            variables |= IN_WORKERS
+        asked = asked.model_copy(update={"gpus": _gpus(recipe, name)})
         return _Workers(name, setup, items, again, asked, variables, recipe.ray.retries, recipe.ray.wait)
 
 
-def _gpus(pool: Pool, device: str) -> float:
-    """GPUs of a worker, where a recipe leaves them open: one if it computes on GPUs, or would if there were any."""
+def _gpus(recipe: Recipe, stage: str) -> float:
+    """GPUs of a worker; where a recipe leaves them open, those of its vLLM model, or one if it computes on GPUs, or
+    would if there were any."""
     import ray
 
-    if pool.gpus is not None:
-        return pool.gpus
+    gpus = recipe.ray.pool(stage).gpus
+    if gpus is not None:
+        return gpus
+    if (model := recipe.vllm(stage)) is not None:
+        return float(model.tensor_parallel_size)
+    if stage == "write":
+        return 0.0
+    device = recipe.device
     return float(device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0))
 
 

@@ -186,13 +186,10 @@ def vlm(job_: Job, out: Path) -> Scorer:
     from diptych.llm.model import open_model
 
     judge = job_.judge
-    if judge.endpoint is not None:
-        about: dict[str, Any] = {"model": judge.endpoint.model, "sampling": judge.endpoint.sampling()}
-    else:
-        about = {"model": str(judge.local), "sampling": {}}
+    about: dict[str, Any] = {"model": str(judge.model), "sampling": judge.asked.sampling() if judge.asked else {}}
 
     def open_judge() -> Any:
-        return open_model(judge.endpoint, judge.local, cache=out / ANSWERS, device=job_.device)
+        return open_model(judge.endpoint, judge.local, judge.vllm, cache=out / ANSWERS, device=job_.device)
 
     return VlmScorer(open_judge, about, judge.repeats, judge.debiased)
 
@@ -212,7 +209,7 @@ def own_weights(job_: Job, suite: Suite | Pictures) -> tuple[str, frozenset[str]
     judge = job_.judge
     kind = job_.judge_kind()
     if kind == "vlm":
-        return judge.local or (judge.endpoint.model if judge.endpoint else ""), frozenset()
+        return judge.model or "", frozenset()
     name = judge.scorer or (job.POCKET if kind == "pocket" else job.METRICS["dinov2"])
     return name, models.weights(models.resolve(name, "scorer"))
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
+from diptych.llm.vllm import Vllm
 from diptych.sections import Adapter, Recipe, Section, StockPipeline, Tuning
 
 FILE = "evaluation.yaml"
@@ -36,6 +37,8 @@ class Judge(Section):
     """An OpenAI-compatible server; its keys are in docs/endpoints.md. As published: temperature 1."""
     local: str | None = Field(default=None, min_length=1)
     """Or a vision-language model on this machine: a folder, or a hub name."""
+    vllm: Vllm | None = None
+    """Or one that vLLM runs in this process; its keys are in docs/endpoints.md."""
     repeats: int = Field(default=3, ge=1, le=99)
     """Times each question is asked; a picture's score is their mean."""
     debiased: bool = True
@@ -47,16 +50,31 @@ class Judge(Section):
     text: str = Field(default=METRICS["clip-t"], min_length=1)
     """`embedding`: the CLIP that says which prompt a picture fits."""
 
+    @property
+    def asked(self) -> Endpoint | Vllm | None:
+        """What answers by settings, if it does."""
+        return self.endpoint or self.vllm
+
+    @property
+    def model(self) -> str | None:
+        """The vision-language model's name; None if there is none."""
+        return self.local or (self.asked.model if self.asked else None)
+
     @model_validator(mode="after")
     def _one(self) -> Judge:
-        if self.endpoint is not None and self.local is not None:
-            raise ValueError("name one vision-language model: either endpoint or local")
-        if self.kind == "vlm" and self.endpoint is None and self.local is None:
+        if sum(one is not None for one in (self.endpoint, self.local, self.vllm)) > 1:
+            raise ValueError("name one vision-language model: either endpoint or local or vllm")
+        if self.kind == "vlm" and self.model is None:
             raise ValueError(
                 "needs a vision-language model: --judge-endpoint URL and --judge-model NAME, or --judge-local"
             )
         if self.local is not None and self.repeats > 1:
             raise ValueError("a local model samples nothing, so that repeats are one and the same; set judge.repeats=1")
+        if self.vllm is not None and self.vllm.temperature == 0 and self.repeats > 1:
+            raise ValueError(
+                "repeats at temperature 0 are one and the same; set judge.vllm.temperature, 1 as published, or "
+                "judge.repeats=1"
+            )
         return self
 
 
@@ -112,7 +130,7 @@ class Job(Section):
         """`auto`, decided."""
         if self.judge.kind != "auto":
             return self.judge.kind
-        if self.judge.endpoint is not None or self.judge.local is not None:
+        if self.judge.model is not None:
             return "vlm"
         return "pocket" if self.data is None else "embedding"
 
@@ -172,7 +190,8 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
             parts = [str(part) for part in problem["loc"]]
             said = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
-                known = Endpoint if "endpoint" in parts else Judge if parts[0] == "judge" and len(parts) > 1 else Job
+                known = Judge if parts[0] == "judge" and len(parts) > 1 else Job
+                known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)
                 said = f"no such key{nearest(parts[-1], known.model_fields)}; keys: {', '.join(known.model_fields)}"
             lines.append(f"{'.'.join(parts)}: {said}")
         raise UsageError("; ".join(lines)) from error

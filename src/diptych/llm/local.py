@@ -1,15 +1,17 @@
-"""A vision-language model of transformers on this machine, asked like an endpoint: no server, no key, no bill.
+"""A vision-language model in this process, asked like an endpoint: no server, no key, no bill.
 
     model = LocalModel.load("Qwen/Qwen3-VL-4B-Instruct", cache=Cache("answers.sqlite"))
     outcome = model.ask(Question((user("What is it?", image),), Description))
 
-Greedy, one question at a time; the form of the answer is told in words, validated and repaired as for an endpoint.
+`load` opens it with transformers: greedy, one question at a time; the form of the answer is told in words, validated
+and repaired as for an endpoint. `vllm_engine.load` opens one that is asked in batches.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,28 @@ from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
 from diptych.llm.question import Message, Picture, Question, clean
-from diptych.llm.settle import Memory, settle
+from diptych.llm.settle import AskTogether, Memory, Turn, settle_together
 
 STOP_AFTER = 20  # failures in a row: the model does not work here, whatever is asked
 
 
 class LocalModel:
-    """A model as the function that gives its next turn, and the cache of its answers."""
+    """A model as the function that gives the next turns, and the cache of its answers."""
 
     def __init__(
         self,
-        generate: Callable[[tuple[Message, ...]], Reply],
+        generate: AskTogether,
         identity: dict[str, Any],
         cache: Cache | None = None,
         *,
         keep_undecided: bool = False,
+        batch_size: int = 1,
     ) -> None:
+        """`identity` is what an answer depends on besides the question. `generate` gets at most `batch_size` turns."""
         self._generate = generate
         self._memory = Memory(identity, cache, keep_undecided)
         self._failed_in_a_row = 0
+        self.batch_size = batch_size
         self.spent = Spent()
 
     @classmethod
@@ -83,22 +88,27 @@ class LocalModel:
 
     def ask(self, question: Question) -> Outcome:
         """Settles one question. UserError after `STOP_AFTER` failures in a row."""
-        outcome = settle(self._generate, question, self._memory)
+        (outcome,) = settle_together(self._generate, [question], self._memory)
+        return self._count(outcome)
+
+    def ask_many(self, questions: Iterable[Question], on_answer: Callable[[Outcome], object]) -> Spent:
+        """Settles them all, in order. Of a generator, one batch with its pictures is in memory at a time."""
+        source = iter(questions)
+        while batch := list(islice(source, self.batch_size)):
+            for outcome in settle_together(self._generate, batch, self._memory):
+                on_answer(self._count(outcome))
+        return self.spent
+
+    def _count(self, outcome: Outcome) -> Outcome:
         self.spent = self.spent.plus(outcome)
         self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
         if self._failed_in_a_row >= STOP_AFTER:
             raise UserError(f"{STOP_AFTER} questions in a row failed, the last because {outcome.reason}")
         return outcome
 
-    def ask_many(self, questions: Iterable[Question], on_answer: Callable[[Outcome], object]) -> Spent:
-        """Settles them all, in order."""
-        for question in questions:
-            on_answer(self.ask(question))
-        return self.spent
-
 
 class _Generate:
-    """The model's next turn, greedily."""
+    """The model's next turns, greedily, one after the other."""
 
     def __init__(self, model: Any, processor: Any, name: str, max_tokens: int) -> None:
         self.model = model
@@ -106,7 +116,10 @@ class _Generate:
         self.name = name
         self.max_tokens = max_tokens
 
-    def __call__(self, messages: tuple[Message, ...]) -> Reply:
+    def __call__(self, turns: Sequence[Turn]) -> list[Reply | GaveUp]:
+        return [self._next(turn.messages) for turn in turns]
+
+    def _next(self, messages: tuple[Message, ...]) -> Reply | GaveUp:
         import torch
 
         try:
@@ -125,7 +138,9 @@ class _Generate:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             # Out of memory, a picture that the processor does not take, a template that knows no system turn.
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise GaveUp(f"the model fails on it: {line}") from error
+            return GaveUp(f"the model fails on it: {line}")
+        except GaveUp as error:
+            return error
         new = tokens[0, told:]
         text = self.processor.decode(new, skip_special_tokens=True)
         cut = len(new) >= self.max_tokens and int(new[-1]) not in _ends(self.model.generation_config.eos_token_id)

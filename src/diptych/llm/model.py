@@ -19,6 +19,7 @@ from diptych.llm.endpoint import Endpoint
 from diptych.llm.local import LocalModel
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question
+from diptych.llm.vllm import Vllm
 
 Model = Client | LocalModel
 
@@ -30,15 +31,25 @@ class NobodyAnswers(UserError):
 
 
 def open_model(
-    endpoint: Endpoint | None, local: str | None = None, *, cache: str | Path | None, device: str = "auto"
+    endpoint: Endpoint | None,
+    local: str | None = None,
+    vllm: Vllm | None = None,
+    *,
+    cache: str | Path | None,
+    device: str = "auto",
 ) -> Model:
-    """The model at an endpoint, or the `local` one of transformers on `device`; exactly one of them is named.
+    """The model at an endpoint, the `local` one of transformers on `device`, or the one that vLLM runs in this process;
+    exactly one of them is named.
 
     Answers are kept in the SQLite file `cache`, if there is one. UserError if the model or the file does not open.
     """
     # What stays undecided is remembered too: a run that is continued ends with the rows it would have had.
     kept = Cache(Path(cache).expanduser()) if cache is not None else None
     options: dict[str, Any] = {"cache": kept, "keep_undecided": True}
+    if vllm is not None:
+        from diptych.llm import vllm_engine
+
+        return vllm_engine.load(vllm, **options)
     if local is not None:
         return LocalModel.load(local, device=device, **options)
     assert endpoint is not None, "settings name one model"

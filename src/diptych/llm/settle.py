@@ -1,4 +1,4 @@
-"""How a question is settled, by whichever model: ask, validate, give one repair turn, decide.
+"""How questions are settled, by whichever model: ask, validate, give one repair turn, decide.
 
 Every reply is cached by itself, the moment it arrives. So a run that is killed pays again for the calls in flight and
 for nothing else: not even for the first of two turns.
@@ -6,8 +6,9 @@ for nothing else: not even for the first of two turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from diptych.errors import UserError
@@ -16,8 +17,21 @@ from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Usage
 from diptych.llm.question import Message, Question, clean, defused, key_of, user
 
-Ask = Callable[[tuple[Message, ...]], Reply]  # raises GaveUp for this question, UserError for the whole run
 MAX_ECHO = 8000  # characters of a wrong answer that are sent back with what is wrong with it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a model is to answer next: the messages of a question so far, `ready`, and the key of their reply."""
+
+    messages: tuple[Message, ...]
+    question: Question
+    key: str
+
+
+Ask = Callable[[tuple[Message, ...]], Reply]  # raises GaveUp for this question, UserError for the whole run
+AskTogether = Callable[[Sequence[Turn]], Sequence[Reply | GaveUp]]  # in order; GaveUp is given back, not raised
+_Talk = Generator[Turn, Reply, Outcome]
 
 
 @dataclass(frozen=True)
@@ -32,16 +46,58 @@ class Memory:
 
 def settle(ask: Ask, question: Question, memory: Memory) -> Outcome:
     """One question, settled. UserError only where every question would fail."""
+
+    def alone(turns: Sequence[Turn]) -> list[Reply | GaveUp]:
+        try:
+            return [ask(turn.messages) for turn in turns]
+        except GaveUp as error:
+            return [error]
+
+    (outcome,) = settle_together(alone, [question], memory)
+    return outcome
+
+
+def settle_together(ask: AskTogether, questions: Sequence[Question], memory: Memory) -> list[Outcome]:
+    """Many questions, settled in step: all first turns that the cache does not know are one call of `ask`, all repairs
+    are a second. What two of them have in common is asked once."""
+    outcomes: dict[int, Outcome] = {}
+    waiting: dict[int, Turn] = {}
+    talks = [_talk(question, memory) for question in questions]
+
+    def advance(number: int, step: Callable[[], Turn]) -> None:
+        try:
+            waiting[number] = step()
+        except StopIteration as end:
+            outcomes[number] = end.value
+
+    for number, talk in enumerate(talks):
+        advance(number, partial(next, talk))
+    while waiting:
+        turns, waiting = waiting, {}
+        asked = {turn.key: turn for turn in turns.values()}
+        replies = dict(zip(asked, ask(list(asked.values())), strict=True))
+        for number, turn in turns.items():
+            reply = replies[turn.key]
+            if isinstance(reply, GaveUp):
+                advance(number, partial(talks[number].throw, reply))
+            else:
+                advance(number, partial(talks[number].send, reply))
+                replies[turn.key] = replace(reply, cached=True)  # the next to want it does not pay for it
+    return [outcomes[number] for number in range(len(questions))]
+
+
+def _talk(question: Question, memory: Memory) -> _Talk:
+    """A question on its way: yields the turns that the cache cannot answer and takes their replies, or GaveUp."""
     form = schema.told(question.answer)
     keys: list[str] = []
 
-    def remembered(messages: tuple[Message, ...]) -> Reply:
+    def remembered(messages: tuple[Message, ...]) -> Generator[Turn, Reply, Reply]:
         keys.append(key_of(memory.identity, messages, form, question.sample))
         known = memory.cache.get(keys[-1]) if memory.cache is not None else None
         if known is not None:
             return replace(known, cached=True)
-        reply = ask(messages)
-        if memory.cache is not None:
+        reply = yield Turn(messages, question, keys[-1])
+        if memory.cache is not None and not reply.cached:
             memory.cache.put(keys[-1], reply)
         return reply
 
@@ -49,7 +105,7 @@ def settle(ask: Ask, question: Question, memory: Memory) -> Outcome:
         messages = worded(question)
     except UserError as error:
         return Outcome(question.tag, "failed", reason=str(error))
-    outcome = _converse(remembered, messages, question)
+    outcome = yield from _converse(remembered, messages, question)
     if outcome.status == "undecided" and memory.cache is not None and not memory.keep_undecided:
         memory.cache.drop(keys)
     return replace(outcome, key=keys[0])
@@ -62,11 +118,15 @@ def worded(question: Question) -> tuple[Message, ...]:
     return (*before, Message("user", (*last.parts, schema.in_words(question.answer))))
 
 
-def _converse(ask: Ask, messages: tuple[Message, ...], question: Question) -> Outcome:
+def _converse(
+    ask: Callable[[tuple[Message, ...]], Generator[Turn, Reply, Reply]],
+    messages: tuple[Message, ...],
+    question: Question,
+) -> _Talk:
     usage, paid, reply, reason = Usage(), Usage(), None, ""
     for turn in ("first", "repair"):
         try:
-            reply = ask(messages)
+            reply = yield from ask(messages)
         except GaveUp as error:
             text, model = (reply.text, reply.model) if reply else ("", "")
             return Outcome(question.tag, "failed", None, str(error), text, usage, paid, model)

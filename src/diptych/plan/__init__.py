@@ -135,9 +135,23 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         notes.append("rates that a run of this recipe has measured take the place of assumptions")
     if found["stages"]["write"]["calls"] or found["stages"]["curate"]["calls"]:
         notes.append("repairs of wrong answers, and the thoughts of a reasoning model, come on top of the tokens")
+    notes += _vllm_notes(recipe, device["name"])
     if recipe.distill.data:
         notes.append("distill.data: other people's pairs, and encoding them, are not counted")
     notes.append(
         "not counted: operations of the VAE and of the embedding judge, loading, scoring, sample sheets on disk"
     )
+    return notes
+
+
+def _vllm_notes(recipe: Recipe, device: str) -> list[str]:
+    keys = {"write": "write.vllm", "curate": "curate.vlm.vllm"}
+    found = [key for stage, key in keys.items() if recipe.vllm(stage)]
+    if not found:
+        return []
+    where = "; this plan's device is a CPU" if device == "cpu" else ""
+    needs = "pip install 'diptych[vllm]' and GPUs where the stage runs; `diptych doctor` there says whether it can"
+    notes = [f"{' and '.join(found)}: {needs}{where}"]
+    if recipe.vllm("write"):
+        notes.append("write.vllm: the hours of its GPUs are not counted: how fast it writes is not known here")
     return notes

@@ -20,12 +20,13 @@ def write(job: Job) -> dict[str, Any]:
     """Prompts, and the language model's calls, tokens and money."""
     settings = job.recipe.write
     found: dict[str, Any] = {"writer": settings.writer, "prompts": settings.count, "calls": 0}
-    found |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, "model": None}
+    found |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, "model": None, "vllm_gpus": 0}
     if settings.writer == "llm":
         from diptych.llm import schema
         from diptych.stages import llm_writer
 
-        assert settings.endpoint is not None
+        model = settings.endpoint or settings.vllm
+        assert model is not None
         if job.task.writer is None:
             raise UsageError(f"the task '{job.task.name}' has no `writer`, so no language model can write it")
         panels = job.layout.panels
@@ -44,8 +45,9 @@ def write(job: Job) -> dict[str, Any]:
             spent[0] += _quotation(job, True) + _tokens(job, clear)
             spent[1] += math.ceil(llm_writer.LIMITS["subject"] / job.book["words_per_token"]) + 12  # its JSON
         found["tokens"] = {way: round(n * settings.count) for way, n in zip(("in", "out"), spent, strict=True)}
-        found["money"] = job.money("writer", found["tokens"])
-        found["model"] = settings.endpoint.model
+        found |= {"model": model.model, "vllm_gpus": settings.vllm.tensor_parallel_size if settings.vllm else 0}
+        # What its own GPUs take to write is not known.
+        found["money"] = None if settings.vllm else job.money("writer", found["tokens"])
     found["disk"] = round(settings.count * job.book["row_bytes"] + _answers(job, found))
     return found
 
@@ -93,7 +95,7 @@ def curate(job: Job, painting_hours: float) -> dict[str, Any]:
     vlm = job.recipe.curate.vlm
     core = job.grids * job.book["seam_ms"] + job.pairs * job.book["compare_ms"]
     found: dict[str, Any] = {"judge": job.recipe.curate.judge, "judge_calls": job.grids * job.layout.panels}
-    found |= {"core_hours": core / 3.6e6, "vlm": None, "votes": 0, "captions": 0, "calls": 0}
+    found |= {"core_hours": core / 3.6e6, "vlm": None, "vllm_gpus": 0, "votes": 0, "captions": 0, "calls": 0}
     found |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, **_time(job, 0.0)}
     if vlm is not None:
         asked = round(job.pairs * job.book["judge_share"])
@@ -105,9 +107,10 @@ def curate(job: Job, painting_hours: float) -> dict[str, Any]:
         spent = {"in": votes * asked_tokens + captions * (captioned + pictures)}
         spent["out"] = votes * job.book["judge_answer_tokens"]
         spent["out"] += captions * job.book["caption_answer_tokens"] if captions else 0
+        found["vllm_gpus"] = vlm.vllm.tensor_parallel_size if vlm.vllm else 0
         found |= {"vlm": vlm.model, "votes": votes, "captions": captions, "calls": votes + captions}
         found["tokens"] = {way: round(n) for way, n in spent.items()}
-        if vlm.local is not None:
+        if vlm.endpoint is None:
             found |= _time(job, painting_hours * job.book["local_vlm_share"])
         else:
             found["money"] = job.money("vlm", found["tokens"])

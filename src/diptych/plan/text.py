@@ -53,7 +53,7 @@ def _write(found: dict[str, Any]) -> list[str]:
     disk = f"disk {size(found['disk'])}"
     if not found["calls"]:
         return [f"the grammar writes them: no calls · {disk}"]
-    return [f"{found['model']}: {_calls(found)} · {disk}"]
+    return [f"{found['model']}{_on_vllm(found)}: {_calls(found)} · {disk}"]
 
 
 def _paint(found: dict[str, Any]) -> list[str]:
@@ -74,8 +74,13 @@ def _curate(found: dict[str, Any]) -> list[str]:
     if found["vlm"]:
         asked = f"{found['votes']:,} votes and {found['captions']:,} captions"
         time = f" · {_hours(found)}" if found["device_hours"] else ""
-        text.append(f"{found['vlm']}: {asked}, {_calls(found)}{time}")
+        text.append(f"{found['vlm']}{_on_vllm(found)}: {asked}, {_calls(found)}{time}")
     return text
+
+
+def _on_vllm(found: dict[str, Any]) -> str:
+    gpus = found["vllm_gpus"]
+    return f" (vLLM, {gpus} GPU{'s' if gpus > 1 else ''} a worker)" if gpus else ""
 
 
 def _distill(found: dict[str, Any]) -> list[str]:

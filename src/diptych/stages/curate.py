@@ -137,7 +137,7 @@ class Curate:
         from diptych.llm.model import open_model
 
         cache = settings.cache or self.answers
-        model = open_model(settings.endpoint, settings.local, cache=cache, device=self.recipe.device)
+        model = open_model(settings.endpoint, settings.local, settings.vllm, cache=cache, device=self.recipe.device)
         return VlmJudge(model, self.task, settings.votes)
 
     def _judge(

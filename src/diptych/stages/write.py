@@ -107,7 +107,7 @@ def llm(stage: Write) -> Writer:
     from diptych.stages import llm_writer
 
     settings = stage.recipe.write
-    model = open_model(settings.endpoint, cache=settings.cache or stage.answers)
+    model = open_model(settings.endpoint, vllm=settings.vllm, cache=settings.cache or stage.answers)
     drafts = llm_writer.LanguageModel(stage.recipe, stage.task, model)
 
     def begin(rows: list[Row]) -> list[Drawn]:
