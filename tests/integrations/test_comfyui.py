@@ -42,9 +42,7 @@ def load_image(picture: Image.Image | None = None) -> tuple[torch.Tensor, torch.
     return pixels, 1 - torch.from_numpy(np.asarray(picture.getchannel("A"), dtype=np.float32) / 255)[None]
 
 
-def run(
-    nodes: Any, workflow: dict[str, Any], picture: Image.Image | None = None, **changed: Any
-) -> torch.Tensor:
+def run(nodes: Any, workflow: dict[str, Any], picture: Image.Image | None = None, **changed: Any) -> torch.Tensor:
     """What SaveImage is given; `changed` are inputs of diptych's nodes."""
     results: dict[str, tuple[Any, ...]] = {}
     for number, node in workflow.items():  # the files list a node after those it needs
