@@ -238,7 +238,7 @@ def test_questions_are_put_in_batches_and_answers_kept(
 
 def test_pictures_reach_the_model(load: Make, installed: list[LLM], verdict: type[BaseModel]) -> None:
     model = load()
-    seen: list[list[float]] = []
+    seen: list[list[list[float]]] = []
     engine = installed[0]
     see = engine.model.forward
     engine.model.forward = lambda **values: (
