@@ -321,12 +321,12 @@ def test_a_stage_judges_and_captions_with_it_and_asks_nothing_twice(
 
 
 def test_a_writer_drafts_with_it(installed: list[LLM], folder: Path, tmp_path: Path) -> None:
-    from diptych.run import prompt_shards
+    from diptych.run import PromptShards
     from diptych.stages.write import Write
 
     recipe = recipes.load("pocket", ["write.writer=llm", f"write.vllm.model={folder}", "write.near_duplicate=1"])
     stage = Write(recipe, tmp_path / "answers.sqlite")
-    results = stage.load()(prompt_shards(0, 3, 3)[0])
+    results = stage.load()(PromptShards(0, 3, 3)[0])
     assert installed[0].calls[0] == 3 and len(results) == 3
 
 
