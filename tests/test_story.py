@@ -169,13 +169,13 @@ def test_a_title_and_captions_are_drawn() -> None:
 
 
 def test_a_language_model_writes_the_panels_of_an_idea(serve: Serve) -> None:
-    told = [{"shows": f"a cat in place {i},\n dim light", "says": f"Day {i} — gone."} for i in range(5)]
+    told = [{"shows": f"a cat in place {i},\n dim light", "says": f"Day {i} — gone|lost."} for i in range(5)]
     replies = iter([{"panels": told[:3]}, {"panels": told}])
     server = serve(lambda call: say(next(replies)))
     endpoint = Endpoint(base_url=server.url, model="tiny", timeout=20.0, backoff=0.01, retries=1)
     panels = write_panels("a cat who wants to see the sea", 5, endpoint)
     assert len(server.calls) == 2, "too few panels are asked for again"
-    assert panels[4] == story.Panel("a cat in place 4, dim light", "Day 4 - gone.")
+    assert panels[4] == story.Panel("a cat in place 4, dim light", "Day 4 - gone/lost.")
     assert "5 panels" in server.calls[0].text(0) and "wants to see the sea" in server.calls[0].text(1)
     with pytest.raises(UserError, match="wrote no story"):
         write_panels("x", 4, Endpoint(base_url=serve(lambda call: say("no")).url, model="t", backoff=0.01, retries=0))

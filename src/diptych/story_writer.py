@@ -27,7 +27,8 @@ BRIEF = (
     "words that stand below the panel: one short sentence of at most 12 words that carries the story on."
 )
 
-PLAIN = str.maketrans("–—", "--")  # what models like to write, and Pillow's own font does not have
+# What models like to write, and Pillow's own font does not have; and the bar, which parts a panel's two texts.
+PLAIN = str.maketrans("–—|", "--/")
 
 
 class Told(BaseModel):

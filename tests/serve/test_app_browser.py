@@ -1,16 +1,11 @@
-"""The web app in Chromium: what artists do on its page, at the width of a desk and of a phone, the latter in the dark.
-
-Nothing here can wait for ever: each wait of the browser ends after PATIENCE, and a test, whatever it does, after LIMIT.
-"""
+"""The web app in Chromium: what artists do on its page, at the width of a desk and of a phone, the latter in the dark."""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
-import shutil
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +17,25 @@ import plain_stages
 from diptych import Student
 from diptych.data.store import Dataset
 from diptych.serve.settings import Settings
+from serve.browsing import (
+    CHROMIUM,
+    LIMIT,
+    PATIENCE,
+    SIZES,
+    choose,
+    chromium,
+    give,
+    open_tab,
+    opened,
+    pictures,
+    pixels,
+    playwright,
+    visiting,
+    within,
+)
 from serve.running import CAT, TOKENS, Running
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-PATIENCE = 30_000  # milliseconds
-LIMIT = 120  # seconds
-# Without the last four, Debian's Chromium asks for updates, and holds its own connections back where no net is.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-SIZES = {"desk": (1280, 900, "light"), "phone": (390, 844, "dark")}
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails what takes longer, also where a wait has no time-out of its own."""
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -63,78 +50,20 @@ def app(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
-        playwright.expect.set_options(timeout=PATIENCE)
+    with chromium() as browser:
         yield browser
-        with within(LIMIT):
-            browser.close()
 
 
-@pytest.fixture(scope="module", params=SIZES.values(), ids=list(SIZES))
+@pytest.fixture(scope="module", params=SIZES)
 def visitor(request: pytest.FixtureRequest, app: Running, browser: Any) -> Iterator[Any]:
-    """Somebody with a screen of one size, who has logged in."""
-    width, height, scheme = request.param
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(PATIENCE)
-    with within(LIMIT):
-        page = context.new_page()
-        page.goto(f"{app.url}/app/")
-        page.get_by_label("Your token").fill(TOKENS["ana"])
-        page.keyboard.press("Enter")
-        playwright.expect(page.locator("#about")).to_contain_text("pocket draws")
-        page.close()
-    yield context
-    with within(LIMIT):
-        context.close()
+    with visiting(browser, app, request.param) as visitor:
+        yield visitor
 
 
 @pytest.fixture
 def page(app: Running, visitor: Any) -> Iterator[Any]:
-    """A fresh page of the app. In the end it must have had no fault, asked nobody else, and fitted the screen."""
-    with within(LIMIT):
-        page = visitor.new_page()
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda asked: asked.url.startswith((app.url, "data:", "blob:")) or faults.append(asked.url))
-        page.goto(f"{app.url}/app/")
-        playwright.expect(page.locator("#about")).to_contain_text("pocket draws")
+    with opened(visitor, app) as page:
         yield page
-        assert faults == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
-        page.close()
-
-
-def open_tab(page: Any, name: str) -> None:
-    """Opens a tab by keyboard."""
-    page.get_by_role("tab", name=name, exact=True).focus()
-    page.keyboard.press("Enter")
-
-
-def give(page: Any, to: str, file: Path) -> None:
-    """Chooses a file for a drop zone, and waits until it is shown."""
-    zone = page.locator(f".dq-drop[data-to={to}]")
-    zone.locator("input").set_input_files(str(file))
-    playwright.expect(zone.locator("img")).not_to_have_js_property("naturalWidth", 0)
-
-
-def pictures(page: Any, where: str, button: str) -> list[bytes]:
-    """Presses a button by keyboard, and gives the pictures of the job that is then done."""
-    before = [image.get_attribute("src") for image in page.locator(f"{where} img.done").all()]
-    page.get_by_role("button", name=button, exact=True).locator("visible=true").focus()
-    page.keyboard.press("Enter")
-    page.wait_for_function(
-        "([where, before]) => { const all = [...document.querySelectorAll(`${where} img.done`)];"
-        "return document.querySelector(`${where} [data-status=done]`) && all.length && all.every(i => i.naturalWidth)"
-        " && !before.includes(all[0].getAttribute('src')) }",
-        arg=[where, before],
-    )
-    found = page.locator(f"{where} img.done").evaluate_all("images => images.map(image => image.src)")
-    return [page.request.get(address, timeout=PATIENCE).body() for address in found]
-
-
-def pixels(data: bytes) -> bytes:
-    return Image.open(io.BytesIO(data)).tobytes()
 
 
 def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(page: Any) -> None:
@@ -145,6 +74,10 @@ def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(pag
     page.locator("#steps input, #steps textarea").fill("4")
     seed = page.locator("#seed input, #seed textarea")
     first = pictures(page, "#pictures", "Draw")
+    after = page.locator("#pictures .dq-compare img.after")
+    playwright.expect(after).to_have_css("clip-path", "inset(0px 0px 0px 0%)")  # the picture covers its reference
+    page.get_by_label("from the reference").fill("25")
+    playwright.expect(after).to_have_css("clip-path", "inset(0px 0px 0px 75%)")
     page.get_by_role("button", name="Use this seed").first.focus()
     page.keyboard.press("Enter")
     playwright.expect(seed).not_to_have_value("")
@@ -154,6 +87,39 @@ def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(pag
     other = pictures(page, "#pictures", "Draw")
     assert pixels(first[0]) == pixels(again[0]) != pixels(other[0])
     playwright.expect(page.locator("#pictures")).to_contain_text("does not know 'spaceport'")
+
+
+CARRY = """([selector, data, kind]) => {
+    const carried = new DataTransfer();
+    const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+    carried.items.add(new File([bytes], "cat.png", { type: "image/png" }));
+    const may = { bubbles: true, cancelable: true, dataTransfer: carried, clipboardData: carried };
+    const event = kind === "paste" ? new ClipboardEvent(kind, may) : new DragEvent(kind, may);
+    document.querySelector(selector).dispatchEvent(event);
+}"""
+
+
+def test_a_reference_is_also_dropped_or_pasted_into_the_open_tab(page: Any) -> None:
+    data = base64.b64encode(CAT.read_bytes()).decode()
+    create, relight = (page.locator(f".dq-drop[data-to={to}]") for to in ("reference", "relight-reference"))
+    page.evaluate(CARRY, [".dq-drop[data-to=reference]", data, "drop"])
+    playwright.expect(create.locator("img")).not_to_have_js_property("naturalWidth", 0)
+    shown = create.locator("img").get_attribute("src")
+    open_tab(page, "Relight")
+    page.evaluate(CARRY, ["body", data, "paste"])
+    playwright.expect(relight.locator("img")).to_have_attribute("src", shown)  # the same bytes have the same id
+
+
+def test_what_is_being_drawn_can_be_stopped(page: Any) -> None:
+    page.locator("#prompt textarea").fill("a cat")
+    page.get_by_role("button", name="More settings").locator("visible=true").click()
+    page.locator("#steps input, #steps textarea").fill("100")
+    page.get_by_label("number input for Pictures").locator("visible=true").fill("8")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Drawing: step")
+    playwright.expect(page.locator("#pictures img[alt=preview]").first).to_be_visible()
+    page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Stopped")
 
 
 def test_a_picture_is_relit_under_several_lights_where_its_mask_is_white(page: Any, tmp_path: Path) -> None:
@@ -218,6 +184,9 @@ def runs(app: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (run / "student" / "training").mkdir(parents=True)
     lines = [json.dumps({"step": n, "loss": 1 / n}) for n in range(1, 50)]
     (run / "student" / "training" / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "student" / "training" / "samples").mkdir()
+    Image.new("RGB", (64, 32), "teal").save(run / "student" / "training" / "samples" / "step-000040.png")
+    plain_stages.write_report(None, run)
     assert app.service.runs is not None
     monkeypatch.setattr(app.service.runs, "folder", tmp_path)
     return run
@@ -257,13 +226,10 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     state = page.locator("#run-state")
     playwright.expect(state).to_contain_text("candidates")
     playwright.expect(state.get_by_role("img", name="loss")).to_be_visible()
-
-
-def choose(page: Any, label: str, value: str) -> None:
-    """Picks from one of the visible drop-down lists."""
-    box = page.get_by_label(label, exact=True).locator("visible=true").first
-    box.click()
-    page.get_by_role("option", name=value, exact=True).locator("visible=true").first.click()
+    playwright.expect(state.get_by_role("img", name="samples, step-000040")).not_to_have_js_property("naturalWidth", 0)
+    with page.expect_popup() as report:
+        state.get_by_role("link", name="The report").click()
+    playwright.expect(report.value.locator("p")).to_have_text("report")
 
 
 def test_a_wrong_file_and_an_empty_prompt_are_told_plainly(page: Any, tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def add(blocks: Any, service: Service) -> None:
         show_progress="hidden",
         api_visibility="private",
     )
-    stop.click(on_stop, job, None, api_visibility="private", concurrency_limit=None, queue=False)
-    enhanced.click(on_enhance, [prompt, reference], prompt, api_visibility="private")
+    stop.click(on_stop, job, None, api_visibility="private", concurrency_limit=None)
+    enhanced.click(on_enhance, [prompt, reference], prompt, api_visibility="private", concurrency_limit=8)
     blocks.load(lambda: described(service), None, about, api_visibility="private")
 
 

@@ -78,5 +78,5 @@ def add(blocks: Any, service: Service) -> None:
     hidden: Any = {"api_visibility": "private"}
     given = [reference, mask, presets, own, seed, detail, scene, steps, image_guidance, text_guidance]
     draw.click(on_draw, given, [job, shown], concurrency_limit=64, show_progress="hidden", **hidden)
-    stop.click(on_stop, job, None, concurrency_limit=None, queue=False, **hidden)
+    stop.click(on_stop, job, None, concurrency_limit=None, **hidden)
     blocks.load(lambda: jobs.note(service, SMALL, ABOUT), None, about, **hidden)

@@ -95,8 +95,8 @@ def add(blocks: Any, service: Service) -> None:
     hidden: Any = {"api_visibility": "private"}
     given = [reference, panels, seed, title, captions, steps, image_guidance, text_guidance]
     draw.click(on_draw, given, [job, shown], concurrency_limit=64, show_progress="hidden", **hidden)
-    stop.click(on_stop, job, None, concurrency_limit=None, queue=False, **hidden)
-    write.click(on_write, [idea, count], panels, **hidden)
+    stop.click(on_stop, job, None, concurrency_limit=None, **hidden)
+    write.click(on_write, [idea, count], panels, concurrency_limit=8, **hidden)
     blocks.load(lambda: jobs.note(service, SMALL, ABOUT), None, about, **hidden)
 
 
