@@ -1,4 +1,4 @@
-"""The web app in Chromium: what artists do on its page, at the width of a desk and of a phone, the latter in the dark."""
+"""The web app in Chromium: what artists do on its page, at a desk's width and at a phone's, the latter in the dark."""
 
 from __future__ import annotations
 
