@@ -11,8 +11,9 @@ from diptych.stages.curate import Curate
 
 
 class StandInCurate(Curate):
-    """Opens the engine on the GPUs that its worker was given. Each call leaves a line in `diary`: process, GPUs, whether
-    the engine is a process of its own, and the batches it was put. While there is no file `breaks`, the engine does."""
+    """Opens the engine on the GPUs that its worker was given. Each call leaves a line in `diary`: process, GPUs,
+    whether the engine is a process of its own, and the batches it was put. While there is no file `breaks`, the engine
+    does."""
 
     def __init__(self, recipe: object, diary: Path, breaks: Path | None = None) -> None:
         super().__init__(recipe)  # pyright: ignore[reportArgumentType]

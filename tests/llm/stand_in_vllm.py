@@ -12,7 +12,7 @@ import io
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 API: dict[str, list[str]] = json.loads((Path(__file__).parent / "vllm_api.json").read_text("utf8"))
 LETTERS = 3  # of each string
@@ -32,7 +32,7 @@ def named(kind: str, values: dict[str, Any]) -> SimpleNamespace:
 class LLM:
     """The engine. `calls` are the sizes of the batches that ran; `broken` is raised by the next."""
 
-    made: list[LLM] = []
+    made: ClassVar[list[LLM]] = []
 
     def __init__(self, **values: Any) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -80,8 +80,8 @@ class Cut(Exception):
 
 
 class Pen:
-    """Writes JSON of a schema, a token a byte. What the schema leaves open is the model's likeliest next token, or drawn
-    from its probabilities where the temperature is above 0."""
+    """Writes JSON of a schema, a token a byte. What the schema leaves open is the model's likeliest next token, or is
+    drawn from its probabilities where the temperature is above 0."""
 
     def __init__(self, model: Any, tokenizer: Any, prompt: Any, told: SimpleNamespace) -> None:
         import torch
