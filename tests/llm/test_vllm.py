@@ -243,14 +243,12 @@ def test_questions_are_put_in_batches_and_answers_kept(
 def test_pictures_reach_the_model(load: Make, installed: list[LLM], verdict: type[BaseModel]) -> None:
     model = load()
     seen: list[list[list[float]]] = []
-    forward = installed[0].model.forward
-
-    def watched(**values: Any) -> Any:
-        if "pixel_values" in values:
-            seen.append(values["pixel_values"].mean((2, 3)).tolist())
-        return forward(**values)
-
-    installed[0].model.forward = watched
+    engine = installed[0]
+    see = engine.model.forward
+    engine.model.forward = lambda **values: (
+        seen.append(values["pixel_values"].mean((2, 3)).tolist()) if "pixel_values" in values else None,
+        see(**values),
+    )[1]
     ask(model, questions(verdict, "one"))
     ((red, blue),) = seen
     assert red[0] > blue[0] and red[2] < blue[2]
