@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,3 +56,12 @@ def test_memory_presets_are_said_to_fit_or_why_not(monkeypatch: pytest.MonkeyPat
 def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", {"here": ("json",), "absent": ("no_such_module_at_all",)})
     assert doctor.examine()["extras"] == {"here": True, "absent": False}
+
+
+def test_it_says_whether_vllm_can_run_and_if_not_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    found = doctor.examine()
+    assert found["vllm"] == "vLLM is not installed; pip install 'diptych[vllm]'" and not found["extras"]["vllm"]
+    assert not found["problems"]  # nobody must have it
+    assert "(curate.vlm.vllm): no: vLLM is not installed" in "\n".join(doctor.lines(found))
+    assert "(curate.vlm.vllm): yes" in "\n".join(doctor.lines({**found, "vllm": ""}))

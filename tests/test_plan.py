@@ -216,6 +216,23 @@ def test_a_local_vision_model_costs_hours_and_no_tokens_money(tmp_path: Path) ->
     assert found["curate"]["device_hours"] == pytest.approx(found["paint"]["device_hours"] * 0.04)
 
 
+def test_models_on_vllm_cost_hours_where_they_are_known_and_name_what_they_need(tmp_path: Path) -> None:
+    judge = "curate.vlm.vllm={model: Qwen/Qwen3-VL-32B-Instruct, tensor_parallel_size: 2}"
+    found = plan("flux-subject", tmp_path, judge, assume=["gpu_hour=2"])
+    curate = found["stages"]["curate"]
+    assert (curate["money"], curate["vllm_gpus"]) == (0, 2) and found["missing"] == []
+    assert curate["device_hours"] == pytest.approx(found["stages"]["paint"]["device_hours"] * 0.04)
+    text = "\n".join(lines(found))
+    assert "Qwen/Qwen3-VL-32B-Instruct (vLLM, 2 GPUs a worker): " in text
+    assert "note: curate.vlm.vllm: pip install 'diptych[vllm]' and GPUs where the stage runs" in text
+    writer = ["write.writer=llm", "write.vllm.model=Qwen/Qwen3-8B"]
+    found = plan("flux-subject", tmp_path, *writer, assume=["gpu_hour=2"])
+    assert found["stages"]["write"]["money"] is None and found["totals"]["money"] is None
+    text = "\n".join(lines(found))
+    assert "Qwen/Qwen3-8B (vLLM, 1 GPU a worker): " in text and "the hours of its GPUs are not counted" in text
+    assert not [note for note in plan("flux-subject", tmp_path)["notes"] if "vllm" in note]
+
+
 # ---- assumptions
 
 

@@ -596,16 +596,17 @@ class Recipe(Section):
     def _room_for_vllm(self) -> Recipe:
         for stage in ("write", "curate"):
             model, gpus = self.vllm(stage), self.ray.pool(stage).gpus
-            if model is None or gpus is None or gpus >= (takes := model.tensor_parallel_size):
+            if model is None or gpus is None:
                 continue
+            takes, most = model.tensor_parallel_size, model.gpu_memory_utilization
             shares = 0 < gpus < 1 and takes == 1
-            if not shares or gpus < model.gpu_memory_utilization:
-                asked = "1 GPU" if takes == 1 else f"{takes} GPUs"
-                raise ValueError(
-                    f"ray.{stage}.gpus: a worker gets {gpus:g}, and its vLLM model takes "
-                    f"{model.gpu_memory_utilization:g} of the memory of {asked}; "
-                    + (f"set gpu_memory_utilization to at most {gpus:g}" if shares else f"set it to {takes}, or null")
-                )
+            if gpus >= takes or (shares and most <= gpus):
+                continue
+            fix = f"set gpu_memory_utilization to at most {gpus:g}" if shares else f"set it to {takes}, or null"
+            raise ValueError(
+                f"ray.{stage}.gpus: a worker gets {gpus:g}, and its vLLM model takes {most:g} of the memory of "
+                f"{takes} GPU{'s' if takes > 1 else ''}; {fix}"
+            )
         return self
 
     def vllm(self, stage: str) -> Vllm | None:

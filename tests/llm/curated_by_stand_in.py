@@ -10,6 +10,11 @@ from diptych.data.engine import Row, Work
 from diptych.stages.curate import Curate
 
 
+def given() -> tuple[str | None, str | None]:
+    """A worker's GPUs, and whether vLLM's engine is a process of its own there."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+
+
 class StandInCurate(Curate):
     """Opens the engine on the GPUs that its worker was given. Each call leaves a line in `diary`: process, GPUs,
     whether the engine is a process of its own, and the batches it was put. While there is no file `breaks`, the engine
@@ -25,8 +30,8 @@ class StandInCurate(Curate):
         from llm.stand_in_vllm import LLM, modules
 
         sys.modules.update(modules())
-        given = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        torch.cuda.device_count = lambda: len(given)
+        gpus, own = given()
+        torch.cuda.device_count = lambda: len((gpus or "").split(","))
         LLM.made.clear()
         work = super().load()
         (engine,) = LLM.made
@@ -37,9 +42,8 @@ class StandInCurate(Curate):
                 self.breaks.touch()
                 engine.broken = RuntimeError("CUDA error: an illegal memory access was encountered")
             found = work(rows)
-            own = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
             with self.diary.open("a") as stream:
-                stream.write(f"{os.getpid()} {','.join(given)} {own} {engine.calls[before:]}\n")
+                stream.write(f"{os.getpid()} {gpus} {own} {engine.calls[before:]}\n")
             return found
 
         return told  # pyright: ignore[reportReturnType]

@@ -20,7 +20,11 @@ from coloured import grid
 from diptych import recipe as recipes
 from diptych import tasks
 from diptych.cli import call
+from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
+from diptych.evaluate import bench
+from diptych.evaluate import job as jobs
+from diptych.evaluate.job import Job, Judge
 from diptych.evaluate.rubric import Rating
 from diptych.judges.vlm import answer_type
 from diptych.llm import schema, vllm
@@ -328,6 +332,31 @@ def test_a_writer_drafts_with_it(installed: list[LLM], folder: Path, tmp_path: P
     stage = Write(recipe, tmp_path / "answers.sqlite")
     results = stage.load()(PromptShards(0, 3, 3)[0])
     assert installed[0].calls[0] == 3 and len(results) == 3
+
+
+def test_a_judge_of_pictures_asks_it_too(installed: list[LLM], folder: Path, tmp_path: Path) -> None:
+    judge = Judge(vllm=Vllm(model=str(folder), temperature=1.0, max_model_len=20_000), repeats=2)
+    scorer = bench.vlm(Job(suite="folder", data="d", judge=judge), tmp_path)
+    assert scorer.identity()["model"] == str(folder) and scorer.identity()["sampling"]["temperature"] == 1.0
+    cells = [image_cell(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue")]
+    (found,) = scorer.score([{"image": cells[0], "reference": cells[1], "prompt": "a cat"}])
+    assert found is not None and installed[0].calls == [6]
+    assert {name: len(votes) for name, votes in found["votes"].items()} == {"cp": 2, "pf": 2, "cp_debiased": 2}
+    assert all(0 <= found[name] <= 1 for name in found["votes"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["judge.vllm.model=m"], "repeats at temperature 0 are one and the same; set judge.vllm.temperature"),
+        (["judge.vllm.modle=m"], "did you mean 'model'"),
+        (["judge.vllm={model: m, temperature: 1.0}", "judge.local=x"], "either endpoint or local or vllm"),
+    ],
+)
+def test_a_judge_of_pictures_is_checked(sets: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as found:
+        jobs.make({"suite": "folder", "data": "d"}, tmp_path, sets)
+    assert message in str(found.value)
 
 
 # ---- as a recipe
