@@ -17,6 +17,7 @@ from diptych.console import Display
 from diptych.data.images import open_image, read_provenance
 from diptych.errors import UsageError, UserError
 from diptych.paths import packaged
+from diptych.pocket import world
 
 CATS = {"reference": ["a/cat.png", "b/dog.png"], "prompt": "a cat, jumping", "seed": [1, 2]}
 POCKET: dict[str, Any] = {"model": "pocket", "device": "cpu"}
@@ -229,7 +230,7 @@ def test_a_row_that_the_model_refuses_costs_that_row_only(pocket: Student, subje
     path = jobs_file(subjects, {**row, "size": 63}, {**row, "out": "deep/er/x.webp", "size": [64, 32]}, row)
     result = drawn(batch.plan({}, path, tmp_path / "out"), Loader(pocket))
     assert len(result.drawn) == 2 and result.failed[0]["row"] == 1
-    assert "multiple of 8 pixels for this model; try 56 or 64" in result.failed[0]["reason"]
+    assert "multiple of 16 pixels for this model; try 48 or 64" in result.failed[0]["reason"]
     assert open_image(tmp_path / "out/deep/er/x.webp").size == (64, 32)
     told = read_provenance(tmp_path / "out/deep/er/x.webp")
     assert told is not None and told["width"] == 64 and told["reference_file"] == "cat.png"
@@ -264,7 +265,7 @@ def test_a_preview_file_is_there_while_a_picture_is_drawn(pocket: Student, subje
     asked = {"reference": str(subjects / "cat.png"), "prompt": PROMPT, "steps": 3}
     out, seen = tmp_path / "a.png", tmp_path / "seen.jpg"
     result = drawn(batch.plan(asked, None, out), Loader(pocket), preview=seen)
-    assert open_image(seen).size == open_image(out).size == (32, 32)
+    assert open_image(seen).size == open_image(out).size == (world.PANEL, world.PANEL)
     plain = pocket.generate(subjects / "cat.png", PROMPT, steps=3)
     assert open_image(out).tobytes() == plain.tobytes() and result.skipped == []
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diptych import Student, cli
 from diptych.paths import packaged
+from diptych.pocket import world
 
 EXAMPLES = packaged("examples")
 CAT = str(EXAMPLES / "references/cat.png")
@@ -69,4 +70,4 @@ def test_the_notebook_runs_from_top_to_bottom_and_holds_no_outputs(tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     verdict, sizes, differ = json.loads(done.stdout.splitlines()[-1])
     assert verdict["the drawn picture"] > verdict["a stranger"]
-    assert sizes == [[32, 32], [32, 32]] and differ
+    assert sizes == [[world.PANEL, world.PANEL]] * 2 and differ

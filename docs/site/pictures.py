@@ -74,7 +74,7 @@ def grids() -> Image.Image:
         if captions.count_words(prompt) <= captions.LONGEST:
             prompts.append(prompt)
     teacher = open_teacher(resolve("pocket", "teacher"), torch.float32)
-    options: dict[str, Any] = {"height": 32, "width": 64, "num_inference_steps": 16, "max_sequence_length": 32}
+    options: dict[str, Any] = {"height": 64, "width": 128, "num_inference_steps": 16, "max_sequence_length": 32}
     drawn = draw(teacher, prompts, list(range(9)), true_cfg_scale=3.0, negative_prompt=[""] * len(prompts), **options)
     images = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in drawn]
     return sheet([images[n : n + 3] for n in range(0, 9, 3)])

@@ -36,7 +36,7 @@ def test_only_the_light_changes_and_what_is_asked_differs_from_the_reference() -
         assert wish.light == captions.describe_light(after) and wish.prompt.endswith(f", {wish.light}")
         assert not captions.unknown_words(wish.prompt) and captions.count_words(wish.prompt) <= captions.LONGEST
         assert "light" not in wish.prompt.removesuffix(wish.light)
-        assert SUITE.picture(wish).size == SUITE.truth(wish).size == (32, 32)
+        assert SUITE.picture(wish).size == SUITE.truth(wish).size == (world.PANEL, world.PANEL)
     assert Scenes().samples(3) == WISHES[:9]
 
 

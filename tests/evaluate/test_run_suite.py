@@ -32,7 +32,7 @@ def done(evaluated: Path, run_dir: Path, oracles: Any) -> dict[str, Any]:
 
 def test_the_metrics_keep_their_contract(done: dict[str, Any]) -> None:
     found = done
-    assert found["suite"] == "pocket" and found["version"] == 3 and found["seeds"] == [0] and found["machine"]["cores"]
+    assert found["suite"] == "pocket" and found["version"] == 4 and found["seeds"] == [0] and found["machine"]["cores"]
     assert list(found["methods"]) == METHODS
     for scores in (*found["methods"].values(), *found["splits"]["kinds"]["methods"].values()):
         assert {"cp", "pf", "cp_pf", "copy_rate", "n", "ci95", "seconds_per_image"} <= scores.keys()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diptych import Student
 from diptych.errors import UserError
+from diptych.pocket import world
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 REFERENCE = Path(__file__).parents[2] / "examples" / "references" / "cat.png"
@@ -101,7 +102,7 @@ def test_a_batch_of_references_gives_as_many_pictures(nodes: Any) -> None:
     own = dict.fromkeys(("guidance", "image_guidance", "text_guidance", "size"), 0)
     sampling: dict[str, Any] = {"seed": 0, "steps": 1, "fit": "crop", **own}
     (drawn,) = node.generate(student, torch.cat([pixels, pixels.flip(2)]), "a cat on the moon", **sampling)
-    assert drawn.shape == (2, 32, 32, 3) and not torch.equal(drawn[0], drawn[1])
+    assert drawn.shape == (2, world.PANEL, world.PANEL, 3) and not torch.equal(drawn[0], drawn[1])
 
 
 def test_a_prompt_stays_as_it_is_without_an_endpoint(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ def pocket():
 
 
 def test_the_linear_map_shows_what_the_vae_would_decode(pocket):
-    pipe, canvas = pocket.pipeline, Canvas(32, 32, 4)
+    pipe, canvas = pocket.pipeline, pocket.canvas()
     picture = open_image(packaged("examples/references/cat.png"))
     small = np.asarray(picture.resize((8, 8), Image.Resampling.BOX)).astype(float)
     pixels = to_pixels(picture)[None]

@@ -19,6 +19,7 @@ from diptych.student.geometry import Canvas, split_tokens
 from diptych.student.hold import Hold, held_latents
 
 LIGHT = "dim blue light from above"
+SIDE = world.PANEL
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,14 @@ def render() -> Image.Image:
 @pytest.fixture
 def mask() -> Image.Image:
     """White, so free, on the left; black on the right and for a pixel more, so that one latent is partly kept."""
-    image = Image.new("L", (32, 32), 0)
-    image.paste(255, (0, 0, 15, 32))
+    image = Image.new("L", (SIDE, SIDE), 0)
+    image.paste(255, (0, 0, SIDE // 2 - 1, SIDE))
     return image
 
 
 def test_the_student_is_told_the_light_in_its_task_s_words(pocket: Student, render: Image.Image) -> None:
     alone = pocket.relight(render, LIGHT, steps=2, seed=4)
-    assert alone.info["prompt"] == "the same scene, dim blue light from above" and alone.size == (32, 32)
+    assert alone.info["prompt"] == "the same scene, dim blue light from above" and alone.size == (SIDE, SIDE)
     assert (alone.info["light"], alone.info["task"], alone.info["seed"]) == (LIGHT, "relight", 4)
     told = pocket.relight(render, LIGHT, scene="a cat in a cave", steps=2)
     assert told.info["prompt"] == "a cat in a cave, dim blue light from above"
@@ -81,11 +82,11 @@ def test_what_a_mask_keeps_is_the_reference_to_the_pixel(
     image = pocket.relight(
         render, LIGHT, mask=mask, steps=3, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step)
     )
-    new, old = np.asarray(image), np.asarray(render)
-    assert np.array_equal(new[:, 15:], old[:, 15:]) and not np.array_equal(new[:, :15], old[:, :15])
+    new, old, white = np.asarray(image), np.asarray(render), SIDE // 2 - 1
+    assert np.array_equal(new[:, white:], old[:, white:]) and not np.array_equal(new[:, :white], old[:, :white])
     assert seen == [0, 1, 2], "the caller's own callback is called as well"
     assert len(image.info["mask"]) == 64
-    half = Image.new("L", (32, 32), 128)
+    half = Image.new("L", (SIDE, SIDE), 128)
     mixed = np.asarray(pocket.relight(render, LIGHT, mask=half, steps=3), dtype=int)
     free = np.asarray(pocket.relight(render, LIGHT, steps=3), dtype=int)
     assert np.abs(mixed - (old * (127 / 255) + free * (128 / 255))).max() <= 1
@@ -151,10 +152,10 @@ def test_blurring_keeps_the_mean_and_a_flat_picture() -> None:
         ({"light": []}, "at least one light"),
         ({"detail": 1.5}, "detail 1.5 is a number from 0 to 1"),
         ({"reference": None}, "missing a reference"),
-        ({"mask": Image.new("L", (16, 32), 255)}, "the mask has 16×32 pixels and the reference 32×32"),
-        ({"mask": Image.new("L", (32, 32), 0)}, "black everywhere"),
+        ({"mask": Image.new("L", (16, SIDE), 255)}, f"the mask has 16×{SIDE} pixels and the reference {SIDE}×{SIDE}"),
+        ({"mask": Image.new("L", (SIDE, SIDE), 0)}, "black everywhere"),
         ({"task": "relihgt"}, "did you mean 'relight'"),
-        ({"size": 30}, "not a multiple of 8"),
+        ({"size": 30}, "not a multiple of 16"),
     ],
 )
 def test_what_does_not_fit_is_refused(pocket: Student, render: Image.Image, options: dict[str, Any], says: str) -> None:
@@ -184,8 +185,8 @@ def test_the_command_draws_a_strip_or_a_folder_and_says_what_made_it(
     found = json.loads(capsys.readouterr().out)
     assert found["out"] == ["strip.png"] and len(found["pictures"]) == 2
     strip = np.asarray(Image.open("strip.png"))
-    assert strip.shape == (32, 66, 3) and (strip[:, 32:34] == 255).all()
-    assert np.array_equal(strip[:, :32], np.asarray(pocket.relight(render, LIGHT, steps=1)))
+    assert strip.shape == (SIDE, 2 * SIDE + 2, 3) and (strip[:, SIDE : SIDE + 2] == 255).all()
+    assert np.array_equal(strip[:, :SIDE], np.asarray(pocket.relight(render, LIGHT, steps=1)))
     assert cli.call([*command, "--light", LIGHT + ".", "--out", "many/"]) == 0
     assert len({*capsys.readouterr().out.split()}) == 2 == len(list(Path("many").iterdir()))
     assert cli.call([*command, "--out", "cat.png"]) == 2

@@ -1,4 +1,4 @@
-"""Draws a subject: vector shapes on a canvas four times the panel's size, shrunk at the end.
+"""Draws a subject: vector shapes on a canvas three times the panel's size, shrunk at the end.
 
 Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the picture by one affine map, so
 every kind, face and accessory poses alike.
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from .world import Identity, Scene
 
-OVERSAMPLE = 4
+OVERSAMPLE = 3
 OUTLINE = (38, 30, 42, 255)
 SCALES = {"close": 0.42, "medium": 0.36, "wide": 0.29}
 """Half the subject's height as a fraction of the panel's."""

@@ -9,7 +9,7 @@ Both are plain frozen dataclasses, drawn from a `numpy` generator, so the render
 picture it makes.
 
     from diptych.pocket import world
-    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 32×32×3
+    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
 """
 
 import colorsys
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-PANEL = 32
+PANEL = 64
 """Side of a panel in pixels."""
 
 KINDS = ("blob", "cat", "robot", "bird", "fish", "mushroom", "teapot", "car", "house", "cactus", "snail", "rocket")
@@ -119,10 +119,10 @@ def _vivid(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
 
 def _second(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
     """What a pattern is drawn with on a body of `hue`: a contrasting colour, or a pale or a dark one."""
-    scheme = rng.integers(3)
-    if scheme == 0:
+    scheme = _choice(rng, ("contrast", "pale", "dark"), (5, 4, 1))
+    if scheme == "contrast":
         return _vivid(rng, hue + rng.uniform(0.33, 0.67))
-    saturation, value = (rng.uniform(0.05, 0.25), rng.uniform(0.92, 1.0)) if scheme == 1 else (0.8, 0.4)
+    saturation, value = (rng.uniform(0.05, 0.25), rng.uniform(0.92, 1.0)) if scheme == "pale" else (0.8, 0.4)
     return colorsys.hsv_to_rgb((hue + rng.uniform(-0.05, 0.05)) % 1.0, saturation, value)
 
 
@@ -136,7 +136,7 @@ def _choice(rng: np.random.Generator, options, weights=None):
 def sample_identity(
     rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS
 ) -> Identity:
-    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a panel of 32 pixels can show."""
+    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a small panel can show."""
     hue = rng.random()
 
     def middling() -> float:
@@ -151,8 +151,8 @@ def sample_identity(
         height=middling(),
         roundness=middling(),
         limb=middling(),
-        pattern=_choice(rng, PATTERNS, (3, 2, 2, 2, 3, 1, 1)),
-        pattern_scale=rng.uniform(0.5, 1.0),
+        pattern=_choice(rng, PATTERNS, (2.5, 2, 3, 2, 3, 1, 1)),
+        pattern_scale=rng.uniform(0.7, 1.0),
         pattern_angle=(90.0 * rng.integers(2) + rng.uniform(-12, 12)) % 180.0,
         eyes=_choice(rng, (1, 2, 3), (2, 8, 1)),
         eye_size=rng.uniform(0.4, 1.0),
@@ -201,7 +201,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         place=place,
         light=sample_light(rng),
         pose=_choice(rng, POSES, (10, 2, 1, 1, 0.5)),
-        framing=_choice(rng, FRAMINGS, (5, 3, 1)),
+        framing=_choice(rng, FRAMINGS, (6, 3, 0.5)),
         prop=_choice(rng, PROPS, (14, 1, 1, 1, 1, 1, 1, 1)),
         weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (8, 1, 1, 1, 1, 1)),
         x=float(rng.uniform(0.46, 0.54)),

@@ -27,9 +27,8 @@ from .loop import Trainer, mean, mixed, pick_device, resident
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
 HELD_OUT = 600
 """Triplets on which a judge's errors are measured."""
-INPUT = {"curator": 64, "scorer": 32, "reader": 64}
-"""Side in pixels at which panels enter: a ResNet's stem shrinks four times, which would lose the eyes of a 32 px
-panel."""
+INPUT = {"curator": 64, "scorer": 64, "reader": 64}
+"""Side in pixels at which panels enter."""
 IDENTITY = 32
 """Coordinates of the reader's identity embedding."""
 GROUPS = {
@@ -121,7 +120,7 @@ def make(role: str):
                 depths=[1, 1, 2, 1],
                 groups_width=16,
                 layer_type="y",
-                downsample_in_first_stage=False,
+                downsample_in_first_stage=True,
             )
         )
     labels = dict(enumerate(LABELS))

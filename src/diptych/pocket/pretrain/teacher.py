@@ -191,7 +191,7 @@ def train(
     report=print,
 ) -> None:
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
-    rate falls to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is.
+    rate falls all along to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is.
 
     `drifted` is the share of the rendered grids whose subject drifts that is learnt from. A teacher repeats a subject
     less often than what it is taught (docs/pocket.md has how often). `freeze_text` leaves the text encoders as they
@@ -256,7 +256,7 @@ def train(
         with computing("bfloat16", place):
             value = loss(teacher, tokens, clip_ids, t5_ids, ids[grid], generator)
         read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *told)
-        scale = min(1.0, max(0.01, 3.0 * (1 - passed / minutes))) if finish else 1.0
+        scale = max(0.01, 1 - passed / minutes) if finish else 1.0
         trainer.update(value + TRAIT_WEIGHT * read, scale)
         losses[grid].append(value.detach())
         readings.append(read.detach())

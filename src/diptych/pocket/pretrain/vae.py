@@ -13,11 +13,11 @@ from . import renders
 from .loop import Trainer, mean, mixed, pick_device, resident
 
 KL_WEIGHT = 2e-4
-WIDTHS = (16, 48, 96)
+WIDTHS = (24, 48, 64, 96)
 """Channels of the blocks, each but the last of which halves the side."""
 FACTOR = 2 ** (len(WIDTHS) - 1)
 """Pixels of a panel's side to one of its latent's."""
-LATENTS = 8
+LATENTS = 16
 """Channels of a latent."""
 
 

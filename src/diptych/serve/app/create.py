@@ -45,7 +45,7 @@ def add(blocks: Any, service: Service) -> None:
                     text_guidance = gr.Textbox(label="Strength of the prompt", max_length=8, min_width=100)
                 negative = gr.Textbox(label="What not to show", max_length=4000)
                 with gr.Row():
-                    size = gr.Textbox(label="Size, as 32 or 32x48", max_length=11, min_width=100)
+                    size = gr.Textbox(label="Size, as 64 or 64x96", max_length=11, min_width=100)
                     fit = gr.Dropdown(["crop", "pad", "contain"], value="crop", label="How the reference meets it")
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
