@@ -135,7 +135,7 @@ def sheet(folder: Path, out: Path, guidance: float = 2.5, steps: int = 20, seed:
         for block in (pictures[n : n + 4] for n in range(0, len(pictures), 4))
     ]
     picture = Image.fromarray(np.concatenate(rows, 0))
-    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC).save(out)
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.BICUBIC).save(out)
 
 
 EXAMPLES = 20261121
