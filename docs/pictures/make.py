@@ -18,7 +18,7 @@ PROMPTS = (
     "a {} sleeping on the moon, dim blue light from the left",
     "a {} in a forest in the snow",
 )
-SCALE, GAP = 4, 8
+SCALE, GAP = 2, 8
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SCALE, GAP = 4, 8
+SCALE, GAP = 2, 8
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], apart: int = 0) -> Image.Image:

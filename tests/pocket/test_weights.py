@@ -46,6 +46,9 @@ def test_the_log_says_how_each_model_came_to_be():
     log = json.loads((WEIGHTS / "log.json").read_text())
     for role in ("vae", "teacher", "curator", "scorer", "reader"):
         assert log[role]["steps"] > 0 and log[role]["curve"] and log[role]["machine"], role
+        assert any(line.keys() & {"samples", "panels"} for line in log[role]["curve"]), role
+    student = log["student"]
+    assert student["summary"]["samples_seen"] > 0 and student["curve"][-1]["loss"] < student["curve"][0]["loss"]
 
 
 def test_stock_diffusers_draws_with_the_teacher():

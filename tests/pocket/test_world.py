@@ -42,6 +42,16 @@ def test_relighting_moves_nothing_but_the_light(rng):
     assert world.render(identity, scene).tobytes() != world.render(identity, other).tobytes()
 
 
+def test_another_season_leaves_the_subject_where_and_as_it_is(rng):
+    identity, scene = world.sample_identity(rng), replace(world.sample_scene(rng), place="forest", weather="clear")
+    for weather in world.WEATHERS[1:]:
+        other = replace(scene, weather=weather)
+        assert draw.paint(identity, scene, 64)[0].tobytes() == draw.paint(identity, other, 64)[0].tobytes()
+        assert world.render(identity, scene).tobytes() != world.render(identity, other).tobytes()
+    other = world.reseason(rng, scene)
+    assert other != scene and replace(other, weather=scene.weather) == scene
+
+
 def test_light_from_the_left_brightens_the_left(rng):
     identity, scene = world.sample_identity(rng, kind="blob"), replace(world.sample_scene(rng), weather="clear", x=0.5)
     lights = {"left": 180.0, "right": 0.0}

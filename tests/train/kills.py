@@ -1,10 +1,13 @@
-"""Trainings that are killed with SIGKILL: each runs in its own process, forked from a server that has torch loaded."""
+"""Trainings in processes of their own, some of them killed with SIGKILL: forked from a server that has torch loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import multiprocessing
+import os
+import runpy
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +15,23 @@ from typing import Any
 
 import tiny_run
 
+MODULES = (
+    "diffusers.pipelines.flux.pipeline_flux_control",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+    "torch.distributed.fsdp",
+    "peft",
+    "diptych.stages.distill",
+    "diptych.train.loop",
+)
+"""What a training imports, diffusers' and transformers' lazy ones by name."""
 WAIT = 900.0  # seconds until a training that does not get anywhere fails the test
 
 
 def context() -> Any:
     """A fork server that imports what a training needs once."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["tiny_run", "torch", "diffusers", "peft", "diptych.stages.distill", "diptych.train.loop"]
-    )
+    server.set_forkserver_preload([*MODULES])
     return server
 
 
@@ -29,6 +40,15 @@ def start(work: Path, out: Path, *sets: str) -> Any:
     process = context().Process(target=tiny_run.main, args=(str(work), str(out), *sets))
     process.start()
     return process
+
+
+def script(path: str, args: list[str], environment: dict[str, str], told: str) -> None:
+    """What `python PATH ARGS` does in this environment; what it says goes to TOLD.out and TOLD.err."""
+    os.environ.update(environment)
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{told}.{end}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [path, *args]
+    runpy.run_path(path, run_name="__main__")
 
 
 def kill_when(process: Any, ready: Callable[[], bool]) -> bool:

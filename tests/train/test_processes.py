@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kills
 import pytest
@@ -23,29 +21,34 @@ from diptych.train.processes import Processes, join
 SCRIPT = Path(__file__).parent / "tiny_run.py"
 
 
-def together(world: Any, out: Path, *sets: str, count: int = 2, script: Path = SCRIPT) -> list[subprocess.Popen[str]]:
+class Member(NamedTuple):
+    """One of the processes of a training, and where what it says goes."""
+
+    process: Any
+    told: str
+
+
+def together(world: Any, out: Path, *sets: str, count: int = 2, script: Path = SCRIPT) -> list[Member]:
     """`tiny_run`, or another script, in `count` processes that know of each other, as `torchrun` starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(world.folder), str(out), *sets],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    members = []
+    for rank in range(count):
+        own, told = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{out}.{rank}"
+        args = (str(script), [str(world.folder), str(out), *sets], own, told)
+        members.append(Member(kills.context().Process(target=kills.script, args=args), told))
+        members[-1].process.start()
+    return members
 
 
-def finished(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def finished(running: list[Member]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each."""
-    told = [process.communicate(timeout=300) for process in running]
-    return [(process.returncode, *texts) for process, texts in zip(running, told, strict=True)]
+    for process, _ in running:
+        process.join(300)
+    return [(p.exitcode, *(Path(f"{told}.{end}").read_text() for end in ("out", "err"))) for p, told in running]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +116,11 @@ def test_spread_weights_are_dtensors_in_every_process(world: Any, tmp_path: Path
 
 
 def test_ctrl_c_in_one_process_stops_both_after_the_same_step(world: Any, tmp_path: Path) -> None:
-    import signal
-
     running = together(world, tmp_path / "out", "steps=4000")
-    assert running[1].stderr is not None
-    for line in running[0].stdout or ():
-        if line.startswith("6 "):
-            running[1].send_signal(signal.SIGTERM)
-            break
+    while kills.steps_logged(tmp_path / "out") < 6:
+        assert all(process.is_alive() for process, _ in running), finished(running)
+        time.sleep(0.01)
+    running[1].process.terminate()
     codes = finished(running)
     assert [code for code, _, _ in codes] == [143, 143], codes
     last = checkpoint.load(tmp_path / "out" / "training")

@@ -83,7 +83,7 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
     compiled = recipe.paint.speed is not None and name != "cpu"
     share, source = COMPILED if compiled else (device.paint_share, shares["paint_share"])
     return {
-        "keep_rate": Assumption(0.249, "of candidates", "3,990 of 16,000 (benchmarks/results/pocket-report-2026-11-23)")
+        "keep_rate": Assumption(0.12, "of candidates", "4,806 of 40,000 with the teacher that ships")
         if pocket
         else Assumption(0.44, "of candidates", "published: UNO 0.354, Subjects200K 0.529", 0.354, 0.529),
         "devices": Assumption(1, "at once", "work is taken to share out evenly"),
@@ -112,7 +112,7 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
         "local_vlm_share": Assumption(0.04, "of painting's hours", "published: 20 to 30 times cheaper", 1 / 30, 1 / 20),
         "seam_ms": Assumption(0.5 if pocket else 10, "ms a grid on a core", "measured, docs/data.md"),
         "compare_ms": Assumption(9, "ms for two panels on a core", "measured, docs/data.md"),
-        "pixel_bytes": Assumption(2.1, "bytes", "12.8 MB of 3,000 pocket grids as PNG")
+        "pixel_bytes": Assumption(1.7, "bytes", "112 MB of 8,000 pocket grids as PNG")
         if pocket
         else Assumption(
             1.6, "bytes", "PNG of photographs (the Kodak set), WebP and JPEG less; 3 is the most it can be"

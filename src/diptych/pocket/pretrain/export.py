@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diptych.machine import processor
+from diptych.train.metrics import read
 
 from .. import captions, world
 
@@ -44,13 +45,17 @@ def _machine() -> str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def _thinned(lines: list[dict]) -> list[dict]:
+    return lines[:: max(1, len(lines) // 60)]
+
+
 def _log(folder: Path, before: dict | None) -> dict:
     """A training in numbers; `before` is what the package says of the model that it may have begun from."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     told = {
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
-        "curve": lines[:: max(1, len(lines) // 60)],
+        "curve": _thinned(lines),
         "last": lines[-1],
         "machine": _machine(),
     }
@@ -83,8 +88,9 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
         else:
             halve(student / "transformer", WEIGHTS / "student" / "transformer")
             halve(student, WEIGHTS / "student", names=("README.md", "sampling.json"))
-        training = json.loads((student / "training" / "summary.json").read_text())
-        log["student"] = training | {"machine": _machine()}
+        training = student / "training"
+        curve = _thinned(read(training / "metrics.jsonl"))
+        log["student"] = json.loads((training / "summary.json").read_text()) | {"curve": curve, "machine": _machine()}
     log_path.write_text(json.dumps(log, indent=1))
     total = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
     report(f"{total / 2**20:.1f} MiB in {WEIGHTS}")
@@ -135,7 +141,7 @@ def sheet(folder: Path, out: Path, guidance: float = 2.5, steps: int = 20, seed:
         for block in (pictures[n : n + 4] for n in range(0, len(pictures), 4))
     ]
     picture = Image.fromarray(np.concatenate(rows, 0))
-    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.BICUBIC).save(out)
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.BICUBIC).save(out)
 
 
 EXAMPLES = 20261121
