@@ -28,6 +28,7 @@ from diptych.cli_options import (
     Steps,
     Switch,
     TextGuidance,
+    opened,
 )
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
@@ -151,20 +152,11 @@ def generate(
     if enhance:
         plan = _enhanced(plan, enhance_endpoint, enhance_model, (model, base), several, display)
 
-    def load() -> Any:
-        display.say(f"loading {model}")
-        from diptych.api import Student
-
-        student = Student.load(**loading, parallel=several, progress_bar=False)
-        if student.pipeline.memory is not None:
-            display.say(student.pipeline.memory.reason)
-        return student
-
     try:
         with open_engine(engine, address) as machines:
             shown = Path(preview) if preview else None
             options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
-            outcome = batches.draw(plan, loading, load, display, **options)
+            outcome = batches.draw(plan, loading, lambda: opened(display, loading, parallel=several), display, **options)
     finally:
         if several:
             parallel.leave()

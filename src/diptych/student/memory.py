@@ -147,6 +147,7 @@ class Memory:
         self.modulation: Modulation | None = None
         self._pipe: Any = None
         self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
+        self._in_file = False  # the transformer's file is quantized (GGUF): LoRAs stay beside it
         self._open = False
 
     @property
@@ -170,7 +171,8 @@ class Memory:
         options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)} | drawn
         if self._preset is None:
             self.name, self._preset = choose(shapes, self.free, self.where, **options)
-        if shapes.quantized:
+        self._in_file = shapes.quantized > 0
+        if self._in_file:
             self._preset = replace(self._preset, transformer="none")
         self._preset, left_out = suited(self._preset, shapes)
         needed = plan(shapes, self.preset, **options).peak
@@ -188,6 +190,15 @@ class Memory:
         """Refuses LoRAs that this preset cannot take, before anything is loaded."""
         if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
             raise UsageError(f"{self.asked} {self.name} does not work here: {'; '.join(found)}")
+        if self._in_file and self.preset.modulation:
+            from diptych.student.lora import read_lora
+
+            for path in loras:
+                if any(quantize.is_modulation(key.partition(".lora_")[0]) for key in read_lora(path)[0]):
+                    raise UsageError(
+                        f"{path} adapts the modulation, which {self.asked} {self.name} precomputes, and beside a GGUF "
+                        f"file's weights it cannot be fused; convert the file to folded, or use {self.asked} 48"
+                    )
         if self._places:
             from diptych.student.tensors import open_safetensors
 

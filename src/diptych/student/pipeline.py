@@ -81,6 +81,7 @@ class DiptychPipeline(FluxControlPipeline):
         )
         student_channels(transformer.config)
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
+        self.loras: tuple[tuple[Path, float], ...] = ()  # on top of these, each with its scale
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
         self.conditioning: Conditioning = "diptych"  # how it was trained to see its reference (`geometry`)
