@@ -152,11 +152,14 @@ def generate(
     if enhance:
         plan = _enhanced(plan, enhance_endpoint, enhance_model, (model, base), several, display)
 
+    def load() -> Any:
+        return opened(display, loading, parallel=several)
+
     try:
         with open_engine(engine, address) as machines:
             shown = Path(preview) if preview else None
             options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
-            outcome = batches.draw(plan, loading, lambda: opened(display, loading, parallel=several), display, **options)
+            outcome = batches.draw(plan, loading, load, display, **options)
     finally:
         if several:
             parallel.leave()

@@ -336,5 +336,18 @@ def test_another_kind_of_transformer_is_refused(student_folder, teacher, tmp_pat
         student.load(folder, teacher, device="cpu")
 
 
+def test_weights_that_were_saved_quantized_or_pickled_are_refused_with_what_to_give(student_folder, teacher, tmp_path):
+    folder = copy(student_folder, tmp_path / "nf4")
+    config = folder / "transformer" / "config.json"
+    said = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}}
+    config.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="saved quantized by bitsandbytes; give those they were made from"):
+        student.load(folder, teacher, device="cpu")
+    base = copy(teacher, tmp_path / "base")
+    (base / "text_encoder_2" / "model.safetensors").rename(base / "text_encoder_2" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"text_encoder_2 holds only pickled weights.*convert to safetensors"):
+        student.load(student_folder, base, device="cpu")
+
+
 def test_a_transformer_folder_itself_is_a_model(student_folder, teacher):
     assert student.load(student_folder / "transformer", teacher, device="cpu").transformer.config.in_channels == 32

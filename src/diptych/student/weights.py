@@ -156,8 +156,8 @@ def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, 
         faults.append(f"wrong shapes: {some(sorted(shapes))}")
     if faults:
         raise UserError(
-            f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded; fetch weights and config again, "
-            "both from one place"
+            f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded; fetch weights and config "
+            "again, both from one place"
         )
 
 
