@@ -127,6 +127,19 @@ def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, p
     assert kept < 0.75 * sum(p.numel() for p in pipe.transformer.parameters())
 
 
+def test_staged_text_encoders_are_opened_for_new_prompts_only(load, pictures, monkeypatch):
+    from diptych.student import components
+
+    opened, held = [], load(Preset(staged=True))
+    really = components.open_part
+    monkeypatch.setattr(components, "open_part", lambda part, *rest: opened.append(part) or really(part, *rest))
+    first = latents(held, pictures)  # two prompts and "", in two calls of the encoders that are open by then
+    assert opened == ["text_encoder", "text_encoder_2"]
+    assert torch.equal(latents(held, pictures), first)
+    held("a cat", reference=pictures[0], generator=0, num_inference_steps=1, output_type="latent")
+    assert opened == 2 * ["text_encoder", "text_encoder_2"]
+
+
 def test_projections_are_not_fused_where_the_transformer_leaves_the_device_for_new_prompts(load):
     held = load(Preset(staged=True))
     assert speed.apply(held, speed.Speed(fused_qkv=True)) == []  # on a CPU it stays where it is

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
     from diptych.student.modulation import Modulation
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.recall import Recall
 
 log = logging.getLogger("diptych.student")
 GIB = 2**30
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+REMEMBERED = 1024  # MiB of main memory: 250 of FLUX.1's prompts
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Memory:
         self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
         self._in_file = False  # the transformer's file is quantized (GGUF): LoRAs stay beside it
         self._open = False
+        self._texts: Recall | None = None  # what they made of the last prompts, in main memory
 
     @property
     def preset(self) -> Preset:
@@ -260,6 +263,14 @@ class Memory:
             self._pipe.transformer.to(self.device)
         if self.preset.tile:
             self._pipe.vae.use_tiling = name == "decode"  # the reference is encoded whole
+
+    def remember(self, key: Hashable, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What the text encoders made of a text before, or make of it now, on the CPU."""
+        from diptych.student.recall import Recall
+
+        if self._texts is None:
+            self._texts = Recall(REMEMBERED)
+        return self._texts(key, lambda: tuple(tensor.cpu() for tensor in make()))
 
     @contextmanager
     def undone(self) -> Iterator[None]:
