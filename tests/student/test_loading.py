@@ -192,7 +192,10 @@ def test_missing_base_and_missing_parts_say_what_to_give(student_folder, teacher
     with pytest.raises(UserError, match=r"neither .* has scheduler, vae"):
         student.load(student_folder, tmp_path, device="cpu")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no transformer/ folder"):
+    with pytest.raises(UserError, match=r"no transformer/ folder.*is the download complete"):
+        student.load(tmp_path / "empty", teacher, device="cpu")
+    save_file({"x": torch.zeros(1)}, tmp_path / "empty" / "mine.safetensors")
+    with pytest.raises(UserError, match=r"no transformer/ folder.*give its file, .*mine\.safetensors"):
         student.load(tmp_path / "empty", teacher, device="cpu")
     with pytest.raises(UsageError, match="unknown student model 'nosuch'"):
         student.load("nosuch", teacher)
