@@ -164,10 +164,12 @@ def compare(recipe: Recipe, pairs: Dataset, folder: Path, rounds: int, steps: in
 
 def pocket(rounds: int, steps: int, mode: str) -> dict[str, Any]:
     """The pocket teacher, as recipes/pocket.yaml trains it."""
+    from diptych.pocket import world
+
     distill = {"mode": mode, "rank": 128, "lora_targets": "attention+mlp", "steps": 10**6, "sample_every": 0}
     recipe = Recipe.model_validate({"name": "training", "teacher": "pocket", "distill": distill})
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = rendered_pairs(Path(scratch) / "pairs", PAIRS, 32)
+        pairs = rendered_pairs(Path(scratch) / "pairs", PAIRS, world.PANEL)
         return compare(recipe, pairs, Path(scratch) / "student", rounds, steps)
 
 

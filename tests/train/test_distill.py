@@ -22,7 +22,7 @@ from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.run import run
 from diptych.stages.distill import distill, finish
-from diptych.train import checkpoint
+from diptych.train import checkpoint, latents, processes, text
 from diptych.train.loop import Trainer, train
 
 
@@ -81,7 +81,7 @@ def test_ctrl_c_saves_a_checkpoint_that_goes_on_exactly(world: Any, straight: An
     out = tmp_path / "student"
     recipe = tiny_run.make_recipe(world.teacher)
 
-    def press(step: int, total: int, text: str) -> None:
+    def press(step: int, total: int, said: str) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -102,7 +102,7 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(world: Any, strai
     class Stop(Exception):
         pass
 
-    def stop(step: int, total: int, text: str) -> None:
+    def stop(step: int, total: int, said: str) -> None:
         if step == 9:
             raise Stop
 
@@ -205,6 +205,50 @@ def test_a_step_that_goes_wrong_leaves_a_report_of_its_batch(world: Any, tmp_pat
     assert len(report["batch"]) == 4 and {one["id"] for one in report["batch"]} <= ids
 
 
+def test_what_the_guard_has_seen_is_in_the_checkpoint(world: Any, tmp_path: Path) -> None:
+    job = tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(job)
+    trainer.advance(trainer.assemble(1))
+    trainer.guard.spikes = 2
+    trainer.save()
+    again = Trainer(tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out"))
+    assert (again.step, again.guard.spikes, again.guard.recent) == (1, 2, trainer.guard.recent)
+
+
+def test_a_damaged_latent_is_made_anew(
+    world: Any, straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, recipe = tmp_path / "student", tiny_run.make_recipe(world.teacher)
+    tiny_run.prepare(recipe, world.pairs, out)
+    newest = max((out / "training" / "latents").rglob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    distill(recipe, world.pairs, out)
+    assert f"{newest} is damaged" in caplog.text
+    assert kills.result(out) == kills.result(straight.out)
+
+
+def test_what_does_not_fit_into_memory_is_read_and_encoded_as_it_is_needed(
+    world: Any, straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "IN_MEMORY", 0)
+    monkeypatch.setattr(text, "IN_MEMORY", 0)
+    recipe = tiny_run.make_recipe(world.teacher)
+    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, text.Online)
+    distill(recipe, world.pairs, tmp_path / "out")
+    got, wanted = ([line["loss"] for line in kills.result(out)[0]] for out in (tmp_path / "out", straight.out))
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_encoded(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "join", lambda device: (processes.Processes(0, 3), device))
+    with pytest.raises(UsageError, match="batch_size 4 does not divide among 3 processes"):
+        distill(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vanished_shard_is_named(world: Any, tmp_path: Path) -> None:
     pairs = tiny_run.make_pairs(tmp_path / "pairs")
     (shard,) = (tmp_path / "pairs").glob("*00001.parquet")
@@ -234,17 +278,22 @@ def test_bfloat16_computes_nearly_the_same_loss(world: Any, straight: Any, tmp_p
     assert rough[0]["loss"] != exact[0]["loss"]
 
 
-def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: Any) -> None:
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: Any, tmp_path: Path, mode: str) -> None:
     from PIL import Image
 
     from diptych import student
     from diptych.data.images import read_provenance
 
-    path = straight.out / "training" / "samples" / "step-000012.png"
+    out = straight.out
+    if mode == "lora":
+        out = tmp_path / "lora"
+        distill(tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2), world.pairs, out)
+    path = out / "training" / "samples" / "step-000012.png"
     sheet, made_by = Image.open(path).convert("RGB"), read_provenance(path)
     assert made_by is not None
     captions = {row["id"]: row["caption"] for row in world.pairs}
-    pipe = student.load(straight.out, device="cpu")
+    pipe = student.load(out, base=world.teacher, device="cpu")
     side = tiny_run.PANEL
     for line, name in enumerate(made_by["pairs"]):
         reference = sheet.crop((0, line * side, side, (line + 1) * side))

@@ -79,6 +79,7 @@ def distill(
         report(progress, steps, steps, "already trained")
         return done
     processes, device = join(pick_device(recipe.device))
+    processes.share(range(recipe.distill.batch_size))  # refused here if it does not divide, before anything is encoded
     progress = progress if processes.first else None
     trainer = train(prepare(recipe, material, out, progress, processes, device), progress)
     return finish(trainer, recipe, out, recipe_sha256)
@@ -322,6 +323,7 @@ def _export(
     from safetensors import SafetensorError
 
     from diptych.train import parts
+    from diptych.train.lora import save_lora
     from diptych.train.options import Options
 
     temporary = out / TRAINING / ".export"
@@ -334,7 +336,7 @@ def _export(
                 student.save(pipe, temporary)
             else:
                 options = Options.of(recipe.distill, seed=recipe.training_seed)
-                parts.save_lora(pipe.transformer, trained, options, temporary, provenance)
+                save_lora(pipe.transformer, trained, options, temporary, provenance)
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")

@@ -74,7 +74,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) ->
     write_atomic(folder / LATEST, final.name.encode())
     if best:
         write_atomic(folder / BEST, final.name.encode())
-    _thin(folder, keep)
+    _thin(folder, keep, checkpoint.step)
     return final
 
 
@@ -117,7 +117,7 @@ def read(path: Path) -> Checkpoint:
             else:
                 tensors[name.removesuffix(".safetensors")] = from_bytes(data)
         return Checkpoint(state.pop("step"), state, tensors)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # the last: neither JSON nor UTF-8
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
 
 
@@ -163,8 +163,10 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _thin(folder: Path, keep: int) -> None:
+def _thin(folder: Path, keep: int, step: int) -> None:
+    """Later ones than the one just written are damaged, or were never pointed at: they take no good one's place."""
     best = pointer(folder, BEST)
-    for path in checkpoints(folder)[:-keep]:
-        if path.name != best:
+    kept = [path for path in checkpoints(folder) if _step(path) <= step][-keep:]
+    for path in checkpoints(folder):
+        if path not in kept and path.name != best:
             shutil.rmtree(path, ignore_errors=True)
