@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from diptych.console import Display
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.recipe import load as load_recipe
 from diptych.run import run
 from diptych.stages.distill import distill, finish
 from diptych.train import checkpoint, latents, processes, text
 from diptych.train.loop import Trainer, train
+from diptych.train.options import Options, Preference, identity, may_change
 
 
 def test_the_student_is_an_ordinary_folder_that_stock_diffusers_opens(straight: Any) -> None:
@@ -303,10 +306,12 @@ def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: An
 
 
 def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any, tmp_path: Path) -> None:
+    import numpy as np
     from diffusers import FluxControlPipeline
+    from PIL import Image
 
     from diptych import student
-    from diptych.student.geometry import Canvas
+    from diptych.student.geometry import Canvas, split_panels
     from diptych.train import parts
 
     out = tmp_path / "lora"
@@ -328,11 +333,11 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     given = {"num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     given |= {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "height": canvas.height, "width": canvas.width}
 
-    def draw(pipe: Any) -> torch.Tensor:
+    def draw(pipe: Any, **other: Any) -> torch.Tensor:
         # Stock diffusers samples the posterior of a control *image*; condition latents go in as they are.
         pipe.prepare_image = lambda *_, **__: condition
         pipe.set_progress_bar_config(disable=True)
-        return pipe(control_image=condition, **given).images
+        return pipe(control_image=condition, **given | other).images
 
     stock = FluxControlPipeline.from_pretrained(world.teacher)
     stock.load_lora_weights(str(out))
@@ -342,6 +347,14 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     torch.testing.assert_close(draw(stock), wanted, rtol=1e-4, atol=1e-5)
     reopened = student.load(out, base=world.teacher, device="cpu")
     torch.testing.assert_close(draw(FluxControlPipeline(**reopened.components)), wanted, rtol=1e-4, atol=1e-5)
+    # The sheet's first line, from the same latents, condition latents and embeddings.
+    sheet, side, ours = Image.open(out / "training" / "samples" / "step-000012.png"), tiny_run.PANEL, trainer.job.pipe
+    condition = ours.encode_reference([sheet.convert("RGB").crop((0, 0, side, side))], canvas)
+    with torch.no_grad():
+        pixels = ours.decode_canvas(draw(stock, num_inference_steps=20, latents=ours.noise([0], canvas)), canvas)
+    (drawn,) = ours.image_processor.postprocess(split_panels(pixels)[1], output_type="np")
+    shown = np.asarray(sheet.convert("RGB").crop((2 * side, 0, 3 * side, side)))
+    assert np.abs(255 * drawn - shown).max() <= 1  # a picture is rounded
     stock.set_adapters(stock.get_active_adapters(), [0.0])
     assert not torch.allclose(draw(stock), wanted, atol=1e-2)  # without the adapter it is another picture
 
@@ -447,3 +460,33 @@ def test_a_run_on_other_peoples_pairs_neither_writes_nor_paints(world: Any, tmp_
     assert not (tmp_path / "run" / "prompts").exists()
     with pytest.raises(UsageError, match="nothing to paint"):
         run(recipe, tmp_path / "run", stages=("paint",), display=Display(quiet=True))
+
+
+def test_a_run_goes_on_with_keys_that_change_no_weight_and_refuses_others(world: Any, tmp_path: Path) -> None:
+    data = [{"path": str(world.folder / "pairs")}]
+
+    def go(**keys: Any) -> list[dict[str, Any]]:
+        recipe = tiny_run.make_recipe(world.teacher, data=data, **keys)
+        run(recipe, tmp_path / "run", stages=("distill",), display=Display(quiet=True))
+        return kills.result(tmp_path / "run" / "student")[0]
+
+    short = go(steps=4)
+    longer = go(steps=6, micro_batch=2, keep=1)
+    assert longer[:4] == short and len(longer) == 6
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").distill.micro_batch == 2  # what really ran
+    weights = tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert go(steps=6, micro_batch=1) == longer and weights.stat().st_mtime_ns == before  # it was finished
+    for keys, told in (({"steps": 4}, r"steps \(6 there, 4 here\)"), ({"ema": 0.5}, "ema"), ({"rank": 3}, "rank")):
+        with pytest.raises(UsageError, match=f"another recipe: distill.{told}"):
+            go(**{"steps": 6, **keys})
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").distill.steps == 6
+
+
+def test_sampling_is_not_harmless_where_negatives_are_drawn() -> None:
+    plain, wish = Options(), Options(preference=Preference())
+    assert "sample_steps" in may_change(plain, plain) and "sample_steps" not in may_change(wish, wish)
+    assert "sample_steps" not in identity(plain) and "sample_steps" in identity(wish)
+    assert "steps" in may_change(plain, replace(plain, steps=2000)) - may_change(plain, replace(plain, steps=1))
+    cosine = replace(plain, schedule="cosine")
+    assert "steps" not in may_change(cosine, replace(cosine, steps=2000))

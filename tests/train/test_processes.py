@@ -80,9 +80,7 @@ def test_two_processes_prefer_as_one(world: Any, straight: Any, tmp_path: Path, 
     wish = {"pairs": 12, "beta": 2000.0, "shrink": 0.25}
     distill(tiny_run.make_recipe(world.teacher, **keys, preference=wish), world.pairs, tmp_path / "one")
     sets = [f"{key}={value}" for key, value in keys.items()]
-    codes = finished(
-        together(world, tmp_path / "two", *sets, f"preference={json.dumps(wish)}", f"sharding={sharding}")
-    )
+    codes = finished(together(world, tmp_path / "two", *sets, f"preference={json.dumps(wish)}", f"sharding={sharding}"))
     assert [code for code, _, _ in codes] == [0, 0], codes
     one, two = (read(tmp_path / name / "training" / "metrics.jsonl") for name in ("one", "two"))
     assert one[-1]["preference"] < one[0]["preference"]

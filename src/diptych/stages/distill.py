@@ -27,6 +27,7 @@ from diptych.errors import UsageError, UserError
 from diptych.train.card import model_card
 from diptych.train.material import Material
 from diptych.train.metrics import Progress, report
+from diptych.train.options import harmless
 
 if TYPE_CHECKING:
     import torch
@@ -259,11 +260,14 @@ def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | 
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    return stored["summary"] if stored.get("made_by") == _made_by(recipe, material) else None
+    made_by = stored.get("made_by") or {"distill": {}}
+    # Summaries of before name harmless keys too.
+    made_by["distill"] = {k: v for k, v in made_by["distill"].items() if k not in harmless(recipe.distill)}
+    return stored["summary"] if made_by == _made_by(recipe, material) else None
 
 
 def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
-    settings = recipe.distill.model_dump(mode="json")
+    settings = recipe.distill.model_dump(mode="json", exclude=set(harmless(recipe.distill)))
     return {"distill": settings, "seed": recipe.training_seed, **sources(recipe, material)}
 
 

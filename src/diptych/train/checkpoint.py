@@ -102,20 +102,24 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint. UserError if a file is missing or its hash is not the manifest's."""
-    from safetensors.torch import load as from_bytes
+    """One checkpoint. UserError if a file is missing or its hash is not the manifest's.
+
+    Tensors are mapped, not read: processes on one machine share them, and each takes only what it copies.
+    """
+    from safetensors.torch import load_file
 
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         tensors, state = {}, {}
         for name, wanted in manifest["sha256"].items():
-            data = (path / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != wanted:
+            with (path / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != wanted:
                 raise UserError(f"{path / name} is damaged (its hash is not the one in {MANIFEST})")
             if name == STATE:
-                state = json.loads(data)
+                state = json.loads((path / name).read_bytes())
             else:
-                tensors[name.removesuffix(".safetensors")] = from_bytes(data)
+                tensors[name.removesuffix(".safetensors")] = load_file(path / name)
         return Checkpoint(state.pop("step"), state, tensors)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # the last: neither JSON nor UTF-8
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
