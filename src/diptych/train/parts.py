@@ -227,24 +227,36 @@ def averaged(ema: Any | None, trained: Trained) -> Iterator[None]:
 def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimizer's state as flat whole tensors: `12.exp_avg` is parameter 12's, `group.d` what all of them share
     (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
-    flat = {f"{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
+    # As it is in use: what bitsandbytes gives for saving is nested, against accelerate's FSDP.
+    flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state[p].items()}
     shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in ("params", "lr")}
     flat |= {f"group.{key}": value for key, value in shared.items()}
-    return {
-        key: processes.collected(value) if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
-        for key, value in flat.items()
-    }
+    return {key: _as_tensor(key, value) for key, value in flat.items()}
+
+
+def _as_tensor(key: str, value: Any) -> torch.Tensor:
+    if not torch.is_tensor(value):
+        counts = isinstance(value, int) and not key.startswith("group.")
+        return torch.tensor(value, dtype=torch.int64 if counts else torch.float64)
+    # bitsandbytes' tables of 8-bit numbers are one tensor for all, and a file has each tensor once.
+    return value.clone() if ".qmap" in key else processes.collected(value)
+
+
+def _parameters(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in opt.param_groups for parameter in group["params"]]
 
 
 def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Tensors are copied: memory of a file read is not aligned as torch's own."""
-    parameters = [parameter for group in opt.param_groups for parameter in group["params"]]
+    parameters = _parameters(opt)
     groups = opt.state_dict()["param_groups"]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         if index == "group":
             groups[0][name] = type(groups[0].get(name, 0.0))(tensor.item())
+        elif tensor.ndim == 0 and tensor.dtype == torch.int64:  # bitsandbytes and Prodigy count their steps in Python
+            state.setdefault(int(index), {})[name] = int(tensor.item())
         else:
             state.setdefault(int(index), {})[name] = processes.like(tensor.clone(), parameters[int(index)])
     opt.load_state_dict({"state": state, "param_groups": groups})
