@@ -228,7 +228,7 @@ def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimizer's state as flat whole tensors: `12.exp_avg` is parameter 12's, `group.d` what all of them share
     (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
     # As it is in use: what bitsandbytes gives for saving is nested, against accelerate's FSDP.
-    flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state[p].items()}
+    flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state.get(p, {}).items()}
     shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in ("params", "lr")}
     flat |= {f"group.{key}": value for key, value in shared.items()}
     return {key: _as_tensor(key, value) for key, value in flat.items()}
