@@ -157,6 +157,21 @@ def test_more_steps_continue_a_finished_training(world: Any, straight: Any, tmp_
     assert kills.result(out) == kills.result(straight.out)
 
 
+def test_the_best_checkpoint_can_be_the_student(world: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out, keep = tmp_path / "out", {"keep": 3}
+    distill(tiny_run.make_recipe(world.teacher, **keep), world.pairs, out)
+    (out / "training" / checkpoint.BEST).write_text("step-000004")  # as if it had got worse from there
+    summary = distill(tiny_run.make_recipe(world.teacher, **keep, export="best"), world.pairs, out)
+    lines = {line["step"]: line for line in kills.result(out)[0]}
+    assert (summary["exported"], summary["steps"]) == (4, 12)
+    assert summary["validation"] == lines[4]["validation"]
+    saved = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    best = checkpoint.read(out / "training" / "step-000004").tensors["ema"]
+    assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in saved)
+
+
 def test_too_few_pairs_are_refused_with_advice(world: Any, tmp_path: Path) -> None:
     empty = Dataset(tmp_path / "none", records.schema(records.PAIR))
     empty.publish({})

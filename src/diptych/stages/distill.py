@@ -261,8 +261,9 @@ def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | 
     except (OSError, ValueError):
         return None
     made_by = stored.get("made_by") or {"distill": {}}
-    # Summaries of before name harmless keys too.
-    made_by["distill"] = {k: v for k, v in made_by["distill"].items() if k not in harmless(recipe.distill)}
+    # Summaries of before name harmless keys too, and lack newer ones, which are then as they are by default.
+    told = type(recipe.distill)().model_dump(mode="json") | made_by["distill"]
+    made_by["distill"] = {key: told[key] for key in told if key not in harmless(recipe.distill)}
     return stored["summary"] if made_by == _made_by(recipe, material) else None
 
 
@@ -272,15 +273,18 @@ def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
 
 
 def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | None = None) -> dict[str, Any]:
-    """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
+    """Writes the student of the averaged weights (the last ones, or the best), its card, and, last, the summary that
+    says it is whole.
 
     In several processes the first one writes and the others wait.
     """
     from diptych.train.loop import summary
 
+    if recipe.distill.export == "best":
+        trainer.take_best()
     numbers = summary(trainer)
     made_from, material = trainer.job.made_from, trainer.job.material
-    provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["exported"], **made_from}
     provenance |= {"name": recipe.name, "mode": recipe.distill.mode, "number_of_pairs": numbers["pairs"]}
     if material.own is not None and material.own in material.sets:
         provenance["pairs_manifest"] = material.own.manifest_hash()

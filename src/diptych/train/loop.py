@@ -70,6 +70,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
+        self.exported: int | None = None  # the step whose weights are there, if it is not the last
         self.guard = Guard([])
         self.anchor = Anchor(self.trained.own) if job.negatives is not None else None
         self._resume()
@@ -278,19 +279,31 @@ class Trainer:
                 f"{self.job.folder} was trained for {found.step} steps already, and distill.steps is "
                 f"{self.options.steps}; raise it, or choose another --out"
             )
-        self.trained.put(dict(found.tensors["weights"]))
+        self._put(found)
         parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
+        self.step = found.step
+        self.seconds = found.state["seconds"]
+        self.best = found.state["best"]
+        self.guard = Guard(found.state["guard"], found.state.get("spikes", 0))
+        log.info("going on from step %d of %d", self.step, self.options.steps)
+
+    def take_best(self) -> None:
+        """The weights with the best validation loss come in the place of the last ones, to be saved as the student."""
+        name = checkpoints.pointer(self.job.folder, checkpoints.BEST)
+        if name is not None:
+            found = checkpoints.read(self.job.folder / name)
+            self._put(found)
+            self.exported = found.step
+
+    def _put(self, found: checkpoints.Checkpoint) -> None:
+        """A checkpoint's weights and their average."""
+        self.trained.put(dict(found.tensors["weights"]))
         if self.ema is not None:
             for shadow, name, parameter in zip(
                 self.ema.shadow_params, self.trained.names, self.trained.parameters, strict=True
             ):
                 shadow.copy_(processes.own(processes.like(found.tensors["ema"][name], parameter)))
             self.ema.optimization_step = found.state["average_steps"]
-        self.step = found.step
-        self.seconds = found.state["seconds"]
-        self.best = found.state["best"]
-        self.guard = Guard(found.state["guard"], found.state.get("spikes", 0))
-        log.info("going on from step %d of %d", self.step, self.options.steps)
 
 
 def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trainer) -> Trainer:
@@ -341,8 +354,9 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
 
 
 def summary(trainer: Trainer) -> dict[str, Any]:
-    """What a finished run is, in numbers."""
-    lines = read(trainer.job.folder / METRICS)[-SHOWN:]
+    """What a finished run is, in numbers; its losses are of the weights that are saved."""
+    exported = trainer.exported or trainer.step
+    lines = [line for line in read(trainer.job.folder / METRICS) if line["step"] <= exported][-SHOWN:]
     validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
     return {
         "steps": trainer.step,
@@ -356,6 +370,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
         "loss": {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "left", "right")},
         "validation": validation,
         "best": trainer.best,
+        "exported": exported,
         "seconds": round(trainer.seconds, 1),
     }
 

@@ -105,7 +105,7 @@ def may_change(before: Any, after: Any) -> set[str]:
     `steps` may be raised while the learning rate does not depend on it.
     """
     longer = before.schedule == "constant" and after.steps > before.steps
-    return {*harmless(before), *(["steps"] if longer else [])}
+    return {*harmless(before), "export", *(["steps"] if longer else [])}
 
 
 def identity(options: Options) -> dict[str, Any]:
