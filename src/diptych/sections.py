@@ -382,6 +382,9 @@ class Distill(Section):
     """Steps between validations, at fixed noise levels."""
     validation_pairs: int = Field(default=32, ge=0)
     """Pairs held out of training for it."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights become the student: the last step's, or those with the best validation loss. It may be changed when
+    the training is finished."""
     sample_every: int = Field(default=1000, ge=0)
     """Steps between sample sheets; 0 is only the last."""
     init: str | None = None

@@ -94,6 +94,7 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
 def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
     from diptych.stages.distill import start
     from diptych.train import parts
+    from diptych.train.lora import save_lora
     from diptych.train.options import Options
 
     cpu = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: 
     trained = parts.select(pipe.transformer, options, "float32", cpu)
     folder = context.run_dir / "lora"
     folder.mkdir()
-    parts.save_lora(pipe.transformer, trained, options, folder, {})
+    save_lora(pipe.transformer, trained, options, folder, {})
     opened = baselines.open_student(folder, str(teacher), context.recipe)
     assert opened.transformer.config.in_channels == 64
     assert not getattr(opened.transformer, "peft_config", None)
