@@ -2,9 +2,9 @@
 
 `copy_distance` is what keeps a pair from teaching the student to copy: the mean difference of two panels once a small
 shift, a small change of scale and a little brightness are taken back. `structural_shift` is for tasks whose panels show
-one scene (relight): how far the outlines of one lie from those of the other, whatever the light, and `structural_fit`
-also how much larger they are. `whole_change` is for the same tasks: how much the picture as a whole has changed, which a
-new light does and a new hat does not.
+one scene (relight): how far the outlines of one lie from those of the other, whatever the light; `structural_fit` also
+tells whether they are larger. `whole_change` is for the same tasks: how much the picture as a whole has changed, which
+a new light does and a new hat does not.
 """
 
 from __future__ import annotations
