@@ -225,7 +225,7 @@ def _row(
         compared = ablations.row(outcomes(name, both), outcomes(plan.full, full), times)
         if "difference" in compared:
             row["difference"] = {**compared["difference"], "seeds": len(full)}
-    row["training_seconds"] = round(sum(each.seconds for each in own.values()) / len(own), 1)
+    row["training_seconds"] = round(sum(each.seconds for each in own.values()) / len(own), 2)
     row["seconds_per_image"] = one.metrics["methods"][one.method]["seconds_per_image"]
     if variant.method == "tuned":
         row |= {"picked": one.method, "sweep": {each: s["cp_pf"] for each, s in one.metrics["methods"].items()}}
