@@ -239,7 +239,7 @@ def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
     try:
         metrics = json.loads((folder / "report" / "metrics.json").read_text("utf8"))
         text = (folder / "samples" / "scores.jsonl").read_text("utf8")
-        about = json.loads((folder / trained).read_text("utf8")) if trained else {"seconds": 0.0}
+        about: dict[str, Any] = json.loads((folder / trained).read_text("utf8")) if trained else {"seconds": 0.0}
     except (OSError, ValueError):
         return None
     lines, methods = [json.loads(line) for line in text.splitlines()], metrics["methods"]
