@@ -206,7 +206,7 @@ def ablate(
 
     Baselines that train nothing stand beside them. Nothing is painted, judged or trained twice. Interrupted, the same
     command continues. The study `pocket` (6 trained variants with 3 seeds, 4 baselines) takes about 100 minutes of two
-    CPU cores: 8 of painting, 55 of training, 25 of scoring, 10 of per-subject tuning.
+    CPU cores: 8 of painting, 57 of training, 25 of scoring, 10 of per-subject tuning.
     """
     from diptych import ablate as studies
     from diptych.console import Display
