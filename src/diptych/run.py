@@ -39,6 +39,7 @@ from diptych.student import parallel
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
+ALIGNED = 2  # the same, for what curation does with aligned panels alone
 # Keys whose `auto` is settled by the machine that starts a run.
 OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"))  # `auto` is settled when a run is frozen
 
@@ -299,6 +300,7 @@ class Pipeline:
         elif stage == "curate":
             judge = self._model(recipe.curate.judge, "curator")
             settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]
+            settings += [f"aligned {ALIGNED}"] if self.task.geometry == "aligned" else []
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
             if decided := decisions.read(self.folder):

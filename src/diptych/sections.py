@@ -528,6 +528,9 @@ class Evaluate(Section):
     """The judge that scores; never the one that curated."""
     reader: str = Field(default="pocket", min_length=1)
     """The model that reads what a picture shows."""
+    yardsticks: bool = True
+    """Also what the renderer draws in the methods' place, the judges' own errors, and how good curation was. They are
+    the same for all runs of one study, and take about as long as scoring a method."""
     tuning: Tuning = Tuning()
     adapter: Adapter = Adapter()
     pipeline: StockPipeline = StockPipeline()

@@ -202,7 +202,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     from diptych.evaluate import baselines, suites
 
     references = sum(suites.load(settings.suite).references(settings.samples).values())
-    methods = len(baselines.drawn(settings.methods))
+    methods = len(baselines.drawn(settings))
     return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 
