@@ -238,7 +238,8 @@ def test_a_lora_on_the_modulation_beside_a_gguf_file_is_refused_where_that_is_pr
         state = {f"{name}.lora_A.weight": torch.zeros(2, 32), f"{name}.lora_B.weight": torch.zeros(rows, 2)}
         save_file(state, tmp_path / f"{layer}.safetensors")
     options: Any = {"device": "cpu", "memory": "24", "fuse": True}
-    assert student.load(path, teacher, lora=tmp_path / "attn.to_q.safetensors", **options).memory.modulation.detached
+    held: Any = student.load(path, teacher, lora=tmp_path / "attn.to_q.safetensors", **options)
+    assert held.memory.modulation.detached
     with pytest.raises(UsageError, match=r"norm1\.linear\.safetensors adapts the modulation.*or use --memory 48"):
         student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **options)
     student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **{**options, "memory": "48"})
