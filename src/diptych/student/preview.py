@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
 
 Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
-FIT_PICTURES = 16
+FIT_PICTURES = 16  # of each kind
+FIT_SPOTS = (4, 8, 16)  # colours along a side: from soft to as fine as latents are
 FIT_LATENTS = 16  # side of a fitting picture, in latents
 
 
@@ -29,11 +30,14 @@ def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
     """(C + 1, 3): scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Least squares, seeded."""
     factor, side = pipe.vae_scale_factor, FIT_LATENTS
     generator = torch.Generator("cpu").manual_seed(0)
-    corners = 2 * torch.rand(FIT_PICTURES, 3, 4, 4, generator=generator) - 1
-    pixels = F.interpolate(corners, (factor * side, factor * side), mode="bilinear", align_corners=True)
-    latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
-    colours = F.avg_pool2d(pixels, factor).movedim(1, -1).reshape(-1, 3)
-    return torch.linalg.lstsq(_with_one(latents).reshape(-1, latents.shape[1] + 1), colours).solution
+    given, colours = [], []
+    for spots in FIT_SPOTS:
+        drawn = 2 * torch.rand(FIT_PICTURES, 3, spots, spots, generator=generator) - 1
+        pixels = F.interpolate(drawn, (factor * side, factor * side), mode="bilinear", align_corners=True)
+        latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
+        given.append(_with_one(latents).flatten(0, 2))
+        colours.append(F.avg_pool2d(pixels, factor).movedim(1, -1).flatten(0, 2))
+    return torch.linalg.lstsq(torch.cat(given), torch.cat(colours)).solution
 
 
 class Preview:
