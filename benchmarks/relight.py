@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import measuring
 import torch
@@ -33,8 +34,10 @@ def main() -> None:
     given = parser.parse_args()
     recipe = recipes.load(given.run / "recipe.yaml" if given.run else "pocket-relight")
     scenes = given.scenes or recipe.evaluate.relight or 150
-    methods = ["student" if given.run else "student_shipped"]
-    chosen = {"relight": scenes, "methods": methods}
+    chosen: dict[str, Any] = {"relight": scenes}
+    wanted = "student" if given.run else "student_shipped"
+    if not given.run or wanted not in recipe.evaluate.methods:  # else the run's own result is this one
+        chosen["methods"] = [wanted]
     recipe = settle(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
     folder = given.run or given.work
     with Display().stage("relight", "images") as report:

@@ -77,7 +77,12 @@ def test_a_gated_model_without_a_token_says_where_to_accept_its_licence(tmp_path
 
 @pytest.mark.parametrize(
     ("text", "path", "scale"),
-    [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors:0.5", "a.safetensors", 0.5), ("d/a:-1", "d/a", -1.0)],
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.5", "a.safetensors", 0.5),
+        ("d/a:-1", "d/a", -1.0),
+        ("~/a:2", str(Path.home() / "a"), 2.0),
+    ],
 )
 def test_a_lora_is_written_with_its_scale(text: str, path: str, scale: float) -> None:
     assert models.with_scale(text) == (Path(path), scale)
@@ -87,8 +92,9 @@ def test_a_colon_in_a_lora_file_that_exists_is_part_of_its_name(tmp_path: Path) 
     odd = tmp_path / "a:2"
     odd.write_text("")
     assert models.with_scale(str(odd)) == (odd, 1.0)
-    with pytest.raises(UsageError, match="after the last colon comes a scale"):
-        models.with_scale("a.safetensors:strong")
+    for scale in ("strong", "nan", "inf", ""):
+        with pytest.raises(UsageError, match="after the last colon comes a scale"):
+            models.with_scale(f"a.safetensors:{scale}")
 
 
 def test_a_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:

@@ -135,6 +135,18 @@ def test_less_memory_is_planned_for_what_takes_less(tmp_path: Path) -> None:
     assert spread["trained"] == pytest.approx(usual["trained"] / 8) and spread["weights"] < usual["weights"]
 
 
+def test_preference_draws_negatives_and_computes_both_sides_through_two_models(tmp_path: Path) -> None:
+    usual = plan("flux-subject", tmp_path)["stages"]["distill"]
+    sets = ("distill.init=some/student", "distill.preference={pairs: 5000}")
+    found = plan("flux-subject", tmp_path, *sets)["stages"]["distill"]
+    forward = plan("flux-subject", tmp_path)["stages"]["paint"]["flops_per_forward"]
+    assert found["flops_per_sample"] == pytest.approx(2 * (usual["flops_per_sample"] + forward), rel=0.05)
+    assert found["memory_of"]["activations"] == 2 * usual["memory_of"]["activations"]
+    assert found["memory_of"]["trained"] == pytest.approx(usual["memory_of"]["trained"] * 20 / 16)
+    assert found["disk"]["negatives"] == 5000 * 2048 * 64 * 4 and usual["disk"]["negatives"] == 0
+    assert found["epochs"] == found["samples"] / 5000
+
+
 def test_what_does_not_fit_the_device_is_said_with_its_cures(tmp_path: Path) -> None:
     assert not any("a device has" in note for note in plan("flux-subject", tmp_path)["notes"])
     sets = ("distill.gradient_checkpointing=false", "distill.micro_batch=null")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diptych import recipe as recipes
 from diptych.console import Display
+from diptych.data import log
 from diptych.data.scan import open_run
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError
@@ -30,6 +31,7 @@ from diptych.sections import Recipe
 
 ROWS = ("write", "paint", "curate")
 LATENTS = Path("student") / "training" / "latents"
+OF_ADAPTER = Path("baselines") / "adapter" / "latents"
 
 
 def ablate(
@@ -45,7 +47,8 @@ def ablate(
     Args:
         study: a file, or the name of one that ships.
         out: the study's folder.
-        base: a curated run to take prompts, grids and candidates from; None makes one in `out`.
+        base: a curated run to take prompts, grids and candidates from, whatever the study says of them; None makes one
+            in `out`.
         only: variants to run; the others are shown as far as they are.
         sets: keys laid over the recipe of every variant, as `"distill.steps=200"`.
 
@@ -56,7 +59,8 @@ def ablate(
     for name in only:
         if name not in plan.variants:
             raise UsageError(f"--only {name}: the study has {', '.join(plan.variants)}")
-    shared = ablations.overlay(plan.sets, *(recipes.parse_set(text) for text in sets))
+    said = plan.sets if base is None else _later(plan.sets)
+    shared = ablations.overlay(said, *(recipes.parse_set(text) for text in sets))
     if base is None:
         source, beside = out / "base", file.parent / plan.recipe
         start = recipes.load(beside if beside.is_file() else plan.recipe).values()
@@ -85,14 +89,23 @@ def place(out: Path, name: str, seed: int) -> Path:
 
 def _recipes(plan: Study, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> dict[tuple[str, int], Recipe]:
     """The recipe of every run, in the order in which they run."""
-    return {(name, s): _recipe(plan, name, s, base, shared, out, file) for s in plan.seeds for name in plan.variants}
+    return {(name, seed): _recipe(plan, name, seed, base, shared, out, file) for name, seed in plan.runs()}
+
+
+def _later(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study says of the stages after judging."""
+    limits = sets.get("curate", {}).get("thresholds")
+    later = {key: value for key, value in sets.items() if key not in ROWS}
+    return later | ({"curate": {"thresholds": limits}} if limits else {})
 
 
 def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> Recipe:
     """The recipe of one run. UsageError if it changes what comes before curation's thresholds."""
     variant = plan.variants[name]
     own = ablations.filled(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
-    fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": {"methods": [variant.method]}}
+    # One run is enough to show what the scores can reach and how good the judges are.
+    evaluate = {"methods": [variant.method], "yardsticks": (name, seed) == (plan.full, plan.seeds[0])}
+    fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": evaluate}
     recipe = recipes.check(ablations.overlay(base.values(), shared, own, fixed), f"{file}: variants.{name}")
     free = ("name", "distill.", "evaluate.", "curate.thresholds")
     if early := [key for key in base.differences(recipe) if not key.startswith(free)]:
@@ -108,19 +121,18 @@ def _run(plan: Study, name: str, seed: int, recipe: Recipe, source: Path, out: P
     # The first seed's candidates are this variant's, judged under its thresholds: linked, and not written again.
     whole = first != folder and (first / "pairs" / "manifest.json").is_file()
     derive(first if whole else source, recipe, folder, display)
-    method = plan.variants[name].method
-    if method == "adapter":
+    frozen, method = recipes.load(folder / "recipe.yaml"), plan.variants[name].method
+    if method == "student":
+        for cached in (place(out, plan.full, plan.seeds[0]), first):
+            _share_latents(cached / LATENTS, folder / LATENTS)
+        run(frozen, folder, ("distill",), display)
+    elif method == "adapter":
         from diptych.evaluate import adapter
 
-        frozen = recipes.load(folder / "recipe.yaml")
+        _share_latents(first / OF_ADAPTER, folder / OF_ADAPTER)
         with display.stage("adapter", "steps") as report:
             adapter.fit(frozen, folder, report)
-        run(frozen, folder, ("evaluate",), display)
-        return
-    full = place(out, plan.full, plan.seeds[0])
-    for cached in (full, first):
-        _share_latents(cached / LATENTS, folder / LATENTS)
-    run(recipes.load(folder / "recipe.yaml"), folder, ("distill", "evaluate"), display)
+    run(frozen, folder, ("evaluate",), display)
 
 
 def _share_latents(source: Path, target: Path) -> None:
@@ -150,21 +162,33 @@ def _write(plan: Study, out: Path) -> dict[str, Any]:
     return result
 
 
+class Scored(NamedTuple):
+    """A run that is scored."""
+
+    metrics: dict[str, Any]
+    lines: list[dict[str, Any]]  # one for each picture
+    seconds: float  # of training: of the run's student or adapter, of one subject, or none
+    method: str  # what of it is shown
+
+
 def table(plan: Study, out: Path) -> dict[str, Any]:
-    """All variants with a scored run: the main split, and the others under `splits`. `missing` are runs without one."""
+    """All variants with a scored run: the main split, and the others under `splits`. `missing` are runs without one,
+    `seconds` what all stages of all runs took that reached their end."""
     from diptych.evaluate.suites import MAIN
 
-    scored = {(n, s): found for n in plan.variants for s in plan.seeds if (found := _scores(plan, out, n, s))}
+    scored = {(n, s): found for n, s in plan.runs() if (found := _scores(plan, out, n, s))}
     result: dict[str, Any] = {"name": plan.name, "full": plan.full, "seeds": list(plan.seeds)}
-    result["missing"] = [f"{n} (seed {s})" for s in plan.seeds for n in plan.variants if (n, s) not in scored]
+    result["missing"] = [f"{n} (seed {s})" for n, s in plan.runs() if (n, s) not in scored]
     result |= {"variants": {}, "splits": {}, "machine": machine(), "versions": versions()}
+    result["seconds"] = round(_seconds(plan, out), 1)
     for name, variant in plan.variants.items():
         own = {seed: scored[name, seed] for seed in plan.seeds if (name, seed) in scored}
         if not own:
             continue
-        metrics = next(iter(own.values()))[0]
-        result |= {"suite": metrics["suite"], "version": metrics["version"]}
-        result |= {"subjects": metrics["identities"], "prompts": metrics["prompts"]}
+        metrics = next(iter(own.values())).metrics
+        if name == plan.full or "suite" not in result:
+            result |= {key: metrics[key] for key in ("suite", "version", "prompts")}
+            result["subjects"] = metrics["identities"]
         for split in (MAIN, *metrics["splits"]):
             found = _row(plan, name, variant, own, scored, split)
             if split == MAIN:
@@ -174,37 +198,65 @@ def table(plan: Study, out: Path) -> dict[str, Any]:
     return result
 
 
-def _row(plan: Study, name: str, variant: Variant, own: Any, scored: Any, split: str) -> dict[str, Any]:
-    """A variant's row on one split; compared with the full method on the seeds that both have."""
+def _row(
+    plan: Study,
+    name: str,
+    variant: Variant,
+    own: dict[int, Scored],
+    scored: dict[tuple[str, int], Scored],
+    split: str,
+) -> dict[str, Any]:
+    """A variant's row on one split; compared with the full method on the seeds that both have and the pictures that the
+    variant was asked for."""
     from diptych.evaluate.scoring import outcome
 
-    def outcomes(of: str, seeds: Sequence[int]) -> list[Any]:
-        return [outcome(scored[of, seed][1], plan.variants[of].method, split) for seed in seeds]
+    one = next(iter(own.values()))
+    asked = {line["id"] for line in one.lines}
 
-    times = next(iter(own.values()))[0]["settings"]["bootstrap"]
-    both = [seed for seed in own if name != plan.full and (plan.full, seed) in scored]
+    def outcomes(of: str, seeds: Sequence[int]) -> list[Any]:
+        found = (scored[of, seed] for seed in seeds)
+        return [outcome([x for x in each.lines if x["id"] in asked], each.method, split) for each in found]
+
+    times = one.metrics["settings"]["bootstrap"]
+    full = [seed for seed in plan.seeds if (plan.full, seed) in scored and (seed in own or not variant.seeded)]
     row = ablations.row(outcomes(name, list(own)), None, times)
-    if both:
-        compared = ablations.row(outcomes(name, both), outcomes(plan.full, both), times)
+    if full and name != plan.full:
+        both = list(own) if not variant.seeded else full
+        compared = ablations.row(outcomes(name, both), outcomes(plan.full, full), times)
         if "difference" in compared:
-            row["difference"] = {**compared["difference"], "seeds": len(both)}
-    row["training_seconds"] = round(sum(found[2] for found in own.values()) / len(own), 1)
+            row["difference"] = {**compared["difference"], "seeds": len(full)}
+    row["training_seconds"] = round(sum(each.seconds for each in own.values()) / len(own), 2)
+    row["seconds_per_image"] = one.metrics["methods"][one.method]["seconds_per_image"]
+    if variant.method == "tuned":
+        row |= {"picked": one.method, "sweep": {each: s["cp_pf"] for each, s in one.metrics["methods"].items()}}
     return {"about": variant.about, **row}
 
 
-def _scores(plan: Study, out: Path, name: str, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]], float] | None:
-    """Metrics, one line for each picture, and seconds of training; None for a run that is not scored."""
-    folder = place(out, name, seed)
-    adapted = plan.variants[name].method == "adapter"
-    trained = "baselines/adapter/adapter.json" if adapted else "student/training/summary.json"
+def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
+    """A run's scores; None if it is not scored."""
+    folder, method = place(out, name, seed), plan.variants[name].method
+    trained = {"adapter": "baselines/adapter/adapter.json", "student": "student/training/summary.json"}.get(method)
     try:
         metrics = json.loads((folder / "report" / "metrics.json").read_text("utf8"))
         text = (folder / "samples" / "scores.jsonl").read_text("utf8")
-        about = json.loads((folder / trained).read_text("utf8"))
+        about: dict[str, Any] = json.loads((folder / trained).read_text("utf8")) if trained else {"seconds": 0.0}
     except (OSError, ValueError):
         return None
-    lines = [json.loads(line) for line in text.splitlines()]
-    return metrics, lines, float(about.get("summary", about)["seconds"])
+    lines, methods = [json.loads(line) for line in text.splitlines()], metrics["methods"]
+    if method == "tuned":  # the best of the sweep, picked with the scores in sight: in the baseline's favour
+        method = max(methods, key=lambda each: methods[each]["cp_pf"])
+        about = {"seconds": methods[method]["seconds_per_subject"]}
+    return Scored(metrics, lines, float(about.get("summary", about)["seconds"]), method)
+
+
+def _seconds(plan: Study, out: Path) -> float:
+    """What the stages of the base, if it was made here, and of every run took."""
+    folders = [out / "base", *(place(out, name, seed) for name, seed in plan.runs())]
+    spent = sum(sum(log.seconds(folder).values()) for folder in folders)
+    for name, seed in plan.runs():
+        if plan.variants[name].method == "adapter" and (found := _scores(plan, out, name, seed)):
+            spent += found.seconds  # not a stage of the run
+    return spent
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,7 +104,8 @@ class Student:
             raise UsageError("a memory preset moves weights about, and several GPUs need them in place; choose one")
         if parallel:
             device = gpus.join(device)
-        with nullcontext() if progress_bar else quiet_bars():
+        said = _memory_said(f"loading {model}", f"use {_less(memory)}; `diptych doctor` says what this machine can do")
+        with nullcontext() if progress_bar else quiet_bars(), said:
             pipeline = load(
                 model,
                 base,
@@ -203,7 +205,7 @@ class Student:
         )
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            with _memory_said(canvas, len(batch)):
+            with _memory_said(*self._too_much(canvas, len(batch))):
                 drawn = self.pipeline(
                     prompt=[self._read(text) for _, text, _ in batch],
                     reference=[picture for picture, _, _ in batch],
@@ -280,6 +282,13 @@ class Student:
             self._projection = fit_projection(self.pipeline)
         return Preview(show, canvas, self._projection, every)
 
+    def _too_much(self, canvas: Canvas, count: int) -> tuple[str, str]:
+        """What was being drawn when memory ran out, and what to do."""
+        what = f"{count} pictures" if count > 1 else "a picture"
+        less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
+        instead = f"ask for {less}, or use {_less(self.pipeline.memory)}"
+        return f"drawing {what} of {canvas.panel_width}×{canvas.panel_height}", instead
+
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
         import diffusers
         import torch
@@ -287,15 +296,22 @@ class Student:
         from diptych import __version__
         from diptych.models import fingerprint
 
-        folders = [fingerprint(f) if _bytes(f) <= HASHED_BYTES else None for f in self.pipeline.loaded_from]
+        def hashed(place: Path) -> str | None:
+            return fingerprint(place) if _bytes(place) <= HASHED_BYTES else None
+
+        pipeline = self.pipeline
+        loras = [{"file": p.name, "scale": scale, "fingerprint": hashed(p)} for p, scale in pipeline.loras]
+        held = {} if pipeline.memory is None else {"memory": asdict(pipeline.memory.preset)}
         return {
             "model": self.name,
-            "fingerprints": folders,
+            "fingerprints": [hashed(folder) for folder in pipeline.loaded_from],
+            **({"loras": loras} if loras else {}),
+            **held,
             "width": image.width,
             "height": image.height,
-            "dtype": str(self.pipeline.transformer.dtype).removeprefix("torch."),
-            "device": self.pipeline.device.type,
-            "speed": self.pipeline.speed.changed(),
+            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+            "device": pipeline.device.type,
+            "speed": pipeline.speed.changed(),
             "versions": {"diptych": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
 
@@ -383,21 +399,23 @@ def _check_device(device: str | torch.device | None) -> None:
         )
 
 
+def _less(memory: object) -> str:
+    """What needs less memory than a student with this preset."""
+    return "--memory auto (in Python memory='auto')" if memory is None else "a smaller --memory"
+
+
 @contextmanager
-def _memory_said(canvas: Canvas, count: int) -> Iterator[None]:
+def _memory_said(doing: str, instead: str) -> Iterator[None]:
     """Says what to do when memory runs out."""
     import torch
 
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
             raise
-        what = f"{count} pictures" if count > 1 else "a picture"
-        less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
-        raise UserError(
-            f"memory ran out drawing {what} of {canvas.panel_width}×{canvas.panel_height}; ask for {less}"
-        ) from error
+        raise UserError(f"memory ran out {doing}; {instead}") from error
 
 
 def _bytes(folder: Path) -> int:

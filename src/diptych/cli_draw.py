@@ -26,6 +26,7 @@ from diptych.cli_options import (
     Steps,
     Switch,
     TextGuidance,
+    opened,
 )
 from diptych.errors import UsageError
 from diptych.student import speed as speeds
@@ -287,20 +288,8 @@ def _load(
     from diptych.models import with_scale
 
     speeds.parse(speed, switch or ())  # a misspelt one is told before anything is loaded
-    given = [with_scale(one) for one in lora or ()]
-    display.say(f"loading {model}")
-    from diptych.api import Student
-
-    return Student.load(
-        model,
-        base,
-        device=device,
-        lora=given,
-        memory=memory,
-        speed=speed,
-        switches=switch or (),
-        progress_bar=False,
-    )
+    loading = {"model": model, "base": base, "device": device, "memory": memory, "speed": speed}
+    return opened(display, loading, lora=[with_scale(one) for one in lora or ()], switches=switch or ())
 
 
 def _name(light: str, seed: int) -> str:

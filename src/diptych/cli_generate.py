@@ -28,6 +28,7 @@ from diptych.cli_options import (
     Steps,
     Switch,
     TextGuidance,
+    opened,
 )
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
@@ -152,13 +153,7 @@ def generate(
         plan = _enhanced(plan, enhance_endpoint, enhance_model, (model, base), several, display)
 
     def load() -> Any:
-        display.say(f"loading {model}")
-        from diptych.api import Student
-
-        student = Student.load(**loading, parallel=several, progress_bar=False)
-        if student.pipeline.memory is not None:
-            display.say(student.pipeline.memory.reason)
-        return student
+        return opened(display, loading, parallel=several)
 
     try:
         with open_engine(engine, address) as machines:

@@ -1,8 +1,9 @@
-"""Options that several commands share: one wording, one meaning. The names are the field's."""
+"""Options that several commands share: one wording, one meaning; and the student that they open. The names are the
+field's."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,3 +52,14 @@ Fit = Annotated[
 Background = Annotated[
     str | None, typer.Option("--background", help="Colour under a transparent reference [default: white].")
 ]
+
+
+def opened(display: Any, loading: dict[str, Any], **more: Any) -> Any:
+    """`Student.load` with the arguments `loading` and `more`; says what is opened, and what a memory preset chose."""
+    display.say(f"loading {loading['model']}")
+    from diptych.api import Student
+
+    student = Student.load(**loading, **more, progress_bar=False)
+    if student.pipeline.memory is not None:
+        display.say(student.pipeline.memory.reason)
+    return student

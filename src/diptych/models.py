@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -64,14 +65,17 @@ def resolve(name: str, role: str) -> Path:
 def with_scale(text: str) -> tuple[Path, float]:
     """A LoRA as one writes it, `PATH` or `PATH:SCALE`, as (path, scale); UsageError for a scale that is no number."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or Path(text).expanduser().exists():
+        return Path(text).expanduser(), 1.0
     try:
-        return Path(path), float(scale)
-    except ValueError as error:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise UsageError(
             f"--lora {text}: there is no such file, and after the last colon comes a scale, for instance {path}:0.8"
-        ) from error
+        )
+    return Path(path).expanduser(), number
 
 
 def _download(name: str, role: str) -> Path:

@@ -39,6 +39,7 @@ from diptych.student import parallel
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
+ALIGNED = 2  # the same, for what curation does with aligned panels alone
 # Keys whose `auto` is settled by the machine that starts a run.
 OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"))  # `auto` is settled when a run is frozen
 
@@ -299,6 +300,7 @@ class Pipeline:
         elif stage == "curate":
             judge = self._model(recipe.curate.judge, "curator")
             settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]
+            settings += [f"aligned {ALIGNED}"] if self.task.geometry == "aligned" else []
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
             if decided := decisions.read(self.folder):
@@ -373,8 +375,11 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe
     """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
 
     What is left open (`settle`) becomes what the machine that paints has, and on a later call what the folder says;
-    what is asked of a cluster (`ray`) is this call's. Raises UsageError with the keys that differ.
+    what is asked of a cluster (`ray`) is this call's, and so are the keys of training that change none of its weights
+    so far (`train.options.may_change`). Raises UsageError with the keys that differ.
     """
+    from diptych.train.options import may_change
+
     path = folder / "recipe.yaml"
     if not path.exists():
         if unsettled(recipe):
@@ -390,6 +395,8 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe
         if getattr(mine := kept.get(section, getattr(recipe, section)), key) == "auto":
             kept[section] = mine.model_copy(update={key: getattr(getattr(frozen, section), key)})
     wanted = recipe.model_copy(update=kept)
+    told = {key: getattr(recipe.distill, key) for key in may_change(frozen.distill, recipe.distill)}
+    before, frozen = frozen, frozen.model_copy(update={"distill": frozen.distill.model_copy(update=told)})
     if differ := frozen.differences(wanted):
         there, here = frozen.flat(), wanted.flat()
         shown = [f"{key} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)" for key in differ[:6]]
@@ -398,6 +405,8 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe
             f"{folder} was made by another recipe: {', '.join(shown)}{more}; choose another --out, "
             f"or continue with {path}"
         )
+    if frozen != before:
+        write_atomic(path, frozen.dump().encode())
     return frozen.model_copy(update={"ray": recipe.ray})
 
 

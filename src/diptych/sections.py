@@ -382,6 +382,9 @@ class Distill(Section):
     """Steps between validations, at fixed noise levels."""
     validation_pairs: int = Field(default=32, ge=0)
     """Pairs held out of training for it."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights become the student: the last step's, or those with the best validation loss. It may be changed when
+    the training is finished."""
     sample_every: int = Field(default=1000, ge=0)
     """Steps between sample sheets; 0 is only the last."""
     init: str | None = None
@@ -525,6 +528,9 @@ class Evaluate(Section):
     """The judge that scores; never the one that curated."""
     reader: str = Field(default="pocket", min_length=1)
     """The model that reads what a picture shows."""
+    yardsticks: bool = True
+    """Also what the renderer draws in the methods' place, the judges' own errors, and how good curation was. They are
+    the same for all runs of one study, and take about as long as scoring a method."""
     tuning: Tuning = Tuning()
     adapter: Adapter = Adapter()
     pipeline: StockPipeline = StockPipeline()

@@ -110,3 +110,12 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
         open_pairs(str(tmp_path))
     with pytest.raises(UsageError, match="nosuch"):
         open_pairs("nosuch://bucket/data")
+    cell = [{"bytes": png(9), "path": None}]
+    pq.write_table(pa.table({"conditioning": cell, "image": cell, "caption": ["a cat"]}), tmp_path / "broken.parquet")
+    data, whole = open_pairs(str(tmp_path)), (tmp_path / "broken.parquet").read_bytes()
+    (tmp_path / "broken.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    with pytest.raises(UserError, match=r"broken\.parquet is not a readable parquet file"):
+        data.read_shard(0)
+    (tmp_path / "broken.parquet").unlink()
+    with pytest.raises(UserError, match=r"broken\.parquet is missing"):
+        data.read_shard(0)

@@ -93,6 +93,19 @@ def test_a_changed_part_is_found_by_its_hash(url: str) -> None:
         data.verify()
 
 
+def test_a_part_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
+    data = Dataset(tmp_path, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    part = tmp_path / "part-00000.parquet"
+    whole = part.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    part.write_bytes(whole[:4] + b"\xff" * (footer - 4) + whole[footer:])
+    assert data.shards_done("f") == {0}  # its footer is there
+    for read in (lambda: data.read_shard(0), lambda: list(data), lambda: data.columns("id")):
+        with pytest.raises(UserError, match=r"part-00000\.parquet is not a readable parquet file .*; remove it"):
+            read()
+
+
 def test_a_part_that_was_cut_is_named(tmp_path: Path) -> None:
     data = Dataset(tmp_path, PROMPTS)
     data.write_shard(0, [prompt(0)], "f")

@@ -44,6 +44,7 @@ def test_every_variant_of_a_study_that_ships_is_a_recipe(name: str) -> None:
         own = ablations.filled(variant.sets, dict.fromkeys(variant.needs(), Path("elsewhere")))
         recipes.check(ablations.overlay(start, study.sets, own, {"name": label}), name)
     assert {"full", "no-curation", "right-panel-only", "channel", "adapter", "sfo"} <= set(study.variants)
+    assert {"text_only", "inpaint", "copy", "tuned"} <= {variant.method for variant in study.variants.values()}
     assert len(study.seeds) >= 3
 
 
@@ -88,7 +89,13 @@ def test_a_row_is_the_mean_of_its_seeds_and_its_difference_is_paired() -> None:
     # Each alone is as uncertain as its subjects are different; their difference is not.
     width = row["ci95"]["cp_pf"][1] - row["ci95"]["cp_pf"][0]
     assert gap["ci95"][1] - gap["ci95"][0] < 0.5 * width
-    assert ablations.row(full, full, TIMES)["difference"] == {"cp_pf": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+    assert ablations.row(full, full, TIMES)["difference"] == {
+        "cp_pf": 0.0,
+        "ci95": [0.0, 0.0],
+        "p": 1.0,
+        "apart": False,
+    }
+    assert ablations.row([outcome(0.1, 7)], full, TIMES)["difference"]["apart"]
 
 
 def test_trainings_that_differ_widen_the_interval() -> None:

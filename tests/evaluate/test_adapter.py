@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import adapter, baselines
 from diptych.evaluate.baselines import Context
+from diptych.pocket.world import PANEL
 
 DISTILL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 1, "ema": 0.5}
 DISTILL |= {"validation_pairs": 2, "validate_every": 4, "sample_every": 0, "precision": "float32"}
@@ -62,12 +63,12 @@ def test_a_new_adapter_changes_nothing(teacher: Path, judges: Path, clip: Path, 
     recipe = make_recipe(teacher, judges, clip)
     pipe = baselines.open_teacher(recipe)
     sample = suite.samples(2, 1)[0]
-    noise = baselines.noise(pipe, [3], 32, 32)
-    (before,) = baselines.draw(pipe, [sample.prompt], 32, 32, noise, recipe)
+    noise = baselines.noise(pipe, [3], PANEL, PANEL)
+    (before,) = baselines.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe)
     adapter.put(pipe, adapter.start(pipe, 12, 0))
     seen = [torch.randn(1, 1, 12)]
     more = {"ip_adapter_image_embeds": seen, "negative_ip_adapter_image_embeds": seen}
-    (after,) = baselines.draw(pipe, [sample.prompt], 32, 32, noise, recipe, **more)
+    (after,) = baselines.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe, **more)
     assert np.abs(np.asarray(before, float) - np.asarray(after, float)).max() <= 1
 
 
@@ -101,9 +102,9 @@ def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any,
     (again,) = baselines.draw(
         pipe,
         [samples[1].prompt],
-        32,
-        32,
-        baselines.noise(pipe, [4], 32, 32),
+        PANEL,
+        PANEL,
+        baselines.noise(pipe, [4], PANEL, PANEL),
         recipe,
         ip_adapter_image=references[1],
         negative_ip_adapter_image_embeds=[torch.zeros(1, 1, 12)],

@@ -14,6 +14,7 @@ from PIL import Image
 from diptych.errors import UserError
 from diptych.evaluate import baselines
 from diptych.evaluate.baselines import Context
+from diptych.pocket.world import PANEL
 from diptych.student.geometry import Canvas, split_tokens
 
 
@@ -35,9 +36,9 @@ def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, 
     method = baselines.TextOnly(context)
     seen = [suite.picture(s) for s in samples]
     with_it = method.generate(seen, samples, [3, 4])
-    without = method.generate([Image.new("RGB", (32, 32))] * 2, samples, [3, 4])
+    without = method.generate([Image.new("RGB", (PANEL, PANEL))] * 2, samples, [3, 4])
     assert [i.tobytes() for i in with_it] == [i.tobytes() for i in without]
-    assert with_it[0].size == (32, 32) and with_it[0].tobytes() != with_it[1].tobytes()
+    assert with_it[0].size == (PANEL, PANEL) and with_it[0].tobytes() != with_it[1].tobytes()
 
 
 def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
@@ -47,13 +48,13 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
     references = [suite.picture(s) for s in samples]
     prompts = [s.grid_prompt for s in samples]
     latents = method.grids(references, prompts, [3, 4], output_type="latent")
-    left, right = split_tokens(torch.stack(latents), Canvas(32, 32, 4))
+    left, right = split_tokens(torch.stack(latents), Canvas(PANEL, PANEL, 4))
     z = baselines.encode(context.teacher(), references)
     assert torch.equal(left, z) and (right - z).abs().mean() > 0.1
     grids = method.grids(references, prompts, [3, 4])
-    assert grids[0].size == (64, 32)
+    assert grids[0].size == (2 * PANEL, PANEL)
     drawn = method.generate(references, samples, [3, 4])
-    assert [d.tobytes() for d in drawn] == [g.crop((32, 0, 64, 32)).tobytes() for g in grids]
+    assert [d.tobytes() for d in drawn] == [g.crop((PANEL, 0, 2 * PANEL, PANEL)).tobytes() for g in grids]
 
 
 def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite: Any) -> None:
@@ -94,6 +95,7 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
 def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
     from diptych.stages.distill import start
     from diptych.train import parts
+    from diptych.train.lora import save_lora
     from diptych.train.options import Options
 
     cpu = torch.device("cpu")
@@ -102,7 +104,7 @@ def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: 
     trained = parts.select(pipe.transformer, options, "float32", cpu)
     folder = context.run_dir / "lora"
     folder.mkdir()
-    parts.save_lora(pipe.transformer, trained, options, folder, {})
+    save_lora(pipe.transformer, trained, options, folder, {})
     opened = baselines.open_student(folder, str(teacher), context.recipe)
     assert opened.transformer.config.in_channels == 64
     assert not getattr(opened.transformer, "peft_config", None)

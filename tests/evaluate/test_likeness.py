@@ -10,6 +10,7 @@ from PIL import Image
 
 from diptych.evaluate import likeness
 from diptych.pocket import world
+from diptych.pocket.world import PANEL
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def test_ssim_is_the_paper_s_formula(renders: list[Image.Image]) -> None:
     window = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
     found = []
-    for y in range(32 - 10):
-        for x in range(32 - 10):
+    for y in range(PANEL - 10):
+        for x in range(PANEL - 10):
             for c in range(3):
                 p, q = a[0, y : y + 11, x : x + 11, c], b[0, y : y + 11, x : x + 11, c]
                 mp, mq = (window * p).sum(), (window * q).sum()

@@ -14,6 +14,7 @@ from PIL import Image
 from diptych.errors import UsageError
 from diptych.evaluate import pipelines
 from diptych.evaluate.baselines import Context
+from diptych.pocket.world import PANEL
 
 
 def bare(name: str) -> Any:
@@ -116,7 +117,7 @@ def test_a_stock_pipeline_answers_samples_from_their_references(
     samples = suite.samples(2, 1)[:2]
     references = [suite.picture(s) for s in samples]
     drawn = method.generate(references, samples, [3, 4])
-    assert [image.size for image in drawn] == [(32, 32)] * 2 and drawn[0].mode == "RGB"
+    assert [image.size for image in drawn] == [(PANEL, PANEL)] * 2 and drawn[0].mode == "RGB"
     assert method.generate(references[:1], samples[:1], [3])[0].tobytes() == drawn[0].tobytes()  # seeds hold
     assert method.generate(references[:1], samples[:1], [4])[0].tobytes() != drawn[0].tobytes()
     other = method.generate(references[1:], samples[:1], [3])[0]

@@ -15,6 +15,7 @@ from diptych.errors import UsageError
 from diptych.evaluate import baselines, panel, tuning
 from diptych.evaluate.baselines import Context
 from diptych.evaluate.tuning import Tuned
+from diptych.pocket.world import PANEL
 from diptych.train.objective import image_ids
 
 TUNING = {"learning_rates": [0.01], "steps": [1, 3], "rank": 4, "batch_size": 4, "crops": 4}
@@ -72,7 +73,9 @@ def test_the_files_are_what_stock_diffusers_opens_and_draws_with(
     pipe = baselines.open_teacher(here.recipe)
     own = next(p for p in weights(tmp_path) if "0.01-3" in str(p) and "identities-001" in str(p))
     pipe.load_lora_weights(own.parent)
-    (again,) = baselines.draw(pipe, [samples[2].prompt], 32, 32, baselines.noise(pipe, [5], 32, 32), here.recipe)
+    (again,) = baselines.draw(
+        pipe, [samples[2].prompt], PANEL, PANEL, baselines.noise(pipe, [5], PANEL, PANEL), here.recipe
+    )
     assert np.abs(np.asarray(again, float) - np.asarray(drawn[2], float)).max() <= 2
     # The third sample's subject was not the others', and the teacher alone draws something else.
     swapped = method.generate([references[0]], [samples[0]], [5])[0]
@@ -86,7 +89,7 @@ def test_training_brings_the_model_nearer_to_its_picture(
 ) -> None:
     tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[30]))
     reference = suite.picture(samples[0])
-    canvas = panel.canvas(tuner.pipe, 32, 32)
+    canvas = panel.canvas(tuner.pipe, PANEL, PANEL)
     generator = torch.Generator().manual_seed(0)
     clean = panel.encode_pixels(tuner.pipe, tuning.views(reference, 2, generator))
     noise = torch.randn(clean.shape, generator=generator)
@@ -134,7 +137,7 @@ def test_a_subject_is_called_what_the_prompt_calls_it(suite: Any) -> None:
 def test_views_begin_with_the_picture_and_its_mirror_image(suite: Any, samples: Any) -> None:
     reference = suite.picture(samples[0])
     made = tuning.views(reference, 5, torch.Generator().manual_seed(0))
-    assert made.shape == (5, 3, 32, 32)
+    assert made.shape == (5, 3, PANEL, PANEL)
     assert torch.equal(made[1], made[0].flip(-1)) and not torch.equal(made[2], made[0])
 
 

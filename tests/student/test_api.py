@@ -169,6 +169,34 @@ def test_memory_that_runs_out_says_what_to_ask_for_instead(student, pictures):
         student.generate(pictures[0], "a cat", steps=1, callback_on_step_end=other)
 
 
+def test_memory_that_runs_out_while_loading_names_the_presets(student_folder, teacher, monkeypatch):
+    import torch
+
+    from diptych.student.pipeline import DiptychPipeline
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(DiptychPipeline, "to", full)
+    with pytest.raises(UserError, match=r"memory ran out loading .*; use --memory auto .*diptych doctor"):
+        Student.load(student_folder, base=teacher, device="cpu")
+
+
+def test_a_picture_says_which_loras_were_on_it_and_how_strong(student_folder, teacher, pictures, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    name, path = "transformer.transformer_blocks.0.attn.to_q", tmp_path / "style.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}, path)
+    drawn = Student.load(student_folder, base=teacher, device="cpu", lora=[(path, 0.5)]).generate(
+        None, "a cat", steps=1
+    )
+    (told,) = drawn.info["loras"]
+    assert (told["file"], told["scale"], len(told["fingerprint"])) == ("style.safetensors", 0.5, 64)
+    plain = Student.load(student_folder, base=teacher, device="cpu").generate(None, "a cat", steps=1)
+    assert "loras" not in plain.info and "memory" not in plain.info
+
+
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
     import torch
 

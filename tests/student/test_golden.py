@@ -98,6 +98,11 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
         "original keys": (folder / "original.safetensors", base, True),
         "control-lora": (folder / "control-lora", base, False),
     }
+    convert(GOLDEN / "dsd_model", folder / "file.safetensors", "file", fuse_lora=True)
+    found["converted file"] = (folder / "file.safetensors", GOLDEN / "base", False)
+    for style in ("comfyui", "kohya"):
+        convert(folder / "control-lora", folder / f"{style}.safetensors", f"lora-{style}")
+        found[f"{style} control-lora"] = (folder / f"{style}.safetensors", base, False)
     for kind, keys in (("F32", state), ("F16", original_keys(state)), ("Q8_0", original_keys(state))):
         found[f"gguf {kind}"] = (write_gguf(folder / f"{kind}.gguf", keys, kind), base, True)
     return found
@@ -109,6 +114,9 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
         ("released file", 1e-5),
         ("original keys", 1e-5),
         ("control-lora", 1e-5),
+        ("converted file", 1e-5),
+        ("comfyui control-lora", 1e-5),
+        ("kohya control-lora", 1e-5),
         ("gguf F32", 1e-5),
         ("gguf F16", F16_BOUND),
         ("gguf Q8_0", Q8_BOUND),

@@ -192,7 +192,10 @@ def test_missing_base_and_missing_parts_say_what_to_give(student_folder, teacher
     with pytest.raises(UserError, match=r"neither .* has scheduler, vae"):
         student.load(student_folder, tmp_path, device="cpu")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no transformer/ folder"):
+    with pytest.raises(UserError, match=r"no transformer/ folder.*is the download complete"):
+        student.load(tmp_path / "empty", teacher, device="cpu")
+    save_file({"x": torch.zeros(1)}, tmp_path / "empty" / "mine.safetensors")
+    with pytest.raises(UserError, match=r"no transformer/ folder.*give its file, .*mine\.safetensors"):
         student.load(tmp_path / "empty", teacher, device="cpu")
     with pytest.raises(UsageError, match="unknown student model 'nosuch'"):
         student.load("nosuch", teacher)
@@ -334,6 +337,19 @@ def test_another_kind_of_transformer_is_refused(student_folder, teacher, tmp_pat
     config.write_text(config.read_text().replace("FluxTransformer2DModel", "SD3Transformer2DModel"))
     with pytest.raises(UserError, match="SD3Transformer2DModel, not a FLUX"):
         student.load(folder, teacher, device="cpu")
+
+
+def test_weights_that_were_saved_quantized_or_pickled_are_refused_with_what_to_give(student_folder, teacher, tmp_path):
+    folder = copy(student_folder, tmp_path / "nf4")
+    config = folder / "transformer" / "config.json"
+    said = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}}
+    config.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="saved quantized by bitsandbytes; give those they were made from"):
+        student.load(folder, teacher, device="cpu")
+    base = copy(teacher, tmp_path / "base")
+    (base / "text_encoder_2" / "model.safetensors").rename(base / "text_encoder_2" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"text_encoder_2 holds only pickled weights.*convert to safetensors"):
+        student.load(student_folder, base, device="cpu")
 
 
 def test_a_transformer_folder_itself_is_a_model(student_folder, teacher):

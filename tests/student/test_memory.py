@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,19 @@ def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, p
     assert kept < 0.75 * sum(p.numel() for p in pipe.transformer.parameters())
 
 
+def test_staged_text_encoders_are_opened_for_new_prompts_only(load, pictures, monkeypatch):
+    from diptych.student import components
+
+    opened, held = [], load(Preset(staged=True))
+    really = components.open_part
+    monkeypatch.setattr(components, "open_part", lambda part, *rest: opened.append(part) or really(part, *rest))
+    first = latents(held, pictures)  # two prompts and "", in two calls of the encoders that are open by then
+    assert opened == ["text_encoder", "text_encoder_2"]
+    assert torch.equal(latents(held, pictures), first)
+    held("a cat", reference=pictures[0], generator=0, num_inference_steps=1, output_type="latent")
+    assert opened == 2 * ["text_encoder", "text_encoder_2"]
+
+
 def test_projections_are_not_fused_where_the_transformer_leaves_the_device_for_new_prompts(load):
     held = load(Preset(staged=True))
     assert speed.apply(held, speed.Speed(fused_qkv=True)) == []  # on a CPU it stays where it is
@@ -211,6 +226,35 @@ def test_gguf_keeps_its_weights_and_its_modulation_is_precomputed_from_them(teac
     )
 
 
+def test_a_lora_on_the_modulation_beside_a_gguf_file_is_refused_where_that_is_precomputed(teacher, pipe, tmp_path):
+    pytest.importorskip("gguf")
+    from safetensors.torch import save_file
+
+    from layouts import write_gguf
+
+    path = write_gguf(tmp_path / "student.gguf", dict(pipe.transformer.state_dict()), "Q8_0")
+    for layer, rows in (("attn.to_q", 32), ("norm1.linear", 192)):
+        name = f"transformer.transformer_blocks.0.{layer}"
+        state = {f"{name}.lora_A.weight": torch.zeros(2, 32), f"{name}.lora_B.weight": torch.zeros(rows, 2)}
+        save_file(state, tmp_path / f"{layer}.safetensors")
+    options: Any = {"device": "cpu", "memory": "24", "fuse": True}
+    assert student.load(path, teacher, lora=tmp_path / "attn.to_q.safetensors", **options).memory.modulation.detached
+    with pytest.raises(UsageError, match=r"norm1\.linear\.safetensors adapts the modulation.*or use --memory 48"):
+        student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **options)
+    student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **{**options, "memory": "48"})
+
+
+def test_a_damaged_text_encoder_is_told_at_once_though_it_is_opened_later(student_folder, teacher, tmp_path):
+    base = shutil.copytree(teacher, tmp_path / "base")
+    weights = base / "text_encoder_2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"text_encoder_2/model\.safetensors.*not a whole safetensors file"):
+        student.load(student_folder, base, device="cpu", memory="24")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"text_encoder_2/model\.safetensors is missing"):
+        student.load(student_folder, base, device="cpu", memory="24")
+
+
 def test_staged_text_encoders_take_no_lora_of_their_own(load, tmp_path):
     from safetensors.torch import save_file
 
@@ -241,6 +285,21 @@ def test_on_a_cpu_what_waits_counts_too():
     tabled, whole = (plan(FLUX, Preset(modulation=on), device="cpu", dtype_bytes=4) for on in (True, False))
     assert isinstance(tabled, Plan) and tabled.host == 0
     assert tabled.stages["denoise"] == whole.stages["denoise"] + tabled.table
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a cat"], ["relight", "--light", "red"]])
+def test_commands_say_what_was_chosen_and_the_picture_does(
+    command, student_folder, teacher, pictures, tmp_path, capsys
+):
+    from diptych.data.images import read_provenance
+
+    pictures[0].save(tmp_path / "r.png")
+    model = ["--model", str(student_folder), "--base", str(teacher), "--device", "cpu", "--memory", "12"]
+    asked = [*command, *model, "--reference", str(tmp_path / "r.png"), "--steps", "1"]
+    assert cli.call([*asked, "--out", str(tmp_path / "o.png")]) == 0
+    assert "memory 12: transformer fp8" in capsys.readouterr().err
+    told = read_provenance(tmp_path / "o.png")
+    assert told is not None and told["memory"] == json.loads(json.dumps(asdict(PRESETS["12"][0])))
 
 
 def test_the_command_refuses_an_unknown_size_before_loading(capsys, tmp_path):

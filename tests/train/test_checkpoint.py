@@ -29,7 +29,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "ema.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "scratch", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -38,6 +38,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     data = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
+    elif damage == "scratch":  # which is no UTF-8 either
+        data[len(data) // 2] = 0xFF
+        path.write_bytes(data)
     elif damage == "flip":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -86,6 +89,17 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
         write(tmp_path, step, keep=2, best=step == 2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000005", "step-000006"]
     assert (pointer(tmp_path, LATEST), pointer(tmp_path, BEST)) == ("step-000006", "step-000002")
+
+
+def test_a_later_one_that_is_damaged_takes_no_good_ones_place(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    (write(tmp_path, 10) / "weights.safetensors").write_bytes(b"half")
+    found = load(tmp_path)
+    assert found is not None and found.step == 5
+    write(tmp_path, 6, keep=1)  # it goes on from there, with another checkpoint_every
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000006"]
+    found = load(tmp_path)
+    assert found is not None and found.step == 6
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:

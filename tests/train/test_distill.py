@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from diptych.console import Display
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.recipe import load as load_recipe
 from diptych.run import run
 from diptych.stages.distill import distill, finish
-from diptych.train import checkpoint
+from diptych.train import checkpoint, latents, processes, text
 from diptych.train.loop import Trainer, train
+from diptych.train.options import Options, Preference, identity, may_change
 
 
 def test_the_student_is_an_ordinary_folder_that_stock_diffusers_opens(straight: Any) -> None:
@@ -81,7 +84,7 @@ def test_ctrl_c_saves_a_checkpoint_that_goes_on_exactly(world: Any, straight: An
     out = tmp_path / "student"
     recipe = tiny_run.make_recipe(world.teacher)
 
-    def press(step: int, total: int, text: str) -> None:
+    def press(step: int, total: int, said: str) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -102,7 +105,7 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(world: Any, strai
     class Stop(Exception):
         pass
 
-    def stop(step: int, total: int, text: str) -> None:
+    def stop(step: int, total: int, said: str) -> None:
         if step == 9:
             raise Stop
 
@@ -152,6 +155,21 @@ def test_more_steps_continue_a_finished_training(world: Any, straight: Any, tmp_
     distill(tiny_run.make_recipe(world.teacher, steps=8), world.pairs, out)
     distill(tiny_run.make_recipe(world.teacher, steps=12), world.pairs, out)
     assert kills.result(out) == kills.result(straight.out)
+
+
+def test_the_best_checkpoint_can_be_the_student(world: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out, keep = tmp_path / "out", {"keep": 3}
+    distill(tiny_run.make_recipe(world.teacher, **keep), world.pairs, out)
+    (out / "training" / checkpoint.BEST).write_text("step-000004")  # as if it had got worse from there
+    summary = distill(tiny_run.make_recipe(world.teacher, **keep, export="best"), world.pairs, out)
+    lines = {line["step"]: line for line in kills.result(out)[0]}
+    assert (summary["exported"], summary["steps"]) == (4, 12)
+    assert summary["validation"] == lines[4]["validation"]
+    saved = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    best = checkpoint.read(out / "training" / "step-000004").tensors["ema"]
+    assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in saved)
 
 
 def test_too_few_pairs_are_refused_with_advice(world: Any, tmp_path: Path) -> None:
@@ -205,6 +223,50 @@ def test_a_step_that_goes_wrong_leaves_a_report_of_its_batch(world: Any, tmp_pat
     assert len(report["batch"]) == 4 and {one["id"] for one in report["batch"]} <= ids
 
 
+def test_what_the_guard_has_seen_is_in_the_checkpoint(world: Any, tmp_path: Path) -> None:
+    job = tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(job)
+    trainer.advance(trainer.assemble(1))
+    trainer.guard.spikes = 2
+    trainer.save()
+    again = Trainer(tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out"))
+    assert (again.step, again.guard.spikes, again.guard.recent) == (1, 2, trainer.guard.recent)
+
+
+def test_a_damaged_latent_is_made_anew(
+    world: Any, straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, recipe = tmp_path / "student", tiny_run.make_recipe(world.teacher)
+    tiny_run.prepare(recipe, world.pairs, out)
+    newest = max((out / "training" / "latents").rglob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    distill(recipe, world.pairs, out)
+    assert f"{newest} is damaged" in caplog.text
+    assert kills.result(out) == kills.result(straight.out)
+
+
+def test_what_does_not_fit_into_memory_is_read_and_encoded_as_it_is_needed(
+    world: Any, straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "IN_MEMORY", 0)
+    monkeypatch.setattr(text, "IN_MEMORY", 0)
+    recipe = tiny_run.make_recipe(world.teacher)
+    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, text.Online)
+    distill(recipe, world.pairs, tmp_path / "out")
+    got, wanted = ([line["loss"] for line in kills.result(out)[0]] for out in (tmp_path / "out", straight.out))
+    assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_encoded(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "join", lambda device: (processes.Processes(0, 3), device))
+    with pytest.raises(UsageError, match="batch_size 4 does not divide among 3 processes"):
+        distill(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vanished_shard_is_named(world: Any, tmp_path: Path) -> None:
     pairs = tiny_run.make_pairs(tmp_path / "pairs")
     (shard,) = (tmp_path / "pairs").glob("*00001.parquet")
@@ -234,17 +296,22 @@ def test_bfloat16_computes_nearly_the_same_loss(world: Any, straight: Any, tmp_p
     assert rough[0]["loss"] != exact[0]["loss"]
 
 
-def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: Any) -> None:
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: Any, tmp_path: Path, mode: str) -> None:
     from PIL import Image
 
     from diptych import student
     from diptych.data.images import read_provenance
 
-    path = straight.out / "training" / "samples" / "step-000012.png"
+    out = straight.out
+    if mode == "lora":
+        out = tmp_path / "lora"
+        distill(tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2), world.pairs, out)
+    path = out / "training" / "samples" / "step-000012.png"
     sheet, made_by = Image.open(path).convert("RGB"), read_provenance(path)
     assert made_by is not None
     captions = {row["id"]: row["caption"] for row in world.pairs}
-    pipe = student.load(straight.out, device="cpu")
+    pipe = student.load(out, base=world.teacher, device="cpu")
     side = tiny_run.PANEL
     for line, name in enumerate(made_by["pairs"]):
         reference = sheet.crop((0, line * side, side, (line + 1) * side))
@@ -254,10 +321,12 @@ def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: An
 
 
 def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any, tmp_path: Path) -> None:
+    import numpy as np
     from diffusers import FluxControlPipeline
+    from PIL import Image
 
     from diptych import student
-    from diptych.student.geometry import Canvas
+    from diptych.student.geometry import Canvas, split_panels
     from diptych.train import parts
 
     out = tmp_path / "lora"
@@ -279,11 +348,11 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     given = {"num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     given |= {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "height": canvas.height, "width": canvas.width}
 
-    def draw(pipe: Any) -> torch.Tensor:
+    def draw(pipe: Any, **other: Any) -> torch.Tensor:
         # Stock diffusers samples the posterior of a control *image*; condition latents go in as they are.
         pipe.prepare_image = lambda *_, **__: condition
         pipe.set_progress_bar_config(disable=True)
-        return pipe(control_image=condition, **given).images
+        return pipe(control_image=condition, **given | other).images
 
     stock = FluxControlPipeline.from_pretrained(world.teacher)
     stock.load_lora_weights(str(out))
@@ -293,6 +362,14 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     torch.testing.assert_close(draw(stock), wanted, rtol=1e-4, atol=1e-5)
     reopened = student.load(out, base=world.teacher, device="cpu")
     torch.testing.assert_close(draw(FluxControlPipeline(**reopened.components)), wanted, rtol=1e-4, atol=1e-5)
+    # The sheet's first line, from the same latents, condition latents and embeddings.
+    sheet, side, ours = Image.open(out / "training" / "samples" / "step-000012.png"), tiny_run.PANEL, trainer.job.pipe
+    condition = ours.encode_reference([sheet.convert("RGB").crop((0, 0, side, side))], canvas)
+    with torch.no_grad():
+        pixels = ours.decode_canvas(draw(stock, num_inference_steps=20, latents=ours.noise([0], canvas)), canvas)
+    (drawn,) = ours.image_processor.postprocess(split_panels(pixels)[1], output_type="np")
+    shown = np.asarray(sheet.convert("RGB").crop((2 * side, 0, 3 * side, side)))
+    assert np.abs(255 * drawn - shown).max() <= 1  # a picture is rounded
     stock.set_adapters(stock.get_active_adapters(), [0.0])
     assert not torch.allclose(draw(stock), wanted, atol=1e-2)  # without the adapter it is another picture
 
@@ -398,3 +475,33 @@ def test_a_run_on_other_peoples_pairs_neither_writes_nor_paints(world: Any, tmp_
     assert not (tmp_path / "run" / "prompts").exists()
     with pytest.raises(UsageError, match="nothing to paint"):
         run(recipe, tmp_path / "run", stages=("paint",), display=Display(quiet=True))
+
+
+def test_a_run_goes_on_with_keys_that_change_no_weight_and_refuses_others(world: Any, tmp_path: Path) -> None:
+    data = [{"path": str(world.folder / "pairs")}]
+
+    def go(**keys: Any) -> list[dict[str, Any]]:
+        recipe = tiny_run.make_recipe(world.teacher, data=data, **keys)
+        run(recipe, tmp_path / "run", stages=("distill",), display=Display(quiet=True))
+        return kills.result(tmp_path / "run" / "student")[0]
+
+    short = go(steps=4)
+    longer = go(steps=6, micro_batch=2, keep=1)
+    assert longer[:4] == short and len(longer) == 6
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").distill.micro_batch == 2  # what really ran
+    weights = tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert go(steps=6, micro_batch=1) == longer and weights.stat().st_mtime_ns == before  # it was finished
+    for keys, told in (({"steps": 4}, r"steps \(6 there, 4 here\)"), ({"ema": 0.5}, "ema"), ({"rank": 3}, "rank")):
+        with pytest.raises(UsageError, match=f"another recipe: distill.{told}"):
+            go(**{"steps": 6, **keys})
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").distill.steps == 6
+
+
+def test_sampling_is_not_harmless_where_negatives_are_drawn() -> None:
+    plain, wish = Options(), Options(preference=Preference())
+    assert "sample_steps" in may_change(plain, plain) and "sample_steps" not in may_change(wish, wish)
+    assert "sample_steps" not in identity(plain) and "sample_steps" in identity(wish)
+    assert "steps" in may_change(plain, replace(plain, steps=2000)) - may_change(plain, replace(plain, steps=1))
+    cosine = replace(plain, schedule="cosine")
+    assert "steps" not in may_change(cosine, replace(cosine, steps=2000))

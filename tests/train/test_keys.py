@@ -93,6 +93,30 @@ def test_prodigy_finds_its_rate_and_resumes_exactly(world: Any, tmp_path: Path) 
     assert last is not None and last.tensors["optimizer"]["group.d"] > 1e-6  # where it starts
 
 
+def test_eight_bits_train_and_resume_exactly(world: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # Only matrices of 4096 numbers and more are kept in 8 bits.
+    settings = {"optimizer": "adamw8bit", "mode": "lora", "rank": 128, "checkpoint_every": 2}
+    distill(tiny_run.make_recipe(world.teacher, steps=8, **settings), world.pairs, tmp_path / "straight")
+    for steps in (4, 8):
+        distill(tiny_run.make_recipe(world.teacher, steps=steps, **settings), world.pairs, tmp_path / "twice")
+    assert kills.result(tmp_path / "straight", "lora") == kills.result(tmp_path / "twice", "lora")
+    last = checkpoint.load(tmp_path / "twice" / "training")
+    assert last is not None and any(tensor.dtype == torch.uint8 for tensor in last.tensors["optimizer"].values())
+
+
+@pytest.mark.parametrize(("quantize", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_adapters_learn_on_a_base_in_fewer_bits(
+    world: Any, straight: Any, tmp_path: Path, quantize: str, package: str
+) -> None:
+    pytest.importorskip(package)
+    settings = {"mode": "lora", "rank": 4, "quantize": quantize, "gradient_checkpointing": True, "steps": 4}
+    distill(tiny_run.make_recipe(world.teacher, **settings), world.pairs, tmp_path / "out")
+    got, wanted = lines_of(tmp_path / "out"), lines_of(straight.out)
+    assert got[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=0.05) and got[0]["loss"] != wanted[0]["loss"]
+    assert len({line["grad_norm"] for line in got}) == 4 and got[-1]["validation"]["loss"] > 0
+
+
 def test_trackers_are_told_what_the_log_is_told(world: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -38,6 +38,11 @@ def test_one_high_loss_is_let_pass_three_in_a_row_are_not() -> None:
         guard.check(5, 20.0, 1.0, "do this")
 
 
+def test_a_guard_that_goes_on_remembers_the_spikes_before() -> None:
+    with pytest.raises(UserError, match="for 3 steps in a row"):
+        Guard([1.0] * 30, spikes=2).check(5, 20.0, 1.0, "")
+
+
 def test_the_first_steps_are_never_spikes() -> None:
     guard = Guard([])
     for step in range(1, 10):

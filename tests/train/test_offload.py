@@ -19,9 +19,11 @@ from diptych.train.options import Options
 LORA = {"mode": "lora", "rank": 4, "gradient_checkpointing": True}
 
 
-def test_training_with_blocks_offloaded_is_the_same_training(world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_with_blocks_offloaded_is_the_same_training(world: Any, tmp_path: Path, precision: str) -> None:
     for name in ("none", "blocks"):
-        distill(tiny_run.make_recipe(world.teacher, **LORA, offload=name), world.pairs, tmp_path / name)
+        recipe = tiny_run.make_recipe(world.teacher, **LORA, precision=precision, offload=name)
+        distill(recipe, world.pairs, tmp_path / name)
     assert kills.result(tmp_path / "none", "lora") == kills.result(tmp_path / "blocks", "lora")
 
 

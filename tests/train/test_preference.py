@@ -104,6 +104,15 @@ def test_it_continues_exactly(world: Any, recipe: Any, preferred: Path, tmp_path
     assert all(torch.equal(straight[name], tensor) for name, tensor in resumed.items())
 
 
+def test_a_damaged_file_of_negatives_is_drawn_anew(world: Any, recipe: Any, tmp_path: Path) -> None:
+    job = tiny_run.prepare(recipe(1), world.pairs, tmp_path / "out")
+    (path,) = (tmp_path / "out" / "training").glob("negatives-*/*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    again = tiny_run.prepare(recipe(1), world.pairs, tmp_path / "out")
+    assert path.read_bytes() == whole and again.negatives is not None and job.train_rows == again.train_rows
+
+
 def test_what_it_cannot_start_from_is_refused() -> None:
     with pytest.raises(UsageError, match="starts from a trained student; name it with init"):
         load("demo", ["distill.preference={}"])

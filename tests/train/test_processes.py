@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -53,7 +55,7 @@ def finished(running: list[Member]) -> list[tuple[int, str, str]]:
 
 @pytest.mark.parametrize(
     "sets",
-    [(), ("sharding=full",), ("sharding=full", "mode=lora", "rank=4", "micro_batch=1")],
+    [(), ("sharding=full",), ("sharding=full", "mode=lora", "rank=4", "micro_batch=1", "gradient_checkpointing=true")],
     ids=["ddp", "fsdp2", "fsdp2 lora"],
 )
 def test_two_processes_train_as_one_with_the_same_batch(world: Any, tmp_path: Path, sets: tuple[str, ...]) -> None:
@@ -74,6 +76,20 @@ def test_two_processes_train_as_one_with_the_same_batch(world: Any, tmp_path: Pa
             torch.testing.assert_close(theirs.tensors[group][name], tensor, rtol=1e-3, atol=2e-5)
     files = [sorted(p.name for p in (tmp_path / name).rglob("*.safetensors")) for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_prefer_as_one(world: Any, straight: Any, tmp_path: Path, sharding: str) -> None:
+    keys = {"init": str(straight.out), "steps": 4, "warmup": 0, "sample_steps": 2}
+    wish = {"pairs": 12, "beta": 2000.0, "shrink": 0.25}
+    distill(tiny_run.make_recipe(world.teacher, **keys, preference=wish), world.pairs, tmp_path / "one")
+    sets = [f"{key}={value}" for key, value in keys.items()]
+    codes = finished(together(world, tmp_path / "two", *sets, f"preference={json.dumps(wish)}", f"sharding={sharding}"))
+    assert [code for code, _, _ in codes] == [0, 0], codes
+    one, two = (read(tmp_path / name / "training" / "metrics.jsonl") for name in ("one", "two"))
+    assert one[-1]["preference"] < one[0]["preference"]
+    for name in ("preference", "right", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-3), name
 
 
 def test_a_training_goes_on_with_another_number_of_processes(world: Any, straight: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from diptych.data.store import MANIFEST, Dataset
+from diptych.data.store import MANIFEST, Dataset, reading
 from diptych.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Parquet:
         number, group, first, count = self._places[shard]
         key = (number, group, tuple(names))
         if self._group is None or self._group[0] != key:
-            with self._open(number) as file:
+            with reading(self.files[number]), self._open(number) as file:
                 there = set(file.schema_arrow.names)
                 table = file.read_row_group(group, columns=[name for name in names if name in there])
             self._group = (key, table.to_pylist())
@@ -139,16 +139,10 @@ class Parquet:
         return {**mapped, "caption": caption, "instruction": instruction, "id": name, "grid_id": reference}
 
     def _open(self, number: int) -> pq.ParquetFile:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        name = self.files[number]
-        try:
-            return pq.ParquetFile(self._system.open(name), pre_buffer=False)
-        except FileNotFoundError:
-            raise UserError(f"{name} is missing") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{name} is not a readable parquet file ({str(error).splitlines()[0][:120]})") from error
+        with reading(self.files[number]):
+            return pq.ParquetFile(self._system.open(self.files[number]), pre_buffer=False)
 
 
 def find_columns(there: list[str], asked: Mapping[str, str], where: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ class Dataset:
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
         """All rows of a shard. UserError if the part is missing or not readable."""
-        with self.open_part(shard) as part:
+        with self._reading(shard), self.open_part(shard) as part:
             return part.read().to_pylist()
 
     def rows_in(self, shard: int) -> int:
@@ -103,7 +104,7 @@ class Dataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows in shard order, a row group at a time: memory stays flat."""
         for shard in self.shards():
-            with self.open_part(shard) as part:
+            with self._reading(shard), self.open_part(shard) as part:
                 for batch in part.iter_batches(ROW_GROUP):
                     yield from batch.to_pylist()
 
@@ -114,29 +115,25 @@ class Dataset:
         """All rows, but only these columns: reads no picture that is not asked for."""
         rows: list[dict[str, Any]] = []
         for shard in self.shards():
-            with self.open_part(shard) as part:
+            with self._reading(shard), self.open_part(shard) as part:
                 rows += part.read(columns=list(names)).to_pylist()
         return rows
 
     def open_part(self, shard: int) -> pq.ParquetFile:
         """A part as pyarrow's reader, to be closed; UserError if it is missing or damaged."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        name = self.part_name(shard)
-        try:
-            part = pq.ParquetFile(self._files.source(name))
-        except FileNotFoundError:
-            raise UserError(f"{self.url}/{name} is missing; run the stage that makes it again") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(
-                f"{self.url}/{name} is not a readable parquet file ({_short(error)}); remove it and run again"
-            ) from error
+        with self._reading(shard):
+            part = pq.ParquetFile(self._files.source(self.part_name(shard)))
         if self.schema is None:
             own = part.schema_arrow
             metadata = {k: v for k, v in (own.metadata or {}).items() if k != _FINGERPRINT}
             self.schema = own.with_metadata(metadata or None)
         return part
+
+    def _reading(self, shard: int) -> AbstractContextManager[None]:
+        again = "; run the stage that makes it again", "; remove it and run again"
+        return reading(f"{self.url}/{self.part_name(shard)}", *again)
 
     # ---- manifest
 
@@ -286,6 +283,19 @@ class _Remote:
 
     def clean(self) -> None:
         pass
+
+
+@contextmanager
+def reading(place: str, if_missing: str = "", if_damaged: str = "") -> Iterator[None]:
+    """Where parquet is opened or read: UserError, with what to do, if the file is missing, or damaged anywhere."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{place} is missing{if_missing}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{place} is not a readable parquet file ({_short(error)}){if_damaged}") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

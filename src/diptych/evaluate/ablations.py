@@ -1,10 +1,11 @@
-"""An ablation study: which variants of a recipe there are (a YAML file), and the one table that compares them.
+"""An ablation study: which variants of a recipe there are and what stands beside them (a YAML file), and one table.
 
     {"name": …, "recipe": …, "seeds": [0, 1, 2], "sets": {…}, "full": "full", "variants": {"full": {}, …}}
 
 `diptych.ablate` runs a study; here is what it reads and what it writes. A variant's score is the mean over its training
 seeds. Intervals resample subjects and training seeds together, so they hold what another suite and another training
-would change; differences from the full method are paired, subject by subject and seed by seed.
+would change; differences from the full method are paired, subject by subject and seed by seed. A method that learns
+nothing from the pairs runs once and stands beside the mean of all of the full method's seeds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diptych.evaluate import metrics
 from diptych.evaluate.metrics import Outcome
 from diptych.paths import packaged
 
+TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that a seed makes another
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 MEANT = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")  # another variant's run, of the same seed
 
@@ -35,10 +37,15 @@ class Variant(_Part):
 
     about: str = ""
     """In words, for the table."""
-    method: Literal["student", "adapter"] = "student"
-    """What of its run is scored."""
+    method: Literal["student", "adapter", "text_only", "copy", "inpaint", "tuned"] = "student"
+    """What of its run is scored; of `tuned` the best of its sweep."""
     sets: dict[str, Any] = {}
     """Keys laid over the study's recipe."""
+
+    @property
+    def seeded(self) -> bool:
+        """Whether each training seed makes another."""
+        return self.method in TRAINED
 
     def needs(self) -> list[str]:
         """The variants whose runs it names."""
@@ -66,6 +73,8 @@ class Study(_Part):
             raise ValueError("seeds: one is there twice")
         if self.full not in self.variants:
             raise ValueError(f"full: there is no variant '{self.full}'{nearest(self.full, self.variants)}")
+        if self.variants[self.full].method != "student":
+            raise ValueError(f"variants.{self.full}.method: what the others are compared with is a student")
         before: list[str] = []
         for name, variant in self.variants.items():
             if not re.match(NAME, name):
@@ -75,6 +84,10 @@ class Study(_Part):
                     raise ValueError(f"variants.{name}: {{{other}}} is no variant that comes before it")
             before.append(name)
         return self
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Variant and seed of every run, in their order: all of the first seed, then of the next."""
+        return [(n, s) for s in self.seeds for n, v in self.variants.items() if v.seeded or s == self.seeds[0]]
 
 
 def names() -> list[str]:
@@ -126,7 +139,8 @@ def filled(value: Any, folders: Mapping[str, Path]) -> Any:
 
 def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int) -> dict[str, Any]:
     """One variant: `cp`, `pf`, `cp_pf`, `copy_rate` as means over its seeds, their `ci95`, the `cp_pf` of each seed,
-    and its `difference` from `full` (the outcomes of the same seeds, in the same order)."""
+    and its `difference` from `full` (the outcomes of the same seeds in the same order, or of all seeds), with whether
+    the intervals of the two are `apart`."""
     if not all(np.array_equal(each.identity, outcomes[0].identity) for each in outcomes):
         raise UsageError("a variant's runs were not asked the same: were their samples or seeds changed in between?")
     means = {name: float(np.mean([each.means()[name] for each in outcomes])) for name in metrics.NAMES}
@@ -137,11 +151,14 @@ def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int)
     result["cp_pf_by_seed"] = [round(each.means()["cp_pf"], 4) for each in outcomes]
     if full is None or not np.array_equal(full[0].identity, outcomes[0].identity):
         return result
-    apart = spread["cp_pf"] - resampled(full, times)["cp_pf"]
+    theirs = resampled(full, times)["cp_pf"]
+    between = spread["cp_pf"] - theirs
     gap = means["cp_pf"] - float(np.mean([each.means()["cp_pf"] for each in full]))
-    tail = min(float((apart <= 0).mean()), float((apart >= 0).mean()))
+    tail = min(float((between <= 0).mean()), float((between >= 0).mean()))
     p = min(1.0, 2 * (tail * times + 1) / (times + 1))
-    result["difference"] = {"cp_pf": round(gap, 4), "ci95": metrics.interval(apart), "p": round(p, 4)}
+    (low, high), (least, most) = metrics.interval(spread["cp_pf"]), metrics.interval(theirs)
+    result["difference"] = {"cp_pf": round(gap, 4), "ci95": metrics.interval(between), "p": round(p, 4)}
+    result["difference"]["apart"] = high < least or most < low
     return result
 
 
@@ -160,22 +177,54 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Suite `{result['suite']}` version {result['version']}; {result['subjects']} subjects × {result['prompts']} "
         f"prompts; training seeds {', '.join(map(str, result['seeds']))}. Means over seeds, 95 % intervals over "
-        f"subjects and seeds; the difference is that from `{result['full']}`, paired.",
+        f"subjects and seeds; the difference is that from `{result['full']}`, paired, and *apart* says that the "
+        "intervals of the two do not meet. What is not trained on the pairs runs once.",
         "",
-        "| variant | CP·PF | CP | PF | copy rate | difference | p | seeds | training |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *_table(result["variants"]),
     ]
     for name, found in result["variants"].items():
-        scores = [f"{found[key]:.3f} ({_interval(found['ci95'][key])})" for key in ("cp_pf", "cp", "pf")]
-        gap = found.get("difference")
-        shown = f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})" if gap else "–"
-        tail = [shown, f"{gap['p']:.3f}" if gap else "–", str(found["seeds"]), f"{found['training_seconds']:.0f} s"]
-        copied = f"{100 * found['copy_rate']:.1f} %"
-        lines.append(f"| {' | '.join([name, *scores, copied, *tail])} |")
+        lines += _of_subjects(name, found, result)
     lines += ["", *(f"- `{name}`: {found['about']}" for name, found in result["variants"].items() if found["about"])]
+    for split, variants in result["splits"].items():
+        lines += ["", f"## Held-out {split}", "", *_table(variants)]
     if result["missing"]:
         lines += ["", f"Not run yet: {', '.join(result['missing'])}."]
-    return "\n".join(lines) + "\n"
+    machine = result["machine"]
+    took = f"{result['seconds'] / 60:.0f} minutes of {machine['cores']} cores ({machine['processor']})"
+    return "\n".join([*lines, "", f"All of it took {took}."]) + "\n"
+
+
+def _table(variants: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| variant | CP·PF | CP | PF | copy rate | difference | p | apart | pictures | seeds | training |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in variants.items():
+        scores = [f"{found[key]:.3f} ({_interval(found['ci95'][key])})" for key in ("cp_pf", "cp", "pf")]
+        gap = found.get("difference")
+        tail = ["–"] * 3
+        if gap:
+            tail = [f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})", f"{gap['p']:.3f}"]
+            tail.append("yes" if gap["apart"] else "no")
+        copied, trained = f"{100 * found['copy_rate']:.1f} %", f"{found['training_seconds']:.0f} s"
+        trained += " a subject" if "picked" in found else ""
+        lines.append(f"| {' | '.join([name, *scores, copied, *tail, str(found['n']), str(found['seeds']), trained])} |")
+    return lines
+
+
+def _of_subjects(name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """What per-subject tuning costs beside the full method, and its sweep, in words."""
+    full = result["variants"].get(result["full"])
+    if "picked" not in found or full is None or not full["seconds_per_image"]:
+        return []
+    tuning, picture = found["training_seconds"], full["seconds_per_image"]
+    sweep = ", ".join(f"{each} {score:.3f}" for each, score in found["sweep"].items())
+    return [
+        "",
+        f"`{name}` is `{found['picked']}`, the best of {sweep} (CP·PF). A new subject costs it {tuning:.1f} s before "
+        f"its first picture; `{result['full']}` needs nothing before, and {picture:.2f} s a picture: "
+        f"{tuning / picture:.0f} times less.",
+    ]
 
 
 def _interval(ends: Sequence[float], sign: str = "") -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.evaluate.suites import Sample, Suite
-    from diptych.sections import Recipe
+    from diptych.sections import Evaluate, Recipe
 
 ANCHORS = ("truth", "other")
 PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder
@@ -245,9 +245,9 @@ METHODS: dict[str, Callable[[Context], Method | dict[str, Method]]] = {
 }
 
 
-def drawn(methods: Sequence[str]) -> list[str]:
-    """The methods that a recipe asks for and the anchors, each once: what draws every sample."""
-    return list(dict.fromkeys([*methods, *ANCHORS]))
+def drawn(settings: Evaluate) -> list[str]:
+    """The methods that a recipe asks for and, with its yardsticks, the anchors, each once: what draws every sample."""
+    return list(dict.fromkeys([*settings.methods, *(ANCHORS if settings.yardsticks else ())]))
 
 
 def named(name: str, context: Context) -> dict[str, Method]:

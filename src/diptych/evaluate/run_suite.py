@@ -144,7 +144,7 @@ def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
     """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
     methods: dict[str, Method] = {}
     skipped: dict[str, str] = {}
-    asked = drawn(context.recipe.evaluate.methods)
+    asked = drawn(context.recipe.evaluate)
     for name, method in ((own, method) for each in asked for own, method in named(each, context).items()):
         try:
             method.fingerprint()

@@ -80,7 +80,8 @@ def score(context: Context, samples: Sequence[Sample], names: Sequence[str], jud
         "comparisons": comparisons(outcomes[MAIN], times),
         "calibration": {split: {k: round(v, 5) for k, v in asdict(scale).items()} for split, scale in scales.items()},
     }
-    return result | judged(context, judges, scales[MAIN])
+    measured = judged(context, judges, scales[MAIN]) if recipe.evaluate.yardsticks else {"judges": judges.about}
+    return result | measured
 
 
 def score_method(

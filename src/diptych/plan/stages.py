@@ -132,17 +132,23 @@ def distill(job: Job) -> dict[str, Any]:
     embedding = job.teacher.text_tokens * job.counts.shapes["context_embedder.weight"][1] * wide
     online = captions * embedding > TEXT_IN_MEMORY
     per_sample = arithmetic.training(one, trained, settings.gradient_checkpointing)
+    wish, sides, negatives, pairs = settings.preference, 1, 0, job.kept
+    if wish:  # each target beside its negative, both also without gradients through what training started from
+        sides, pairs = 2, min(wish.pairs, job.kept)
+        negatives = pairs
+        per_sample = sides * (per_sample + one)
     texts = samples if online else captions
     checks = LEVELS * settings.validation_pairs * math.ceil(settings.steps / settings.validate_every)
     sheets = 1 + (settings.steps // settings.sample_every if settings.sample_every else 0)
     drawn = sheets * settings.sample_pairs * settings.sample_steps
+    drawn += negatives * settings.sample_steps
     flops = samples * per_sample + texts * job.text_flops + (checks + drawn) * one
     hours = job.hours("seconds_per_step", settings.steps, flops, "train_share")
     precision = job.number_bytes(settings.precision)
     share = math.ceil(settings.batch_size / book["devices"])
     rows = min(settings.micro_batch or share, share)
     kept = arithmetic.activations(
-        shapes, canvas, rows, settings.gradient_checkpointing, precision, book["activation_widths"]
+        shapes, canvas, sides * rows, settings.gradient_checkpointing, precision, book["activation_widths"]
     )
     # select() keeps frozen weights in bfloat16 on a GPU that computes in it.
     number = 4 if job.on_cpu else precision
@@ -152,19 +158,21 @@ def distill(job: Job) -> dict[str, Any]:
         frozen -= (sum(matrices.values()) - max(matrices.values())) * number
     averages = arithmetic.TRAINED_BYTES * bool(settings.ema)
     state = arithmetic.TRAINED_BYTES + averages + arithmetic.OPTIMIZER_BYTES[settings.optimizer]
+    learning = state + arithmetic.TRAINED_BYTES * (1 + bool(wish))  # gradients, and the weights it started from
     split = book["devices"] if settings.sharding == "full" else 1
     text, vae = job.counts.text * wide, job.counts.vae * wide
     # Text encoders leave an accelerator once all captions are encoded, before anything is trained.
     encoding = text + vae + (job.counts.transformer * wide if trained.whole else frozen)
     memory = {
         "weights": round(frozen / split + vae + (text if online or job.on_cpu else 0)),
-        "trained": round(trained.numbers * (state + arithmetic.TRAINED_BYTES) / split),  # and its gradients
+        "trained": round(trained.numbers * learning / split),
         "activations": round(kept),
     }
     channels = job.counts.shapes["x_embedder.weight"][1]
     whole = job.counts.transformer * 4 + text + vae
     disk = {
         "latents": job.kept * 2 * canvas.image * channels * wide,
+        "negatives": negatives * canvas.image * channels * 4,
         "checkpoints": trained.numbers * state * (settings.keep + 2),  # the best, and the one being written
         "student": whole if trained.whole else trained.numbers * 4,
     }
@@ -173,7 +181,7 @@ def distill(job: Job) -> dict[str, Any]:
         "steps": settings.steps,
         "batch_size": settings.batch_size,
         "samples": samples,
-        "epochs": samples / job.kept if job.kept else None,
+        "epochs": samples / pairs if pairs else None,
         "trained_parameters": trained.numbers,
         "flops_per_sample": per_sample + (job.text_flops if online else 0.0),
         "flops": flops,
@@ -194,7 +202,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     from diptych.evaluate import baselines, suites
 
     references = sum(suites.load(settings.suite).references(settings.samples).values())
-    methods = len(baselines.drawn(settings.methods))
+    methods = len(baselines.drawn(settings))
     return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 

@@ -195,6 +195,9 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
         if service.failure is not None:
             server.should_exit = True
         elif service.ready:
+            held = (worker.student.pipeline.memory for worker in service.workers if worker.student is not None)
+            for reason in dict.fromkeys(memory.reason for memory in held if memory is not None):
+                say(reason)
             say(
                 f"ready: http://{host}:{port}"
                 + (f"{APP}/ is the app, /v1 the API, /docs its pages" if web_app else "/v1, /docs")

@@ -2,8 +2,9 @@
 
 `copy_distance` is what keeps a pair from teaching the student to copy: the mean difference of two panels once a small
 shift, a small change of scale and a little brightness are taken back. `structural_shift` is for tasks whose panels show
-one scene (relight): how far the outlines of one lie from those of the other, whatever the light. `whole_change` is for
-the same tasks: how much the picture as a whole has changed, which a new light does and a new hat does not.
+one scene (relight): how far the outlines of one lie from those of the other, whatever the light; `structural_fit` also
+tells whether they are larger. `whole_change` is for the same tasks: how much the picture as a whole has changed, which
+a new light does and a new hat does not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ FINE, COARSE = 64, 32  # pixels of a panel's side, for the last and the first lo
 REACH = 1 / 8  # of a panel: the largest shift that is taken back
 SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)
 FINE_SCALE = 0.025
+CLEARLY = 0.04  # of a match, by which outlines must agree better at another scale
 _BOX, _BILINEAR = 4, 2  # Pillow's resampling filters, whose import is left to whoever has an image
 CELLS = 8  # of a panel's side, for the change of the whole picture
 GAIN = 0.08  # the largest change of brightness that is taken back; a new light is more
@@ -41,10 +43,12 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Structure:
-    """`shift`: distance of two panels' outlines, in panels. `match`: how well they agree there, 1 at best."""
+    """`shift`: distance of two panels' outlines, in panels. `match`: how well they agree there, 1 at best. `scale`: by
+    which the second panel was magnified for it."""
 
     shift: float
     match: float
+    scale: float = 1.0
 
     def evidence(self) -> dict[str, Any]:
         """As plain values."""
@@ -103,12 +107,26 @@ def structural_shift(a: Image, b: Image) -> Structure:
     Log brightness, with its slow part taken away and its local contrast made even, so that shading and shadows weigh
     little; correlated at 64 pixels over all shifts.
     """
-    one, two = (_outlines(_pixels(image, FINE)) for image in (a, b))
-    spectrum = np.fft.rfft2(one) * np.conj(np.fft.rfft2(two))
-    surface = np.fft.irfft2(spectrum, one.shape) / max(np.sqrt((one**2).sum() * (two**2).sum()), 1e-9)
+    return _correlated(_outlines(_pixels(a, FINE)), b, 1.0)
+
+
+def structural_fit(a: Image, b: Image) -> Structure:
+    """As `structural_shift`, at the one of `SCALES` for `b` at which outlines agree best: 1, unless another is clearly
+    better (a changed light moves the match by a little)."""
+    outlines = _outlines(_pixels(a, FINE))
+    found = {scale: _correlated(outlines, b, scale) for scale in SCALES}
+    best = max(found.values(), key=lambda structure: structure.match)
+    return best if best.match > found[1.0].match + CLEARLY else found[1.0]
+
+
+def _correlated(outlines: np.ndarray, other: Image, scale: float) -> Structure:
+    """The peak of the cross-correlation of `outlines` (H, W) with those of a panel magnified by `scale`."""
+    two = _outlines(_scaled(other, FINE, scale))
+    spectrum = np.fft.rfft2(outlines) * np.conj(np.fft.rfft2(two))
+    surface = np.fft.irfft2(spectrum, outlines.shape) / max(np.sqrt((outlines**2).sum() * (two**2).sum()), 1e-9)
     y, x = np.unravel_index(int(surface.argmax()), surface.shape)
     dy, dx = ((int(p) + FINE // 2) % FINE - FINE // 2 for p in (y, x))
-    return Structure(float(np.hypot(dx, dy)) / FINE, float(surface.max()))
+    return Structure(float(np.hypot(dx, dy)) / FINE, float(surface.max()), scale)
 
 
 def whole_change(a: Image, b: Image) -> float:

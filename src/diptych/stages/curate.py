@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe, Thresholds
 
 # For tasks whose panels show the same spot at the same pixel. Not thresholds of the recipe: a pair off by more than a
-# pixel and a half of 64 is not aligned in any sense, and unrelated scenes do not match.
+# pixel and a half of 64, which at the border is what a twentieth of scale makes, is not aligned in any sense, and
+# unrelated scenes do not match.
 ALIGNED_SHIFT = 1.5 / alignment.FINE
 ALIGNED_MATCH = 0.25
 MISALIGNED = "alignment"
@@ -66,7 +67,9 @@ class Comparison:
     def aligned(self) -> bool:
         """True where nobody asked."""
         return self.structure is None or (
-            self.structure.shift <= ALIGNED_SHIFT and self.structure.match >= ALIGNED_MATCH
+            self.structure.shift <= ALIGNED_SHIFT
+            and self.structure.scale == 1
+            and self.structure.match >= ALIGNED_MATCH
         )
 
     @property
@@ -309,7 +312,7 @@ def compare(a: Image, b: Image, similarity: float, task: tasks.Task) -> Comparis
     copy = alignment.copy_distance(a, b)
     if task.geometry != "aligned":
         return Comparison(similarity, copy, None)
-    structure, change = alignment.structural_shift(a, b), alignment.whole_change(a, b)
+    structure, change = alignment.structural_fit(a, b), alignment.whole_change(a, b)
     return Comparison(similarity, copy, structure, change, task.curation.thresholds.get("change", 0.0))
 
 

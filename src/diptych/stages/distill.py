@@ -27,6 +27,7 @@ from diptych.errors import UsageError, UserError
 from diptych.train.card import model_card
 from diptych.train.material import Material
 from diptych.train.metrics import Progress, report
+from diptych.train.options import harmless
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ def distill(
         report(progress, steps, steps, "already trained")
         return done
     processes, device = join(pick_device(recipe.device))
+    processes.share(range(recipe.distill.batch_size))  # refused here if it does not divide, before anything is encoded
     progress = progress if processes.first else None
     trainer = train(prepare(recipe, material, out, progress, processes, device), progress)
     return finish(trainer, recipe, out, recipe_sha256)
@@ -258,24 +260,31 @@ def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | 
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    return stored["summary"] if stored.get("made_by") == _made_by(recipe, material) else None
+    made_by = stored.get("made_by") or {"distill": {}}
+    # Summaries of before name harmless keys too, and lack newer ones, which are then as they are by default.
+    told = type(recipe.distill)().model_dump(mode="json") | made_by["distill"]
+    made_by["distill"] = {key: told[key] for key in told if key not in harmless(recipe.distill)}
+    return stored["summary"] if made_by == _made_by(recipe, material) else None
 
 
 def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
-    settings = recipe.distill.model_dump(mode="json")
+    settings = recipe.distill.model_dump(mode="json", exclude=set(harmless(recipe.distill)))
     return {"distill": settings, "seed": recipe.training_seed, **sources(recipe, material)}
 
 
 def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | None = None) -> dict[str, Any]:
-    """Writes the student of the averaged weights, its card, and, last, the summary that says it is whole.
+    """Writes the student of the averaged weights (the last ones, or the best), its card, and, last, the summary that
+    says it is whole.
 
     In several processes the first one writes and the others wait.
     """
     from diptych.train.loop import summary
 
+    if recipe.distill.export == "best":
+        trainer.take_best()
     numbers = summary(trainer)
     made_from, material = trainer.job.made_from, trainer.job.material
-    provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["steps"], **made_from}
+    provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["exported"], **made_from}
     provenance |= {"name": recipe.name, "mode": recipe.distill.mode, "number_of_pairs": numbers["pairs"]}
     if material.own is not None and material.own in material.sets:
         provenance["pairs_manifest"] = material.own.manifest_hash()
@@ -322,6 +331,7 @@ def _export(
     from safetensors import SafetensorError
 
     from diptych.train import parts
+    from diptych.train.lora import save_lora
     from diptych.train.options import Options
 
     temporary = out / TRAINING / ".export"
@@ -334,7 +344,7 @@ def _export(
                 student.save(pipe, temporary)
             else:
                 options = Options.of(recipe.distill, seed=recipe.training_seed)
-                parts.save_lora(pipe.transformer, trained, options, temporary, provenance)
+                save_lora(pipe.transformer, trained, options, temporary, provenance)
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")

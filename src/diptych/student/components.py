@@ -16,7 +16,6 @@ import torch
 
 from diptych.errors import UsageError, UserError
 from diptych.student import files
-from diptych.student.tensors import open_safetensors
 from diptych.student.weights import some
 
 INDEX = "model_index.json"
@@ -30,6 +29,7 @@ PARTS = {
     "tokenizer_2": ("transformers", "T5TokenizerFast"),
 }
 NEEDED = ("scheduler", "vae")
+WEIGHTS = {"diffusers": files.WEIGHTS_FILE, "transformers": "model.safetensors"}
 
 
 def find_parts(model: Path, base: Path | None) -> dict[str, Path]:
@@ -56,18 +56,26 @@ def check_parts(places: Mapping[str, Path], model: Path, base: Path | None) -> N
         raise UserError(f"neither {model} nor the base {base} has {', '.join(absent)}; is the base complete?")
 
 
+def look_at(part: str, place: Path) -> None:
+    """UserError for a part whose weights are missing, cut short or pickled; reads the heads of its files alone."""
+    files.open_state(place, WEIGHTS[class_of(part, place)[0]])
+
+
 def open_part(part: str, place: Path, dtype: torch.dtype) -> Any:
     """One part from its folder, whole or not at all."""
     library, name = class_of(part, place)
     cls = getattr(importlib.import_module(library), name)
     is_model = part in ("vae", "text_encoder", "text_encoder_2")
-    for path in place.glob("*.safetensors"):
-        open_safetensors(path)  # says what is wrong with a damaged file
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
+        look_at(part, place)
         options |= {"output_loading_info": True, "torch_dtype" if library == "diffusers" else "dtype": dtype}
+        options["use_safetensors"] = True
     try:
         opened = cls.from_pretrained(str(place), **options)
+    except ImportError as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), name)[:300]
+        raise UserError(f"the {part} in {place} needs a package that is not installed: {line.strip()}") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the {part} in {place} cannot be opened as {name} ({line}); fetch it again") from error

@@ -37,6 +37,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} describes a {name or 'model of no class'}, not a FLUX transformer")
     if not isinstance(config.get("in_channels"), int):
         raise UserError(f"{path} has no in_channels; the file is damaged, fetch it again")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "some quantizer") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"the weights in {folder} were saved quantized by {method}; give those they were made from (--memory "
+            "quantizes them again), or a GGUF file"
+        )
     return config
 
 
@@ -58,13 +64,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {key: tensor.read() for key, tensor in open_safetensors(path)[0].items()}
 
 
-def open_state(folder: Path) -> dict[str, Stored]:
-    """All tensors of a transformer folder, unread, from one file or from its index's shards."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
-        if not (folder / WEIGHTS_FILE).is_file() and list(folder.glob("*.bin")):
+def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
+    """All tensors of a model's folder, unread, from the file `name` or from its index's shards."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():
+        if not (folder / name).is_file() and list(folder.glob("*.bin")):
             raise UserError(f"{folder} holds only pickled weights (*.bin), never opened here; convert to safetensors")
-        return open_safetensors(folder / WEIGHTS_FILE)[0]
+        return open_safetensors(folder / name)[0]
     places = read_json(index).get("weight_map", {})
     state: dict[str, Stored] = {}
     for name in sorted(set(places.values())):

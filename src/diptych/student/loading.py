@@ -17,7 +17,7 @@ from diptych import models
 from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
 from diptych.student.alone import alone
-from diptych.student.components import check_family, check_parts, find_parts, open_part
+from diptych.student.components import check_family, check_parts, find_parts, look_at, open_part
 from diptych.student.geometry import CONDITIONINGS, Conditioning
 from diptych.student.lora import apply_lora, lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
@@ -53,26 +53,29 @@ def load(
     models.note_licence(str(model), weights_place)
     places = find_parts(path, base_folder)
     check_parts(places, path, base_folder)
-    loras = [(lora_file(Path(given)), scale) for given, scale in scaled(lora)]
+    given = [(lora_file(Path(one)), scale) for one, scale in scaled(lora)]
 
     dtype = dtype or pick_dtype(weights_place, device)
     source = open_source(path, base_folder, dtype)
-    if source.lora and (released_lora or layout == "control-lora"):
-        loras.insert(0, (lora_file(source.lora), 1.0))
+    own = source.lora if released_lora or layout == "control-lora" else None
+    loras = [*([(lora_file(own), 1.0)] if own else []), *given]
     if preset is not None:
         quantized = sum(tensor.nbytes for tensor in source.tensors.values() if tensor.dtype == torch.uint8)
         preset.settle(shapes_in(source.folded.config, places, quantized), dtype, places)
         preset.check([lora for lora, _ in loras], fuse)
     later = preset.waiting if preset is not None else ()
+    for part in later:
+        look_at(part, places[part])
     parts = {part: open_part(part, place, dtype) for part, place in places.items() if part not in later}
     check_family(source.folded.config, parts, path, base_folder)
     pipe = DiptychPipeline(transformer=_read(source, dtype), **parts)
     pipe.bias_split = source.folded.split
     pipe.ignored_adapters = source.folded.adapters
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
+    pipe.loras = tuple(given)
     pipe.conditioning = read_conditioning(pipe.loaded_from)
-    for given, scale in loras:
-        apply_lora(pipe, given, scale, fuse=fuse)
+    for one, scale in loras:
+        apply_lora(pipe, one, scale, fuse=fuse)
     if preset is None:
         return pipe.to(device)
     preset.apply(pipe)

@@ -136,9 +136,18 @@ def check_lora(state: Mapping[str, torch.Tensor], path: Path, widths: Widths) ->
             "not have; merge that LoRA into the released weights first. Nothing was loaded"
         )
     if strays:
-        raise UserError(f"{path}: {len(strays)} keys match no layer: {some(sorted(strays))}. Nothing was loaded")
+        raise UserError(no_layer(path, strays))
     if shapes:
-        raise UserError(f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded")
+        raise UserError(
+            f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded; give one that was trained on "
+            "this student's base"
+        )
+
+
+def no_layer(path: Path, keys: list[str]) -> str:
+    """What is said of keys that belong to no layer."""
+    named = some(sorted(keys))
+    return f"{path}: {len(keys)} keys match no layer: {named}. Nothing was loaded; give a LoRA that is made for FLUX.1"
 
 
 def _widths(pipe: FluxControlPipeline, layer: str) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ from diptych.errors import UserError
 from diptych.student import original
 from diptych.student.deltas import Delta, as_lora, lora_deltas
 from diptych.student.files import HEADER_KEY
+from diptych.student.lora import no_layer
 from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.student.weights import some
 
@@ -64,7 +65,7 @@ def read(state: Mapping[str, torch.Tensor], style: str, path: Path) -> dict[str,
             found.setdefault(layer, {})[_PARTS[match[2]]] = tensor
     strays += [layer for layer, parts in found.items() if not {"a", "b"} <= parts.keys()]
     if strays:
-        raise UserError(f"{path}: {len(strays)} keys match no layer: {some(sorted(strays))}. Nothing was loaded")
+        raise UserError(no_layer(path, strays))
     deltas: dict[str, Delta] = {}
     for layer, parts in found.items():
         deltas |= _cut(layer, _delta(parts), path)

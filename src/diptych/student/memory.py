@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
     from diptych.student.modulation import Modulation
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.recall import Recall
 
 log = logging.getLogger("diptych.student")
 GIB = 2**30
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+REMEMBERED = 1024  # MiB of main memory: 250 of FLUX.1's prompts
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ class Memory:
         self.modulation: Modulation | None = None
         self._pipe: Any = None
         self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
+        self._in_file = False  # the transformer's file is quantized (GGUF): LoRAs stay beside it
         self._open = False
+        self._texts: Recall | None = None  # what they made of the last prompts, in main memory
 
     @property
     def preset(self) -> Preset:
@@ -170,7 +174,8 @@ class Memory:
         options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)} | drawn
         if self._preset is None:
             self.name, self._preset = choose(shapes, self.free, self.where, **options)
-        if shapes.quantized:
+        self._in_file = shapes.quantized > 0
+        if self._in_file:
             self._preset = replace(self._preset, transformer="none")
         self._preset, left_out = suited(self._preset, shapes)
         needed = plan(shapes, self.preset, **options).peak
@@ -188,6 +193,15 @@ class Memory:
         """Refuses LoRAs that this preset cannot take, before anything is loaded."""
         if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
             raise UsageError(f"{self.asked} {self.name} does not work here: {'; '.join(found)}")
+        if self._in_file and self.preset.modulation:
+            from diptych.student.lora import read_lora
+
+            for path in loras:
+                if any(quantize.is_modulation(key.partition(".lora_")[0]) for key in read_lora(path)[0]):
+                    raise UsageError(
+                        f"{path} adapts the modulation, which {self.asked} {self.name} precomputes, and beside a GGUF "
+                        f"file's weights it cannot be fused; convert the file to folded, or use {self.asked} 48"
+                    )
         if self._places:
             from diptych.student.tensors import open_safetensors
 
@@ -249,6 +263,14 @@ class Memory:
             self._pipe.transformer.to(self.device)
         if self.preset.tile:
             self._pipe.vae.use_tiling = name == "decode"  # the reference is encoded whole
+
+    def remember(self, key: Hashable, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What the text encoders made of a text before, or make of it now, on the CPU."""
+        from diptych.student.recall import Recall
+
+        if self._texts is None:
+            self._texts = Recall(REMEMBERED)
+        return self._texts(key, lambda: tuple(tensor.cpu() for tensor in make()))
 
     @contextmanager
     def undone(self) -> Iterator[None]:

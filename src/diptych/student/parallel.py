@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
 
     from diptych.student.geometry import Canvas
@@ -39,8 +41,11 @@ def says(error: UserError) -> bool:
     return is_first() or (met and not error.shared and not isinstance(error, UsageError))
 
 
-def join(device: str | torch.device | None = None) -> torch.device:
-    """Meets the other processes; this process's own GPU. UsageError if there are too few."""
+def join(device: str | torch.device | None = None, patience: timedelta | None = None) -> torch.device:
+    """Meets the other processes; this process's own GPU. UsageError if there are too few.
+
+    `patience` is how long one may keep the others waiting; None is torch's own.
+    """
     import torch
     import torch.distributed as dist
 
@@ -56,7 +61,7 @@ def join(device: str | torch.device | None = None) -> torch.device:
         own, backend = torch.device(asked.type, local), "cpu:gloo,cuda:nccl"
         torch.accelerator.set_device_index(local)
     if not dist.is_initialized():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     return own
 
 

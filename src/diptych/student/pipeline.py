@@ -81,6 +81,7 @@ class DiptychPipeline(FluxControlPipeline):
         )
         student_channels(transformer.config)
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
+        self.loras: tuple[tuple[Path, float], ...] = ()  # on top of these, each with its scale
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
         self.conditioning: Conditioning = "diptych"  # how it was trained to see its reference (`geometry`)
@@ -133,7 +134,11 @@ class DiptychPipeline(FluxControlPipeline):
             assert embeds is not None and pooled is not None
             return embeds, pooled
 
-        if not self.recall.limit:
+        if self.recall.limit:
+            remember: Any = self.recall
+        elif waiting and self.memory is not None:
+            remember = self.memory.remember  # else the encoders would be read from their files for every picture
+        else:
             return encode(prompt, prompt_2)
         # Each text alone, so that an embedding does not depend on which others were asked for with it.
         # A memory preset opens its text encoders anew; otherwise another object is another encoder.
@@ -142,8 +147,8 @@ class DiptychPipeline(FluxControlPipeline):
         made = []
         for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):
             texts = ([first], [second] if second is not None else None)
-            made.append(self.recall(("text", first, second, length, *encoders), partial(encode, *texts)))
-        embeds, pooled = (torch.cat(parts) for parts in zip(*made, strict=True))
+            made.append(remember(("text", first, second, length, *encoders), partial(encode, *texts)))
+        embeds, pooled = (torch.cat(parts).to(self._execution_device) for parts in zip(*made, strict=True))
         return embeds, pooled
 
     def _warn_of_truncation(self, prompts: list[str], length: int) -> None:

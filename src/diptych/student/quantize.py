@@ -69,9 +69,14 @@ def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and any(part.isdecimal() for part in name.split(".")[:-1])
-        and not _MODULATION.search(name)
+        and not is_modulation(name)
         and not name.endswith(".wo")
     }
+
+
+def is_modulation(layer: str) -> bool:
+    """Whether a layer, by its name, is one of modulation's linears."""
+    return _MODULATION.search(layer) is not None
 
 
 def is_quantized(model: Any) -> bool:

@@ -77,7 +77,9 @@ def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
         return "control-lora", _teacher(model, base), lora
     if (model / "config.json").is_file():
         return "folded", model, lora
-    raise UserError(f"{model} holds no transformer/ folder, so it is no student; is the download complete?")
+    single = next(iter(sorted(path for kind in ("gguf", "safetensors") for path in model.glob(f"*.{kind}"))), None)
+    instead = "is the download complete?" if single is None else f"give its file, {single}"
+    raise UserError(f"{model} holds no transformer/ folder, so it is no student; {instead}")
 
 
 def lora_alone(model: Path) -> Path | None:

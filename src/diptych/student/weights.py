@@ -155,7 +155,10 @@ def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, 
     if shapes:
         faults.append(f"wrong shapes: {some(sorted(shapes))}")
     if faults:
-        raise UserError(f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded")
+        raise UserError(
+            f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded; fetch weights and config "
+            "again, both from one place"
+        )
 
 
 def some(names: list[str], most: int = 12) -> str:

@@ -45,6 +45,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "parameters trained": f"{numbers['parameters']:,}",
         "pairs trained on / held out": f"{numbers['pairs']:,} / {numbers['validation_pairs']:,}",
         "steps × batch": f"{numbers['steps']:,} × {recipe.distill.batch_size} ({numbers['epochs']:g} epochs)",
+        "weights of step": f"{numbers['exported']:,}",
         "learning rate": f"{recipe.distill.learning_rate:g}",
         "precision": numbers["precision"],
         "loss, left / right panel": f"{numbers['loss']['left']:.4f} / {numbers['loss']['right']:.4f}",

@@ -74,7 +74,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) ->
     write_atomic(folder / LATEST, final.name.encode())
     if best:
         write_atomic(folder / BEST, final.name.encode())
-    _thin(folder, keep)
+    _thin(folder, keep, checkpoint.step)
     return final
 
 
@@ -102,22 +102,26 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint. UserError if a file is missing or its hash is not the manifest's."""
-    from safetensors.torch import load as from_bytes
+    """One checkpoint. UserError if a file is missing or its hash is not the manifest's.
+
+    Tensors are mapped, not read: processes on one machine share them, and each takes only what it copies.
+    """
+    from safetensors.torch import load_file
 
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         tensors, state = {}, {}
         for name, wanted in manifest["sha256"].items():
-            data = (path / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != wanted:
+            with (path / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != wanted:
                 raise UserError(f"{path / name} is damaged (its hash is not the one in {MANIFEST})")
             if name == STATE:
-                state = json.loads(data)
+                state = json.loads((path / name).read_bytes())
             else:
-                tensors[name.removesuffix(".safetensors")] = from_bytes(data)
+                tensors[name.removesuffix(".safetensors")] = load_file(path / name)
         return Checkpoint(state.pop("step"), state, tensors)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # the last: neither JSON nor UTF-8
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
 
 
@@ -163,8 +167,10 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _thin(folder: Path, keep: int) -> None:
+def _thin(folder: Path, keep: int, step: int) -> None:
+    """Later ones than the one just written are damaged, or were never pointed at: they take no good one's place."""
     best = pointer(folder, BEST)
-    for path in checkpoints(folder)[:-keep]:
-        if path.name != best:
+    kept = [path for path in checkpoints(folder) if _step(path) <= step][-keep:]
+    for path in checkpoints(folder):
+        if path not in kept and path.name != best:
             shutil.rmtree(path, ignore_errors=True)

@@ -26,16 +26,28 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
-    """The context of a training forward pass: autocast, and on a CPU the attention kernel that is fast in bfloat16.
+    """The context of a training forward pass: autocast, and the attention kernel of `attending`. Weights stay as they
+    are."""
+    if precision == "float32":
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), attending(precision, device):
+        yield
 
-    Weights stay as they are. torch's CPU flash attention has a bfloat16 backward pass four times slower than the plain
-    matrix products of its math kernel; in float32 flash is the faster one.
+
+@contextmanager
+def attending(precision: str, device: torch.device) -> Iterator[None]:
+    """On a CPU in bfloat16: the attention kernel whose backward pass is fast there. Elsewhere torch's own choice.
+
+    A backward pass must run inside as well, without autocast: gradient checkpointing computes the forward pass there
+    once more, restores autocast by itself, and needs the kernel that the first pass had. torch's CPU flash attention
+    has a bfloat16 backward pass four times slower than the plain matrix products of its math kernel; in float32 flash
+    is the faster one.
     """
     if precision == "float32":
         yield
         return
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         if device.type == "cpu":
             from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -160,7 +160,7 @@ def build(
         for number, shard in enumerate(shards):
             path = folder / f"part-{shard:05d}.safetensors"
             files.append(path)
-            if number % processes.count == processes.rank and not path.exists():
+            if number % processes.count == processes.rank and not is_whole(path):
                 encode_shard(pairs.read_shard(shard), path, encode, canvases, aligned)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
@@ -246,6 +246,20 @@ def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str]
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `publish` has made this file already; one that was damaged since is none, and is told of."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt"):  # the header's lengths are compared with the file's
+            return True
+    except (OSError, SafetensorError) as error:
+        log.warning("%s is damaged (%s); it is made anew", path, error)
+        return False
 
 
 def vae_fingerprint(pipe: Any) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,9 @@ from diptych.train import parts, processes, validate
 from diptych.train import preference as preferences
 from diptych.train.buckets import Schedule
 from diptych.train.draws import draw
-from diptych.train.hardware import computing
+from diptych.train.hardware import attending, computing
 from diptych.train.job import Job
+from diptych.train.lora import as_loaded
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
@@ -68,8 +70,9 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
+        self.exported: int | None = None  # the step whose weights are there, if it is not the last
         self.guard = Guard([])
-        self.anchor = Anchor(self.trained.parameters) if job.negatives is not None else None
+        self.anchor = Anchor(self.trained.own) if job.negatives is not None else None
         self._resume()
         if job.options.compile:
             self.transformer.compile()
@@ -169,7 +172,8 @@ class Trainer:
         try:
             for number, part in enumerate(micro, 1):
                 share = len(part.sigma) / total
-                with processes.accumulating(self.model, more=number < len(micro)):
+                kernel = attending(self.options.precision, self.job.device)
+                with kernel, processes.accumulating(self.model, more=number < len(micro)):
                     terms = {name: share * term for name, term in self._terms(part).items()}
                     terms["loss"].backward()
                 sums = {name: sums.get(name, 0.0) + term.item() for name, term in terms.items()}
@@ -220,7 +224,9 @@ class Trainer:
         """The sample sheet of this step, drawn with the averaged weights (by all processes: one has only a part)."""
         job = self.job
         rows = (job.validation_rows or job.train_rows)[: self.options.sample_pairs]
-        with parts.averaged(self.ema, self.trained), _eager():
+        # Spread weights are not swapped: there, adapters in bfloat16 are drawn with up to rounding.
+        loaded = nullcontext() if self.spread else as_loaded(self.transformer, self.trained)
+        with parts.averaged(self.ema, self.trained), loaded, _eager():
             sheet = validate.sample_sheet(job.pipe, job.buckets, job.latents, job.text, rows, self.options)
         pairs = [job.latents.samples[row].id for row in rows]
         if self.processes.first:
@@ -245,6 +251,7 @@ class Trainer:
             "seconds": self.seconds,
             "average_steps": average,
             "guard": list(self.guard.recent),
+            "spikes": self.guard.spikes,
             "best": self.best,
             "identity": self.job.identity(),
             "torch": torch.__version__,
@@ -272,19 +279,31 @@ class Trainer:
                 f"{self.job.folder} was trained for {found.step} steps already, and distill.steps is "
                 f"{self.options.steps}; raise it, or choose another --out"
             )
-        self.trained.put(dict(found.tensors["weights"]))
+        self._put(found)
         parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
+        self.step = found.step
+        self.seconds = found.state["seconds"]
+        self.best = found.state["best"]
+        self.guard = Guard(found.state["guard"], found.state.get("spikes", 0))
+        log.info("going on from step %d of %d", self.step, self.options.steps)
+
+    def take_best(self) -> None:
+        """The weights with the best validation loss come in the place of the last ones, to be saved as the student."""
+        name = checkpoints.pointer(self.job.folder, checkpoints.BEST)
+        if name is not None:
+            found = checkpoints.read(self.job.folder / name)
+            self._put(found)
+            self.exported = found.step
+
+    def _put(self, found: checkpoints.Checkpoint) -> None:
+        """A checkpoint's weights and their average."""
+        self.trained.put(dict(found.tensors["weights"]))
         if self.ema is not None:
             for shadow, name, parameter in zip(
                 self.ema.shadow_params, self.trained.names, self.trained.parameters, strict=True
             ):
                 shadow.copy_(processes.own(processes.like(found.tensors["ema"][name], parameter)))
             self.ema.optimization_step = found.state["average_steps"]
-        self.step = found.step
-        self.seconds = found.state["seconds"]
-        self.best = found.state["best"]
-        self.guard = Guard(found.state["guard"])
-        log.info("going on from step %d of %d", self.step, self.options.steps)
 
 
 def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trainer) -> Trainer:
@@ -335,8 +354,9 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
 
 
 def summary(trainer: Trainer) -> dict[str, Any]:
-    """What a finished run is, in numbers."""
-    lines = read(trainer.job.folder / METRICS)[-SHOWN:]
+    """What a finished run is, in numbers; its losses are of the weights that are saved."""
+    exported = trainer.exported or trainer.step
+    lines = [line for line in read(trainer.job.folder / METRICS) if line["step"] <= exported][-SHOWN:]
     validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
     return {
         "steps": trainer.step,
@@ -350,6 +370,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
         "loss": {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "left", "right")},
         "validation": validation,
         "best": trainer.best,
+        "exported": exported,
         "seconds": round(trainer.seconds, 1),
     }
 

@@ -81,18 +81,21 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Guard:
     """Stops training before a bad step reaches the weights: at once when not finite, else after `patience` spikes."""
 
-    def __init__(self, recent: list[float], window: int = 50, factor: float = 5.0, patience: int = 3) -> None:
+    def __init__(
+        self, recent: list[float], spikes: int = 0, window: int = 50, factor: float = 5.0, patience: int = 3
+    ) -> None:
+        """`recent` are the last losses, and `spikes` how many of them in a row were too large, at the end."""
         self.recent = deque(recent, maxlen=window)
+        self.spikes = spikes
         self._factor, self._patience = factor, patience
-        self._spikes = 0
 
     def check(self, step: int, loss: float, grad_norm: float, advice: str) -> None:
         """Raises UserError when this step must not be taken."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; {advice}")
         usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
-        self._spikes = self._spikes + 1 if loss > self._factor * usual else 0
-        if self._spikes >= self._patience:
+        self.spikes = self.spikes + 1 if loss > self._factor * usual else 0
+        if self.spikes >= self._patience:
             raise UserError(
                 f"step {step}: the loss is {loss:.3g}, for {self._patience} steps in a row more than "
                 f"{self._factor:g} times its usual {usual:.3g}; {advice}"

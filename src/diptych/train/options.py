@@ -93,12 +93,24 @@ HARMLESS = frozenset(
 )
 
 
-def identity(options: Options) -> dict[str, Any]:
-    """The options that a checkpoint must agree with to be continued exactly.
+def harmless(settings: Any) -> frozenset[str]:
+    """Those of `HARMLESS` that are so under these settings, `Options` or a recipe's `distill`."""
+    # Negatives are drawn as samples are.
+    return HARMLESS if settings.preference is None else HARMLESS - {"sample_steps", "sample_guidance"}
+
+
+def may_change(before: Any, after: Any) -> set[str]:
+    """Keys of a recipe's `distill` with which a run may go on as `after` has them.
 
     `steps` may be raised while the learning rate does not depend on it.
     """
-    skip = HARMLESS | ({"steps"} if options.schedule == "constant" else set())
+    longer = before.schedule == "constant" and after.steps > before.steps
+    return {*harmless(before), "export", *(["steps"] if longer else [])}
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """The options that a checkpoint must agree with to be continued exactly."""
+    skip = harmless(options) | ({"steps"} if options.schedule == "constant" else set())
     values = {name: value for name, value in asdict(options).items() if name not in skip}
     if options.preference is None:
         del values["preference"]  # trainings of before there was any go on

@@ -1,18 +1,14 @@
-"""What is trained and how its weights move: full or LoRA, AdamW, learning rate, moving average, and the LoRA file.
+"""What is trained and how its weights move: full or LoRA, AdamW, learning rate, moving average.
 
-LoRA mode trains adapters on the named linears and the whole widened input layer. Stock diffusers takes a trained input
-layer only as an adapter (facts.md 3.5), so the file holds its change as one of rank 2C: A is the identity, B the
-change of the weight, B's bias the change of the bias. That is exact.
+LoRA mode trains adapters on the named linears and the whole widened input layer (`lora` saves them).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,80 +227,36 @@ def averaged(ema: Any | None, trained: Trained) -> Iterator[None]:
 def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimizer's state as flat whole tensors: `12.exp_avg` is parameter 12's, `group.d` what all of them share
     (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
-    flat = {f"{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
+    # As it is in use: what bitsandbytes gives for saving is nested, against accelerate's FSDP.
+    flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state.get(p, {}).items()}
     shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in ("params", "lr")}
     flat |= {f"group.{key}": value for key, value in shared.items()}
-    return {
-        key: processes.collected(value) if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
-        for key, value in flat.items()
-    }
+    return {key: _as_tensor(key, value) for key, value in flat.items()}
+
+
+def _as_tensor(key: str, value: Any) -> torch.Tensor:
+    if not torch.is_tensor(value):
+        counts = isinstance(value, int) and not key.startswith("group.")
+        return torch.tensor(value, dtype=torch.int64 if counts else torch.float64)
+    # bitsandbytes' tables of 8-bit numbers are one tensor for all, and a file has each tensor once.
+    return value.clone() if ".qmap" in key else processes.collected(value)
+
+
+def _parameters(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in opt.param_groups for parameter in group["params"]]
 
 
 def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Tensors are copied: memory of a file read is not aligned as torch's own."""
-    parameters = [parameter for group in opt.param_groups for parameter in group["params"]]
+    parameters = _parameters(opt)
     groups = opt.state_dict()["param_groups"]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         if index == "group":
             groups[0][name] = type(groups[0].get(name, 0.0))(tensor.item())
+        elif tensor.ndim == 0 and tensor.dtype == torch.int64:  # bitsandbytes and Prodigy count their steps in Python
+            state.setdefault(int(index), {})[name] = int(tensor.item())
         else:
             state.setdefault(int(index), {})[name] = processes.like(tensor.clone(), parameters[int(index)])
     opt.load_state_dict({"state": state, "param_groups": groups})
-
-
-def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path, metadata: dict[str, Any]) -> Path:
-    """The control-LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
-
-    Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
-    what the student draws. `metadata` goes into the file's header, as JSON under
-    `diptych`.
-    """
-    from diffusers import FluxControlPipeline
-    from peft import LoraConfig, get_peft_model_state_dict
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    state: dict[str, Any] = {key: value.detach().float().cpu() for key, value in adapter.items() if ".lora_" in key}
-    layers = sorted({key.partition(".lora_")[0] for key in state})
-    # One file has biases on all adapters or on none (peft's `lora_bias` is one switch): the others' are zero.
-    for layer in layers:
-        state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
-    layer = transformer.get_submodule(INPUT_LAYER)
-    change = {name: (p.detach() - trained.start[name]).float().cpu() for name, p in layer.named_parameters()}
-    rank = change["weight"].shape[1]
-    state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(rank)
-    state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"]
-    state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"]
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
-        target_modules=[*layers, INPUT_LAYER],
-        rank_pattern={INPUT_LAYER: rank},
-        alpha_pattern={INPUT_LAYER: rank},
-        lora_bias=True,
-    ).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    FluxControlPipeline.save_lora_weights(
-        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
-    )
-    path = folder / "pytorch_lora_weights.safetensors"
-    with safe_open(path, "pt") as file:
-        header = {**file.metadata(), "diptych": json.dumps(metadata, sort_keys=True)}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata=header)
-    _sort_header(path)
-    return path
-
-
-def _sort_header(path: Path) -> None:
-    """safetensors writes its metadata keys in a random order; sorted, the same weights are the same file."""
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors after it start at a multiple of 8
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])

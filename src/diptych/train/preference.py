@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from diptych.data.records import seed_of
 from diptych.student.geometry import Canvas, join_tokens, split_tokens
 from diptych.train.buckets import Bucket
-from diptych.train.latents import Latents, panels_of, publish
+from diptych.train.latents import Latents, is_whole, panels_of, publish
 from diptych.train.metrics import Progress, report
 from diptych.train.options import Options, Preference
 from diptych.train.processes import ALONE, Processes
@@ -114,7 +114,7 @@ class Drawing:
         with processes.together():
             for number, path in enumerate(files):
                 part = rows[number * SHARD : (number + 1) * SHARD]
-                if number % processes.count == processes.rank and not path.exists():
+                if number % processes.count == processes.rank and not is_whole(path):
                     publish(self._shard(part), path)
                 report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
         return Negatives(rows, files)
@@ -159,9 +159,11 @@ class Drawing:
 
 
 class Anchor:
-    """The weights that training started from, to be put in the model for a moment."""
+    """The weights that training started from, to be put in the model for a moment: in place, because weights that are
+    spread over several processes are gathered from this memory."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        """`parameters` are this process's own parts (`Trained.own`)."""
         self.parameters = list(parameters)
         self.tensors = [parameter.detach().clone() for parameter in parameters]
 
@@ -175,6 +177,9 @@ class Anchor:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for number, parameter in enumerate(self.parameters):
-            self.tensors[number], parameter.data = parameter.data, self.tensors[number]
+        for parameter, tensor in zip(self.parameters, self.tensors, strict=True):
+            other = parameter.clone()
+            parameter.copy_(tensor)
+            tensor.copy_(other)

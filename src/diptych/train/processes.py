@@ -100,7 +100,7 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
     if count == 1:
         return ALONE, device
     if device.type != "cpu":
-        device = parallel.join(device)
+        device = parallel.join(device, PATIENCE)
     elif not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), count), device

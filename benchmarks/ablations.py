@@ -1,0 +1,39 @@
+"""The claim of the paper on the pocket world: the student beside zero-shot baselines, per-subject tuning and itself
+without its parts (`recipes/ablations/pocket.yaml`), on held-out identities and held-out kinds, three trainings each.
+
+    python benchmarks/ablations.py                       # about 100 minutes of two CPU cores, painting included
+    python benchmarks/ablations.py --from runs/pocket    # on the pairs of a run that is there already
+
+Writes `results/ablations-DEVICE-DATE.json`, the page beside it as `.md`, and prints the page. It is `diptych ablate`:
+killed, the same command goes on, and nothing is trained twice (`--work`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import measuring
+import torch
+
+from diptych.ablate import ablate
+from diptych.evaluate import ablations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="pocket", help="a study's file, or the name of one that ships")
+    parser.add_argument("--from", dest="base", type=Path, default=None, help="a curated run to share")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="the study's folder")
+    parser.add_argument("--out", type=Path, default=None, help="another result file")
+    given = parser.parse_args()
+    found = ablate(given.study, given.work, base=given.base)
+    path = measuring.write("ablations", {**found, "about": measuring.about(torch.device("cpu"))}, given.out)
+    page = ablations.markdown(found)
+    path.with_suffix(".md").write_text(page, "utf8")
+    print(page)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
