@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from diptych.tasks import Task
 
 DETAIL = 1.0
-SOFT = 1 / 10  # of the panel's side: what is finer than this is detail, and the reference's; what is not is light
+SHADE = 1 / 20  # of the panel's side: brightness that changes more finely than this is detail, and the reference's
+TINT = 1 / 10  # the same for colour, in which light varies less
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 DARK = 0.04  # added before dividing, so that the darkest parts are not torn
 
 
@@ -138,18 +140,25 @@ def kept(mask: Image | str | Path, size: tuple[int, int], canvas: Any, fit: str)
 def keep_detail(drawn: Image, reference: Image, amount: float = 1.0) -> Image:
     """The reference under the light of `drawn`: what is coarse of the one, what is fine of the other.
 
-    reference × soft(drawn) / soft(reference), channel by channel, `soft` being a Gaussian blur of a tenth of the side;
-    laid over `drawn` with the weight `amount`. As in retouching by frequency separation.
+    reference × gain, where gain is soft(drawn) / soft(reference) channel by channel, `soft` being a Gaussian blur of a
+    tenth of the side; of brightness alone, a blur of a twentieth, since shade and shadows are finer than tints. Laid
+    over `drawn` with the weight `amount`. As in retouching by frequency separation.
     """
     from PIL import Image as pillow
 
     if amount == 0:
         return drawn
     new, old = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (drawn, reference))
-    sigma = SOFT * min(drawn.size)
-    gain = (soft(new, sigma) + DARK) / (soft(old, sigma) + DARK)
+    bright, was = (pixels @ np.array(LUMA, np.float32)[:, None] for pixels in (new, old))
+    tint, shade = (share * min(drawn.size) for share in (TINT, SHADE))
+    gain = _gain(new, old, tint) * _gain(bright, was, shade) / _gain(bright, was, tint)
     mixed = amount * np.clip((old + DARK) * gain - DARK, 0, 1) + (1 - amount) * new
     return pillow.fromarray((mixed * 255).round().astype(np.uint8))
+
+
+def _gain(new: np.ndarray, old: np.ndarray, sigma: float) -> np.ndarray:
+    """How much brighter (H, W, C) `new` is than `old`, seen through a blur of `sigma` pixels."""
+    return (soft(new, sigma) + DARK) / (soft(old, sigma) + DARK)
 
 
 def keep_part(drawn: Image, reference: Image, stays: np.ndarray) -> Image:
