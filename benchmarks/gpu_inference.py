@@ -124,7 +124,7 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
     line("guided fast", "guided", mine, PRESETS["fast"], steps, needs=8, exact=False)
     line("guided few released", "guided", theirs, None, few)
     line("guided few plain", "guided", mine, PLAIN, few)
-    for switch, setting in inference.alone([n for n in inference.EXACT_SWITCHES if n != "compile"]).items():
+    for switch, setting in inference.alone([n for n in inference.EXACT_SWITCHES if n not in ("packed", "compile")]).items():
         line(f"guided few {switch}", "guided", mine, setting, few)
     if device.type == "cuda":
         cudnn = replace(PRESETS["exact"], compile=False, attention="_native_cudnn")

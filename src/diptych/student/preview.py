@@ -2,7 +2,7 @@
 
 Flow matching's clean latents follow from two consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last
 step, x_0 = x_s − σ_s·v. A linear map takes their C channels to RGB. It is fitted once, by least squares, to what the
-model's own VAE makes of soft random colours; a preview then costs one small matrix product, and no decoder.
+model's own VAE makes of random colours, soft to fine; a preview then costs one small matrix product, and no decoder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
 
 Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
-FIT_PICTURES = 16  # of each kind
-FIT_SPOTS = (4, 8, 16)  # colours along a side: from soft to as fine as latents are
+FIT_COLOURS = (4, 8, 16, 32)  # random colours along a side of the fitting pictures: detail has channels of its own
+FIT_PICTURES = 4  # of each
 FIT_LATENTS = 16  # side of a fitting picture, in latents
 
 
@@ -30,14 +30,12 @@ def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
     """(C + 1, 3): scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Least squares, seeded."""
     factor, side = pipe.vae_scale_factor, FIT_LATENTS
     generator = torch.Generator("cpu").manual_seed(0)
-    given, colours = [], []
-    for spots in FIT_SPOTS:
-        drawn = 2 * torch.rand(FIT_PICTURES, 3, spots, spots, generator=generator) - 1
-        pixels = F.interpolate(drawn, (factor * side, factor * side), mode="bilinear", align_corners=True)
-        latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
-        given.append(_with_one(latents).flatten(0, 2))
-        colours.append(F.avg_pool2d(pixels, factor).movedim(1, -1).flatten(0, 2))
-    return torch.linalg.lstsq(torch.cat(given), torch.cat(colours)).solution
+    colours = [2 * torch.rand(FIT_PICTURES, 3, n, n, generator=generator) - 1 for n in FIT_COLOURS]
+    size = (factor * side, factor * side)
+    pixels = torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=True) for each in colours])
+    latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
+    means = F.avg_pool2d(pixels, factor).movedim(1, -1).reshape(-1, 3)
+    return torch.linalg.lstsq(_with_one(latents).reshape(-1, latents.shape[1] + 1), means).solution
 
 
 class Preview:
