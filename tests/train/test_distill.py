@@ -24,7 +24,8 @@ from diptych.errors import UsageError, UserError
 from diptych.recipe import load as load_recipe
 from diptych.run import run
 from diptych.stages.distill import distill, finish
-from diptych.train import checkpoint, latents, processes, text
+from diptych.train import checkpoint, latents, processes
+from diptych.train import text as texts
 from diptych.train.loop import Trainer, train
 from diptych.train.options import Options, Preference, identity, may_change
 
@@ -84,7 +85,7 @@ def test_ctrl_c_saves_a_checkpoint_that_goes_on_exactly(world: Any, straight: An
     out = tmp_path / "student"
     recipe = tiny_run.make_recipe(world.teacher)
 
-    def press(step: int, total: int, said: str) -> None:
+    def press(step: int, total: int, text: str) -> None:
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -105,7 +106,7 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(world: Any, strai
     class Stop(Exception):
         pass
 
-    def stop(step: int, total: int, said: str) -> None:
+    def stop(step: int, total: int, text: str) -> None:
         if step == 9:
             raise Stop
 
@@ -250,9 +251,9 @@ def test_what_does_not_fit_into_memory_is_read_and_encoded_as_it_is_needed(
     world: Any, straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latents, "IN_MEMORY", 0)
-    monkeypatch.setattr(text, "IN_MEMORY", 0)
+    monkeypatch.setattr(texts, "IN_MEMORY", 0)
     recipe = tiny_run.make_recipe(world.teacher)
-    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, text.Online)
+    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, texts.Online)
     distill(recipe, world.pairs, tmp_path / "out")
     got, wanted = ([line["loss"] for line in kills.result(out)[0]] for out in (tmp_path / "out", straight.out))
     assert got == pytest.approx(wanted, rel=1e-5)
@@ -316,6 +317,36 @@ def test_the_sample_sheet_is_what_later_inference_draws(world: Any, straight: An
     for line, name in enumerate(made_by["pairs"]):
         reference = sheet.crop((0, line * side, side, (line + 1) * side))
         drawn: Any = pipe(captions[name], reference=reference, generator=line, num_inference_steps=20)
+        shown = sheet.crop((2 * side, line * side, 3 * side, (line + 1) * side))
+        assert drawn.images[0].tobytes() == shown.tobytes()
+
+
+def test_a_lora_on_a_bfloat16_base_is_drawn_as_its_file_will_be(world: Any, tmp_path: Path) -> None:
+    """As `parts.select` keeps the base where a GPU computes in bfloat16; the CPU draws it here."""
+    from PIL import Image
+
+    from diptych import student
+
+    out = tmp_path / "lora"
+    recipe = tiny_run.make_recipe(world.teacher, mode="lora", rank=4, learning_rate=1e-2)
+    trainer = train(tiny_run.prepare(recipe, world.pairs, out))
+    finish(trainer, recipe, out)
+    for parameter in trainer.transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    trainer.job.pipe.vae.to(torch.bfloat16)
+    learnt = [parameter.detach().clone() for parameter in trainer.trained.parameters]
+    trainer.draw_samples()
+    assert all(map(torch.equal, learnt, trainer.trained.parameters))  # they are float32 again
+    sheet = Image.open(out / "training" / "samples" / "step-000012.png").convert("RGB")
+    pipe = student.load(out, base=world.teacher, device="cpu", dtype=torch.bfloat16)
+    side = tiny_run.PANEL
+    for line, row in enumerate(trainer.job.validation_rows):
+        text = trainer.job.text.gather([trainer.job.latents.samples[row].caption])
+        embeds, pooled = (each.bfloat16() for each in text)
+        given: Any = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "num_inference_steps": 20}
+        reference = sheet.crop((0, line * side, side, (line + 1) * side))
+        drawn: Any = pipe(reference=reference, generator=line, **given)
         shown = sheet.crop((2 * side, line * side, 3 * side, (line + 1) * side))
         assert drawn.images[0].tobytes() == shown.tobytes()
 
