@@ -124,7 +124,8 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
     line("guided fast", "guided", mine, PRESETS["fast"], steps, needs=8, exact=False)
     line("guided few released", "guided", theirs, None, few)
     line("guided few plain", "guided", mine, PLAIN, few)
-    for switch, setting in inference.alone([n for n in inference.EXACT_SWITCHES if n != "compile"]).items():
+    switches = [name for name in inference.EXACT_SWITCHES if name not in ("packed", "compile")]
+    for switch, setting in inference.alone(switches).items():
         line(f"guided few {switch}", "guided", mine, setting, few)
     if device.type == "cuda":
         cudnn = replace(PRESETS["exact"], compile=False, attention="_native_cudnn")

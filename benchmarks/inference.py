@@ -175,7 +175,7 @@ def alone(names: list[str]) -> dict[str, Speed]:
     return {f"only_{name}": replace(PLAIN, **{name: getattr(PRESETS["exact"], name)}) for name in names}
 
 
-EXACT_SWITCHES = ["fused_lora", "fused_qkv", "compile", "modulation", "batched_guidance"]
+EXACT_SWITCHES = ["fused_lora", "packed", "fused_qkv", "compile", "modulation", "batched_guidance"]
 
 
 def pocket(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def test_lora_on_the_released_input_layer_acts_on_the_noisy_half_only(student_fo
         (lambda s: s.update({"transformer.c_embedder.lora_A.weight": torch.zeros(2, 16)}), "c_embedder"),
         (lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(2, 31)}), "width 31"),
         (lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(2, 16)}), "width 16"),
+        (lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(3, 32)}), "attn.to_q are not .* of one rank"),
+        (lambda s: s.pop(f"{LAYER}.lora_B.weight"), "attn.to_q are not both there"),
         (lambda s: s.clear(), "no LoRA tensors"),
     ],
 )
@@ -234,6 +236,18 @@ def test_damaged_files_are_named(pipe, tmp_path, part, file, damage, says):
     with pytest.raises(UserError, match=says) as caught:
         student.load(folder, device="cpu")
     assert part in str(caught.value)
+
+
+def test_an_index_that_names_no_files_and_an_encoder_without_a_tokenizer_are_told(student_folder, teacher, tmp_path):
+    folder = copy(student_folder, tmp_path / "sharded")
+    (folder / "transformer" / files.WEIGHTS_FILE).unlink()
+    (folder / "transformer" / f"{files.WEIGHTS_FILE}.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(UserError, match=r"index\.json does not say which file holds which tensor"):
+        student.load(folder, teacher, device="cpu")
+    base = copy(teacher, tmp_path / "base")
+    shutil.rmtree(base / "tokenizer_2")
+    with pytest.raises(UserError, match="base has text_encoder_2 and no tokenizer_2"):
+        student.load(student_folder, base, device="cpu")
 
 
 def test_a_base_of_another_family_is_refused(student_folder):
@@ -321,14 +335,19 @@ def test_damaged_and_unreadable_files_are_named(teacher, tmp_path, student_folde
     cut.write_bytes(cut.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         student.load(cut, teacher, device="cpu")
+    for name in ("pointer.safetensors", "pointer.gguf"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 24\n")
+        with pytest.raises(UserError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+            student.load(tmp_path / name, teacher, device="cpu")
     (tmp_path / "student.ckpt").write_bytes(b"")
     with pytest.raises(UsageError, match=r"neither a \.safetensors nor a \.gguf"):
         student.load(tmp_path / "student.ckpt", teacher, device="cpu")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"holds no FLUX transformer: it lacks x_embedder\.weight"):
         student.load(tmp_path / "other.safetensors", teacher, device="cpu")
-    with pytest.raises(UserError, match=r"there is no LoRA .*nosuch\.safetensors"):
-        student.load(student_folder, teacher, device="cpu", lora=tmp_path / "nosuch.safetensors")
+    for name in ("nosuch.safetensors", "nosuch"):
+        with pytest.raises(UserError, match=f"there is no LoRA .*{name}; check the path"):
+            student.load(student_folder, teacher, device="cpu", lora=tmp_path / name)
 
 
 def test_another_kind_of_transformer_is_refused(student_folder, teacher, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from diptych import Student, student
 from diptych.cli import call
 from diptych.errors import UsageError
-from diptych.student import speed
+from diptych.student import packed, speed
 from diptych.student.geometry import Canvas, split_tokens
 from diptych.student.recall import Recall, content
 from student.conftest import GOLDEN
@@ -44,11 +45,12 @@ def differs(a, b):
 # exact -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("name", GUIDANCE)
-def test_exact_gives_what_the_released_code_gave(golden, name):
+def test_exact_gives_what_the_released_code_gave(golden, name, packs):
     pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    speed.apply(pipe, speed.PRESETS["exact"])
+    speed.apply(pipe, replace(speed.PRESETS["exact"], packed=packs))
     assert not getattr(pipe.transformer, "peft_config", None)
     image, text = GUIDANCE[name]
     embeds = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -63,7 +65,7 @@ def test_exact_gives_what_the_released_code_gave(golden, name):
         output_type="latent",
         **given,
     ).images
-    torch.testing.assert_close(got, golden[f"latents_{name}"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, golden[f"latents_{name}"], rtol=2e-5, atol=2e-5)  # sums in another order
 
 
 def test_presets_but_exact_change_pictures_and_come_off_again(quick, pictures):
@@ -81,8 +83,35 @@ def test_presets_but_exact_change_pictures_and_come_off_again(quick, pictures):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_small_transformer_is_not_compiled_and_the_reason_is_given(quick):
+def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pictures, tmp_path):
+    given = {"reference": pictures[0], **GUIDED}
+    plain = latents(quick, **given)
+    before = {key: value.clone() for key, value in quick.transformer.state_dict().items()}
+    linears = sum(type(module) is torch.nn.Linear for module in quick.transformer.modules())
     left_out = speed.apply(quick, speed.PRESETS["exact"])
+    assert [reason.partition(":")[0] for reason in left_out] == ["fused_qkv", "compile"]
+    held = [module for module in quick.transformer.modules() if isinstance(module, packed.PackedLinear)]
+    blocks = [*quick.transformer.transformer_blocks, *quick.transformer.single_transformer_blocks]
+    assert len(held) > 5 * len(blocks) and all(module.original[0].weight.numel() == 0 for module in held)
+    same(latents(quick, **given), plain)
+    student.save(quick, tmp_path / "saved")
+    assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)
+    assert sum(isinstance(module, packed.PackedLinear) for module in quick.transformer.modules()) == len(held)
+    speed.remove(quick)
+    after = quick.transformer.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    assert sum(type(module) is torch.nn.Linear for module in quick.transformer.modules()) == linears
+
+
+def test_what_cannot_be_packed_is_told():
+    layer = torch.nn.Linear(2, 2)
+    assert packed.cannot_pack(layer) == ""
+    assert packed.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
+    assert packed.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
+
+
+def test_a_small_transformer_is_not_compiled_and_the_reason_is_given(quick):
+    left_out = speed.apply(quick, replace(speed.PRESETS["exact"], packed=False))
     assert [reason for reason in left_out if reason.startswith("compile: a transformer of 0 M")]
     assert all(block._compiled_call_impl is None for block in quick.transformer.transformer_blocks)
 

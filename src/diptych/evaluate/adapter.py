@@ -71,17 +71,21 @@ class ImageAdapter(Base):
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         pipe, encoder = self.context.opened(KEY, self._open)
         height, width = size_of(references)
-        seen = encoder.embed(references).to(pipe.device, pipe.transformer.dtype)[:, None]
-        return draw(
-            pipe,
-            [sample.prompt for sample in samples],
-            height,
-            width,
-            noise(pipe, seeds, height, width),
-            self.recipe,
-            ip_adapter_image_embeds=[seen],
-            negative_ip_adapter_image_embeds=[torch.zeros_like(seen)],
-        )
+        images: list[Image] = []
+        # Stock FluxPipeline takes one reference a call: of several it would mix the embeddings, without a word.
+        for embedding, sample, seed in zip(encoder.embed(references), samples, seeds, strict=True):
+            seen = embedding.to(pipe.device, pipe.transformer.dtype)[None, None]
+            images += draw(
+                pipe,
+                [sample.prompt],
+                height,
+                width,
+                noise(pipe, [seed], height, width),
+                self.recipe,
+                ip_adapter_image_embeds=[seen],
+                negative_ip_adapter_image_embeds=[torch.zeros_like(seen)],
+            )
+        return images
 
     def _open(self) -> tuple[Any, Encoder]:
         settings = self.recipe.evaluate.adapter

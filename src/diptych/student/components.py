@@ -54,6 +54,12 @@ def check_parts(places: Mapping[str, Path], model: Path, base: Path | None) -> N
                 f"{model} is not a whole pipeline (it lacks {', '.join(absent)}); give the teacher's folder as base"
             )
         raise UserError(f"neither {model} nor the base {base} has {', '.join(absent)}; is the base complete?")
+    for encoder in ("text_encoder", "text_encoder_2"):
+        if encoder in places and (tokenizer := encoder.replace("text_encoder", "tokenizer")) not in places:
+            raise UserError(
+                f"{places[encoder].parent} has {encoder} and no {tokenizer}, which reads text for it; "
+                "is the folder complete?"
+            )
 
 
 def look_at(part: str, place: Path) -> None:
@@ -104,10 +110,10 @@ def check_family(config: Mapping[str, Any], parts: Mapping[str, Any], model: Pat
     pairs = [("packed VAE latents", 4 * parts["vae"].config.latent_channels, "canvas channels", out)]
     if "text_encoder_2" in parts:
         width = getattr(parts["text_encoder_2"].config, "d_model", None)
-        pairs.append(("T5 text", width, "joint_attention_dim", config.get("joint_attention_dim", 4096)))
+        pairs.append(("T5 embeddings", width, "joint_attention_dim", config.get("joint_attention_dim", 4096)))
     if "text_encoder" in parts:
         width = getattr(parts["text_encoder"].config, "hidden_size", None)
-        pairs.append(("CLIP text", width, "pooled_projection_dim", config.get("pooled_projection_dim", 768)))
+        pairs.append(("CLIP embeddings", width, "pooled_projection_dim", config.get("pooled_projection_dim", 768)))
     for what, have, name, want in pairs:
         if have is not None and have != want:
             raise UserError(

@@ -72,6 +72,8 @@ def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
             raise UserError(f"{folder} holds only pickled weights (*.bin), never opened here; convert to safetensors")
         return open_safetensors(folder / name)[0]
     places = read_json(index).get("weight_map", {})
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} does not say which file holds which tensor; fetch it again")
     state: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
         state.update(open_safetensors(folder / name)[0])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diptych.errors import UserError
-from diptych.student.tensors import Stored
+from diptych.student.tensors import Stored, damaged
 from diptych.student.weights import INPUT_LAYERS, stock_config
 
 _PLAIN = ("F32", "F16", "BF16")  # float types: torch has them, so nothing is gained by keeping GGUF's bytes
@@ -37,10 +37,7 @@ def open_gguf(path: Path) -> dict[str, Stored]:
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole GGUF file ({line}); fetch it again"
-        ) from error
+        raise damaged(path, "GGUF", error) from error
     return {tensor.name: _stored(tensor) for tensor in tensors}
 
 

@@ -61,10 +61,10 @@ def apply_lora(
 def lora_file(path: Path) -> Path:
     """The safetensors file that `path` names, whole: itself, or the released name in a folder."""
     path = path / RELEASED_LORA if path.is_dir() else path
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
     if not path.is_file():
         raise UserError(f"there is no LoRA {path}; check the path")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
     open_safetensors(path)  # says what is wrong with a damaged file; diffusers would go on to look for a pickle
     return path
 
@@ -115,14 +115,17 @@ def _pad_input(pipe: FluxControlPipeline, state: dict[str, torch.Tensor]) -> dic
 
 
 def check_lora(state: Mapping[str, torch.Tensor], path: Path, widths: Widths) -> None:
-    """Every key must be `<component>.<layer>.lora_A|lora_B…` of a layer that exists and has that width."""
+    """Every key must be `<component>.<layer>.lora_A|lora_B…` of a layer that exists and has that width; A and B of a
+    layer must both be there, of one rank."""
     strays, shapes = [], []
+    ranks: dict[str, dict[str, int]] = {}
     for key, tensor in state.items():
         layer, found, part = key.partition(".lora_")
         wide = widths(layer) if found else None
         if wide is None:
             strays.append(key)
         elif tensor.ndim == 2:
+            ranks.setdefault(layer, {})[part[:1]] = tensor.shape[0 if part.startswith("A") else 1]
             width = wide[0] if part.startswith("A") else wide[1]
             got = tensor.shape[1] if part.startswith("A") else tensor.shape[0]
             padded = layer == f"transformer.{INPUT}" and part.startswith("A") and 2 * got == width
@@ -141,6 +144,12 @@ def check_lora(state: Mapping[str, torch.Tensor], path: Path, widths: Widths) ->
         raise UserError(
             f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded; give one that was trained on "
             "this student's base"
+        )
+    odd = [layer for layer, both in ranks.items() if len(both) != 2 or len(set(both.values())) != 1]
+    if odd:
+        raise UserError(
+            f"{path} is damaged: A and B of {some(sorted(odd))} are not both there, or not of one rank. Nothing was "
+            "loaded; fetch it again"
         )
 
 

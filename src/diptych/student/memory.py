@@ -300,14 +300,17 @@ class Memory:
 
     @alone
     def _open_text(self) -> None:
+        from diptych.console import quiet_bars
         from diptych.student.components import open_part
 
         if self._open or not self._places:
             return
         if self.moves:
             self._pipe.transformer.to("cpu")
-        for part, place in self._places.items():
-            setattr(self._pipe, part, self._placed(open_part(part, place, self.dtype)))
+        silent = getattr(self._pipe, "_progress_bar_config", {}).get("disable")
+        with quiet_bars() if silent else nullcontext():
+            for part, place in self._places.items():
+                setattr(self._pipe, part, self._placed(open_part(part, place, self.dtype)))
         self._open = True
 
     def _close_text(self) -> None:

@@ -47,6 +47,7 @@ class Speed:
     """
 
     fused_lora: bool = False
+    packed: bool = False
     fused_qkv: bool = False
     compile: bool = False
     attention: str = ""
@@ -93,6 +94,7 @@ class Speed:
 
 HELP = {
     "fused_lora": "add LoRAs into the weights",
+    "packed": "linear layers by oneDNN, weights packed once (float32 on a CPU; in the place of fused_qkv and compile)",
     "fused_qkv": "one product for query, key and value",
     "compile": f"compile the repeated blocks (transformers of at least {COMPILE_FROM // 10**6} M parameters)",
     "attention": "a diffusers attention back-end, for instance flash, sage, _native_cudnn; empty: torch chooses",
@@ -114,7 +116,15 @@ LOSSY = ("cache", "few_step_lora", "steps", "guidance_from", "guidance_until", "
 """Switches that change pictures beyond float rounding; those of the `cache_` family only tune one of them."""
 
 PLAIN = Speed()
-_EXACT = Speed(fused_lora=True, fused_qkv=True, compile=True, modulation=True, remember=256, batched_guidance=True)
+_EXACT = Speed(
+    fused_lora=True,
+    packed=True,
+    fused_qkv=True,
+    compile=True,
+    modulation=True,
+    remember=256,
+    batched_guidance=True,
+)
 PRESETS = {
     "exact": _EXACT,
     "fast": replace(_EXACT, cache="skip", cache_interval=2, guidance_until=0.9),
@@ -171,10 +181,15 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
         pipe.fuse_lora(components=["transformer"])
         pipe.unload_lora_weights()
     left_out = []
-    if speed.fused_qkv and pipe.memory is not None and pipe.memory.moves:
+    moves = pipe.memory is not None and pipe.memory.moves
+    if speed.packed and moves:
+        left_out.append("packed: the transformer leaves the device for new prompts")
+        speed = replace(speed, packed=False)
+    if speed.fused_qkv and moves:
         left_out.append("fused_qkv: the transformer leaves the device for new prompts, and single projections would")
         speed = replace(speed, fused_qkv=False)
-    left_out += apply_attention(transformer, speed)
+    speed, instead = apply_packed(transformer, speed)
+    left_out += instead + apply_attention(transformer, speed)
     if speed.modulation and getattr(transformer, "peft_config", None):
         left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
         speed = replace(speed, modulation=False)
@@ -200,6 +215,20 @@ def apply_attention(transformer: Any, speed: Speed) -> list[str]:
     return []
 
 
+def apply_packed(transformer: Any, speed: Speed) -> tuple[Speed, list[str]]:
+    """Packs the linear layers of any diffusers transformer: what of `speed` is still to be applied, and what is left
+    out, with its reason. Fused projections and compiled blocks would hold or look for the weights as they were."""
+    from diptych.student import packed
+
+    if not speed.packed:
+        return speed, []
+    if reason := packed.cannot_pack(transformer):
+        return speed, [f"packed: {reason}"]
+    packed.pack(transformer, _repeated(transformer))
+    instead = [f"{name}: packed takes its place" for name in ("fused_qkv", "compile") if getattr(speed, name)]
+    return replace(speed, fused_qkv=False, compile=False), instead
+
+
 def apply_compile(transformer: Any, speed: Speed) -> list[str]:
     """Compiles the repeated blocks of any diffusers transformer; or why not."""
     if speed.compile and (reason := _cannot_compile(transformer)):
@@ -212,9 +241,10 @@ def apply_compile(transformer: Any, speed: Speed) -> list[str]:
 
 def remove(pipe: DiptychPipeline) -> None:
     """Takes a speed setting off: the transformer is stock again, LoRAs that were fused stay so."""
-    from diptych.student import caches, recall
+    from diptych.student import caches, packed, recall
 
     transformer: Any = pipe.transformer
+    packed.unpack(transformer)
     for block in _repeated(transformer):
         block._compiled_call_impl = None  # what torch's own Module.compile sets; the code itself stays in torch's cache
     if pipe.step_cache is not None:

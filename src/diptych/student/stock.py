@@ -104,7 +104,8 @@ def apply(pipe: Any, held: Memory | None, wanted: Speed, device: torch.device) -
         drawing.skip(wanted)  # before what moves the transformer, which goes around it and is put on anew each call
     left_out = _place(pipe, held, device)
     # Fused and single projections share their bytes, which a move would end.
-    left_out += speed.apply_attention(transformer, wanted)
+    wanted, instead = speed.apply_packed(transformer, wanted)
+    left_out += instead + speed.apply_attention(transformer, wanted)
     left_out += speed.apply_compile(transformer, wanted)
     _tell(left_out)
     return drawing

@@ -32,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_POINTER = b"version https://git-lfs"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -80,10 +81,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in shapes.items()}
         metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({error}); "
-            "it was probably cut short while being copied: fetch it again"
-        ) from error
+        raise damaged(path, "safetensors", error) from error
     if strange := sorted({name for _, name in found.values()} - _DTYPES.keys()):
         raise UserError(f"{path} holds tensors of type {', '.join(strange)}, which cannot be opened here")
     read = file.get_tensor
@@ -92,6 +90,19 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         for key, (shape, name) in found.items()
     }
     return tensors, metadata
+
+
+def damaged(path: Path, kind: str, error: Exception) -> UserError:
+    """What is said of a file that should be of a kind and is not."""
+    with path.open("rb") as file:
+        pointer = file.read(len(_POINTER)) == _POINTER
+    if pointer:
+        return UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that: git lfs pull")
+    line = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return UserError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a whole {kind} file ({line}); it was probably cut short while "
+        "being copied: fetch it again"
+    )
 
 
 def write_safetensors(
