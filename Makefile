@@ -22,9 +22,9 @@ demo: $(VENV)/.installed
 
 installed: $(VENV)/.installed-dev
 
-# Two workers, a thread each: what two cores hold.
+# Two workers, a thread each: what two cores hold. Files that take long begin first (tests/conftest.py).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,38 @@ settings.load_profile("diptych")
 
 # Before any library reads it: a test that would need the hub must fail here as it fails offline.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# Files that take long: processes that import torch, clusters, browsers, whole runs. They begin first, so that of two
+# workers none is left with one of them at the end.
+LONG = (
+    "docs/test_code_blocks.py",
+    "data/test_ray_engine.py",
+    "test_gpu_benchmark.py",
+    "serve/test_app_browser.py",
+    "train/test_distill.py",
+    "train/test_processes.py",
+    "llm/test_vllm_ray.py",
+    "stages/test_paint_presets.py",
+    "docs/test_site.py",
+    "test_examples.py",
+    "evaluate/test_ablate.py",
+    "evaluate/test_whole_run.py",
+    "serve/test_schema.py",
+    "serve/test_app_writer.py",
+    "serve/test_command.py",
+    "integrations/test_space.py",
+    "student/test_convert.py",
+    "evaluate/test_bench.py",
+    "test_third_task.py",
+    "test_sign.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    turns = {here / name: turn for turn, name in enumerate(LONG)}
+    items.sort(key=lambda item: turns.get(item.path, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def finished(running: list[Member]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each."""
     for process, _ in running:
         process.join(300)
-    return [(p.exitcode, *(Path(f"{told}.{end}").read_text() for end in ("out", "err"))) for p, told in running]
+    return [(p.exitcode, Path(f"{told}.out").read_text(), Path(f"{told}.err").read_text()) for p, told in running]
 
 
 @pytest.mark.parametrize(
