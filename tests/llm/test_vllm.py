@@ -393,7 +393,14 @@ def test_a_share_of_a_gpu_is_enough_for_a_share_of_its_memory() -> None:
 def test_runs_that_were_made_before_there_was_vllm_are_not_made_anew() -> None:
     endpoint = "{base_url: 'http://localhost:8000/v1', model: m}"
     recipe = recipes.load(
-        "pocket", ["write.writer=llm", f"write.endpoint={endpoint}", f"curate.vlm.endpoint={endpoint}"]
+        "pocket",
+        [
+            "write.writer=llm",
+            "write.count=8000",
+            f"write.endpoint={endpoint}",
+            "curate.thresholds.same=0.75",
+            f"curate.vlm.endpoint={endpoint}",
+        ],
     )
     before = {
         "write": "db5e4d1a166eda32a601c949a3d2b6d3e946bcd732e4ad953b900a88be371c75",

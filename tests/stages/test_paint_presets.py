@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,15 @@ def test_what_a_family_cannot_have_is_left_out_and_said(of: Any, family: str, ca
 def test_fused_projections_of_flux_share_the_bytes_of_the_single_ones(folders: dict[str, Path]) -> None:
     pipe = paint.open_teacher(folders["flux"], torch.float32)
     numbers = sum(p.numel() for p in pipe.transformer.parameters())
-    stock.apply(pipe, None, stock.speed_of(folders["flux"], "exact"), torch.device("cpu"))
+    fused = replace(stock.speed_of(folders["flux"], "exact"), packed=False)
+    stock.apply(pipe, None, fused, torch.device("cpu"))
     attention = pipe.transformer.transformer_blocks[0].attn
     assert attention.fused_projections and attention.to_q.weight.data_ptr() == attention.to_qkv.weight.data_ptr()
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in pipe.transformer.parameters()}
     assert sum(held.values()) == 4 * numbers
     pipe = paint.open_teacher(folders["flux"], torch.float32)
     staged = stock.settle(folders["flux"], "24", "cpu", torch.float32, {})
-    stock.apply(pipe, staged, stock.speed_of(folders["flux"], "exact"), torch.device("cpu"))
+    stock.apply(pipe, staged, fused, torch.device("cpu"))
     assert not hasattr(pipe.transformer.transformer_blocks[0].attn, "to_qkv")
 
 
@@ -162,13 +164,13 @@ def test_the_modulation_of_a_guidance_distilled_teacher_is_precomputed_for_its_g
     assert not any("norm1.linear" in name for name, _ in pipe.transformer.named_parameters())
 
 
-def test_the_pocket_teacher_paints_the_same_bytes_at_exact_speed_and_to_rounding_in_24_gib() -> None:
+def test_the_pocket_teacher_paints_the_same_to_rounding_at_exact_speed_and_in_24_gib() -> None:
     pocket = load("pocket", ["paint.steps=4", "device=cpu", "threads=1", "paint.dtype=float32"])
     plain = grids(pocket, prompts(2))
-    assert grids(with_paint(pocket, speed="exact"), prompts(2)) == plain
-    # The table of the modulation is one product for all steps, which rounds differently: a level of a few pixels.
-    for one, other in zip(grids(with_paint(pocket, memory="24", speed="exact"), prompts(2)), plain, strict=True):
-        assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1 and far(one, other) < 0.001
+    # Products of other shapes and in other orders round differently: a level of a few pixels.
+    for changes in ({"speed": "exact"}, {"memory": "24", "speed": "exact"}):
+        for one, other in zip(grids(with_paint(pocket, **changes), prompts(2)), plain, strict=True):
+            assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1 and far(one, other) < 0.001
 
 
 def test_steps_are_skipped_along_straight_lines_of_velocity_only(folders: dict[str, Path]) -> None:
