@@ -474,10 +474,10 @@ def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool) -> Iterato
 
     processes, _ = join(pick_device(recipe.device))
     with ExitStack() as held:
+        held.callback(parallel.leave)  # also when stopped: torch's threads must not outlive Python
         with processes.together() as first:
             if first:
                 held.enter_context(lock(folder))
                 freeze(recipe, folder, engine)
                 bring(folder, "student")
         yield recipes.load(folder / "recipe.yaml")
-    parallel.leave()

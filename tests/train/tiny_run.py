@@ -174,10 +174,16 @@ def main(work: str, out: str, *sets: str) -> None:
 
     from diptych.data.store import Dataset
     from diptych.stages.distill import distill
+    from diptych.student import parallel
 
     values = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in sets)}
     recipe = make_recipe(Path(work) / "teacher", **values)
-    distill(recipe, Dataset(Path(work) / "pairs"), Path(out), lambda step, total, text: print(step, text, flush=True))
+    try:
+        distill(
+            recipe, Dataset(Path(work) / "pairs"), Path(out), lambda step, total, text: print(step, text, flush=True)
+        )
+    finally:
+        parallel.leave()  # as `run.enter` does
 
 
 if __name__ == "__main__":

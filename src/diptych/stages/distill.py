@@ -248,8 +248,10 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
 
 def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:
     if name != "none":
-        from diptych.student.quantize import quantize
+        from diptych.student.quantize import problem, quantize
 
+        if told := problem(name, device.type):
+            raise UsageError(f"distill.quantize: {told}")
         quantize(pipe.transformer, name, device, dtype)
     return pipe
 
