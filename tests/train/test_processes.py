@@ -80,7 +80,7 @@ def test_two_processes_train_as_one_with_the_same_batch(world: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_prefer_as_one(world: Any, straight: Any, tmp_path: Path, sharding: str) -> None:
-    keys = {"init": str(straight.out), "steps": 4, "warmup": 0, "learning_rate": 1e-4, "sample_steps": 2}
+    keys = {"init": str(straight.out), "steps": 4, "warmup": 0, "sample_steps": 2}
     wish = {"pairs": 12, "beta": 2000.0, "shrink": 0.25}
     distill(tiny_run.make_recipe(world.teacher, **keys, preference=wish), world.pairs, tmp_path / "one")
     sets = [f"{key}={value}" for key, value in keys.items()]
