@@ -399,6 +399,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from diptych import recipe as recipes
     from diptych.data.images import open_image
+    from diptych.data.engine import LocalEngine
     from diptych.data.store import Dataset
     from diptych.evaluate import baselines, metrics, run_suite, scoring, suites, truth
 
@@ -440,7 +441,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         places = {re.sub(r"[^\w.]+", "_", name): name for name in settings}
         methods: Any = {place: Sped(context, place, settings[name]) for place, name in places.items()}
         prints = {place: run_suite.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
-        run_suite.generate(context, samples, methods, prints, lambda done, total, note="": say(done, total, note))
+        run_suite.generate(context, samples, methods, prints, LocalEngine(), say)
         judges = run_suite.load_judges(recipe, run_suite.judges_about(recipe))
         scales = {split: truth.scale(suite, split, judges.scorer.embed) for split in suite.splits}
         outcomes, pictures = {}, {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diptych.tasks import Task
 
 DETAIL = 1.0
-SHADE = 1 / 20  # of the panel's side: brightness that changes more finely than this is detail, and the reference's
+SHADE = 1 / 30  # of the panel's side: brightness that changes more finely than this is detail, and the reference's
 TINT = 1 / 10  # the same for colour, in which light varies less
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 DARK = 0.04  # added before dividing, so that the darkest parts are not torn
@@ -141,7 +141,7 @@ def keep_detail(drawn: Image, reference: Image, amount: float = 1.0) -> Image:
     """The reference under the light of `drawn`: what is coarse of the one, what is fine of the other.
 
     reference × gain, where gain is soft(drawn) / soft(reference) channel by channel, `soft` being a Gaussian blur of a
-    tenth of the side; of brightness alone, a blur of a twentieth, since shade and shadows are finer than tints. Laid
+    tenth of the side; of brightness alone, a blur of a thirtieth, since shade and shadows are finer than tints. Laid
     over `drawn` with the weight `amount`. As in retouching by frequency separation.
     """
     from PIL import Image as pillow

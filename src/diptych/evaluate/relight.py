@@ -50,7 +50,7 @@ HEADLINE = ("psnr", "ssim", "following")
 BASELINES = ("copy", "colour_transfer", "colour_shift", "text_only")
 STUDENTS = {"student": Student, "student_shipped": StudentShipped}
 ROUND_TRIP = "truth_through_vae"
-SCORING = 2  # raised when equal pictures would get other numbers
+SCORING = 3  # raised when equal pictures would get other numbers
 
 
 class Relit(Method):
