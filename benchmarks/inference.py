@@ -398,8 +398,8 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     absolute difference from exact's pictures, 0 to 1.
     """
     from diptych import recipe as recipes
-    from diptych.data.images import open_image
     from diptych.data.engine import LocalEngine
+    from diptych.data.images import open_image
     from diptych.data.store import Dataset
     from diptych.evaluate import baselines, metrics, run_suite, scoring, suites, truth
 
