@@ -435,6 +435,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.run or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         suite = suites.load(recipe.evaluate.suite)
         context = baselines.Context(recipe, folder, suite)
         samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
