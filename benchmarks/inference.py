@@ -39,7 +39,8 @@ from diptych.student.speed import PLAIN, PRESETS, Speed
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "fixtures" / "release_golden"
 REFERENCES = ROOT / "examples" / "references"
-TOLERANCE = {"released": 1e-5, "exact": 2e-5, "apart": 2e-5}  # absolute and relative together, as in tests/student
+# Absolute and relative together. Guidance adds up to three times the rounding of a forward, which differs by processor.
+TOLERANCE = {"plain": 1e-5, "guided": 2e-5}
 GUIDED = {"image_guidance": 1.5, "text_guidance": 2.0}
 UNGUIDED = {"image_guidance": 1.0, "text_guidance": 1.0}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -117,7 +118,7 @@ def golden_on(
             found[way][name] = {
                 "max": float(difference.max()),
                 "mean": float(difference.mean()),
-                "within": torch.allclose(got, wanted, rtol=TOLERANCE[way], atol=TOLERANCE[way]),
+                "within": torch.allclose(got, wanted, rtol=TOLERANCE[name], atol=TOLERANCE[name]),
             }
     return found
 

@@ -65,7 +65,9 @@ def data(page: Page) -> None:
 
 def runs(page: Page) -> None:
     expect(page.locator("#run-state")).to_contain_text("candidates")
-    page.wait_for_load_state("networkidle")
+    # The page asks again and again, so its network is never idle.
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.wait_for_timeout(2000)
 
 
 TABS = {"Create": create, "Relight": relight, "Story": story, "Data": data, "Runs": runs}
