@@ -87,7 +87,7 @@ def _distill(found: dict[str, Any]) -> list[str]:
     memory = " + ".join(f"{gib(part)} {name}" for name, part in found["memory_of"].items())
     more = found["memory"] > sum(found["memory_of"].values())
     before = "; while captions are encoded it is more" if more else ""
-    disk = " + ".join(f"{size(part)} {name}" for name, part in found["disk"].items())
+    disk = " + ".join(f"{size(part)} {name}" for name, part in found["disk"].items() if part)
     epochs = f", {found['epochs']:,.1f} epochs" if found["epochs"] else ""
     return [
         f"{found['mode']}: {many(found['trained_parameters'])} parameters trained · {found['steps']:,} steps of "
