@@ -69,7 +69,7 @@ def test_colour_baselines_do_what_they_say() -> None:
 
 
 def line(method: str, scene: int, **scores: float) -> dict[str, Any]:
-    plain = {"psnr": 20.0, "ssim": 0.5, "features": 0.2, "structure": 0.5, "following": 0.5}
+    plain = {"psnr": 20.0, "ssim": 0.5, "features": 0.2, "structure": 0.5, "following": 0.5, "relit": 0.25}
     return {"method": method, "scene": scene, "level": relight_suite.LEVELS[scene % 3], **plain, **scores}
 
 
@@ -89,9 +89,10 @@ def test_ahead_means_better_with_intervals_apart() -> None:
     assert against["psnr"]["ci95"] == pytest.approx([2, 2], abs=1e-3), "both are resampled together"
     low, high = found["methods"]["copy"]["ci95"]["psnr"]
     assert low < found["methods"]["copy"]["psnr"] < high < low + 1
-    assert "not clearly ahead on 4 counts" in relight_sheet.verdict(found)
+    assert "not clearly ahead on 8 counts" in relight_sheet.verdict(found)
     for one in lines:
-        one["following"] += one["method"] == "student"
+        for key in ("following", "relit"):
+            one[key] += one["method"] == "student"
     assert "beats every baseline" in relight_sheet.verdict(relight.summary(lines, 200))
 
 
@@ -122,6 +123,8 @@ def test_a_student_that_never_learnt_it_is_scored_like_the_rest(relit: tuple[Rec
     assert all(scores["n"] == 6 and set(scores["ci95"]) == set(relight.SCORES) for scores in found["methods"].values())
     copy = found["methods"]["copy"]
     assert copy["structure"] > 0.99 and found["levels"]["copy"]["colour"]["n"] == 2
+    lines = [json.loads(text) for text in (folder / "samples" / "relight" / "scores.jsonl").read_text().splitlines()]
+    assert all(x["relit"] == pytest.approx(x["structure"] * x["following"], abs=1e-4) for x in lines)
     assert found["methods"]["student"]["psnr"] != found["methods"]["student_drawn"]["psnr"]
     assert found["machine"]["cores"] and found["scenes"] == 2 and "curator" not in found["judges"]
     lines = [json.loads(row) for row in (folder / "samples" / "relight" / "scores.jsonl").read_text().splitlines()]

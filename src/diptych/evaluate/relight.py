@@ -7,7 +7,9 @@ Every method answers the same wishes (`relight_suite`) with the same noise. Draw
 
 - `psnr` (decibels) and `ssim`, higher is nearer; `features`, a distance in the scoring judge's feature maps, lower is;
 - `structure`: how well the outlines lie where the reference has them, 0 to 1 (`stages.alignment.structural_shift`);
-- `following`: the share of what the words change (direction, colour, strength) that the attribute reader finds.
+- `following`: the share of what the words change (direction, colour, strength) that the attribute reader finds;
+- `relit`: structure × following of each picture, the light as asked *on the scene that was given*. A copy keeps the one
+  and a new picture from the text alone has the other; neither has the product, as with CP·PF.
 
 Means with 95 % bootstrap intervals over scenes. A student is asked for the light alone, as `diptych relight` asks, and
 scored as that command draws (`relight.keep_detail`); `…_drawn` are the same pictures without the reference's detail,
@@ -44,13 +46,13 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe
 
 FOLDER = "relight"  # in `samples/`
-SCORES = ("psnr", "ssim", "features", "structure", "following")
+SCORES = ("psnr", "ssim", "features", "structure", "following", "relit")
 BETTER_LOW = ("features",)
-HEADLINE = ("psnr", "ssim", "following")
+HEADLINE = ("psnr", "ssim", "following", "relit")
 BASELINES = ("copy", "colour_transfer", "colour_shift", "text_only")
 STUDENTS = {"student": Student, "student_shipped": StudentShipped}
 ROUND_TRIP = "truth_through_vae"
-SCORING = 3  # raised when equal pictures would get other numbers
+SCORING = 4  # raised when equal pictures would get other numbers
 
 
 class Relit(Method):
@@ -185,8 +187,9 @@ def _lines(
         met = metrics.following(wish.asked, reading.values)
         line = {"id": row["id"], "method": method, "scene": wish.identity, "level": wish.level, "seed": row["seed"]}
         line |= {key: round(float(values[number]), 5) for key, values in near.items()}
-        line |= {"structure": round(structure(suite.picture(wish), images[number]), 5)}
-        found.append({**line, "following": round(sum(met.values()) / len(met), 5), "met": met})
+        kept, followed = structure(suite.picture(wish), images[number]), sum(met.values()) / len(met)
+        line |= {"structure": round(kept, 5), "following": round(followed, 5), "relit": round(kept * followed, 5)}
+        found.append({**line, "met": met})
     return found
 
 

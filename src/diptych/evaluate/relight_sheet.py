@@ -20,7 +20,15 @@ NAMES = {
     relight.ROUND_TRIP: ("truth through the VAE", "what a perfect student could show"),
 }
 TOLD, DRAWN = ", told the scene", ", as drawn"
-COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "features": "features", "structure": "structure", "following": "light"}
+COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "features": "features",
+    "structure": "structure",
+    "following": "light",
+    "relit": "relit",
+}
+HEADLINES = "PSNR, SSIM, light and both together (relit)"
 DIGITS = {"psnr": 1}
 SHOWN = 4  # scenes
 
@@ -52,7 +60,8 @@ def table_and_pictures(run: Run) -> str:
             "draws the true answer. <em>PSNR</em> and <em>SSIM</em> against it, higher is nearer; <em>features</em>, a "
             "distance in the scoring judge’s feature maps, lower is; <em>structure</em>, how well outlines lie where "
             "the reference has them; <em>light</em>, the share of what the words change that the attribute reader "
-            "finds. Small: 95 % bootstrap intervals over scenes."
+            "finds; <em>relit</em>, structure × light of each picture: that light on that scene. Small: 95 % bootstrap "
+            "intervals over scenes."
         )
     ]
     if said := verdict(found):
@@ -85,7 +94,7 @@ def verdict(found: dict[str, Any]) -> str:
         ]
         who = name(student)[0]
         if not short:
-            said.append(f"The {who} beats every baseline on PSNR, SSIM and light, with intervals apart.")
+            said.append(f"The {who} beats every baseline on {HEADLINES}, with intervals apart.")
         else:
             some = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
             said.append(f"The {who} is not clearly ahead on {plural(len(short), 'count')}: {some}.")
