@@ -312,6 +312,10 @@ class Distill(Section):
     conditioning: Literal["diptych", "channel"] = "diptych"
     """Where the reference is: the left panel of the canvas (the paper's), or the condition channels of the target panel
     itself, with no left panel (stock FLUX-Control's, which the paper compares with)."""
+    condition_init: Literal["zeros", "teacher"] = "zeros"
+    """Where the input layer's columns for the condition begin. `zeros`: the first step is the teacher's, as FLUX-Control
+    models are trained. `teacher`: they are the teacher's own columns for a picture, less what those make of the empty
+    half, so that the reference is seen from the first step. A student that `init` names keeps its own."""
     buckets: list[tuple[int, int]] | Literal["auto"] = []
     """Panel sizes, [height, width] in pixels: each pair is trained at the one nearest to its target's shape. `auto` is
     diffusers' ladder of aspect ratios with the area of the square panel; an empty list is that square alone."""
@@ -516,6 +520,8 @@ class Evaluate(Section):
     """Strength of the reference; 1 is off."""
     text_guidance: float = Field(default=2.0, ge=0)
     """Strength of the prompt; 1 is off."""
+    clamp_left: bool = False
+    """Hold a student's left panel to the reference's known path while it draws (docs/speed.md)."""
     true_guidance: float = Field(default=2.0, ge=1)
     """The teacher's classifier-free guidance, for the baselines that draw with it."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -660,6 +666,8 @@ class Recipe(Section):
             ("paint", "images", 1),
             ("paint", "memory", None),
             ("paint", "speed", None),
+            ("distill", "condition_init", "zeros"),
+            ("evaluate", "clamp_left", False),
         ):
             if values[section][key] == default:
                 del values[section][key]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.sections import Recipe
+    from diptych.student.geometry import Canvas
     from diptych.student.pipeline import DiptychPipeline
     from diptych.train.job import Job
     from diptych.train.loop import Trainer
@@ -165,7 +166,23 @@ def prepare(
         processes=processes,
         name=recipe.name,
         negatives=negatives,
+        columns=_columns(pipe, options, canvases[0]),
     )
+
+
+def _columns(pipe: DiptychPipeline, options: Options, canvas: Canvas) -> torch.Tensor | None:
+    """Where the input layer's columns for the condition begin, by `distill.condition_init`; None leaves them at zero."""
+    from PIL import Image
+
+    from diptych.student.weights import picture_columns
+
+    if options.condition_init == "zeros" or options.init:
+        return None
+    empty = None
+    if options.conditioning == "diptych":
+        black = Image.new("RGB", (canvas.panel_width, canvas.panel_height))
+        empty = pipe.encode_reference([black], canvas).mean((0, 1)).cpu()
+    return picture_columns(pipe.transformer.x_embedder.weight.detach().float().cpu(), empty)
 
 
 def _set_aside(pipe: DiptychPipeline) -> None:

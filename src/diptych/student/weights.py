@@ -73,6 +73,19 @@ def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student.train(transformer.training)
 
 
+def picture_columns(weight: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    """Columns (D, C) for the condition with which it reads as a picture does, of a widened input layer's (D, 2C).
+
+    The teacher's own, projected off the direction `empty` (C,): the latents of what stands where there is no reference,
+    which is to say nothing. With them the left panel's tokens look to the teacher like a panel with less noise.
+    """
+    own = weight[:, : weight.shape[1] // 2]
+    if empty is None or not empty.any():
+        return own.clone()
+    along = (empty / empty.norm()).to(own)
+    return own - torch.outer(own @ along, along)
+
+
 def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = "the released weights") -> Folded:
     """The released layout (`x_embedder` and `c_embedder`) as stock FLUX-Control weights.
 

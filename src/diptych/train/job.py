@@ -38,6 +38,7 @@ class Job:
     processes: Processes = ALONE
     name: str = "student"  # what trackers call it
     negatives: Negatives | None = None  # with `options.preference`
+    columns: torch.Tensor | None = None  # (D, C) where the input layer's for the condition begin; None: as they are
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:

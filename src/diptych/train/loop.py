@@ -83,7 +83,8 @@ class Trainer:
 
     def select(self) -> Trained:
         """What is trained of the transformer, which is put where it is trained."""
-        return parts.select(self.transformer, self.options, self.options.precision, self.job.device, self.spread)
+        job, precision = self.job, self.options.precision
+        return parts.select(self.transformer, self.options, precision, job.device, self.spread, job.columns)
 
     # One step -----------------------------------------------------------------------------------------------------
 

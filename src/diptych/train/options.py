@@ -26,6 +26,7 @@ class Options:
     mode: Literal["full", "lora"] = "full"
     quantize: Literal["none", "nf4", "int8"] = "none"
     conditioning: Literal["diptych", "channel"] = "diptych"
+    condition_init: Literal["zeros", "teacher"] = "zeros"
     rank: int = 64
     lora_targets: list[str] | str = "attention"
     steps: int = 1000
@@ -114,4 +115,6 @@ def identity(options: Options) -> dict[str, Any]:
     values = {name: value for name, value in asdict(options).items() if name not in skip}
     if options.preference is None:
         del values["preference"]  # trainings of before there was any go on
+    if options.condition_init == "zeros":
+        del values["condition_init"]  # likewise
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

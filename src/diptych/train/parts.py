@@ -66,10 +66,18 @@ class Trained:
             parameter.copy_(processes.like(tensors[name], parameter))
 
 
-def select(transformer: Any, options: Options, precision: str, device: torch.device, shard: bool = False) -> Trained:
+def select(
+    transformer: Any,
+    options: Options,
+    precision: str,
+    device: torch.device,
+    shard: bool = False,
+    columns: torch.Tensor | None = None,
+) -> Trained:
     """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32.
 
-    With `shard` its weights are then spread over all processes.
+    `columns` (D, C) is where the input layer's columns for the condition begin; None leaves them. With `shard` the
+    weights are then spread over all processes.
     """
     start: dict[str, torch.Tensor] = {}
     if options.mode == "full":
@@ -95,6 +103,9 @@ def select(transformer: Any, options: Options, precision: str, device: torch.dev
             _go_on(transformer, options.init, {n: (m.out_features, m.in_features) for n, m in linears.items()})
         if options.offload == "blocks":
             Offload(transformer, device)
+    if columns is not None:
+        weight = transformer.get_submodule(INPUT_LAYER).weight.data
+        weight[:, -columns.shape[1] :] = columns.to(weight)
     transformer.train()
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
