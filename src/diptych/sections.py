@@ -313,9 +313,9 @@ class Distill(Section):
     """Where the reference is: the left panel of the canvas (the paper's), or the condition channels of the target panel
     itself, with no left panel (stock FLUX-Control's, which the paper compares with)."""
     condition_init: Literal["zeros", "teacher"] = "zeros"
-    """Where the input layer's columns for the condition begin. `zeros`: the first step is the teacher's, as FLUX-Control
-    models are trained. `teacher`: they are the teacher's own columns for a picture, less what those make of the empty
-    half, so that the reference is seen from the first step. A student that `init` names keeps its own."""
+    """Where the input layer's columns for the condition begin. `zeros`: the first step is the teacher's, as with
+    FLUX-Control. `teacher`: they are the teacher's own columns for a picture, less what those make of the empty half,
+    so that the reference is seen from the first step. A student that `init` names keeps its own."""
     buckets: list[tuple[int, int]] | Literal["auto"] = []
     """Panel sizes, [height, width] in pixels: each pair is trained at the one nearest to its target's shape. `auto` is
     diffusers' ladder of aspect ratios with the area of the square panel; an empty list is that square alone."""

@@ -44,7 +44,7 @@ def test_a_student_may_begin_with_the_teachers_own(world: Any, tmp_path: Path, c
     own, zeros = started["zeros"]
     assert not zeros.any() and own.any()
     pipe = trainer.job.pipe
-    black = pipe.encode_reference([Image.new("RGB", (tiny_run.PANEL,) * 2)], trainer.job.canvas).mean((0, 1))
+    black = pipe.encode_reference([Image.new("RGB", (tiny_run.PANEL, tiny_run.PANEL))], trainer.job.canvas).mean((0, 1))
     wanted = picture_columns(torch.cat([own, zeros], 1), black if conditioning == "diptych" else None)
     assert torch.equal(started["teacher"][0], own)
     torch.testing.assert_close(started["teacher"][1], wanted)

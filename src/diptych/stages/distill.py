@@ -171,7 +171,7 @@ def prepare(
 
 
 def _columns(pipe: DiptychPipeline, options: Options, canvas: Canvas) -> torch.Tensor | None:
-    """Where the input layer's columns for the condition begin, by `distill.condition_init`; None leaves them at zero."""
+    """Where the input layer's columns for the condition begin (`distill.condition_init`); None leaves them at zero."""
     from PIL import Image
 
     from diptych.student.weights import picture_columns
