@@ -520,8 +520,6 @@ class Evaluate(Section):
     """Strength of the reference; 1 is off."""
     text_guidance: float = Field(default=2.0, ge=0)
     """Strength of the prompt; 1 is off."""
-    clamp_left: bool = False
-    """Hold a student's left panel to the reference's known path while it draws (docs/speed.md)."""
     true_guidance: float = Field(default=2.0, ge=1)
     """The teacher's classifier-free guidance, for the baselines that draw with it."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -667,7 +665,6 @@ class Recipe(Section):
             ("paint", "memory", None),
             ("paint", "speed", None),
             ("distill", "condition_init", "zeros"),
-            ("evaluate", "clamp_left", False),
         ):
             if values[section][key] == default:
                 del values[section][key]

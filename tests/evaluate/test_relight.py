@@ -123,11 +123,10 @@ def test_a_student_that_never_learnt_it_is_scored_like_the_rest(relit: tuple[Rec
     assert all(scores["n"] == 6 and set(scores["ci95"]) == set(relight.SCORES) for scores in found["methods"].values())
     copy = found["methods"]["copy"]
     assert copy["structure"] > 0.99 and found["levels"]["copy"]["colour"]["n"] == 2
-    lines = [json.loads(text) for text in (folder / "samples" / "relight" / "scores.jsonl").read_text().splitlines()]
-    assert all(x["relit"] == pytest.approx(x["structure"] * x["following"], abs=1e-4) for x in lines)
     assert found["methods"]["student"]["psnr"] != found["methods"]["student_drawn"]["psnr"]
     assert found["machine"]["cores"] and found["scenes"] == 2 and "curator" not in found["judges"]
     lines = [json.loads(row) for row in (folder / "samples" / "relight" / "scores.jsonl").read_text().splitlines()]
+    assert all(x["relit"] == pytest.approx(x["structure"] * x["following"], abs=1e-4) for x in lines)
     assert len(lines) == 6 * (len(found["methods"]) + 1)
 
 

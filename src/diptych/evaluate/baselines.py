@@ -177,7 +177,6 @@ class Student(Base):
             image_guidance_scale=settings.image_guidance,
             text_guidance_scale=settings.text_guidance,
             generator=list(seeds),
-            clamp_left=settings.clamp_left or None,
         )
         return drawn.images
 

@@ -28,7 +28,6 @@ COLUMNS = {
     "following": "light",
     "relit": "relit",
 }
-HEADLINES = "PSNR, SSIM, light and both together (relit)"
 DIGITS = {"psnr": 1}
 SHOWN = 4  # scenes
 
@@ -94,7 +93,8 @@ def verdict(found: dict[str, Any]) -> str:
         ]
         who = name(student)[0]
         if not short:
-            said.append(f"The {who} beats every baseline on {HEADLINES}, with intervals apart.")
+            scores = ", ".join(COLUMNS[key] for key in relight.HEADLINE)
+            said.append(f"The {who} beats every baseline on each of {scores}, with intervals apart.")
         else:
             some = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
             said.append(f"The {who} is not clearly ahead on {plural(len(short), 'count')}: {some}.")

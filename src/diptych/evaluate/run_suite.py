@@ -161,7 +161,6 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     """What decides a method's pictures: suite, samples, weights and settings."""
     settings = recipe.evaluate
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
-    drawing += ["clamp_left"] * settings.clamp_left
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
     return _hash([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
 

@@ -19,6 +19,7 @@ CONDITIONING = {
     "diptych": "the reference is the left panel of the canvas",
     "channel": "the reference is joined to the target panel, channel by channel",
 }
+COLUMNS = {"zeros": "zeros", "teacher": "the teacher's own for a picture"}
 
 
 def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> str:
@@ -41,6 +42,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "task": recipe.task,
         "base": recipe.distill.init or recipe.teacher,
         "conditioning": CONDITIONING[recipe.distill.conditioning],
+        "its columns began as": "in that student" if recipe.distill.init else COLUMNS[recipe.distill.condition_init],
         "mode": f"LoRA, rank {recipe.distill.rank}, and the input layer" if lora else "all weights",
         "parameters trained": f"{numbers['parameters']:,}",
         "pairs trained on / held out": f"{numbers['pairs']:,} / {numbers['validation_pairs']:,}",
