@@ -37,20 +37,25 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def attending(precision: str, device: torch.device) -> Iterator[None]:
-    """On a CPU in bfloat16: the attention kernel whose backward pass is fast there. Elsewhere torch's own choice.
+    """The attention kernel of training in bfloat16; elsewhere torch's own choice.
 
     A backward pass must run inside as well, without autocast: gradient checkpointing computes the forward pass there
-    once more, restores autocast by itself, and needs the kernel that the first pass had. torch's CPU flash attention
-    has a bfloat16 backward pass four times slower than the plain matrix products of its math kernel; in float32 flash
-    is the faster one.
+    once more, restores autocast by itself, and needs the kernel that the first pass had.
+
+    On a GPU any kernel but cuDNN's: the first backward pass of a pocket student on an H100 (torch 2.11) gave NaN there,
+    from a finite loss. On a CPU the math kernel: torch's flash attention has a bfloat16 backward pass there that is
+    four times slower than plain matrix products; in float32 flash is the faster one.
     """
     if precision == "float32":
         yield
         return
     with ExitStack() as stack:
-        if device.type == "cpu":
-            from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if device.type == "cuda":
+            kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(kernels))
+        if device.type == "cpu":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
             # Despite its name it governs the CPU's math kernel as well: without it, bfloat16 goes through float32.
