@@ -1,4 +1,4 @@
-"""What the training pass computes with: the attention kernels, on processors that are here and on one that may not be."""
+"""What the training pass computes with: the attention kernels, on processors that are here or may not be."""
 
 import pytest
 import torch
