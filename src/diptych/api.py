@@ -134,6 +134,7 @@ class Student:
         guidance: float | None = None,
         image_guidance: float | None = None,
         text_guidance: float | None = None,
+        null_panel: str | None = None,
         negative_prompt: str | None = None,
         size: int | tuple[int, int] | None = None,
         fit: str = "crop",
@@ -159,6 +160,8 @@ class Student:
             image_guidance, text_guidance: true guidance, 1 is off; see `student.pipeline`. Up to three times the work.
                 None, for each of these four: the model's own setting (`sampling.json` in its folder), else the
                 released code's (28, 3.5, 1, 1).
+            null_panel: the left panel that guidance's null pass sees, `shared` or `own`; see `student.guidance`.
+                None: as the model's `sampling.json` says, else `shared`, as released.
             negative_prompt: what the picture should not show; it acts only where true guidance is on.
             size: side of the square picture, or (width, height), in pixels, multiples of 2 × the VAE factor; default
                 the model's own.
@@ -193,6 +196,7 @@ class Student:
         if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
             log.warning("the negative prompt does nothing unless image or text guidance is above 1")
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
+        settings |= {"null_panel": null_panel} if null_panel is not None else {}
         callbacks = _Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if on_preview is not None:
             callbacks.before(self._preview(on_preview, canvas, preview_every))
@@ -216,6 +220,7 @@ class Student:
                     guidance_scale=sampling["guidance"],
                     image_guidance_scale=sampling["image_guidance"],
                     text_guidance_scale=sampling["text_guidance"],
+                    null_panel=null_panel,
                     negative_prompt=None if negative_prompt is None else self._read(negative_prompt),
                     fit=fit,
                     **callbacks.arguments(),

@@ -501,6 +501,17 @@ class StockPipeline(Section):
 Method = Literal["student", "student_shipped", "text_only", "copy", "inpaint", "tuned", "adapter", "pipeline"]
 
 
+class Relighting(Section):
+    """How a student is guided when it relights; what is not said is as for everything else."""
+
+    image_guidance: float | None = Field(default=None, ge=0)
+    """Strength of the reference: less of it than for a subject, since the light is to go."""
+    text_guidance: float | None = Field(default=None, ge=0)
+    """Strength of the light that is asked for."""
+    null_panel: Literal["shared", "own"] | None = None
+    """The left panel that the null pass sees."""
+
+
 class Evaluate(Section):
     """Stage 5: the student next to its baselines, on subjects nobody trained on."""
 
@@ -520,6 +531,11 @@ class Evaluate(Section):
     """Strength of the reference; 1 is off."""
     text_guidance: float = Field(default=2.0, ge=0)
     """Strength of the prompt; 1 is off."""
+    null_panel: Literal["shared", "own"] = "shared"
+    """The left panel that the null pass of image guidance sees: the one that shows the reference, as the release has
+    it, or one of its own (docs/student.md)."""
+    relighting: Relighting = Relighting()
+    """Where guidance differs for relighting."""
     true_guidance: float = Field(default=2.0, ge=1)
     """The teacher's classifier-free guidance, for the baselines that draw with it."""
     seeds: list[int] = Field(default=[0], min_length=1)

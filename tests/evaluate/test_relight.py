@@ -13,10 +13,11 @@ import tiny_world as tiny
 from PIL import Image
 
 from diptych.evaluate import relight, relight_sheet, relight_suite, report, run_suite
+from diptych.evaluate.baselines import Context
 from diptych.evaluate.gather import Run
 from diptych.evaluate.relight_suite import ColourTransfer, Scenes
 from diptych.pocket import captions, world
-from diptych.sections import Recipe
+from diptych.sections import Recipe, Relighting
 
 SUITE = Scenes()
 WISHES = SUITE.samples(10)
@@ -143,6 +144,22 @@ def test_a_finished_one_is_not_done_again_and_an_interrupted_one_goes_on(
     again = relight.evaluate(recipe, folder)
     assert {**again, "seconds": 0} == {**json.loads(before), "seconds": 0}
     assert kept == {p: p.read_bytes() for p in (folder / "samples" / "relight").rglob("*.parquet")}
+
+
+def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, Path]) -> None:
+    recipe, folder = relit
+    guided = {"image_guidance": 2.0, "text_guidance": 4.0, "null_panel": "own"}
+
+    def method(**evaluate: Any) -> Any:
+        changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"steps": 5, **evaluate})})
+        return relight.choose(Context(changed, folder, SUITE), SUITE)[0]["relight/student"]  # pyright: ignore
+
+    def drawn(method: Any) -> bytes:
+        return method.generate([SUITE.picture(WISHES[0])], [WISHES[0]], [0])[0].tobytes()
+
+    plain, relighting, everywhere = method(), method(relighting=Relighting(**guided)), method(**guided)
+    assert drawn(relighting) == drawn(everywhere) != drawn(plain)
+    assert relighting.fingerprint() != plain.fingerprint()
 
 
 def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -> None:

@@ -15,7 +15,7 @@ and a seed means the same noise wherever the canvas is the same. Adding a method
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -164,9 +164,19 @@ class Student(Base):
         return open_student(self.place(), self.base(), self.recipe)
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        return self.drawn(references, samples, seeds, {})
+
+    def drawn(
+        self,
+        references: Sequence[Image],
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        otherwise: Mapping[str, Any],
+    ) -> Sequence[Image]:
+        """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`."""
         pipe = self.context.opened(self.name, self.open)
         height, width = size_of(references)
-        settings = self.recipe.evaluate
+        settings = self.recipe.evaluate.model_copy(update=dict(otherwise))
         drawn = pipe(
             prompt=[s.prompt for s in samples],
             reference=list(references),
@@ -176,6 +186,7 @@ class Student(Base):
             guidance_scale=self.recipe.paint.guidance,
             image_guidance_scale=settings.image_guidance,
             text_guidance_scale=settings.text_guidance,
+            null_panel=settings.null_panel,
             generator=list(seeds),
         )
         return drawn.images

@@ -66,11 +66,18 @@ class Relit(Method):
         """What the student reads."""
         return sample.prompt if self.told else wording.asked(self.task, sample.light)
 
+    @property
+    def guided(self) -> dict[str, Any]:
+        """Where guidance is another than for subjects."""
+        return self.student.recipe.evaluate.relighting.model_dump(exclude_none=True)
+
     def fingerprint(self) -> str:
-        return f"{self.student.fingerprint()} {self.task.captions.instruction_templates[0]} {self.told}"
+        guided = f" {self.guided}" if self.guided else ""
+        return f"{self.student.fingerprint()} {self.task.captions.instruction_templates[0]} {self.told}{guided}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Any], seeds: Sequence[int]) -> Sequence[Image]:
-        return self.student.generate(references, [replace(s, prompt=self.words(s)) for s in samples], seeds)
+        told = [replace(s, prompt=self.words(s)) for s in samples]
+        return self.student.drawn(references, told, seeds, self.guided)
 
 
 def evaluate(

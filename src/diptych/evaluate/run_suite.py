@@ -162,6 +162,7 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     settings = recipe.evaluate
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
+    drawing += [settings.null_panel] if settings.null_panel != "shared" else []
     return _hash([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
 
 

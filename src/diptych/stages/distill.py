@@ -380,10 +380,11 @@ def _export(
 
 def _sampling(recipe: Recipe) -> dict[str, Any]:
     """How the recipe evaluates its student is how the student is sampled by default."""
-    from diptych.student.loading import said_conditioning
+    from diptych.student.loading import said_conditioning, said_guidance
 
     asked = recipe.evaluate
     own = {"steps": asked.steps, "image_guidance": asked.image_guidance, "text_guidance": asked.text_guidance}
+    own |= said_guidance(asked.null_panel, asked.relighting.model_dump(exclude_none=True))
     return own | said_conditioning(recipe.distill.conditioning)
 
 

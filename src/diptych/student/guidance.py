@@ -4,6 +4,10 @@
 
 It is a weighted sum with weights 1 − i, i − t and t, so a forward whose weight is 0 need not run: none of "null" where
 i = 1, none of "reference" where i = t (a third of the work, at equal scales), none of "cond" where t = 0.
+
+"null" is told of no reference, but on the canvas that all forwards share it sees one: the left panel, which shows the
+reference as soon as the noise lets it. What guidance should strengthen is then in both terms of the first difference.
+`NullPanel` gives "null" a left panel of its own, in which no reference ever was.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from diptych.errors import UsageError
+from diptych.student.geometry import Canvas, right_tokens
 
 FROM = 2  # step index at which the release switches true guidance on
 Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # condition, text embeddings, pooled text embeddings
@@ -57,18 +62,46 @@ class Guidance:
         return null + self.image * (reference - null) + self.text * (text - reference)
 
 
+class NullPanel:
+    """The left panel of "null": it begins as noise at the first guided step and follows null's own velocity from there.
+
+    The right panel is the one that is drawn, so what "null" draws on the left comes to fit it, as the panels of a grid
+    fit each other, and tells it nothing more. The left panel that all see is not guided away from what null has on the
+    left: there null's velocity is replaced.
+    """
+
+    def __init__(self, noise: torch.Tensor, canvas: Canvas, sigmas: torch.Tensor) -> None:
+        """`noise` (B, tokens, C) is what the canvas began as, `sigmas` (steps + 1,) the noise levels."""
+        self._right = right_tokens(canvas).to(noise.device).view(1, -1, 1)
+        self._noise, self._sigmas = noise, sigmas
+        self._own: torch.Tensor | None = None
+
+    def see(self, x_t: torch.Tensor, step: int) -> torch.Tensor:
+        """The canvas that "null" is shown at this step: x_t's right panel beside its own left one."""
+        if self._own is None:
+            self._own = self._sigmas[step].to(x_t) * self._noise.to(x_t)
+        return torch.where(self._right, x_t, self._own)
+
+    def moved(self, v: Mapping[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+        """Takes an Euler step on the left, and gives the velocities as they are to be combined."""
+        assert self._own is not None
+        self._own = self._own + (self._sigmas[step + 1] - self._sigmas[step]).to(self._own) * v["null"]
+        beside = v["reference"] if "reference" in v else v["cond"]
+        return {**v, "null": torch.where(self._right, v["null"], beside)}
+
+
 def velocities(
-    velocity: Callable[..., torch.Tensor], branches: Mapping[str, Branch], x_t: torch.Tensor, batched: bool
+    velocity: Callable[..., torch.Tensor], branches: Mapping[str, Branch], x: Mapping[str, torch.Tensor], batched: bool
 ) -> dict[str, torch.Tensor]:
-    """v of each branch at x_t (B, tokens, C), from one forward of all, if `batched`, or one after another.
+    """v of each branch at its x (B, tokens, C), from one forward of all, if `batched`, or one after another.
 
     `velocity(name, x, condition, text, pooled)` runs the transformer; `name` tells step caches the branches apart.
     UsageError if branches of unequally long texts are to be batched.
     """
     if not batched or len(branches) == 1:
-        return {name: velocity(name, x_t, *branch) for name, branch in branches.items()}
+        return {name: velocity(name, x[name], *branch) for name, branch in branches.items()}
     if len({text.shape[1] for _, text, _ in branches.values()}) > 1:
         raise UsageError("batched guidance needs prompt and negative prompt embeddings of the same length")
     together = (torch.cat(parts) for parts in zip(*branches.values(), strict=True))
-    v = velocity("guided", x_t.repeat(len(branches), 1, 1), *together)
+    v = velocity("guided", torch.cat([x[name] for name in branches]), *together)
     return dict(zip(branches, v.chunk(len(branches)), strict=True))

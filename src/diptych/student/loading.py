@@ -7,7 +7,7 @@ from the base. Everything is checked before the pipeline exists, so nothing is e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from diptych.student.lora import apply_lora, lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.sources import Source, locate, open_source
+from diptych.student.speed import NULL_PANELS
 from diptych.student.tensors import open_safetensors
 from diptych.student.weights import build
 
@@ -30,6 +31,7 @@ Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str 
 WORDS_FILE = "words.json"
 SAMPLING_FILE = "sampling.json"
 SAMPLING: dict[str, float] = {"steps": 28, "guidance": 3.5, "image_guidance": 1.0, "text_guidance": 1.0}
+RELIGHTING = ("image_guidance", "text_guidance", "null_panel")  # what may be otherwise when relighting
 """How a student is sampled unless it says otherwise or is asked otherwise: the released code's settings."""
 
 
@@ -74,6 +76,8 @@ def load(
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
     pipe.loras = tuple(given)
     pipe.conditioning = read_conditioning(pipe.loaded_from)
+    own = _own_words(pipe.loaded_from)
+    pipe.null_panel, pipe.relighting = own.get("null_panel", NULL_PANELS[0]), own.get("relight", {})
     for one, scale in loras:
         apply_lora(pipe, one, scale, fuse=fuse)
     if preset is None:
@@ -118,6 +122,7 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
             files.write_split(split, partial / "transformer")
         words, sampling = read_words(pipe), read_sampling(pipe)
         own = {**({} if sampling == SAMPLING else sampling), **said_conditioning(pipe.conditioning)}
+        own |= said_guidance(pipe.null_panel, pipe.relighting)
         if words is not None:
             (partial / WORDS_FILE).write_text(json.dumps(sorted(words)) + "\n", "utf8")
         if own:
@@ -154,6 +159,12 @@ def said_conditioning(conditioning: str) -> dict[str, str]:
     return {} if conditioning == CONDITIONINGS[0] else {"conditioning": conditioning}
 
 
+def said_guidance(null_panel: str, relighting: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sampling.json` says of the null pass's left panel and of guidance when relighting: nothing of the usual."""
+    said: dict[str, Any] = {} if null_panel == NULL_PANELS[0] else {"null_panel": null_panel}
+    return said | ({"relight": dict(relighting)} if relighting else {})
+
+
 def _own_words(places: Sequence[Path]) -> dict[str, Any]:
     """The checked `sampling.json` of the first of these folders or files that has one; empty if none has."""
     path = next((p for p in map(_sampling_file, places) if p.is_file()), None)
@@ -161,16 +172,22 @@ def _own_words(places: Sequence[Path]) -> dict[str, Any]:
         return {}
     try:
         own = json.loads(path.read_text("utf8"))
-        known = [*SAMPLING, "conditioning"]
-        if unknown := set(own) - set(known):
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-        if own.get("conditioning", CONDITIONINGS[0]) not in CONDITIONINGS:
-            raise ValueError(f"conditioning is {' or '.join(CONDITIONINGS)}, not {own['conditioning']!r}")
-        for key in own.keys() & SAMPLING.keys():
-            float(own[key])
+        _check(own, [*SAMPLING, "conditioning", "null_panel", "relight"])
+        _check(own.get("relight", {}), RELIGHTING)
         return own
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} does not say how to sample this student ({error})") from error
+
+
+def _check(said: dict[str, Any], known: Sequence[str]) -> None:
+    """ValueError or TypeError unless these are known keys with values that can be theirs."""
+    if unknown := set(said) - set(known):
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    for name, values in (("conditioning", CONDITIONINGS), ("null_panel", NULL_PANELS)):
+        if said.get(name, values[0]) not in values:
+            raise ValueError(f"{name} is {' or '.join(values)}, not {said[name]!r}")
+    for key in said.keys() & SAMPLING.keys():
+        float(said[key])
 
 
 def _sampling_file(place: Path) -> Path:

@@ -6,7 +6,8 @@ image. With image guidance > 1 (or, unlike the release, text guidance > 1 alone)
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 
-where the null reference 0 is all-zero packed latents; see `guidance`. Two differences from the release make results
+where the null reference 0 is all-zero packed latents; see `guidance`, also for a null that cannot see the reference on
+the shared canvas either (`null_panel`). Two differences from the release make results
 repeatable: the condition takes the posterior's mode, not a sample; and noise comes from one generator per image, on the
 CPU for a seed: image i of a batch is the image made alone.
 """
@@ -85,6 +86,8 @@ class DiptychPipeline(FluxControlPipeline):
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
         self.conditioning: Conditioning = "diptych"  # how it was trained to see its reference (`geometry`)
+        self.null_panel = speed.NULL_PANELS[0]  # how it is guided unless a call or `speed` says
+        self.relighting: dict[str, Any] = {}  # how it is guided when it relights, where that differs
         self.speed = speed.PLAIN  # put on and taken off by `speed.apply` and `speed.remove`
         self.recall = Recall()
         self.step_cache: StepCache | None = None
@@ -235,6 +238,7 @@ class DiptychPipeline(FluxControlPipeline):
         guidance_from: int | None = None,
         guidance_until: float | None = None,
         clamp_left: bool | None = None,
+        null_panel: str | None = None,
         decode: str | None = None,
         return_reference: bool = False,
         output_type: str = "pil",
@@ -259,12 +263,14 @@ class DiptychPipeline(FluxControlPipeline):
             latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
             fit: `crop`, `pad` or `contain`; see `geometry.fit_image`.
             batched_guidance: run the forwards of one guided step as one batch. One after another needs the least
-                memory and gives each forward the very kernels of an unguided call. None, here and for the next four:
+                memory and gives each forward the very kernels of an unguided call. None, here and for the next five:
                 as `speed` says, which is as the release does unless a speed was put on.
             guidance_from, guidance_until: the first guided step, counted from 0, and the share of the steps after
                 which none is.
             clamp_left: after each step, put the left panel where its known path has it: x(t) = (1 − t)·z + t·ε, with z
                 the reference's latents. What training saw, but not what the release does.
+            null_panel: the left panel that v(0, "") sees: `shared`, as released, which shows it the reference, or `own`
+                (`guidance.NullPanel`). If neither this nor `speed` says, the student's own (`sampling.json`).
             decode: `canvas`, or `right` to decode the right half alone: less work, other pixels near the seam.
             return_reference: also decode the left panel, the model's reconstruction of the reference.
             output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
@@ -285,6 +291,7 @@ class DiptychPipeline(FluxControlPipeline):
             guidance_from=guidance_from,
             guidance_until=guidance_until,
             clamp_left=clamp_left,
+            null_panel=null_panel,
             decode=decode,
         )
         if num_inference_steps < 1 or num_images_per_prompt < 1:
@@ -375,6 +382,9 @@ class DiptychPipeline(FluxControlPipeline):
                 )[0]
 
         clamp = _LeftPanel(condition, x_t, canvas, self.scheduler.sigmas) if settings.clamp_left else None
+        null = None
+        if (settings.null_panel or self.null_panel) == "own" and canvas.panels == 2 and "null" in guide.needed:
+            null = guidance.NullPanel(x_t, canvas, self.scheduler.sigmas)
         self._begin(canvas, timesteps)
         self._stage("denoise")
         pools = [pool for _, _, pool in branches.values()]
@@ -393,7 +403,11 @@ class DiptychPipeline(FluxControlPipeline):
                     self.step_cache.step = i
                 if guide.at(i, len(timesteps)):
                     needed = {name: branches[name] for name in guide.needed}
-                    v = guide.combine(guidance.velocities(velocity, needed, x_t, settings.batched_guidance))
+                    seen = dict.fromkeys(needed, x_t)
+                    if null is not None:
+                        seen["null"] = null.see(x_t, i)
+                    v = guidance.velocities(velocity, needed, seen, settings.batched_guidance)
+                    v = guide.combine(v if null is None else null.moved(v, i))
                 else:
                     v = velocity("cond", x_t, *branches["cond"])
                 x_t = self.scheduler.step(v, t, x_t, return_dict=False)[0].to(dtype)

@@ -29,6 +29,7 @@ log = logging.getLogger("diptych.student")
 COSTS = Path(__file__).with_name("speed_costs.json")
 CACHES = ("none", "first_block", "magnitude", "skip")
 DECODES = ("canvas", "right")
+NULL_PANELS = ("shared", "own")  # as released, and `guidance.NullPanel`
 FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # whose attention reads them; SD 3.5's loses its norms
 COMPILE_FROM = 100_000_000  # parameters: compiling a smaller transformer takes longer than it ever gives back
 
@@ -63,11 +64,14 @@ class Speed:
     guidance_from: int = 2
     guidance_until: float = 1.0
     clamp_left: bool = False
+    null_panel: str = ""
     decode: str = "canvas"
 
     def __post_init__(self) -> None:
         _one_of("cache", self.cache, CACHES)
         _one_of("decode", self.decode, DECODES)
+        if self.null_panel:
+            _one_of("null_panel", self.null_panel, NULL_PANELS)
         for name, low in (
             ("remember", 0),
             ("cache_interval", 1),
@@ -110,9 +114,10 @@ HELP = {
     "guidance_from": "first guided step, counted from 0",
     "guidance_until": "share of the steps after which true guidance stops",
     "clamp_left": "hold the left panel to its known path",
+    "null_panel": "left panel that guidance's null pass sees: shared (as released), own; empty: as the student has it",
     "decode": "canvas, or right: decode the right half alone, which differs at the seam",
 }
-LOSSY = ("cache", "few_step_lora", "steps", "guidance_from", "guidance_until", "clamp_left", "decode")
+LOSSY = ("cache", "few_step_lora", "steps", "guidance_from", "guidance_until", "clamp_left", "null_panel", "decode")
 """Switches that change pictures beyond float rounding; those of the `cache_` family only tune one of them."""
 
 PLAIN = Speed()
