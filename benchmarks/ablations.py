@@ -1,7 +1,7 @@
 """The claim of the paper on the pocket world: the student beside zero-shot baselines, per-subject tuning and itself
 without its parts (`recipes/ablations/pocket.yaml`), on held-out identities and held-out kinds, three trainings each.
 
-    python benchmarks/ablations.py                       # about 100 minutes of two CPU cores, painting included
+    python benchmarks/ablations.py                       # two and a half hours of two CPU cores
     python benchmarks/ablations.py --from runs/pocket    # on the pairs of a run that is there already
 
 Writes `results/ablations-DEVICE-DATE.json`, the page beside it as `.md`, and prints the page. It is `diptych ablate`:
@@ -14,10 +14,10 @@ import argparse
 from pathlib import Path
 
 import measuring
-import torch
 
 from diptych.ablate import ablate
 from diptych.evaluate import ablations
+from diptych.student.loading import pick_device
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="another result file")
     given = parser.parse_args()
     found = ablate(given.study, given.work, base=given.base, only=given.only)
-    path = measuring.write("ablations", {**found, "about": measuring.about(torch.device("cpu"))}, given.out)
+    path = measuring.write("ablations", {**found, "about": measuring.about(pick_device(None))}, given.out)
     page = ablations.markdown(found)
     path.with_suffix(".md").write_text(page, "utf8")
     print(page)

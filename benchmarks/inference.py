@@ -388,6 +388,7 @@ LOSSY_ALONE = {
     "guidance_from=4": {"guidance_from": 4},
     "guidance_until=0.7": {"guidance_until": 0.7},
     "clamp_left=on": {"clamp_left": True},
+    "null_panel=shared": {"null_panel": "shared"},
     "decode=right": {"decode": "right"},
 }
 
