@@ -95,12 +95,19 @@ def main(
         ).sample
 
     # Euler steps from noise (sigma 1) to the picture (sigma 0); both panels are drawn.
-    x = pack(torch.randn(1, condition.shape[-1] // 4, h, w, generator=torch.Generator().manual_seed(seed)))
+    noise = pack(torch.randn(1, condition.shape[-1] // 4, h, w, generator=torch.Generator().manual_seed(seed)))
+    x, own = noise, None
+    left = (torch.arange(w // 2) < w // 4).repeat(h // 2)[None, :, None]  # the left panel's tokens
     sigmas = [*np.linspace(1, 1 / steps, steps).tolist(), 0.0]
     for step, (now, after) in enumerate(pairwise(sigmas)):
         both = v(x, now, condition, "asked")
         if step >= GUIDED_FROM and (i > 1 or t > 1):
-            none, image = v(x, now, nothing, "empty"), v(x, now, condition, "empty")
+            # Without a reference the model must not see one on the canvas either: it has a left panel of its own.
+            # (A student whose sampling.json does not say "null_panel": "own" is shown x here, as in the released code.)
+            own = now * noise if own is None else own
+            none, image = v(torch.where(left, own, x), now, nothing, "empty"), v(x, now, condition, "empty")
+            own = own + (after - now) * none
+            none = torch.where(left, image, none)  # the panel that shows the reference is not guided away from it
             both = none + i * (image - none) + t * (both - image)
         x = x + (after - now) * both
 
