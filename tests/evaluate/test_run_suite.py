@@ -14,6 +14,7 @@ from diptych import plan
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import run_suite
+from diptych.evaluate.compare import compare
 
 METHODS = ["student", "text_only", "copy", "inpaint"]
 
@@ -151,3 +152,17 @@ def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
     with pytest.raises(UserError, match="holds no student yet"):
         run_suite.evaluate(recipe, tmp_path / "new", suite=suite)
     assert not (tmp_path / "new" / "samples").exists()
+
+
+def test_runs_are_compared_picture_by_picture(done: dict[str, Any], run_dir: Path, tmp_path: Path) -> None:
+    found = compare(f"{run_dir}:student", f"{run_dir}:copy", times=50)["scores"]
+    assert found["cp_pf"]["difference"] == done["comparisons"]["student"]["copy"]["difference"]
+    assert found["cp_pf"]["n"] == 8
+    with pytest.raises(UsageError, match=r"4 methods \(student, text_only, copy, inpaint\); name one"):
+        compare(str(run_dir), f"{run_dir}:copy")
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    done["judges"]["reader"]["fingerprint"] = "another"
+    (other / "report" / "metrics.json").write_text(json.dumps(done))
+    with pytest.raises(UsageError, match="different judges"):
+        compare(f"{run_dir}:student", f"{other}:student")

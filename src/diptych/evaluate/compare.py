@@ -1,6 +1,7 @@
 """Two methods on the same samples, of one evaluation or of two: differences, intervals, p-values.
 
 compare("evaluations/a:student", "evaluations/b:student")
+compare("runs/first:student", "runs/second:tuned-0.002-200")      # runs that were scored, as well
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ SAME = ("suite", "version")
 
 
 def compare(a: str, b: str, out: Path | None = None, times: int = 1000) -> dict[str, Any]:
-    """`a` minus `b`: each is `FOLDER:METHOD`, a folder with one model, or a method of the folder `out`.
+    """`a` minus `b`: each is `FOLDER:METHOD`, a folder with one model, or a method of the folder `out`. A folder is an
+    evaluation's or a run's.
 
     UsageError if they were not asked the same, or scored by the same judge; UserError for a folder that is not scored.
     """
@@ -53,20 +55,21 @@ def _find(text: str, out: Path | None) -> tuple[Path, str]:
     if folder and _is_scored(Path(folder)):
         return Path(folder), method
     if _is_scored(Path(text)):
-        names = list(_read(Path(text)).get("settings", {}).get("models", {}))
+        found = _read(Path(text))
+        names = list(found["settings"]["models"] if (Path(text) / FILE).is_file() else found["methods"])
         if len(names) != 1:
-            raise UsageError(f"{text} has {len(names)} models ({', '.join(names)}); name one: {text}:NAME")
+            raise UsageError(f"{text} has {len(names)} methods ({', '.join(names)}); name one: {text}:NAME")
         return Path(text), names[0]
     if out is not None and _is_scored(out):
         return out, text
     raise UserError(
-        f"{text}: no scored evaluation; write FOLDER:METHOD (the folder of `diptych evaluate --suite`), or METHOD "
-        "with --out FOLDER"
+        f"{text}: no scored evaluation; write FOLDER:METHOD (the folder of a run or of `diptych evaluate --suite`), or "
+        "METHOD with --out FOLDER"
     )
 
 
 def _is_scored(folder: Path) -> bool:
-    return (folder / FILE).is_file() and (folder / "report" / "metrics.json").is_file()
+    return (folder / "report" / "metrics.json").is_file()
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -78,7 +81,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _judge(found: dict[str, Any]) -> Any:
-    return found.get("judges", {}).get("judge")
+    judges = found.get("judges", {})
+    return judges.get("judge") or [judges.get(role, {}).get("fingerprint") for role in ("scorer", "reader")]
 
 
 def _known(method: str, found: dict[str, Any]) -> str:
