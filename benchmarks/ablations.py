@@ -1,7 +1,7 @@
 """The claim of the paper on the pocket world: the student beside zero-shot baselines, per-subject tuning and itself
 without its parts (`recipes/ablations/pocket.yaml`), on held-out identities and held-out kinds, three trainings each.
 
-    python benchmarks/ablations.py                       # two and a half hours of two CPU cores
+    python benchmarks/ablations.py                       # two hours of two CPU cores
     python benchmarks/ablations.py --from runs/pocket    # on the pairs of a run that is there already
 
 Writes `results/ablations-DEVICE-DATE.json`, the page beside it as `.md`, and prints the page. It is `diptych ablate`:

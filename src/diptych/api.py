@@ -196,7 +196,8 @@ class Student:
         if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
             log.warning("the negative prompt does nothing unless image or text guidance is above 1")
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
-        settings |= {"null_panel": null_panel} if null_panel is not None else {}
+        seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.null_panel
+        settings |= {"null_panel": seen} if seen != "shared" else {}
         callbacks = _Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if on_preview is not None:
             callbacks.before(self._preview(on_preview, canvas, preview_every))
