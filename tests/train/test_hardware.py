@@ -30,7 +30,7 @@ def test_gradients_of_a_small_canvas_are_numbers(name):
     q, k, v = (torch.randn(32, 64, 3, 64, generator=generator).to(device).requires_grad_() for _ in range(3))
     with attending("bfloat16", device):
         with computing("bfloat16", device):
-            heads = (x.bfloat16().transpose(1, 2) for x in (q, k, v))
-            out = torch.nn.functional.scaled_dot_product_attention(*heads)
+            heads = [x.bfloat16().transpose(1, 2) for x in (q, k, v)]
+            out = torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2])
         out.float().square().mean().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
