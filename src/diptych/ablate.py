@@ -206,8 +206,8 @@ def _row(
     scored: dict[tuple[str, int], Scored],
     split: str,
 ) -> dict[str, Any]:
-    """A variant's row on one split; compared with the full method on the seeds that both have and the pictures that the
-    variant was asked for."""
+    """A variant's row on one split; compared with the full method, and with what it stands beside, on the seeds that
+    both have and the pictures that the variant was asked for."""
     from diptych.evaluate.scoring import outcome
 
     one = next(iter(own.values()))
@@ -217,14 +217,21 @@ def _row(
         found = (scored[of, seed] for seed in seeds)
         return [outcome([x for x in each.lines if x["id"] in asked], each.method, split) for each in found]
 
+    def gap(other: str) -> dict[str, Any]:
+        """Its difference from another variant, seed by seed where both have seeds; empty if that has no scores."""
+        ours, theirs = list(own), [seed for seed in plan.seeds if (other, seed) in scored]
+        if variant.seeded and plan.variants[other].seeded:
+            ours = theirs = [seed for seed in theirs if seed in own]
+        if not theirs:
+            return {}
+        found = ablations.row(outcomes(name, ours), outcomes(other, theirs), times).get("difference", {})
+        return found and {**found, "seeds": len(theirs)}
+
     times = one.metrics["settings"]["bootstrap"]
-    full = [seed for seed in plan.seeds if (plan.full, seed) in scored and (seed in own or not variant.seeded)]
     row = ablations.row(outcomes(name, list(own)), None, times)
-    if full and name != plan.full:
-        both = list(own) if not variant.seeded else full
-        compared = ablations.row(outcomes(name, both), outcomes(plan.full, full), times)
-        if "difference" in compared:
-            row["difference"] = {**compared["difference"], "seeds": len(full)}
+    if name != plan.full and (found := gap(plan.full)):
+        row["difference"] = found
+    row["beside"] = {other: found for other in variant.beside if (found := gap(other))}
     row["training_seconds"] = round(sum(each.seconds for each in own.values()) / len(own), 2)
     row["seconds_per_image"] = one.metrics["methods"][one.method]["seconds_per_image"]
     if variant.method == "tuned":

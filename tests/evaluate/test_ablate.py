@@ -41,7 +41,7 @@ def study(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         "adapter": {"method": "adapter"},
         "again": {"sets": {"distill": {"init": "{full}/student", "steps": 1}}},
         "words": {"method": "text_only"},
-        "tuned": {"method": "tuned", "sets": {"evaluate": {"samples": 2}}},
+        "tuned": {"method": "tuned", "beside": ["words"], "sets": {"evaluate": {"samples": 2}}},
     }
     said = {"name": "tiny", "recipe": "base.yaml", "seeds": [0, 1], "sets": {"distill": {"steps": 2}}}
     path.write_text(yaml.safe_dump({**said, "variants": variants}, sort_keys=False))
@@ -64,11 +64,17 @@ def test_a_study_trains_what_is_missing_and_ends_in_one_table(study: Path, tmp_p
     tuned = found["variants"]["tuned"]
     assert set(tuned["sweep"]) == {"tuned-0.001-1", "tuned-0.01-1"} and tuned["training_seconds"] > 0
     assert tuned["cp_pf"] == tuned["sweep"][tuned["picked"]] == max(tuned["sweep"].values())
+    text = (ablate.place(out, "words", 0) / "samples" / "scores.jsonl").read_text()
+    words = [line for line in map(json.loads, text.splitlines()) if line["split"] == "identities"][:2]
+    alone = sum(line["cp"] for line in words) * sum(line["pf"] for line in words) / 4
+    beside = tuned["beside"]["words"]
+    assert beside["seeds"] == 1 and beside["cp_pf"] == pytest.approx(tuned["cp_pf"] - alone, abs=2e-4)
     trained = sum(row["seeds"] * row["training_seconds"] for row in found["variants"].values())
     assert found["subjects"] == 3 and found["seconds"] > trained
     page = (out / "ablations.md").read_text()
     assert page.count("| full |") == 2 and "- `full`: all of it" in page and "Not run yet" not in page
     assert "## Held-out kinds" in page and f"`tuned` is `{tuned['picked']}`, the best of" in page
+    assert f"`tuned` beside `words`, paired, on the same 2 pictures: {beside['cp_pf']:+.3f}" in page
 
     # Anchors and judges are measured once.
     first, other = (json.loads((ablate.place(out, "full", s) / "report/metrics.json").read_text()) for s in (0, 1))

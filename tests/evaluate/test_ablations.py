@@ -55,6 +55,7 @@ def test_every_variant_of_a_study_that_ships_is_a_recipe(name: str) -> None:
         ({"full": "ful"}, "no variant 'ful'; did you mean 'full'"),
         ({"seeds": [1, 1]}, "one is there twice"),
         ({"variants": {"full": {"sets": {"distill": {"init": "{later}/student"}}}, "later": {}}}, "comes before it"),
+        ({"variants": {"full": {"beside": ["later"]}, "later": {}}}, "full.beside: later is no variant that comes"),
         ({"variants": {"full": {}, "../x": {}}}, "no name for a folder"),
         ({"variants": {"full": {"method": "inpaint"}}}, "variants.full.method"),
     ],

@@ -37,8 +37,10 @@ class Variant(_Part):
 
     about: str = ""
     """In words, for the table."""
-    method: Literal["student", "adapter", "text_only", "copy", "inpaint", "tuned"] = "student"
+    method: Literal["student", "student_shipped", "adapter", "text_only", "copy", "inpaint", "tuned"] = "student"
     """What of its run is scored; of `tuned` the best of its sweep."""
+    beside: tuple[str, ...] = ()
+    """Variants before it that it is compared with, apart from the full method."""
     sets: dict[str, Any] = {}
     """Keys laid over the study's recipe."""
 
@@ -79,6 +81,9 @@ class Study(_Part):
         for name, variant in self.variants.items():
             if not re.match(NAME, name):
                 raise ValueError(f"variants: '{name}' is no name for a folder")
+            for other in variant.beside:
+                if other not in before:
+                    raise ValueError(f"variants.{name}.beside: {other} is no variant that comes before it")
             for other in variant.needs():
                 if other not in before:
                     raise ValueError(f"variants.{name}: {{{other}}} is no variant that comes before it")
@@ -183,10 +188,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         *_table(result["variants"]),
     ]
     for name, found in result["variants"].items():
-        lines += _of_subjects(name, found, result)
+        lines += [*_of_subjects(name, found, result), *_beside(name, found)]
     lines += ["", *(f"- `{name}`: {found['about']}" for name, found in result["variants"].items() if found["about"])]
     for split, variants in result["splits"].items():
         lines += ["", f"## Held-out {split}", "", *_table(variants)]
+        for name, found in variants.items():
+            lines += _beside(name, found)
     if result["missing"]:
         lines += ["", f"Not run yet: {', '.join(result['missing'])}."]
     machine = result["machine"]
@@ -225,6 +232,18 @@ def _of_subjects(name: str, found: Mapping[str, Any], result: Mapping[str, Any])
         f"its first picture; `{result['full']}` needs nothing before, and {picture:.2f} s a picture: "
         f"{tuning / picture:.0f} times less.",
     ]
+
+
+def _beside(name: str, found: Mapping[str, Any]) -> list[str]:
+    """How a variant stands beside others than the full method, in words."""
+    lines: list[str] = []
+    for other, gap in found["beside"].items():
+        lines += [
+            "",
+            f"`{name}` beside `{other}`, paired, on the same {found['n']} pictures: {gap['cp_pf']:+.3f} "
+            f"({_interval(gap['ci95'], '+')}) CP·PF, p {gap['p']:.3f}.",
+        ]
+    return lines
 
 
 def _interval(ends: Sequence[float], sign: str = "") -> str:
