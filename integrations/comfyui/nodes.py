@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from diptych import Student
+from diptych.data.rgb import to_rgb
+from diptych.errors import UserError
 
 MEMORY = ["none", "auto", "8", "12", "16", "24", "48", "80"]
 SPEED = ["as released", "exact", "fast", "fastest"]
@@ -22,8 +24,15 @@ MOST = 2**63 - 1
 
 
 def to_pictures(tensor: torch.Tensor) -> list[Image.Image]:
-    """(B, H, W, 3) in 0..1 to PIL."""
-    return [Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy()) for picture in tensor[..., :3]]
+    """(B, H, W, C) in 0..1 to RGB: 1 channel is gray, and a second or fourth one is transparency, laid over white as
+    the library does with files. UserError for an empty batch or another number of channels."""
+    if tensor.ndim != 4 or not len(tensor) or not 1 <= tensor.shape[-1] <= 4:
+        shape = " × ".join(str(size) for size in tensor.shape)
+        raise UserError(f"an IMAGE is a batch of pictures with 1 to 4 channels, (B, H, W, C); this one is {shape}")
+    pixels = (tensor.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    if tensor.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return [to_rgb(Image.fromarray(picture)) for picture in pixels]
 
 
 def to_masks(tensor: torch.Tensor) -> list[Image.Image | None]:
@@ -237,7 +246,10 @@ class DiptychEnhance:
 
     CATEGORY, FUNCTION = "diptych", "enhance"
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("prompt",)
-    DESCRIPTION = "Fills a prompt out from the reference. The key, if one is needed, is read from DIPTYCH_LLM_KEY."
+    DESCRIPTION = (
+        "Fills a prompt out from the reference, the first of a batch. "
+        "The key, if one is needed, is read from DIPTYCH_LLM_KEY."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -366,7 +366,7 @@ def check_seed(number: object) -> None:
 
 def check_options(options: dict[str, Any]) -> None:
     """UsageError for options of `Student.generate` that no model could take; None is always fine. Needs no model."""
-    from diptych.data.images import colour
+    from diptych.data.rgb import colour
 
     for name, value in options.items():
         if value is None:

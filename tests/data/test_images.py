@@ -326,3 +326,132 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str, mess
 
 def test_the_limit_is_below_what_hurts() -> None:
     assert images.MAX_PIXELS < 100_000_000
+
+
+def profile(kind: str, gamma: float | None, name: str = "sRGB IEC61966-2.1") -> bytes:
+    """An ICC profile called `name` of a gamma (None: sRGB's own curve), for RGB, gray or CMYK values.
+
+    RGB has sRGB's primaries. CMYK is a press on which only K prints, and gray rises with 1 - K.
+    """
+    from PIL import ImageCms
+
+    def text(kind: bytes) -> bytes:
+        raw = name.encode("utf-16-be")
+        return kind + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", len(raw), 28) + raw
+
+    made = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags: dict[bytes, bytes] = {}
+    for tag in range(struct.unpack(">I", made[128:132])[0]):
+        key, at, size = struct.unpack(">4sII", made[132 + 12 * tag : 144 + 12 * tag])
+        tags[key] = bytes(made[at : at + size])
+    tags[b"desc"] = text(b"mluc")
+    if gamma is not None:
+        curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    header = made[:128]
+    if kind == "GRAY":
+        header[16:20] = b"GRAY"
+        tags = {key: tags[key] for key in (b"desc", b"wtpt")} | {b"kTRC": tags[b"rTRC"]}
+    if kind == "CMYK":
+        header[12:24] = b"prtrCMYKLab "
+        header[8:12] = b"\x02\x40\0\0"
+        # Two grid points an axis, K fastest: white, then black; the other inks change nothing.
+        line = bytes(range(256))
+        lut = (
+            b"mft1"
+            + bytes(4)
+            + bytes([4, 3, 2, 0])
+            + struct.pack(">9i", *[v << 16 for v in (1, 0, 0, 0, 1, 0, 0, 0, 1)])
+        )
+        lut += line * 4 + bytes([255, 128, 128, 0, 128, 128]) * 8 + line * 3
+        tags = {b"desc": tags[b"desc"], b"wtpt": tags[b"wtpt"], b"A2B0": lut}
+    table, body = struct.pack(">I", len(tags)), b""
+    for key, data in tags.items():
+        table += struct.pack(">4sII", key, 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    header[0:4] = struct.pack(">I", 128 + len(table) + len(body))
+    return bytes(header) + table + body
+
+
+def level(image: Image.Image, kind: str = "PNG", **options: Any) -> tuple[int, ...]:
+    value = open_image(encoded(image, kind, **options)).getpixel((0, 0))
+    assert isinstance(value, tuple)
+    return tuple(int(v) for v in value)
+
+
+def palette(value: int) -> Image.Image:
+    image = Image.new("P", (1, 1), 0)
+    image.putpalette([value] * 3)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options"),
+    [
+        (Image.new("RGB", (1, 1), (55, 55, 55)), "RGB", {}),
+        (Image.new("RGBA", (1, 1), (55, 55, 55, 255)), "RGB", {}),
+        (palette(55), "RGB", {}),
+        (Image.new("L", (1, 1), 55), "RGB", {}),
+        (Image.new("L", (1, 1), 55), "GRAY", {}),
+        (Image.new("LA", (1, 1), (55, 255)), "GRAY", {}),
+        (Image.fromarray(np.full((1, 1), 55 * 257, np.uint16)), "GRAY", {}),
+        (Image.fromarray(np.full((1, 1), 55 * 257, np.uint16)), "GRAY", {"kind": "TIFF"}),
+        (Image.fromarray(np.full((1, 1), 55 / 255, np.float32)), "GRAY", {"kind": "TIFF"}),
+        (Image.new("RGB", (8, 8), (55, 55, 55)), "RGB", {"kind": "JPEG", "quality": 100}),
+        (Image.new("RGB", (8, 8), (55, 55, 55)), "RGB", {"kind": "WEBP", "lossless": True}),
+        (Image.new("L", (8, 8), 55), "GRAY", {"kind": "JPEG", "quality": 100}),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_a_profile_counts_by_what_it_does_whatever_it_is_called(image: Image.Image, kind: str, options: Any) -> None:
+    for name in ("sRGB IEC61966-2.1", "my camera"):
+        linear = level(image, **options, icc_profile=profile(kind, 1.0, name))
+        assert all(abs(value - 128) <= 1 for value in linear), (name, linear)
+        assert level(image, **options, icc_profile=profile(kind, None, name)) == (55, 55, 55)
+
+
+def test_an_srgb_profile_of_any_name_leaves_every_pixel() -> None:
+    image = gradient()
+    assert open_image(encoded(image, icc_profile=profile("RGB", None, "whatever"))).tobytes() == image.tobytes()
+
+
+def test_transparency_is_found_by_the_files_own_values_and_laid_over_after_the_profile() -> None:
+    image = Image.new("RGB", (2, 1), (55, 55, 55))
+    image.putpixel((1, 0), (60, 60, 60))
+    linear = profile("RGB", 1.0)
+    opened = open_image(encoded(image, icc_profile=linear, transparency=(60, 60, 60)), background="#373737")
+    assert opened.getpixel((1, 0)) == (55, 55, 55) and abs(np.asarray(opened)[0, 0, 0] - 128.0) <= 1
+    deep = Image.fromarray(np.array([[0, 9]], dtype=np.uint16))
+    assert np.asarray(open_image(encoded(deep, transparency=0)))[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_press_profile_and_lab_values_become_srgb() -> None:
+    half = Image.new("CMYK", (8, 8), (0, 0, 0, 128))
+    for kind, options in (("TIFF", {}), ("JPEG", {"quality": 100})):
+        # Half way between the profile's black and white is lightness 50, which in sRGB is 119.
+        assert all(abs(v - 119) <= 3 for v in level(half, kind, **options, icc_profile=profile("CMYK", None)))
+        assert level(half, kind, **options, icc_profile=profile("RGB", 1.0))[0] == level(half, kind, **options)[0]
+    gray = Image.merge("LAB", [Image.new("L", (1, 1), value) for value in (128, 128, 128)])
+    assert all(abs(v - 119) <= 2 for v in level(gray, "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"),
+    [
+        ([0.0, 0.5, 1.0, 1.5], [0, 128, 255, 255]),  # highlights
+        ([0.0, 0.5, 1.0, 2.0, 8.0], [0, 128, 255, 255, 255]),
+        ([0.25] * 200 + [300.0], [64] * 200 + [255]),  # one lamp
+        ([0.0, 127.5, 255.0], [0, 128, 255]),
+        ([0.0, 3.0, 200.0], [0, 3, 200]),
+        ([0.0, 32768.0, 65535.0], [0, 128, 255]),
+        ([-1.0, np.nan, np.inf, 1.0], [0, 0, 255, 255]),
+    ],
+)
+def test_float_grey_above_one_is_not_black(values: list[float], seen: list[int]) -> None:
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert np.asarray(open_image(encoded(image, "TIFF")))[0, :, 0].tolist() == seen
+
+
+def test_whole_numbers_of_24_bits_are_not_black() -> None:
+    image = Image.fromarray(np.array([[0, 2**23, 2**24 - 1]], dtype=np.int32))
+    assert np.asarray(open_image(encoded(image, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]

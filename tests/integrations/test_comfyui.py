@@ -106,6 +106,28 @@ def test_a_batch_of_references_gives_as_many_pictures(nodes: Any) -> None:
     assert drawn.shape == (2, world.PANEL, world.PANEL, 3) and not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_of_any_channels_are_what_the_library_opens(nodes: Any, mode: str, dtype: torch.dtype) -> None:
+    from diptych.data.images import to_rgb
+
+    picture = Image.open(REFERENCE).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture = picture.convert(mode)
+    pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, -1) / 255
+    batch = torch.from_numpy(pixels).to(dtype)[None].repeat(2, 1, 1, 1)
+    seen = nodes.nodes.to_pictures(batch)
+    assert len(seen) == 2 and {one.mode for one in seen} == {"RGB"}
+    apart = np.abs(np.asarray(seen[1], dtype=int) - np.asarray(to_rgb(picture), dtype=int))
+    assert apart.max() <= (0 if dtype is torch.float32 else 4)
+
+
+def test_what_is_no_batch_of_pictures_is_refused(nodes: Any) -> None:
+    for shape in ((0, 8, 8, 3), (8, 8, 3), (1, 8, 8, 5), (1, 8, 8, 0)):
+        with pytest.raises(UserError, match=str(shape[-2])):
+            nodes.nodes.to_pictures(torch.zeros(shape))
+
+
 def test_a_prompt_stays_as_it_is_without_an_endpoint(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIPTYCH_LLM_URL", raising=False)
     node = nodes.NODE_CLASS_MAPPINGS["DiptychEnhance"]()

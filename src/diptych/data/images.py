@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.data import seal
+from diptych.data.rgb import WHITE, to_rgb
 from diptych.data.store import write_atomic
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,13 +30,12 @@ PROVENANCE = "diptych"  # the PNG text chunk that holds the JSON
 READABLE = "parameters"  # and the one that image viewers of this field show
 KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # what is written, by the name's end
 READ = (*KINDS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # what a folder of pictures is searched for
-WHITE = "white"
 _SAVING: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 6},
     "WEBP": {"lossless": True, "quality": 80, "method": 4},  # lossless: `quality` is effort here
     "JPEG": {"quality": 95, "subsampling": 0},
 }
-_ORIENTATION, _EXIF_IFD, _USER_COMMENT = 0x0112, 0x8769, 0x9286
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"  # EXIF's name for the text that follows
 _MAX_JPEG_EXIF = 65_000  # bytes; a JPEG segment holds 64 KiB
 
@@ -126,76 +126,6 @@ def check_image(path: str | Path) -> str:
     if width * height > MAX_PIXELS:
         raise UserError(f"{path}: {width}×{height} is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
     return hashlib.sha256(data).hexdigest()
-
-
-def to_rgb(image: Image, background: str = WHITE) -> Image:
-    """Any Pillow image as upright 8-bit sRGB; the very object if it is that already.
-
-    EXIF rotation is applied; an embedded colour profile is converted; 16-bit and float grey are scaled, not clipped;
-    transparency is laid over `background`, a colour's name or `#rrggbb`. UsageError for no such colour.
-    """
-    from PIL import Image, ImageOps
-
-    under = colour(background)
-    turned = image.getexif().get(_ORIENTATION, 1) != 1
-    if image.mode == "RGB" and not turned and not {"transparency", "icc_profile"} & image.info.keys():
-        return image
-    if turned:
-        image = ImageOps.exif_transpose(image)
-    image = _in_srgb(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _grey_to_8_bit(image)
-    if image.mode in ("P", "LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*under, 255)), rgba)
-    rgb = image.convert("RGB")
-    rgb.info = {}  # what was applied must not be applied again
-    return rgb
-
-
-def colour(name: str) -> tuple[int, int, int]:
-    """A colour's name or `#rrggbb` as (red, green, blue), 0 to 255. UsageError if it is neither."""
-    from PIL import ImageColor
-
-    try:
-        red, green, blue = ImageColor.getrgb(name)[:3]
-    except (ValueError, AttributeError):
-        hint = nearest(str(name), ImageColor.colormap)
-        raise UsageError(f"unknown colour '{name}': a name such as white or grey, or #rrggbb{hint}") from None
-    return red, green, blue
-
-
-def _in_srgb(image: Image) -> Image:
-    """Colours of an embedded profile (Adobe RGB, Display P3, a press's CMYK) as sRGB; a broken profile is ignored."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
-        return image
-    try:
-        from PIL import ImageCms
-
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(own).lower():
-            return image
-        mode = "RGB" if image.mode == "CMYK" else image.mode
-        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
-        return image
-    assert converted is not None
-    return converted
-
-
-def _grey_to_8_bit(image: Image) -> Image:
-    import numpy as np
-    from PIL import Image
-
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode.startswith("I"):
-        # "I" is also how Pillow gives some 16-bit files; only values past 16 bits make it a 32-bit one.
-        top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
-        scaled = values / top
-    else:
-        scaled = values if values.max(initial=0) <= 1 else values / 255
-    return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def encode_png(image: Image, provenance: dict[str, Any] | None = None) -> bytes:

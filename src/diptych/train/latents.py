@@ -292,15 +292,36 @@ def split(samples: Sequence[Sample], held_out: int) -> tuple[list[int], list[int
 
     Whole grids are held out, those with the lowest hash of their id, until they make `held_out` pairs, but never more
     than a fifth of all pairs; so no validation subject was trained on and the choice does not move with the order.
+    Where every grid (or reference, in other people's data) has more pairs than that, single pairs are held out, and a
+    warning says that their references are trained on.
     """
     wanted = min(held_out, len(samples) // 5)
-    by_grid: dict[str, list[int]] = {}
-    for row, sample in enumerate(samples):
-        by_grid.setdefault(sample.grid_id, []).append(row)
-    validation: list[int] = []
-    for grid in sorted(by_grid, key=lambda g: hashlib.sha256(f"validation {g}".encode()).digest()):
-        if len(validation) + len(by_grid[grid]) > wanted:
-            break
-        validation += by_grid[grid]
+    validation = _lowest([sample.grid_id for sample in samples], wanted)
+    if not validation and wanted:
+        validation = _lowest([sample.id for sample in samples], wanted)
+        log.warning(
+            "%d of %d pairs are held out for validation, and training sees their references with other targets: "
+            "every reference has more than %d pairs",
+            len(validation),
+            len(samples),
+            wanted,
+        )
+    elif held_out and not wanted:
+        log.warning("no pair is held out for validation: that takes at least 5 pairs, and there are %d", len(samples))
     held = set(validation)
     return [row for row in range(len(samples)) if row not in held], validation
+
+
+def _lowest(groups: Sequence[str], wanted: int) -> list[int]:
+    """The rows of whole groups, lowest hash first, up to the first that would make more than `wanted` rows; if that is
+    the very first group, of those that do fit."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    found: list[int] = []
+    for group in sorted(rows, key=lambda g: hashlib.sha256(f"validation {g}".encode()).digest()):
+        if len(found) + len(rows[group]) <= wanted:
+            found += rows[group]
+        elif found:
+            break
+    return found
