@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ def make(
     key: Any = None,
     *,
     common_name: str = "Ann",
-    purpose: x509.ObjectIdentifier = ExtendedKeyUsageOID.EMAIL_PROTECTION,
+    purposes: Sequence[x509.ObjectIdentifier] = (ExtendedKeyUsageOID.EMAIL_PROTECTION,),
     signs: bool = True,
+    authority_key: bool = True,
     seconds: tuple[float, float] = (-86_400, 86_400),
     self_signed: bool = False,
 ) -> Signer:
@@ -40,9 +42,9 @@ def make(
     key = key or ec.generate_private_key(ec.SECP256R1())
     above = key if self_signed else ec.generate_private_key(ec.SECP256R1())
     root = _name("Test Root")
-    authority = _certificate(root, above, root, above, (-86_400 * 400, 86_400 * 400), True, True, None)
+    authority = _certificate(root, above, root, above, (-86_400 * 400, 86_400 * 400), True, True, (), True)
     subject = root if self_signed else _name(common_name)
-    leaf = _certificate(subject, key, root, above, seconds, signs, False, purpose)
+    leaf = _certificate(subject, key, root, above, seconds, signs, False, purposes, authority_key)
     found = Signer(folder / "chain.pem", folder / "key.pem", folder / "trust.pem")
     found.chain.write_bytes(leaf.public_bytes(PEM) + (b"" if self_signed else authority.public_bytes(PEM)))
     found.key.write_bytes(private(key))
@@ -69,7 +71,8 @@ def _certificate(
     seconds: tuple[float, float],
     signs: bool,
     authority: bool,
-    purpose: x509.ObjectIdentifier | None,
+    purposes: Sequence[x509.ObjectIdentifier],
+    authority_key: bool,
 ) -> x509.Certificate:
     first, last = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=each) for each in seconds)
     usage = dict.fromkeys(
@@ -88,8 +91,10 @@ def _certificate(
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(above.public_key()), critical=False)
     )
-    if purpose is not None:
-        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
+    if authority_key:
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(above.public_key())
+        builder = builder.add_extension(identifier, critical=False)
+    if purposes:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=True)
     return builder.sign(above, None if isinstance(above, ed25519.Ed25519PrivateKey) else hashes.SHA256())

@@ -63,8 +63,11 @@ def test_set_lays_yaml_values_over_the_file() -> None:
         ("distill: {betas: [1]}", "distill.betas: has too few values"),
         ("distill: {lora_targets: {a: 1}}", "distill.lora_targets: must be a list or text"),
         ("distill: {learning_rate: .nan}", "distill.learning_rate: must be a finite number"),
-        ("distill: {text_dropout: 0.9, both_dropout: 0.9}", "text_dropout + both_dropout is over 1"),
-        ("distill: {left_weight: 0, right_weight: 0}", "nothing would be learnt"),
+        (
+            "distill: {text_dropout: 0.9, both_dropout: 0.9}",
+            "distill: reference_dropout + text_dropout + both_dropout is over 1",
+        ),
+        ("distill: {left_weight: 0, right_weight: 0}", "distill: left_weight and right_weight are both 0"),
         ("evaluate: {methods: [studnt]}", "evaluate.methods: must be 'student', "),
         ("device: gpu", "device: must match"),
     ],
@@ -78,7 +81,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, message: 
     key = text.partition(":")[0]
     with pytest.raises(UsageError) as caught:
         load(write(tmp_path, "name: x\n"), [f"{key}={text.partition(':')[2].strip()}"])
-    assert f"--set {message}" in str(caught.value) or ("--set" in str(caught.value) and message in str(caught.value))
+    assert f"--set {message}" in str(caught.value)
 
 
 def test_each_mistake_gets_its_own_line(tmp_path: Path) -> None:

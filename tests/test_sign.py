@@ -196,7 +196,7 @@ def test_a_relit_picture_that_holds_its_reference_is_a_composite() -> None:
 def test_keys_and_purposes_that_c2pa_takes(
     key: Any, algorithm: str | None, named: str, purpose: str, tmp_path: Path
 ) -> None:
-    signer = authority.make(tmp_path, key, purpose=x509.ObjectIdentifier(purpose))
+    signer = authority.make(tmp_path, key, purposes=[x509.ObjectIdentifier(purpose)])
     picture = tmp_path / "a.png"
     picture.write_bytes(small("PNG"))
     sign([picture], signer.chain, signer.key, algorithm=algorithm)
@@ -257,7 +257,10 @@ def test_trace_says_what_changed_and_fails(
         capsys.readouterr()
         assert call(["trace", str(changed)]) == 1
         said = capsys.readouterr()
-        assert "the picture or its text changed since it was signed" in said.out or "broken or cut short" in said.err
+        if kind == "jpg":
+            assert "the picture or its text changed since it was signed" in said.out
+        else:  # compressed without loss: the bytes no longer unpack
+            assert "broken or cut short" in said.err
     for picture in pictures.values():
         data = picture.read_bytes().replace(b"c2pa.created", b"c2pa.edited!")
         picture.write_bytes(data)
@@ -335,7 +338,7 @@ class Timestamps:
 
     def __init__(self, folder: Path) -> None:
         signer = authority.make(
-            folder, rsa.generate_private_key(65537, 2048), purpose=ExtendedKeyUsageOID.TIME_STAMPING
+            folder, rsa.generate_private_key(65537, 2048), purposes=[ExtendedKeyUsageOID.TIME_STAMPING]
         )
         self.trust = signer.trust
         options = folder / "openssl.cnf"
@@ -433,6 +436,8 @@ def test_pictures_are_all_looked_at_before_one_is_written(
     assert not holds_manifest(pictures["png"].read_bytes())
 
 
+EMAIL = ExtendedKeyUsageOID.EMAIL_PROTECTION
+
 # Certificates and keys -----------------------------------------------------------------------------------------------
 
 
@@ -442,8 +447,13 @@ def test_pictures_are_all_looked_at_before_one_is_written(
         ({"seconds": (-86_400 * 9, -86_400)}, "expired on "),
         ({"seconds": (86_400, 86_400 * 9)}, "not valid before "),
         ({"self_signed": True}, "self-signed"),
-        ({"purpose": ExtendedKeyUsageOID.SERVER_AUTH}, "extended key usage"),
-        ({"purpose": None}, "extended key usage"),
+        ({"purposes": [ExtendedKeyUsageOID.SERVER_AUTH]}, "extended key usage"),
+        ({"purposes": []}, "extended key usage"),
+        ({"purposes": [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]}, "anyExtendedKeyUsage"),
+        ({"purposes": [EMAIL, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]}, "anyExtendedKeyUsage"),
+        ({"purposes": [EMAIL, ExtendedKeyUsageOID.TIME_STAMPING]}, "timeStamping"),
+        ({"purposes": [EMAIL, ExtendedKeyUsageOID.OCSP_SIGNING]}, "OCSPSigning"),
+        ({"authority_key": False}, "authority key identifier"),
         ({"signs": False}, "digitalSignature"),
         ({"key": ec.generate_private_key(ec.SECP256K1())}, "P-256"),
         ({"key": rsa.generate_private_key(65537, 1024)}, "2048"),

@@ -21,6 +21,9 @@ KEY, PASSWORD = "DIPTYCH_SIGN_KEY", "DIPTYCH_SIGN_PASSWORD"  # a private key in 
 RSA = ("ps256", "ps384", "ps512")
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 ALGORITHMS = (*CURVES.values(), *RSA, "ed25519")
+ANY_PURPOSE = "2.5.29.37.0"
+EXCLUSIVE = {"1.3.6.1.5.5.7.3.8": "timeStamping", "1.3.6.1.5.5.7.3.9": "OCSPSigning"}
+_PURPOSE_HINT = f"get a certificate whose extended key usage holds one of {', '.join(PURPOSES.values())}"
 _KINDS = "P-256, P-384, P-521, Ed25519, and RSA of 2048 bits or more"
 
 
@@ -91,9 +94,15 @@ def _problem(chain: Sequence[Any]) -> str | None:
     usage = _extension(leaf, x509.KeyUsage)
     if usage is None or not usage.digital_signature:
         return "not made for signatures; its key usage must hold digitalSignature"
-    purposes = _extension(leaf, x509.ExtendedKeyUsage) or ()
-    if not any(each.dotted_string in PURPOSES for each in purposes):
-        return f"not made for signing content; its extended key usage must hold one of {', '.join(PURPOSES.values())}"
+    purposes = {each.dotted_string for each in _extension(leaf, x509.ExtendedKeyUsage) or ()}
+    if ANY_PURPOSE in purposes:
+        return f"its extended key usage holds anyExtendedKeyUsage, which C2PA forbids; {_PURPOSE_HINT}"
+    if not purposes & set(PURPOSES):
+        return f"not made for signing content; {_PURPOSE_HINT}"
+    if mixed := [name for oid, name in EXCLUSIVE.items() if oid in purposes]:
+        return f"its extended key usage holds {mixed[0]}, which C2PA allows only alone; {_PURPOSE_HINT}"
+    if _extension(leaf, x509.AuthorityKeyIdentifier) is None:
+        return "it has no authority key identifier, which C2PA requires; ask the authority for one that has it"
     for number, (one, above) in enumerate(pairwise(chain), 1):
         try:
             one.verify_directly_issued_by(above)

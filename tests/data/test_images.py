@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.data import images
+from diptych.data.embedded import jpeg_end
 from diptych.data.images import (
+    broken_seal,
     check_image,
     encode,
     encode_png,
@@ -455,3 +457,16 @@ def test_float_grey_above_one_is_not_black(values: list[float], seen: list[int])
 def test_whole_numbers_of_24_bits_are_not_black() -> None:
     image = Image.fromarray(np.array([[0, 2**23, 2**24 - 1]], dtype=np.int32))
     assert np.asarray(open_image(encoded(image, "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_behind_the_end_of_a_jpeg_are_not_a_changed_image(progressive: bool, tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 48), 90).convert("RGB")
+    sealed = encode(noise, "JPEG", {"prompt": "x"})
+    assert jpeg_end(sealed) == len(sealed)
+    assert broken_seal(sealed + b"\0") == [] == broken_seal(sealed + sealed)
+    changed = bytearray(sealed)
+    changed[-20] ^= 1
+    assert broken_seal(bytes(changed)) == ["image data"]
+    other = encoded(noise, "JPEG", progressive=progressive, restart_marker_blocks=3)
+    assert jpeg_end(other + b"\xff\xd9tail") == len(other)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_SCAN, _APP11 = 0xDA, 0xEB  # from a scan's marker on a JPEG is coded pixels
+_SCAN, _END, _APP11 = 0xDA, 0xD9, 0xEB  # from a scan's marker to the end's a JPEG is coded pixels
 _STORE = b"jumdc2pa\x00\x11\x00\x10\x80\x00\x00\xaa\x00\x38\x9b\x71"  # the box that says what a JUMBF box holds
 
 
@@ -38,6 +38,23 @@ def segments(data: bytes) -> Iterator[tuple[int, int, bool]]:
             boxes.add(number)
         yield at, end, jumbf and number in boxes
         at = end
+
+
+def jpeg_end(data: bytes) -> int:
+    """Where a JPEG's image ends, behind its end marker; the file's length if it has none."""
+    at = next((end for _, end, _ in reversed(list(segments(data)))), 2)
+    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
+        marker = data[at + 1]
+        if marker == _END:
+            return at + 2
+        # Coded pixels write a byte of 255 as FF 00 and hold restart markers; FF FF is padding. All else has a length.
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0x00 or 0xD0 <= marker <= 0xD7:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return len(data)
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

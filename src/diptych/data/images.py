@@ -216,7 +216,8 @@ def read_provenance(source: str | Path | bytes) -> dict[str, Any] | None:
 
 
 def broken_seal(source: str | Path | bytes) -> list[str] | None:
-    """What of a picture is not as it was written: `pixels`, `text`, a chunk of the file; None if it has no seal.
+    """What of a picture is not as it was written: `pixels` (in a JPEG `image data`), `text`, a chunk of the file; None
+    if it has no seal. Bytes behind the end of the image are not part of it.
 
     UserError if it is no image, or one that can no longer be decoded.
     """
@@ -226,11 +227,11 @@ def broken_seal(source: str | Path | bytes) -> list[str] | None:
         return None
     broken = [] if seal.text_hash(told) == said.get("text") else ["text"]
     if data.startswith(b"\xff\xd8"):
-        shown = seal.coded_hash(data)
+        part, shown = "image data", seal.coded_hash(data)
     else:
-        shown = seal.pixels_hash(open_image(data, name=_label(source)))
+        part, shown = "pixels", seal.pixels_hash(open_image(data, name=_label(source)))
     if shown != said.get("picture"):
-        broken.append("pixels")
+        broken.append(part)
     if not broken and data.startswith(b"\x89PNG") and (chunk := seal.broken_chunk(data)):
         broken.append(f"{chunk} chunk")
     return broken

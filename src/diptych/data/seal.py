@@ -14,7 +14,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from diptych.data.embedded import chunks, segments
+from diptych.data.embedded import chunks, jpeg_end, segments
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,13 +30,14 @@ def pixels_hash(image: Image) -> str:
 
 
 def coded_hash(data: bytes) -> str:
-    """sha256 of a JPEG file without its EXIF segment and without a C2PA manifest, which is put in later."""
+    """sha256 of a JPEG's image: the file up to its end marker, without its EXIF segment and a C2PA manifest, which is
+    put in later. Bytes behind the end are no part of the image."""
     kept, at = bytearray(data[:2]), 2
     for start, end, is_manifest in segments(data):
         if data[start + 1] != _EXIF_SEGMENT and not is_manifest:
             kept += data[start:end]
         at = end
-    return hashlib.sha256(bytes(kept) + data[at:]).hexdigest()
+    return hashlib.sha256(bytes(kept) + data[at : jpeg_end(data)]).hexdigest()
 
 
 def text_hash(provenance: dict[str, Any]) -> str:
