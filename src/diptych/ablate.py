@@ -11,7 +11,6 @@ after every run. Called again it goes on where it was.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from diptych import recipe as recipes
 from diptych.console import Display
 from diptych.data import log
 from diptych.data.scan import open_run
+from diptych.data.share import link_all
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
@@ -32,6 +32,7 @@ from diptych.sections import Recipe
 ROWS = ("write", "paint", "curate")
 LATENTS = Path("student") / "training" / "latents"
 OF_ADAPTER = Path("baselines") / "adapter" / "latents"
+LATENT_FILES = "*/part-*.safetensors"
 
 
 def ablate(
@@ -124,30 +125,15 @@ def _run(plan: Study, name: str, seed: int, recipe: Recipe, source: Path, out: P
     frozen, method = recipes.load(folder / "recipe.yaml"), plan.variants[name].method
     if method == "student":
         for cached in (place(out, plan.full, plan.seeds[0]), first):
-            _share_latents(cached / LATENTS, folder / LATENTS)
+            link_all(cached / LATENTS, folder / LATENTS, LATENT_FILES)
         run(frozen, folder, ("distill",), display)
     elif method == "adapter":
         from diptych.evaluate import adapter
 
-        _share_latents(first / OF_ADAPTER, folder / OF_ADAPTER)
+        link_all(first / OF_ADAPTER, folder / OF_ADAPTER, LATENT_FILES)
         with display.stage("adapter", "steps") as report:
             adapter.fit(frozen, folder, report)
     run(frozen, folder, ("evaluate",), display)
-
-
-def _share_latents(source: Path, target: Path) -> None:
-    """Hard links to another run's latent cache; a cache is named after its data, so one of other pairs is not read."""
-    if source == target or not source.is_dir():
-        return
-    for path in source.glob("*/part-*.safetensors"):
-        link = target / path.parent.name / path.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, link)
-        except FileExistsError:
-            continue
-        except OSError:
-            return  # a disk without links: it encodes anew
 
 
 # ---- the table

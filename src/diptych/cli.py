@@ -43,6 +43,15 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key, for instance distill.steps=200. Repeatable."),
 ]
 
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="An earlier run: every stage that this recipe leaves as it was is taken over from it, not made again.",
+    ),
+]
+
 INTERRUPTED = "interrupted; run the same command to continue"
 
 
@@ -69,16 +78,24 @@ def _run(
     stages: tuple[str, ...] | None,
     engine: str = "local",
     address: str | None = None,
+    source: str | None = None,
 ) -> None:
     from diptych import recipe as recipes
     from diptych.console import Display, duration
+    from diptych.frozen import OtherRecipe
     from diptych.run import STAGES, run
     from diptych.student import parallel
 
-    if out == "":
-        raise UsageError("--out is empty; name a folder")
+    for name, value in (("--out", out), ("--from", source)):
+        if value == "":
+            raise UsageError(f"{name} is empty; name a folder")
     loaded = recipes.load(recipe, sets or ())
-    summary = run(loaded, out, stages or STAGES, Display(quiet=as_json), engine, address)
+    try:
+        summary = run(loaded, out, stages or STAGES, Display(quiet=as_json), engine, address, source)
+    except OtherRecipe as error:
+        asked = [("--set", text) for text in sets or ()] + ([("--engine", engine)] if engine != "local" else [])
+        asked += [("--address", address)] if address is not None else []
+        raise OtherRecipe(error.folder, error.differ, recipe, [word for pair in asked for word in pair]) from error
     if not parallel.is_first():
         return
     if as_json:
@@ -98,6 +115,7 @@ def _run(
 def run_all(
     recipe: RecipeArg,
     out: OutDir = None,
+    source: From = None,
     sets: Sets = None,
     engine: Engine = "local",
     address: Address = None,
@@ -105,10 +123,11 @@ def run_all(
 ) -> None:
     """Run a whole recipe: write, paint, curate, distill, evaluate, report.
 
-    Interrupted or killed, the same command continues. The folder belongs to one recipe: another one is refused.
+    Interrupted or killed, the same command continues. The folder belongs to one recipe: another one is refused. To
+    correct a recipe, run it with --from the earlier run into another --out: only what the correction changes is made.
     With --engine ray the workers of a cluster make the rows (docs/scale.md); training stays in this process.
     """
-    _run(recipe, out, sets, as_json, None, engine, address)
+    _run(recipe, out, sets, as_json, None, engine, address, source)
 
 
 @app.command("write", epilog="Example: diptych write recipes/pocket.yaml --out runs/first")
@@ -128,32 +147,36 @@ def write(
 def paint(
     recipe: RecipeArg,
     out: OutDir = None,
+    source: From = None,
     sets: Sets = None,
     engine: Engine = "local",
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Let the teacher draw the grids only (prompts/ → grids/)."""
-    _run(recipe, out, sets, as_json, ("paint",), engine, address)
+    _run(recipe, out, sets, as_json, ("paint",), engine, address, source)
 
 
 @app.command("curate", epilog="Example: diptych curate recipes/pocket.yaml --out runs/first")
 def curate(
     recipe: RecipeArg,
     out: OutDir = None,
+    source: From = None,
     sets: Sets = None,
     engine: Engine = "local",
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Cut, judge and select pairs only (grids/ → candidates/ → pairs/)."""
-    _run(recipe, out, sets, as_json, ("curate",), engine, address)
+    _run(recipe, out, sets, as_json, ("curate",), engine, address, source)
 
 
 @app.command("distill", epilog="Example: diptych distill recipes/pocket.yaml --out runs/first")
-def distill(recipe: RecipeArg, out: OutDir = None, sets: Sets = None, as_json: Json = False) -> None:
+def distill(
+    recipe: RecipeArg, out: OutDir = None, source: From = None, sets: Sets = None, as_json: Json = False
+) -> None:
     """Train the student only (pairs/ → student/)."""
-    _run(recipe, out, sets, as_json, ("distill",))
+    _run(recipe, out, sets, as_json, ("distill",), source=source)
 
 
 app.command("evaluate", epilog=cli_evaluate.EPILOG)(

@@ -16,10 +16,7 @@ from curation's own last step. It can be distilled, evaluated and curated again 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +30,8 @@ from diptych.data.engine import Row
 from diptych.data.lock import lock
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
-from diptych.data.store import MANIFEST, Dataset, write_atomic
+from diptych.data.share import share
+from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError, nearest
 from diptych.run import Pipeline, freeze
 from diptych.sections import Recipe, Screens, Thresholds
@@ -302,34 +300,6 @@ def _updated(row: Row, limits: Thresholds, bounds: records.Bounds) -> Row:
         evidence["copies"]["limits"] = bounds.copies
     text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
     return {**row, "kept": kept, "reason": reason, "evidence": text}
-
-
-def share(source: Path, target: Path) -> None:
-    """A published data set under a second name: hard links, or copies where the disk has none; the manifest last.
-
-    Parts are never changed in place, only replaced, so neither folder can change the other.
-    """
-    if not source.is_dir():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    Dataset(target).clean()
-    files = [path for path in source.iterdir() if path.suffix == ".parquet" or path.name == MANIFEST]
-    for path in sorted(files, key=lambda path: (path.name == MANIFEST, path.name)):
-        goal = target / path.name
-        if goal.exists():
-            continue
-        try:
-            os.link(path, goal)
-        except OSError:
-            # Another disk, or a file system without links. The name is one of a killed writer, see store.is_temporary.
-            copy = target / f".{path.name}.{os.getpid()}.tmp"
-            try:
-                shutil.copyfile(path, copy)
-                copy.replace(goal)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    copy.unlink()
-                raise UserError(f"cannot write {goal}: {error.strerror or error}") from error
 
 
 def _number(value: float | None) -> str:

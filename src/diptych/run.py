@@ -29,19 +29,19 @@ from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work,
 from diptych.data.lock import lock
 from diptych.data.places import answers, bring, desk, send
 from diptych.data.scan import batches
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.frozen import decided, free_name, freeze
 from diptych.machine import machine, thread_variables, versions
 from diptych.paths import place
 from diptych.sections import Duplicates, Recipe, Thresholds
 from diptych.student import parallel
+from diptych.takeover import Source
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 ALIGNED = 2  # the same, for what curation does with aligned panels alone
-# Keys whose `auto` is settled by the machine that starts a run.
-OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"))  # `auto` is settled when a run is frozen
 
 
 def run(
@@ -51,23 +51,34 @@ def run(
     display: Display | None = None,
     engine: str = "local",
     address: str | None = None,
+    source: str | Path | None = None,
 ) -> dict[str, Any]:
     """Runs `stages` of a recipe in the folder `out` (runs/NAME if None) and returns a summary of plain values.
 
     `out` may be an address such as `s3://bucket/run` (`data.places`). `engine` is `local` or `ray`, the latter with the
-    `address` of a cluster (`data.ray_engine`); training runs in this process with either.
+    `address` of a cluster (`data.ray_engine`); training runs in this process with either. `source` is an earlier run:
+    every stage whose fingerprint holds under this recipe is taken over from it (`takeover`), whatever `stages` are.
 
     Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage cannot go
     on. KeyboardInterrupt passes through and leaves a folder that the same call continues.
     """
     display = display or Display()
     folder = place(out) if out is not None else Path("runs") / recipe.name
+    earlier = Source.open(source, folder) if source is not None else None
+    if earlier is not None and recipe.draws_pairs():
+        like = decided(recipe, earlier.recipe)
+        earlier.refuse_unlike(Pipeline(like, tasks.load(recipe.task), folder, display).fingerprints("write"), like)
     task = tasks.load(recipe.task)
     started = time.monotonic()
     if (number := parallel.processes()) > 1 and tuple(stages) != ("distill",):
         raise UsageError(
             f"started in {number} processes, and only training shares its work among them: run the other stages "
             "without torchrun first, then: torchrun … -m diptych distill RECIPE"
+        )
+    if earlier is not None and number > 1:
+        raise UsageError(
+            f"--from {source}: one process takes over a run; first, without torchrun: diptych curate RECIPE "
+            f"--from {source} --out {folder}"
         )
     if not recipe.draws_pairs():
         training = STAGES[STAGES.index("distill") :]
@@ -77,11 +88,18 @@ def run(
     first = parallel.is_first()
     display = display if first else Display(quiet=True)
     trains = "distill" in stages
-    with open_engine(engine, address) as machines, enter(recipe, folder, machines.of(recipe), trains) as recipe:
+    with (
+        open_engine(engine, address) as machines,
+        enter(recipe, folder, machines.of(recipe), trains, earlier) as recipe,
+    ):
         use_threads(recipe.threads)
         if first:
-            log.append(folder, "start", stages=list(stages), engine=engine, machine=machine(), versions=versions())
-        pipeline = Pipeline(recipe, task, folder, display, machines.of(recipe))
+            told = {"source": str(earlier.folder)} if earlier is not None else {}
+            about: dict[str, Any] = {"stages": list(stages), "engine": engine, **told}
+            log.append(folder, "start", **about, machine=machine(), versions=versions())
+        pipeline = Pipeline(recipe, task, folder, display, machines.of(recipe), earlier)
+        if earlier is not None:
+            pipeline.take_over(earlier)
         done: dict[str, Any] = {}
         for name in STAGES:
             if name in stages:
@@ -103,9 +121,15 @@ class Pipeline:
     """The stages of one run, each knowing what made its input."""
 
     def __init__(
-        self, recipe: Recipe, task: tasks.Task, folder: Path, display: Display, engine: Engine | None = None
+        self,
+        recipe: Recipe,
+        task: tasks.Task,
+        folder: Path,
+        display: Display,
+        engine: Engine | None = None,
+        source: Source | None = None,
     ) -> None:
-        self.recipe, self.task, self.folder, self.display = recipe, task, folder, display
+        self.recipe, self.task, self.folder, self.display, self.source = recipe, task, folder, display, source
         self.engine = engine = engine or LocalEngine()
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
         if recipe.curate.copies is not None and task.geometry == "aligned":
@@ -122,6 +146,20 @@ class Pipeline:
             "distill": self.distill,
             "evaluate": self.evaluate,
         }[name]()
+
+    def take_over(self, source: Source) -> None:
+        """Takes over from an earlier run what holds under this recipe, the training included, and says what that is."""
+        taken: dict[str, int] = {}
+        if self.recipe.draws_pairs():
+            for output, stage in (("prompts", "write"), ("grids", "paint"), ("candidates", "curate")):
+                taken[output] = source.rows(output, stage, self.folder, self.fingerprints(stage))
+            source.decisions(self.folder)
+            taken["pairs"] = source.rows("pairs", _Select.name, self.folder, self.fingerprints("select"))
+            source.answers(self.folder, everywhere=not isinstance(self.engine, LocalEngine))
+        said = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
+        trained = source.student(self.recipe, self.folder)
+        log.append(self.folder, "take over", source=str(source.folder), parts=taken, training=trained)
+        self.display.say(f"from {source.folder}: {', '.join([*said, *([trained] if trained else [])]) or 'nothing'}")
 
     # ---- rows
 
@@ -198,7 +236,8 @@ class Pipeline:
             raise UserError(
                 f"curation kept none of {len(candidates)} candidate pairs "
                 f"({', '.join(f'{n} failed {reason}' for reason, n in reasons.items()) or 'there were none'}); "
-                f"see {candidates.url}, then lower curate.thresholds or draw more grids, in another --out"
+                f"see {candidates.url}. Another threshold needs no new grids and no judge: diptych data recurate "
+                f"{self.folder} --set same=NUMBER --out {free_name(self.folder)}"
             )
         return result["rows"]
 
@@ -260,13 +299,13 @@ class Pipeline:
             from diptych.evaluate.run_suite import evaluate
 
             with self.display.stage("evaluate", "images") as report:
-                evaluate(self.recipe, self.folder, report, engine=self.engine)
+                evaluate(self.recipe, self.folder, report, engine=self.engine, **self._drawn_before())
             result["suite"] = self.recipe.evaluate.suite
         if self.recipe.evaluate.relight:
             from diptych.evaluate import relight
 
             with self.display.stage("relight", "images") as report:
-                relight.evaluate(self.recipe, self.folder, report, self.engine)
+                relight.evaluate(self.recipe, self.folder, report, self.engine, **self._drawn_before())
             result["relight"] = self.recipe.evaluate.relight
         from diptych.evaluate import report as page
 
@@ -274,6 +313,10 @@ class Pipeline:
             page.write(self.recipe, self.folder)
             progress(1, 1)
         return result
+
+    def _drawn_before(self) -> dict[str, Any]:
+        """Where else pictures of this evaluation may have been drawn already."""
+        return {"source": self.source.folder} if self.source is not None else {}
 
     # ---- identity
 
@@ -371,73 +414,6 @@ def count(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None) -> Recipe:
-    """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
-
-    What is left open (`settle`) becomes what the machine that paints has, and on a later call what the folder says;
-    what is asked of a cluster (`ray`) is this call's, and so are the keys of training that change none of its weights
-    so far (`train.options.may_change`). Raises UsageError with the keys that differ.
-    """
-    from diptych.train.options import may_change
-
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        if unsettled(recipe):
-            recipe = (engine or LocalEngine()).there("paint", settle, recipe)
-        write_atomic(path, recipe.dump().encode())
-        return recipe
-    frozen = recipes.load(path)
-    kept: dict[str, Any] = {
-        "device": frozen.device if recipe.device == "auto" else recipe.device,
-        "threads": frozen.threads if recipe.threads is None else recipe.threads,
-    }
-    for section, key in OPEN:
-        if getattr(mine := kept.get(section, getattr(recipe, section)), key) == "auto":
-            kept[section] = mine.model_copy(update={key: getattr(getattr(frozen, section), key)})
-    wanted = recipe.model_copy(update=kept)
-    told = {key: getattr(recipe.distill, key) for key in may_change(frozen.distill, recipe.distill)}
-    before, frozen = frozen, frozen.model_copy(update={"distill": frozen.distill.model_copy(update=told)})
-    if differ := frozen.differences(wanted):
-        there, here = frozen.flat(), wanted.flat()
-        shown = [f"{key} ({_shown(there.get(key))} there, {_shown(here.get(key))} here)" for key in differ[:6]]
-        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
-        raise UsageError(
-            f"{folder} was made by another recipe: {', '.join(shown)}{more}; choose another --out, "
-            f"or continue with {path}"
-        )
-    if frozen != before:
-        write_atomic(path, frozen.dump().encode())
-    return frozen.model_copy(update={"ray": recipe.ray})
-
-
-def unsettled(recipe: Recipe) -> bool:
-    """Whether a recipe leaves `device`, `threads` or a key of `OPEN` open."""
-    asked = [getattr(getattr(recipe, section), key) for section, key in OPEN]
-    return recipe.device == "auto" or recipe.threads is None or "auto" in asked
-
-
-def settle(recipe: Recipe) -> Recipe:
-    """`device`, `threads` and the keys of `OPEN`, where they are left open, as what this machine has."""
-    import torch
-
-    from diptych.train.hardware import pick_precision
-
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    update: dict[str, Any] = {"device": device, "threads": recipe.threads or torch.get_num_threads()}
-    for section, key in (("paint", "dtype"), ("distill", "precision")):
-        settled, _ = pick_precision(getattr(getattr(recipe, section), key), torch.device(device))
-        update[section] = getattr(recipe, section).model_copy(update={key: settled})
-    recipe = recipe.model_copy(update=update)
-    if recipe.paint.memory == "auto" and recipe.draws_pairs():
-        from diptych.stages.paint import settle_memory
-
-        memory = settle_memory(recipe)
-        recipe = recipe.model_copy(update={"paint": recipe.paint.model_copy(update={"memory": memory})})
-    return recipe
-
-
 def use_threads(threads: int | None) -> None:
     """Tells torch how many CPU threads to use; if it is not loaded yet, it will read so when it is.
 
@@ -451,20 +427,16 @@ def use_threads(threads: int | None) -> None:
         os.environ |= thread_variables(threads)
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 @contextmanager
-def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool) -> Iterator[Recipe]:
+def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool, source: Source | None = None) -> Iterator[Recipe]:
     """The folder is this run's alone inside; gives the recipe as it is frozen there. To train, what another machine has
-    trained is fetched.
+    trained is fetched. What the recipe leaves to the machine is as `source` has it, if there is one.
 
     Of several processes the first locks and freezes, and the others read what it froze.
     """
     if parallel.processes() == 1:
         with lock(folder):
-            frozen = freeze(recipe, folder, engine)
+            frozen = freeze(recipe, folder, engine, source.recipe if source is not None else None)
             if trains:
                 bring(folder, "student")
             yield frozen

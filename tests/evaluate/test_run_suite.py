@@ -166,3 +166,19 @@ def test_runs_are_compared_picture_by_picture(done: dict[str, Any], run_dir: Pat
     (other / "report" / "metrics.json").write_text(json.dumps(done))
     with pytest.raises(UsageError, match="different judges"):
         compare(f"{run_dir}:student", f"{other}:student")
+
+
+def test_pictures_that_another_run_has_drawn_alike_are_taken_over(
+    evaluated: Path, teacher: Path, judge_folders: Path, suite: Any, oracles: Any, tmp_path: Path
+) -> None:
+    before = json.loads((evaluated / "report" / "metrics.json").read_text())
+    shutil.copytree(evaluated / "student", tmp_path / "run" / "student")
+    recipe = tiny.make_recipe(teacher, judge_folders, bootstrap=200)
+    found = run_suite.evaluate(recipe, tmp_path / "run", suite=suite, source=evaluated)
+    for name in METHODS:
+        parts = list((evaluated / "samples" / name).glob("part-*.parquet"))
+        assert parts and all(path.samefile(tmp_path / "run" / path.relative_to(evaluated)) for path in parts)
+        assert found["methods"][name]["cp_pf"] == before["methods"][name]["cp_pf"]
+        assert found["methods"][name]["seconds_per_image"] == before["methods"][name]["seconds_per_image"]
+    run_suite.take(evaluated, tmp_path / "other", "student", "made otherwise")
+    assert not (tmp_path / "other").exists()

@@ -135,6 +135,20 @@ class Dataset:
         again = "; run the stage that makes it again", "; remove it and run again"
         return reading(f"{self.url}/{self.part_name(shard)}", *again)
 
+    # ---- files as they are
+
+    def names(self) -> list[str]:
+        """The names of all files of the folder."""
+        return self._files.names()
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of a file. FileNotFoundError if it is missing."""
+        return self._files.read(name)
+
+    def put_file(self, name: str, data: bytes) -> None:
+        """Writes a file whole or not at all."""
+        self._files.put(name, data)
+
     # ---- manifest
 
     @property

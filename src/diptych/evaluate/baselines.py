@@ -59,6 +59,7 @@ class Context:
     recipe: Recipe
     run_dir: Path
     suite: Suite
+    source: Path | None = None  # another run, which may have drawn the same pictures
     _slot: dict[str, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,9 +81,14 @@ class Relit(Method):
 
 
 def evaluate(
-    recipe: Recipe, run_dir: Path, progress: run_suite.Progress | None = None, engine: Engine | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    progress: run_suite.Progress | None = None,
+    engine: Engine | None = None,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """Draws what is missing, scores it, and returns (and writes) the result; a finished one is returned as it is.
+    Pictures that the run `source` has drawn by the same settings are taken over from it.
 
     UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model cannot
     be opened. A packaged student that is not installed is skipped.
@@ -93,7 +98,7 @@ def evaluate(
     run_dir, suite = place(run_dir), Scenes()
     run_suite.refuse_one_judge(recipe)
     wishes = suite.samples(recipe.evaluate.relight)
-    context = Context(recipe, run_dir, suite)  # pyright: ignore[reportArgumentType] (it gives what methods ask for)
+    context = Context(recipe, run_dir, suite, source)  # pyright: ignore[reportArgumentType] (it gives what methods ask for)
     methods, skipped = choose(context, suite)
     prints = {name: run_suite.fingerprint(recipe, suite, wishes, method) for name, method in methods.items()}  # pyright: ignore[reportArgumentType]
     about = {role: known for role, known in run_suite.judges_about(recipe).items() if role != "curator"}

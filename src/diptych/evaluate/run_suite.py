@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from diptych import models
 from diptych.data import log, records
 from diptych.data.engine import Engine, LocalEngine, Row, Work
+from diptych.data.share import share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import scoring, suites
@@ -58,8 +59,10 @@ def evaluate(
     progress: Progress | None = None,
     suite: Suite | None = None,
     engine: Engine | None = None,
+    source: Path | None = None,
 ) -> dict[str, Any]:
-    """Draws what is missing, scores it, and returns (and writes) the metrics. On a cluster, one worker scores.
+    """Draws what is missing, scores it, and returns (and writes) the metrics. On a cluster, one worker scores. Pictures
+    that the run `source` has drawn by the same settings are taken over from it.
 
     Raises UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model
     cannot be opened. A packaged student that is not installed is skipped, and the metrics say so.
@@ -68,7 +71,7 @@ def evaluate(
     engine = engine or LocalEngine()
     suite = suite or suites.load(recipe.evaluate.suite)
     refuse_one_judge(recipe)
-    context = Context(recipe, run_dir, suite)
+    context = Context(recipe, run_dir, suite, source)
     samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
     methods, skipped = choose(context)
     prints = {name: fingerprint(recipe, suite, samples, method) for name, method in methods.items()}
@@ -248,6 +251,8 @@ def generate(
         stage = _Drawing(name, method, context, by_id)
         folder = context.run_dir / "samples" / name
         output = Dataset(folder, records.schema(SAMPLE))
+        if context.source is not None:
+            take(context.source, context.run_dir, name, prints[name])
         failed = Dataset(context.run_dir / "failed" / "evaluate" / name, records.schema(records.FAILED))
 
         def report(done: int, _: int, *note: str, before: int = number * len(rows), name: str = name) -> None:
@@ -266,6 +271,19 @@ def generate(
             method.prepare([context.suite.picture(sample) for sample in subjects], subjects)
         reset_peak(context.recipe.device)
         engine.run(stage, shards, output, failed, prints[name], report, made_by, timed)
+
+
+def take(source: Path, run_dir: Path, name: str, fingerprint: str) -> None:
+    """A method's pictures that another run has drawn by the same settings, and what drawing them took there."""
+    share(source / "failed" / "evaluate" / name, run_dir / "failed" / "evaluate" / name, fingerprint)
+    if not share(source / "samples" / name, run_dir / "samples" / name, fingerprint):
+        return
+
+    def drawn(run: Path) -> list[dict[str, Any]]:
+        return [each for each in log.read(run) if each.get("event") == "drawn" and each.get("method") == name]
+
+    for took in drawn(source) if not drawn(run_dir) else ():
+        log.append(run_dir, "drawn", **{key: took[key] for key in took.keys() - {"event", "time"}}, source=str(source))
 
 
 # ---- judges
