@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from diptych import cli
+from diptych.cli_options import QUANTIZERS
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError
 
@@ -230,8 +233,6 @@ def test_debug_shows_the_traceback(
 
 
 def test_our_warnings_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    import logging
-
     def warn() -> dict[str, Any]:
         logging.getLogger("diptych.api").warning("the model does not know: %s", "zebra")
         return {"problems": [], "x": 1}
@@ -240,6 +241,63 @@ def test_our_warnings_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str],
     code, out, err = call(capsys, "doctor", "--json")
     assert (code, json.loads(out)["x"]) == (0, 1)
     assert err == "warning: the model does not know: zebra\n"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_quantizers_are_imported_only_for_a_model_that_needs_them(
+    quantized: bool, picture: Path, tmp_path: Path
+) -> None:
+    for name in QUANTIZERS:
+        (tmp_path / f"{name}.py").write_text(f"open('{name}.imported', 'w')\n__version__ = '9.9.9'\n")
+        info = tmp_path / f"{name}-9.9.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.9\n")
+    base = tmp_path / "base" / "text_encoder"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"quantization_config": {}}' if quantized else "{}")
+    words = [
+        "generate",
+        "--reference",
+        str(picture),
+        "--prompt",
+        "a cat",
+        "--model",
+        "pocket",
+        "--base",
+        "base",
+        "--out",
+        "x.png",
+    ]
+    code = f"from diptych.cli import call; call({words}); import diffusers.utils.torch_utils, peft.helpers"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    imported = {name for name in QUANTIZERS if (tmp_path / f"{name}.imported").exists()}
+    assert bool(imported) == quantized, done.stderr
+
+
+def test_the_warnings_of_quantizers_are_for_debugging(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    loggers = [logging.getLogger(name) for name in ("torchao.kernel", "bitsandbytes.cextension", "torch.utils._pytree")]
+
+    def warn() -> dict[str, Any]:
+        for logger in loggers:
+            logger.warning("Failed to load %s", logger.name)
+        return {"problems": []}
+
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    monkeypatch.setattr("diptych.doctor.examine", warn)
+    monkeypatch.setenv("DIPTYCH_DEBUG", "1")
+    cli.call(["doctor", "--json"])
+    assert len(caplog.records) == len(loggers)
+    monkeypatch.delenv("DIPTYCH_DEBUG")
+    cli.call(["doctor", "--json"])
+    assert len(caplog.records) == len(loggers)
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -389,6 +389,8 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub|accelerate|peft)\b")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they warn when something merely imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

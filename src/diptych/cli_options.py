@@ -3,10 +3,13 @@ field's."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from diptych.models import BUILT_IN
 from diptych.student import speed as speeds
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
@@ -54,9 +57,31 @@ Background = Annotated[
 ]
 
 
+QUANTIZERS = ("torchao", "bitsandbytes")
+"""diffusers, transformers and peft import these wherever they are installed, which takes seconds and prints warnings.
+The process of a command that quantizes nothing goes without."""
+
+
+def _is_quantized(*places: str | None) -> bool:
+    """Whether one of a model's folders may hold quantized weights; also true of a hub name, which is not there yet."""
+    for place in places:
+        if place is None or place in BUILT_IN:
+            continue
+        folder = Path(place).expanduser()
+        if not folder.exists() or any(
+            '"quantization_config"' in p.read_text("utf8") for p in folder.rglob("config.json")
+        ):
+            return True
+    return False
+
+
 def opened(display: Any, loading: dict[str, Any], **more: Any) -> Any:
     """`Student.load` with the arguments `loading` and `more`; says what is opened, and what a memory preset chose."""
     display.say(f"loading {loading['model']}")
+    needless = loading.get("memory") is None and not _is_quantized(loading["model"], loading["base"])
+    if needless and "diffusers" not in sys.modules:
+        for package in QUANTIZERS:
+            sys.modules.setdefault(package, None)  # pyright: ignore[reportArgumentType] (Python's "not importable")
     from diptych.api import Student
 
     student = Student.load(**loading, **more, progress_bar=False)

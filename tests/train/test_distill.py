@@ -151,11 +151,14 @@ def test_another_recipe_is_refused_by_the_names_of_its_keys(world: Any, tmp_path
         distill(tiny_run.make_recipe(world.teacher, steps=3), other, out)
 
 
-def test_more_steps_continue_a_finished_training(world: Any, straight: Any, tmp_path: Path) -> None:
+def test_more_steps_continue_a_finished_training(
+    world: Any, straight: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     distill(tiny_run.make_recipe(world.teacher, steps=8), world.pairs, out)
     distill(tiny_run.make_recipe(world.teacher, steps=12), world.pairs, out)
     assert kills.result(out) == kills.result(straight.out)
+    assert "shards" not in capfd.readouterr().err, "a library's own bar"
 
 
 def test_the_best_checkpoint_can_be_the_student(world: Any, tmp_path: Path) -> None:

@@ -360,7 +360,8 @@ def _export(
             if recipe.distill.mode == "full":
                 from diptych import student
 
-                student.save(pipe, temporary)
+                with quiet_bars():
+                    student.save(pipe, temporary)
             else:
                 options = Options.of(recipe.distill, seed=recipe.training_seed)
                 save_lora(pipe.transformer, trained, options, temporary, provenance)
