@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.paths import packaged
+from diptych.text_files import read_text
 
 ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
 BUILT_IN = ("pocket",)
@@ -144,9 +145,9 @@ def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
         import yaml
 
         try:
-            text = (folder / "README.md").read_text("utf8")
+            text = read_text(folder / "README.md")
             front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (UserError, yaml.YAMLError):
             front = None
     if isinstance(front, dict) and front.get("license"):
         fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}

@@ -19,6 +19,7 @@ from diptych.data.interop import card, exporting
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UsageError, UserError
+from diptych.text_files import read_text
 
 CARD = "README.md"
 SUMMARY = f"{models.TRAINING}/summary.json"
@@ -140,8 +141,10 @@ def _verified(path: Path, but_the_card: bool = False) -> None:
 
 def _read_card(path: Path) -> str:
     try:
-        return (path / CARD).read_text("utf8")
-    except (OSError, UnicodeDecodeError):
+        return read_text(path / CARD)
+    except UsageError:
+        raise
+    except UserError:
         raise UserError(f"{path}: its {CARD}, the card, cannot be read; run again what made the folder") from None
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from diptych.errors import UsageError, nearest
 from diptych.paths import packaged, place
 from diptych.sections import Recipe, flat
+from diptych.text_files import read_text
 
 
 def names() -> list[str]:
@@ -97,13 +98,11 @@ def _read(path: Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        values = yaml.load(path.read_text("utf8"), Loader)
+        values = yaml.load(read_text(path), Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error})") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a list of `key: value` lines; this file is not")
     return values

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diptych.errors import UsageError, UserError
+from diptych.text_files import read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,13 +152,8 @@ def read_panel(line: str) -> Panel:
 
 def read_panels(path: str | Path) -> list[Panel]:
     """The panels of a text file, one a line; empty lines and those that begin with # are left out."""
-    try:
-        text = Path(path).read_text("utf8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a text file in UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return [read_panel(line) for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line for line in read_lines(Path(path)) if line.strip() and not line.lstrip().startswith("#")]
+    return [read_panel(line) for line in lines]
 
 
 def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> list[int]:

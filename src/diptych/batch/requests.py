@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.images import READ
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, nearest
+from diptych.text_files import read_lines
 
 OPTIONS = (
     "steps",
@@ -58,14 +59,7 @@ class Plan:
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of a JSONL file; blank lines are left out. UsageError names the line that is no such row."""
-    try:
-        text = path.read_text("utf8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a text file in UTF-8") from error
-    # Not `splitlines`: JSON may hold the other characters that Unicode calls ends of a line.
-    for line, raw in enumerate(text.split("\n"), 1):
+    for line, raw in enumerate(read_lines(path), 1):
         if not raw.strip():
             continue
         try:

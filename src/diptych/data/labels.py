@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from diptych.errors import UsageError, UserError, nearest
+from diptych.text_files import decode, read_text
 
 LABELS = ("same", "different", "unsure")
 SHEET = ("id", "label", "subject", "reference", "target")
@@ -68,12 +69,14 @@ def read(path: str | Path) -> dict[str, dict[str, str]]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        whole, end, rest = path.read_bytes().rpartition(b"\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if _is_json(rest):
+        whole += end + rest
     found: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (number == len(lines) and not _is_json(line)):
+    for number, line in enumerate(decode(whole, str(path)).split("\n"), 1):
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -103,10 +106,7 @@ def write_sheet(path: Path, rows: Iterable[Sequence[str]]) -> None:
 
 def read_sheet(path: Path) -> dict[str, str]:
     """`{id: label}` of a filled-in sheet; empty cells are left out. UsageError names the line that is wrong."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    text = read_text(path)
     first = text.partition("\n")[0]
     # Spreadsheets of half the world write semicolons.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))

@@ -22,6 +22,7 @@ from diptych.errors import UsageError, nearest
 from diptych.evaluate import metrics
 from diptych.evaluate.metrics import Outcome
 from diptych.paths import packaged
+from diptych.text_files import read_text
 
 TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that a seed makes another
 NAME = r"^[A-Za-z0-9][\w.-]*$"
@@ -110,7 +111,7 @@ def load(study: str) -> tuple[Study, Path]:
     if not path.is_file():
         raise UsageError(f"{study}: no such study; those that ship: {', '.join(names())}{nearest(study, names())}")
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text("utf8"))), path
+        return Study.model_validate(yaml.safe_load(read_text(path))), path
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diptych.errors import UsageError, UserError
+from diptych.text_files import read_lines
 
 Ratings = dict[str, dict[str, float]]  # rater → id → value
 WORDS = {"different": 0.0, "same": 1.0}
@@ -57,11 +58,7 @@ def _alphas(sums: np.ndarray, times: np.ndarray) -> np.ndarray:
 def read_ratings(path: Path) -> Ratings:
     """A ratings file, or the labels that `diptych data audit` wrote. UsageError names the line that is neither."""
     found: Ratings = {}
-    try:
-        text = path.read_text("utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:

@@ -15,6 +15,7 @@ from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import Vllm
 from diptych.sections import Adapter, Recipe, Section, StockPipeline, Tuning
+from diptych.text_files import read_text
 
 FILE = "evaluation.yaml"
 POCKET = "pocket"
@@ -203,8 +204,8 @@ def read(out: Path) -> dict[str, Any]:
 
     path = out / FILE
     try:
-        values = yaml.safe_load(path.read_text("utf8")) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path)) if path.is_file() else {}
+    except yaml.YAMLError as error:
         raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: is not a list of `key: value` lines; name another --out")

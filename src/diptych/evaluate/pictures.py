@@ -23,6 +23,7 @@ from pydantic import Field
 from diptych.errors import UsageError
 from diptych.evaluate import suites
 from diptych.evaluate.suites import MAIN, Part, Sample, Suite
+from diptych.text_files import read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -252,13 +253,7 @@ def _pictures(folder: Path, recursive: bool = False) -> list[Path]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that say something; none if there is no such file."""
-    try:
-        text = path.read_text("utf8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()] if path.exists() else []
 
 
 def _prompts_and_classes(path: Path) -> tuple[dict[str, str], list[str], list[str]]:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diptych.data import records
 from diptych.errors import UsageError, nearest
+from diptych.text_files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,7 +309,7 @@ def read(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     try:
-        values = yaml.safe_load(path.read_text("utf8"))
+        values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):

@@ -15,7 +15,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
+from diptych.text_files import read_text
 
 VARIABLE = "DIPTYCH_SERVE_TOKENS"
 SHORTEST = 16  # letters
@@ -33,11 +34,11 @@ def read(file: str | None) -> dict[str, str]:
     if file is not None:
         path = Path(file)
         try:
-            sources.append((file, path.read_text("utf8")))
+            sources.append((file, read_text(path)))
             if os.name == "posix" and path.stat().st_mode & 0o077:
                 log.warning("other users of this machine can read %s; chmod 600 it", file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--token-file {file}: cannot be read ({type(error).__name__})") from None
+        except UserError as error:
+            raise UsageError(f"--token-file {error}") from None
     if os.environ.get(VARIABLE):
         sources.append((VARIABLE, os.environ[VARIABLE].replace(",", "\n")))
     found: dict[str, str] = {}

@@ -10,7 +10,6 @@ A text file (one caption a line), JSONL or parquet; a folder of those; or any fs
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.llm.question import clean
+from diptych.text_files import stream_lines
 
 KINDS = (".txt", ".jsonl", ".parquet")
 LONGEST = 1000  # characters of a caption
@@ -114,8 +114,7 @@ def _rows(source: str, column: str, category_column: str | None) -> Iterator[tup
                 if kind == ".parquet":
                     yield from _parquet(stream, name, column, category_column)
                 else:
-                    lines = io.TextIOWrapper(stream, "utf8", errors="replace")
-                    yield from _lines(lines, name, kind, column, category_column)
+                    yield from _lines(stream_lines(stream, name), name, kind, column, category_column)
     except UserError:
         raise
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
@@ -137,7 +136,7 @@ def _parquet(stream: Any, name: str, column: str, category_column: str | None) -
 
 
 def _lines(
-    lines: Iterator[str] | io.TextIOWrapper, name: str, kind: str, column: str, category_column: str | None
+    lines: Iterator[str], name: str, kind: str, column: str, category_column: str | None
 ) -> Iterator[tuple[Any, Any]]:
     if kind == ".txt" and category_column:
         raise UsageError(f"{name}: a text file has no column '{category_column}'; use JSONL or parquet")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
+from diptych.text_files import read_text
 
 GRID_FIELDS = frozenset({"subject", "description", "scene", "left", "right", "panels", "count", "style"})
 ITEM_FIELDS = frozenset({"number", "position", "subject", "description", "content"})
@@ -256,9 +257,9 @@ def load(name: str) -> Task:
     if not path.is_file():
         raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     try:
-        values = yaml.safe_load(path.read_text("utf8"))
+        values = yaml.safe_load(read_text(path))
         return Task.model_validate(values)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
         raise UsageError(f"{path}: {first_error(error, _KEYS)}") from error

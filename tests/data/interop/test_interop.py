@@ -326,7 +326,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     ("imagefolder", _edit_list("metadata.jsonl", _set(3, "caption", "\ud800")), r"row 3 .*half a character"),
     ("imagefolder", _break_file("image/*", b""), r"imagefolder row 3 .*image: there is no picture"),
     ("ai-toolkit", _break_file("control/*", None), r"ai-toolkit row 3 .c-000003-01.: control/ has no picture"),
-    ("ai-toolkit", _break_file("target/*.txt", b"\xff\xfe"), r"ai-toolkit row 3 .*not text in UTF-8"),
+    ("ai-toolkit", _break_file("target/*.txt", b"\xff\xfe"), r"ai-toolkit row 3 .*not UTF-8"),
     ("ai-toolkit", _break_file("target/*.txt", b"  \n"), r"ai-toolkit row 3 .*there is no text"),
     ("simpletuner", _break_file("image/*.txt", None), r"simpletuner row 3 .*c-000003-01.txt is missing"),
     ("simpletuner", _break_file("conditioning/*", b"MZ"), r"simpletuner row 3 .*conditioning: not an image"),

@@ -14,7 +14,8 @@ from typing import Any
 from diptych.data.images import MAX_BYTES, READ
 from diptych.data.interop.rows import SIDES, Entry, Options, extension
 from diptych.data.store import write_atomic
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError
+from diptych.text_files import decode, read_text
 
 MAX_TEXT = 2**20  # bytes of a caption file
 
@@ -80,10 +81,15 @@ def text(root: Path, name: str) -> str:
     path = inside(root, name)
     if path.stat().st_size > MAX_TEXT:
         raise UserError(f"{name} is larger than a caption can be")
+    return row_text(path.read_bytes(), name)
+
+
+def row_text(data: bytes, name: str) -> str:
+    """The text of one row's file, without the white space around it. UserError, of this row alone, if not UTF-8."""
     try:
-        return path.read_text("utf8").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not text in UTF-8") from None
+        return decode(data, name).strip()
+    except UsageError as error:
+        raise UserError(str(error)) from None
 
 
 def pictures(folder: Path) -> dict[str, str]:
@@ -156,6 +162,8 @@ def put_small(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file; UserError if it is none."""
     try:
-        return json.loads(path.read_text("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_text(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({str(error)[:120]})") from error

@@ -11,6 +11,7 @@ from diptych.data.interop.folders import Rows, folder_of, picture, put, write_si
 from diptych.data.interop.rows import Format, Options, columns_of, named
 from diptych.data.sources import find_columns
 from diptych.errors import UserError
+from diptych.text_files import read_lines
 
 LIST = "metadata.jsonl"
 _SUFFIX = "_file_name"
@@ -22,12 +23,11 @@ def read(place: str, options: Options) -> Rows:
     path = root / LIST
     if not path.is_file():
         raise UserError(f"{root} holds no {LIST}")
-    # Not `splitlines`: JSON may hold the other characters that Unicode calls ends of a line.
-    listed = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    listed = [(n, line) for n, line in enumerate(read_lines(path), 1) if line.strip()]
     first = _columns(listed[0][1]) if listed else {}
     names = find_columns(list(first), options.columns, str(path))
 
-    def load(line: bytes) -> dict[str, Any]:
+    def load(line: str) -> dict[str, Any]:
         values = _columns(line)
         for side in ("conditioning", "image"):
             values[names[side]] = picture(root, values.get(names[side]))
@@ -36,7 +36,7 @@ def read(place: str, options: Options) -> Rows:
     return Rows(root, [(f"{LIST}:{number}", line) for number, line in listed], load)
 
 
-def _columns(line: bytes) -> dict[str, Any]:
+def _columns(line: str) -> dict[str, Any]:
     """A line's object; `X_file_name` is the column X, and a plain `file_name` is `image`."""
     try:
         values = json.loads(line)

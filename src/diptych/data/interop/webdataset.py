@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.images import MAX_BYTES, READ
-from diptych.data.interop.folders import put
+from diptych.data.interop.folders import put, row_text
 from diptych.data.interop.rows import SIDES, Entry, Format, Options, columns_of, extension, named, told
 from diptych.data.sources import find_columns
 from diptych.errors import UserError
@@ -97,7 +97,7 @@ class Reader:
             elif ending == "json":
                 described |= _object(name, data)
             elif name in _TEXT:
-                values[_text_column(name, self.options)] = _decoded(name, data)
+                values[_text_column(name, self.options)] = row_text(data, name)
         values |= described
         if not self._names:
             self._names = find_columns(list(values), self.options.columns, "a sample of this data set")
@@ -110,19 +110,14 @@ def _text_column(name: str, options: Options) -> str:
 
 def _object(name: str, data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        found = json.loads(row_text(data, name))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON ({str(error)[:80]})") from error
     if not isinstance(found, dict):
         raise UserError(f"{name} is not a JSON object but a {type(found).__name__}")
     return found
-
-
-def _decoded(name: str, data: bytes) -> str:
-    try:
-        return data.decode().strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not text in UTF-8") from None
 
 
 def write(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diptych.errors import UsageError, nearest
 from diptych.tasks import check_fields, fields_of, first_error
+from diptych.text_files import read_text
 
 Text = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Text], Field(min_length=1)]
@@ -160,8 +161,8 @@ def load(name: str) -> Vocabulary:
 
     path = find(name)
     try:
-        return Vocabulary.model_validate(yaml.load(path.read_text("utf8"), _loader()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return Vocabulary.model_validate(yaml.load(read_text(path), _loader()))
+    except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
         keys = frozenset(key for part in (Vocabulary, Category, Phrases) for key in part.model_fields)
