@@ -183,13 +183,11 @@ def pocket(arguments: argparse.Namespace) -> dict[str, Any]:
     """The shipped student: its LoRA unfused in the released way, prompts read by its own text encoders."""
     from diffusers import FluxTransformer2DModel
 
-    from diptych.student.loading import read_sampling
-
     ours: Any = student.load("pocket", device="cpu", fuse=True)
     slow: Any = student.load("pocket", device="cpu", fuse=False)
     for pipe in (ours, slow):
         pipe.set_progress_bar_config(disable=True)
-    sampling = read_sampling(ours)
+    sampling = ours.settings.sampling
     assert isinstance(slow.transformer, FluxTransformer2DModel)
     parts = {name: getattr(slow, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
     # The control-LoRA also adapts the input layer, so that layer stays one: it cannot be told apart into two.

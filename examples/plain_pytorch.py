@@ -103,7 +103,7 @@ def main(
         both = v(x, now, condition, "asked")
         if step >= GUIDED_FROM and (i > 1 or t > 1):
             # Without a reference the model must not see one on the canvas either: it has a left panel of its own.
-            # (A student whose sampling.json does not say "null_panel": "own" is shown x here, as in the released code.)
+            # (A student whose settings do not say "null_panel": "own" is shown x here, as in the released code.)
             own = now * noise if own is None else own
             none, image = v(torch.where(left, own, x), now, nothing, "empty"), v(x, now, condition, "empty")
             own = own + (after - now) * none

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diptych.api")
 HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
-MAX_STEPS = 1000
 _T = TypeVar("_T")
 
 
@@ -50,15 +49,13 @@ class Student:
         pipeline: DiptychPipeline,
         name: str = "",
         *,
-        words: frozenset[str] | None = None,
         sampling: dict[str, float] | None = None,
     ) -> None:
-        from diptych.student.loading import SAMPLING
-
+        own = pipeline.settings
         self.pipeline = pipeline
         self.name = name
-        self.sampling = sampling or dict(SAMPLING)  # the model's own settings, for what `generate` is not told
-        self.words = words  # what a small model can read; None: no such limit
+        self.sampling = own.sampling | (sampling or {})  # for what a call of `generate` does not say
+        self.words = own.words and frozenset(own.words)  # all that a small model can read; None: no such limit
         self._said: set[str] = set()
         self._projection: torch.Tensor | None = None  # for previews; fitted when one is first asked for
 
@@ -94,7 +91,7 @@ class Student:
         from diptych.student import load
         from diptych.student import parallel as gpus
         from diptych.student import speed as speeds
-        from diptych.student.loading import read_sampling, read_words, scaled
+        from diptych.student.loading import scaled
 
         _check_device(device)
         quick = speeds.parse(speed, switches)
@@ -121,8 +118,7 @@ class Student:
             gpus.split(pipeline)
         if not progress_bar:
             pipeline.set_progress_bar_config(disable=True)
-        sampling = read_sampling(pipeline) | ({"steps": quick.steps} if quick.steps else {})
-        return cls(pipeline, str(model), words=read_words(pipeline), sampling=sampling)
+        return cls(pipeline, str(model), sampling={"steps": quick.steps} if quick.steps else None)
 
     def generate(
         self,
@@ -158,10 +154,10 @@ class Student:
             steps: sampling steps.
             guidance: distilled guidance, for models that have it (FLUX.1-dev).
             image_guidance, text_guidance: true guidance, 1 is off; see `student.pipeline`. Up to three times the work.
-                None, for each of these four: the model's own setting (`sampling.json` in its folder), else the
-                released code's (28, 3.5, 1, 1).
+                None, for each of these four: the model's own setting (`pipeline.settings`); a model without any is
+                sampled as the release (28, 3.5, 1, 1).
             null_panel: the left panel that guidance's null pass sees, `shared` or `own`; see `student.guidance`.
-                None: as the model's `sampling.json` says, else `shared`, as released.
+                None: the model's own setting.
             negative_prompt: what the picture should not show; it acts only where true guidance is on.
             size: side of the square picture, or (width, height), in pixels, multiples of 2 × the VAE factor; default
                 the model's own.
@@ -196,7 +192,7 @@ class Student:
         if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
             log.warning("the negative prompt does nothing unless image or text guidance is above 1")
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
-        seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.null_panel
+        seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.settings.null_panel
         settings |= {"null_panel": seen} if seen != "shared" else {}
         callbacks = _Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if on_preview is not None:
@@ -212,7 +208,7 @@ class Student:
             batch = jobs[start : start + batch_size]
             with _memory_said(*self._too_much(canvas, len(batch))):
                 drawn = self.pipeline(
-                    prompt=[self._read(text) for _, text, _ in batch],
+                    prompt=[text for _, text, _ in batch],
                     reference=[picture for picture, _, _ in batch],
                     generator=[number for _, _, number in batch],
                     height=canvas.panel_height,
@@ -222,7 +218,7 @@ class Student:
                     image_guidance_scale=sampling["image_guidance"],
                     text_guidance_scale=sampling["text_guidance"],
                     null_panel=null_panel,
-                    negative_prompt=None if negative_prompt is None else self._read(negative_prompt),
+                    negative_prompt=negative_prompt,
                     fit=fit,
                     **callbacks.arguments(),
                 )
@@ -231,10 +227,6 @@ class Student:
                 image.info = {"prompt": text, "seed": number, **settings, **self._provenance(image)}
                 images.append(image)
         return images if any(listed) else images[0]
-
-    def _read(self, text: str) -> str:
-        """A text as the model reads it: one with a word list was taught lower-case words alone."""
-        return text if self.words is None else text.lower()
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text` that this model was never taught, in order, each once; empty if it has no word list."""
@@ -367,6 +359,7 @@ def check_seed(number: object) -> None:
 def check_options(options: dict[str, Any]) -> None:
     """UsageError for options of `Student.generate` that no model could take; None is always fine. Needs no model."""
     from diptych.data.rgb import colour
+    from diptych.student.settings import MAX_STEPS
 
     for name, value in options.items():
         if value is None:

@@ -82,7 +82,7 @@ def relight(
     if stays is not None:
         told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
     switched = bool(student.pipeline.speed.null_panel)
-    for key, value in student.pipeline.relighting.items():  # the model's own, where nothing else is said
+    for key, value in student.pipeline.settings.relight.items():  # the model's own, where nothing else is said
         if options.get(key) is None and not (key == "null_panel" and switched):
             options[key] = value
     pictures = []

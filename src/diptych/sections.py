@@ -525,15 +525,17 @@ class Evaluate(Section):
     """Prompts for each of them."""
     methods: list[Method] = Field(default=["student", "student_shipped", "text_only", "copy", "inpaint"], min_length=1)
     """What is compared; `student_shipped` is the one in the package. See docs/baselines.md for the last three."""
-    steps: int = Field(default=20, ge=1, le=1000)
-    """Sampling steps."""
-    image_guidance: float = Field(default=1.5, ge=0)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Sampling steps. null, here and for the next three keys: the setting of the student's family; FLUX.1 students take
+    28 steps with both guidance scales off, one forward a step, as the release. What is set is also what the trained
+    student registers as its default, whatever `suite` is."""
+    image_guidance: float | None = Field(default=None, ge=0)
     """Strength of the reference; 1 is off."""
-    text_guidance: float = Field(default=2.0, ge=0)
+    text_guidance: float | None = Field(default=None, ge=0)
     """Strength of the prompt; 1 is off."""
-    null_panel: Literal["shared", "own"] = "shared"
-    """The left panel that the null pass of image guidance sees: the one that shows the reference, as the release has
-    it, or one of its own (docs/student.md)."""
+    null_panel: Literal["shared", "own"] | None = None
+    """The left panel that the null pass of image guidance sees: `shared`, which shows the reference, as in the release,
+    or `own`, a separate one (docs/student.md)."""
     relighting: Relighting = Relighting()
     """Where guidance differs for relighting."""
     true_guidance: float = Field(default=2.0, ge=1)

@@ -237,8 +237,8 @@ def test_a_card_that_somebody_rewrote_goes_out_and_is_recorded(run: Path, tmp_pa
     push(copy, str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").read_text() == card.read_text()
     assert trace(tmp_path / "out", [copy])["chain"]["status"] == "ok"
-    (copy / "student" / "sampling.json").write_text("{}")
-    with pytest.raises(UserError, match=r"changed since training: README\.md, sampling\.json"):
+    (copy / "student" / "origin.json").write_text("{}")
+    with pytest.raises(UserError, match=r"changed since training: README\.md, origin\.json"):
         push(copy, str(tmp_path / "out"))
 
 

@@ -27,7 +27,7 @@ BEARER = {"Authorization": f"Bearer {TOKENS['ana']}"}
 @pytest.fixture(scope="module")
 def fuzzed(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose pictures take a step unless a request says more."""
-    quick = Student(student.pipeline, "pocket", words=student.words, sampling={**student.sampling, "steps": 1})
+    quick = Student(student.pipeline, "pocket", sampling={"steps": 1})
     folder, runs = tmp_path_factory.mktemp("fuzzed"), tmp_path_factory.mktemp("runs")
     limits = Limits(steps=2, pictures=2, queue=10_000, guesses=0)
     running = Running(Settings(folder=folder, tokens=TOKENS, runs=runs, limits=limits), quick)

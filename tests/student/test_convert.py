@@ -25,6 +25,7 @@ from diptych.student import directions, files
 from diptych.student.convert import convert
 from diptych.student.deltas import low_rank
 from diptych.student.original import from_original
+from diptych.student.sources import read_settings
 from diptych.student.tensors import held, open_safetensors, write_safetensors
 from layouts import LORA, RELEASED, folded_state, make_base, original_keys, write_gguf
 
@@ -143,7 +144,7 @@ def test_stock_diffusers_opens_the_control_lora(student_folder, teacher, tmp_pat
         assert file.get_slice("transformer.x_embedder.lora_A.weight").get_shape() == [32, 32]  # rank 2C
     stock: Any = FluxControlPipeline.from_pretrained(teacher)
     stock.load_lora_weights(tmp_path / "lora")
-    assert json.loads((tmp_path / "lora" / "words.json").read_text())
+    assert read_settings(tmp_path / "lora", None).words
     ours = student.load(student_folder, teacher, device="cpu")
     inputs = {
         "hidden_states": torch.randn(1, 8, 32),

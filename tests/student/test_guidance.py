@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from diptych.cli import call
 from diptych.errors import UserError
 from diptych.student import guidance
 from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.settings import KEY
 
 CANVAS = Canvas(16, 16, 4)
 GUIDED: Any = {"image_guidance_scale": 2.5, "text_guidance_scale": 1.5, "num_inference_steps": 5}
@@ -89,19 +91,20 @@ def test_the_left_panel_of_the_canvas_is_not_guided_away_from_nulls():
 
 def test_a_student_says_how_it_is_guided(pictures, student_folder, teacher, tmp_path, capsys):
     own = student.load(student_folder, teacher, device="cpu")
-    assert own.null_panel == "shared"
-    own.null_panel = "own"
+    assert own.settings.null_panel == "shared"
+    own.settings = replace(own.settings, null_panel="own")
     student.save(own, tmp_path / "own")
-    assert json.loads((tmp_path / "own" / "sampling.json").read_text()) == {"null_panel": "own"}
+    config = tmp_path / "own" / "transformer" / "config.json"
+    assert json.loads(config.read_text())[KEY]["null_panel"] == "own"
     again = Student.load(tmp_path / "own", device="cpu")
-    assert again.pipeline.null_panel == "own"
+    assert again.pipeline.settings.null_panel == "own"
     given = {"reference": pictures[0], "prompt": "a red cat", "steps": 4, "image_guidance": 2.5, "text_guidance": 1.5}
     drawn = again.generate(**given)
     plain = Student.load(tmp_path / "own", device="cpu", switches=["null_panel=shared"]).generate(**given)
     assert drawn.tobytes() != plain.tobytes()
     assert plain.tobytes() == Student.load(student_folder, teacher, device="cpu").generate(**given).tobytes()
 
-    (tmp_path / "own" / "sampling.json").write_text('{"null_panel": "mine"}')
+    config.write_text(json.dumps(json.loads(config.read_text()) | {KEY: {"null_panel": "mine"}}))
     with pytest.raises(UserError, match="null_panel is shared or own, not 'mine'"):
         student.load(tmp_path / "own", device="cpu")
     wanted = ["--reference", "cat.png", "--switch", "null_panel=mine", "--out", str(tmp_path / "a.png")]
@@ -110,9 +113,10 @@ def test_a_student_says_how_it_is_guided(pictures, student_folder, teacher, tmp_
 
 
 def test_relighting_may_be_guided_otherwise(pictures, student_folder, teacher, tmp_path, monkeypatch):
-    """`relight` in sampling.json: what a call says goes first, then that, then how everything is guided."""
+    """`relight` in the settings: what a call says goes first, then that, then how everything is guided."""
     made = student.load(student_folder, teacher, device="cpu")
-    made.relighting = {"image_guidance": 2.0, "text_guidance": 3.0, "null_panel": "own"}
+    lit = {"image_guidance": 2.0, "text_guidance": 3.0, "null_panel": "own"}
+    made.settings = replace(made.settings, relight=lit)
     student.save(made, tmp_path / "lit")
     again = Student.load(tmp_path / "lit", device="cpu")
     seen, call_ = [], type(again.pipeline).__call__
@@ -131,7 +135,7 @@ def test_relighting_may_be_guided_otherwise(pictures, student_folder, teacher, t
     assert seen[-1] == (2.0, 3.0, None)  # as the switch says
 
     for said, problem in (
-        ({"text_guidance": "much"}, "could not convert"),
+        ({"text_guidance": "much"}, "text_guidance is a number of at least 0, not 'much'"),
         ({"steps": 3}, "unknown steps; known are image_guidance, text_guidance, null_panel"),
         ({"null_panel": "mine"}, "null_panel is shared or own"),
     ):

@@ -161,12 +161,15 @@ def test_original_keys_go_there_and_back_bit_for_bit(shapes) -> None:
 
 
 def test_an_exported_program_takes_any_number_of_tokens(student_folder, tmp_path) -> None:
-    from diptych.student.exported import TOLERANCE, inputs
+    from diptych.student.exported import SETTINGS_FILE, TOLERANCE, inputs
     from diptych.student.files import read_student
+    from diptych.student.settings import Settings
 
     done = convert(student_folder, tmp_path / "student.pt2", "exported")
     assert done["bytes"] == (tmp_path / "student.pt2").stat().st_size
-    program = torch.export.load(tmp_path / "student.pt2").module()
+    beside = {SETTINGS_FILE: ""}
+    program = torch.export.load(tmp_path / "student.pt2", extra_files=beside).module()
+    assert json.loads(beside[SETTINGS_FILE]) == Settings().values() == done["settings"]
     folded = read_student(student_folder / "transformer")
     from diffusers import FluxTransformer2DModel
 

@@ -159,10 +159,19 @@ class Student(Base):
     def fingerprint(self) -> str:
         folder = self.place()
         own = "+".join(models.fingerprint(folder / part) for part in PARTS if (folder / part).exists())
-        return f"{own} on {models.fingerprint(models.resolve(self.base(), 'teacher'))}"
+        base, settings = models.resolve(self.base(), "teacher"), self.recipe.evaluate
+        if None in (settings.steps, settings.image_guidance, settings.text_guidance, settings.null_panel):
+            from diptych.student.sources import read_settings
+
+            own += f" sampled {read_settings(folder, base).values()}"
+        return f"{own} on {models.fingerprint(base)}"
 
     def open(self) -> Any:
         return open_student(self.place(), self.base(), self.recipe)
+
+    def opened(self) -> Any:
+        """Its pipeline, which stays open."""
+        return self.context.opened(self.name, self.open)
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         return self.drawn(references, samples, seeds, {})
@@ -174,8 +183,9 @@ class Student(Base):
         seeds: Sequence[int],
         otherwise: Mapping[str, Any],
     ) -> Sequence[Image]:
-        """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`."""
-        pipe = self.context.opened(self.name, self.open)
+        """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`; what neither sets is the
+        student's own setting."""
+        pipe = self.opened()
         height, width = size_of(references)
         settings = self.recipe.evaluate.model_copy(update=dict(otherwise))
         drawn = pipe(
@@ -304,13 +314,15 @@ def draw(
     pipe: Any, prompts: list[str], height: int, width: int, latents: torch.Tensor, recipe: Recipe, **more: Any
 ) -> list[Any]:
     """The teacher draws, with the recipe's settings for baselines. `latents` is packed noise of the whole image."""
+    from diptych.student.settings import Settings
+
     length = min(512, int(pipe.tokenizer_2.model_max_length))
     drawn = pipe(
         prompt=prompts,
         negative_prompt=[""] * len(prompts),
         true_cfg_scale=recipe.evaluate.true_guidance,
         guidance_scale=recipe.paint.guidance,
-        num_inference_steps=recipe.evaluate.steps,
+        num_inference_steps=recipe.evaluate.steps or Settings().steps,
         height=height,
         width=width,
         latents=latents.to(pipe.device, pipe.transformer.dtype),

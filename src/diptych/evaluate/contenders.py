@@ -44,13 +44,14 @@ class Model(Method):
     def fingerprint(self) -> str:
         """sha256 of its weights and of its base's, and its sampling. UserError if they are not there."""
         from diptych.batch import identify
+        from diptych.student.settings import SAMPLING_FILE
 
         path = models.resolve(str(self.place), "student")
         parts = [path / part for part in PARTS if (path / part).exists()] or [path]
         own = [identify({"model": str(part)})["model"] for part in parts]
         base = POCKET if str(self.place) == POCKET else self.base
         beneath = identify({"base": base})["base"] if base else None
-        sampling = path / "sampling.json"
+        sampling = path / SAMPLING_FILE
         said = hashlib.sha256(sampling.read_bytes()).hexdigest() if sampling.is_file() else None
         return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
 
@@ -71,17 +72,14 @@ class Model(Method):
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         """One picture for each sample, of the reference's size."""
-        from diptych.student.loading import read_sampling, read_words
-
         pipe = self.context.opened(self.name, self.open)
-        sampling = read_sampling(pipe) | self.asked()
-        plain = read_words(pipe) is not None  # such a model was taught lower-case words alone
+        sampling = pipe.settings.sampling | self.asked()
         drawn = pipe(
-            prompt=[s.prompt.lower() if plain else s.prompt for s in samples],
+            prompt=[s.prompt for s in samples],
             reference=list(references),
             height=references[0].height,
             width=references[0].width,
-            num_inference_steps=int(sampling["steps"]),
+            num_inference_steps=sampling["steps"],
             guidance_scale=sampling["guidance"],
             image_guidance_scale=sampling["image_guidance"],
             text_guidance_scale=sampling["text_guidance"],

@@ -77,7 +77,9 @@ class Relit(Method):
 
     def generate(self, references: Sequence[Image], samples: Sequence[Any], seeds: Sequence[int]) -> Sequence[Image]:
         told = [replace(s, prompt=self.words(s)) for s in samples]
-        return self.student.drawn(references, told, seeds, self.guided)
+        asked, own = self.student.recipe.evaluate, self.student.opened().settings.relight
+        unset = {name: value for name, value in own.items() if getattr(asked, name) is None}
+        return self.student.drawn(references, told, seeds, unset | self.guided)
 
 
 def evaluate(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe
     from diptych.student.geometry import Canvas
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.settings import Settings
     from diptych.train.job import Job
     from diptych.train.loop import Trainer
     from diptych.train.options import Options
@@ -222,16 +223,17 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     from diffusers import FluxPipeline
 
     from diptych import student
-    from diptych.student.loading import pick_dtype, read_conditioning
+    from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.sources import locate
+    from diptych.student.settings import resolve
+    from diptych.student.sources import locate, read_settings
     from diptych.student.weights import widen
 
     teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
     dtype = pick_dtype(teacher / "transformer", device)
     if settings.init:
         place = models.resolve(settings.init, "student")
-        if (other := read_conditioning([place])) != settings.conditioning:
+        if (other := read_settings(place, teacher).conditioning) != settings.conditioning:
             raise UsageError(
                 f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
             )
@@ -242,7 +244,9 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
             )
     if settings.init and settings.mode == "full":
         with quiet_bars():
-            return student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
+            pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
+        pipe.settings = _settings(recipe, pipe.settings.words)
+        return pipe
     try:
         with quiet_bars():
             stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
@@ -253,7 +257,7 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     components = {name: stock.components[name] for name in names}
     pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
     pipe.loaded_from = (teacher,)
-    pipe.conditioning = settings.conditioning
+    pipe.settings = _settings(recipe, resolve(None, [teacher]).words)
     pipe.set_progress_bar_config(disable=True)
     if settings.offload == "blocks":  # `parts.select` moves the rest of it
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -349,6 +353,7 @@ def _export(
     """The student folder, with the averaged weights if there is an average; whole or not at all."""
     from safetensors import SafetensorError
 
+    from diptych.student.settings import KEY
     from diptych.train import parts
     from diptych.train.lora import save_lora
     from diptych.train.options import Options
@@ -364,9 +369,9 @@ def _export(
                     student.save(pipe, temporary)
             else:
                 options = Options.of(recipe.distill, seed=recipe.training_seed)
-                save_lora(pipe.transformer, trained, options, temporary, provenance)
+                registered = {"config": {KEY: pipe.settings.values()}}
+                save_lora(pipe.transformer, trained, options, temporary, provenance | registered)
         (temporary / "README.md").write_text(card, "utf8")
-        (temporary / "sampling.json").write_text(json.dumps(_sampling(recipe)) + "\n", "utf8")
         (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")
         _publish(temporary, out)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
@@ -379,14 +384,14 @@ def _export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sampling(recipe: Recipe) -> dict[str, Any]:
-    """How the recipe evaluates its student is how the student is sampled by default."""
-    from diptych.student.loading import said_conditioning, said_guidance
+def _settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
+    """What the student registers: how the recipe evaluates it, where it says so, is how it is sampled by default."""
+    from diptych.student.settings import Settings
 
-    asked = recipe.evaluate
-    own = {"steps": asked.steps, "image_guidance": asked.image_guidance, "text_guidance": asked.text_guidance}
-    own |= said_guidance(asked.null_panel, asked.relighting.model_dump(exclude_none=True))
-    return own | said_conditioning(recipe.distill.conditioning)
+    asked = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
+    said = {name: value for name, value in asked.items() if value is not None}
+    relight = recipe.evaluate.relighting.model_dump(exclude_none=True)
+    return Settings(conditioning=recipe.distill.conditioning, relight=relight, words=words, **said)
 
 
 def _publish(written: Path, out: Path) -> None:

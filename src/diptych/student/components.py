@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,8 @@ def check_family(config: Mapping[str, Any], parts: Mapping[str, Any], model: Pat
             )
 
 
-def copy_parts(places: Mapping[str, Path], folder: Path, extras: Sequence[Path]) -> bool:
-    """Copies parts into `folder` with a model_index.json, so that stock diffusers opens it; False if too few are there.
-
-    `extras` are small files beside the parts to copy along.
-    """
-    for path in extras:
-        shutil.copyfile(path, folder / path.name)
+def copy_parts(places: Mapping[str, Path], folder: Path) -> bool:
+    """Copies parts into `folder` with a model_index.json, so that stock diffusers opens it; False if some lack."""
     if any(part not in places for part in NEEDED):
         return False
     import diffusers

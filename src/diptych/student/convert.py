@@ -7,9 +7,10 @@ published by renaming: a cut conversion leaves nothing behind.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import torch
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student import directions, files, gguf_file, lora_keys, original
+from diptych.student.caches import RATIOS_FILE
 from diptych.student.components import INDEX, NEEDED, copy_parts, find_parts
 from diptych.student.deltas import Delta, as_lora, difference, fuse, lora_deltas, read_deltas
-from diptych.student.loading import SAMPLING_FILE, WORDS_FILE, read_conditioning, resolve
+from diptych.student.loading import resolve
 from diptych.student.lora import INPUT, RELEASED_LORA, lora_file
 from diptych.student.modelspec import modelspec
-from diptych.student.sources import Source, lora_alone, open_source, teacher_state
-from diptych.student.tensors import Stored, held, write_safetensors
+from diptych.student.settings import KEY, Settings, of
+from diptych.student.sources import Source, lora_alone, open_source, read_settings, teacher_state
+from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.student.weights import INPUT_LAYERS, BiasSplit, shapes_of, unfold
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,6 +35,14 @@ INPUT_BIAS = f"{INPUT}.bias"
 Report = Callable[[int, int], None]
 _CONTROL = "control-lora"
 _LORAS = (_CONTROL, *directions.STYLES)
+_READERS = {  # where a target keeps a student's settings, and who reads them
+    "folded": ("transformer's config", "diptych reads them; pass them to stock diffusers"),
+    "released": ("transformer's config", "diptych reads them; pass them to the authors' code"),
+    "exported": (
+        "program's extra file diptych.json",
+        "your sampler can follow them: the program is the transformer",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Job:
     split: BiasSplit | None  # of the input bias, where it still is the sum of the two
     lora: Path | None  # a LoRA that is not in the weights
     parts: dict[str, Path]
-    extras: list[Path]  # words.json and sampling.json, if the source has them
+    extras: list[Path]  # small files beside the weights that a folder keeps: `speed.json`
     base: Path | None
     dtype: torch.dtype | None
     report: Report | None
@@ -95,11 +106,14 @@ def convert(
             raise UsageError(f"{out} holds what is to be read; give another name")
     files.check_free(out, overwrite, "pass --overwrite")
 
-    places = [path, *([base_folder] if base_folder else [])]
-    if to in ("released", "file", *directions.STYLES) and (other := read_conditioning(places)) != "diptych":
-        raise UserError(f"{path} → {to} is refused: it cannot say that this student is of {other} conditioning")
+    settings = read_settings(path, base_folder)
+    if to == "released" and settings.conditioning != "diptych":
+        raise UserError(
+            f"{path} → {to} is refused: this student is of {settings.conditioning} conditioning, and the authors' code "
+            "runs every student as a diptych; --to folded or file keeps it"
+        )
     if to in directions.STYLES and (lora := lora_alone(path)) is not None:
-        return _rewritten(lora, out, to, dtype, started)
+        return _rewritten(lora, out, to, dtype, settings, started)
     source = open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
@@ -121,6 +135,8 @@ def convert(
         "equality": _equality(direction, job, fuse_lora, dtype),
         "lora": lora,
         "split": job.split is not None,
+        "settings": settings.values(),
+        "left_out": [extra.name for extra in job.extras] if out.is_file() else [],
         "complete": to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
         "ignored_adapter_tensors": len(source.folded.adapters),
         "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
@@ -165,8 +181,7 @@ def _job(
         split = BiasSplit(split.x.to(dtype), split.c.to(dtype))
         tensors[INPUT_BIAS] = held(split.x + split.c)
     roots = [root for root in (path, base) if root is not None and root.is_dir()]
-    beside = (next((r / n for r in roots if (r / n).is_file()), None) for n in (WORDS_FILE, SAMPLING_FILE))
-    extras = [found for found in beside if found is not None]
+    extras = [place for root in roots if (place := root / RATIOS_FILE).is_file()][:1]
     return Job(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
 
 
@@ -175,8 +190,8 @@ def _write_folded(job: Job, folder: Path) -> None:
     files.write_transformer(folder / "transformer", job.tensors, config, job.report)
     if job.split is not None:
         files.write_split(job.split, folder / "transformer")
-    _copy_lora(job, folder)
-    copy_parts(job.parts, folder, job.extras)
+    _copy_beside(job, folder)
+    copy_parts(job.parts, folder)
 
 
 def _write_released(job: Job, folder: Path) -> None:
@@ -184,7 +199,7 @@ def _write_released(job: Job, folder: Path) -> None:
     released, config = unfold(state, job.source.folded.config, job.split)
     stored = {key: tensor if isinstance(tensor, Stored) else held(tensor) for key, tensor in released.items()}
     files.write_transformer(folder / "transformer", stored, config, job.report)
-    _copy_lora(job, folder)
+    _copy_beside(job, folder)
 
 
 def _write_file(job: Job, path: Path) -> None:
@@ -214,12 +229,20 @@ def _write_style(style: str) -> Callable[[Job, Path], None]:
         deltas = _deltas(job)
         tensors, metadata = lora_keys.write(deltas, style)
         spec = modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
-        write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, {**metadata, **spec})
+        metadata |= spec | _settings_header(of(job.source.folded.config))
+        write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
 
     return write
 
 
-def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, started: float) -> dict[str, Any]:
+def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Metadata of a LoRA file with a student's settings, where a single file has its config; `header` is what the file
+    had before."""
+    said = json.loads((header or {}).get(files.HEADER_KEY, "{}"))
+    return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
+
+
+def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, settings: Settings, started: float) -> dict[str, Any]:
     """A LoRA file in another style of keys; no base is needed for that."""
     deltas = lora_deltas(lora)
     width = next((d.a.shape[1] for name, d in deltas.items() if name.endswith("attn.to_q")), 0)
@@ -227,6 +250,8 @@ def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, started: float
     style = directions.STYLES[to]
     with files.publish(out) as partial:
         spec = modelspec(out.stem, style, lora=True, width=width)
+        if INPUT in deltas:  # a student's, and not a LoRA to be put on one
+            spec |= _settings_header(settings, open_safetensors(lora)[1])
         lora_keys.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
     return {
         "source": _CONTROL,
@@ -235,6 +260,8 @@ def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, started: float
         "equality": "cast" if dtype else "function",
         "lora": "none",
         "split": False,
+        "settings": settings.values() if INPUT in deltas else {},
+        "left_out": [],
         "complete": False,
         "ignored_adapter_tensors": 0,
         "bytes": out.stat().st_size,
@@ -246,6 +273,7 @@ def _write_control_lora(job: Job, folder: Path) -> None:
     """The student minus its teacher, and the LoRA beside it, as one LoRA file."""
     tensors, metadata = as_lora(_deltas(job))
     folder.mkdir()
+    metadata |= _settings_header(of(job.source.folded.config))
     write_safetensors(folder / RELEASED_LORA, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
     for extra in job.extras:
         shutil.copyfile(extra, folder / extra.name)
@@ -282,9 +310,12 @@ _WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
 }
 
 
-def _copy_lora(job: Job, folder: Path) -> None:
+def _copy_beside(job: Job, folder: Path) -> None:
+    """The LoRA beside the weights, if they do not hold it, and the other small files."""
     if job.lora is not None:
         shutil.copyfile(job.lora, folder / RELEASED_LORA)
+    for extra in job.extras:
+        shutil.copyfile(extra, folder / extra.name)
 
 
 def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype: str | None) -> str:
@@ -323,4 +354,19 @@ def summary(done: Mapping[str, Any]) -> str:
         "joined": "; the LoRA is part of it",
     }
     open_with = "" if done["complete"] else "; open it with --base and the teacher's folder"
-    return f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}{open_with}"
+    first = f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}{open_with}"
+    return "\n".join([first, *_settings_lines(done)])
+
+
+def _settings_lines(done: Mapping[str, Any]) -> Iterator[str]:
+    """Which settings are not the family's, and who reads them; and what the target has no room for."""
+    usual = Settings().values()
+    own = {name: value for name, value in done["settings"].items() if usual.get(name) != value}
+    if "words" in own:
+        own["words"] = f"{len(own['words'])}, lower-case"
+    if own:
+        said = ", ".join(f"{name} {json.dumps(own[name]).replace(chr(34), '')}" for name in own)
+        where, readers = _READERS.get(done["target"], ("metadata", "diptych reads them; pass them to other programs"))
+        yield f"Settings kept in the {where}: {said}. Only {readers}."
+    if done["left_out"]:
+        yield f"Left out, because one file has no room for it: {', '.join(done['left_out'])}."

@@ -9,6 +9,7 @@ The arguments are `FluxTransformer2DModel.forward`'s, by name: (B, N, 2C), (B, T
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from diptych.errors import UserError
+from diptych.student.settings import of
 
+SETTINGS_FILE = "diptych.json"  # a student's settings, among the program's extra files
 TOLERANCE = 1e-5  # of the exported program from the model, relative to the largest output
 _SIZES = ((8, 6), (18, 11), (5, 3))  # (image, text) tokens: traced with the first, compared with all
 
@@ -50,7 +53,7 @@ def export(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], path: P
             off = float((run(**given, return_dict=False)[0] - wanted).abs().max() / wanted.abs().max())
             if not off <= TOLERANCE:
                 raise UserError(f"the exported program is off by {off:.1e} with {size[0]} + {size[1]} tokens; not kept")
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={SETTINGS_FILE: json.dumps(of(config).values(), sort_keys=True)})
 
 
 def inputs(config: Mapping[str, Any], image: int, text: int) -> dict[str, torch.Tensor]:

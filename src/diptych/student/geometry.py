@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Fit = Literal["crop", "pad", "contain"]
 FITS: tuple[str, ...] = get_args(Fit)
-Conditioning = Literal["diptych", "channel"]
-CONDITIONINGS: tuple[str, ...] = get_args(Conditioning)
 BLACK = -1.0  # the right half of the condition canvas, in the VAE's range [-1, 1]
 
 

@@ -32,7 +32,6 @@ from diptych.errors import UsageError, UserError
 from diptych.student import guidance, inputs, speed
 from diptych.student.geometry import (
     Canvas,
-    Conditioning,
     condition_canvas,
     pack,
     right_tokens,
@@ -40,9 +39,12 @@ from diptych.student.geometry import (
     unpack,
 )
 from diptych.student.inputs import Reference, Seed
+from diptych.student.lora import RELEASED_LORA
 from diptych.student.modulation import precomputed
 from diptych.student.recall import Recall, content
 from diptych.student.rotary import rotary_once
+from diptych.student.settings import Conditioning, Settings, adopt, register
+from diptych.student.settings import of as settings_of
 from diptych.student.timesteps import exact_timesteps, shift_exponent
 from diptych.student.weights import BiasSplit, student_channels
 
@@ -81,18 +83,41 @@ class DiptychPipeline(FluxControlPipeline):
             transformer=transformer,
         )
         student_channels(transformer.config)
+        adopt(transformer)
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
         self.loras: tuple[tuple[Path, float], ...] = ()  # on top of these, each with its scale
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
         self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
-        self.conditioning: Conditioning = "diptych"  # how it was trained to see its reference (`geometry`)
-        self.null_panel = speed.NULL_PANELS[0]  # how it is guided unless a call or `speed` says
-        self.relighting: dict[str, Any] = {}  # how it is guided when it relights, where that differs
         self.speed = speed.PLAIN  # put on and taken off by `speed.apply` and `speed.remove`
         self.recall = Recall()
         self.step_cache: StepCache | None = None
         self.memory: Memory | None = None  # a preset that was put on: it moves parts as the call goes on
         self._truncated: set[str] = set()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """diffusers'. UserError for a folder with a LoRA beside its weights, which diffusers would leave out."""
+        lora = Path(pretrained_model_name_or_path or "") / RELEASED_LORA
+        if lora.is_file():
+            raise UserError(
+                f"{lora} belongs to this student, and DiptychPipeline.from_pretrained does not load it. Open the "
+                "folder with Student.load, or fuse the LoRA: diptych convert FOLDER OUT --to folded --fuse"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def settings(self) -> Settings:
+        """What it needs to be run right, from its transformer's config; setting it registers it there."""
+        return settings_of(self.transformer.config)
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        register(self.transformer, settings)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the reference enters (`geometry`)."""
+        return self.settings.conditioning
 
     # Sizes and texts -----------------------------------------------------------------------------------------------
 
@@ -127,6 +152,8 @@ class DiptychPipeline(FluxControlPipeline):
                 f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: load it with a base "
                 "that has text encoders and tokenizers, or pass prompt_embeds and pooled_prompt_embeds"
             )
+        read = self.settings.read
+        prompt, prompt_2 = [read(text) for text in prompt], prompt_2 and [read(text) for text in prompt_2]
         length = max_sequence_length or self.text_length
         self._warn_of_truncation(prompt_2 or prompt, length)
 
@@ -219,11 +246,11 @@ class DiptychPipeline(FluxControlPipeline):
         *,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 28,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 3.5,
-        image_guidance_scale: float = 1.0,
-        text_guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        text_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
@@ -254,6 +281,7 @@ class DiptychPipeline(FluxControlPipeline):
             reference: a PIL image, pixels (3, h, w) or (B, 3, h, w) in [-1, 1] of the panel's size, None (no reference:
                 text only), or a list of those, one for each prompt. One reference serves all prompts.
             height, width: of ONE panel in pixels, multiples of 2 × the VAE factor; default `default_panel_size`.
+            num_inference_steps: sampling steps. None, here and for the next three: the student's own (`settings`).
             guidance_scale: distilled guidance; read only by a transformer that has `guidance_embeds`.
             image_guidance_scale, text_guidance_scale: i and t of the module's formula; 1 is off. A negative prompt
                 stands for the empty text.
@@ -270,7 +298,7 @@ class DiptychPipeline(FluxControlPipeline):
             clamp_left: after each step, put the left panel where its known path has it: x(t) = (1 − t)·z + t·ε, with z
                 the reference's latents. What training saw, but not what the release does.
             null_panel: the left panel that v(0, "") sees: `shared`, as released, which shows it the reference, or `own`
-                (`guidance.NullPanel`). If neither this nor `speed` says, the student's own (`sampling.json`).
+                (`guidance.NullPanel`). If neither this nor `speed` says, the student's own (`settings`).
             decode: `canvas`, or `right` to decode the right half alone: less work, other pixels near the seam.
             return_reference: also decode the left panel, the model's reconstruction of the reference.
             output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
@@ -281,6 +309,11 @@ class DiptychPipeline(FluxControlPipeline):
         Raises:
             UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
         """
+        own = self.settings
+        num_inference_steps = own.steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = own.guidance if guidance_scale is None else guidance_scale
+        image_guidance_scale = own.image_guidance if image_guidance_scale is None else image_guidance_scale
+        text_guidance_scale = own.text_guidance if text_guidance_scale is None else text_guidance_scale
         canvas = self.canvas(height, width)
         if return_reference and canvas.panels == 1:
             raise UsageError("a student of channel conditioning draws no left panel, so it has no reference to return")
@@ -383,7 +416,7 @@ class DiptychPipeline(FluxControlPipeline):
 
         clamp = _LeftPanel(condition, x_t, canvas, self.scheduler.sigmas) if settings.clamp_left else None
         null = None
-        if (settings.null_panel or self.null_panel) == "own" and canvas.panels == 2 and "null" in guide.needed:
+        if (settings.null_panel or own.null_panel) == "own" and canvas.panels == 2 and "null" in guide.needed:
             null = guidance.NullPanel(x_t, canvas, self.scheduler.sigmas)
         self._begin(canvas, timesteps)
         self._stage("denoise")
@@ -486,7 +519,18 @@ class DiptychPipeline(FluxControlPipeline):
         return images, self.image_processor.postprocess(left, output_type=output_type)
 
     def save_pretrained(self, *args, **kwargs):
-        """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it."""
+        """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it.
+
+        UserError for a student with an unfused LoRA or quantized weights, which would be lost.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError(
+                "this student carries an unfused LoRA; load it with fuse=True before saving the whole student"
+            )
+        if getattr(self.transformer, "hf_quantizer", None) is not None:
+            raise UserError(
+                "this student is quantized, and quantized weights are not saved; `diptych convert` dequantizes"
+            )
         # Fused projections are no layers of a stock model, and weights that wait elsewhere would be left out.
         with speed.off(self), self.memory.undone() if self.memory is not None else nullcontext():
             stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name

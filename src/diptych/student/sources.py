@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diptych.errors import UsageError, UserError
-from diptych.student import files, gguf_file, original
+from diptych.student import files, gguf_file, original, settings
 from diptych.student.lora import INPUT, RELEASED_LORA, is_lora
+from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
 from diptych.student.tensors import Stored, held, open_safetensors
 from diptych.student.weights import INPUT_LAYERS, Folded, stock_config
-
-TRANSFORMER_FOLDERS = ("transformer", "transformers")  # the release's README spells it with an s
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Source:
     """A student's weights as they lie on disk."""
 
     layout: str  # a key of `directions.LAYOUTS`
-    folded: Folded  # `state_dict` holds `Stored`s; of a control-LoRA, the teacher's, widened
+    folded: Folded  # `state_dict` holds `Stored`s; of a control-LoRA, the teacher's, widened. `config` has its settings
     lora: Path | None  # the LoRA file that belongs to it
     place: Path  # the folder or file that holds the transformer's weights
 
@@ -41,16 +40,34 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
     `base` is the teacher's folder: needed by a control-LoRA, and asked for what a single file cannot say of itself.
     """
     layout, place, lora = locate(model, base)
+    found = read_settings(model, base)
     if layout in ("file", "gguf"):
         folded = _file(place, base, dtype)
     elif layout == "control-lora":
         assert base is not None and lora is not None
-        return Source(layout, _widened(place, lora, dtype), lora, place)
+        folded = _widened(place, lora, dtype)
     else:
         state = {key: tensor.to(dtype) for key, tensor in files.open_state(place).items()}
         layout = "released" if files.is_released(state) else "folded"
         folded = files.fold_stored(state, files.read_config(place), files.read_split(place), str(place))
+    folded = replace(folded, config={**folded.config, settings.KEY: found.values()})
     return Source(layout, folded, lora, place)
+
+
+def read_settings(model: Path, base: Path | None) -> Settings:
+    """What the student at `model` needs to be run right, without its weights: what they say of themselves, else what
+    lies beside them, else, for a model that says nothing, what its base says. UserError if that is not valid."""
+    layout, place, lora = "control-lora", model, lora_alone(model)
+    if lora is None:
+        layout, place, lora = locate(model, base)
+    place = lora if layout == "control-lora" and lora is not None else place
+    said: dict[str, Any] = {}
+    if layout == "folded":
+        said = files.read_config(place)
+    elif layout != "gguf":
+        said = files.read_header(open_safetensors(place)[1])[0]
+    places = [model, *([base] if base is not None else [])]
+    return settings.resolve(said.get(settings.KEY), places, f"'{settings.KEY}' in {place}")
 
 
 def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:

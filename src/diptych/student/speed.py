@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
 from diptych.student.alone import alone
+from diptych.student.settings import NULL_PANELS
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
@@ -29,7 +30,6 @@ log = logging.getLogger("diptych.student")
 COSTS = Path(__file__).with_name("speed_costs.json")
 CACHES = ("none", "first_block", "magnitude", "skip")
 DECODES = ("canvas", "right")
-NULL_PANELS = ("shared", "own")  # as released, and `guidance.NullPanel`
 FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # whose attention reads them; SD 3.5's loses its norms
 COMPILE_FROM = 100_000_000  # parameters: compiling a smaller transformer takes longer than it ever gives back
 

@@ -21,6 +21,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from diptych.errors import UserError
+from diptych.student import settings
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
 INPUT_LAYERS = ("x_embedder", "c_embedder")  # what folding and unfolding touch; all else passes through
@@ -144,7 +145,7 @@ def student_channels(config: Mapping[str, Any], where: str = "this transformer")
 def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> FluxTransformer2DModel:
     """A stock transformer in eval mode around exactly these tensors (shared, not copied); every key must match."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(stock_config(config))
+        model = FluxTransformer2DModel.from_config(stock_config(config))  # which also registers a student's settings
     assert isinstance(model, FluxTransformer2DModel)
     check_keys(state_dict, {k: tuple(v.shape) for k, v in model.state_dict().items()}, "the weights")
     model.load_state_dict(dict(state_dict), strict=True, assign=True)
@@ -190,8 +191,9 @@ def _set_adapters_aside(
 
 
 def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `FluxTransformer2DModel` in `config`, without diffusers' own bookkeeping keys."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    """The arguments of `FluxTransformer2DModel` in `config` and a student's settings, without diffusers' own
+    bookkeeping keys."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == settings.KEY}
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -149,6 +149,8 @@ class Drawing:
             width=canvas.panel_width,
             num_inference_steps=options.sample_steps,
             guidance_scale=options.sample_guidance,
+            image_guidance_scale=1.0,
+            text_guidance_scale=1.0,
             generator=seeds,
             output_type="latent",
             return_dict=False,

@@ -96,6 +96,8 @@ def sample_sheet(
                 width=canvas.panel_width,
                 num_inference_steps=options.sample_steps,
                 guidance_scale=options.sample_guidance,
+                image_guidance_scale=1.0,
+                text_guidance_scale=1.0,
                 generator=line,
             ).images
         for column, panel in enumerate((reference, target, drawn)):
