@@ -282,7 +282,8 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
     if stored is None:
         link.links.append(Link("training", str(summary), "differs", "it is not valid JSON"))
         stored = {}
-    if "sha256" in stored and stored["sha256"] != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
+    sealed = "sha256" in stored or "files" in stored  # what lists files was always sealed: else its seal is gone
+    if sealed and stored.get("sha256") != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
         link.links.append(Link("training", str(summary), "differs", "changed since training"))
     if others := changed(folder):
         link.status, link.says = "differs", f"changed since training: {', '.join(others)}"

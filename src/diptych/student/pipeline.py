@@ -531,6 +531,7 @@ class DiptychPipeline(FluxControlPipeline):
             raise UserError(
                 "this student is quantized, and quantized weights are not saved; `diptych convert` dequantizes"
             )
+        self.settings = self.settings  # also where they are the family's: the folder is then not taken to say nothing
         # Fused projections are no layers of a stock model, and weights that wait elsewhere would be left out.
         with speed.off(self), self.memory.undone() if self.memory is not None else nullcontext():
             stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name

@@ -50,7 +50,8 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
         state = {key: tensor.to(dtype) for key, tensor in files.open_state(place).items()}
         layout = "released" if files.is_released(state) else "folded"
         folded = files.fold_stored(state, files.read_config(place), files.read_split(place), str(place))
-    folded = replace(folded, config={**folded.config, settings.KEY: found.values()})
+    if found != Settings() or settings.KEY in folded.config:  # weights that say nothing stay as they are
+        folded = replace(folded, config={**folded.config, settings.KEY: found.values()})
     return Source(layout, folded, lora, place)
 
 
