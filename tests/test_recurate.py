@@ -13,12 +13,14 @@ import plain_stages as stages
 from diptych import cli, tasks
 from diptych import recurate as again
 from diptych.console import Display
-from diptych.data import log
+from diptych.data import audit, funnel, log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.evaluate.gather import Run
 from diptych.recipe import load
 from diptych.run import run
 from diptych.sections import Recipe
+from diptych.serve.runs import Runs
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")
@@ -110,11 +112,27 @@ def test_a_dry_run_counts_and_writes_nothing(judged: Path, tmp_path: Path) -> No
     found = again.recurate(judged, ["same=0.1", "curate.thresholds.near_copy=0.0"], display=QUIET)
     came = [row["id"] for row in rows if 0.1 <= row["similarity"] < 0.3]
     assert (found["came"], found["went"]) == (len(came), 0) and came and found["examples"]["came"] == came[:5]
-    assert found["moves"] == [{"from": "same", "to": "kept", "pairs": len(came)}]
+    assert found["moves"] == [{"from": "different", "to": "kept", "pairs": len(came)}]
     assert found["kept_after"] == found["kept_before"] + len(came) and found["candidates"] == len(rows)
     assert sorted(tmp_path.rglob("*")) == files
     text = "\n".join(again.lines(found))
     assert "same 0.3 → 0.1" in text and "nothing was written" in text
+
+
+def test_rows_that_say_same_of_what_is_different_are_read_as_before(judged: Path) -> None:
+    def everything() -> list[Any]:
+        rows, _, reasons = Runs(judged.parent).page(judged.name, "different", "", 0, 99)
+        shown = Run(load(judged / "recipe.yaml"), judged).candidates
+        found = again.recurate(judged, ["same=0.1"], display=QUIET)
+        return [found, funnel.measure(judged), audit.draw(judged, 99, 0).pairs, rows, reasons, shown]
+
+    before, candidates = everything(), Dataset(judged / "candidates")
+    assert any(row["reason"] == "different" for row in candidates)
+    for shard in candidates.shards():
+        rows = candidates.read_shard(shard)
+        older = [row | ({"reason": "same"} if row["reason"] == "different" else {}) for row in rows]
+        candidates.write_shard(shard, older, candidates.part_fingerprint(shard))
+    assert any(row["reason"] == "same" for row in candidates) and everything() == before
 
 
 def test_what_another_test_refused_stays_refused(judged: Path) -> None:
@@ -124,7 +142,7 @@ def test_what_another_test_refused_stays_refused(judged: Path) -> None:
     candidates.write_shard(0, [other, *rows[1:]], candidates.part_fingerprint(0))
     found = again.recurate(judged, ["same=-1"], display=QUIET)
     assert found["kept_after"] == found["candidates"] - 1
-    assert {move["from"] for move in found["moves"]} == {"same"}
+    assert {move["from"] for move in found["moves"]} == {"different"}
 
 
 def test_a_derived_run_shares_what_its_recipe_does_not_change(judged: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import plain_stages as stages
 from coloured import Colours
 from diptych import recurate as again
 from diptych.console import Display
-from diptych.data import funnel, records
+from diptych.data import funnel
 from diptych.data.images import image_cell
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
@@ -140,7 +140,7 @@ def test_one_pair_of_each_idea_stays_and_the_others_name_it(recipe: Recipe, tmp_
     assert summary["pairs"] == 4 and summary["duplicates"] == len(refused) == 2 * (len(of_idea(*GOOD)) - 2)
     assert [line for line in said if line.startswith(f"select: {len(refused)} pairs show again")]
     reasons = Counter(row["reason"] for row in Dataset(tmp_path / "a/candidates"))
-    expected = {"screen: dark": (BLACK,), "screen: blur": (SOFT,), "same": (OTHER,), "kept": GOOD}
+    expected = {"screen: dark": (BLACK,), "screen: blur": (SOFT,), "different": (OTHER,), "kept": GOOD}
     assert reasons == {reason: 2 * len(of_idea(*ideas)) for reason, ideas in expected.items()}
 
 
@@ -148,7 +148,7 @@ def test_the_funnel_counts_each_refusal_at_its_step(judged: Path) -> None:
     found = {step["name"]: step for step in funnel.measure(judged)["steps"]}
     dark, soft, other, good = (2 * len(of_idea(*ideas)) for ideas in ((BLACK,), (SOFT,), (OTHER,), GOOD))
     assert found["pre-filtered"]["lost"] == {"screen: dark": dark, "screen: blur": soft}
-    assert found["kept"]["lost"] == {"same": other, "duplicate: hash": good - 4} and found["kept"]["count"] == 4
+    assert found["kept"]["lost"] == {"different": other, "duplicate: hash": good - 4} and found["kept"]["count"] == 4
     assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in found.values())
     assert funnel.measure(judged)["balance"]["subject"]["by_name"]["cat"]["kept"] == 4
     assert f"{good - 4} duplicate: hash" in "\n".join(funnel.lines(funnel.measure(judged)))
@@ -229,7 +229,8 @@ def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path
     assert not (tmp_path / "plain/failed/select").exists()
     evidence = json.loads(next(iter(Dataset(tmp_path / "plain/candidates")))["evidence"])
     assert not {"screens", "hashes", "embeddings"} & set(evidence)
-    assert {row["reason"] for row in Dataset(tmp_path / "plain/candidates")} <= {*records.TESTS, "kept"}
+    reasons = {row["reason"] for row in Dataset(tmp_path / "plain/candidates")}
+    assert reasons <= {"seam", "near_copy", "different", "kept"}
     for text in ("screens.dark=0.1", "duplicates.hash=4", "duplicates.embedding=0.9"):
         with pytest.raises(UsageError, match="only thresholds can change here"):
             again.recurate(tmp_path / "plain", [text], display=QUIET)

@@ -45,13 +45,15 @@ def recurate(
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Make the run with these thresholds here.")
+        str | None,
+        typer.Option("--out", metavar="DIR", help="Make the run with these thresholds, and people's decisions, here."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Apply other thresholds to a judged run: no judge is asked, no picture decoded.
 
-    Without --out it only says which pairs would come and go. RUN itself is never changed.
+    Without --out it only says which pairs would come and go. RUN itself is never changed. The new run also follows
+    what people decided of single pairs in the web app (diptych serve); for that alone, --set can be left out.
     """
     from diptych import recurate as again
     from diptych.console import Display

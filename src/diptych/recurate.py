@@ -2,6 +2,7 @@
 
     recurate("runs/first", ["same=0.7"])                      # what would change
     recurate("runs/first", ["same=0.7"], "runs/stricter")     # a run with these thresholds
+    recurate("runs/first", [], "runs/decided")                # a run with people's decisions
 
 What can change: `curate.thresholds`, and, where the run measured for them, the limits of its screens (`screens.blur`,
 or `screens.NAME` for a classifier's `most`), and what counts as a copy or a duplicate (`copies.hash`,
@@ -11,7 +12,8 @@ A run folder belongs to one frozen recipe, so its own `pairs/` is never touched.
 `out`, that folder becomes the run of the recipe with the other thresholds, byte for byte what running it anew would
 have made, but for pairs that come before a vision-language judge who was never asked about them (`unasked`). Prompts
 and grids are the same files (hard links where the disk allows), candidates get the new verdicts, and `pairs/` comes
-from curation's own last step. It can be distilled, evaluated and curated again like any run.
+from curation's own last step, by what people decided of single pairs (`data.decisions`), which alone is enough to make
+a run. It can be distilled, evaluated and curated again like any run.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from diptych.data.scan import batches, open_run
 from diptych.data.share import share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError, nearest
+from diptych.machine import versions
 from diptych.run import Pipeline, freeze
 from diptych.sections import Recipe, Screens, Thresholds
 
@@ -50,19 +53,21 @@ def recurate(
     """
     display = display or Display()
     folder, old, task = open_run(run_dir)
-    new = with_thresholds(old, task, folder, sets)
+    decided = decisions.read(folder)
+    alone = not sets and out is not None and decided != decisions.applied(folder)
+    new = old if alone else with_thresholds(old, task, folder, sets)
     candidates = Dataset(folder / "candidates")
     found = compare(candidates, task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate))
     if not found["candidates"]:
         raise UserError(f"{folder} has no candidates yet; first: diptych curate {folder}/recipe.yaml --out {folder}")
     before, after = (settable(recipe, task) for recipe in (old, new))
     result: dict[str, Any] = {"run": str(folder), "thresholds": {"before": before, "after": after}}
-    result |= {"complete": candidates.is_complete(), **found}
+    result |= {"complete": candidates.is_complete(), **found, "decided": decisions.counts(decided)}
     if old.curate.duplicates is not None:
         result["duplicates"] = {"before": _repeats(candidates, old, task), "after": _repeats(candidates, new, task)}
     if out is not None:
         with display.stage("recurate", "pairs") as report:
-            result |= {"out": str(out), "pairs": _write(folder, old, new, task, Path(out), found, report)}
+            result |= {"out": str(out), "pairs": _write(folder, old, new, task, Path(out), decided, found, report)}
     return result
 
 
@@ -87,7 +92,10 @@ def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequen
         else:
             overlay[key] = f"{f'curate.{section}' if section else SECTION}.{name}={value}"
     if not asked:
-        raise UsageError(f"name a threshold to change, for instance --set same=0.7; there are {', '.join(names)}")
+        raise UsageError(
+            f"name a threshold to change, for instance --set same=0.7; there are {', '.join(names)}; or, with --out, "
+            "decide on single pairs first (diptych serve, its Data tab)"
+        )
     new = recipes.load(folder / "recipe.yaml", list(overlay.values()))
     effective = task.thresholds(new.curate.thresholds)
     for name in asked:
@@ -161,17 +169,26 @@ class _Judged(Pipeline):
 
 
 def _write(
-    folder: Path, old: Recipe, new: Recipe, task: tasks.Task, out: Path, found: dict[str, Any], report: Report
+    folder: Path,
+    old: Recipe,
+    new: Recipe,
+    task: tasks.Task,
+    out: Path,
+    decided: dict[str, bool],
+    found: dict[str, Any],
+    report: Report,
 ) -> int:
     if out.resolve() == folder.resolve():
         raise UsageError(f"{folder} belongs to its own thresholds; choose another --out")
     hashes = _hashes(folder)
     source = _judged(folder, old, task, hashes)
-    if not found["kept_after"]:
+    if not found["kept_after"] and True not in decided.values():
         raise UserError(f"these thresholds keep none of {found['candidates']} candidate pairs; nothing was written")
     with lock(out):
         freeze(new, out)
-        log.append(out, "recurate", source=str(folder), candidates_sha256=source.manifest_hash())
+        decisions.fix(out, decided)
+        made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
+        log.append(out, "recurate", **made_from, decided=decisions.counts(decided), versions=versions())
         return _derive(source, folder, out, new, task, hashes, report)
 
 
@@ -185,9 +202,11 @@ def derive(folder: Path, recipe: Recipe, out: Path, display: Display) -> None:
         raise UserError(f"{source.url} is not what {folder}/recipe.yaml makes today; curate that run anew")
     with lock(out):
         recipe = freeze(recipe, out)
+        decisions.fix(out, decisions.applied(folder))
         if Dataset(out / "pairs").is_complete(_Judged(recipe, task, out, hashes).fingerprints("select")):
             return
-        log.append(out, "derive", source=str(folder), candidates_sha256=source.manifest_hash())
+        made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
+        log.append(out, "derive", **made_from, versions=versions())
         with display.stage("derive", "parts") as report:
             _derive(source, folder, out, recipe, task, hashes, report)
 
@@ -198,32 +217,13 @@ def _derive(
     """Everything up to `pairs/` of `out`, which is locked; how many pairs there are."""
     for name in ("prompts", "grids", "failed/write", "failed/paint"):
         share(folder / name, out / name)
-    if decisions.read(folder) and not decisions.path(out).exists():
-        decisions.path(out).parent.mkdir(exist_ok=True)
-        write_atomic(decisions.path(out), decisions.path(folder).read_bytes())
+    decisions.copy(folder, out)
     if source.is_complete(_fingerprint(new, task, out, hashes)):
         for name in ("candidates", "failed/curate"):
             share(folder / name, out / name)
     else:
         _candidates(source, folder, out, new, task, hashes, report)
     return _Judged(new, task, out, hashes).select()
-
-
-def reselect(run_dir: str | Path) -> int:
-    """A run's `pairs/` anew, as people decided (`data.decisions`): no judge is asked. Returns how many rows it has.
-
-    UserError if another process writes the run, or its candidates are not what its recipe makes today.
-    """
-    folder, recipe, task = open_run(run_dir)
-    hashes = _hashes(folder)
-    _judged(folder, recipe, task, hashes)
-    with lock(folder):
-        log.append(folder, "reselect", decisions=len(decisions.read(folder)))
-        pairs = Dataset(folder / "pairs", records.schema(records.PAIR))
-        pairs.unpublish()
-        for shard in pairs.shards():
-            pairs.drop_shard(shard)
-        return _Judged(recipe, task, folder, hashes).select()
 
 
 def _judged(folder: Path, recipe: Recipe, task: tasks.Task, hashes: dict[str, str]) -> Dataset:
@@ -321,6 +321,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         shown = ", ".join(found["examples"][way])
         text.append(f"{way:<13}{found[way]}" + (f"  for instance {shown}" if shown else ""))
     text += [f"  {move['from']} → {move['to']}: {move['pairs']}" for move in found["moves"]]
+    if any(found["decided"].values()):
+        text.append(f"by hand      {found['decided']['accepted']} accepted, {found['decided']['rejected']} rejected")
     if "duplicates" in found:
         text.append(f"duplicates   {found['duplicates']['before']} → {found['duplicates']['after']} of the kept")
     if "out" in found:

@@ -222,20 +222,20 @@ class Pipeline:
             made_by["copies"] = bounds.copies
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
-        decided = decisions.read(self.folder)
+        decided = decisions.applied(self.folder)
         if decided:
-            made_by["decided"] = {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
-        stage = _Select(candidates, thresholds, bounds, settings.duplicates, decided)
+            made_by["decided"] = decisions.counts(decided)
+        stage = _Select(candidates, thresholds, bounds, settings.duplicates, decisions.both_ways(decided))
         print_ = self.fingerprints("select")
         result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
         if result["failed"]:
             again = f"select: {result['failed']} pairs show again what an earlier one shows, or people rejected them"
             self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
         if not result["rows"]:
-            reasons = count(row["reason"] for row in candidates.columns("reason"))
+            reasons = count(reason for _, _, batch in batches(candidates, "reason") for reason in batch["reason"])
             raise UserError(
                 f"curation kept none of {len(candidates)} candidate pairs "
-                f"({', '.join(f'{n} failed {reason}' for reason, n in reasons.items()) or 'there were none'}); "
+                f"({', '.join(f'{reason}: {n}' for reason, n in reasons.items()) or 'there were none'}); "
                 f"see {candidates.url}. Another threshold needs no new grids and no judge: diptych data recurate "
                 f"{self.folder} --set same=NUMBER --out {free_name(self.folder)}"
             )
@@ -256,7 +256,7 @@ class Pipeline:
         target = Dataset(self.folder / output, records.schema(records.COLUMNS[output]))
         failed = Dataset(self.folder / "failed" / stage.name, records.schema(records.FAILED))
         manifest: dict[str, Any] = {"run": self.recipe.name, "task": self.task.name, "task_version": self.task.version}
-        manifest |= {"seed": self.recipe.seed, "versions": versions(), **made_by}
+        manifest |= {"seed": self.recipe.seed, **made_by}  # versions are in the log: they alone make no other rows
         if isinstance(inputs, Dataset):
             manifest["inputs"] = {Path(inputs.url).name: inputs.manifest_hash()}
         display = Display(quiet=True) if quiet else self.display
@@ -346,8 +346,8 @@ class Pipeline:
             settings += [f"aligned {ALIGNED}"] if self.task.geometry == "aligned" else []
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
-            if decided := decisions.read(self.folder):
-                settings.append(json.dumps(sorted(decided.items())))
+            if decided := decisions.applied(self.folder):
+                settings.append(json.dumps(sorted(decisions.both_ways(decided).items())))
         return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
 
 

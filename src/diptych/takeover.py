@@ -73,14 +73,13 @@ class Source:
         return share(self.folder / output, out / output, fingerprint)
 
     def decisions(self, out: Path) -> None:
-        """People's decisions on single pairs, if `out` has the same grids and no decisions of its own."""
-        mine, theirs = decisions.path(out), decisions.path(self.folder)
+        """People's decisions on single pairs, if `out` has the same grids and no pairs yet: it follows them."""
         grids = [Dataset(folder / "grids") for folder in (self.folder, out)]
-        if mine.exists() or not theirs.exists() or not all(each.is_complete() for each in grids):
+        if not all(each.is_complete() for each in grids) or grids[0].fingerprint() != grids[1].fingerprint():
             return
-        if grids[0].fingerprint() == grids[1].fingerprint():
-            mine.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(mine, theirs.read_bytes())
+        if not decisions.applied(out) and not Dataset(out / "pairs").shards():
+            decisions.fix(out, decisions.read(self.folder))
+        decisions.copy(self.folder, out)
 
     def answers(self, out: Path, everywhere: bool) -> None:
         """The language models' answers so far, unless `out` has some: what was paid for is not asked again."""

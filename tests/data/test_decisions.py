@@ -1,4 +1,4 @@
-"""People's own verdicts on pairs change `pairs/` and nothing else, and a run goes on from them."""
+"""People's own verdicts on pairs make a new run, and leave the one they are about as it was trained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from diptych import recurate
 from diptych.console import Display
 from diptych.data import decisions, funnel, records
 from diptych.data.store import Dataset
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError
 from diptych.recipe import load
 from diptych.run import run
+from diptych.trace import trace
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")
@@ -25,39 +26,92 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return stages.judged(tmp_path, monkeypatch)
 
 
+def both(id: str) -> list[str]:
+    """A pair of grids of two panels, and its mirror."""
+    return [id, *records.mirrors(id)]
+
+
 def ids(folder: Path) -> list[str]:
     return [row["id"] for row in Dataset(folder / "pairs")]
 
 
-def test_accepted_and_rejected_pairs_come_and_go(judged: Path) -> None:
-    before, candidates = ids(judged), (judged / "candidates" / "part-00000.parquet").read_bytes()
+def test_accepted_and_rejected_pairs_come_and_go_in_a_new_run_with_their_mirrors(judged: Path, tmp_path: Path) -> None:
+    run(load(judged / "recipe.yaml"), judged, stages=("distill",), display=QUIET)
+    before, whole = ids(judged), stages.data(judged)
     refused = next(row["id"] for row in Dataset(judged / "candidates") if not row["kept"])
     decisions.add(judged, before[0], "reject", "ana")
     decisions.add(judged, refused, "accept", "ana")
-    assert ids(judged) == before
-    rows = recurate.reselect(judged)
-    after = {row["id"]: row for row in Dataset(judged / "pairs")}
-    assert set(after) == {*before[1:], refused} and rows == len(after)
-    assert after[refused]["kept"] and after[refused]["reason"] == records.ACCEPTED
-    assert (judged / "candidates" / "part-00000.parquet").read_bytes() == candidates
-    assert [row["reason"] for row in Dataset(judged / "failed" / "select")] == [records.REJECTED]
-    last = funnel.measure(judged)["steps"][-1]
-    assert last["count"] == len(after) and last["lost"].get(records.REJECTED) == 1
-    # The run goes on as it is; and what people say again, goes back.
-    run(load(judged / "recipe.yaml"), judged, stages=ROWS, display=QUIET)
-    assert set(ids(judged)) == set(after)
-    for id in (before[0], refused):
-        decisions.add(judged, id, "judge", "ben")
-    recurate.reselect(judged)
-    assert ids(judged) == before and decisions.read(judged) == {}
+    rows = recurate.recurate(judged, [], tmp_path / "b", QUIET)["pairs"]
+    gone, come = (set(both(id)) for id in (before[0], refused))
+    after = {row["id"]: row for row in Dataset(tmp_path / "b" / "pairs")}
+    assert set(after) == {*before, *come} - gone and rows == len(after) and gone < set(before)
+    assert {(after[id]["kept"], after[id]["reason"]) for id in come} == {(True, records.ACCEPTED)}
+    failed = list(Dataset(tmp_path / "b" / "failed" / "select"))
+    assert {row["id"]: row["reason"] for row in failed} == dict.fromkeys(gone, records.REJECTED)
+    last = funnel.measure(tmp_path / "b")["steps"][-1]
+    assert last["count"] == len(after) and last["lost"].get(records.REJECTED) == 2
+    # The run that was trained is as it was: every file of it, its numbers, its chain, and it goes on.
+    assert {name: data for name, data in stages.data(judged).items() if not name.startswith("audit/")} == whole
+    assert funnel.measure(judged)["steps"][-1]["count"] == len(before)
+    assert trace(judged / "pairs")["verified"] and trace(tmp_path / "b" / "pairs")["verified"]
+    for folder, wanted in ((judged, before), (tmp_path / "b", list(after))):
+        run(load(folder / "recipe.yaml"), folder, stages=(*ROWS, "distill"), display=QUIET)
+        assert json.loads((folder / "student" / "student.json").read_text()) == wanted == ids(folder)
+
+
+def test_a_decision_on_one_order_is_taken_back_on_the_other(judged: Path, tmp_path: Path) -> None:
+    first, second = both(ids(judged)[0])
+    decisions.add(judged, first, "reject", "ana")
+    decisions.add(judged, second, "accept", "ben")
+    assert decisions.read(judged) == {second: True}
+    decisions.add(judged, first, "judge", "ben")
+    assert decisions.read(judged) == {}
+    with pytest.raises(UsageError, match="name a threshold"):
+        recurate.recurate(judged, [], tmp_path / "b", QUIET)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_path: Path) -> None:
+    kept = ids(judged)
+    decisions.add(judged, kept[0], "reject", "ana")
+    recurate.recurate(judged, [], tmp_path / "b", QUIET)
+    made = stages.data(tmp_path / "b")
+    recurate.recurate(judged, [], tmp_path / "b", QUIET)  # as after a kill
+    assert stages.data(tmp_path / "b") == made
+    decisions.add(tmp_path / "b", kept[-1], "reject", "ben")
+    run(load(tmp_path / "b" / "recipe.yaml"), tmp_path / "b", stages=ROWS, display=QUIET)
+    assert kept[-1] in ids(tmp_path / "b")
+    with pytest.raises(UsageError, match="other decisions"):
+        recurate.recurate(tmp_path / "b", [], judged, QUIET)
+    recurate.recurate(tmp_path / "b", [], tmp_path / "c", QUIET)
+    assert set(ids(tmp_path / "c")) == set(kept) - {*both(kept[0]), *both(kept[-1])}
+    # A study's variants are of the run as it is, and not of what people said since.
+    recurate.derive(judged, load(judged / "recipe.yaml"), tmp_path / "d", QUIET)
+    recurate.derive(tmp_path / "b", load(judged / "recipe.yaml"), tmp_path / "e", QUIET)
+    assert ids(tmp_path / "d") == kept and ids(tmp_path / "e") == ids(tmp_path / "b")
 
 
 def test_other_thresholds_take_the_decisions_along(judged: Path, tmp_path: Path) -> None:
     kept = ids(judged)[0]
     decisions.add(judged, kept, "reject", "ana")
-    recurate.reselect(judged)
-    recurate.recurate(judged, ["same=0.2"], tmp_path / "b", QUIET)
-    assert kept not in ids(tmp_path / "b") and decisions.read(tmp_path / "b") == {kept: False}
+    found = recurate.recurate(judged, ["same=0.2"], tmp_path / "b", QUIET)
+    assert kept not in ids(tmp_path / "b") and decisions.applied(tmp_path / "b") == {kept: False}
+    assert found["decided"] == {"accepted": 0, "rejected": 1}
+
+
+@pytest.mark.parametrize(
+    ("pair", "wanted"),
+    [
+        ("c-000012-01", ["c-000012-10"]),
+        ("c-000012.1-23", ["c-000012.1-32"]),
+        ("c-000012-1015", ["c-000012-1510"]),
+        ("c-000012-211", ["c-000012-112", "c-000012-121"]),  # panels 2 and 11, or 21 and 1
+        ("x", []),
+        ("c-1", []),
+    ],
+)
+def test_a_mirror_is_the_other_order_of_the_same_panels(pair: str, wanted: list[str]) -> None:
+    assert records.mirrors(pair) == wanted
 
 
 def test_a_cut_last_line_is_no_decision_and_a_wrong_one_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_every_lost_row_is_counted_once_where_it_was_lost(run: Path) -> None:
         (75, 68, {"seam": 4, "the picture is cut short": 3}),
         (136, 120, {"near_copy": 16}),
         (120, 120, {}),
-        (120, 80, {"same": 40}),
+        (120, 80, {"different": 40}),
     ]
     assert [step["share"] for step in found.values()] == [1, 0.974, 0.9067, 0.8824, 1, 0.6667]
     assert not any(step["waiting"] for step in found.values())

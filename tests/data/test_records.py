@@ -34,10 +34,10 @@ def test_a_seed_depends_on_run_row_and_purpose_and_never_changes() -> None:
     ("similarity", "distance", "seam", "reason"),
     [
         (0.5, 0.1, 0.2, "kept"),
-        (0.49, 0.1, 0.2, "same"),
+        (0.49, 0.1, 0.2, "different"),
         (0.9, 0.09, 0.2, "near_copy"),
         (0.1, 0.0, 0.1, "seam"),
-        (math.nan, 1.0, 1.0, "same"),
+        (math.nan, 1.0, 1.0, "different"),
         (1.0, 1.0, math.nan, "seam"),
     ],
 )

@@ -105,14 +105,14 @@ def test_the_runs_own_pairs_are_counted_and_estimated(pair_rows: list[dict[str, 
     for i in range(20):
         kept = i < 10
         red, other = image_cell(plain((200, 60, 60))), image_cell(plain((60, 60, 200)))
-        numbers = {"id": f"c-{i:06d}-01", "kept": kept, "reason": "kept" if kept else "same"}
+        numbers = {"id": f"c-{i:06d}-01", "kept": kept, "reason": "kept" if kept else "different"}
         rows.append({**pair_rows[0], "conditioning": red, "image": red if kept and i else other, **numbers})
         rows.append({**rows[-1], "id": f"c-{i:06d}-10", "reference_panel": 1, "target_panel": 0})
     data = Dataset(tmp_path / "candidates", records.schema(records.PAIR))
     data.write_shard(0, rows)
     found = curation.on_grids(tmp_path, vectors, Reader(0.9, hit=1.0, false_alarm=0.0))
     assert found is not None
-    assert found["candidates"] == 40 and found["keep_rate"] == 0.5 and found["reasons"] == {"kept": 20, "same": 20}
+    assert found["candidates"] == 40 and found["keep_rate"] == 0.5 and found["reasons"] == {"kept": 20, "different": 20}
     assert found["reader"]["pairs"] == 20
     assert found["reader"]["kept"]["corrected"] == pytest.approx(0.9)
     assert found["reader"]["rejected"]["corrected"] == 0

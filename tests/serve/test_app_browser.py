@@ -15,6 +15,7 @@ from PIL import Image
 
 import plain_stages
 from diptych import Student
+from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.serve.settings import Settings
 from serve.browsing import (
@@ -193,8 +194,10 @@ def runs(app: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs: Path, page: Any) -> None:
+    whole = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     before = [row["id"] for row in Dataset(runs / "pairs")]
     refused = next(row["id"] for row in Dataset(runs / "candidates") if not row["kept"])
+    gone, come = ([id, *records.mirrors(id)] for id in (before[0], refused))
     open_tab(page, "Data")
     choose(page, "Run", "first")
     panel = page.locator("#pairs")
@@ -203,14 +206,20 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     choose(page, "Pairs", "kept")
     panel.locator(f"[data-pair='{before[0]}']").get_by_role("button", name="Reject").click()
     playwright.expect(page.locator("#told")).to_contain_text("0 accepted and 1 rejected")
+    for id in gone:
+        card = panel.locator(f"[data-pair='{id}']")
+        playwright.expect(card).to_contain_text(records.REJECTED)
+        playwright.expect(card).not_to_contain_text("kept")
+        playwright.expect(card.get_by_role("button", name="Reject")).to_have_attribute("aria-pressed", "true")
     choose(page, "Pairs", "refused")
+    playwright.expect(panel.locator(f"[data-pair='{refused}']")).to_contain_text("refused: different")
     panel.locator(f"[data-pair='{refused}']").get_by_role("button", name="Accept").focus()
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#told")).to_contain_text("1 accepted and 1 rejected")
-    assert [row["id"] for row in Dataset(runs / "pairs")] == before
     page.get_by_role("button", name="Apply decisions").click()
-    playwright.expect(page.locator("#told")).to_contain_text("rows to train on")
-    assert {row["id"] for row in Dataset(runs / "pairs")} == {*before[1:], refused}
+    playwright.expect(page.locator("#told")).to_contain_text("The run first-decided has")
+    assert {row["id"] for row in Dataset(runs.parent / "first-decided" / "pairs")} == {*before, *come} - {*gone}
+    assert {path: path.read_bytes() for path in whole} == whole  # the run itself is as it was
 
     slider = page.locator("#limit-same input[type=number]")
     playwright.expect(slider).to_have_value("0.3")
@@ -220,7 +229,10 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     page.get_by_label("Name of a new run").fill("stricter")
     page.get_by_role("button", name="Make it").click()
     playwright.expect(page.locator("#funnel")).to_contain_text("The run stricter has")
-    assert all(row["similarity"] >= 0.6 or row["id"] == refused for row in Dataset(runs.parent / "stricter" / "pairs"))
+    assert all(row["similarity"] >= 0.6 or row["id"] in come for row in Dataset(runs.parent / "stricter" / "pairs"))
+    choose(page, "Run", "first-decided")
+    page.get_by_role("button", name="Apply decisions").click()
+    playwright.expect(page.locator("#told [role=alert]")).to_contain_text("follows all decisions already")
 
     open_tab(page, "Runs")
     state = page.locator("#run-state")

@@ -85,7 +85,7 @@ def test_the_reason_names_what_was_wrong(recipe: Any, subject_panels: Pairs) -> 
 
     assert [reasons(same=-1)[i] for i in (0, 2)] == ["seam", "kept"]
     assert reasons(same=-1, seam=-1) == ["kept", "near_copy", "kept"]
-    assert reasons(same=1.1, seam=-1) == ["same", "near_copy", "same"]
+    assert reasons(same=1.1, seam=-1) == ["different", "near_copy", "different"]
 
 
 def test_other_thresholds_need_only_the_stored_numbers(recipe: Any, subject_panels: Pairs) -> None:

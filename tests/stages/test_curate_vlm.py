@@ -76,7 +76,7 @@ def test_two_panels_are_asked_about_once_and_both_orders_carry_the_whole_verdict
     found = curate(recipe_for(server), rows)
     assert len([call for call in server.calls if call.turns == 2]) == 3
     for pairs, verdict in zip(
-        found, [(True, "kept"), (False, "same"), (False, "undecided: no valid answer")], strict=True
+        found, [(True, "kept"), (False, "different"), (False, "undecided: no valid answer")], strict=True
     ):
         assert [(pair["kept"], pair["reason"]) for pair in pairs] == [verdict, verdict]
         assert [pair["id"][-2:] for pair in pairs] == ["01", "10"] and list(pairs[0]) == list(records.PAIR)
@@ -138,7 +138,7 @@ def test_other_thresholds_ask_nobody(serve: Serve) -> None:
     calls = len(server.calls)
     assert [row["reason"] for row in rows[::2]] == ["kept", "kept", "undecided: no valid answer"]
     unanimous = Thresholds(same=1.0, seam=-1)
-    assert [judged_again(row, unanimous)[1] for row in rows[::2]] == ["kept", "same", "undecided: no valid answer"]
+    assert [judged_again(row, unanimous)[1] for row in rows[::2]] == ["kept", "different", "undecided: no valid answer"]
     assert [row["id"] for row in records.select(rows, unanimous)] == ["c-000000-01", "c-000000-10"]
     assert len(records.select(rows, Thresholds(same=-1, near_copy=0, seam=-1))) == 4
     assert len(server.calls) == calls
@@ -170,7 +170,7 @@ def test_a_fifth_of_the_calls_gone_wrong_loses_no_pair_and_a_second_look_is_free
     found = curate(recipe, rows, tmp_path / "answers.sqlite")
     assert [len(pairs) for pairs in found] == [2] * 40
     for i, pairs in enumerate(found):
-        assert {pair["reason"] for pair in pairs} <= {("kept", "same")[i % 2], "undecided: the votes are split"}
+        assert {pair["reason"] for pair in pairs} <= {("kept", "different")[i % 2], "undecided: the votes are split"}
         assert len(json.loads(pairs[0]["evidence"])["vlm"]["votes"]) == 3
     votes = [vote for pairs in found for vote in json.loads(pairs[0]["evidence"])["vlm"]["votes"]]
     failed = [vote for vote in votes if vote["status"] == "failed"]

@@ -107,7 +107,7 @@ def test_a_killed_judging_loses_no_pair_and_pays_again_for_at_most_the_calls_und
     assert len(votes) == 2 * grids * VOTES and {vote["status"] for vote in votes} == {"answered", "undecided"}
     assert all(vote.get("reason") for vote in votes if vote["status"] == "undecided")
     reasons = Counter(row["reason"].partition(":")[0] for row in candidates)
-    assert set(reasons) == {"kept", "same", "undecided"}
+    assert set(reasons) == {"kept", "different", "undecided"}
 
     # Votes on one pair are one and the same question to the server.
     again = sum(times - VOTES for times in bad.answered.values())

@@ -24,7 +24,7 @@ from diptych.errors import UsageError
 # that need no judge.
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
-BY_THE_JUDGE = ("same", UNDECIDED)
+BY_THE_JUDGE = (records.DIFFERENT, UNDECIDED)
 # What comes after all judging: pairs that repeat an earlier one, or that people rejected. Their candidates say "kept",
 # which is what they are by themselves; the selection refused them. What people accepted counts as kept.
 OF_THE_SELECTION = (records.DUPLICATE, records.REJECTED)

@@ -62,7 +62,7 @@ PAIR = {
     "copy_distance": "float64",  # pixels after alignment, 0 = a copy
     "seam": "float64",  # strength of the seam the grid was cut at
     "kept": "bool",
-    "reason": "string",  # "kept", or the first test that failed
+    "reason": "string",  # "kept", or why not: the first test that failed
     "judge": "string",  # fingerprint
     "evidence": "string",  # JSON: everything else the verdict rests on
 }
@@ -110,6 +110,16 @@ def pair_id(from_grid: str, reference: int, target: int) -> str:
     return f"c-{from_grid.partition('-')[2]}-{reference}{target}"
 
 
+def mirrors(pair: str) -> list[str]:
+    """The id of the pair of the same two panels in the other order: `c-000012-01` → `c-000012-10`. A number of three
+    digits can be read in two ways, and both are given."""
+    head, _, panels = pair.rpartition("-")
+    if not head or not panels.isdecimal() or len(panels) < 2:
+        return []
+    cuts = [len(panels) // 2] if len(panels) % 2 == 0 else [len(panels) // 2, len(panels) // 2 + 1]
+    return [f"{head}-{panels[cut:]}{panels[:cut]}" for cut in cuts]
+
+
 def seed_of(run_seed: int, row_id: str, purpose: str = "") -> int:
     """A row's own 63-bit seed, from the run's seed and the row's id, so that no order or batch changes it.
 
@@ -130,7 +140,9 @@ class Thresholds(Protocol):
     def seam(self) -> float: ...
 
 
-TESTS = ("seam", "near_copy", "same")
+TESTS = ("seam", "near_copy", "same")  # thresholds, in the order in which they are applied
+DIFFERENT = "different"  # the reason of a pair whose panels do not show the same subject: below the threshold `same`
+OLDER = {"same": DIFFERENT}  # reasons under their names of before; stored rows may still have them
 SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
 COPY = "near_copy"  # … and of one whose panels are one picture by another test than pixels, `near_copy: hash`
 COPY_TESTS = {"hash": "hash", "mirrored": "hash", "embedding": "embedding"}  # what is measured → its limit
@@ -162,8 +174,8 @@ NONE = Bounds()
 def verdict(
     similarity: float, copy_distance: float, seam: float, thresholds: Thresholds, screen: str = "", copy: str = ""
 ) -> tuple[bool, str]:
-    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed, or the `screen` that did, or
-    the test of copies.
+    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed (`DIFFERENT` for `same`), or
+    the `screen` or the test of copies that did.
 
     Geometry first, then single panels, then the copy tests, then identity: a bad cut makes the later numbers
     meaningless. NaN fails its test.
@@ -177,7 +189,7 @@ def verdict(
     if copy:
         return False, f"{COPY}: {copy}"
     if not similarity >= thresholds.same:
-        return False, "same"
+        return False, DIFFERENT
     return True, "kept"
 
 
@@ -210,8 +222,8 @@ def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds 
     `bounds` need the column `evidence`; without them no screen and no test of copies is looked at. A candidate refused
     for another reason than these stays refused; one that no judge was asked about and now comes so far is `unasked`.
     """
-    before = row["reason"]
-    again = row["kept"] or before in (*TESTS, UNASKED)
+    before = OLDER.get(row["reason"], row["reason"])
+    again = row["kept"] or before in ("seam", "near_copy", DIFFERENT, UNASKED)
     again = again or (bounds.screens is not None and before.startswith(f"{SCREEN}:"))
     again = again or (bounds.copies is not None and before.startswith(f"{COPY}:"))
     if not again:
@@ -225,7 +237,7 @@ def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds 
         if bounds.copies:
             copy = failed_copy(evidence["copies"], bounds.copies)
     keep, reason = verdict(row["similarity"], row["copy_distance"], row["seam"], thresholds, screen, copy)
-    if reason == "same" != before and math.isnan(row["similarity"]):
+    if reason == DIFFERENT != before and math.isnan(row["similarity"]):
         return False, UNASKED
     return keep, reason
 

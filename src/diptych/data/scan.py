@@ -36,7 +36,10 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
         start = 0
         with data.open_part(shard) as part:
             for batch in part.iter_batches(BATCH, columns=list(columns)):
-                yield shard, start, batch.to_pydict()
+                values = batch.to_pydict()
+                if "reason" in values:
+                    values["reason"] = [records.OLDER.get(reason, reason) for reason in values["reason"]]
+                yield shard, start, values
                 start += batch.num_rows
 
 
@@ -47,7 +50,7 @@ def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]
     the reason `duplicate: hash` or `duplicate: embedding`, and people's decisions hold whatever the numbers say.
     """
     refused = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
-    decided = decisions.read(folder)
+    decided = decisions.both_ways(decisions.applied(folder))
     parts = set(refused.shards())
     part, again = None, dict[str, str]()
     names = list(dict.fromkeys(("id", "kept", "reason", *columns)))

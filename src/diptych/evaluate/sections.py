@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from diptych import tasks
+from diptych.data import records
 from diptych.data.images import open_image
 from diptych.evaluate import charts
 from diptych.evaluate.charts import Dot, Series
@@ -35,7 +36,7 @@ REASONS = {
     "near_copy: embedding": "the second panel shows too nearly what the first shows, by their embeddings",
     "unasked": "other limits let it through, and no judge was asked about it",
     "prefilter": "too unlike for the judge to be asked",
-    "same": "the judge does not see the same subject",
+    records.DIFFERENT: "the judge does not see the same subject",
     "alignment": "the outlines of the two panels do not lie over each other",
     "duplicate: hash": "both panels repeat an earlier pair’s, by their hashes",
     "duplicate: embedding": "both panels repeat an earlier pair’s, by their embeddings",
@@ -125,7 +126,7 @@ def curate(run: Run) -> str:
     ]
     parts.append(
         charts.histogram(
-            [row["similarity"] for row in rows if row["reason"] in ("kept", "same")],
+            [row["similarity"] for row in rows if row["reason"] in ("kept", records.DIFFERENT)],
             limits.same,
             "What the judge saw",
             "similarity of the two subjects",
@@ -161,7 +162,7 @@ def verdicts(run: Run, reasons: Counter[str]) -> str:
     """Strips of pairs with the judge's verdict."""
     parts = []
     for reason in ["kept", *(r for r, _ in reasons.most_common() if r != "kept")]:
-        found = run.examples(reason, 6 if reason in ("kept", "same") else 3)
+        found = run.examples(reason, 6 if reason in ("kept", records.DIFFERENT) else 3)
         if found:
             parts.append(tag("h3", text("Kept" if reason == "kept" else f"Refused: {REASONS.get(reason, reason)}")))
             parts.append(strip(_pair(row) for row in found))

@@ -56,7 +56,7 @@ class Runs:
 
         `shown` is all, kept, refused, decided, or a reason; `subject` a part of the subject's name.
         """
-        table, decided = self._table(name), decisions.read(self.of(name))
+        table, decided = self._table(name), decisions.both_ways(decisions.read(self.of(name)))
         reasons = sorted(set(table["reason"].to_pylist())) if len(table) else []
         mask = pc.match_substring(table["subject"], subject, ignore_case=True)
         if shown in ("kept", "refused"):
@@ -81,7 +81,7 @@ class Runs:
         return row(data, where["shard"], where["number"], column)[column]["bytes"] or b""
 
     def decide(self, name: str, id: str, verdict: str, who: str) -> None:
-        """Keeps a person's verdict on a pair: accept, reject, or judge to leave it to the judge again."""
+        """Keeps a person's verdict on a pair and its mirror: accept, reject, or judge, to leave both to the judge."""
         if verdict not in decisions.VERDICTS or pc.index(self._table(name)["id"], id).as_py() < 0:
             raise UsageError("pair: there is no such pair or verdict")
         with self._lock:
@@ -100,6 +100,8 @@ class Runs:
         for shard in data.shards():
             with data.open_part(shard) as part:
                 table = part.read(columns=list(SMALL))
+            reasons = [records.OLDER.get(reason, reason) for reason in table["reason"].to_pylist()]
+            table = table.set_column(SMALL.index("reason"), "reason", pa.array(reasons, pa.string()))
             table = table.append_column("shard", pa.array([shard] * len(table), pa.int64()))
             tables.append(table.append_column("number", pa.array(range(len(table)), pa.int64())))
         if not tables:

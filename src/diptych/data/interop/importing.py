@@ -18,7 +18,6 @@ from diptych.data.interop.rows import Options, pair
 from diptych.data.lock import lock
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.machine import versions
 
 SHARD = 256  # rows of theirs to a part
 VERSION = 1  # raised when the rows made of equal inputs change
@@ -72,7 +71,6 @@ def import_data(
                 "imported": {"format": format, "name": Path(source.rstrip("/")).name, "rows": len(reader)},
                 "task": options.task,
                 "licence": licence or "unknown",
-                "versions": versions(),
             }
             failed.publish({"stage": NAME})
             target.publish(manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 
 from diptych import recurate
 from diptych.console import Display
-from diptych.data import decisions
+from diptych.data import decisions, records
 from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.serve.app import owner_of
@@ -41,12 +42,15 @@ def add(blocks: Any, service: Service) -> None:
     with gr.Row():
         back = gr.Button("Back", size="sm", min_width=80)
         on = gr.Button("On", size="sm", min_width=80)
-        apply = gr.Button("Apply decisions to pairs/", variant="primary", size="sm", elem_id="apply", min_width=200)
+        apply = gr.Button("Apply decisions in a new run", variant="primary", size="sm", elem_id="apply", min_width=200)
     at = gr.State(0)
     decided = gr.Textbox(elem_id="decide", elem_classes="dq-wire", label="decision", container=False)
     told = gr.HTML(elem_id="told")
     pairs = gr.HTML(elem_id="pairs")
-    gr.Markdown("### Thresholds\nMove one and see what would be kept. The run itself stays as it is.")
+    gr.Markdown(
+        "### Thresholds\nMove one and see what would be kept. The run itself stays as it is; a new run follows the "
+        "thresholds and the decisions."
+    )
     with gr.Row():
         sliders = [
             gr.Slider(*RANGES[name], value=0, step=0.01, label=label, elem_id=f"limit-{name}", min_width=200)
@@ -81,23 +85,11 @@ def add(blocks: Any, service: Service) -> None:
             return _wrong(error), *show(name, what, part, start)
         return _count(runs, name), *show(name, what, part, start)
 
-    def on_apply(name: str) -> str:
-        try:
-            rows = recurate.reselect(runs.of(name))
-        except UserError as error:
-            return _wrong(error)
-        return (
-            f'<p role="status">pairs/ now has {rows} rows to train on, by the thresholds and {_said(runs, name)}.</p>'
-        )
+    def on_apply(name: str) -> tuple[str, Any]:
+        return applied(runs, name), listing(runs, name)
 
-    def on_make(name: str, new: str, *values: float) -> str:
-        try:
-            if not NAME.fullmatch(new or ""):
-                raise UserError("a run's name has letters, digits, dot, dash and underscore, at most 64")
-            made = recurate.recurate(runs.of(name), _sets(runs, name, values), runs.folder / new, Display(quiet=True))
-        except UserError as error:
-            return _wrong(error)
-        return f'<p role="status">The run {escape(new)} has {made["pairs"]} pairs to train on.</p>'
+    def on_make(name: str, new: str, *values: float) -> tuple[str, Any]:
+        return made(runs, name, new, lambda: _sets(runs, name, values)), listing(runs, name)
 
     seen = [run, shown, subject, at]
     hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
@@ -106,7 +98,7 @@ def add(blocks: Any, service: Service) -> None:
     back.click(turn(-1), seen, [at, pairs, shown], **hidden)
     on.click(turn(1), seen, [at, pairs, shown], **hidden)
     decided.change(decide, [decided, *seen], [told, pairs, shown], **hidden)
-    apply.click(on_apply, run, told, api_visibility="private", concurrency_limit=1)
+    apply.click(on_apply, run, [told, run], api_visibility="private", concurrency_limit=1)
     gr.on(
         [slider.input for slider in sliders],
         lambda name, *values: funnel_of(runs, name, values),
@@ -115,7 +107,7 @@ def add(blocks: Any, service: Service) -> None:
         trigger_mode="always_last",
         **hidden,
     )
-    make.click(on_make, [run, other, *sliders], funnel, api_visibility="private", concurrency_limit=1)
+    make.click(on_make, [run, other, *sliders], [funnel, run], api_visibility="private", concurrency_limit=1)
     run.change(lambda name: _limits(runs, name), run, sliders, **hidden)
     blocks.load(lambda name: listing(runs, name), run, run, **hidden)
     blocks.load(*first, **hidden)
@@ -145,6 +137,8 @@ def _pair(run: str, row: dict[str, Any]) -> str:
     )
     numbers = ", ".join(f"{words} {row[key]:.2f}" for key, words in NUMBERS.items() if row[key] is not None)
     verdict = "kept" if row["kept"] else f"refused: {row['reason']}"
+    if row["decided"] is not None:
+        verdict = records.ACCEPTED if row["decided"] else records.REJECTED
     buttons = ""
     for said, label, mine in (("accept", "Accept", True), ("reject", "Reject", False)):
         pressed = row["decided"] is mine
@@ -158,6 +152,34 @@ def _pair(run: str, row: dict[str, Any]) -> str:
         f"<span>{escape(row['subject'])}: {escape(row['caption'])}</span>"
         f'<span class="dq-small">{escape(numbers)}</span>{buttons}</figcaption></figure>'
     )
+
+
+def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[str]]) -> str:
+    """Makes the run `new` of a run, with the thresholds `sets` and people's decisions, and says so as HTML."""
+    try:
+        if not NAME.fullmatch(new or ""):
+            raise UserError("a run's name has letters, digits, dot, dash and underscore, at most 64")
+        folder = runs.folder / str(new)
+        found = recurate.recurate(runs.of(name), sets(), folder, Display(quiet=True))
+    except UserError as error:
+        return _wrong(error)
+    command = f"diptych distill {folder / 'recipe.yaml'} --out {folder}"
+    return (
+        f'<p role="status">The run {escape(str(new))} has {found["pairs"]} pairs to train on; {escape(str(name))} is '
+        f"as it was. To train it: <code>{escape(command)}</code></p>"
+    )
+
+
+def applied(runs: Runs, name: str | None) -> str:
+    """Makes a run that follows people's decisions, under a free name, and says so as HTML."""
+    try:
+        source = runs.of(name)
+        if decisions.read(source) == decisions.applied(source):
+            raise UserError(f"{name} follows all decisions already; accept or reject a pair first")
+    except UserError as error:
+        return _wrong(error)
+    names = (f"{str(name)[:52]}-decided{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    return made(runs, name, next(new for new in names if not (runs.folder / new).exists()), list)
 
 
 def _limits(runs: Runs, name: str | None) -> list[float]:
@@ -195,13 +217,12 @@ def funnel_of(runs: Runs, name: str | None, values: Any) -> str:
 
 
 def _said(runs: Runs, name: str) -> str:
-    decided = decisions.read(runs.of(name))
-    accepted = sum(decided.values())
-    return f"{accepted} accepted and {len(decided) - accepted} rejected by hand"
+    decided = decisions.counts(decisions.read(runs.of(name)))
+    return f"{decided['accepted']} accepted and {decided['rejected']} rejected by hand"
 
 
 def _count(runs: Runs, name: str) -> str:
-    return f'<p role="status">{_said(runs, name)}; Apply makes pairs/ follow.</p>'
+    return f'<p role="status">{_said(runs, name)}; Apply makes a new run of them, and this one stays as it is.</p>'
 
 
 def _wrong(error: object) -> str:
