@@ -142,7 +142,6 @@ class Thresholds(Protocol):
 
 TESTS = ("seam", "near_copy", "same")  # thresholds, in the order in which they are applied
 DIFFERENT = "different"  # the reason of a pair whose panels do not show the same subject: below the threshold `same`
-OLDER = {"same": DIFFERENT}  # reasons under their names of before; stored rows may still have them
 SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
 COPY = "near_copy"  # … and of one whose panels are one picture by another test than pixels, `near_copy: hash`
 COPY_TESTS = {"hash": "hash", "mirrored": "hash", "embedding": "embedding"}  # what is measured → its limit
@@ -169,6 +168,11 @@ class Bounds:
 
 
 NONE = Bounds()
+
+
+def reason_now(stored: str) -> str:
+    """A stored reason by its present name: rows of older versions say `same` of what is not the same."""
+    return DIFFERENT if stored == "same" else stored
 
 
 def verdict(
@@ -222,7 +226,7 @@ def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds 
     `bounds` need the column `evidence`; without them no screen and no test of copies is looked at. A candidate refused
     for another reason than these stays refused; one that no judge was asked about and now comes so far is `unasked`.
     """
-    before = OLDER.get(row["reason"], row["reason"])
+    before = reason_now(row["reason"])
     again = row["kept"] or before in ("seam", "near_copy", DIFFERENT, UNASKED)
     again = again or (bounds.screens is not None and before.startswith(f"{SCREEN}:"))
     again = again or (bounds.copies is not None and before.startswith(f"{COPY}:"))

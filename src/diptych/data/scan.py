@@ -38,7 +38,7 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
             for batch in part.iter_batches(BATCH, columns=list(columns)):
                 values = batch.to_pydict()
                 if "reason" in values:
-                    values["reason"] = [records.OLDER.get(reason, reason) for reason in values["reason"]]
+                    values["reason"] = [records.reason_now(reason) for reason in values["reason"]]
                 yield shard, start, values
                 start += batch.num_rows
 

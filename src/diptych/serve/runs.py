@@ -100,7 +100,7 @@ class Runs:
         for shard in data.shards():
             with data.open_part(shard) as part:
                 table = part.read(columns=list(SMALL))
-            reasons = [records.OLDER.get(reason, reason) for reason in table["reason"].to_pylist()]
+            reasons = [records.reason_now(reason) for reason in table["reason"].to_pylist()]
             table = table.set_column(SMALL.index("reason"), "reason", pa.array(reasons, pa.string()))
             table = table.append_column("shard", pa.array([shard] * len(table), pa.int64()))
             tables.append(table.append_column("number", pa.array(range(len(table)), pa.int64())))
