@@ -33,7 +33,7 @@ from diptych.data.lock import lock
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
 from diptych.data.share import share
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
 from diptych.machine import versions
 from diptych.run import Pipeline, freeze
