@@ -65,9 +65,6 @@ def run(
     display = display or Display()
     folder = place(out) if out is not None else Path("runs") / recipe.name
     earlier = Source.open(source, folder) if source is not None else None
-    if earlier is not None and recipe.draws_pairs():
-        like = decided(recipe, earlier.recipe)
-        earlier.refuse_unlike(Pipeline(like, tasks.load(recipe.task), folder, display).fingerprints("write"), like)
     task = tasks.load(recipe.task)
     started = time.monotonic()
     if (number := parallel.processes()) > 1 and tuple(stages) != ("distill",):
@@ -88,16 +85,17 @@ def run(
     first = parallel.is_first()
     display = display if first else Display(quiet=True)
     trains = "distill" in stages
-    with (
-        open_engine(engine, address) as machines,
-        enter(recipe, folder, machines.of(recipe), trains, earlier) as recipe,
-    ):
+    with ExitStack() as held:
+        workers = held.enter_context(open_engine(engine, address)).of(recipe)
+        if number == 1:
+            _look_ahead(Pipeline(_as_decided(recipe, folder, earlier), task, folder, display), stages, workers, earlier)
+        recipe = held.enter_context(enter(recipe, folder, workers, trains, earlier))
         use_threads(recipe.threads)
         if first:
             told = {"source": str(earlier.folder)} if earlier is not None else {}
             about: dict[str, Any] = {"stages": list(stages), "engine": engine, **told}
             log.append(folder, "start", **about, machine=machine(), versions=versions())
-        pipeline = Pipeline(recipe, task, folder, display, machines.of(recipe), earlier)
+        pipeline = Pipeline(recipe, task, folder, display, workers, earlier)
         if earlier is not None:
             pipeline.take_over(earlier)
         done: dict[str, Any] = {}
@@ -115,6 +113,25 @@ def run(
             summary[key] = str(folder / path)
     summary["seconds"] = round(time.monotonic() - started, 2)
     return summary
+
+
+def _as_decided(recipe: Recipe, folder: Path, earlier: Source | None) -> Recipe:
+    """The recipe with what a machine has decided already: here, or in the run that is taken over."""
+    there = folder / "recipe.yaml"
+    frozen = recipes.load(there) if there.is_file() else earlier.recipe if earlier is not None else None
+    return decided(recipe, frozen) if frozen is not None else recipe
+
+
+def _look_ahead(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earlier: Source | None) -> None:
+    """Finds what would stop one of the stages, before the first of them makes anything or the folder is anyone's."""
+    from diptych.ready import check
+
+    if earlier is not None and pipeline.recipe.draws_pairs():
+        earlier.refuse_unlike(pipeline.fingerprints("write"), pipeline.recipe)
+    use_threads(pipeline.recipe.threads)
+    check(
+        pipeline, [name for name in STAGES if name in stages], engine, earlier.folder if earlier is not None else None
+    )
 
 
 class Pipeline:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.evaluate.suites import Sample
+    from diptych.sections import Recipe
 
 # What pipelines call a reference, the surest name first. An IP-Adapter's image counts where an adapter is loaded.
 NAMES = ("reference_image", "reference_images", "image_reference", "input_images", "control_image", "image")
@@ -40,7 +41,7 @@ class Stock(Base):
     def fingerprint(self) -> str:
         settings = self.recipe.evaluate.pipeline
         said = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-        return f"{models.fingerprint(models.resolve(self._model(), 'teacher'))} {said}"
+        return f"{models.fingerprint(models.resolve(model_of(self.recipe), 'teacher'))} {said}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         from diptych.student.geometry import fit_image
@@ -57,12 +58,6 @@ class Stock(Base):
             drawn.append(fit_image(pipe(**given).images[0], height, width))
         return drawn
 
-    def _model(self) -> str:
-        model = self.recipe.evaluate.pipeline.model
-        if model is None:
-            raise UsageError("evaluate.methods has pipeline, and evaluate.pipeline.model names none")
-        return model
-
     def _open(self) -> Any:
         import torch
         from diffusers import DiffusionPipeline
@@ -70,7 +65,7 @@ class Stock(Base):
         from diptych.student.loading import pick_device
         from diptych.train.hardware import pick_precision
 
-        folder = models.resolve(self._model(), "teacher")
+        folder = models.resolve(model_of(self.recipe), "teacher")
         device = pick_device(self.recipe.device)
         dtype = getattr(torch, pick_precision(self.recipe.paint.dtype, device)[0])
         try:
@@ -82,6 +77,14 @@ class Stock(Base):
         reference_argument(pipe, self.recipe.evaluate.pipeline.argument)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def model_of(recipe: Recipe) -> str:
+    """The pipeline that the recipe names. UsageError if it names none."""
+    model = recipe.evaluate.pipeline.model
+    if model is None:
+        raise UsageError("evaluate.methods has pipeline, and evaluate.pipeline.model names none")
+    return model
 
 
 def parameters(pipe: Any) -> set[str]:

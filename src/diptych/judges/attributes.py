@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diptych.errors import UserError
-from diptych.judges.vision import Vision, open_vision, refuse_missing
+from diptych.judges.vision import Vision, check, open_vision, refuse_missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +45,11 @@ class AttributeReader:
         refuse_missing(sorted(vision.missing), name)
         groups, columns = label_groups(vision.model.config.id2label, name)
         return cls(vision, groups, columns)
+
+    @staticmethod
+    def check(name: str) -> None:
+        """UserError if `load` would find no reader there. Reads no weights."""
+        label_groups(check(name, "reader", "AutoModelForImageClassification").id2label, name)
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych.judges.vision import Vision, open_vision, refuse_missing
+from diptych.judges.vision import Vision, check, open_vision, refuse_missing
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,11 @@ class EmbeddingJudge:
         refuse_missing(sorted(vision.missing - random_pooler - text), name)
         class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in vision.model.named_parameters())
         return cls(vision, pooled=not random_pooler, class_token=class_token)
+
+    @staticmethod
+    def check(name: str, role: str) -> None:
+        """UserError if `load` would find no model there. Reads no weights."""
+        check(name, role, "AutoModel")
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,18 +48,41 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
 
     folder = models.resolve(name, role)
     place = _device(device)
-    try:
-        with quiet_bars():
-            loader = getattr(transformers, auto)
-            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-            model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
-            processor = _processor(folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
+    with _opening(folder, role), quiet_bars():
+        loader = getattr(transformers, auto)
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
+        processor = _processor(folder)
     # It asks for no gradients, so none are kept of what is done with it.
     model = model.eval().requires_grad_(False).to(place)
     return Vision(model, processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
+
+
+def check(name: str, role: str, auto: str) -> Any:
+    """The config of the model that `open_vision` would open. UserError as there, and if there are no weights: none is
+    read."""
+    import torch
+    import transformers
+
+    folder = models.resolve(name, role)
+    with _opening(folder, role), quiet_bars():
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            getattr(transformers, auto).from_config(config)
+        _processor(folder)
+        if not any(folder.glob("*.safetensors")):
+            raise OSError("it holds no *.safetensors")
+    return config
+
+
+@contextmanager
+def _opening(folder: Path, role: str) -> Iterator[None]:
+    """UserError for what transformers raises when it opens a model that it cannot."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
 
 
 def pinned(name: str, role: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ and repaired as for an endpoint. `vllm_engine.load` opens one that is asked in b
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,25 +67,34 @@ class LocalModel:
         folder = models.resolve(name, "vlm")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
+        with _opening(name):
             with quiet_bars():
                 options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
                 loader: Any = AutoModelForImageTextToText
                 model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
                 processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
             model = model.eval().to(device)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise UserError(f"'{name}' cannot be opened as a vision-language model of transformers ({line})") from error
         if info["missing_keys"]:
             shown = ", ".join(sorted(info["missing_keys"])[:3])
             raise UserError(f"the files of '{name}' lack {shown}: the model would be partly random; fetch it again")
-        if not getattr(processor, "chat_template", None):
-            raise UserError(f"'{name}' has no chat template; take the instruct variant of the model")
+        _refuse_no_template(processor, name)
         identity = {"model": models.fingerprint(folder), "dtype": str(model.dtype), "max_tokens": max_tokens}
         return cls(
             _Generate(model, processor, Path(name).name, max_tokens), identity, cache, keep_undecided=keep_undecided
         )
+
+    @classmethod
+    def check(cls, name: str) -> None:
+        """UserError if `load` would not find a vision-language model with a chat template there. Reads no weights."""
+        import transformers
+
+        folder = models.resolve(name, "vlm")
+        with _opening(name):
+            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
+                raise ValueError(f"a {config.model_type} takes no pictures with text")
+            processor = transformers.AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+        _refuse_no_template(processor, name)
 
     def ask(self, question: Question) -> Outcome:
         """Settles one question. UserError after `STOP_AFTER` failures in a row."""
@@ -105,6 +115,21 @@ class LocalModel:
         if self._failed_in_a_row >= STOP_AFTER:
             raise UserError(f"{STOP_AFTER} questions in a row failed, the last because {outcome.reason}")
         return outcome
+
+
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """UserError for what transformers raises when it opens a model that it cannot."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"'{name}' cannot be opened as a vision-language model of transformers ({line})") from error
+
+
+def _refuse_no_template(processor: Any, name: str) -> None:
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"'{name}' has no chat template; take the instruct variant of the model")
 
 
 class _Generate:

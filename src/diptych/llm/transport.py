@@ -97,7 +97,7 @@ class Transport:
         return booked
 
     def _once(self, body: bytes) -> Reply:
-        key = self._key()
+        key = self.key()
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "diptych"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         with self._lock:
@@ -170,7 +170,8 @@ class Transport:
                 "run again when that is mended, or raise stop_after"
             )
 
-    def _key(self) -> str:
+    def key(self) -> str:
+        """The key that the settings name, empty if none. UserError if there is no such variable, or no key in it."""
         name = self.endpoint.api_key_env
         if name is None:
             return ""

@@ -226,22 +226,11 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.settings import resolve
-    from diptych.student.sources import locate, read_settings
     from diptych.student.weights import widen
 
     teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
     dtype = pick_dtype(teacher / "transformer", device)
-    if settings.init:
-        place = models.resolve(settings.init, "student")
-        if (other := read_settings(place, teacher).conditioning) != settings.conditioning:
-            raise UsageError(
-                f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
-            )
-        if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
-            raise UsageError(
-                f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
-                "name a control-LoRA, or use mode: full"
-            )
+    check_init(recipe, teacher)
     if settings.init and settings.mode == "full":
         with quiet_bars():
             pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
@@ -265,6 +254,25 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
                 part.to(device)
         return pipe
     return _quantized(pipe, settings.quantize, device, dtype).to(device)
+
+
+def check_init(recipe: Recipe, teacher: Path) -> None:
+    """UsageError if the student that `distill.init` names cannot be trained on so; nothing where it names none."""
+    from diptych.student.sources import locate, read_settings
+
+    settings = recipe.distill
+    if not settings.init:
+        return
+    place = models.resolve(settings.init, "student")
+    if (other := read_settings(place, teacher).conditioning) != settings.conditioning:
+        raise UsageError(
+            f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
+        )
+    if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
+        raise UsageError(
+            f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
+            "name a control-LoRA, or use mode: full"
+        )
 
 
 def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:

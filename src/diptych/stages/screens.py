@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -86,15 +86,15 @@ class PanelClassifier:
         vision = open_vision(settings.model, "screen", "AutoModelForImageClassification", device)
         refuse_missing(sorted(vision.missing), settings.model)
         config = vision.model.config
-        labels = {str(label): int(number) for number, label in config.id2label.items()}
-        if settings.label not in labels:
-            shown = ", ".join(list(labels)[:12]) + (", …" if len(labels) > 12 else "")
-            raise UsageError(
-                f"curate.screens.classifiers {settings.name}: the model '{settings.model}' has no label "
-                f"'{settings.label}'; it has {shown}{nearest(settings.label, labels)}"
-            )
-        alone = config.problem_type == "multi_label_classification" or len(labels) == 1
-        return cls(settings.name, vision, labels[settings.label], alone)
+        alone = config.problem_type == "multi_label_classification" or len(config.id2label) == 1
+        return cls(settings.name, vision, _label(settings, config), alone)
+
+    @staticmethod
+    def check(settings: Classifier) -> None:
+        """UsageError or UserError if `load` would not find the model and its label. Reads no weights."""
+        from diptych.judges import vision
+
+        _label(settings, vision.check(settings.model, "screen", "AutoModelForImageClassification"))
 
     def scores(self, panels: Sequence[Image]) -> list[float]:
         """The label's probability for each panel, in batches of 32, in order."""
@@ -104,3 +104,15 @@ class PanelClassifier:
             shares = logits.sigmoid() if self.alone else logits.softmax(1)
             found += [round(float(share), DIGITS) for share in shares[:, self.label]]
         return found
+
+
+def _label(settings: Classifier, config: Any) -> int:
+    """The place of a classifier's label among its model's. UsageError if it has none of that name."""
+    labels = {str(label): int(number) for number, label in config.id2label.items()}
+    if settings.label not in labels:
+        shown = ", ".join(list(labels)[:12]) + (", …" if len(labels) > 12 else "")
+        raise UsageError(
+            f"curate.screens.classifiers {settings.name}: the model '{settings.model}' has no label "
+            f"'{settings.label}'; it has {shown}{nearest(settings.label, labels)}"
+        )
+    return labels[settings.label]

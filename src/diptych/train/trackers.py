@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -48,6 +49,21 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+# Any of these packages does; the first is the one to install.
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+
+
+def check(names: Sequence[str]) -> None:
+    """UsageError for a tracker whose package is not installed. Imports nothing heavy."""
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
+            raise _missing(name)
+
+
+def _missing(name: str) -> UsageError:
+    return UsageError(f"distill.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
 def _start(name: str, folder: Path, run: str) -> Any:
     from accelerate import tracking
     from accelerate.state import PartialState
@@ -65,7 +81,7 @@ def _start(name: str, folder: Path, run: str) -> Any:
         with redirect_stdout(sys.stderr):  # some greet, and stdout is for results
             tracker.start()
     except ImportError as error:
-        raise UsageError(f"distill.trackers: {name} is not installed; pip install {name}, or leave it out") from error
+        raise _missing(name) from error
     return tracker
 
 
