@@ -128,6 +128,10 @@ def import_(
         list[str] | None,
         typer.Option("--column", metavar="OURS=THEIRS", help="For instance image=after. Repeatable."),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="Split to read, or all [default: the files to train on]."),
+    ] = None,
     text: Text = "caption",
     task: Annotated[str, typer.Option("--task", help="What these pairs mean; see diptych tasks.")] = "subject",
     licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="For the card, if you know it.")] = "",
@@ -140,7 +144,7 @@ def import_(
     """
     from diptych.data.interop.importing import import_data
 
-    options = _options(text, task, columns)
+    options = _options(text, task, columns, split)
     with _display(as_json).stage("import", "rows") as report:
         done = import_data(source, out, format, options, skip=skip, licence=licence, report=report)
     failed = f"; {done['failed']} rows are no pair, see {done['out']}/failed" if done["failed"] else ""
@@ -169,10 +173,10 @@ def export(
     _print(done, lambda found: [f"{found['rows']} pairs, {said}", found["out"]], as_json)
 
 
-def _options(text: str, task: str, columns: list[str] | None) -> Any:
+def _options(text: str, task: str, columns: list[str] | None, split: str | None = None) -> Any:
     from diptych import tasks
     from diptych.data.interop.rows import Options
-    from diptych.data.sources import NAMES
+    from diptych.data.pairs import NAMES
 
     if text not in ("caption", "instruction"):
         raise UsageError(f"--text {text}: it is caption or instruction{nearest(text, ('caption', 'instruction'))}")
@@ -183,7 +187,7 @@ def _options(text: str, task: str, columns: list[str] | None) -> Any:
         if not equals or not theirs or ours not in NAMES:
             raise UsageError(f"--column {given}: say OURS=THEIRS, ours being {', '.join(NAMES)}{nearest(ours, NAMES)}")
         mapped[ours] = theirs
-    return Options(mapped, text, task)
+    return Options(mapped, text, task, split)
 
 
 def _display(as_json: bool) -> Any:

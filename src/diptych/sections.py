@@ -284,6 +284,9 @@ class Data(Section):
     """How often an epoch has each of its pairs: 2 is twice, 0.5 is half of them and the other half in the next."""
     columns: dict[Literal["conditioning", "image", "caption", "instruction"], str] = {}
     """What it calls its reference, target, target's caption and edit instruction; the usual names are known."""
+    split: str | None = Field(default=None, min_length=1)
+    """Name of the split to read, as the names of the files have it, or `all`. By default the files to train on are
+    read, and test and validation files are left out."""
 
 
 class Preference(Section):

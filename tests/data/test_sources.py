@@ -13,9 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diptych.cli import call
 from diptych.data.images import encode, open_image
+from diptych.data.interop import find
+from diptych.data.interop.exporting import export_data
+from diptych.data.interop.importing import import_data
+from diptych.data.interop.rows import Options
 from diptych.data.sources import SHARD, open_pairs
+from diptych.data.splits import split_of
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.sections import Data, Distill, Recipe
+from diptych.train.material import Material
 
 
 def png(value: int) -> bytes:
@@ -95,9 +104,14 @@ def test_a_path_in_a_row_is_not_opened(tmp_path: Path) -> None:
     secret.write_bytes(png(9))
     cells = [{"bytes": None, "path": str(secret)}]
     pq.write_table(pa.table({"conditioning": cells, "image": cells, "caption": ["a cat"]}), tmp_path / "x.parquet")
-    (row,) = rows_of(open_pairs(str(tmp_path / "x.parquet")))
-    with pytest.raises(UserError, match="empty"):
-        open_image(row["image"])
+    with pytest.raises(UsageError, match=r"column 'conditioning'.*bytes: null"):
+        open_pairs(str(tmp_path / "x.parquet"))
+    cells.append({"bytes": png(1), "path": str(secret)})  # pyright: ignore[reportArgumentType]
+    pq.write_table(pa.table({"conditioning": cells, "image": cells, "caption": ["a cat"] * 2}), tmp_path / "x.parquet")
+    first, second = rows_of(open_pairs(str(tmp_path / "x.parquet")))
+    assert second["image"] == {"bytes": png(1), "path": None}
+    with pytest.raises(UserError, match="no image"):
+        open_image(first["image"])
 
 
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
@@ -119,3 +133,139 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").unlink()
     with pytest.raises(UserError, match=r"broken\.parquet is missing"):
         data.read_shard(0)
+
+
+# ---- what is no pair, and which files are read
+
+
+def odd(folder: Path, rows: int = 40, name: str = "0.parquet", **columns: Any) -> str:
+    """A data set of pairs, some columns replaced by lists of values or by arrow arrays."""
+    folder.mkdir(exist_ok=True)
+    made = table(rows)
+    for column, values in columns.items():
+        array = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
+        place = made.schema.get_field_index(column)
+        made = made.append_column(column, array) if place < 0 else made.set_column(place, column, array)
+    pq.write_table(made, folder / name)
+    return str(folder)
+
+
+LISTS = pa.array([["a", "b"]] * 40)
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "captions as lists": ("caption", LISTS, "list<"),
+    "captions as numbers": ("caption", pa.array(range(40)), "int64"),
+    "captions as structs": ("caption", pa.array([{"en": "a cat"}] * 40), "struct<"),
+    "captions as bytes": ("caption", pa.array([b"a cat"] * 40), "binary"),
+    "pictures as paths": ("image", pa.array(["cat.png"] * 40), "string"),
+    "pictures as urls in structs": ("image", pa.array([{"src": "https://x"}] * 40), "struct<"),
+    "several pictures a row": ("conditioning", pa.array([[{"bytes": b"x", "path": None}]] * 40), "list<"),
+    "pictures that are null everywhere": ("conditioning", pa.nulls(40), "null"),
+    "pictures as base64": ("conditioning", pa.array([{"bytes": "aGk=", "path": None}] * 40), "struct<"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_column_of_another_type_is_refused_by_training_and_import_alike(what: str, tmp_path: Path) -> None:
+    column, values, holds = WRONG[what]
+    folder = odd(tmp_path / "data", **{column: values})
+    for read in (
+        lambda: open_pairs(folder),
+        lambda: import_data(folder, tmp_path / "out", "parquet"),
+        lambda: export_data(folder, tmp_path / "out", "uno"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            read()
+        said = str(caught.value)
+        assert f"column '{column}'" in said and holds in said and "0.parquet" in said
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_a_type_that_changes_between_files_is_refused_with_the_file(tmp_path: Path) -> None:
+    odd(tmp_path / "data", name="0.parquet")
+    with pytest.raises(UsageError, match=r"1\.parquet: column 'caption'"):
+        open_pairs(odd(tmp_path / "data", name="1.parquet", caption=LISTS))
+    more = pa.array(["a cat"] * 40, pa.large_string())
+    pictures = table(40)["image"].to_pylist()
+    words = pa.array(["a cat", "a dog"] * 20).dictionary_encode()
+    folder = odd(tmp_path / "data", name="1.parquet", caption=more, image=pa.array([row["bytes"] for row in pictures]))
+    folder = odd(tmp_path / "data", name="2.parquet", caption=words)
+    folder = odd(tmp_path / "data", name="3.parquet", rows=0)
+    assert len(open_pairs(folder)) == 120 and rows_of(open_pairs(folder))[81]["caption"] == "a dog"
+    assert rows_of(open_pairs(folder))[41]["image"]["bytes"] == png(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("data/test-00000-of-00001-7d2e9f.parquet", "test"),
+        ("default/validation/0000.parquet", "validation"),
+        ("x/dev.parquet", "validation"),
+        ("my_test_2.parquet", "test"),
+        ("train/train_eval.parquet", "test"),
+        ("aesthetic-00000-of-00010.parquet", "aesthetic"),
+        ("latest.parquet", ""),
+        ("part-00000.parquet", ""),
+        ("0000.parquet", ""),
+        ("training.tar.gz", "train"),
+    ],
+)
+def test_a_files_name_says_its_split(name: str, split: str) -> None:
+    assert split_of(name) == split
+
+
+def captions(data: Any) -> list[str]:
+    return sorted({row["caption"] for row in rows_of(data)})
+
+
+def test_test_and_validation_files_are_not_trained_on_unless_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "test", "validation"):
+        folder = odd(tmp_path / "data", name=f"{split}-00000-of-00001.parquet", caption=[split] * 40)
+    assert captions(open_pairs(folder)) == ["train"] and "test (1 of 3 files)" in caplog.text
+    caplog.clear()
+    assert captions(open_pairs(folder, split="test")) == ["test"]
+    assert captions(open_pairs(folder, split="val")) == ["validation"]
+    assert len(captions(open_pairs(folder, split="all"))) == 3
+    assert captions(open_pairs(f"{folder}/test-00000-of-00001.parquet")) == ["test"] and not caplog.records
+    with pytest.raises(UsageError, match=r"no split 'holdout'.*train"):
+        open_pairs(folder, split="holdout")
+    assert import_data(folder, tmp_path / "a", "parquet")["rows"] == 40
+    assert call(["data", "import", folder, "--format", "parquet", "--split", "all", "--out", str(tmp_path / "b")]) == 0
+    assert len(Dataset(tmp_path / "b")) == 120
+    with pytest.raises(UsageError, match="no split 'test'"):
+        open_pairs(str(tmp_path / "b"), split="test")
+
+
+def test_where_no_file_is_clearly_to_train_on_a_split_must_be_named(tmp_path: Path) -> None:
+    folder = odd(tmp_path / "data", name="test.parquet")
+    with pytest.raises(UsageError, match="which split"):
+        open_pairs(folder)
+    folder = odd(tmp_path / "data", name="0.parquet")
+    assert len(open_pairs(folder)) == 40
+    one = odd(tmp_path / "one", name="aesthetic-00000-of-00001.parquet")
+    assert len(open_pairs(one)) == 40
+    with pytest.raises(UsageError, match="which split"):
+        open_pairs(odd(tmp_path / "one", name="plain-00000-of-00001.parquet"))
+
+
+def test_the_splits_of_tars_and_folders_count_too(tmp_path: Path) -> None:
+    source = odd(tmp_path / "data")
+    export_data(source, tmp_path / "tars", "webdataset", verify=False)
+    (tar,) = (tmp_path / "tars").glob("*.tar")
+    (tmp_path / "tars/test-00000.tar").write_bytes(tar.read_bytes())
+    assert len(find("webdataset").open(str(tmp_path / "tars"), Options())) == 40
+    assert len(find("webdataset").open(str(tmp_path / "tars"), Options(split="all"))) == 80
+    export_data(source, tmp_path / "images/train", "imagefolder", verify=False)
+    with pytest.raises(UserError, match="folders in it: train"):
+        find("imagefolder").open(str(tmp_path / "images"), Options())
+
+
+def test_a_recipe_names_the_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        folder = odd(tmp_path / "data", name=f"{split}.parquet", rows=20 if split == "test" else 10)
+    named = Recipe(name="x", distill=Distill(data=[Data(path=folder, split="test")]))
+    plain = Recipe(name="x", distill=Distill(data=[Data(path=folder)]))
+    assert [len(Material.open(recipe, None).sets[0]) for recipe in (plain, named)] == [10, 20]
+    assert Material.open(plain, None).fingerprint() != Material.open(named, None).fingerprint()

@@ -289,7 +289,7 @@ def test_an_unreadable_pair_is_left_out_and_listed_but_many_stop_the_run(world: 
     recipe = tiny_run.make_recipe(world.teacher, steps=1)
     summary = distill(recipe, Dataset(tmp_path / "one"), tmp_path / "a")
     assert [skipped["id"] for skipped in summary["pairs_skipped"]] == [rows[0]["id"]]
-    with pytest.raises(UserError, match="5 of 24 pairs cannot be read"):
+    with pytest.raises(UserError, match="5 of 24 pairs cannot be used"):
         distill(recipe, Dataset(tmp_path / "five"), tmp_path / "b")
 
 

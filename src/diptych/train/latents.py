@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from diptych.data.images import open_image
+from diptych.data.pairs import SIDES, pair
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
@@ -165,10 +166,11 @@ def build(
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
     if skipped := _skipped(files):
-        first = skipped[0]
-        message = f"{len(skipped)} of {total} pairs cannot be read (first: {first['id']}: {first['reason']})"
+        reasons = Counter(each["reason"] for each in skipped).most_common(3)
+        named = "; ".join(f"{times} times {reason}" for reason, times in reasons)
+        message = f"{len(skipped)} of {total} pairs cannot be used ({named}; the first is {skipped[0]['id']})"
         if len(skipped) > MOST_SKIPPED * total:
-            raise UserError(f"{message}; make {pairs.url} again, or check the disk that holds it")
+            raise UserError(f"{message}; mend those rows or make {pairs.url} again, or check the disk that holds it")
         log.warning("%s; they are left out and listed in the summary", message)
     return files
 
@@ -192,19 +194,20 @@ def _skipped(files: Sequence[Path]) -> list[dict[str, str]]:
 def encode_shard(
     rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvases: Sequence[Canvas], aligned: bool = False
 ) -> None:
-    """Encodes one shard's rows (those that curation kept) into one file."""
+    """Encodes one shard's rows (those that curation kept, and that are pairs) into one file."""
     samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     panels: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for row in rows:
-        if not row.get("kept", True):
+    for number, given in enumerate(rows):
+        if not given.get("kept", True):
             continue
         try:
-            bucket, pair = _panels(row, canvases, aligned)
+            row = pair(given, number, decode=False)
+            bucket, sides = _panels(row, canvases, aligned)
         except UserError as error:
-            skipped.append({"id": row["id"], "reason": str(error)})
+            skipped.append({"id": given["id"], "reason": str(error)})
             continue
-        panels.setdefault(bucket, []).append(pair)
+        panels.setdefault(bucket, []).append(sides)
         samples.append({key: row[key] for key in ("id", "grid_id", "caption", "instruction")} | {"bucket": bucket})
     tensors: dict[str, torch.Tensor] = {}
     for bucket, pairs in sorted(panels.items()):
@@ -223,7 +226,7 @@ def _panels(
     """A pair's bucket, and its reference and target as pixels of that size. UserError if it cannot be read."""
     from diffusers.training_utils import find_nearest_bucket
 
-    reference, target = open_image(row["conditioning"]), open_image(row["image"])
+    reference, target = (open_image(row[side], name=side) for side in SIDES)
     shapes = reference.width * target.height, target.width * reference.height
     if aligned and abs(shapes[0] - shapes[1]) > SAME_SHAPE * max(shapes):
         sizes = " and ".join(f"{image.width}x{image.height}" for image in (reference, target))

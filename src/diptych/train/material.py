@@ -31,7 +31,7 @@ class Material:
         named = [data for data in recipe.distill.data or [Data(path=OWN)] if data.path != OWN or own is not None]
         sets: list[Pairs] = []
         for data in named:
-            found = own if data.path == OWN else open_pairs(data.path, {**data.columns})
+            found = own if data.path == OWN else open_pairs(data.path, {**data.columns}, data.split)
             assert found is not None
             if not len(found):
                 cure = "lower curate.thresholds or draw more grids (write.count)" if found is own else "give other data"

@@ -16,8 +16,9 @@ from typing import Any
 from diptych.console import Report
 from diptych.data.interop import card, find
 from diptych.data.interop.folders import put, read_json
-from diptych.data.interop.rows import SIDES, Format, Options, columns_of, file_name, pair, told
+from diptych.data.interop.rows import Format, Options, columns_of, file_name, told
 from diptych.data.lock import lock
+from diptych.data.pairs import SIDES, pair
 from diptych.data.sources import Pairs, open_pairs
 from diptych.errors import UsageError, UserError
 
@@ -77,7 +78,7 @@ def check(out: Path) -> int:
     kind, options = find(made["format"]), Options(text=made["text"])
     found: dict[str, str] = {}
     for number, entry in enumerate(kind.open(str(out), options).entries(0)):
-        row = pair(entry.load(), number, options)
+        row = pair(entry.load(), number, options.task)
         found[row["id"]] = _digest(row, kind, options)
     if len(found) != made["rows"] or _whole(found) != made["verified"]:
         raise UserError(f"{out}: its rows are not those that were exported; export it again into another folder")
@@ -101,7 +102,7 @@ def _rows(data: Pairs, options: Options, shard: int, start: int) -> Iterator[tup
     for number, row in enumerate(data.read_shard(shard), start):
         if row.get("kept", True):
             try:
-                whole = pair(row, number, options, decode=False)
+                whole = pair(row, number, options.task, decode=False)
             except UserError as error:
                 raise UserError(f"{data.url}, row {number} ({row.get('id', '')}): {error}") from error
             yield file_name(whole, number), whole
@@ -143,7 +144,7 @@ def _verified(kind: Format, options: Options, out: Path, report: Report | None) 
     whole = _whole(wanted)
     # By id: folders list their files by name, not in the source's order.
     for number, entry in enumerate(kind.open(str(out), options).entries(0)):
-        row = pair(entry.load(), number, options)
+        row = pair(entry.load(), number, options.task)
         if wanted.pop(row["id"], None) != _digest(row, kind, options):
             raise UserError(f"{out}, {entry.where}: read back, it is not what was written; is the disk whole?")
         if report and number % 64 == 0:

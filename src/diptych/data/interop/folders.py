@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.images import MAX_BYTES, READ
-from diptych.data.interop.rows import SIDES, Entry, Options, extension
+from diptych.data.interop.rows import Entry, Options, extension
+from diptych.data.pairs import SIDES
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.text_files import decode, read_text

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.interop.folders import Rows, folder_of, picture, put, write_sides
-from diptych.data.interop.rows import Format, Options, columns_of, named
-from diptych.data.sources import find_columns
+from diptych.data.interop.rows import Format, Options, columns_of
+from diptych.data.pairs import find_columns, named
 from diptych.errors import UserError
 from diptych.text_files import read_lines
 
@@ -22,7 +22,9 @@ def read(place: str, options: Options) -> Rows:
     root = folder_of(place)
     path = root / LIST
     if not path.is_file():
-        raise UserError(f"{root} holds no {LIST}")
+        inside = sorted(each.parent.name for each in root.glob(f"*/{LIST}"))
+        choice = f"; name the split to read, one of the folders in it: {', '.join(inside)}" if inside else ""
+        raise UserError(f"{root} holds no {LIST}{choice}")
     listed = [(n, line) for n, line in enumerate(read_lines(path), 1) if line.strip()]
     first = _columns(listed[0][1]) if listed else {}
     names = find_columns(list(first), options.columns, str(path))

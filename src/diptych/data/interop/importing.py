@@ -14,13 +14,14 @@ from typing import Any
 from diptych.console import Report
 from diptych.data import records
 from diptych.data.interop import card, find
-from diptych.data.interop.rows import Options, pair
+from diptych.data.interop.rows import Options
 from diptych.data.lock import lock
+from diptych.data.pairs import pair
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 
 SHARD = 256  # rows of theirs to a part
-VERSION = 1  # raised when the rows made of equal inputs change
+VERSION = 2  # raised when the rows made of equal inputs change
 NAME = "import"
 
 
@@ -52,6 +53,7 @@ def import_data(
         reader.fingerprint(),
         sorted(options.columns.items()),
         options.text,
+        options.split,
         options.task,
         skip,
     ]
@@ -111,7 +113,7 @@ def _read(
         for number in range(shard * SHARD, min(total, (shard + 1) * SHARD)):
             entry = next(entries)
             try:
-                row = pair(entry.load(), number, options)
+                row = pair(entry.load(), number, options.task)
                 if row["id"] in seen:
                     raise UserError(f"its id {row['id']} is that of {seen[row['id']]} already")
             except UserError as error:

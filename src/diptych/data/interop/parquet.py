@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.interop.folders import put
-from diptych.data.interop.rows import Entry, Format, Options, named, told
+from diptych.data.interop.rows import Entry, Format, Options, told
+from diptych.data.pairs import named
 from diptych.data.records import IMAGE, PAIR, schema
 from diptych.data.sources import Parquet
 from diptych.data.store import encode
-from diptych.errors import UserError
 
 EDIT = {"original_image": IMAGE, "edit_prompt": "string", "edited_image": IMAGE}
 _EDIT_SIDES = {"original_image": "conditioning", "edited_image": "image"}
@@ -24,7 +24,7 @@ class Reader:
     """Parquet files: `sources.Parquet`, with every column."""
 
     def __init__(self, place: str, options: Options) -> None:
-        self.data = Parquet(place.rstrip("/"), options.columns or None)
+        self.data = Parquet(place.rstrip("/"), options.columns or None, options.split)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -40,16 +40,8 @@ class Reader:
                 for n, values in enumerate(self.data.read_raw(shard, self.data.there)):
                     if before + n >= start:
                         where = f"row {n} of shard {shard}"
-                        yield Entry(where, lambda values=values: named(_readable(values), names))
+                        yield Entry(where, lambda values=values: named(values, names))
             before += rows
-
-
-def _readable(values: dict[str, Any]) -> dict[str, Any]:
-    """A cell with a path and no bytes is refused by name: what a path in a row names here is none of its business."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value.get("path") and not value.get("bytes"):
-            raise UserError(f"{name} holds a path and no picture; embed the pictures, and export the data set again")
-    return values
 
 
 def write(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.interop.folders import Rows, folder_of, picture, put, read_json, write_sides
-from diptych.data.interop.rows import Format, Options, columns_of, named, told
+from diptych.data.interop.rows import Format, Options, columns_of, told
+from diptych.data.pairs import named
 from diptych.errors import UserError
 
 LIST = "data.json"

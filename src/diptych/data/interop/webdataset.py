@@ -16,8 +16,9 @@ from typing import Any
 
 from diptych.data.images import MAX_BYTES, READ
 from diptych.data.interop.folders import put, row_text
-from diptych.data.interop.rows import SIDES, Entry, Format, Options, columns_of, extension, named, told
-from diptych.data.sources import find_columns
+from diptych.data.interop.rows import Entry, Format, Options, columns_of, extension, told
+from diptych.data.pairs import SIDES, find_columns, named
+from diptych.data.splits import choose
 from diptych.errors import UserError
 
 _TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
@@ -35,6 +36,9 @@ class Reader:
         self.files = inside if path.is_dir() else [path]
         if not self.files:
             raise UserError(f"{place} holds no tar files ({', '.join(_ENDINGS)})")
+        if path.is_dir():
+            chosen = choose([file.name for file in self.files], options.split, place)
+            self.files = [path / name for name in chosen]
         self.options = options
         self._names: dict[str, str] = {}
         self._counts = [sum(1 for _ in self._groups(file, read=False)) for file in self.files]
