@@ -19,6 +19,7 @@ from diptych import cli
 from diptych.cli_options import QUANTIZERS
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError
+from diptych.paths import packaged
 
 COMMANDS = (
     "run",
@@ -241,6 +242,20 @@ def test_our_warnings_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str],
     code, out, err = call(capsys, "doctor", "--json")
     assert (code, json.loads(out)["x"]) == (0, 1)
     assert err == "warning: the model does not know: zebra\n"
+
+
+def test_the_documented_examples_and_recipes_are_found_outside_a_clone(
+    capsys: pytest.CaptureFixture[str], student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for reference in ("examples/references/cat.png", "examples/references"):
+        words = ["generate", "--reference", reference, "--prompt", "a cat", "--out", f"{Path(reference).stem}/"]
+        assert call(capsys, *words)[0] == 0
+    assert len(list(tmp_path.glob("references/*.png"))) == len(list(packaged("examples/references").glob("*.png")))
+    assert call(capsys, "tasks", "examples/season.yaml")[0] == 0
+    assert call(capsys, "plan", "recipes/demo.yaml", "--json")[0] == 0
+    code, _, err = call(capsys, "generate", "--reference", "examples/references/dog.png", "--prompt", "a dog")
+    assert code == 1 and "examples/references/dog.png" in err
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -37,6 +37,22 @@ def test_a_name_that_can_mean_nothing_is_wrong_use(name: str) -> None:
     assert ("did you mean 'pocket'" in str(caught.value)) == (name == "pockt")
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "facts"),
+    [
+        ("dsd_model", "student", ("primecai/dsd_model", "24.6 GB", "hf download")),
+        ("models/FLUX.1-dev", "teacher", ("huggingface.co/black-forest-labs/FLUX.1-dev", "33.7 GB", "hf auth login")),
+    ],
+)
+def test_the_models_of_the_documentation_are_named_with_where_to_get_them(
+    name: str, role: str, facts: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        models.resolve(name, role)
+    assert all(fact in str(caught.value) for fact in facts), caught.value
+    assert ("accept its license" in str(caught.value)) == ("FLUX" in name)
+
+
 def test_a_hub_name_that_cannot_be_downloaded_fails_in_one_line() -> None:
     with pytest.raises(UserError, match="the hub cannot be reached and no copy of 'someone/something'") as caught:
         models.resolve("someone/something@main", "teacher")
@@ -71,7 +87,9 @@ def test_a_gated_model_without_a_token_says_where_to_accept_its_licence(tmp_path
     finally:
         server.shutdown()
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("diptych.errors.UserError: 'black-forest-labs/FLUX.1-dev' is gated: accept its licence at ")
+    assert last.startswith(
+        "diptych.errors.UserError: 'black-forest-labs/FLUX.1-dev' is gated (33.7 GB): accept its license at "
+    )
     assert "hf auth login" in last and "the path of a local copy" in last
 
 

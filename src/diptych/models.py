@@ -26,6 +26,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = {"teacher": ["*.json", "*/*"], "student": None}
 _HUB_IGNORE = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ckpt", "*.gguf"]
 
+HUB_SIZES = {"primecai/dsd_model": 24.6, "black-forest-labs/FLUX.1-dev": 33.7}
+"""GB that are downloaded of the models that the documentation names: the authors' weights and their base."""
+GATED = ("black-forest-labs/FLUX.1-dev",)
+
 FLUX_DEV_NOTE = (
     "FLUX.1-dev and everything trained from it are under the FLUX.1-dev Non-Commercial License: "
     "research and personal use only, unless you have a licence from Black Forest Labs."
@@ -54,6 +58,8 @@ def resolve(name: str, role: str) -> Path:
         note_licence(name, path)
         return path
     if not _HUB_NAME.fullmatch(name):
+        if hint := _where_to_get(name):
+            raise UsageError(f"{role} model '{name}': no such folder here; {hint}")
         raise UsageError(
             f"unknown {role} model '{name}': not a built-in model ({', '.join(BUILT_IN)}), not a local folder or file, "
             f"and not a hub name (owner/name){nearest(name, BUILT_IN)}"
@@ -61,6 +67,21 @@ def resolve(name: str, role: str) -> Path:
     path = _download(name, role)
     note_licence(name, path)
     return path
+
+
+def _where_to_get(name: str) -> str:
+    """How to get a well-known model that is not on this machine; empty for any other."""
+    known = {re.sub(r"\W", "", repo.split("/")[1]).lower(): repo for repo in HUB_SIZES}
+    repo = known.get(re.sub(r"\W", "", Path(name).name).lower())
+    if repo is None:
+        return ""
+    gated = (
+        f"accept its license at https://huggingface.co/{repo} and run `hf auth login`, then " if repo in GATED else ""
+    )
+    return (
+        f"it is {repo} on the Hugging Face Hub ({HUB_SIZES[repo]:.1f} GB): {gated}pass {repo} to download it, "
+        f"or the path of a copy (`hf download {repo} --local-dir {repo.split('/')[1]}`)"
+    )
 
 
 def with_scale(text: str) -> tuple[Path, float]:
@@ -89,23 +110,26 @@ def _download(name: str, role: str) -> Path:
     )
 
     repo, _, revision = name.partition("@")
-    wanted, instead = f"no local path '{name}', and", "give the path of a local copy, or try again with a network"
+    wanted = f"no local path '{name}', and"
+    # A folder that is not there may look like a hub name: models/FLUX.1-dev.
+    known = "" if repo in HUB_SIZES else _where_to_get(repo)
+    instead = known or "give the path of a local copy, or try again with a network"
     try:
         found = snapshot_download(
             repo, revision=revision or None, allow_patterns=_HUB_FILES.get(role), ignore_patterns=_HUB_IGNORE
         )
     except GatedRepoError as error:
         raise UserError(
-            f"'{repo}' is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`; "
-            "or give the path of a local copy"
+            f"'{repo}' is gated{_size_of(repo)}: accept its license at https://huggingface.co/{repo}, then run "
+            "`hf auth login`; or give the path of a local copy"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{wanted} the hub has no public model '{repo}'; check the spelling") from error
+        raise UserError(f"{wanted} the hub has no public model '{repo}'; {known or 'check the spelling'}") from error
     except RevisionNotFoundError as error:
         raise UserError(f"{wanted} the hub's '{repo}' has no revision '{revision}'") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{wanted} the hub cannot be reached and no copy of '{repo}' is in its cache; {instead}"
+            f"{wanted} the hub cannot be reached and no copy of '{repo}'{_size_of(repo)} is in its cache; {instead}"
         ) from error
     except Exception as error:
         # A proxy in the way, a full disk, a broken stream: the hub client lets its HTTP library's own errors through,
@@ -114,6 +138,10 @@ def _download(name: str, role: str) -> Path:
             raise
         raise UserError(f"{wanted} it cannot be downloaded from the hub ({_first_line(error)}); {instead}") from error
     return Path(found)
+
+
+def _size_of(repo: str) -> str:
+    return f" ({HUB_SIZES[repo]:.1f} GB)" if repo in HUB_SIZES else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,16 @@ def packaged(name: str) -> Path:
     return checkout if not inside.exists() and checkout.exists() else inside
 
 
+def here_or_packaged(path: str | Path) -> Path:
+    """`path`, or, where nothing is there, what ships with diptych under that name: `examples/…` and `recipes/…`, as the
+    documentation writes them, are found outside a clone as well."""
+    path = Path(path)
+    if path.parts[:1] in (("examples",), ("recipes",)) and ".." not in path.parts and not path.exists():
+        inside = packaged(path.as_posix())
+        return inside if inside.exists() else path
+    return path
+
+
 def is_remote(where: str | Path | UPath) -> bool:
     """Whether it is an address and not a folder of this machine."""
     return "://" in str(where)

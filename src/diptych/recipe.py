@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from diptych.errors import UsageError, nearest
-from diptych.paths import packaged, place
+from diptych.paths import here_or_packaged, is_remote, packaged, place
 from diptych.sections import Recipe, flat
 from diptych.text_files import read_text
 
@@ -42,7 +42,7 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Recipe:
 
 def find(path: str | Path) -> Path:
     """The recipe file meant by a path or by the name of a recipe that ships."""
-    where = place(path)
+    where = place(path if is_remote(path) else here_or_packaged(path))
     if where.is_file():
         return where
     if where.is_dir() and (where / "recipe.yaml").is_file():

@@ -14,6 +14,7 @@ from typing import Any
 
 from diptych.data.images import READ
 from diptych.errors import UsageError, nearest
+from diptych.paths import here_or_packaged
 from diptych.text_files import read_lines
 
 OPTIONS = (
@@ -112,7 +113,7 @@ def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | N
     """The file itself, or a folder's pictures by name; those that are hidden or deeper down are left out."""
     if place is None:
         return [None]
-    path = here / Path(place).expanduser()
+    path = here / here_or_packaged(Path(place).expanduser())
     if not path.is_dir():
         return [path]
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in READ and p.name[0] != "." and p.is_file())

@@ -19,6 +19,7 @@ from diptych.data import seal
 from diptych.data.rgb import WHITE, to_rgb
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.paths import here_or_packaged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,6 +98,7 @@ def open_image(
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
+    path = here_or_packaged(path)
     try:
         size = path.stat().st_size
         if size > max_bytes:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
+from diptych.paths import here_or_packaged
 from diptych.text_files import read_text
 
 GRID_FIELDS = frozenset({"subject", "description", "scene", "left", "right", "panels", "count", "style"})
@@ -253,7 +254,7 @@ def load(name: str) -> Task:
     """A task by name, or from a YAML file. UsageError if it is unknown or does not hold what a task holds."""
     import yaml
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
+    path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
         raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     try:
