@@ -137,7 +137,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate --reference {picture} --prompt x --fit croop", 2, "did you mean 'crop'"),
         ("generate --reference {picture} --prompt x --background blu", 2, "did you mean 'blue'"),
         ("generate --batch nope.jsonl --out x", 1, "nope.jsonl: cannot be read"),
-        ("generate --batch {picture} --out x", 2, "not a text file"),
+        ("generate --batch {picture} --out x", 2, "byte 1: this is not utf-8"),
         ("generate --reference {picture} --prompt x --size big", 2, "size big"),
         ("generate --reference {picture} --prompt x --size 64x64x64", 2, "size 64x64x64"),
         ("generate --reference {picture} --prompt x --size 0", 2, "size 0"),
