@@ -318,14 +318,22 @@ def list_tasks(
 
 
 @app.command("doctor", epilog="Example: diptych doctor --json")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="A teacher to examine: a folder or a hub name."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can do: versions, devices, memory, extras, models that ship, what fits.
+
+    Teachers in the hub's cache, and the one of --teacher, are examined for step distillation.
 
     Exit code 1 if something keeps diptych from working.
     """
     from diptych.doctor import examine, lines
 
-    found = examine()
+    found = examine(teacher)
     print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
     if found["problems"]:
         raise typer.Exit(1)

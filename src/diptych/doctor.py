@@ -16,6 +16,8 @@ from diptych.llm import vllm
 from diptych.machine import processor, versions
 from diptych.paths import packaged
 from diptych.student import memory as presets
+from diptych.teachers import distilled
+from diptych.teachers.configs import INDEX, read
 
 # Extra → the modules it brings.
 EXTRAS = {
@@ -37,8 +39,12 @@ NEEDS = (
 GIB = 2**30
 
 
-def examine() -> dict[str, Any]:
-    """Everything as plain values; `problems` lists what keeps diptych from working, each with what to do."""
+def examine(teacher: str | None = None) -> dict[str, Any]:
+    """Everything as plain values; `problems` lists what keeps diptych from working, each with what to do.
+
+    Args:
+        teacher: also examine this one, a folder or a hub name, beside those in the hub's cache.
+    """
     problems: list[str] = []
     found: dict[str, Any] = {
         "system": platform.platform(),
@@ -53,6 +59,7 @@ def examine() -> dict[str, Any]:
     found["fits"] = {name: (found["memory"]["total"] or 0) >= need for name, need in NEEDS}
     found["flux"] = _flux(found["devices"])
     found["vllm"] = vllm.problem()
+    found["teachers"] = _teachers(teacher)
     found["problems"] = problems
     return found
 
@@ -146,6 +153,15 @@ def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
     return {name: _why_not(name, card) for name in presets.PRESETS}
 
 
+def _teachers(named: str | None) -> list[dict[str, Any]]:
+    """The pipelines in the hub's cache, and the one that was named: whether each is step-distilled."""
+    listed = list(distilled.cached())
+    if named is not None:
+        kind = str(read(named, INDEX).get("_class_name", ""))
+        listed = [(named, kind, distilled.examine(named)), *(one for one in listed if one[0] != named)]
+    return [{"name": name, "class": kind, "distilled": found.reason if found else ""} for name, kind, found in listed]
+
+
 def _why_not(name: str, card: dict[str, Any] | None) -> str:
     if card is None:
         return "no CUDA card here; on a CPU, --memory auto plans with the machine's memory"
@@ -179,6 +195,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     for reason in dict.fromkeys(found["flux"].values()):
         names = ", ".join(name for name, why in found["flux"].items() if why == reason)
         out.append(f"memory    FLUX.1-dev with --memory {names}: {f'no: {reason}' if reason else 'yes'}")
+    for teacher in found["teachers"]:
+        why = teacher["distilled"]
+        fit = f"step-distilled ({why}): paint with few steps, do not train from it" if why else "not step-distilled"
+        out.append(f"teacher   {teacher['name']}: {teacher['class'] or 'class not known here'}, {fit}")
     reason = found["vllm"]
     out.append(f"judge     a vision-language model on vLLM (curate.vlm.vllm): {f'no: {reason}' if reason else 'yes'}")
     out += [f"problem   {problem}" for problem in found["problems"]] or ["all right"]

@@ -117,6 +117,9 @@ def length_of(model: str, base: str | None = None) -> Length:
 def _counted(folder: Path) -> Length:
     from transformers import AutoTokenizer
 
+    from diptych.teachers.opening import refuse_code
+
+    refuse_code(folder)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

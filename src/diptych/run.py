@@ -37,11 +37,14 @@ from diptych.paths import place
 from diptych.sections import Duplicates, Recipe, Thresholds
 from diptych.student import parallel
 from diptych.takeover import Source
+from diptych.teachers import calls, distilled
+from diptych.teachers.configs import class_of
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 ALIGNED = 2  # the same, for what curation does with aligned panels alone
+CALLS = 2  # the same, for grids of pipelines that were called with another guidance, or a rewritten prompt
 
 
 def run(
@@ -63,6 +66,8 @@ def run(
     on. KeyboardInterrupt passes through and leaves a folder that the same call continues.
     """
     display = display or Display()
+    if "distill" in stages:
+        distilled.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     folder = place(out) if out is not None else Path("runs") / recipe.name
     earlier = Source.open(source, folder) if source is not None else None
     task = tasks.load(recipe.task)
@@ -357,6 +362,8 @@ class Pipeline:
         elif stage == "paint":
             teacher = self._model(recipe.teacher, "teacher")
             settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]
+            kind = class_of(models.resolve(recipe.teacher, "teacher"))
+            settings += [f"calls {CALLS}"] if kind in calls.CHANGED else []
         elif stage == "curate":
             judge = self._model(recipe.curate.judge, "curator")
             settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]

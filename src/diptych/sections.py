@@ -411,6 +411,9 @@ class Distill(Section):
     """Sampling steps of a sample sheet."""
     sample_guidance: float = Field(default=3.5, ge=0)
     """Distilled guidance of a sample sheet, where the transformer takes one."""
+    allow_distilled_teacher: bool = False
+    """Train although the teacher is step-distilled (FLUX.1-schnell, a Turbo model). Otherwise it is refused:
+    students that are trained from one draw gray or blocky images. Use the model that it was distilled from."""
     preference: Preference | None = None
     """A last stage, for a student named by `init`; null trains on the pairs alone."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []

@@ -15,6 +15,7 @@ and a seed means the same noise wherever the canvas is the same. Adding a method
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from diptych import models
 from diptych.console import quiet_bars
 from diptych.data.places import bring
 from diptych.errors import UserError
+from diptych.teachers import distilled
+from diptych.teachers.opening import open_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from diptych.evaluate.suites import Sample, Suite
     from diptych.sections import Evaluate, Recipe
 
+log = logging.getLogger(__name__)
 ANCHORS = ("truth", "other")
 PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder
 
@@ -282,20 +286,17 @@ def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
     """The recipe's teacher as a stock FluxPipeline on the recipe's device, in `precision` or else as it paints.
     UserError if it cannot be opened."""
     import torch
-    from diffusers import FluxPipeline
 
     from diptych.student.loading import pick_device
     from diptych.train.hardware import pick_precision
 
     folder = models.resolve(recipe.teacher, "teacher")
+    keys = ("evaluate.steps", "evaluate.true_guidance")
+    if found := distilled.advice(recipe.teacher, recipe.evaluate.steps, recipe.evaluate.true_guidance, keys):
+        log.warning("%s", found)
     device = pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
-    try:
-        with quiet_bars():
-            pipe = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the teacher in {folder} cannot be opened as a FLUX pipeline ({line})") from error
+    pipe = open_pipeline(folder, dtype, kind="FluxPipeline")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diptych import models
-from diptych.console import quiet_bars
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, nearest
 from diptych.evaluate.baselines import Base, size_of
+from diptych.teachers import calls
+from diptych.teachers.opening import open_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +61,6 @@ class Stock(Base):
 
     def _open(self) -> Any:
         import torch
-        from diffusers import DiffusionPipeline
 
         from diptych.student.loading import pick_device
         from diptych.train.hardware import pick_precision
@@ -68,12 +68,7 @@ class Stock(Base):
         folder = models.resolve(model_of(self.recipe), "teacher")
         device = pick_device(self.recipe.device)
         dtype = getattr(torch, pick_precision(self.recipe.paint.dtype, device)[0])
-        try:
-            with quiet_bars():
-                pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise UserError(f"the pipeline in {folder} cannot be opened by diffusers ({line})") from error
+        pipe = open_pipeline(folder, dtype, "pipeline")
         reference_argument(pipe, self.recipe.evaluate.pipeline.argument)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
@@ -136,5 +131,5 @@ def arguments(
     given: dict[str, Any] = {argument: [reference] if argument in LISTS else reference, "prompt": prompt}
     given |= {"generator": torch.Generator("cpu").manual_seed(seed), "height": height, "width": width}
     given |= {"output_type": "pil"} | ({} if steps is None else {"num_inference_steps": steps})
-    given |= {name: choose(height, width) for name, choose in SIZES.items()}
+    given |= {name: choose(height, width) for name, choose in SIZES.items()} | dict(calls.guess(pipe).switches)
     return {name: value for name, value in given.items() if name in known} | options

@@ -39,7 +39,8 @@ class Clip:
             )
         refuse_missing(sorted(vision.missing), name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(models.resolve(name, "scorer")), local_files_only=True)
+            folder = models.resolve(name, "scorer")  # `open_vision` has looked at it
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"the tokenizer of '{name}' cannot be opened ({line})") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diptych import models
 from diptych.console import quiet_bars
 from diptych.errors import UsageError, UserError
+from diptych.teachers.opening import refuse_code
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
 
     folder = models.resolve(name, role)
     place = _device(device)
+    refuse_code(folder)
     with _opening(folder, role), quiet_bars():
         loader = getattr(transformers, auto)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}

@@ -23,6 +23,7 @@ from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
 from diptych.llm.question import Message, Picture, Question, clean
 from diptych.llm.settle import AskTogether, Memory, Turn, settle_together
+from diptych.teachers.opening import refuse_code
 
 STOP_AFTER = 20  # failures in a row: the model does not work here, whatever is asked
 
@@ -65,6 +66,7 @@ class LocalModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = models.resolve(name, "vlm")
+        refuse_code(folder)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         with _opening(name):

@@ -20,6 +20,7 @@ from diptych.plan import assumptions, measured, stages, teacher
 from diptych.plan.job import Book, Job
 from diptych.plan.text import lines
 from diptych.sections import Recipe
+from diptych.teachers import distilled
 
 __all__ = ["lines", "make"]
 
@@ -61,7 +62,12 @@ def make(
         "task": task.name,
         "layout": job.layout.name,
         "panel_size": job.size,
-        "teacher": {"name": source.name, "sizes_from": source.source, "parameters": parts},
+        "teacher": {
+            "name": source.name,
+            "sizes_from": source.source,
+            "parameters": parts,
+            "distilled": source.distilled.reason if source.distilled else None,
+        },
         "device": {"name": device, "devices": int(book["devices"]), "gib": book.maybe("device_gib")},
         "counts": {
             "prompts": recipe.write.count,
@@ -107,7 +113,7 @@ def _flat(disk: int | dict[str, int]) -> list[int]:
 
 def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
     """What somebody should change, or know, before it starts."""
-    notes: list[str] = []
+    notes = _teacher_notes(recipe)
     kept, device = found["counts"]["kept"], found["device"]
     if kept < recipe.distill.batch_size:
         notes.append(
@@ -141,6 +147,18 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
     notes.append(
         "not counted: operations of the VAE and of the embedding judge, loading, scoring, sample sheets on disk"
     )
+    return notes
+
+
+def _teacher_notes(recipe: Recipe) -> list[str]:
+    """What is wrong with training from, or painting with, a step-distilled teacher."""
+    notes = []
+    if (found := distilled.examine(recipe.teacher)) is not None:
+        forced = recipe.distill.allow_distilled_teacher
+        refused = f"distill trains from it all the same ({distilled.KEY})" if forced else "distill refuses it"
+        notes.append(f"{found.describe(recipe.teacher)}; {refused}")
+    if (wrong := distilled.advice(recipe.teacher, recipe.paint.steps, recipe.paint.true_guidance)) is not None:
+        notes.append(wrong)
     return notes
 
 

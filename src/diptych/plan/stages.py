@@ -55,16 +55,18 @@ def write(job: Job) -> dict[str, Any]:
 def paint(job: Job) -> dict[str, Any]:
     """Forward passes, operations, device hours, memory and disk of the grids."""
     settings, layout = job.recipe.paint, job.layout
-    prompts = 2 if settings.true_guidance > 1 else 1
+    call, index = job.teacher.call, job.teacher.index
+    prompts = call.branches(settings.true_guidance, index)
     forwards = _steps_run(settings.speed, settings.steps) * prompts
     one = arithmetic.forward(job.counts.shapes, job.canvas(layout.rows, layout.cols))
     per_grid = forwards * one + prompts * job.text_flops
     hours = job.hours("seconds_per_grid", job.grids, job.grids * per_grid, "paint_share")
     size = (layout.rows * job.size, layout.cols * job.size)
     bytes_ = job.number_bytes(settings.dtype)
+    rows = settings.batch_size * call.rows(settings.true_guidance, index)
     gib = job.book.maybe("device_gib") if settings.memory == "auto" else None
     memory, preset, held = painting_memory(
-        job.teacher, size, settings.batch_size, job.on_cpu, bytes_, settings.memory, gib and gib * 2**30
+        job.teacher, size, rows, job.on_cpu, bytes_, settings.memory, gib and gib * 2**30
     )
     return {
         "grids": job.grids,

@@ -9,15 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
-from diptych.paths import packaged
 from diptych.sections import Recipe
+from diptych.teachers import calls, distilled
+from diptych.teachers.configs import INDEX, folder_of, read, read_file
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-FAMILY = "FluxTransformer2DModel"
+FAMILY, PIPELINE = "FluxTransformer2DModel", "FluxPipeline"
 MAX_PANEL, MAX_TEXT_TOKENS = 512, 512  # as in stages/paint.py
 
 _TRANSFORMER: dict[str, Any] = {
@@ -71,6 +71,18 @@ class Teacher:
     configs: Mapping[str, Mapping[str, Any]]
     source: str
     text_tokens: int
+    index: Mapping[str, Any]
+    """Its model_index.json."""
+
+    @property
+    def call(self) -> calls.Call:
+        """How its pipeline takes guidance."""
+        return calls.of(str(self.index["_class_name"]))
+
+    @property
+    def distilled(self) -> distilled.Distilled | None:
+        """What shows that it is step-distilled."""
+        return distilled.examine(self.name)
 
     @property
     def factor(self) -> int:
@@ -98,13 +110,13 @@ class Counts:
 def find(recipe: Recipe) -> Teacher:
     """The recipe's teacher. UserError if its sizes are not to be found, or it is not FLUX."""
     name = recipe.teacher
-    folder = packaged("pocket/weights") / "teacher" if name == "pocket" else Path(name).expanduser()
-    if folder.is_dir():
-        configs = {part: found for part in PARTS if (found := _json(folder / part / "config.json"))}
-        lengths = [_json(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
+    folder = folder_of(name)
+    configs = {part: found for part in PARTS if (found := read(name, f"{part}/config.json"))}
+    if folder is not None:
+        lengths = [read_file(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
         source = "its own config files"
-    elif cached := _cached(name):
-        configs, lengths, source = cached, [], "its config files in the hub's cache"
+    elif {"transformer", "vae"} <= configs.keys():
+        lengths, source = [], "its config files in the hub's cache"
     elif found := {key.lower(): values for key, values in KNOWN.items()}.get(name.partition("@")[0].lower()):
         configs, lengths, source = found, [], "its published config"
     else:
@@ -115,8 +127,9 @@ def find(recipe: Recipe) -> Teacher:
     family = configs.get("transformer", {}).get("_class_name", "no diffusers pipeline")
     if family != FAMILY or "vae" not in configs:
         raise UserError(f"plan counts FLUX.1 teachers, which diptych can distil; '{name}' is none ({family})")
+    index = {"_class_name": PIPELINE} | read(name, INDEX)
     longest = max((int(tokenizer.get("model_max_length") or 0) for tokenizer in lengths), default=0)
-    return Teacher(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS))
+    return Teacher(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS), index)
 
 
 def count(teacher: Teacher) -> Counts:
@@ -178,27 +191,3 @@ def memory_shapes(teacher: Teacher) -> Any:
 
     parts: dict[str, Any] = {part: teacher.configs[part] for part in PARTS if part in teacher.configs}
     return Shapes(**parts)
-
-
-def _cached(name: str) -> dict[str, dict[str, Any]] | None:
-    """The configs of a hub name that was downloaded before; None if any of the two that count is not there."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    repo, _, revision = name.partition("@")
-    configs = {}
-    for part in PARTS:
-        try:
-            path = try_to_load_from_cache(repo, f"{part}/config.json", revision=revision or None)
-        except HFValidationError:
-            return None
-        if isinstance(path, str) and (found := _json(Path(path))):
-            configs[part] = found
-    return configs if {"transformer", "vae"} <= configs.keys() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf8")))
-    except (OSError, ValueError, TypeError):
-        return {}

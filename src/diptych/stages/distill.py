@@ -24,6 +24,8 @@ from diptych.console import quiet_bars
 from diptych.data.seal import text_hash
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.teachers import distilled
+from diptych.teachers.opening import open_pipeline
 from diptych.train.card import model_card
 from diptych.train.material import Material
 from diptych.train.metrics import Progress, report
@@ -69,12 +71,13 @@ def distill(
         recipe_sha256: of the run's recipe.yaml, which the student then names as where it comes from.
 
     Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
-    training). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    training, a step-distilled teacher). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
     from diptych.student.loading import pick_device
     from diptych.train.loop import train
     from diptych.train.processes import join
 
+    distilled.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     out = Path(out)
     steps = recipe.distill.steps
     material = Material.open(recipe, pairs)
@@ -220,8 +223,6 @@ def sources(recipe: Recipe, material: Material) -> dict[str, str]:
 def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     """The student before its first step: the teacher widened, or, in mode full, the student that `distill.init` names;
     its frozen weights quantized as the recipe has it. A LoRA to go on from is put on by `parts.select`."""
-    from diffusers import FluxPipeline
-
     from diptych import student
     from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
@@ -236,12 +237,7 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
             pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
         pipe.settings = _settings(recipe, pipe.settings.words)
         return pipe
-    try:
-        with quiet_bars():
-            stock = FluxPipeline.from_pretrained(str(teacher), torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the teacher in {teacher} cannot be opened as a FLUX pipeline ({line})") from error
+    stock = open_pipeline(teacher, dtype, kind="FluxPipeline")
     names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     components = {name: stock.components[name] for name in names}
     pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)

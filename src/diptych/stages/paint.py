@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych import models, tasks
-from diptych.console import quiet_bars
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
 from diptych.data.records import grid_id, seed_of
 from diptych.errors import UsageError, UserError
+from diptych.teachers import calls, distilled
+from diptych.teachers.configs import INDEX, class_of, read_file
+from diptych.teachers.opening import open_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,8 @@ class Paint:
         dtype, _ = pick_precision(self.recipe.paint.dtype, device)
         settings = self.recipe.paint
         # What cannot work is told before gigabytes are read.
+        for doubt in doubts(self.recipe, folder):
+            log.warning("%s", doubt)
         held = memory_for(self.recipe, folder, device, getattr(torch, dtype))
         speed = stock.speed_of(folder, settings.speed)
         pipe = open_teacher(folder, getattr(torch, dtype))
@@ -72,6 +76,7 @@ class Paint:
                     seeds = [seed_of(self.recipe.seed, row["id"], _purpose(number)) for row in group]
                     with drawing.call():
                         images = draw(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
+                    check_size(pipe, images, **canvas)
                     for row, seed, image in zip(group, seeds, images, strict=True):
                         name = grid_id(row["id"], number)
                         drawn[row["id"]].append(_grid(name, row, seed, image, layout, size, model, settings.format))
@@ -125,16 +130,7 @@ def _grid(
 def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
     """The text-to-image pipeline in a diffusers folder, computing in `dtype` whatever its files hold. UserError if it
     cannot be opened."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        with quiet_bars():
-            pipe: Any = DiffusionPipeline.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the teacher in {folder} cannot be opened as a diffusers pipeline ({line})") from error
+    pipe: Any = open_pipeline(folder, dtype)
     asks = inspect.signature(pipe.__call__).parameters
     if absent := [name for name in ("prompt", "height", "width", "generator") if name not in asks]:
         raise UserError(
@@ -143,6 +139,14 @@ def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def doubts(recipe: Recipe, folder: Path) -> list[str]:
+    """What a recipe's owner should know before the teacher in `folder` paints. UsageError for what cannot work."""
+    settings = recipe.paint
+    found = [calls.doubt(class_of(folder), settings.true_guidance)]
+    found.append(distilled.advice(recipe.teacher, settings.steps, settings.true_guidance))
+    return [doubt for doubt in found if doubt]
 
 
 def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.dtype) -> Memory | None:
@@ -158,8 +162,8 @@ def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.
     layout = tasks.load(recipe.task).layout(recipe.write.layout)
     shapes = stock.shapes(folder)
     size = settings.panel_size or min(MAX_PANEL, int(shapes.vae.get("sample_size") or MAX_PANEL))
-    # FLUX runs true guidance as a second forward, others mostly in one batch.
-    rows = settings.batch_size * (1 if shapes.is_flux or settings.true_guidance == 1 else 2)
+    index = read_file(folder / INDEX)
+    rows = settings.batch_size * calls.of(class_of(folder)).rows(settings.true_guidance, index)
     drawn = {"rows": rows, "panel": (layout.rows * size, layout.cols * size // 2)}
     return stock.settle(folder, settings.memory, device, dtype, drawn)
 
@@ -186,28 +190,34 @@ def panel_size(pipe: Any, asked: int | None) -> int:
 
 
 def call_options(pipe: Any, paint: Any, count: int) -> dict[str, Any]:
-    """What `paint` means to this pipeline, as arguments of its call for `count` prompts.
-
-    FLUX takes both kinds of guidance: distilled (`guidance_scale`) and true (`true_cfg_scale` against the empty
-    prompt). Pipelines with one take the distilled one if their transformer embeds it, else the true one.
-    """
+    """What `paint` means to this pipeline, as arguments of its call for `count` prompts (`teachers.calls`)."""
     asks = inspect.signature(pipe.__call__).parameters
+    call = calls.guess(pipe)
+    options: dict[str, Any] = {
+        "num_inference_steps": paint.steps,
+        **call.switches,
+        **call.arguments(paint.true_guidance),
+    }
     config = getattr(getattr(pipe, "transformer", None), "config", {})
-    options: dict[str, Any] = {"num_inference_steps": paint.steps}
-    if "true_cfg_scale" in asks:
-        options |= {"guidance_scale": paint.guidance, "true_cfg_scale": paint.true_guidance}
-    elif config.get("guidance_embeds"):
-        options["guidance_scale"] = paint.guidance
-    else:
-        options["guidance_scale"] = paint.true_guidance
-    if paint.true_guidance > 1:
+    if call.embedded and config.get("guidance_embeds", True):
+        options[call.embedded] = paint.guidance
+    if call.guides(paint.true_guidance, getattr(pipe, "config", {})):
         options["negative_prompt"] = [""] * count
     # FLUX's second encoder reads the whole prompt, in a length of its own; the default is FLUX.1-dev's 512.
     if "tokenizer_2" in pipe.components:
         limits = [t.model_max_length for name, t in pipe.components.items() if name.startswith("tokenizer") and t]
         options["max_sequence_length"] = min(MAX_TEXT_TOKENS, max(limits, default=MAX_TEXT_TOKENS))
-    options["use_resolution_binning"] = False
     return {name: value for name, value in options.items() if name in asks}
+
+
+def check_size(pipe: Any, images: torch.Tensor, height: int, width: int) -> None:
+    """UserError for images of another size than the grid's: its panels would be cut at the wrong places."""
+    tall, wide = images.shape[-2:]
+    if (tall, wide) != (height, width):
+        raise UserError(
+            f"a {type(pipe).__name__} drew {tall}×{wide} pixels where the grid has {height}×{width}; "
+            "choose a paint.panel_size that it can draw, or another teacher"
+        )
 
 
 def draw(pipe: Any, prompts: list[str], seeds: list[int], **options: Any) -> torch.Tensor:
@@ -217,5 +227,7 @@ def draw(pipe: Any, prompts: list[str], seeds: list[int], **options: Any) -> tor
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with torch.no_grad():
         # By name: the first thing that FLUX.2's pipelines take is a picture.
-        images = pipe(prompt=prompts, generator=generators, output_type="pt", **options).images
+        # Lists are copied: Z-Image's pipeline writes its chat template into those that it is given.
+        given = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
+        images = pipe(prompt=list(prompts), generator=generators, output_type="pt", **given).images
     return images.float().cpu()

@@ -17,6 +17,7 @@ import torch
 from diptych.errors import UsageError, UserError
 from diptych.student import files
 from diptych.student.weights import some
+from diptych.teachers.opening import refuse_code
 
 INDEX = "model_index.json"
 # part: (library, class) unless the folder's model_index.json names another; text parts may be absent.
@@ -71,6 +72,7 @@ def open_part(part: str, place: Path, dtype: torch.dtype) -> Any:
     """One part from its folder, whole or not at all."""
     library, name = class_of(part, place)
     cls = getattr(importlib.import_module(library), name)
+    refuse_code(place)
     is_model = part in ("vae", "text_encoder", "text_encoder_2")
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:

@@ -86,6 +86,7 @@ class Options:
 HARMLESS = frozenset(
     {"checkpoint_every", "keep", "validate_every", "sample_every", "sample_pairs", "sample_steps", "sample_guidance"}
     | {
+        "allow_distilled_teacher",
         "trackers",
         "offload",
         "micro_batch",
