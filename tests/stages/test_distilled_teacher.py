@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diptych import cli, doctor, plan, run
+from diptych import cli, doctor, frozen, plan, run
 from diptych.errors import UsageError
 from diptych.recipe import load
 from diptych.stages import distill, paint
@@ -109,8 +109,8 @@ def test_a_run_that_would_train_from_one_stops_before_anything_is_written(
 
 def test_forcing_it_is_a_key_that_may_change_and_trains_the_same_student(few: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    run.freeze(few, tmp_path / "run")
-    assert run.freeze(allowed(few), tmp_path / "run").distill.allow_distilled_teacher
+    frozen.freeze(few, tmp_path / "run")
+    assert frozen.freeze(allowed(few), tmp_path / "run").distill.allow_distilled_teacher
     path = tmp_path / "few.yaml"
     path.write_text(allowed(few).dump())
     assert load(path).distill.allow_distilled_teacher
