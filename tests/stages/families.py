@@ -64,7 +64,7 @@ def qwen_vae() -> Any:
     from diffusers import AutoencoderKLQwenImage
 
     sizes: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}
-    means = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    means: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     return AutoencoderKLQwenImage(**sizes, **means, temperal_downsample=[False, True])
 
 
@@ -125,7 +125,7 @@ def ernie() -> Any:
         text_in_dim=16, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     model = language_model(tokenizer)
-    rewriter = Qwen3ForCausalLM(Qwen3Config(**model.config.to_dict()))
+    rewriter: Any = Qwen3ForCausalLM(Qwen3Config(**model.config.to_dict()))
     return ErnieImagePipeline(transformer, vae, model, tokenizer, scheduler(), rewriter, letters())
 
 
@@ -157,9 +157,10 @@ def sana() -> Any:
     from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 
     tokenizer = letters()
+    blocks: Any = ("ResBlock",) * 2
     vae = AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
-        decoder_block_types=("ResBlock",) * 2, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        latent_channels=4, attention_head_dim=2, encoder_block_types=blocks,
+        decoder_block_types=blocks, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()), upsample_block_type="interpolate", downsample_block_type="stride_conv",
     )  # fmt: skip
@@ -235,9 +236,8 @@ def unet(latent: bool = False) -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         time_cond_proj_dim=8 if latent else None,
     )  # fmt: skip
-    made, times = (
-        (LatentConsistencyModelPipeline, LCMScheduler()) if latent else (StableDiffusionPipeline, DDIMScheduler())
-    )
+    made: Any = LatentConsistencyModelPipeline if latent else StableDiffusionPipeline
+    times = LCMScheduler() if latent else DDIMScheduler()
     return made(image_vae(), clip, tokenizer, model, times, None, None, requires_safety_checker=False)
 
 

@@ -288,11 +288,13 @@ def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
     import torch
 
     from diptych.student.loading import pick_device
+    from diptych.student.settings import Settings
     from diptych.train.hardware import pick_precision
 
     folder = models.resolve(recipe.teacher, "teacher")
     keys = ("evaluate.steps", "evaluate.true_guidance")
-    if found := distilled.advice(recipe.teacher, recipe.evaluate.steps, recipe.evaluate.true_guidance, keys):
+    steps = recipe.evaluate.steps or Settings().steps
+    if found := distilled.advice(recipe.teacher, steps, recipe.evaluate.true_guidance, keys):
         log.warning("%s", found)
     device = pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
