@@ -17,7 +17,7 @@ from diptych.enhance import _counted
 from diptych.errors import UserError
 from diptych.evaluate import baselines
 from diptych.evaluate.pipelines import Stock
-from diptych.judges.vision import open_vision
+from diptych.judges.vision import check, open_vision
 from diptych.llm.local import LocalModel
 from diptych.stages import distill, paint
 from diptych.student.components import open_part
@@ -223,7 +223,9 @@ def test_judges_writers_and_tokenizers_run_no_code_either(hostile: Path, judge: 
     change(hostile / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Evil", None]})
     for door in (
         lambda: open_vision(str(folder), "curator", "AutoModel", "cpu"),
+        lambda: check(str(folder), "curator", "AutoModel"),
         lambda: LocalModel.load(str(folder)),
+        lambda: LocalModel.check(str(folder)),
         lambda: _counted(hostile / "tokenizer"),
         lambda: open_part("tokenizer", hostile / "tokenizer", torch.float32),
         lambda: refuse_code(folder),

@@ -49,7 +49,6 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
 
     folder = models.resolve(name, role)
     place = _device(device)
-    refuse_code(folder)
     with _opening(folder, role), quiet_bars():
         loader = getattr(transformers, auto)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
@@ -79,7 +78,8 @@ def check(name: str, role: str, auto: str) -> Any:
 
 @contextmanager
 def _opening(folder: Path, role: str) -> Iterator[None]:
-    """UserError for what transformers raises when it opens a model that it cannot."""
+    """UserError for a folder that brings code, and for what transformers raises when it cannot open a model."""
+    refuse_code(folder)
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:

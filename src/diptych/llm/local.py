@@ -91,6 +91,7 @@ class LocalModel:
         import transformers
 
         folder = models.resolve(name, "vlm")
+        refuse_code(folder)
         with _opening(name):
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
             if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
