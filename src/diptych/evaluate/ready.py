@@ -9,6 +9,7 @@ from diptych import models
 from diptych.evaluate import suites
 from diptych.evaluate.run_suite import refuse_one_judge
 from diptych.stages import ready
+from diptych.teachers.opening import check_pipeline
 
 if TYPE_CHECKING:
     from diptych.sections import Recipe
@@ -32,7 +33,7 @@ def evaluate(recipe: Recipe) -> None:
     if "pipeline" in settings.methods:
         from diptych.evaluate.pipelines import model_of
 
-        models.resolve(model_of(recipe), "teacher")
+        check_pipeline(models.resolve(model_of(recipe), "teacher"), "pipeline")
     if "adapter" in settings.methods:
         from diptych.evaluate import adapter
 

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.errors import UsageError, UserError
+from diptych.teachers.configs import INDEX
+from diptych.teachers.opening import check_pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from diptych.sections import Recipe
     from diptych.student.pipeline import DiptychPipeline
-
-INDEX = "model_index.json"
 
 
 def write(recipe: Recipe) -> None:
@@ -44,13 +44,14 @@ def paint(recipe: Recipe) -> None:
     """The teacher, and how it is held and hurried."""
     import torch
 
-    from diptych.stages.paint import memory_for
+    from diptych.stages.paint import doubts, memory_for
     from diptych.student import stock
     from diptych.student.loading import pick_device
     from diptych.train.hardware import pick_precision
 
     folder, device = teacher(recipe), pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
+    doubts(recipe, folder)
     with _unsaid():  # the stage says it
         memory_for(recipe, folder, device, dtype)
         stock.speed_of(folder, recipe.paint.speed)
@@ -99,10 +100,9 @@ def distill(recipe: Recipe) -> None:
 
 
 def teacher(recipe: Recipe) -> Path:
-    """The teacher's folder. UserError if it is no pipeline's."""
+    """The teacher's folder. UserError if it is no pipeline's, or brings code or pickles."""
     folder = models.resolve(recipe.teacher, "teacher")
-    if not (folder / INDEX).is_file():
-        raise UserError(f"the teacher in {folder} cannot be opened as a diffusers pipeline (there is no {INDEX})")
+    check_pipeline(folder)
     return folder
 
 
