@@ -189,7 +189,8 @@ class Student:
         canvas = self.canvas(size)
         references = [self.opened(r, background) for r in _as_list(reference)]
         sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
-        if negative_prompt and max(sampling["image_guidance"], sampling["text_guidance"]) <= 1:
+        acting = ("image_guidance", "text_guidance") if any(r is not None for r in references) else ("text_guidance",)
+        if negative_prompt and all(sampling[name] <= 1 for name in acting):
             log.warning("the negative prompt does nothing unless image or text guidance is above 1")
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
         seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.settings.null_panel

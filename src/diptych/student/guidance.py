@@ -12,8 +12,9 @@ reference as soon as the noise lets it. What guidance should strengthen is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,6 +89,71 @@ class NullPanel:
         self._own = self._own + (self._sigmas[step + 1] - self._sigmas[step]).to(self._own) * v["null"]
         beside = v["reference"] if "reference" in v else v["cond"]
         return {**v, "null": torch.where(self._right, v["null"], beside)}
+
+
+class Alike:
+    """The rows of a batch that are guided alike. Each group is sampled as a batch of its own, so an image does not
+    depend on what else is drawn with it."""
+
+    def __init__(self, rows: torch.Tensor | slice, guide: Guidance, mark: str = "") -> None:
+        """`rows` index the batch; `mark` tells the groups' forwards apart in step caches."""
+        self.rows, self.guide, self._mark = rows, guide, mark
+        self._null: NullPanel | None = None
+
+    def give_null_a_panel(self, noise: torch.Tensor, canvas: Canvas, sigmas: torch.Tensor) -> None:
+        """A left panel of its own for the null pass, if there is one; `noise` is the whole batch's."""
+        if "null" in self.guide.needed:
+            self._null = NullPanel(noise[self.rows], canvas, sigmas)
+
+    def velocity(
+        self,
+        run: Callable[..., torch.Tensor],
+        x_t: torch.Tensor,
+        branches: Mapping[str, Branch],
+        step: int,
+        steps: int,
+        batched: bool,
+    ) -> torch.Tensor:
+        """v of these rows at this step, guided if the step is; x_t (B, tokens, C) and `branches` are the whole
+        batch's, the rest as in `velocities`."""
+
+        def marked(name: str, *inputs: torch.Tensor) -> torch.Tensor:
+            return run(name + self._mark, *inputs)
+
+        x = x_t[self.rows]
+        guided = self.guide.at(step, steps)
+        needed = {
+            name: tuple(part[self.rows] for part in branches[name])
+            for name in (self.guide.needed if guided else ("cond",))
+        }
+        if not guided:
+            return marked("cond", x, *needed["cond"])
+        seen = dict.fromkeys(needed, x)
+        if self._null is not None:
+            seen["null"] = self._null.see(x, step)
+        v = velocities(marked, needed, seen, batched)  # pyright: ignore[reportArgumentType]
+        return self.guide.combine(v if self._null is None else self._null.moved(v, step))
+
+
+def alike(guides: Sequence[Guidance]) -> list[Alike]:
+    """The rows of a batch, given the guidance of each, in groups that are guided alike."""
+    rows: dict[Guidance, list[int]] = {}
+    for row, guide in enumerate(guides):
+        rows.setdefault(guide if guide.on else Guidance(), []).append(row)
+    if len(rows) == 1:
+        return [Alike(slice(None), next(iter(rows)))]
+    return [Alike(torch.tensor(own), guide, f" {n}") for n, (guide, own) in enumerate(rows.items())]
+
+
+def velocity(groups: Sequence[Alike], run: Callable[..., torch.Tensor], x_t: torch.Tensor, *given: Any) -> torch.Tensor:
+    """v of a whole batch (B, tokens, C) at x_t, from its groups; arguments as in `Alike.velocity`."""
+    made = [group.velocity(run, x_t, *given) for group in groups]
+    if len(made) == 1:
+        return made[0]
+    v = torch.empty_like(x_t, dtype=made[0].dtype)
+    for group, part in zip(groups, made, strict=True):
+        v[group.rows] = part
+    return v
 
 
 def velocities(

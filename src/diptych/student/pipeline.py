@@ -349,16 +349,19 @@ class DiptychPipeline(FluxControlPipeline):
             max_sequence_length,
         )
         condition = self.encode_reference(references, canvas, fit)
-        # The formula's two differences vanish where i = 1 or t = 1, and i has no meaning without a reference.
-        has_reference = any(r is not None for r in references)
-        guide = guidance.Guidance(
-            image=image_guidance_scale if has_reference else 1.0,
-            text=text_guidance_scale,
-            first=settings.guidance_from,
-            until=settings.guidance_until,
-        )
+        # The formula's two differences vanish where i = 1 or t = 1, and i has no meaning for a row without a reference.
+        guides = [
+            guidance.Guidance(
+                image=1.0 if reference is None else image_guidance_scale,
+                text=text_guidance_scale,
+                first=settings.guidance_from,
+                until=settings.guidance_until,
+            )
+            for reference in references
+            for _ in range(num_images_per_prompt)
+        ]
         negative = None
-        if guide.on:
+        if any(guide.on for guide in guides):
             given = negative_prompt if negative_prompt is not None or negative_prompt_embeds is not None else ""
             negative = self._text(
                 "negative_prompt",
@@ -389,8 +392,8 @@ class DiptychPipeline(FluxControlPipeline):
         timesteps = self._timesteps(num_inference_steps, sigmas, canvas, device)
         self._num_timesteps = len(timesteps)
         distilled = None
-        if self.transformer.config.guidance_embeds:
-            distilled = torch.full([total], guidance_scale, device=device, dtype=torch.float32)
+        if self.transformer.config.guidance_embeds:  # as many rows as one forward may have
+            distilled = torch.full([3 * total], guidance_scale, device=device, dtype=torch.float32)
 
         # What may run at a step, by the name that tells step caches the branches apart.
         branches: dict[str, guidance.Branch] = {"cond": (condition, embeds, pooled)}
@@ -400,12 +403,12 @@ class DiptychPipeline(FluxControlPipeline):
             branches["null"] = (torch.zeros_like(condition), empty, empty_pooled)
 
         def velocity(name: str, x, c, text, pool) -> torch.Tensor:
-            """v(c, text) at x and the present time, for any multiple of the batch."""
+            """v(c, text) at x and the present time, for any rows of the batch."""
             with self.transformer.cache_context(name):
                 return self.transformer(
                     hidden_states=torch.cat([x, c], dim=2),
                     timestep=t.expand(len(x)).to(x.dtype) / 1000,
-                    guidance=distilled.repeat(len(x) // total) if distilled is not None else None,
+                    guidance=distilled[: len(x)] if distilled is not None else None,
                     pooled_projections=pool,
                     encoder_hidden_states=text,
                     txt_ids=torch.zeros(text.shape[1], 3, device=device, dtype=dtype),
@@ -415,9 +418,10 @@ class DiptychPipeline(FluxControlPipeline):
                 )[0]
 
         clamp = _LeftPanel(condition, x_t, canvas, self.scheduler.sigmas) if settings.clamp_left else None
-        null = None
-        if (settings.null_panel or own.null_panel) == "own" and canvas.panels == 2 and "null" in guide.needed:
-            null = guidance.NullPanel(x_t, canvas, self.scheduler.sigmas)
+        groups = guidance.alike(guides)
+        if (settings.null_panel or own.null_panel) == "own" and canvas.panels == 2:
+            for group in groups:
+                group.give_null_a_panel(x_t, canvas, self.scheduler.sigmas)
         self._begin(canvas, timesteps)
         self._stage("denoise")
         pools = [pool for _, _, pool in branches.values()]
@@ -434,15 +438,7 @@ class DiptychPipeline(FluxControlPipeline):
                     continue
                 if self.step_cache is not None:
                     self.step_cache.step = i
-                if guide.at(i, len(timesteps)):
-                    needed = {name: branches[name] for name in guide.needed}
-                    seen = dict.fromkeys(needed, x_t)
-                    if null is not None:
-                        seen["null"] = null.see(x_t, i)
-                    v = guidance.velocities(velocity, needed, seen, settings.batched_guidance)
-                    v = guide.combine(v if null is None else null.moved(v, i))
-                else:
-                    v = velocity("cond", x_t, *branches["cond"])
+                v = guidance.velocity(groups, velocity, x_t, branches, i, len(timesteps), settings.batched_guidance)
                 x_t = self.scheduler.step(v, t, x_t, return_dict=False)[0].to(dtype)
                 if clamp is not None:
                     x_t = clamp(x_t, i + 1)
