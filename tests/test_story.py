@@ -183,6 +183,25 @@ def test_a_language_model_writes_the_panels_of_an_idea(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
+    "again",
+    [
+        {"shows": "A cat on the pier, in rain!", "says": "Day two."},
+        {"shows": "a cat at home, warm lamp light", "says": "day ONE"},
+        {"shows": "a cat on the pier in rain again", "says": "Day two."},
+    ],
+)
+def test_a_story_with_a_panel_twice_is_sent_back(serve: Serve, again: dict[str, str]) -> None:
+    first = {"shows": "a cat on the pier in rain", "says": "Day one."}
+    other = [{"shows": f"a cat in {place}", "says": f"So: {place}."} for place in ("a boat at dawn", "a snowy wood")]
+    last = {"shows": "a cat asleep by a fire", "says": "Home."}
+    replies = iter([{"panels": [first, *other, again]}, {"panels": [first, *other, last]}])
+    server = serve(lambda call: say(next(replies)))
+    endpoint = Endpoint(base_url=server.url, model="tiny", timeout=20.0, backoff=0.01, retries=1)
+    assert write_panels("a cat", 4, endpoint)[-1] == story.Panel("a cat asleep by a fire", "Home.")
+    assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--panel", "a", "--idea", "b"], "in one way"),

@@ -21,6 +21,7 @@ from diptych.data import log
 from diptych.data.scan import open_run
 from diptych.data.share import link_all
 from diptych.data.store import write_atomic
+from diptych.documents import parse_json
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
 from diptych.evaluate.ablations import Study, Variant
@@ -230,12 +231,12 @@ def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
     folder, method = place(out, name, seed), plan.variants[name].method
     trained = {"adapter": "baselines/adapter/adapter.json", "student": "student/training/summary.json"}.get(method)
     try:
-        metrics = json.loads((folder / "report" / "metrics.json").read_text("utf8"))
+        metrics = parse_json((folder / "report" / "metrics.json").read_text("utf8"))
         text = (folder / "samples" / "scores.jsonl").read_text("utf8")
-        about: dict[str, Any] = json.loads((folder / trained).read_text("utf8")) if trained else {"seconds": 0.0}
+        about: dict[str, Any] = parse_json((folder / trained).read_text("utf8")) if trained else {"seconds": 0.0}
     except (OSError, ValueError):
         return None
-    lines, methods = [json.loads(line) for line in text.splitlines()], metrics["methods"]
+    lines, methods = [parse_json(line) for line in text.splitlines()], metrics["methods"]
     if method == "tuned":  # the best of the sweep, picked with the scores in sight: in the baseline's favour
         method = max(methods, key=lambda each: methods[each]["cp_pf"])
         about = {"seconds": methods[method]["seconds_per_subject"]}

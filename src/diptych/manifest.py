@@ -12,13 +12,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 
 EXTRA = "pip install 'diptych[c2pa]'"
@@ -120,7 +120,7 @@ def read(data: bytes, kind: str, trust: str | None = None) -> Manifest:
     c2pa = library()
     try:
         with c2pa.Reader(MIME[kind], io.BytesIO(data), context=context(trust)) as reader:
-            store = json.loads(reader.json())
+            store = parse_json(reader.json())
     except c2pa.C2paError as error:
         raise UserError(_short(error)) from error
     active = store.get("manifests", {}).get(store.get("active_manifest"))
@@ -142,7 +142,7 @@ def _provenance(manifest: dict[str, Any]) -> dict[str, Any] | None:
     for assertion in manifest.get("assertions", []):
         if assertion["label"] == LABEL:
             try:
-                return json.loads(assertion["data"]["json"])
+                return parse_json(assertion["data"]["json"])
             except (KeyError, TypeError, ValueError):
                 return {}  # not what diptych writes, so not what the picture says
     return None

@@ -7,12 +7,13 @@ Nothing here loads a weight; what opens the folder decides what it holds.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import re
 from pathlib import Path
 
+from diptych import layers
+from diptych.documents import parse_json, parse_yaml
 from diptych.errors import UsageError, UserError, nearest
 from diptych.paths import packaged
 from diptych.text_files import read_text
@@ -55,6 +56,7 @@ def resolve(name: str, role: str) -> Path:
         return folder
     path = Path(name).expanduser()
     if name and path.exists():
+        layers.check_folder(path)
         note_licence(name, path)
         return path
     if not _HUB_NAME.fullmatch(name):
@@ -65,6 +67,7 @@ def resolve(name: str, role: str) -> Path:
             f"and not a hub name (owner/name){nearest(name, BUILT_IN)}"
         )
     path = _download(name, role)
+    layers.check_folder(path)
     note_licence(name, path)
     return path
 
@@ -170,12 +173,10 @@ def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
         return {"license": kind, "license_name": licence, "license_link": link}, FLUX_DEV_NOTE
     front = None
     if folder is not None:
-        import yaml
-
         try:
             text = read_text(folder / "README.md")
-            front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-        except (UserError, yaml.YAMLError):
+            front = parse_yaml(text.split("---")[1], "README.md") if text.startswith("---") else None
+        except (ValueError, IndexError):
             front = None
     if isinstance(front, dict) and front.get("license"):
         fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
@@ -188,7 +189,7 @@ def _is_flux_dev(name: str, path: Path) -> bool:
         return True
     for config in (path / "transformer" / "config.json", path / "config.json"):
         try:
-            values = json.loads(config.read_text("utf8"))
+            values = parse_json(config.read_text("utf8"))
         except (OSError, ValueError):
             continue
         # What sets dev apart from schnell (Apache-2.0) is the guidance embedding; 24 heads, from small test models.

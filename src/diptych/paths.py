@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -54,3 +55,20 @@ def place(where: str | Path | UPath) -> Path:
         raise UsageError(f"{where}: {error.name or error} is not installed; pip install 'diptych[s3]'") from None
     except ValueError as error:
         raise UsageError(f"{where}: {error}; an address is s3://BUCKET/FOLDER, for instance") from None
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that only its owner may enter, and those above it that are missing. One that is there stays."""
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def private_file(path: Path) -> None:
+    """Makes an empty file that only its owner may read, in a private folder; takes others' permissions off a file of
+    ours that is there."""
+    make_private(path.parent)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    found = path.stat()
+    if os.name == "posix" and found.st_mode & 0o077 and found.st_uid == os.getuid():
+        path.chmod(0o600)

@@ -18,6 +18,7 @@ from diptych import models, trace
 from diptych.data.interop import card, exporting
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, UserError
 from diptych.text_files import read_text
 
@@ -155,8 +156,8 @@ def _licensed(text: str, licence: str, path: Path) -> str:
     head, front, body = ["", "", ""]
     try:
         head, front, body = text.split("---\n", 2)
-        fields = yaml.safe_load(front)
-    except (ValueError, yaml.YAMLError):
+        fields = parse_yaml(front, str(path / CARD))
+    except ValueError:
         fields = None
     if head or not isinstance(fields, dict):
         raise UserError(f"{path / CARD} does not begin with the hub's front matter (--- … ---); run again what made it")

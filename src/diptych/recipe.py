@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged, is_remote, packaged, place
 from diptych.sections import Recipe, flat
@@ -66,43 +67,18 @@ def check(values: Any, where: str, overlay: dict[str, Any] | None = None) -> Rec
 
 def parse_set(text: str) -> dict[str, Any]:
     """`"distill.steps=200"` as `{"distill": {"steps": 200}}`; the value is YAML."""
-    import yaml
-
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UsageError(f"--set {text}: write it as stage.key=value, for instance --set distill.steps=200")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    parsed = parse_yaml(value, f"--set {text[:200]}")
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """PyYAML keeps the last of two equal keys without a word; a recipe must not."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' is there twice", key.start_mark
-                    )
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    try:
-        values = yaml.load(read_text(path), Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from error
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a list of `key: value` lines; this file is not")
     return values

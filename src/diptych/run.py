@@ -14,8 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ STAGES = ("write", "paint", "curate", "distill", "evaluate")
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 ALIGNED = 2  # the same, for what curation does with aligned panels alone
 CALLS = 2  # the same, for grids of pipelines that were called with another guidance, or a rewritten prompt
+WORDED = 2  # the same, for what is written by a language model or from a vocabulary, whose captions name the style
 
 
 def run(
@@ -190,15 +191,22 @@ class Pipeline:
 
         shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
         stage = Write(self.recipe, self.answers)
-        result = self._rows(stage, shards, "prompts", "prompts", self.fingerprints("write"), {})
+        print_ = self.fingerprints("write")
         if self.recipe.write.writer != "llm":
-            return result
-        from diptych.stages import diversity  # a language model may repeat itself; a grammar cannot
+            return self._rows(stage, shards, "prompts", "prompts", print_, {})
+        from diptych.stages import diversity, repeats  # a language model may repeat itself; a grammar cannot
+
+        def finish(output: Dataset, failed: Dataset) -> None:
+            repeats.take_out(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
+
+        painted = bool(Dataset(self.folder / "grids").shards())
+        with self._billed("write"):
+            result = self._rows(stage, shards, "prompts", "prompts", print_, {}, retry=not painted, finish=finish)
 
         prompts = Dataset(self.folder / "prompts")
         texts = (text for _, _, batch in batches(prompts, "prompt") for text in batch["prompt"])
         spread = diversity.spread(texts, len(prompts)).values()
-        return {**result, "spread": spread, **self._asked("write")}
+        return {**result, "spread": spread, "asked": self._bill()}
 
     def paint(self) -> dict[str, Any]:
         from diptych.stages.paint import Paint
@@ -217,18 +225,34 @@ class Pipeline:
             made_by["screens_sha256"] = classifiers
         print_ = self.fingerprints("curate")
         stage = Curate(self.recipe, self.answers)
-        result = self._rows(stage, grids, "candidates", "grids", print_, made_by)
-        result["pairs"] = self.select()
+        trained = (self.folder / "student").exists()
+        with self._billed("curate") if self.recipe.curate.vlm else nullcontext():
+            result = self._rows(stage, grids, "candidates", "grids", print_, made_by, retry=not trained)
+            if result["processed"]:
+                self._drop_pairs()
+            result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
             result["duplicates"] = len(Dataset(self.folder / "failed" / _Select.name))
-        return result | (self._asked("curate") if self.recipe.curate.vlm else {})
+        return result | ({"asked": self._bill()} if self.recipe.curate.vlm else {})
 
-    def _asked(self, stage: str) -> dict[str, Any]:
-        """What the run's language models cost so far, said and for the log."""
-        found = bills.bill(self.folder, self.recipe)
-        for line in bills.lines(found):
-            self.display.say(f"{stage}: {line}, so far")
-        return {"asked": found}
+    def _drop_pairs(self) -> None:
+        """Removes what was selected among candidates of which some were made again since."""
+        for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / _Select.name)):
+            data.unpublish()
+            for shard in data.shards():
+                data.drop_shard(shard)
+
+    @contextmanager
+    def _billed(self, stage: str) -> Iterator[None]:
+        """Says at its end, however it ends, what the run's language models cost so far."""
+        try:
+            yield
+        finally:
+            for line in bills.lines(self._bill()):
+                self.display.say(f"{stage}: {line}, so far")
+
+    def _bill(self) -> list[dict[str, Any]]:
+        return bills.bill(self.folder, self.recipe)
 
     def select(self) -> int:
         """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
@@ -273,6 +297,8 @@ class Pipeline:
         made_by: dict[str, Any],
         quiet: bool = False,
         engine: Engine | None = None,
+        retry: bool = True,
+        finish: Callable[[Dataset, Dataset], object] | None = None,
     ) -> dict[str, Any]:
         """One stage through the engine, into the folder `output`."""
         target = Dataset(self.folder / output, records.schema(records.COLUMNS[output]))
@@ -283,10 +309,15 @@ class Pipeline:
             manifest["inputs"] = {Path(inputs.url).name: inputs.manifest_hash()}
         display = Display(quiet=True) if quiet else self.display
         with display.stage(stage.name, unit) as report:
-            result: Result = (engine or self.engine).run(stage, inputs, target, failed, fingerprint, report, manifest)
+            result: Result = (engine or self.engine).run(
+                stage, inputs, target, failed, fingerprint, report, manifest, retry=retry, finish=finish
+            )
         if result.failed and not quiet:
             first = f" (first: {result.reasons[0]})" if result.reasons else ""
-            self.display.say(f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}")
+            again = f"; run the same command again to ask for {result.lost} of them" if result.lost and retry else ""
+            self.display.say(
+                f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}{again}"
+            )
         return asdict(result)
 
     def _input(self, name: str, made_by: str, fingerprint: str) -> Dataset:
@@ -358,7 +389,9 @@ class Pipeline:
             from diptych.stages.write import words_digest
 
             task = hashlib.sha256(self.task.model_dump_json().encode()).hexdigest()
-            settings = [recipe.fingerprint("seed", "write"), task, words_digest(recipe)]
+            words = words_digest(recipe)
+            settings = [recipe.fingerprint("seed", "write"), task, words]
+            settings += [f"worded {WORDED}"] if words or recipe.write.writer == "llm" else []
         elif stage == "paint":
             teacher = self._model(recipe.teacher, "teacher")
             settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]

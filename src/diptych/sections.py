@@ -34,7 +34,7 @@ class Write(Section):
 
     writer: Literal["grammar", "llm"] = "grammar"
     """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model; `llm`
-    asks the one at `endpoint` or in `vllm`, by the task's brief."""
+    asks the one at `endpoint`, in `local` or in `vllm`, by the task's brief."""
     grammar: str = Field(default="auto", min_length=1)
     """Whose words the grammar uses: `pocket` those of the pocket world's teacher, `photo` a vocabulary for teachers
     that know English, or a vocabulary file. `auto` asks the teacher: `pocket` if it reads less text than CLIP does."""
@@ -47,6 +47,8 @@ class Write(Section):
     and what near duplicates are looked for in."""
     endpoint: Endpoint | None = None
     """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    local: str | None = Field(default=None, min_length=1)
+    """Or a transformers language model on this machine, with or without vision: a folder, or a hub name."""
     vllm: Vllm | None = None
     """Or a language model that vLLM runs inside the stage; its keys are in `llm/vllm.py` and docs/endpoints.md."""
     cache: str | None = Field(default=None, min_length=1)
@@ -69,12 +71,24 @@ class Write(Section):
     subject_share: float = Field(default=0.2, gt=0, le=1)
     """Most of a shard's grids (but always three) that may show one subject; later ones fail. 1 lets all pass."""
 
+    @property
+    def model(self) -> str:
+        """The language model that writes, by name; "" if none does."""
+        asked = self.endpoint or self.vllm
+        return self.local or (asked.model if asked else "")
+
     @model_validator(mode="after")
     def _asks_somebody(self) -> Write:
-        if self.writer == "llm" and self.endpoint is None and self.vllm is None:
-            raise ValueError("the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}")
-        if self.endpoint is not None and self.vllm is not None:
-            raise ValueError("name one model: either endpoint or vllm")
+        named = [one for one in (self.endpoint, self.local, self.vllm) if one is not None]
+        if self.writer == "llm" and not named:
+            raise ValueError(
+                "the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}, or a model on "
+                "this machine in local or vllm"
+            )
+        if len(named) > 1:
+            raise ValueError("name one model: either endpoint or local or vllm")
+        if self.local is not None and self.captions is None:
+            raise ValueError("local samples nothing, so without captions it would write the same grid each time")
         if self.category_column and not (self.captions and self.quotas):
             raise ValueError("category_column needs captions, and quotas that go by it")
         if self.clear_subject and not self.captions:
@@ -688,6 +702,7 @@ class Recipe(Section):
             ("paint", "images", 1),
             ("paint", "memory", None),
             ("paint", "speed", None),
+            ("write", "local", None),
             ("distill", "condition_init", "zeros"),
         ):
             if values[section][key] == default:

@@ -5,13 +5,14 @@ write_panels("a cat who wants to see the sea", 6, endpoint)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from diptych.errors import UserError
 from diptych.llm.client import Client
 from diptych.llm.question import Question, clean, quoted, system, user
+from diptych.stages import diversity
 from diptych.story import Panel
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ BRIEF = (
 
 # What models like to write, and Pillow's own font does not have; and the bar, which parts a panel's two texts.
 PLAIN = str.maketrans("–—|", "--/")
+REPEATS = 0.7  # resemblance from which on a panel shows what an earlier one shows
 
 
 class Told(BaseModel):
@@ -40,9 +42,21 @@ class Told(BaseModel):
     says: str = Field(min_length=1, max_length=160, description="The sentence below it.")
 
 
+def _different(panels: list[Told]) -> list[Told]:
+    """No two panels that show the same, or nearly, and no sentence twice."""
+    guard = diversity.Guard(REPEATS)
+    for number, panel in enumerate(panels, 1):
+        if (near := guard.near(str(number), panel.shows)) is not None:
+            raise ValueError(f"panel {number} shows what panel {near[0]} shows")
+    if diversity.repeated([panel.shows for panel in panels]) or diversity.repeated([panel.says for panel in panels]):
+        raise ValueError("two panels say the same")
+    return panels
+
+
 def write_panels(idea: str, count: int, endpoint: Endpoint, cache: Cache | None = None) -> list[Panel]:
     """So many panels that tell the idea. UserError if nobody answers there, or not as asked."""
-    shape = create_model("Story", panels=(list[Told], Field(min_length=count, max_length=count)))
+    several = Field(min_length=count, max_length=count)
+    shape = create_model("Story", panels=(Annotated[list[Told], several, AfterValidator(_different)], ...))
     question = Question((system(BRIEF.format(count=count)), user(quoted(idea, "idea"))), shape)
     with Client(endpoint, cache) as client:
         outcome = client.ask(question)

@@ -22,6 +22,7 @@ from diptych.data.embedded import holds_manifest
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.sections import OWN
 
@@ -332,7 +333,7 @@ def _origin(path: Path, folder: Path) -> dict[str, Any] | None:
     from diptych.student.tensors import open_safetensors
 
     try:
-        told = json.loads((open_safetensors(file)[1] or {}).get("diptych", "{}"))
+        told = parse_json((open_safetensors(file)[1] or {}).get("diptych", "{}"))
     except (UserError, ValueError):
         return None
     return told if "pairs" in told else None
@@ -429,7 +430,7 @@ def _sha(path: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text("utf8"))
+        found = parse_json(path.read_text("utf8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -87,9 +87,20 @@ def test_the_majority_of_the_decided_votes_is_the_verdict(
     assert found.score == pytest.approx(score, nan_ok=True)
 
 
-def test_a_pair_that_no_model_looked_at_is_told_apart_from_one_without_a_valid_answer() -> None:
-    assert count([outcome(None, "failed")] * 2).reason == "no reply"
+def test_a_pair_that_could_not_be_asked_about_is_told_apart_from_one_without_a_valid_answer() -> None:
+    assert count([outcome(None, "failed")] * 2).reason == "could not be asked"
     assert count([outcome(None, "failed"), outcome(None)]).reason == "no valid answer"
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    [([], "lost"), ([None], "lost"), ([True], "same"), ([True, False], "lost"), ([True, True, False], "same")],
+)
+def test_a_vote_without_a_reply_is_no_verdict_unless_the_others_are(others: list[bool | None], verdict: str) -> None:
+    lost = Outcome("p", "failed", None, "the server says 503", lost=True)
+    found = count([lost, *(outcome(None if vote is None else answer(vote)) for vote in others)])
+    assert found.verdict == verdict
+    assert found.reason == ("the server says 503" if verdict == "lost" else "")
 
 
 def test_votes_are_asked_apart_and_each_is_kept_whole(serve: Serve, tmp_path: Path) -> None:
@@ -118,7 +129,7 @@ def test_no_answer_and_no_reply_are_outcomes_with_their_reason(serve: Serve) -> 
         found = VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE), ("q", BLUE, RED)])
     assert [(found[name].verdict, found[name].reason) for name in "pq"] == [
         ("undecided", "no valid answer"),
-        ("undecided", "no reply"),
+        ("undecided", "could not be asked"),
     ]
     assert "no JSON object" in found["p"].votes[0]["reason"] and "alike" in found["p"].votes[0]["text"]
     assert "picture too small" in found["q"].votes[0]["reason"]
@@ -128,4 +139,4 @@ def test_a_broken_picture_costs_its_own_pair(serve: Serve) -> None:
     server = serve(lambda call: say(answer(True)))
     with Client(endpoint(server)) as client:
         found = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
-    assert (found["p"].verdict, found["p"].reason, found["q"].verdict) == ("undecided", "no reply", "same")
+    assert (found["p"].verdict, found["p"].reason, found["q"].verdict) == ("undecided", "could not be asked", "same")

@@ -13,10 +13,13 @@ from PIL import Image
 from pydantic import BaseModel
 
 from diptych.errors import UserError
+from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.local import LocalModel
+from diptych.llm.model import open_model
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question, system, user
+from diptych.sections import Recipe
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
@@ -128,3 +131,63 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     save_tiny_llava(tmp_path, template=None)
     with pytest.raises(UserError, match="no chat template"):
         LocalModel.load(str(tmp_path), device="cpu")
+
+
+def save_tiny_llama(folder: Path, mute: bool = False) -> None:
+    """A language model without vision, its tokenizer one token for each byte."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    # Content is joined as text, which parts are not.
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    fast.save_pretrained(folder)
+    thin = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**thin, vocab_size=len(vocabulary), max_position_embeddings=8192, **ends))
+    if mute:
+        torch.nn.init.zeros_(model.lm_head.weight)  # of equal chances greedy takes token 0
+        model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+
+
+def test_a_language_model_without_vision_is_asked_in_text_and_gives_up_on_pictures(
+    verdict: type[BaseModel], tmp_path: Path
+) -> None:
+    save_tiny_llama(tmp_path)
+    model = LocalModel.load(str(tmp_path), device="cpu", max_tokens=4)
+    outcome = model.ask(Question((system("You judge."), user("One.", "Two.")), verdict))
+    assert (outcome.status, outcome.usage.output_tokens, model.sees) == ("undecided", 4, False)
+    assert outcome.usage.input_tokens == len("system: You judge.\nuser: One.\n\nTwo.\n\n\nassistant: ") + len(
+        schema.in_words(verdict)
+    )
+    shown = model.ask(Question((user("This?", Image.new("RGB", (8, 8))),), verdict))
+    assert shown.status == "failed" and "no images" in shown.reason
+    with pytest.raises(UserError, match="reads no images"):
+        open_model(None, str(tmp_path), cache=None, device="cpu")
+
+
+def test_a_recipe_s_writer_may_be_a_language_model_on_this_machine(tmp_path: Path) -> None:
+    from diptych.run import PromptShards
+    from diptych.stages import write
+
+    save_tiny_llama(tmp_path / "llama", mute=True)
+    (tmp_path / "c.txt").write_text("a fox\nan owl\n")
+    section = {"writer": "llm", "local": str(tmp_path / "llama"), "captions": f"{tmp_path}/c.txt", "shard_size": 2}
+    recipe = Recipe.model_validate({"name": "x", "device": "cpu", "write": section})
+    work = write.Write(recipe, tmp_path / "answers.sqlite").load()
+    with pytest.raises(UserError, match="none of 2 questions got an answer: the reply is empty"):
+        work(PromptShards(0, 2, 2)[0])
+    with pytest.raises(ValueError, match="without captions"):
+        Recipe.model_validate({"name": "x", "write": {"writer": "llm", "local": "x"}})

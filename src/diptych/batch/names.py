@@ -15,6 +15,7 @@ from diptych.data.images import KINDS, READ, kind_of
 from diptych.errors import UsageError, nearest
 
 PATTERN = "{reference}-{prompt}-{seed}.png"
+WIDTH = r"0?\d?\d?[dx]?"  # what may stand after a field's colon: the width of a number
 FIELDS = ("reference", "prompt", "seed", "row")
 PART_BYTES = 80  # of a file's name, for a reference and for a prompt each; file systems end a name at 255
 _OTHER_KINDS = tuple(suffix for suffix in READ if suffix not in KINDS)
@@ -72,9 +73,13 @@ def _key(path: Path) -> str:
 
 def _check_pattern(pattern: str) -> None:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+        parsed = [(name, spec) for _, name, spec, _ in string.Formatter().parse(pattern) if name is not None]
     except ValueError as error:
         raise UsageError(f"--out {pattern}: {error}; fields are written as {{reference}}") from error
+    names = [name for name, _ in parsed]
+    for name, spec in parsed:
+        if not re.fullmatch(WIDTH, spec or ""):
+            raise UsageError(f"--out {pattern}: Invalid format '{spec}' of {{{name}}}: a width such as 04d is allowed")
     for name in names:
         if name not in FIELDS:
             known = ", ".join(f"{{{known}}}" for known in FIELDS)

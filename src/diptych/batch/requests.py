@@ -6,13 +6,13 @@ The command's own words are one row, a JSONL file has one a line; a folder stand
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diptych.data.images import READ
+from diptych.documents import parse_json
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged
 from diptych.text_files import read_lines
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw)
+            row = parse_json(raw)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}:{line}: not JSON ({error}); one object a line") from error
         if not isinstance(row, dict):

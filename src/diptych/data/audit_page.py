@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from diptych.data.audit import Sample
 from diptych.data.labels import LABELS, Labels
+from diptych.documents import parse_json
 from diptych.errors import UserError
 
 HOST = "127.0.0.1"
@@ -128,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _label(self) -> None:
         try:
             size = int(self.headers.get("Content-Length", ""))
-            given = json.loads(self.rfile.read(size)) if 0 < size <= MOST else None
+            given = parse_json(self.rfile.read(size)) if 0 < size <= MOST else None
         except ValueError:
             given = None
         id, label = (given.get("id"), given.get("label")) if isinstance(given, dict) else (None, None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from diptych.data import records
 from diptych.data.labels import Labels
 from diptych.data.store import Dataset, write_atomic
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.paths import place
 
@@ -42,7 +43,7 @@ def read(run_dir: str | Path) -> dict[str, bool]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             id, verdict = str(row["id"]), row["label"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines):

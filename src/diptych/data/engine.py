@@ -31,14 +31,17 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe
 
 ENGINES = ("local", "ray")
+LOST = "no reply: "  # what the reasons of lost rows begin with in `failed/`
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A row that could not be processed, and why, in one line."""
+    """A row that could not be processed, and why, in one line. One that is `lost` met something that may pass, such as
+    a server that gives no reply: the next run tries it again."""
 
     reason: str
+    lost: bool = False
 
 
 Work = Callable[[list[Row]], Sequence[Sequence[Row] | Failure]]
@@ -59,13 +62,15 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage did: rows read and written, failures in all, rows and calls of this process (0 = all was there)."""
+    """What a stage did: rows read and written, failures in all, rows of this process (0 = all was there), and how many
+    of the failures the next run tries again."""
 
     inputs: int
     rows: int
     failed: int
     processed: int
     reasons: list[str] = field(default_factory=list)  # the first few, for a summary
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Job:
             timed(len(batch), time.perf_counter() - began)
             for row, result in zip(batch, results, strict=True):
                 if isinstance(result, Failure):
-                    bad.append(failed_row(self.stage.name, row, result.reason))
+                    bad.append(failed_row(self.stage.name, row, f"{LOST if result.lost else ''}{result.reason}"))
                 else:
                     good.extend(result)
             report(start + len(batch))
@@ -120,11 +125,16 @@ class Engine(ABC):
         progress: Progress | None = None,
         manifest: dict[str, Any] | None = None,
         timed: Timed | None = None,
+        retry: bool = True,
+        finish: Callable[[Dataset, Dataset], object] | None = None,
     ) -> Result:
         """Makes what is missing of `output`, then publishes it with `manifest` (seeds, versions, input hashes).
 
         `inputs` is a complete data set, or the shards themselves as lists of rows. `failed` gets one part for each
         shard with failures (stage, id, reason, the row's text columns as JSON). `timed` hears what each batch took.
+        With `retry`, shards in which an earlier run lost rows are made again. `finish` sees `output` and `failed` once
+        all shards are there, before they are published, and may move rows from one to the other.
+
         Raises UserError if a part of another fingerprint is there, or if every single row failed. The stage's `load`
         is called only if there is work.
         """
@@ -136,6 +146,11 @@ class Engine(ABC):
         done = output.shards_done(fingerprint)
         if not done <= set(shards):
             raise UserError(f"{output.url} holds parts that its input does not; remove {output.url} and run again")
+        if retry:
+            again = {i for i in set(failed.shards()) & done if _lost(failed.read_shard(i))}
+            for i in again:
+                output.drop_shard(i)
+            done -= again
         for i in set(failed.shards()) - done:
             failed.drop_shard(i)  # of a shard that never came, or of an output that was removed
         missing = {i: sizes[i] for i in shards if i not in done}
@@ -147,18 +162,22 @@ class Engine(ABC):
         if missing:
             job = Job(stage, inputs, output, failed, fingerprint)
             self.make(job, missing, lambda rows, *note: report(count + rows, total, *note), timed or (lambda *_: None))
+        if finish is not None and not output.is_complete(fingerprint):
+            finish(output, failed)
         failures = failed.columns("reason") if failed.shards() else []
         if not output.is_complete(fingerprint):
             output.publish(
                 {"stage": stage.name, "fingerprint": fingerprint, "failed": len(failures), **(manifest or {})}
             )
         if total and len(failures) == total:
+            how = "run the same command" if _lost(failures) else f"remove {output.url}"
             raise UserError(
                 f"{stage.name}: all {total} rows failed; the first reason: {failures[0]['reason']} "
-                f"(all reasons in {failed.url}; remove {output.url} to try again)"
+                f"(all reasons in {failed.url}; {how} to try again)"
             )
         reasons = list(dict.fromkeys(row["reason"] for row in failures))[:5]
-        return Result(total, len(output), len(failures), sum(missing.values()), reasons)
+        lost = sum(row["reason"].startswith(LOST) for row in failures)
+        return Result(total, len(output), len(failures), sum(missing.values()), reasons, lost)
 
     @abstractmethod
     def make(self, job: Job, missing: dict[int, int], report: Callable[..., None], timed: Timed) -> None:
@@ -253,6 +272,11 @@ def failed_row(stage: str, row: Row, reason: str) -> Row:
     small = {key: value for key, value in row.items() if not isinstance(value, bytes | dict)}
     text = json.dumps(small, ensure_ascii=False, sort_keys=True, default=str)
     return {"stage": stage, "id": str(row.get("id", "")), "reason": reason, "row": text[:4000]}
+
+
+def _lost(failures: Sequence[Row]) -> bool:
+    """Whether one of these rows of `failed/` was lost."""
+    return any(row["reason"].startswith(LOST) for row in failures)
 
 
 def one_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.data import seal
 from diptych.data.rgb import WHITE, to_rgb
 from diptych.data.store import write_atomic
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.paths import here_or_packaged
 
@@ -265,7 +266,7 @@ def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
     if text is None:
         return _from_comment(comment)
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: its provenance is not valid JSON") from error
     return found if isinstance(found, dict) else None
@@ -276,7 +277,7 @@ def _from_comment(comment: object) -> dict[str, Any] | None:
     if not isinstance(comment, bytes) or not comment.startswith(_ASCII):
         return None
     try:
-        found = json.loads(comment.removeprefix(_ASCII))
+        found = parse_json(comment.removeprefix(_ASCII))
     except ValueError:
         return None
     return found.get(PROVENANCE) if isinstance(found, dict) else None

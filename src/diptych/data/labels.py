@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.text_files import decode, read_text
 
@@ -79,7 +80,7 @@ def read(path: str | Path) -> dict[str, dict[str, str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             pair, label, labeller = row["id"], row["label"], row["labeller"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} line {number}: not a label, {{id, label, labeller, time}}") from error
@@ -129,6 +130,6 @@ def _label(given: object, where: str) -> str:
 
 def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False

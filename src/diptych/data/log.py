@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.paths import is_remote, place
 
 LOG = "log.jsonl"
@@ -37,7 +38,7 @@ def read(run_dir: str | Path) -> list[dict[str, Any]]:
     events = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            events.append(json.loads(line))
+            events.append(parse_json(line))
         except ValueError:
             continue  # cut by a kill; see append
     return events

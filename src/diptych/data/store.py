@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.paths import is_remote
 
@@ -159,7 +160,7 @@ class Dataset:
         except FileNotFoundError:
             return None
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError as error:
             raise UserError(f"{self.url}/{MANIFEST} is not valid JSON; remove it and run again") from error
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.evaluate import metrics
 from diptych.evaluate.metrics import Outcome
@@ -103,17 +104,13 @@ def names() -> list[str]:
 
 def load(study: str) -> tuple[Study, Path]:
     """A study by the name of one that ships, or from a file; and its file. UsageError for what is wrong with it."""
-    import yaml
-
     path = Path(study)
     if not path.is_file():
         path = packaged("recipes") / "ablations" / f"{study}.yaml"
     if not path.is_file():
         raise UsageError(f"{study}: no such study; those that ship: {', '.join(names())}{nearest(study, names())}")
     try:
-        return Study.model_validate(yaml.safe_load(read_text(path))), path
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        return Study.model_validate(parse_yaml(read_text(path), str(path))), path
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

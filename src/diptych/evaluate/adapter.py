@@ -26,6 +26,7 @@ import torch
 from diptych import models
 from diptych.data.records import COLUMNS, schema, seed_of
 from diptych.data.store import Dataset, write_atomic
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import panel
 from diptych.evaluate.baselines import Base, draw, noise, open_teacher, size_of
@@ -111,7 +112,7 @@ class Encoder:
         """Opens a folder or hub name; `pocket` is the judge that curates. UserError if it is not whole."""
         folder = models.resolve(name, "curator")
         try:
-            kind = json.loads((folder / "config.json").read_text("utf8")).get("model_type")
+            kind = parse_json((folder / "config.json").read_text("utf8")).get("model_type")
         except (OSError, ValueError) as error:
             raise UserError(f"the image encoder {folder} has no readable config.json") from error
         if kind in ("clip", "clip_vision_model"):
@@ -256,7 +257,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
     """
     folder, wanted = place(run_dir), made_by(recipe, run_dir)
     try:
-        about = json.loads((folder / ABOUT).read_text("utf8"))
+        about = parse_json((folder / ABOUT).read_text("utf8"))
         if about["made_by"] == wanted and (folder / FILE).is_file():
             return about
     except (OSError, ValueError, KeyError):

@@ -7,13 +7,13 @@ first put onto it by their ranks, so that as many items get each label as the pe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.text_files import read_lines
 
@@ -62,7 +62,7 @@ def read_ratings(path: Path) -> Ratings:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             item, rater = str(row["id"]), str(row.get("rater", row.get("labeller", "human")))
             given = row["value"] if "value" in row else row["label"]
             if given == "unsure":
@@ -80,7 +80,7 @@ def read_scores(folder: Path, score: str) -> dict[str, float]:
     """A judge's values from an evaluation: METHOD/ID → `score` (cp, pf, cp_debiased, clip_i, …)."""
     path = folder / "samples" / "scores.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text("utf8").splitlines()]
+        lines = [parse_json(line) for line in path.read_text("utf8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); first: diptych evaluate --suite …") from error
     found = {f"{line['method']}/{line['id']}": float(line[score]) for line in lines if line.get(score) is not None}

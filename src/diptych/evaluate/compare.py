@@ -6,10 +6,10 @@ compare("runs/first:student", "runs/second:tuned-0.002-200")      # runs that we
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.evaluate import summary
 from diptych.evaluate.job import FILE
@@ -75,7 +75,7 @@ def _is_scored(folder: Path) -> bool:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "report" / "metrics.json"
     try:
-        return json.loads(path.read_text("utf8"))
+        return parse_json(path.read_text("utf8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); score it again") from error
 
@@ -95,7 +95,7 @@ def _known(method: str, found: dict[str, Any]) -> str:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "samples" / "scores.jsonl"
     try:
-        found = [json.loads(line) for line in path.read_text("utf8").splitlines()]
+        found = [parse_json(line) for line in path.read_text("utf8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); score it again") from error
     return [line for line in found if line.get("cp") is not None and line.get("pf") is not None]

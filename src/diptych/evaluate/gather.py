@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from diptych.data import log
 from diptych.data.images import open_image
 from diptych.data.scan import selected
 from diptych.data.store import Dataset
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.paths import place
 
@@ -133,7 +133,7 @@ def _in_order(row: dict[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text("utf8"))
+        found = parse_json(path.read_text("utf8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -144,7 +144,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text("utf8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import Vllm
@@ -200,13 +201,8 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
 
 def read(out: Path) -> dict[str, Any]:
     """What an evaluation's folder says it is; nothing if it is new."""
-    import yaml
-
     path = out / FILE
-    try:
-        values = yaml.safe_load(read_text(path)) if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    values = parse_yaml(read_text(path), str(path)) if path.is_file() else {}
     if not isinstance(values, dict):
         raise UsageError(f"{path}: is not a list of `key: value` lines; name another --out")
     return values

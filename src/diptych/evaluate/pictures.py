@@ -18,11 +18,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from diptych.errors import UsageError
 from diptych.evaluate import suites
 from diptych.evaluate.suites import MAIN, Part, Sample, Suite
+from diptych.tasks import check_fields
 from diptych.text_files import read_lines
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class Spec(Part):
     grid: str
     copy_distance: float = Field(gt=0, lt=1)
     metrics: tuple[str, ...] = ()
+
+    @field_validator("grid")
+    @classmethod
+    def _plain_fields(cls, template: str) -> str:
+        check_fields(template, frozenset({"subject", "prompt"}))
+        return template
 
 
 @dataclass(frozen=True)

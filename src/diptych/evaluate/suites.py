@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diptych.data import records
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.text_files import read_text
 
@@ -303,15 +304,10 @@ def load(name: str) -> Suite:
 
 def read(name: str) -> dict[str, Any]:
     """What a suite's file says, by name or path. UsageError if there is none or it is no YAML."""
-    import yaml
-
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / "suites" / f"{name}.yaml"
     if not path.is_file():
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(names())}{nearest(name, names())}")
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a suite is a list of `key: value` lines; this file is not")
     return values

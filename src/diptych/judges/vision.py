@@ -6,7 +6,6 @@ because a package is installed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych import models
 from diptych.console import quiet_bars
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.teachers.opening import refuse_code
 
@@ -96,7 +96,7 @@ def pinned(name: str, role: str) -> dict[str, Any]:
     revision = folder.name if folder.parent.name == "snapshots" else None
     config = folder / "preprocessor_config.json"
     try:
-        processor = json.loads(config.read_text("utf8")) if config.is_file() else None
+        processor = parse_json(config.read_text("utf8")) if config.is_file() else None
     except ValueError as error:
         raise UserError(f"{config} is not valid JSON; fetch the model again") from error
     return {

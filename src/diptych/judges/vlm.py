@@ -38,10 +38,11 @@ class Judgement:
     """What the votes say of a pair.
 
     `score` is 0 to 1, above 0.5 exactly if most decided votes say same, 1 if all of them do and are certain; NaN if
-    undecided. `reason` is empty unless undecided. `votes` hold, as plain values, what each of them said.
+    undecided. `reason` is empty unless undecided. `votes` hold, as plain values, what each of them said. It is lost
+    where votes that got no reply may still decide: no verdict, but a question to put again.
     """
 
-    verdict: Literal["same", "different", "undecided"]
+    verdict: Literal["same", "different", "undecided", "lost"]
     score: float
     reason: str
     votes: tuple[dict[str, Any], ...]
@@ -85,9 +86,11 @@ def count(outcomes: Sequence[Outcome]) -> Judgement:
     votes = tuple(outcome.evidence() for outcome in outcomes)
     decided = [outcome.answer for outcome in outcomes if outcome.answer is not None]
     yes = sum(answer["same"] for answer in decided)
+    if 2 * yes == len(decided) and (lost := next((one for one in outcomes if one.lost), None)) is not None:
+        return Judgement("lost", math.nan, lost.reason, votes)
     if not decided:
         looked = any(outcome.status == "undecided" for outcome in outcomes)
-        return Judgement("undecided", math.nan, "no valid answer" if looked else "no reply", votes)
+        return Judgement("undecided", math.nan, "no valid answer" if looked else "could not be asked", votes)
     if 2 * yes == len(decided):
         return Judgement("undecided", math.nan, "the votes are split", votes)
     same = 2 * yes > len(decided)

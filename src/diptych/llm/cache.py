@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from diptych.errors import UserError
 from diptych.llm.outcome import Reply, Usage
+from diptych.paths import private_file
 
-VERSION = 1
+VERSION = 2
 PATIENCE = 60.0  # seconds to wait for another process's write
 _MARK = 0x64707463  # "dptc", where SQLite files say whose they are
 _TABLE = """
@@ -30,8 +31,21 @@ CREATE TABLE IF NOT EXISTS replies (
     calls INTEGER NOT NULL,
     input_tokens INTEGER NOT NULL,
     output_tokens INTEGER NOT NULL,
-    time REAL NOT NULL  -- seconds since 1970
+    time REAL NOT NULL,  -- seconds since 1970
+    reasoned INTEGER NOT NULL DEFAULT 0
 )"""
+# What was paid for replies that are not kept.
+_UNKEPT = """
+CREATE TABLE IF NOT EXISTS unkept (
+    model TEXT PRIMARY KEY,
+    calls INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL
+)"""
+_SPENT = "model, calls, input_tokens, output_tokens"
+_COUNT = """
+INSERT INTO unkept VALUES (?, ?, ?, ?) ON CONFLICT (model) DO UPDATE SET calls = calls + excluded.calls,
+input_tokens = input_tokens + excluded.input_tokens, output_tokens = output_tokens + excluded.output_tokens"""
 Result = TypeVar("Result")
 
 
@@ -47,36 +61,46 @@ class Cache:
         self._do(lambda connection: None)
 
     def get(self, key: str) -> Reply | None:
-        """The reply kept under a key."""
+        """The reply kept under a key. An empty one, as older versions kept, counts as none."""
         row = self._do(
             lambda connection: connection.execute(
-                "SELECT text, model, refused, cut, calls, input_tokens, output_tokens FROM replies WHERE key = ?",
+                "SELECT text, model, refused, cut, reasoned, calls, input_tokens, output_tokens FROM replies "
+                "WHERE key = ?",
                 (key,),
             ).fetchone()
         )
         if row is None:
             return None
-        text, model, refused, cut, *usage = row
-        return Reply(text, model, Usage(*usage), refused, bool(cut))
+        text, model, refused, cut, reasoned, *usage = row
+        reply = Reply(text, model, Usage(*usage), refused, bool(cut), reasoned=bool(reasoned))
+        return None if reply.empty else reply
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keeps a reply; when this returns, it survives a kill."""
+        """Keeps a reply, or of an empty one what it cost; when this returns, it survives a kill."""
         usage = reply.usage
-        row = (key, reply.text, reply.model, reply.refused, int(reply.cut))
-        row = (*row, usage.calls, usage.input_tokens, usage.output_tokens, time.time())
+        spent = (usage.calls, usage.input_tokens, usage.output_tokens)
+        if reply.empty:
+            self._do(lambda connection: connection.execute(_COUNT, (reply.model, *spent)))
+            return
+        row = (key, reply.text, reply.model, reply.refused, int(reply.cut), *spent, time.time(), int(reply.reasoned))
         marks = ", ".join("?" * len(row))
-        self._do(lambda connection: connection.execute(f"INSERT OR REPLACE INTO replies VALUES ({marks})", row))
+
+        def replace(connection: sqlite3.Connection) -> None:
+            _forget(connection, [key])
+            connection.execute(f"INSERT INTO replies VALUES ({marks})", row)
+
+        self._do(replace)
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forgets replies."""
-        rows = [(key,) for key in keys]
-        self._do(lambda connection: connection.executemany("DELETE FROM replies WHERE key = ?", rows))
+        """Forgets replies, but not what they cost."""
+        self._do(lambda connection: _forget(connection, keys))
 
     def usage(self) -> dict[str, Usage]:
-        """What the replies that are kept cost once, by the model as its server names it."""
+        """What all replies so far cost, each once, by the model as its server names it."""
         rows = self._do(
             lambda connection: connection.execute(
-                "SELECT model, SUM(calls), SUM(input_tokens), SUM(output_tokens) FROM replies GROUP BY model"
+                "SELECT model, SUM(calls), SUM(input_tokens), SUM(output_tokens) FROM "
+                f"(SELECT {_SPENT} FROM replies UNION ALL SELECT {_SPENT} FROM unkept) GROUP BY model"
             ).fetchall()
         )
         return {model: Usage(*counts) for model, *counts in rows}
@@ -116,7 +140,8 @@ class Cache:
                 raise UserError(f"{self.path}: cannot be made ({error.strerror or error})") from error
 
     def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            private_file(self.path)  # SQLite gives its log the permissions of the file
         connection = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
         until = time.monotonic() + PATIENCE
         while True:
@@ -149,5 +174,16 @@ class Cache:
         with connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(_TABLE)
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(replies)")]
+            if "reasoned" not in columns:  # of version 1
+                connection.execute("ALTER TABLE replies ADD COLUMN reasoned INTEGER NOT NULL DEFAULT 0")
+            connection.execute(_UNKEPT)
             connection.execute(f"PRAGMA application_id = {_MARK}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _forget(connection: sqlite3.Connection, keys: Iterable[str]) -> None:
+    for key in dict.fromkeys(keys):
+        for spent in connection.execute(f"SELECT {_SPENT} FROM replies WHERE key = ?", (key,)).fetchall():
+            connection.execute(_COUNT, spent)
+        connection.execute("DELETE FROM replies WHERE key = ?", (key,))

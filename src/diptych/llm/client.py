@@ -22,6 +22,7 @@ from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Outcome, Spent
 from diptych.llm.question import Question
 from diptych.llm.settle import Memory, settle
+from diptych.llm.streak import Streak
 from diptych.llm.transport import Transport
 
 OnAnswer = Callable[[Outcome], object]
@@ -35,12 +36,14 @@ class Client:
         self.endpoint = endpoint
         self._memory = Memory({"model": endpoint.model, "sampling": endpoint.sampling()}, cache, keep_undecided)
         self._transport = Transport(endpoint)
+        again = "run again when that is mended (they are asked again), or raise stop_after"
+        self._streak = Streak(endpoint.base_url, endpoint.stop_after, cache, again)
         self._lock = threading.Lock()
         self._spent = Spent()
 
     def ask(self, question: Question) -> Outcome:
         """Settles one question. UserError where every question would fail."""
-        return self._count(self._settle(question, threading.Event()))
+        return self._settle(question, threading.Event())
 
     def ask_many(self, questions: Iterable[Question], on_answer: OnAnswer) -> Spent:
         """Settles them all, `endpoint.concurrency` at a time, and gives back what has been spent so far.
@@ -76,7 +79,7 @@ class Client:
                 elif isinstance(result, BaseException):
                     raise result
                 elif problem is None or result.status != "failed":
-                    on_answer(self._count(result))
+                    on_answer(result)
         finally:
             # Threads under way when we are interrupted end by themselves, and cannot keep the process alive.
             stop.set()
@@ -105,7 +108,13 @@ class Client:
         self.close()
 
     def _settle(self, question: Question, stop: threading.Event) -> Outcome:
-        return settle(lambda messages: self._transport.complete(messages, question, stop), question, self._memory)
+        outcome = settle(lambda messages: self._transport.complete(messages, question, stop), question, self._memory)
+        if stop.is_set() and outcome.status == "failed" and not outcome.paid.calls:
+            return outcome  # because of the stop
+        with self._lock:
+            self._spent = self._spent.plus(outcome)
+        self._streak.count(outcome)
+        return outcome
 
     def _work(
         self,
@@ -119,8 +128,3 @@ class Client:
             except BaseException as error:
                 # It is raised in the caller's thread, where somebody can see it.
                 done.put(error)
-
-    def _count(self, outcome: Outcome) -> Outcome:
-        with self._lock:
-            self._spent = self._spent.plus(outcome)
-        return outcome

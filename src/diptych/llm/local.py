@@ -1,4 +1,4 @@
-"""A vision-language model in this process, asked like an endpoint: no server, no key, no bill.
+"""A language model in this process, with or without vision, asked like an endpoint: no server, no key, no bill.
 
     model = LocalModel.load("Qwen/Qwen3-VL-4B-Instruct", cache=Cache("answers.sqlite"))
     outcome = model.ask(Question((user("What is it?", image),), Description))
@@ -21,11 +21,13 @@ from diptych.console import quiet_bars
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
-from diptych.llm.question import Message, Picture, Question, clean
+from diptych.llm.question import Message, Picture, Question, body, clean
 from diptych.llm.settle import AskTogether, Memory, Turn, settle_together
+from diptych.llm.streak import Streak
 from diptych.teachers.opening import refuse_code
 
-STOP_AFTER = 20  # failures in a row: the model does not work here, whatever is asked
+BLIND = "'{name}' is a language model that reads no images; name a vision-language model"
+STOP_AFTER = 20  # questions in a row without an answer: the model does not work here, whatever is asked
 
 
 class LocalModel:
@@ -39,12 +41,16 @@ class LocalModel:
         *,
         keep_undecided: bool = False,
         batch_size: int = 1,
+        sees: bool = True,
     ) -> None:
-        """`identity` is what an answer depends on besides the question. `generate` gets at most `batch_size` turns."""
+        """`identity` is what an answer depends on besides the question. `generate` gets at most `batch_size` turns.
+        `sees` says whether the model reads images."""
         self._generate = generate
         self._memory = Memory(identity, cache, keep_undecided)
-        self._failed_in_a_row = 0
+        again = "try another model, or other settings; they are asked again at the next run"
+        self._streak = Streak("the model", STOP_AFTER, cache, again)
         self.batch_size = batch_size
+        self.sees = sees
         self.spent = Spent()
 
     @classmethod
@@ -60,10 +66,16 @@ class LocalModel:
     ) -> LocalModel:
         """Opens a folder, or a hub name. `dtype` is torch's name for it; `auto` is what the files hold.
 
-        Raises UserError if it is no vision-language model with a chat template.
+        Raises UserError if it is neither a vision-language model nor a language model with a chat template.
         """
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
 
         folder = models.resolve(name, "vlm")
         refuse_code(folder)
@@ -72,51 +84,64 @@ class LocalModel:
         with _opening(name):
             with quiet_bars():
                 options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-                loader: Any = AutoModelForImageTextToText
+                sees = hasattr(AutoConfig.from_pretrained(str(folder), local_files_only=True), "vision_config")
+                loader: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
                 model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
-                processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+                reader: Any = AutoProcessor if sees else AutoTokenizer
+                processor = reader.from_pretrained(str(folder), local_files_only=True)
             model = model.eval().to(device)
         if info["missing_keys"]:
             shown = ", ".join(sorted(info["missing_keys"])[:3])
             raise UserError(f"the files of '{name}' lack {shown}: the model would be partly random; fetch it again")
         _refuse_no_template(processor, name)
         identity = {"model": models.fingerprint(folder), "dtype": str(model.dtype), "max_tokens": max_tokens}
-        return cls(
-            _Generate(model, processor, Path(name).name, max_tokens), identity, cache, keep_undecided=keep_undecided
-        )
+        generate = _Generate(model, processor, Path(name).name, max_tokens, sees)
+        return cls(generate, identity, cache, keep_undecided=keep_undecided, sees=sees)
 
     @classmethod
-    def check(cls, name: str) -> None:
-        """UserError if `load` would not find a vision-language model with a chat template there. Reads no weights."""
+    def check(cls, name: str, sees: bool = True) -> None:
+        """UserError if `load` would not find a model with a chat template there, which reads images if it must (`sees`).
+        Reads no weights."""
         import transformers
 
         folder = models.resolve(name, "vlm")
         refuse_code(folder)
         with _opening(name):
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-            if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
-                raise ValueError(f"a {config.model_type} takes no pictures with text")
-            processor = transformers.AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+            vision = hasattr(config, "vision_config")
+            kind: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+            if type(config) not in kind._model_mapping:
+                raise ValueError(f"a {config.model_type} is neither")
+            reader: Any = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+            processor = reader.from_pretrained(str(folder), local_files_only=True)
+        if sees and not vision:
+            raise UserError(BLIND.format(name=name))
         _refuse_no_template(processor, name)
 
     def ask(self, question: Question) -> Outcome:
-        """Settles one question. UserError after `STOP_AFTER` failures in a row."""
+        """Settles one question. UserError after `STOP_AFTER` in a row without a valid answer."""
         (outcome,) = settle_together(self._generate, [question], self._memory)
         return self._count(outcome)
 
     def ask_many(self, questions: Iterable[Question], on_answer: Callable[[Outcome], object]) -> Spent:
         """Settles them all, in order. Of a generator, one batch with its pictures is in memory at a time."""
         source = iter(questions)
-        while batch := list(islice(source, self.batch_size)):
+        problem: UserError | None = None
+        while problem is None and (batch := list(islice(source, self.batch_size))):
             for outcome in settle_together(self._generate, batch, self._memory):
-                on_answer(self._count(outcome))
+                try:
+                    self._count(outcome)
+                except UserError as error:
+                    problem = problem or error
+                else:
+                    on_answer(outcome)
+        if problem is not None:
+            raise problem
         return self.spent
 
     def _count(self, outcome: Outcome) -> Outcome:
         self.spent = self.spent.plus(outcome)
-        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
-        if self._failed_in_a_row >= STOP_AFTER:
-            raise UserError(f"{STOP_AFTER} questions in a row failed, the last because {outcome.reason}")
+        self._streak.count(outcome)
         return outcome
 
 
@@ -127,7 +152,8 @@ def _opening(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"'{name}' cannot be opened as a vision-language model of transformers ({line})") from error
+        kinds = "a vision-language model or a language model of transformers"
+        raise UserError(f"'{name}' cannot be opened as {kinds} ({line})") from error
 
 
 def _refuse_no_template(processor: Any, name: str) -> None:
@@ -138,41 +164,52 @@ def _refuse_no_template(processor: Any, name: str) -> None:
 class _Generate:
     """The model's next turns, greedily, one after the other."""
 
-    def __init__(self, model: Any, processor: Any, name: str, max_tokens: int) -> None:
+    def __init__(self, model: Any, processor: Any, name: str, max_tokens: int, sees: bool) -> None:
         self.model = model
-        self.processor = processor
+        self.processor = processor  # the tokenizer of a model that reads no images
         self.name = name
         self.max_tokens = max_tokens
+        self.sees = sees
 
     def __call__(self, turns: Sequence[Turn]) -> list[Reply | GaveUp]:
         return [self._next(turn.messages) for turn in turns]
 
     def _next(self, messages: tuple[Message, ...]) -> Reply | GaveUp:
         import torch
+        from jinja2 import TemplateError
 
         try:
-            inputs = self.processor.apply_chat_template(
-                [_turn(message) for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(self.model.device, dtype=self.model.dtype)
+            inputs = self._inputs(messages)
             told = inputs["input_ids"].shape[1]
             # A model's own generation settings may sample; greedy ignores these three, and says so each time.
             unused: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
             with torch.inference_mode():
                 tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens, **unused)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, TemplateError) as error:
             # Out of memory, a picture that the processor does not take, a template that knows no system turn.
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            return GaveUp(f"the model fails on it: {line}")
+            return GaveUp(f"the model fails on it: {line}", passing=True)
         except GaveUp as error:
             return error
         new = tokens[0, told:]
         text = self.processor.decode(new, skip_special_tokens=True)
         cut = len(new) >= self.max_tokens and int(new[-1]) not in _ends(self.model.generation_config.eos_token_id)
         return Reply(clean(text), self.name, Usage(1, told, len(new)), cut=cut)
+
+    def _inputs(self, messages: tuple[Message, ...]) -> Any:
+        turns = [_turn(message) for message in messages] if self.sees else _texts(messages)
+        inputs = self.processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        cast = {"dtype": self.model.dtype} if self.sees else {}
+        return inputs.to(self.model.device, **cast)
+
+
+def _texts(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    """Turns as templates of language models have them: plain strings."""
+    if any(isinstance(part, Picture) for message in messages for part in message.parts):
+        raise GaveUp("the model reads no images")
+    return body(messages)
 
 
 def _turn(message: Message) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.local import LocalModel
+from diptych.llm.local import BLIND, LocalModel
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question
 from diptych.llm.vllm import Vllm
@@ -37,23 +37,33 @@ def open_model(
     *,
     cache: str | Path | None,
     device: str = "auto",
+    keep_undecided: bool = True,
+    sees: bool = True,
 ) -> Model:
     """The model at an endpoint, the `local` one of transformers on `device`, or the one that vLLM runs in this process;
     exactly one of them is named.
 
-    Answers are kept in the SQLite file `cache`, if there is one. UserError if the model or the file does not open.
+    Answers are kept in the SQLite file `cache`, if there is one; with `keep_undecided` useless ones too, so that a run
+    that is continued ends with the rows it would have had. A local model that is asked without images (not `sees`) may
+    be a language model without vision. UserError if the model or the file does not open.
     """
-    # What stays undecided is remembered too: a run that is continued ends with the rows it would have had.
     kept = Cache(Path(cache).expanduser()) if cache is not None else None
-    options: dict[str, Any] = {"cache": kept, "keep_undecided": True}
+    options: dict[str, Any] = {"cache": kept, "keep_undecided": keep_undecided}
     if vllm is not None:
         from diptych.llm import vllm_engine
 
         return vllm_engine.load(vllm, **options)
     if local is not None:
-        return LocalModel.load(local, device=device, **options)
+        return _opened(local, device, sees, options)
     assert endpoint is not None, "settings name one model"
     return Client(endpoint, **options)
+
+
+def _opened(name: str, device: str, sees: bool, options: dict[str, Any]) -> LocalModel:
+    model = LocalModel.load(name, device=device, **options)
+    if sees and not model.sees:
+        raise UserError(BLIND.format(name=name))
+    return model
 
 
 def answers(model: Model, questions: Iterable[Question]) -> dict[str, Outcome]:

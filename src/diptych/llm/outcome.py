@@ -26,7 +26,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """One turn of a model. `refused` is why it did not answer, if it says so; `cut` means it ran out of tokens."""
+    """One turn of a model. `refused` is why it did not answer, if it says so; `cut` means it ran out of tokens;
+    `reasoned` means that the text is its reasoning, because the answer's place was empty."""
 
     text: str
     model: str
@@ -34,6 +35,12 @@ class Reply:
     refused: str = ""
     cut: bool = False
     cached: bool = False
+    reasoned: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether the model neither said anything nor refused to."""
+        return not self.text.strip() and not self.refused
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,12 @@ class Outcome:
 
     answered: `answer` is the validated answer, as plain values.
     undecided: the model could not be brought to a valid answer; `reason` says why.
-    failed: no model looked at it; `reason` says why.
+    failed: no model looked at it, or it said nothing; `reason` says why. `lost` if that may pass (a server that is
+    down, an empty reply): the same question may be answered next time.
 
-    `text` is the last reply, word for word. `usage` is what the outcome cost whenever it was paid for, `paid` the part
-    paid now: nothing for what was cached. `model` is what the server says it ran, `key` the hash of what was asked.
+    `text` is the last reply, word for word; `reasoned` if it is the model's reasoning. `usage` is what the outcome cost
+    whenever it was paid for, `paid` the part paid now: nothing for what was cached. `model` is what the server says it
+    ran, `keys` the hashes of the turns that were asked.
     """
 
     tag: str
@@ -56,7 +65,14 @@ class Outcome:
     usage: Usage = Usage()
     paid: Usage = Usage()
     model: str = ""
-    key: str = ""
+    keys: tuple[str, ...] = ()
+    lost: bool = False
+    reasoned: bool = False
+
+    @property
+    def key(self) -> str:
+        """The hash of what was asked; "" for a question that could not be put."""
+        return self.keys[0] if self.keys else ""
 
     @property
     def cached(self) -> bool:
@@ -66,14 +82,21 @@ class Outcome:
     def evidence(self) -> dict[str, Any]:
         """As plain values to keep: the answer, or why there is none; who gave it; the hash of what was asked."""
         tokens = [self.usage.input_tokens, self.usage.output_tokens]
-        found = {"status": self.status, "model": self.model, "key": self.key, "tokens": tokens}
+        found: dict[str, Any] = {"status": self.status, "model": self.model, "key": self.key, "tokens": tokens}
+        if self.reasoned:
+            found["source"] = "reasoning"
         if self.answer is not None:
             return found | {"answer": self.answer}
         return found | {"reason": self.reason, "text": self.text[:MOST_TEXT]}
 
 
 class GaveUp(Exception):
-    """One question cannot be put to the model; the message says why. The others go on."""
+    """One question cannot be put to the model; the message says why. The others go on. `passing` if trying again
+    later may help."""
+
+    def __init__(self, reason: str, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 @dataclass(frozen=True)

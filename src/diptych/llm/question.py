@@ -31,6 +31,7 @@ SENT = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "
 _CONTROL = re.compile(r"(<(?=[^<>\s]+>)|\[(?=/?[A-Z_]+\]))")
 # Marks that turn the direction of text around, and the tag characters, which models read and people do not see.
 _UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+QUOTED = re.compile(r"<<<([\w-]+-[0-9a-f]{12})\n.*\n\1>>>", re.DOTALL)  # what `quoted` makes
 KEY_VERSION = 1  # raised when the same question is put to the model in other words
 
 

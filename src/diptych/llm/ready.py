@@ -9,15 +9,15 @@ from diptych.llm.transport import Transport
 from diptych.llm.vllm import Vllm
 
 
-def check(endpoint: Endpoint | None, local: str | None, vllm: Vllm | None) -> None:
+def check(endpoint: Endpoint | None, local: str | None, vllm: Vllm | None, sees: bool = True) -> None:
     """What `model.open_model` and the first question would raise: a key that is not set, a model or a package that is
-    not there. UsageError or UserError."""
+    not there, a local model without vision where images are asked about (`sees`). UsageError or UserError."""
     from diptych import models
 
     if endpoint is not None:
         Transport(endpoint).key()
     if local is not None:
-        LocalModel.check(local)
+        LocalModel.check(local, sees)
     if vllm is not None:
         vllms.check(vllm)
         models.resolve(vllm.model, "vlm")

@@ -17,6 +17,7 @@ from diptych.llm.question import clean
 UNENFORCED = frozenset(
     {"minLength", "maxLength", "pattern", "format", "uniqueItems", "minProperties", "maxProperties", "multipleOf"}
 )
+FORM = "Answer with one JSON object and nothing else. It must match this JSON schema"
 _IDLE = frozenset({"title", "default", "examples", "discriminator"})
 _SHOWN = 5  # mistakes that a repair turn names
 
@@ -49,7 +50,7 @@ def response_format(answer: type[BaseModel], mode: str) -> dict[str, Any]:
 def in_words(answer: type[BaseModel]) -> str:
     """The line that tells a model the form: not every server shows it the schema that it enforces."""
     schema = json.dumps(told(answer), ensure_ascii=False)
-    return f"Answer with one JSON object and nothing else. It must match this JSON schema: {schema}"
+    return f"{FORM}: {schema}"
 
 
 def read(text: str, answer: type[BaseModel]) -> dict[str, Any]:
@@ -72,21 +73,55 @@ def read(text: str, answer: type[BaseModel]) -> dict[str, Any]:
 def json_object(text: str) -> dict[str, Any]:
     """The JSON object in a reply: all of it, or the last object among thoughts, prose and code fences.
 
-    Raises Invalid where there is none, or where one is broken: the inside of a cut-off object is no answer.
+    What stands between the marks of a model's thoughts is no answer, and neither is a broken sketch that a whole object
+    follows. Raises Invalid where there is none, or where the last one is broken: the inside of a cut-off object is no
+    answer.
     """
-    text = text.rpartition("</think>")[2]
     found: dict[str, Any] | None = None
+    broken: Invalid | None = None
     at = 0
-    while start := _OBJECT.search(text, at):
-        try:
-            found, at = _DECODER.raw_decode(text, start.start())
-        except RecursionError:
-            raise Invalid("is nested too deeply") from None
-        except ValueError as error:
-            raise Invalid(f"is not valid JSON: {error}") from error
+    while start := _NEXT.search(text, at):
+        at = start.end()
+        if start["open"] and (end := _CLOSE.search(text, at)):
+            at = end.end()
+        elif start["close"]:
+            found, broken = None, None  # what came before were thoughts, without a mark at their beginning
+        elif start["object"]:
+            try:
+                found, at = decode(text, start.start())
+                broken = None
+            except Invalid:
+                raise
+            except ValueError as error:
+                broken = Invalid(f"is not valid JSON: {error}")
+                if (at := _end(text, start.start())) < 0:
+                    if (thought := _CLOSE.search(text, start.end())) is None:
+                        break
+                    at = thought.start()
+    if broken is not None:
+        raise broken
     if found is None:
         raise Invalid("holds no JSON object" if text.strip() else "is empty")
     return found
+
+
+def decode(text: str, at: int = 0) -> tuple[Any, int]:
+    """A JSON value in a text from `at` on, and where it ends. Invalid if it is nested too deeply, ValueError if it is
+    broken: a key that is there twice, or a number that JSON does not have, too."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except RecursionError:
+        raise Invalid("is nested too deeply") from None
+
+
+def _end(text: str, start: int) -> int:
+    """Where the braces that open at `start` are closed again, JSON's strings left aside; -1 if they never are."""
+    depth = 0
+    for piece in _PIECE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(piece[0], 0)
+        if not depth:
+            return piece.end()
+    return -1
 
 
 def _cleaned(value: Any) -> Any:
@@ -108,7 +143,14 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_OBJECT = re.compile(r'\{\s*["}]')  # "{name}" in prose is none
+_NAMES = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
+_MARK = r"(?:<{0}{1}>|\[{0}{1}\]|◁{0}{1}▷)"  # as <think>, [THINK] and ◁think▷ of one model or another
+_CLOSED = _MARK.format("/", _NAMES) + r"|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>"
+_OPENED = _MARK.format("", _NAMES) + r"|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)\b"
+# "{name}" in prose is no object.
+_NEXT = re.compile(rf'(?P<open>{_OPENED})|(?P<close>{_CLOSED})|(?P<object>\{{\s*["}}])', re.IGNORECASE)
+_CLOSE = re.compile(_CLOSED, re.IGNORECASE)
+_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
 
 

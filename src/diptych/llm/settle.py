@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.llm import schema
+from diptych.llm import echo, schema
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Usage
 from diptych.llm.question import Message, Question, clean, defused, key_of, user
@@ -108,7 +108,7 @@ def _talk(question: Question, memory: Memory) -> _Talk:
     outcome = yield from _converse(remembered, messages, question)
     if outcome.status == "undecided" and memory.cache is not None and not memory.keep_undecided:
         memory.cache.drop(keys)
-    return replace(outcome, key=keys[0])
+    return replace(outcome, keys=tuple(keys))
 
 
 def worded(question: Question) -> tuple[Message, ...]:
@@ -129,12 +129,14 @@ def _converse(
             reply = yield from ask(messages)
         except GaveUp as error:
             text, model = (reply.text, reply.model) if reply else ("", "")
-            return Outcome(question.tag, "failed", None, str(error), text, usage, paid, model)
+            said = str(error)
+            return Outcome(question.tag, "failed", None, said, text, usage, paid, model, lost=error.passing)
         usage += reply.usage
         paid += Usage() if reply.cached else reply.usage
         try:
             answer = _read(reply, question)
-            return Outcome(question.tag, "answered", answer, "", reply.text, usage, paid, reply.model)
+            text, model, reasoned = reply.text, reply.model, reply.reasoned
+            return Outcome(question.tag, "answered", answer, "", text, usage, paid, model, reasoned=reasoned)
         except schema.Invalid as error:
             reason = f"the answer {error}"
         if reply.refused:
@@ -147,13 +149,22 @@ def _converse(
         if turn == "first":
             messages = (*messages, *_repair(reply.text, reason))
     assert reply is not None
-    return Outcome(question.tag, "undecided", None, reason, reply.text, usage, paid, reply.model)
+    text, model, reasoned = reply.text, reply.model, reply.reasoned
+    if reply.empty:
+        tokens = f"{reply.usage.output_tokens} tokens out"
+        until = "all of max_tokens" if reply.cut else tokens
+        said = f"the reply is empty: neither content nor reasoning ({until})"
+        return Outcome(question.tag, "failed", None, said, text, usage, paid, model, lost=True)
+    return Outcome(question.tag, "undecided", None, reason, text, usage, paid, model, reasoned=reasoned)
 
 
 def _read(reply: Reply, question: Question) -> dict[str, Any]:
     if reply.refused:
         raise schema.Invalid("is a refusal")
-    return schema.read(reply.text, question.answer)
+    answer = schema.read(reply.text, question.answer)
+    if repeated := echo.found(answer, question):
+        raise schema.Invalid(f"repeats the question instead of answering it ({repeated})")
+    return answer
 
 
 def _repair(text: str, reason: str) -> tuple[Message, Message]:

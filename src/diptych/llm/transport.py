@@ -20,6 +20,7 @@ from diptych.errors import UserError
 from diptych.llm import question as questions
 from diptych.llm import schema
 from diptych.llm.endpoint import Endpoint
+from diptych.llm.foreign import foreign
 from diptych.llm.outcome import GaveUp, Reply, Usage
 from diptych.llm.pace import Pace, pause, retry_after
 from diptych.llm.question import Message, Picture, Question, clean
@@ -30,6 +31,7 @@ PICTURE_TOKENS = 1000  # a guess, until the first reply says
 _SHORTEST_SECRET = 8  # characters; "EMPTY" and its like are no secrets, and may be words of an answer
 _MOST_TOKENS = 10**9  # of one reply; a server that counts more does not count
 _TRANSIENT = frozenset({408, 425, 429})
+_REASONING = ("reasoning_content", "reasoning")
 _FORM = re.compile(r"response_format|json_schema|guided|grammar|structured", re.IGNORECASE)
 
 
@@ -47,7 +49,6 @@ class Transport:
         self._pace = pace or Pace(endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._lock = threading.Lock()
         self._answered = False
-        self._lost_in_a_row = 0
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
         self._http = self._httpx.Client(timeout=endpoint.timeout, limits=limits, follow_redirects=False)
 
@@ -58,15 +59,10 @@ class Transport:
     def complete(self, messages: tuple[Message, ...], question: Question, stop: threading.Event) -> Reply:
         """The model's next turn. GaveUp for this question alone, or once `stop` is set; UserError for the whole run."""
         body = {"model": self.endpoint.model, "messages": questions.body(messages), **self.endpoint.sampling()}
+        body["stream"] = False  # some servers stream unless a request says no
         body |= schema.response_format(question.answer, self.endpoint.json_mode)
-        try:
-            reply = self._persist(json.dumps(body).encode(), _guess(messages, self.endpoint), stop)
-        except GaveUp as error:
-            if not stop.is_set():
-                self._count_lost(str(error))
-            raise
-        with self._lock:
-            self._answered, self._lost_in_a_row = True, 0
+        reply = self._persist(json.dumps(body).encode(), _guess(messages, self.endpoint), stop)
+        self._answered = True
         return reply
 
     def _persist(self, body: bytes, guess: float, stop: threading.Event) -> Reply:
@@ -85,7 +81,7 @@ class Transport:
                 self._pace.correct(booked, spent)
             if attempt + 1 < tries and stop.wait(pause(attempt, self.endpoint.backoff)):
                 break
-        raise GaveUp(f"{reason} ({attempt + 1} {'tries' if attempt else 'try'})")
+        raise GaveUp(f"{reason} ({attempt + 1} {'tries' if attempt else 'try'})", passing=True)
 
     def _wait_for_turn(self, guess: float, stop: threading.Event) -> float:
         seconds, booked = self._pace.book(guess)
@@ -93,7 +89,7 @@ class Transport:
             seconds = self._pace.held()
         if stop.is_set():
             self._pace.correct(booked, 0)
-            raise GaveUp("the run was stopped")
+            raise GaveUp("the run was stopped", passing=True)
         return booked
 
     def _once(self, body: bytes) -> Reply:
@@ -115,6 +111,8 @@ class Transport:
             raise UserError(f"{self.endpoint.base_url} has moved to {_line(_hide(place, key))}; set base_url to it")
         if status != 200:
             self._refused(status, after, _hide(_message(data), key), _code(data))
+        if not self._answered and (kind := foreign(data)):
+            raise UserError(f"{self.endpoint.base_url} answers, but not with a chat completion: {kind}")
         return _reply(data, key)
 
     def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str | None, str, bytes]:
@@ -160,16 +158,6 @@ class Transport:
             raise _Again(f"the server says {said}")
         raise GaveUp(f"the server refuses this question ({said})")
 
-    def _count_lost(self, reason: str) -> None:
-        with self._lock:
-            self._lost_in_a_row += 1
-            lost = self._lost_in_a_row
-        if 0 < self.endpoint.stop_after <= lost:
-            raise UserError(
-                f"{self.endpoint.base_url}: {lost} questions in a row got no answer, the last because {reason}; "
-                "run again when that is mended, or raise stop_after"
-            )
-
     def key(self) -> str:
         """The key that the settings name, empty if none. UserError if there is no such variable, or no key in it."""
         name = self.endpoint.api_key_env
@@ -213,35 +201,50 @@ def _reply(data: bytes, key: str) -> Reply:
             raise _Again(_hide(f"the server says: {_message(data)}", key))
         choice = value["choices"][0]
         message, usage = choice["message"], value.get("usage") or {}
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
+        content = _text(message.get("content"))
+        reasoned = not content.strip() and bool(thoughts := _reasoning(message))
+        content = thoughts if reasoned else content
         finish = choice.get("finish_reason")
         refused = message.get("refusal") or ("its filter says no" if finish == "content_filter" else "")
         tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
         counted = Usage(1, *(min(max(0, count), _MOST_TOKENS) for count in tokens))
-        if not isinstance(content, str) or not isinstance(refused, str):
+        if not isinstance(refused, str):
             raise TypeError
         model = clean(str(value.get("model") or ""))[:200]
         text, refused = _hide(clean(content), key), _line(_hide(refused, key))
-        return Reply(text, _hide(model, key), counted, refused, cut=finish == "length")
+        return Reply(text, _hide(model, key), counted, refused, cut=finish == "length", reasoned=reasoned)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         start = _line(data[:80].decode("utf8", "replace"))
         raise _Again(_hide(f"the reply is no chat completion ('{start}')", key)) from None
+
+
+def _text(content: Any) -> str:
+    """A message's content, which may come in parts; TypeError if it is no text."""
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content or "", str):
+        raise TypeError
+    return content or ""
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """What a reasoning model thought aloud: vLLM, SGLang and DeepSeek call it `reasoning_content`, newer vLLM, Ollama
+    and OpenRouter `reasoning`."""
+    return next((said for name in _REASONING if isinstance(said := message.get(name), str) and said.strip()), "")
 
 
 def _message(data: bytes) -> str:
     """The server's own words about an error, in one short line."""
     try:
         value: Any = json.loads(data)
+        if isinstance(value, list) and value:
+            value = value[0]
+        for name in ("error", "message", "detail"):
+            if isinstance(value, dict) and value.get(name):
+                value = value[name]
+        return _line(value if isinstance(value, str) else json.dumps(value))
     except (ValueError, RecursionError):
-        value = data[:400].decode("utf8", "replace")
-    if isinstance(value, list) and value:
-        value = value[0]
-    for name in ("error", "message", "detail"):
-        if isinstance(value, dict) and value.get(name):
-            value = value[name]
-    return _line(value if isinstance(value, str) else json.dumps(value))
+        return _line(data[:400].decode("utf8", "replace"))
 
 
 def _code(data: bytes) -> str:

@@ -95,7 +95,7 @@ class _Generate:
     def _reply(self, output: Any) -> Reply | GaveUp:
         said = output.outputs[0]
         if said.finish_reason in UNFINISHED:
-            return GaveUp(f"vLLM did not finish this question ({said.finish_reason})")
+            return GaveUp(f"vLLM did not finish this question ({said.finish_reason})", passing=True)
         usage = Usage(1, len(output.prompt_token_ids or ()), len(said.token_ids))
         return Reply(clean(said.text), self.name, usage, cut=said.finish_reason == "length")
 

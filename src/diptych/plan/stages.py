@@ -25,8 +25,6 @@ def write(job: Job) -> dict[str, Any]:
         from diptych.llm import schema
         from diptych.stages import llm_writer
 
-        model = settings.endpoint or settings.vllm
-        assert model is not None
         if job.task.writer is None:
             raise UsageError(f"the task '{job.task.name}' has no `writer`, so no language model can write it")
         panels = job.layout.panels
@@ -45,9 +43,9 @@ def write(job: Job) -> dict[str, Any]:
             spent[0] += _quotation(job, True) + _tokens(job, clear)
             spent[1] += math.ceil(llm_writer.LIMITS["subject"] / job.book["words_per_token"]) + 12  # its JSON
         found["tokens"] = {way: round(n * settings.count) for way, n in zip(("in", "out"), spent, strict=True)}
-        found |= {"model": model.model, "vllm_gpus": settings.vllm.tensor_parallel_size if settings.vllm else 0}
-        # What its own GPUs take to write is not known.
-        found["money"] = None if settings.vllm else job.money("writer", found["tokens"])
+        found |= {"model": settings.model, "vllm_gpus": settings.vllm.tensor_parallel_size if settings.vllm else 0}
+        # How fast a model on this machine writes is not known.
+        found["money"] = None if settings.vllm or settings.local else job.money("writer", found["tokens"])
     found["disk"] = round(settings.count * job.book["row_bytes"] + _answers(job, found))
     return found
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.sections import Recipe
 from diptych.teachers import calls, distilled
@@ -146,7 +147,7 @@ def count(teacher: Teacher) -> Counts:
 def _shapes(config: str) -> Mapping[str, tuple[int, ...]]:
     from diptych.student.weights import shapes_of
 
-    return shapes_of(json.loads(config))
+    return shapes_of(parse_json(config))
 
 
 def painting_memory(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
+from diptych.paths import private_file
 
 VERSION = 1
 TRIES = 3  # of a picture whose server was killed while it was drawn
@@ -83,10 +84,9 @@ class Store:
         self.path = path
         self._lock = threading.RLock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_file(path)
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
-            path.chmod(0o600)
             self._prepare()
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from diptych.data.engine import Failure
 from diptych.llm.model import Model, answers
 from diptych.llm.question import Question, system, user
 
@@ -40,18 +41,20 @@ class Words(BaseModel):
     instruction: Line = Field(min_length=1, max_length=400, description="As the second brief asks.")
 
 
-def caption(model: Model, task: Task, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pair rows with the model's `caption` and `instruction`, and in their `evidence` (a dict) what it said and which
-    caption the grid was asked for. NobodyAnswers if there is no model."""
+def caption(model: Model, task: Task, pairs: list[dict[str, Any]]) -> dict[str, dict[str, Any] | Failure]:
+    """By their ids, pair rows with the model's `caption` and `instruction`, and in their `evidence` (a dict) what it
+    said and which caption the grid was asked for; a `Failure` where no reply came. NobodyAnswers if there is no
+    model."""
     found = answers(model, _questions(task, pairs))
-    captioned = []
+    captioned: dict[str, dict[str, Any] | Failure] = {}
     for pair in pairs:
         outcome = found[pair["id"]]
         words = {}
         if outcome.answer is not None:
             words = {"caption": outcome.answer["description"], "instruction": outcome.answer["instruction"]}
         evidence = {**pair["evidence"], "captions": {**outcome.evidence(), "asked_for": pair["caption"]}}
-        captioned.append({**pair, **words, "evidence": evidence})
+        lost = Failure(outcome.reason, lost=True) if outcome.lost else None
+        captioned[pair["id"]] = lost or {**pair, **words, "evidence": evidence}
     return captioned
 
 

@@ -164,7 +164,7 @@ class Curate:
                 seen = [next(scores) for _ in cut.panels] if self.screens else []
                 compared.append(self._compare(row, cut, own, judge, seen))
         if vlm is not None:
-            self._ask(vlm, [grid for grid in compared if isinstance(grid, Compared)])
+            compared = self._asked(vlm, compared)
         results = [grid if isinstance(grid, Failure) else self._pairs(grid, judge) for grid in compared]
         if vlm is not None and self.recipe.curate.vlm is not None and self.recipe.curate.vlm.captions:
             results = self._captioned(vlm, results)
@@ -197,11 +197,12 @@ class Curate:
             pairs[a, b] = pair
         return Compared(row, cut, cells, pairs, scores, hashes, packed)
 
-    def _ask(self, vlm: VlmJudge, grids: list[Compared]) -> None:
-        """Puts the vision-language model's judgement in the place of the embedding model's, in `grids` themselves."""
+    def _asked(self, vlm: VlmJudge, grids: list[Compared | Failure]) -> list[Compared | Failure]:
+        """The grids with the vision-language model's judgement in the place of the embedding model's. A grid with a
+        question that got no reply is a failure, to be tried again."""
         asked: dict[str, tuple[Compared, tuple[int, int]]] = {}
         for grid in grids:
-            for panels, pair in grid.pairs.items():
+            for panels, pair in grid.pairs.items() if isinstance(grid, Compared) else ():
                 grid.pairs[panels] = waiting = replace(pair, similarity=math.nan, embedding=pair.similarity)
                 passes, _ = verdict(replace(waiting, similarity=math.inf), grid.cut.strength, self.thresholds)
                 if not pair.similarity >= self._prefilter:
@@ -209,24 +210,34 @@ class Curate:
                 elif passes:
                     asked[records.pair_id(grid.row["id"], *panels)] = (grid, panels)
         pictures = ((name, grid.cells[a]["bytes"], grid.cells[b]["bytes"]) for name, (grid, (a, b)) in asked.items())
+        lost: dict[str, Failure] = {}
         for name, judgement in vlm.decide(pictures).items():
             grid, panels = asked[name]
             grid.pairs[panels] = grid.pairs[panels].judged(judgement)
+            if judgement.verdict == "lost":
+                lost[grid.row["id"]] = Failure(judgement.reason, lost=True)
+        return [lost.get(grid.row["id"], grid) if isinstance(grid, Compared) else grid for grid in grids]
 
     @property
     def _prefilter(self) -> float:
         return self.recipe.curate.vlm.prefilter if self.recipe.curate.vlm else -math.inf
 
     def _captioned(self, vlm: VlmJudge, results: list[list[Row] | Failure]) -> list[list[Row] | Failure]:
-        """The kept pairs in the model's words."""
+        """The kept pairs in the model's words. A grid with a pair that got no reply is a failure, to be tried again."""
         from diptych.stages.captioning import caption
 
         kept = [pair for result in results if isinstance(result, list) for pair in result if pair["kept"]]
-        written = {pair["id"]: pair for pair in caption(vlm.model, self.task, kept)}
-        return [
-            result if isinstance(result, Failure) else [written.get(pair["id"], pair) for pair in result]
-            for result in results
-        ]
+        written = caption(vlm.model, self.task, kept)
+
+        def one(result: list[Row] | Failure) -> list[Row] | Failure:
+            if isinstance(result, Failure):
+                return result
+            pairs = [written.get(pair["id"], pair) for pair in result]
+            return next((pair for pair in pairs if isinstance(pair, Failure)), None) or [
+                pair for pair in pairs if not isinstance(pair, Failure)
+            ]
+
+        return [one(result) for result in results]
 
     def _pairs(self, grid: Compared, judge: EmbeddingJudge) -> list[Row]:
         pairs = []

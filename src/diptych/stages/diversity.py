@@ -9,15 +9,18 @@ documents, 1997. A shard holds hundreds of drafts, so the overlap is counted exa
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 WORDS = 2  # of a shingle
 SAMPLE = 1000  # texts that the spread of a run is taken over
 _WORD = re.compile(r"\w+")
-Shingles = frozenset[tuple[str, ...]]
+Shingle = tuple[str, ...]
+Shingles = frozenset[Shingle]
+_NONE: Shingles = frozenset()
 
 
 def shingles(text: str) -> Shingles:
@@ -25,9 +28,6 @@ def shingles(text: str) -> Shingles:
     words = _WORD.findall(text.casefold())
     size = min(WORDS, len(words))
     return frozenset(tuple(words[start : start + size]) for start in range(len(words) - size + 1)) if words else _NONE
-
-
-_NONE: Shingles = frozenset()
 
 
 def resemblance(first: Shingles, second: Shingles) -> float:
@@ -39,30 +39,49 @@ def resemblance(first: Shingles, second: Shingles) -> float:
 class Guard:
     """Texts let in so far. One that resembles an earlier one by more than `limit` is not let in.
 
-    What is kept depends on the order in which texts are shown: callers show them in row order.
+    What is kept depends on the order in which texts are shown: callers show them in row order. Shingles in `ignored`
+    do not count. `often` says how many texts have a shingle, and makes the search quick among many texts: two sets
+    that are alike share one of their rarest shingles (prefix filtering: Chaudhuri et al., A primitive operator for
+    similarity joins, 2006), so only those are looked up.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, often: Mapping[Shingle, int] | None = None, ignored: Shingles = _NONE) -> None:
         self.limit = limit
+        self._often = often or {}
+        self._ignored = ignored
         self._kept: list[tuple[str, Shingles]] = []
-        self._holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._holders: defaultdict[Shingle, list[int]] = defaultdict(list)
 
     def near(self, name: str, text: str) -> tuple[str, float] | None:
         """(name, resemblance) of the most alike earlier text if it is too alike; else None, and the text is let in."""
-        own = shingles(text)
-        shared = Counter(place for shingle in own for place in self._holders[shingle])
+        own = shingles(text) - self._ignored
+        rarest = self._rarest(own)
         worst, found = 0.0, ""
-        for place in sorted(shared):
+        for place in sorted({place for shingle in rarest for place in self._holders.get(shingle, ())}):
             other, others = self._kept[place]
-            alike = shared[place] / (len(own) + len(others) - shared[place])
-            if alike > worst:
+            if (alike := resemblance(own, others)) > worst:
                 worst, found = alike, other
         if worst > self.limit:
             return found, worst
-        for shingle in own:
+        for shingle in rarest:
             self._holders[shingle].append(len(self._kept))
         self._kept.append((name, own))
         return None
+
+    def _rarest(self, own: Shingles) -> list[Shingle]:
+        """So many of a set's shingles that any set which is too alike has one of them among its own."""
+        count = len(own) - math.ceil(self.limit * len(own)) + 1
+        return sorted(own, key=lambda shingle: (self._often.get(shingle, 0), shingle))[:count] if own else []
+
+
+def repeated(texts: Sequence[str]) -> bool:
+    """Whether two texts have the same words, whatever their case and punctuation."""
+    return len({tuple(_WORD.findall(text.casefold())) for text in texts}) < len(texts)
+
+
+def reason(near: tuple[str, float], limit: float) -> str:
+    """Why a text that is too near to another is left out."""
+    return f"near duplicate of {near[0]} (resemblance {near[1]:.2f}, limit {limit:g})"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A row's question depends on its number and the run's seed alone, and so does its answer, once it is in the cache. Near
 duplicates are looked for within a batch (the engine's shard), in row order: of two drafts that repeat each other the
-row with the lower number stays, whichever answer came first. Between shards, seed captions keep drafts apart: each is
-used once before any is used again.
+row with the lower number stays, whichever answer came first. Between shards, seed captions keep drafts apart (each is
+used once before any is used again), and what still repeats is taken out at the end (`repeats`).
 
 The paper writes its prompts this way (section 3.1), and found that without seed captions the model collapses to cars
 and robots. Here the drafts that repeat others fail with that reason, and the run says so.
@@ -76,8 +76,7 @@ class LanguageModel:
         results: dict[str, Draft | Failure] = self._unclear(rows) if self.settings.clear_subject else {}
         asked = [row for row in rows if row["id"] not in results]
         for name, outcome in self._outcomes(asked, self.question).items():
-            unanswered = Failure(f"{outcome.status}: {outcome.reason}")
-            results[name] = unanswered if outcome.answer is None else draft(self.task, outcome.answer)
+            results[name] = _unanswered(outcome) if outcome.answer is None else draft(self.task, outcome.answer)
         return self._apart(rows, [results[row["id"]] for row in rows])
 
     def _outcomes(self, rows: Sequence[Row], question: Callable[[Row], Question]) -> dict[str, Outcome]:
@@ -100,7 +99,7 @@ class LanguageModel:
         refused: dict[str, Draft | Failure] = {}
         for name, outcome in self._outcomes(rows, question).items():
             if outcome.answer is None:
-                refused[name] = Failure(f"{outcome.status}: {outcome.reason}")
+                refused[name] = _unanswered(outcome)
             elif not outcome.answer["clear"]:
                 refused[name] = Failure("its caption names no clear subject")
         return refused
@@ -127,8 +126,7 @@ class LanguageModel:
             if subjects[subject] >= most:
                 kept.append(Failure(f"the subject '{one.subject}' is in {most} grids of this shard already"))
             elif (near := guard.near(row["id"], told(one))) is not None:
-                limit = self.settings.near_duplicate
-                kept.append(Failure(f"near duplicate of {near[0]} (resemblance {near[1]:.2f}, limit {limit:g})"))
+                kept.append(Failure(diversity.reason(near, self.settings.near_duplicate)))
             else:
                 subjects[subject] += 1
                 kept.append(one)
@@ -155,6 +153,10 @@ class LanguageModel:
             spread.distance,
             cure,
         )
+
+
+def _unanswered(outcome: Outcome) -> Failure:
+    return Failure(f"{outcome.status}: {outcome.reason}", lost=outcome.lost)
 
 
 class Inspiration:
@@ -249,7 +251,7 @@ def _short(words: int, plain: bool, text: str) -> str:
 
 
 def _different(panels: list[str]) -> list[str]:
-    if len({text.casefold() for text in panels}) < len(panels):
+    if diversity.repeated(panels):
         raise ValueError("two panels show the same")
     return panels
 

@@ -37,7 +37,7 @@ def write(recipe: Recipe) -> None:
         grammar(stage)
         return
     llm_writer.LanguageModel(recipe, stage.task, None)  # pyright: ignore[reportArgumentType] (nothing is asked)
-    ready.check(recipe.write.endpoint, None, recipe.write.vllm)
+    ready.check(recipe.write.endpoint, recipe.write.local, recipe.write.vllm, sees=False)
 
 
 def paint(recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.llm.question import clean
 from diptych.text_files import stream_lines
@@ -146,7 +147,7 @@ def _lines(
             yield line, None
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError):
             yield None, None
             continue

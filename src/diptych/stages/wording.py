@@ -38,14 +38,19 @@ def fill(template: str, **fields: str) -> str:
     return template.format(**fields)
 
 
+def styled(caption: str, style: str) -> str:
+    """A panel's caption with the style that its picture has: "a watercolour illustration of a cat on the moon"."""
+    return f"{style} of {caption}" if style else caption
+
+
 def parts(template: str, caption: str, subject: str) -> dict[str, str]:
-    """The fields of a caption that was made from `template`; what does not fit is all {change}."""
+    """The fields of a caption that was made from `template`, `styled` or not; what does not fit is all {change}."""
     pattern = re.escape(template.format_map(_Marks()))
     pattern = re.sub(rf"\ba(?=\\ {_Marks.mark('subject')})", "an?", pattern)
     for field in ("subject", "scene", "change"):
         group = re.escape(subject) if field == "subject" else ".*"
         pattern = pattern.replace(re.escape(_Marks.mark(field)), f"(?P<{field}>{group})", 1)
-    found = re.fullmatch(pattern, caption)
+    found = re.fullmatch(pattern, caption) or re.fullmatch(f".+? of {pattern}", caption)
     fields = {"subject": subject, "scene": "", "change": ""}
     return fields | (found.groupdict() if found else {"change": caption})
 

@@ -6,7 +6,6 @@ teacher knows (`write.grammar`): the pocket world's, or a vocabulary's; the lang
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from diptych import tasks
 from diptych.data.engine import Failure, Row, Work
+from diptych.documents import parse_json
 from diptych.errors import UsageError, nearest
 from diptych.stages import wording
 from diptych.stages.grammar import GRAMMARS, Draft, Turn
@@ -83,7 +83,8 @@ class Write:
             drawn = found
             prompt = wording.grid_prompt(self.task, self.layout, drawn, rng)
             if captions.count_words(prompt) <= max_words:
-                text = {"id": row["id"], "prompt": prompt, "panels": drawn.panels, "subject": drawn.subject}
+                panels = [wording.styled(panel, drawn.style) for panel in drawn.panels]
+                text = {"id": row["id"], "prompt": prompt, "panels": panels, "subject": drawn.subject}
                 return [{**text, "task": self.task.name, "seed": row["seed"]}]
         if drawn is None:
             return Failure(f"{TRIES} drafts in turn did not say their place, or gave away their subject's looks")
@@ -107,7 +108,17 @@ def llm(stage: Write) -> Writer:
     from diptych.stages import llm_writer
 
     settings = stage.recipe.write
-    model = open_model(settings.endpoint, vllm=settings.vllm, cache=settings.cache or stage.answers)
+    # A useless answer is a row that fails: nothing is made of it, so another try should get another answer.
+    cache = settings.cache or stage.answers
+    model = open_model(
+        settings.endpoint,
+        settings.local,
+        settings.vllm,
+        cache=cache,
+        device=stage.recipe.device,
+        keep_undecided=False,
+        sees=False,
+    )
     drafts = llm_writer.LanguageModel(stage.recipe, stage.task, model)
 
     def begin(rows: list[Row]) -> list[Drawn]:
@@ -161,7 +172,7 @@ def grammar_of(recipe: Recipe) -> str:
 
 def _text_length(config: Path) -> float:
     try:
-        return float(json.loads(config.read_text("utf8")).get("model_max_length") or SHORT_TEXT)
+        return float(parse_json(config.read_text("utf8")).get("model_max_length") or SHORT_TEXT)
     except (OSError, ValueError, TypeError):
         return SHORT_TEXT
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student import directions, files, gguf_file, lora_keys, original
 from diptych.student.caches import RATIOS_FILE
@@ -238,7 +239,7 @@ def _write_style(style: str) -> Callable[[Job, Path], None]:
 def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
     """Metadata of a LoRA file with a student's settings, where a single file has its config; `header` is what the file
     had before."""
-    said = json.loads((header or {}).get(files.HEADER_KEY, "{}"))
+    said = parse_json((header or {}).get(files.HEADER_KEY, "{}"))
     return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
 
 

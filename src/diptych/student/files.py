@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.student import weights
 from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
@@ -51,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; is the folder complete?")
     try:
-        value = json.loads(path.read_text("utf8"))
+        value = parse_json(path.read_text("utf8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
@@ -102,6 +103,7 @@ def fold_stored(state: Mapping[str, Stored], config: Mapping[str, Any], split: B
         return Folded(folded.config, stored, folded.split, folded.adapters)
     weights.student_channels(config, where)
     stock = weights.stock_config(config)
+    weights.check_layers(stock, state, where)
     weights.check_keys(state, weights.shapes_of(stock), where)
     return Folded(stock, dict(state), split)
 
@@ -146,7 +148,7 @@ def header_of(config: Mapping[str, Any], split: BiasSplit | None) -> dict[str, s
 def read_header(metadata: Mapping[str, str]) -> tuple[dict[str, Any], BiasSplit | None]:
     """(config, split) from a single file's metadata; an empty config if diptych did not write the file."""
     try:
-        value = json.loads(metadata.get(HEADER_KEY, "{}"))
+        value = parse_json(metadata.get(HEADER_KEY, "{}"))
         config, split = value.get("config", {}), value.get("split")
         if split is None:
             return config, None

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from diptych import layers
+from diptych.documents import parse_json
 from diptych.student import quantize
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
@@ -76,7 +78,8 @@ def _built(library: str, name: str, config: str) -> Any:
     import torch
 
     cls: Any = getattr(importlib.import_module(library), name)
-    values = json.loads(config)
+    values = parse_json(config)
+    layers.check(values, f"the config of a {name}")
     with torch.device("meta"):
         return cls.from_config(values) if library == "diffusers" else cls(cls.config_class.from_dict(values))
 

@@ -9,11 +9,11 @@ layer its input side is padded with zero columns: exact. One on `c_embedder` has
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.student.tensors import open_safetensors
 from diptych.student.weights import some
@@ -80,7 +80,7 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], Any, Any]:
     stored = open_safetensors(path)[0]
     if (style := lora_keys.style_of(stored)) is not None:
         tensors, header = as_lora(lora_keys.read({key: t.read() for key, t in stored.items()}, style, path))
-        return {key: t.read() for key, t in tensors.items()}, None, json.loads(header["lora_adapter_metadata"])
+        return {key: t.read() for key, t in tensors.items()}, None, parse_json(header["lora_adapter_metadata"])
     # From the file, not from its tensors: the header may hold ranks and alphas.
     try:
         return FluxControlPipeline.lora_state_dict(

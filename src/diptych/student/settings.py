@@ -11,13 +11,13 @@ values in `sampling.json` and `words.json` beside the weights; they are read whe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from diptych.documents import parse_json
 from diptych.errors import UserError, nearest
 
 KEY = "_diptych"
@@ -133,7 +133,7 @@ def _beside(place: Path) -> Path:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf8"))
+        return parse_json(path.read_text("utf8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); correct it, or fetch it again") from error
 

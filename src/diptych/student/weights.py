@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from diptych import layers
 from diptych.errors import UserError
 from diptych.student import settings
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
 INPUT_LAYERS = ("x_embedder", "c_embedder")  # what folding and unfolding touch; all else passes through
+_BLOCKS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+_BLOCK_KEY = re.compile(r"^(transformer_blocks|single_transformer_blocks)\.(\d{1,6})\.")
 _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.]+\.(?:weight|bias)$")
 
 
@@ -94,6 +97,7 @@ def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = 
     UserError that names every key that is missing, unexpected or of the wrong shape.
     """
     stock = stock_config(config)
+    check_layers(stock, state_dict, where)
     channels = stock["in_channels"]
     plain = {**stock, "out_channels": stock.get("out_channels") or channels}
     expected = shapes_of(plain)
@@ -117,6 +121,7 @@ def unfold(
     whole bias goes to `x_embedder` and `c_embedder.bias` is zero: the same function, other bits.
     """
     stock = stock_config(config)
+    check_layers(stock, state_dict, "the folded weights")
     check_keys(state_dict, shapes_of(stock), "the folded weights")
     channels = student_channels(stock)
     state = dict(state_dict)
@@ -144,6 +149,7 @@ def student_channels(config: Mapping[str, Any], where: str = "this transformer")
 
 def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> FluxTransformer2DModel:
     """A stock transformer in eval mode around exactly these tensors (shared, not copied); every key must match."""
+    check_layers(config, state_dict, "the weights")
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(stock_config(config))  # which also registers a student's settings
     assert isinstance(model, FluxTransformer2DModel)
@@ -196,8 +202,27 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_") or key == settings.KEY}
 
 
+def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    """UserError unless the weights have as many blocks as their config says: before a model of so many is built."""
+    found = dict.fromkeys(_BLOCKS, 0)
+    for key in keys:
+        if match := _BLOCK_KEY.match(key):
+            found[match[1]] = max(found[match[1]], int(match[2]) + 1)
+    for name, kind in _BLOCKS.items():
+        if (said := config.get(kind)) is not None and said != found[name]:
+            raise UserError(
+                f"{where} does not fit its config: {kind} is {said}, and the weights have {found[name]} such blocks. "
+                "Nothing was loaded; fetch weights and config again, both from one place"
+            )
+
+
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(dict(config))
+    layers.check(config, "the transformer's config")
+    try:
+        with torch.device("meta"):
+            model = FluxTransformer2DModel.from_config(dict(config))
+    except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"no transformer can be built from this config ({line}); fetch it again") from error
     assert isinstance(model, FluxTransformer2DModel)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged
 from diptych.text_files import read_text
@@ -103,6 +104,12 @@ class Grammar(_Part):
     it is drawn once for all panels."""
     change: str = ""
     """What {change} says: drawn for each panel, and without a comma, so that it can be read back from a caption."""
+
+    @field_validator("scene", "change")
+    @classmethod
+    def _plain_fields(cls, template: str) -> str:
+        fields_of(template)
+        return template
 
     @field_validator("change")
     @classmethod
@@ -232,8 +239,16 @@ _KEYS = frozenset(key for part in (Task, Grid, Writer, Grammar, Curation, Captio
 
 
 def fields_of(template: str) -> set[str]:
-    """The names in braces. ValueError for broken braces."""
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    """The names in braces. ValueError for broken braces, and for a field that says more than its name: a width of two
+    thousand million letters fills the memory, and an attribute is nobody's business."""
+    names: set[str] = set()
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or "." in name or "[" in name:
+            raise ValueError(f"a field is a name in braces and nothing else: {{{name[:40]}}} in '{template[:80]}'")
+        names.add(name)
+    return names
 
 
 def check_fields(template: str, allowed: frozenset[str], needed: set[str] | frozenset[str] = frozenset()) -> None:
@@ -252,16 +267,11 @@ def names() -> list[str]:
 
 def load(name: str) -> Task:
     """A task by name, or from a YAML file. UsageError if it is unknown or does not hold what a task holds."""
-    import yaml
-
     path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
         raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     try:
-        values = yaml.safe_load(read_text(path))
-        return Task.model_validate(values)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        return Task.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
         raise UsageError(f"{path}: {first_error(error, _KEYS)}") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from diptych.documents import parse_json
 from diptych.train.options import Options
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
 
@@ -68,7 +69,7 @@ def _sort_header(path: Path) -> None:
     """safetensors writes its metadata keys in a random order; sorted, the same weights are the same file."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
+    header = parse_json(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors after it start at a multiple of 8

@@ -15,6 +15,7 @@ from diptych.data.images import MAX_BYTES, READ
 from diptych.data.interop.rows import Entry, Options, extension
 from diptych.data.pairs import SIDES
 from diptych.data.store import write_atomic
+from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
 from diptych.text_files import decode, read_text
 
@@ -163,8 +164,8 @@ def put_small(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file; UserError if it is none."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({str(error)[:120]})") from error

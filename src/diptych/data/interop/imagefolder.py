@@ -10,6 +10,7 @@ from typing import Any
 from diptych.data.interop.folders import Rows, folder_of, picture, put, write_sides
 from diptych.data.interop.rows import Format, Options, columns_of
 from diptych.data.pairs import find_columns, named
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.text_files import read_lines
 
@@ -41,7 +42,7 @@ def read(place: str, options: Options) -> Rows:
 def _columns(line: str) -> dict[str, Any]:
     """A line's object; `X_file_name` is the column X, and a plain `file_name` is `image`."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({str(error)[:80]})") from error
     if not isinstance(values, dict):

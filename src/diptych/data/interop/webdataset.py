@@ -19,6 +19,7 @@ from diptych.data.interop.folders import put, row_text
 from diptych.data.interop.rows import Entry, Format, Options, columns_of, extension, told
 from diptych.data.pairs import SIDES, find_columns, named
 from diptych.data.splits import choose
+from diptych.documents import parse_json
 from diptych.errors import UserError
 
 _TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
@@ -114,7 +115,7 @@ def _text_column(name: str, options: Options) -> str:
 
 def _object(name: str, data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(row_text(data, name))
+        found = parse_json(row_text(data, name))
     except UserError:
         raise
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ ours holds an object, so none is let through.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
+from diptych.documents import parse_json
 from diptych.serve import errors
 from diptych.serve.guard import APP
 
@@ -66,7 +66,7 @@ def fault(body: bytes, known: Container[int]) -> str:
     if len(body) > MOST:
         return f"an event of the app is at most {MOST // 2**10} KiB"
     try:
-        event = json.loads(body)
+        event = parse_json(body)
     except (ValueError, RecursionError):
         return "an event of the app is JSON"
     if not isinstance(event, dict):

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.tasks import check_fields, fields_of, first_error
 from diptych.text_files import read_text
@@ -157,20 +158,9 @@ def digest(name: str) -> str:
 
 def load(name: str) -> Vocabulary:
     """A vocabulary by name, or from a YAML file. UsageError if it is unknown or does not hold what one holds."""
-    import yaml
-
     path = find(name)
     try:
-        return Vocabulary.model_validate(yaml.load(read_text(path), _loader()))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        return Vocabulary.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
         keys = frozenset(key for part in (Vocabulary, Category, Phrases) for key in part.model_fields)
         raise UsageError(f"{path}: {first_error(error, keys)}") from error
-
-
-def _loader() -> type:
-    """PyYAML's parser in C where it was built with it: a vocabulary is long, and read once a shard's process."""
-    import yaml
-
-    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
