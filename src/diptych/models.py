@@ -7,10 +7,13 @@ Nothing here loads a weight; what opens the folder decides what it holds.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diptych import layers
 from diptych.documents import parse_json, parse_yaml
@@ -219,14 +222,38 @@ def fingerprint(path: str | Path, training: bool = False) -> str:
     stats = [p.stat() for p in found]
     key = tuple((str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(found, stats, strict=True))
     if key not in _fingerprints:
-        total = hashlib.sha256()
+        entries = []
         for p, s in zip(found, stats, strict=True):
             name = p.relative_to(path).as_posix() if path.is_dir() else p.name
             with p.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            total.update(f"{name}\0{s.st_size}\0{content}\n".encode())
-        _fingerprints[key] = total.hexdigest()
+                entries.append((name, s.st_size, hashlib.file_digest(stream, "sha256").hexdigest()))
+        _fingerprints[key] = fingerprint_of(entries)
     return _fingerprints[key]
+
+
+def fingerprint_of(entries: Iterable[tuple[str, int, str]]) -> str:
+    """The fingerprint of files by name, size and sha256, in the order of `fingerprint`."""
+    total = hashlib.sha256()
+    for name, size, content in entries:
+        total.update(f"{name}\0{size}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def without_places(data: bytes) -> bytes:
+    """A JSON file of a model without `_name_or_path`, where other libraries note the folder it was opened from; the
+    same bytes if it has none."""
+    try:
+        value = parse_json(data)
+    except ValueError:
+        return data
+    kept = _without(value)
+    return data if kept == value else (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(one) for key, one in value.items() if key not in ("_name_or_path", "name_or_path")}
+    return [_without(one) for one in value] if isinstance(value, list) else value
 
 
 def files(folder: Path) -> dict[str, str]:

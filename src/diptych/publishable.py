@@ -98,10 +98,20 @@ def _student(path: Path, licence: str) -> Material:
     stated = _read_card(path)
     text = _licensed(stated, licence, path)
     files[SUMMARY] = path / SUMMARY
-    if edited or text != stated:
-        files[CARD] = text.encode()
-        # The copy's own record names the card that it has.
-        summary["files"][CARD] = hashlib.sha256(text.encode()).hexdigest()
+    changed = {name: text.encode() for name in (CARD,) if edited or text != stated}
+    for name in summary["files"]:
+        # Students of earlier versions name folders of the machine that trained them.
+        if name.endswith(".json") and (clean := models.without_places(data := (path / name).read_bytes())) != data:
+            changed[name] = clean
+    if changed:
+        files |= changed
+        # The copy's own record names the files that it has.
+        summary["files"] |= {name: hashlib.sha256(data).hexdigest() for name, data in changed.items()}
+        if changed.keys() - {CARD}:
+            made = Material("model", files, text)
+            names = sorted((name for name in summary["files"] if name.endswith((".safetensors", ".json"))), key=Path)
+            entries = ((name, made.size(name), summary["files"][name]) for name in names)
+            summary["fingerprint"] = models.fingerprint_of(entries)
         summary["sha256"] = text_hash({key: value for key, value in summary.items() if key != "sha256"})
         files[SUMMARY] = (json.dumps(summary, indent=2) + "\n").encode()
     return Material("model", files, text)

@@ -86,7 +86,7 @@ class Write(Section):
                 "this machine in local or vllm"
             )
         if len(named) > 1:
-            raise ValueError("name one model: either endpoint or local or vllm")
+            raise ValueError("name one model: either endpoint or vllm or local")
         if self.local is not None and self.captions is None:
             raise ValueError("local samples nothing, so without captions it would write the same grid each time")
         if self.category_column and not (self.captions and self.quotas):

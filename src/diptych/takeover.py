@@ -21,7 +21,7 @@ from diptych.data.places import answers, bring, desk
 from diptych.data.share import link_all, share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError
-from diptych.paths import place
+from diptych.paths import place, private_file
 from diptych.sections import Recipe
 from diptych.train.options import Options, identity
 
@@ -86,7 +86,7 @@ class Source:
         theirs, mine = (answers(folder, everywhere).expanduser() for folder in (self.folder, out))
         if mine.exists() or not theirs.is_file():
             return
-        mine.parent.mkdir(parents=True, exist_ok=True)
+        private_file(mine)
         with closing(sqlite3.connect(theirs)) as read, closing(sqlite3.connect(mine)) as write:
             read.backup(write)
 

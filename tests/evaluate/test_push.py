@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
+from diptych import models
 from diptych.cli import call
 from diptych.data.interop.exporting import export_data
 from diptych.data.interop.importing import import_data
+from diptych.data.seal import text_hash
 from diptych.errors import UsageError, UserError
 from diptych.push import push
 from diptych.trace import links, trace
@@ -184,6 +186,28 @@ def test_private_is_not_asked_of_what_is_public(run: Path, hub: Hub, diptych: Ru
     refused = diptych("push", run / "pairs", f"{OWNER}/open", "--private")
     assert refused.returncode == 1 and "there and public" in refused.stderr
     assert not [call for call in hub.calls if call.startswith("PUT") or "/commit/" in call]
+
+
+def test_no_folder_of_this_machine_is_published(run: Path, tmp_path: Path) -> None:
+    """Neither by a student of today nor by one of before, whose configs name the folder that each part came from."""
+    configs = [p for p in (run / "student").rglob("*.json") if "training" not in p.relative_to(run).parts]
+    assert len(configs) > 3 and not any("_name_or_path" in p.read_text() for p in configs)
+
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    config = old / "student" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "/home/ana/teacher/vae"}))
+    summary = old / "student" / "training" / "summary.json"
+    stored = json.loads(summary.read_text())
+    stored |= {"files": models.files(old / "student"), "fingerprint": models.fingerprint(old / "student")}
+    stored["sha256"] = text_hash({key: value for key, value in stored.items() if key != "sha256"})
+    summary.write_text(json.dumps(stored, indent=2) + "\n")
+    push(old, str(tmp_path / "there"))
+    assert not [p for p in (tmp_path / "there").rglob("*") if p.is_file() and b"/home/ana" in p.read_bytes()]
+    sent = json.loads((tmp_path / "there" / "training" / "summary.json").read_text())
+    assert sent["files"] == models.files(tmp_path / "there")
+    assert sent["fingerprint"] == models.fingerprint(tmp_path / "there")
+    assert all(link["status"] != "differs" for link in links(trace(tmp_path / "there")["chain"]))
 
 
 def test_a_flipped_byte_is_not_published(run: Path, tmp_path: Path) -> None:

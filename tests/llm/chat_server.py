@@ -40,6 +40,8 @@ class Act:
     delay: float = 0.0
     missing: int = 0
     hang_up: bool = False
+    drip: str = ""
+    """Sends its "head" or its "body" a byte at a time, each after a tenth of a second."""
 
 
 def say(content: Any, delay: float = 0.0, finish: str = "stop", **message: Any) -> Act:
@@ -108,13 +110,27 @@ class ChatServer:
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
+        if act.drip == "head":
+            handler.close_connection = True
+            self._drip(handler, b"HTTP/1.1 200 OK\r\nX-Slow: " + 200 * b"x")
+            return
         handler.send_response(act.status)
         for name, value in act.headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(act.body) + act.missing))
         handler.end_headers()
+        if act.drip == "body":
+            self._drip(handler, act.body)
+            return
         handler.wfile.write(act.body)
         handler.close_connection = handler.close_connection or act.missing > 0
+
+    def _drip(self, handler: BaseHTTPRequestHandler, data: bytes) -> None:
+        for byte in data:
+            if self._closing.wait(0.1):
+                return
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
 
     def close(self) -> None:
         """Ends it, whatever is still waiting."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -112,3 +113,20 @@ def test_a_newer_cache_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(UserError, match="newer diptych"):
         Cache(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_only_the_owner_may_read_the_answers(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        with Cache(tmp_path / "made" / "here" / "answers.sqlite") as cache:
+            cache.put("a", REPLY)
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").rglob("*")}
+        assert modes.pop("here") == 0o700 == (tmp_path / "made").stat().st_mode & 0o777
+        assert set(modes) == {"answers.sqlite", "answers.sqlite-wal", "answers.sqlite-shm"}
+        assert set(modes.values()) == {0o600}
+        (tmp_path / "made" / "here" / "answers.sqlite").chmod(0o644)  # as earlier versions made it
+        Cache(tmp_path / "made" / "here" / "answers.sqlite").close()
+        assert (tmp_path / "made" / "here" / "answers.sqlite").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(old)

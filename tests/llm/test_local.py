@@ -152,8 +152,9 @@ def save_tiny_llama(folder: Path, mute: bool = False) -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     fast.save_pretrained(folder)
-    thin = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    thin: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    thin |= {"num_attention_heads": 2}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**thin, vocab_size=len(vocabulary), max_position_embeddings=8192, **ends))
     if mute:

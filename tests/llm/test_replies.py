@@ -26,7 +26,8 @@ def test_an_answer_in_the_reasoning_is_taken_and_marked(
 ) -> None:
     def act(call: Call) -> Act:
         thoughts = f'Is it {{"number": 0}}? No: {{"number": {number_of(call)}}}'
-        return say(content, **{place: thoughts})
+        message: dict[str, Any] = {place: thoughts}
+        return say(content, **message)
 
     server = serve(act)
     with Cache(tmp_path / "a.sqlite") as cache, Client(endpoint(server), cache) as client:

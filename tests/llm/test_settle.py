@@ -125,7 +125,7 @@ def test_a_local_model_settles_and_counts_like_a_client(question: Question, tmp_
 def test_a_local_model_that_only_fails_stops_the_run(question: Question) -> None:
     outcomes: list[Outcome] = []
     model = LocalModel(Together(*[GaveUp("no memory")] * 50), {})
-    with pytest.raises(UserError, match="20 questions in a row got no answer, the last because no memory"):
+    with pytest.raises(UserError, match="20 questions in a row failed, the last because no memory"):
         model.ask_many([question] * 50, outcomes.append)
     assert len(outcomes) == STOP_AFTER - 1
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from diptych.errors import UserError
+from diptych import recipe as recipes
+from diptych.errors import UsageError, UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
+from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Outcome
+from diptych.llm.vllm import Vllm
 from llm.chat_server import Act, Call, Serve, refuse, say
 from llm.counting import Make, number, number_of, right
 
@@ -102,6 +109,18 @@ def test_what_every_question_would_meet_stops_the_run_with_one_line(
     assert outcomes == []
 
 
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_server_that_drips_outlives_no_time_out(serve: Serve, endpoint: Make, part: str) -> None:
+    """Over a fresh connection and over one that is kept from an earlier answer."""
+    server = serve(lambda call: right(call) if call.number == 0 else replace(right(call), drip=part))
+    with Client(endpoint(server, timeout=0.5, retries=1)) as client:
+        assert client.ask(number(1)).answer == {"number": 1}
+        before = time.monotonic()
+        outcome = client.ask(number(2))
+    assert (outcome.status, outcome.lost) == ("failed", True) and "0.5 s" in outcome.reason
+    assert 0.9 < time.monotonic() - before < 2.5 and len(server.calls) == 3
+
+
 # ---- keys
 
 
@@ -152,3 +171,48 @@ def test_a_key_that_is_none_stops_before_anything_is_sent(
         client.ask(number(1))
     assert not value.strip() or value.strip() not in str(caught.value)
     assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"api_key": "abc"},
+        {"apiKey": "abc"},
+        {"x-api-key": "abc"},
+        {"authorization": "abc"},
+        {"headers": {"Authorization": f"Bearer {KEY}"}},
+        {"extra_headers": {"X-Custom": "abc"}},
+        {"metadata": {"deep": [{"client_secret": "abc"}]}},
+        {"provider": {"name": KEY}},
+        {"stop": ["x", f"Bearer {KEY}"]},
+        {"password": "abc"},
+        {"hf_token": "hf_abcdefghijklmnopqrst"},
+    ],
+)
+def test_a_key_among_the_extra_settings_is_refused_and_not_shown(extra: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Endpoint(base_url="http://localhost:1/v1", model="m", extra=extra)
+    assert "api_key_env" in str(caught.value) and KEY not in str(caught.value)
+    with pytest.raises(ValidationError, match="holds a key"):
+        Vllm(model="m", extra=extra)
+    with pytest.raises(UsageError) as said:
+        recipes.load(
+            "pocket", [f"write.endpoint={json.dumps({'base_url': 'http://a/v1', 'model': 'm', 'extra': extra})}"]
+        )
+    assert KEY not in str(said.value) and "write.endpoint.extra" in str(said.value) and "\n" not in str(said.value)
+
+
+def test_what_servers_take_beside_keys_is_no_key() -> None:
+    extra = {
+        "max_completion_tokens": 4000,
+        "seed": 1,
+        "stop": ["</s>", "sk-"],
+        "eos_token": "</s>",
+        "min_tokens": 1,
+        "logit_bias": {"50256": -100},
+        "reasoning": {"effort": "low", "max_tokens": 9},
+        "skip_special_tokens": True,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "provider": {"order": ["skylark-together-ai"]},
+    }
+    assert Endpoint(base_url="http://localhost:1/v1", model="m", extra=extra).extra == extra

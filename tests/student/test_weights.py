@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,28 @@ def test_a_missing_shard_and_a_broken_index_are_named(tmp_path):
     save_file({k: v for k, v in state.items() if k != "proj_out.bias"}, tmp_path / "part-1.safetensors")
     with pytest.raises(UserError, match=r"proj_out\.bias"):
         files.read_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_layers": 10_000_000},
+        {"num_single_layers": 10_000_000},
+        {"num_layers": -1},
+        {"attention_head_dim": 10**15},
+        {"joint_attention_dim": -4},
+        {"num_layers": "many"},
+    ],
+)
+def test_an_absurd_config_is_refused_before_a_model_is_built(changed: dict[str, Any], tmp_path: Path) -> None:
+    config, state = files.read_config(RELEASED), files.open_state(RELEASED)
+    before = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        files.fold_stored(state, config | changed, None, "here")
+    folded = files.fold_stored(state, config, None, "here")
+    with pytest.raises(UserError):
+        files.fold_stored(folded.state_dict, folded.config | changed, None, "here")
+    assert time.monotonic() - before < 5 and "\n" not in str(caught.value)
+    if changed != {"num_layers": -1}:
+        with pytest.raises(UserError):
+            weights.shapes_of(weights.stock_config(config) | changed)

@@ -15,6 +15,28 @@ JsonMode = Literal["json_schema", "json_object", "none"]
 RESERVED = frozenset({"model", "messages", "response_format", "temperature", "max_tokens", "stream", "n"})
 
 
+# Names of secrets, without case and punctuation, by how they end; and how the keys of common services begin.
+_SECRET_NAME = re.compile(
+    r".*(?:apikey|authorization|credentials?|passw(?:or)?d|secret|cookies?|headers?|(?:access|private|secret|"
+    r"subscription|account|license)key|(?:access|auth|bearer|hf|api|user|secret|session|id)tokens?)|auth|token|key|bearer"
+)
+_SECRET_VALUE = re.compile(
+    r"\s*(?:(?:bearer|basic|token)\s+\S{8,}|(?:sk|pk|rk|hf|gsk|xai|nvapi|ghp|gho|glpat|pplx|fw|r8|AIza)[-_]?\S{16,})\s*",
+    re.IGNORECASE,
+)
+
+
+def secret(value: Any, name: str = "") -> str:
+    """The name under which nested settings hold a key or a password; "" if they seem to hold none."""
+    if isinstance(value, dict):
+        plain = {key: re.sub(r"[^a-z0-9]", "", str(key).lower()) for key in value}
+        named = next((str(key) for key, text in plain.items() if _SECRET_NAME.fullmatch(text)), "")
+        return named or next((found for key, one in value.items() if (found := secret(one, str(key)))), "")
+    if isinstance(value, list):
+        return next((found for one in value if (found := secret(one, name))), "")
+    return (name or "a list") if isinstance(value, str) and _SECRET_VALUE.fullmatch(value) else ""
+
+
 class Endpoint(BaseModel):
     """Where a model answers, how it samples, and how hard it may be pushed."""
 
@@ -84,6 +106,11 @@ class Endpoint(BaseModel):
     def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(RESERVED & value.keys()):
             raise ValueError(f"cannot hold {', '.join(taken)}: they have settings of their own, or are fixed")
+        if name := secret(value):
+            raise ValueError(
+                f"holds a key in '{name}', and recipes, runs and reports are shown to others: put it into an "
+                "environment variable, and that one's name into api_key_env"
+            )
         return value
 
     def sampling(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class LocalModel:
         self._generate = generate
         self._memory = Memory(identity, cache, keep_undecided)
         again = "try another model, or other settings; they are asked again at the next run"
-        self._streak = Streak("the model", STOP_AFTER, cache, again)
+        self._streak = Streak("the model", STOP_AFTER, cache, again, "failed")
         self.batch_size = batch_size
         self.sees = sees
         self.spent = Spent()

@@ -21,6 +21,7 @@ class Streak:
     most: int
     cache: Cache | None
     remedy: str
+    failed: str = "got no answer"
     _keys: list[str] = field(default_factory=list)
     _count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -44,6 +45,6 @@ class Streak:
         came = " ".join(outcome.text.split())
         came = "".join(char for char in came if char.isprintable())
         shown = f"; it said '{came[:SHOWN]}{'…' if len(came) > SHOWN else ''}'" if came else ""
-        none = "no answer" if outcome.status == "failed" else "no valid answer"
+        none = self.failed if outcome.status == "failed" else "got no valid answer"
         why = f"the last because {outcome.reason}{shown}"
-        raise UserError(f"{self.who}: {count} questions in a row got {none}, {why}; {self.remedy}")
+        raise UserError(f"{self.who}: {count} questions in a row {none}, {why}; {self.remedy}")

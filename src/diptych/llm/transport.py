@@ -12,13 +12,13 @@ import json
 import os
 import re
 import threading
-import time
 from types import ModuleType
 from typing import Any, NoReturn
 
 from diptych.errors import UserError
 from diptych.llm import question as questions
 from diptych.llm import schema
+from diptych.llm.deadline import Network
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.foreign import foreign
 from diptych.llm.outcome import GaveUp, Reply, Usage
@@ -51,6 +51,7 @@ class Transport:
         self._answered = False
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
         self._http = self._httpx.Client(timeout=endpoint.timeout, limits=limits, follow_redirects=False)
+        self._network = Network(self._http)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -102,7 +103,7 @@ class Transport:
         try:
             status, after, place, data = self._post(body, headers)
         except self._httpx.TimeoutException:
-            raise _Again(f"no reply within {self.endpoint.timeout:g} s") from None
+            raise _Again(f"no whole reply within {self.endpoint.timeout:g} s") from None
         except (self._httpx.RequestError, self._httpx.InvalidURL) as error:
             raise _Again(f"no connection ({_line(_hide(str(error), key)) or type(error).__name__})") from None
         # Struck out before anything is cut short, and once more from what was escaped until it was parsed.
@@ -116,17 +117,15 @@ class Transport:
         return _reply(data, key)
 
     def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str | None, str, bytes]:
-        """(status, Retry-After, Location, body). The library's time-out is for each read; ours is for all of it."""
-        until = time.monotonic() + self.endpoint.timeout
+        """(status, Retry-After, Location, body), from connecting to the last byte within the endpoint's time-out."""
         data = bytearray()
         url = f"{self.endpoint.base_url}/chat/completions"
-        with self._http.stream("POST", url, content=body, headers=headers) as response:
+        within = self._network.within(self.endpoint.timeout)
+        with within, self._http.stream("POST", url, content=body, headers=headers) as response:
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > MAX_REPLY:
                     raise _Again(f"a reply of more than {MAX_REPLY // 2**20} MiB")
-                if time.monotonic() > until:
-                    raise _Again(f"no whole reply within {self.endpoint.timeout:g} s")
             place = response.headers.get("location", "elsewhere")
             return response.status_code, response.headers.get("retry-after"), place, bytes(data)
 

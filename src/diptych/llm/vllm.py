@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diptych.errors import UsageError
 from diptych.llm import schema
+from diptych.llm.endpoint import secret
 from diptych.llm.question import Question
 
 # What `extra` cannot say, because it is a key of its own here.
@@ -38,7 +39,12 @@ class Vllm(BaseModel):
 
     # As `Endpoint`.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     model: str = Field(min_length=1)
@@ -67,6 +73,8 @@ class Vllm(BaseModel):
             raise ValueError(f"cannot hold {', '.join(taken)}: they are keys of their own")
         if "trust_remote_code" in value:
             raise ValueError("cannot hold trust_remote_code: models whose files bring code of their own are not run")
+        if name := secret(value):
+            raise ValueError(f"holds a key in '{name}'; leave it out, and set the environment variable that it is for")
         return value
 
     def arguments(self, folder: Path) -> dict[str, Any]:

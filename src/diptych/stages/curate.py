@@ -202,7 +202,9 @@ class Curate:
         question that got no reply is a failure, to be tried again."""
         asked: dict[str, tuple[Compared, tuple[int, int]]] = {}
         for grid in grids:
-            for panels, pair in grid.pairs.items() if isinstance(grid, Compared) else ():
+            if isinstance(grid, Failure):
+                continue
+            for panels, pair in grid.pairs.items():
                 grid.pairs[panels] = waiting = replace(pair, similarity=math.nan, embedding=pair.similarity)
                 passes, _ = verdict(replace(waiting, similarity=math.inf), grid.cut.strength, self.thresholds)
                 if not pair.similarity >= self._prefilter:

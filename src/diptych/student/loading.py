@@ -102,6 +102,9 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
     files.check_free(folder, overwrite, "pass overwrite=True")
     with files.publish(folder) as partial:
         pipe.save_pretrained(partial)
+        for path in partial.rglob("*.json"):
+            if (clean := models.without_places(data := path.read_bytes())) != data:
+                path.write_bytes(clean)
         split = pipe.bias_split
         if split is not None and split.of(pipe.transformer.x_embedder.bias.detach().cpu()):
             files.write_split(split, partial / "transformer")

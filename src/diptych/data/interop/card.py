@@ -38,7 +38,7 @@ def of_import(data: Dataset) -> str:
     return _page(front, said["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
-def of_export(source: str, data: Pairs, kind: Format, out: Path, rows: int) -> str:
+def of_export(source: str, data: Pairs, kind: Format, rows: int) -> str:
     """README.md of an export of a run's pairs, of an import, or of anyone's parquet."""
     facts: dict[str, Any] = {"pairs": f"{rows:,}", "format": kind.about}
     tables: list[tuple[str, dict[str, Any]]] = []
@@ -55,7 +55,10 @@ def of_export(source: str, data: Pairs, kind: Format, out: Path, rows: int) -> s
         facts["from"] = Path(source.rstrip("/")).name
     files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
     front = _front(rows, licence, files.get(kind.name))
-    return _page(front, out.resolve().name, facts, tables, terms, kind.loads.format(folder=out.resolve().name))
+    # The page names no folder: an export says the same wherever it lies.
+    name = facts.get("recipe") or (manifest["imported"]["name"] if manifest and "imported" in manifest else "")
+    title = f"{name or facts.get('from', 'pairs')}, pairs as {kind.name}"
+    return _page(front, title, facts, tables, terms, kind.loads.format(folder="."))
 
 
 def of_rows(data: Dataset) -> str:

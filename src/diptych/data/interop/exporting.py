@@ -58,11 +58,11 @@ def export_data(
             _write(data, kind, options, out, report)
             rows = sum(1 for _ in _notes(out, "rows"))
             digest = _verified(kind, options, out, report) if verify else ""
-            put(out / "README.md", card.of_export(source, data, kind, out, rows).encode())
+            put(out / "README.md", card.of_export(source, data, kind, rows).encode())
             made = {"fingerprint": fingerprint, "format": format, "rows": rows, "text": options.text}
             made |= {"data": data.fingerprint(), "verified": digest}
             put(out / MADE, (json.dumps(made, indent=2) + "\n").encode())
-            shutil.rmtree(out / NOTES)
+        shutil.rmtree(out / NOTES, ignore_errors=True)  # a kill may have left them
         made = read_json(out / MADE)
     return {"out": str(out), "format": format, "rows": made["rows"], "verified": bool(made["verified"])}
 

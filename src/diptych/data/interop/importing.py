@@ -76,6 +76,7 @@ def import_data(
             }
             failed.publish({"stage": NAME})
             target.publish(manifest)
+        if not (out / "README.md").is_file():
             write_atomic(out / "README.md", card.of_import(target).encode())
         if report:
             report(len(reader), len(reader))
