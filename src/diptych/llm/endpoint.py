@@ -21,8 +21,8 @@ _SECRET_NAME = re.compile(
     r"subscription|account|license)key|(?:access|auth|bearer|hf|api|user|secret|session|id)tokens?)|auth|token|key|bearer"
 )
 _SECRET_VALUE = re.compile(
-    r"\s*(?:(?:bearer|basic|token)\s+\S{8,}|(?:sk|pk|rk|hf|gsk|xai|nvapi|ghp|gho|glpat|pplx|fw|r8|AIza)[-_]?\S{16,})\s*",
-    re.IGNORECASE,
+    r"\s*(?:(?i:bearer|basic|token)\s+\S{8,}|(?:sk|pk|rk|hf|gsk|xai|nvapi|ghp|gho|glpat|pplx|fw|r8)[-_][\w-]{16,}|"
+    r"AIza[\w-]{30,}|eyJ[\w-]+\.[\w.-]{16,})\s*"
 )
 
 
