@@ -177,6 +177,9 @@ def test_a_language_model_without_vision_is_asked_in_text_and_gives_up_on_pictur
     assert shown.status == "failed" and "no images" in shown.reason
     with pytest.raises(UserError, match="reads no images"):
         open_model(None, str(tmp_path), cache=None, device="cpu")
+    with pytest.raises(UserError, match="reads no images"):
+        LocalModel.check(str(tmp_path))
+    LocalModel.check(str(tmp_path), sees=False)
 
 
 def test_a_recipe_s_writer_may_be_a_language_model_on_this_machine(tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ class LocalModel:
 
     @classmethod
     def check(cls, name: str, sees: bool = True) -> None:
-        """UserError if `load` would not find a model with a chat template there, which reads images if it must (`sees`).
-        Reads no weights."""
+        """UserError if `load` would not find a model with a chat template there, or one without vision though it has to
+        see (`sees`). Reads no weights."""
         import transformers
 
         folder = models.resolve(name, "vlm")
