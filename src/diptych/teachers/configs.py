@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from diptych import models
+from diptych.documents import parse_json
 from diptych.paths import packaged
 
 INDEX = "model_index.json"
@@ -36,7 +36,7 @@ def read(name: str, file: str) -> dict[str, Any]:
 def read_file(path: Path) -> dict[str, Any]:
     """A JSON file; empty if it is not there or not a JSON object."""
     try:
-        found = json.loads(path.read_text("utf8")) if path.is_file() else {}
+        found = parse_json(path.read_text("utf8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from diptych.console import quiet_bars
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.teachers.configs import INDEX
 
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"larger than {_LARGEST >> 20} MiB")
-        found = json.loads(path.read_text("utf8"))
+        found = parse_json(path.read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read as JSON ({reason})") from error
