@@ -94,6 +94,7 @@ def test_every_door_draws_the_same(folder: Path, teacher: Path, tmp_path: Path, 
     for name, pipe in doors.items():
         assert drawn(pipe, pictures[0]) == wanted.tobytes(), name
         assert pipe.settings == settings, name
+    assert opened.loaded_from == (folder,)
     again = Student(opened)
     assert again.generate(pictures[0], PROMPT, seed=1).tobytes() == wanted.tobytes()
     assert again.relight(pictures[0], "red at night", seed=1).tobytes() == wanted_relit.tobytes()
@@ -159,6 +160,20 @@ def test_a_lora_beside_the_weights_is_not_left_out(folder: Path, tmp_path: Path)
     save_file({"a": torch.zeros(1)}, tmp_path / "copy" / RELEASED_LORA)
     with pytest.raises(UserError, match=RELEASED_LORA):
         DiptychPipeline.from_pretrained(tmp_path / "copy")
+
+
+def test_a_student_that_diffusers_made_of_a_lora_is_not_run_without_its_settings(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    convert(folder, tmp_path / "lora", "control-lora", base=teacher)
+    stock: Any = FluxControlPipeline.from_pretrained(teacher)
+    stock.load_lora_weights(tmp_path / "lora")
+    with pytest.raises(UserError, match="not a student"):  # stock diffusers leaves the config the teacher's
+        DiptychPipeline(**stock.components)
+    loaded = student.load(
+        tmp_path / "lora", teacher, device="cpu"
+    )  # its LoRA beside the weights, and its settings known
+    assert DiptychPipeline(**loaded.components).settings == read_settings(folder, None)
 
 
 def test_weights_that_say_nothing_are_run_as_their_base(folder: Path, tmp_path: Path) -> None:

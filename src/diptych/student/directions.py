@@ -45,7 +45,7 @@ _SAME = "with --dtype (rewritten in another precision) or --fuse"
 _SPLIT = "the input bias comes back in its two parts if they were kept; else it goes to x_embedder whole"
 _FUSED = "added into the teacher's weights; if those are in half precision, --dtype says whether to round"
 _RANKS = "the input layer exactly; other layers only where they differ from the teacher by a low rank"
-_CONFIG = "config and bias split go into the file's header"
+_CONFIG = "config, settings and bias split go into the file's header"
 _DEQUANTIZED = "dequantized, in float32 unless --dtype says otherwise"
 _QUANTIZED = (
     "quantizing changed every layer, so the difference from the teacher is no low rank; "

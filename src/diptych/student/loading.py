@@ -20,6 +20,7 @@ from diptych.student.components import check_family, check_parts, find_parts, lo
 from diptych.student.lora import apply_lora, lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
+from diptych.student.settings import of
 from diptych.student.sources import Source, locate, open_source
 from diptych.student.tensors import open_safetensors
 from diptych.student.weights import build
@@ -63,6 +64,7 @@ def load(
     parts = {part: open_part(part, place, dtype) for part, place in places.items() if part not in later}
     check_family(source.folded.config, parts, path, base_folder)
     pipe = DiptychPipeline(transformer=_read(source, dtype), **parts)
+    pipe.settings = of(source.folded.config)
     pipe.bias_split = source.folded.split
     pipe.ignored_adapters = source.folded.adapters
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))

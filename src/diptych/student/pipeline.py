@@ -103,7 +103,10 @@ class DiptychPipeline(FluxControlPipeline):
                 f"{lora} belongs to this student, and DiptychPipeline.from_pretrained does not load it. Open the "
                 "folder with Student.load, or fuse the LoRA: diptych convert FOLDER OUT --to folded --fuse"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if lora.parent.is_dir():
+            pipe.loaded_from = (lora.parent,)
+        return pipe
 
     @property
     def settings(self) -> Settings:

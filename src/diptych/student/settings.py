@@ -76,7 +76,8 @@ def of(config: Mapping[str, Any]) -> Settings:
 
 
 def register(transformer: Any, settings: Settings) -> None:
-    """Puts settings into a transformer's config, where saving and copying keep them."""
+    """Puts settings into a transformer's config, where saving and copying keep them. UserError for invalid ones."""
+    parse(settings.values(), "what is to be registered")
     transformer.register_to_config(**{KEY: settings.values()})
 
 
