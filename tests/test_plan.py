@@ -20,11 +20,18 @@ from diptych.paths import packaged
 from diptych.plan import arithmetic, assumptions, lines, make, measured, teacher
 from diptych.recipe import load
 from diptych.sections import Recipe
+from diptych.student.presets import HEADROOM
 
 LLM = {
     "write.writer": "llm",
     "write.count": 1000,
     "write.endpoint": "{base_url: 'http://localhost:8000/v1', model: writer, input_price: 0.5, output_price: 2.0}",
+}
+PARTS = {
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
 }
 VLM = "curate.vlm={endpoint: {base_url: 'http://localhost:8001/v1', model: judge, temperature: 0.7}, votes: 3}"
 
@@ -125,8 +132,8 @@ def test_less_memory_is_planned_for_what_takes_less(tmp_path: Path) -> None:
         return plan("flux-subject", tmp_path, *sets, **options)["stages"]["distill"]["memory_of"]
 
     usual = memory()
-    assert memory("distill.micro_batch=8")["activations"] == 2 * usual["activations"]
-    assert memory("distill.gradient_checkpointing=false")["activations"] > 10 * usual["activations"]
+    assert memory("distill.micro_batch=8")["activations"] > 1.6 * usual["activations"]
+    assert memory("distill.gradient_checkpointing=false")["activations"] > 8 * usual["activations"]
     assert memory("distill.optimizer=adamw8bit")["trained"] == pytest.approx(usual["trained"] * 10 / 16)
     assert memory("distill.quantize=nf4")["weights"] < usual["weights"] - 8e9
     assert memory("distill.offload=blocks")["weights"] < usual["weights"] - 21e9
@@ -135,13 +142,72 @@ def test_less_memory_is_planned_for_what_takes_less(tmp_path: Path) -> None:
     assert spread["trained"] == pytest.approx(usual["trained"] / 8) and spread["weights"] < usual["weights"]
 
 
+@pytest.mark.parametrize(
+    ("card", "sets"), [(24, ("rank=16", "quantize=nf4")), (16, ("rank=32", "offload=blocks"))], ids=["nf4", "offload"]
+)
+def test_the_documented_settings_fit_their_card_in_every_phase(
+    tmp_path: Path, card: int, sets: tuple[str, ...]
+) -> None:
+    settings = [f"distill.{key}" for key in (*sets, "micro_batch=1")]
+    found = plan("flux-subject", tmp_path, *settings, gpu="rtx4090")["stages"]["distill"]
+    assert found["memory"] == max(found["memory_phases"].values()) < HEADROOM * card * 2**30
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf8")
+    assert f"{found['memory'] / 2**30:.1f} GiB" in text and all(key.replace("=", ": ") in text for key in sets)
+
+
+def test_the_largest_phase_is_what_a_training_needs(tmp_path: Path) -> None:
+    def phases(*sets: str, **options: Any) -> tuple[str, dict[str, int]]:
+        found = plan("flux-subject", tmp_path, *sets, **options)
+        distill = found["stages"]["distill"]
+        assert distill["memory"] == max(distill["memory_phases"].values()) <= found["totals"]["memory"]
+        return max(distill["memory_phases"], key=distill["memory_phases"].__getitem__), distill["memory_phases"]
+
+    largest, usual = phases()
+    assert largest == "steps" and usual["validation"] < usual["steps"] < 80e9
+    large, all_at_once = phases("distill.micro_batch=null", "distill.gradient_checkpointing=true")
+    assert large == "steps" and all_at_once["validation"] - usual["validation"] > 40 * 2**30
+    small = ("distill.rank=1", "distill.micro_batch=1", "write.count=200")  # few captions: the encoders leave
+    assert phases(*small)[0] in ("captions", "latents")
+    eight = phases("distill.mode=full", "distill.sharding=full", assume=["devices=8"])
+    assert eight[0] == "splitting" and eight[1]["splitting"] > 4 * 11.9e9
+    text = "\n".join(lines(plan("flux-subject", tmp_path, *small)))
+    assert "; the most is" in text
+
+
+def test_planning_a_flux_training_imports_neither_torch_nor_diffusers(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from diptych import cli\n"
+        "code = cli.call(['plan', 'flux-subject', '--set', 'paint.speed=fast'])\n"
+        "sys.exit(code or ' '.join({'torch', 'diffusers', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell", "pocket"])
+def test_the_rules_for_a_model_s_tensors_give_the_model_s_own(name: str) -> None:
+    import torch
+
+    from diptych.student import shapes
+
+    configs = teacher.find(load("flux-subject", [f"teacher={name}"])).configs
+    for part, (library, cls) in PARTS.items():
+        config = {key: value for key, value in configs[part].items() if not key.startswith("_")}
+        model, found = shapes.meta(library, cls, config), shapes.tensors(library, cls, config)
+        assert found.shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}, part
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert found.linears == linears and found.count == sum(p.numel() for p in model.parameters()), part
+
+
 def test_preference_draws_negatives_and_computes_both_sides_through_two_models(tmp_path: Path) -> None:
     usual = plan("flux-subject", tmp_path)["stages"]["distill"]
     sets = ("distill.init=some/student", "distill.preference={pairs: 5000}")
     found = plan("flux-subject", tmp_path, *sets)["stages"]["distill"]
     forward = plan("flux-subject", tmp_path)["stages"]["paint"]["flops_per_forward"]
     assert found["flops_per_sample"] == pytest.approx(2 * (usual["flops_per_sample"] + forward), rel=0.05)
-    assert found["memory_of"]["activations"] == 2 * usual["memory_of"]["activations"]
+    assert found["memory_of"]["activations"] > 1.6 * usual["memory_of"]["activations"]
+    assert found["memory_phases"]["negatives"] < found["memory"] and "negatives" not in usual["memory_phases"]
     assert found["memory_of"]["trained"] == pytest.approx(usual["memory_of"]["trained"] * 20 / 16)
     assert found["disk"]["negatives"] == 5000 * 2048 * 64 * 4 and usual["disk"]["negatives"] == 0
     assert found["epochs"] == found["samples"] / 5000
@@ -154,6 +220,11 @@ def test_what_does_not_fit_the_device_is_said_with_its_cures(tmp_path: Path) -> 
     assert (
         note.startswith("distill needs") and "set distill.gradient_checkpointing=true, set distill.micro_batch" in note
     )
+    sets = ("distill.quantize=nf4", "distill.micro_batch=1", "distill.rank=1", "paint.memory=24")
+    assert not any("a device has" in n for n in plan("flux-subject", tmp_path, *sets, gpu="rtx4090")["notes"])
+    sets = (*sets[1:], "write.count=200")  # captions and latents are what needs most
+    (note,) = (n for n in plan("flux-subject", tmp_path, *sets, gpu="rtx4090")["notes"] if n.startswith("distill"))
+    assert "distill.offload=blocks" in note and "micro_batch" not in note
     small = plan("flux-subject", tmp_path, "paint.memory=null", gpu="rtx4090")["notes"]
     assert any(note.startswith("paint needs") and note.endswith("set paint.memory=auto") for note in small)
     few = plan("pocket", tmp_path, "write.count=10")["notes"]

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
+from diptych import tasks
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError
 from diptych.paths import place
 from diptych.sections import Recipe
 
-# Keys whose `auto` is settled by the machine that starts a run, besides `device` and `threads`.
-OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"))
+# Keys whose `auto` is settled by the machine that starts a run, besides `device` and `threads`; the last by the task.
+OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"), ("distill", "instructions"))
 
 
 class OtherRecipe(UsageError):
@@ -57,6 +58,7 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None, source: R
 
     path = folder / "recipe.yaml"
     if not path.exists():
+        recipe = tasks.resolve(recipe)
         recipe = decided(recipe, source) if source is not None else recipe
         if unsettled(recipe):
             recipe = (engine or LocalEngine()).there("paint", settle, recipe)

@@ -42,6 +42,7 @@ from diptych.teachers.configs import class_of
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
+TRAINING_KEYS = {"captions": {"instructions"}}  # of a task: no row depends on them
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 ALIGNED = 2  # the same, for what curation does with aligned panels alone
 CALLS = 2  # the same, for grids of pipelines that were called with another guidance, or a rewritten prompt
@@ -388,7 +389,7 @@ class Pipeline:
         if stage == "write":
             from diptych.stages.write import words_digest
 
-            task = hashlib.sha256(self.task.model_dump_json().encode()).hexdigest()
+            task = hashlib.sha256(self.task.model_dump_json(exclude=TRAINING_KEYS).encode()).hexdigest()
             words = words_digest(recipe)
             settings = [recipe.fingerprint("seed", "write"), task, words]
             settings += [f"worded {WORDED}"] if words or recipe.write.writer == "llm" else []

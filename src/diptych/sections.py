@@ -339,7 +339,8 @@ class Distill(Section):
     mode: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters and the widened input layer."""
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """What the frozen weights are kept in under `lora` (QLoRA: `nf4` trains FLUX.1 on a 24 GB card)."""
+    """Precision of the frozen weights under `lora` (QLoRA). With `nf4`, rank 16, `micro_batch: 1` and checkpointing,
+    FLUX.1 at 512 px is planned to fit a 24 GB card."""
     rank: int = Field(default=64, ge=1)
     """Of the adapters."""
     lora_targets: list[str] | str = "attention"
@@ -351,13 +352,14 @@ class Distill(Section):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Of training alone, so that runs on the same pairs can differ in nothing else; null is the recipe's."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Pairs in one forward pass of one process; null is all of its share. Fewer take less memory for the same step
-    (gradient accumulation)."""
+    """Pairs in one forward pass of one process, in training and in validation; null is its whole share of the batch.
+    Lower it until a step fits into memory: the step stays the same (gradient accumulation)."""
     sharding: Literal["none", "full"] = "none"
     """With several processes: the weights whole in each (DDP), or each with a part of them (FSDP2)."""
     offload: Literal["none", "blocks"] = "none"
-    """Under `lora`: frozen blocks wait in main memory and come to the device one at a time, for a 16 GB card. Wants
-    `gradient_checkpointing`; the numbers stay the same."""
+    """Under `lora`: frozen blocks wait in main memory and come to the device one at a time. With rank 32 and
+    `micro_batch: 1`, FLUX.1 at 512 px is planned to fit a 16 GB card. Needs `gradient_checkpointing`; the numbers stay
+    the same."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """`adamw8bit` is bitsandbytes'; `prodigy` finds its own rate: give it `learning_rate: 1`."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -365,7 +367,7 @@ class Distill(Section):
     warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """The optimizer's."""
+    """The optimizer's. Under `lora` it applies to the adapters, and not to the input layer, which is the teacher's."""
     betas: tuple[float, float] = (0.9, 0.99)
     """The optimizer's."""
     grad_clip: float = Field(default=1.0, gt=0)
@@ -379,8 +381,10 @@ class Distill(Section):
     """Share of samples whose text is empty (for text guidance)."""
     both_dropout: float = Field(default=0.05, ge=0, le=1)
     """Share of samples without either."""
-    instructions: float = Field(default=0.0, ge=0, le=1)
-    """Share of samples told the pair's instruction ("the same cat, in the snow") in place of the target's caption."""
+    instructions: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    """Share of samples trained with the pair's instruction ("the same cat, in the snow") in place of the target's
+    caption. `auto` is the task's own share: 1 for `instruction`, 0 for the other tasks that ship. It is resolved when a
+    run is frozen."""
     left_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss on the left panel, which learns the identity mapping."""
     right_weight: float = Field(default=1.0, ge=0)
@@ -396,7 +400,8 @@ class Distill(Section):
     ema: float = Field(default=0.998, ge=0, lt=1)
     """Decay of the weights' moving average, which is what is saved; 0 is off."""
     checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between checkpoints: at most what a kill costs."""
+    """Steps between checkpoints: at most what a kill costs. A checkpoint is also saved before each validation and each
+    sample sheet."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept."""
     validate_every: int = Field(default=200, ge=1)

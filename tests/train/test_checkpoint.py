@@ -11,12 +11,15 @@ import torch
 
 from diptych.errors import UserError
 from diptych.train import checkpoint
-from diptych.train.checkpoint import BEST, LATEST, Checkpoint, load, pointer, save
+from diptych.train.checkpoint import BEST, LATEST, Checkpoint, load, mark_best, pointer, save
 
 
 def write(folder: Path, step: int, keep: int = 3, best: bool = False) -> Path:
     tensors = {"weights": {"w": torch.full((1000,), float(step))}, "ema": {"w": torch.zeros(3)}}
-    return save(folder, Checkpoint(step, {"note": f"step {step}"}, tensors), keep, best)
+    path = save(folder, Checkpoint(step, {"note": f"step {step}"}, tensors), keep)
+    if best:
+        mark_best(folder, step)
+    return path
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from diptych.data.records import grid_id, pair_id, prompt_id
 from diptych.train.latents import Sample, split
 
 
@@ -44,3 +45,16 @@ def test_fewer_than_five_pairs_are_all_trained_on_and_it_is_said(caplog: pytest.
     assert "there are 4" in caplog.text
     caplog.clear()
     assert split(samples(2, 2), 0) == ([0, 1, 2, 3], []) and not caplog.records
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(3, 12), (10, 8)])
+def test_no_prompt_is_both_trained_on_and_held_out(
+    images: int, held_out: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several images of a prompt show one subject in the same words; ten are more pairs than are asked for."""
+    grids = [grid_id(prompt_id(number), image) for number in range(12) for image in range(images)]
+    pairs = [Sample(pair_id(grid, *order), f"0/{grid}", "a cat") for grid in grids for order in ((0, 1), (1, 0))]
+    train, held = split(pairs, held_out)
+    prompts = [{pairs[row].grid_id.partition(".")[0] for row in rows} for rows in (train, held)]
+    assert len(held) == {3: 12, 10: 20}[images] and prompts[0].isdisjoint(prompts[1])
+    assert not caplog.records

@@ -19,10 +19,11 @@ import torch
 
 from diptych.errors import UsageError
 from diptych.stages.distill import distill
-from diptych.train import checkpoint
+from diptych.train import checkpoint, parts
 from diptych.train.buckets import timestep_shift
 from diptych.train.loop import Trainer
 from diptych.train.metrics import read
+from diptych.train.options import Options
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -103,6 +104,25 @@ def test_eight_bits_train_and_resume_exactly(world: Any, tmp_path: Path) -> None
     assert kills.result(tmp_path / "straight", "lora") == kills.result(tmp_path / "twice", "lora")
     last = checkpoint.load(tmp_path / "twice" / "training")
     assert last is not None and any(tensor.dtype == torch.uint8 for tensor in last.tensors["optimizer"].values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_the_weights_of_the_base_do_not_decay_under_adapters(name: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    options = Options(mode="lora", rank=2, optimizer=name, weight_decay=0.5, learning_rate=0.1)  # pyright: ignore
+    trained = parts.select(tiny_run.make_transformer(), options, "float32", torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in trained.tensors().items()}
+    optimizer = parts.optimizer(trained, options)
+    for _ in range(3):
+        for parameter in trained.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    after = trained.tensors()
+    kept = {name for name in before if torch.equal(after[name], before[name]) and before[name].any()}
+    assert kept == {"x_embedder.weight", "x_embedder.bias"}
+    assert next(iter(parts.optimizer_tensors(optimizer))).startswith("0.")  # in the order of what is trained
+    assert [p is q for p, q in zip(parts._parameters(optimizer), trained.parameters, strict=True)].count(False) == 0
 
 
 def test_adapters_learn_on_a_base_in_eight_bits(world: Any, straight: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -103,6 +104,11 @@ def prompt_id(index: int) -> str:
 def grid_id(from_prompt: str, image: int = 0) -> str:
     """The grid of a prompt has its number: `p-000012` → `g-000012`, and its second image is `g-000012.1`."""
     return "g-" + from_prompt.partition("-")[2] + (f".{image}" if image else "")
+
+
+def prompt_of(grid: str) -> str:
+    """What all grids of one prompt have in common: `g-000012`, for its second image `g-000012.1` too."""
+    return re.sub(r"(g-\d+)\.\d+$", r"\1", grid)
 
 
 def pair_id(from_grid: str, reference: int, target: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diptych import models
+from diptych import models, tasks
 from diptych.data.records import COLUMNS, schema, seed_of
 from diptych.data.store import Dataset, write_atomic
 from diptych.documents import parse_json
@@ -294,6 +294,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     from diptych.train.metrics import report
     from diptych.train.options import Options
 
+    recipe = tasks.resolve(recipe)
     settings, folder = recipe.evaluate.adapter, place(run_dir)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -373,6 +374,7 @@ def made_by(recipe: Recipe, run_dir: Path) -> str:
     """What decides an adapter's weights: sha256 of teacher, encoder, pairs and settings."""
     from diptych.train.options import HARMLESS, Options
 
+    recipe = tasks.resolve(recipe)
     settings = recipe.evaluate.adapter
     skip = {*HARMLESS, "seed", "rank", "lora_targets", "left_weight", "right_weight", "init", "preference", "mode"}
     skip |= {"conditioning"}

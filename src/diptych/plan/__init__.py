@@ -19,7 +19,7 @@ from diptych.errors import UsageError
 from diptych.plan import assumptions, measured, stages, teacher
 from diptych.plan.job import Book, Job
 from diptych.plan.text import lines
-from diptych.sections import Recipe
+from diptych.sections import Distill, Recipe
 from diptych.teachers import distilled
 
 __all__ = ["lines", "make"]
@@ -43,7 +43,7 @@ def make(
     if not recipe.draws_pairs():
         raise UsageError("plan counts what a run draws, and this recipe's distill.data has other people's pairs alone")
     book = Book(assumptions.collect(recipe, assume, gpu))
-    task = tasks.load(recipe.task)
+    recipe, task = tasks.resolve(recipe), tasks.load(recipe.task)
     task.layout(recipe.write.layout)
     source = teacher.find(recipe)
     source.panel(recipe.paint.panel_size)
@@ -126,9 +126,7 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
             continue
         cures = ["lower paint.batch_size", *(["set paint.memory=auto"] if recipe.paint.memory is None else [])]
         if stage == "distill":
-            cures = [] if recipe.distill.gradient_checkpointing else ["set distill.gradient_checkpointing=true"]
-            cures += ["set distill.micro_batch"] if found["stages"][stage]["rows_at_once"] > 1 else []
-            cures += ["set distill.quantize=nf4"] if recipe.distill.mode == "lora" else []
+            cures = _cures(recipe.distill, found["stages"][stage])
         notes.append(f"{stage} needs {needs:,.0f} GiB, and a device has {room:,.0f}: {', '.join(cures)}")
     held = found["stages"]["paint"]["held"]
     if "transformer as loaded" not in held or "offload" in held:
@@ -160,6 +158,20 @@ def _teacher_notes(recipe: Recipe) -> list[str]:
     if (wrong := distilled.advice(recipe.teacher, recipe.paint.steps, recipe.paint.true_guidance)) is not None:
         notes.append(wrong)
     return notes
+
+
+def _cures(settings: Distill, planned: dict[str, Any]) -> list[str]:
+    """What makes a training fit, first what costs least."""
+    phases = planned["memory_phases"]
+    found: list[str] = []
+    if max(phases.values()) in (phases["steps"], phases["validation"]):
+        found += [] if settings.gradient_checkpointing else ["set distill.gradient_checkpointing=true"]
+        found += ["set distill.micro_batch=1"] if planned["rows_at_once"] > 1 else []
+    if settings.mode == "full":
+        return [*found, "use several devices with distill.sharding=full", "or distill.mode=lora"]
+    if settings.quantize == settings.offload == "none":
+        found += ["set distill.quantize=nf4 or distill.offload=blocks"]
+    return [*found, *(["lower distill.rank"] if settings.rank > 1 else [])] or ["use a larger device"]
 
 
 def _vllm_notes(recipe: Recipe, device: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Shapes = Mapping[str, tuple[int, ...]]
 TEXT_LAYERS = (".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj", ".attn.to_add_out", ".ff_context.")
@@ -82,11 +82,13 @@ def forward(shapes: Shapes, canvas: Canvas) -> float:
 
 @dataclass(frozen=True)
 class Trained:
-    """What learns: numbers, and the operations that low-rank adapters add to a forward pass."""
+    """What learns: numbers, the operations that low-rank adapters add to a forward pass, and their layers (out, in)."""
 
     numbers: int
     adapter: float
     whole: bool
+    rank: int = 0
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def widened(shapes: Shapes) -> Shapes:
@@ -97,14 +99,15 @@ def widened(shapes: Shapes) -> Shapes:
 
 def adapted(shapes: Shapes, targets: Sequence[str], rank: int, canvas: Canvas) -> Trained:
     """Adapters of `rank` on the student's layers whose names end as `targets`, and the whole input layer."""
-    layers = [
-        (name, out, into)
-        for name, (out, into) in linears(shapes).items()
+    layers = {
+        name: sizes
+        for name, sizes in linears(shapes).items()
         if any(name == target or name.endswith(f".{target}") for target in targets)
-    ]
+    }
     out, into = shapes["x_embedder.weight"]
-    numbers = sum(rank * (a + b) for _, a, b in layers) + out * into + out
-    return Trained(numbers, sum(2.0 * tokens_of(name, canvas) * rank * (a + b) for name, a, b in layers), whole=False)
+    numbers = sum(rank * (a + b) for a, b in layers.values()) + out * into + out
+    flops = sum(2.0 * tokens_of(name, canvas) * rank * (a + b) for name, (a, b) in layers.items())
+    return Trained(numbers, flops, whole=False, rank=rank, layers=layers)
 
 
 def training(forward_flops: float, trained: Trained, checkpointing: bool) -> float:
@@ -117,16 +120,82 @@ def training(forward_flops: float, trained: Trained, checkpointing: bool) -> flo
     return forward_flops * (passes + trained.whole) + trained.adapter * (passes + 1)
 
 
-def activations(shapes: Shapes, canvas: Canvas, rows: int, checkpointing: bool, bytes_: int, widths: float) -> float:
-    """Bytes that the backward pass waits for.
+@dataclass(frozen=True)
+class Widths:
+    """What a FLUX block holds of each token, in widths: what its backward pass waits for in a double and in a single
+    block, what is there besides at most while that runs, and what a forward pass without gradients holds."""
 
-    A block keeps of each token, in widths: its input, the normed and the modulated one (3), queries, keys and values
-    (3), the normed and the turned queries and keys (4), attention's output (1), the MLP before and after its activation
-    (8), both halves joined (5) and what is gated at the end (1): `widths` is 25. With checkpointing it keeps its input
-    alone, and one block at a time the rest.
+    double: float
+    single: float
+    backward: float
+    forward: float
+
+
+# By whether all weights are trained, and bytes of a number. Counted on blocks of full size that hold no data, with the
+# casts of autocast on a GPU (tests/train/test_live_bytes.py counts them again).
+WIDTHS = {
+    (False, 2): Widths(16.1, 14.1, 12.4, 18.3),
+    (False, 4): Widths(13.0, 12.0, 10.0, 15.2),
+    (True, 2): Widths(34.1, 30.1, 5.0, 16.5),
+    (True, 4): Widths(24.1, 21.1, 3.4, 15.2),
+}
+ENDS = 2  # widths of a token that wait before and after the blocks
+LARGEST = 9  # bytes for each number of the largest matrix while its gradient is made and added
+
+
+def step_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, checkpointing: bool, number: int) -> float:
+    """Bytes of a training step besides weights, their gradients and the optimizer's state: what the backward pass waits
+    for, at its most. `number`: bytes of what it computes in.
+
+    With checkpointing a block keeps its input alone, and one block at a time the rest. In bfloat16 each matrix that
+    learns has a copy in it, and so has what an adapter sees, which is cast twice.
     """
-    one = rows * canvas.all * width(shapes) * bytes_
-    return one * (blocks(shapes) + widths) if checkpointing else one * blocks(shapes) * widths
+    widths, one = WIDTHS[trained.whole, number], rows * canvas.all * width(shapes) * number
+    kept, outside = _kept(shapes, canvas, rows, trained, number)
+    backward = widths.backward * one
+    if trained.whole:
+        backward += LARGEST * _largest(shapes)
+    elif wide := max((out / width(shapes) for out, _ in trained.layers.values()), default=1.0) - 1:
+        backward += 2 * wide * one
+    ends = ENDS * one + outside
+    if not checkpointing:
+        return sum(kept.values()) + backward + ends
+    doubles = [size for block, size in kept.items() if block.startswith("transformer_blocks")]
+    singles = [size for block, size in kept.items() if block.startswith("single")]
+    # The single blocks go backward first, when the inputs of all blocks still wait.
+    peaks = [len(kept) * one + max(singles, default=0), len(doubles) * one + max(doubles, default=0)]
+    return max(peaks) + backward + ends
+
+
+def forward_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, number: int) -> float:
+    """Bytes of a forward pass without gradients, besides the weights."""
+    cast = number * _largest(shapes) if trained.whole and number == 2 else 0
+    return WIDTHS[trained.whole, number].forward * rows * canvas.all * width(shapes) * number + cast
+
+
+def _kept(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, number: int) -> tuple[dict[str, float], float]:
+    """Bytes that each block's backward pass waits for, and those of what is outside the blocks."""
+    widths, one = WIDTHS[trained.whole, number], rows * canvas.all * width(shapes) * number
+    kept: dict[str, float] = {}
+    outside = 0.0
+    for name, (out, into) in linears(shapes).items():
+        block = ".".join(name.split(".")[:2])
+        more = 0.0
+        if trained.whole and number == 2:
+            more = 2 * out * into
+        elif name in trained.layers:
+            more = rows * tokens_of(name, canvas) * trained.rank * number
+            if number == 2:
+                more += 2 * trained.rank * (out + into) + 2 * rows * tokens_of(name, canvas) * into
+        if "transformer_blocks." in name:
+            kept[block] = kept.get(block, one * (widths.single if name.startswith("single") else widths.double)) + more
+        else:
+            outside += more
+    return kept, outside
+
+
+def _largest(shapes: Shapes) -> int:
+    return max(out * into for out, into in linears(shapes).values())
 
 
 def hours(flops: float, tflops: float, share: float) -> float:

@@ -120,7 +120,6 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
         "grid_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
         "candidate_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
         "row_bytes": Assumption(1000, "bytes", "a guess: a row's words and numbers; 100 to 200 in the pocket world"),
-        "activation_widths": Assumption(25, "widths a token", "counted in a FLUX block, see plan/arithmetic.py"),
     }
 
 

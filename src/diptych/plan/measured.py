@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
+from diptych import tasks
 from diptych.data import log
 from diptych.sections import Recipe
 
@@ -52,7 +53,7 @@ def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
     folder = Path(run_dir)
     if not (folder / "recipe.yaml").is_file():
         return {}
-    frozen = recipes.load(folder / "recipe.yaml")
+    recipe, frozen = tasks.resolve(recipe), tasks.resolve(recipes.load(folder / "recipe.yaml"))
     events = log.read(folder)
     machines = [event["machine"] for event in events if event.get("event") == "start" and "machine" in event]
     machine = f" on {machines[-1].get('processor', '?')}, {machines[-1].get('cores', '?')} cores" if machines else ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 from diptych.errors import UsageError, nearest
 from diptych.plan import arithmetic
 from diptych.plan.job import Job
-from diptych.plan.teacher import frozen_bytes, painting_memory
+from diptych.plan.memory import Training
+from diptych.plan.teacher import painting_memory
 
 TEXT_IN_MEMORY = 2 * 2**30  # bytes: train/text.py encodes captions once if they fit, else in every step
 LEVELS = 5  # noise levels of a validation, train/options.py
@@ -121,7 +121,7 @@ def curate(job: Job, painting_hours: float) -> dict[str, Any]:
 
 def distill(job: Job) -> dict[str, Any]:
     """Steps, samples, operations, device hours, memory and disk of the training."""
-    settings, book = job.recipe.distill, job.book
+    settings = job.recipe.distill
     canvas = _student_canvas(job)
     shapes = arithmetic.widened(job.counts.shapes)
     one = arithmetic.forward(shapes, canvas)
@@ -144,32 +144,13 @@ def distill(job: Job) -> dict[str, Any]:
     drawn += negatives * settings.sample_steps
     flops = samples * per_sample + texts * job.text_flops + (checks + drawn) * one
     hours = job.hours("seconds_per_step", settings.steps, flops, "train_share")
-    precision = job.number_bytes(settings.precision)
-    share = math.ceil(settings.batch_size / book["devices"])
-    rows = min(settings.micro_batch or share, share)
-    kept = arithmetic.activations(
-        shapes, canvas, sides * rows, settings.gradient_checkpointing, precision, book["activation_widths"]
-    )
-    # select() keeps frozen weights in bfloat16 on a GPU that computes in it.
-    number = 4 if job.on_cpu else precision
-    frozen = 0 if trained.whole else frozen_bytes(job.teacher, settings.quantize, number)
-    if settings.offload == "blocks" and not job.on_cpu:
-        matrices = arithmetic.block_matrices(shapes)  # one block's are there at a time
-        frozen -= (sum(matrices.values()) - max(matrices.values())) * number
+    memory = Training(job, shapes, canvas, _canvas_pixels(job), trained, online)
+    phases = memory.phases()
+    of = memory.held() | {"activations": phases["steps"] - sum(memory.held().values())}
     averages = arithmetic.TRAINED_BYTES * bool(settings.ema)
     state = arithmetic.TRAINED_BYTES + averages + arithmetic.OPTIMIZER_BYTES[settings.optimizer]
-    learning = state + arithmetic.TRAINED_BYTES * (1 + bool(wish))  # gradients, and the weights it started from
-    split = book["devices"] if settings.sharding == "full" else 1
-    text, vae = job.counts.text * wide, job.counts.vae * wide
-    # Text encoders leave an accelerator once all captions are encoded, before anything is trained.
-    encoding = text + vae + (job.counts.transformer * wide if trained.whole else frozen)
-    memory = {
-        "weights": round(frozen / split + vae + (text if online or job.on_cpu else 0)),
-        "trained": round(trained.numbers * learning / split),
-        "activations": round(kept),
-    }
     channels = job.counts.shapes["x_embedder.weight"][1]
-    whole = job.counts.transformer * 4 + text + vae
+    whole = job.counts.transformer * 4 + (job.counts.text + job.counts.vae) * wide
     disk = {
         "latents": job.kept * 2 * canvas.image * channels * wide,
         "negatives": negatives * canvas.image * channels * 4,
@@ -187,9 +168,10 @@ def distill(job: Job) -> dict[str, Any]:
         "flops": flops,
         "seconds_per_step": hours * 3600 / settings.steps,
         **_time(job, hours),
-        "memory": max(sum(memory.values()), round(encoding)),
-        "memory_of": memory,
-        "rows_at_once": rows,
+        "memory": max(phases.values()),
+        "memory_of": {name: round(size) for name, size in of.items()},
+        "memory_phases": phases,
+        "rows_at_once": memory.rows,
         "disk": disk,
     }
 
@@ -206,13 +188,19 @@ def evaluate(job: Job) -> dict[str, Any]:
     return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 
-def _student_canvas(job: Job) -> arithmetic.Canvas:
-    """What a training sample is, at the largest of the recipe's sizes."""
+def _canvas_pixels(job: Job) -> tuple[int, int]:
+    """Height and width of a training sample, at the largest of the recipe's sizes."""
     settings = job.recipe.distill
     panels = 2 if settings.conditioning == "diptych" else 1
     sizes = settings.buckets if settings.buckets != "auto" else []  # its ladder keeps the square's area
-    images = [arithmetic.image_tokens(height, panels * width, job.teacher.factor) for height, width in sizes]
-    return replace(job.canvas(1, panels), image=max(images)) if images else job.canvas(1, panels)
+    height, width = max(sizes or [(job.size, job.size)], key=lambda size: size[0] * size[1])
+    return height, panels * width
+
+
+def _student_canvas(job: Job) -> arithmetic.Canvas:
+    """What a training sample is, at the largest of the recipe's sizes."""
+    height, width = _canvas_pixels(job)
+    return arithmetic.Canvas(arithmetic.image_tokens(height, width, job.teacher.factor), job.teacher.text_tokens)
 
 
 def _trained(job: Job, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> arithmetic.Trained:
@@ -222,7 +210,7 @@ def _trained(job: Job, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> 
         return arithmetic.Trained(job.counts.transformer + out * channels, 0.0, whole=True)
     targets = settings.lora_targets
     if isinstance(targets, str):
-        from diptych.train.parts import TARGETS
+        from diptych.train.options import TARGETS
 
         if targets not in TARGETS:
             hint = nearest(targets, TARGETS)

@@ -1,17 +1,14 @@
-"""The teacher's real sizes: its configs from a folder, the hub's cache or the table below; counted on the meta device.
+"""The teacher's real sizes: its configs from a folder, the hub's cache or the table below.
 
 No weight is read and nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
 from diptych.sections import Recipe
 from diptych.teachers import calls, distilled
@@ -134,20 +131,11 @@ def find(recipe: Recipe) -> Teacher:
 
 
 def count(teacher: Teacher) -> Counts:
-    """Built on the meta device. Imports torch."""
-    from diptych.student.memory import Preset
-    from diptych.student.memory import plan as memory_plan
-
-    plain = memory_plan(memory_shapes(teacher), Preset(), dtype_bytes=1)
-    numbers = plain.blocks + plain.modulation + plain.other
-    return Counts(_shapes(json.dumps(dict(teacher.configs["transformer"]))), numbers, plain.text, plain.vae)
-
-
-@lru_cache(maxsize=4)
-def _shapes(config: str) -> Mapping[str, tuple[int, ...]]:
-    from diptych.student.weights import shapes_of
-
-    return shapes_of(parse_json(config))
+    """The numbers of its parts."""
+    shapes = memory_shapes(teacher)
+    transformer = shapes.tensors("transformer")
+    text = sum(shapes.tensors(part).count for part in shapes.texts())
+    return Counts(transformer.shapes, transformer.count, text, shapes.tensors("vae").count)
 
 
 def painting_memory(

@@ -85,8 +85,9 @@ def _on_vllm(found: dict[str, Any]) -> str:
 
 def _distill(found: dict[str, Any]) -> list[str]:
     memory = " + ".join(f"{gib(part)} {name}" for name, part in found["memory_of"].items())
-    more = found["memory"] > sum(found["memory_of"].values())
-    before = "; while captions are encoded it is more" if more else ""
+    phases = found["memory_phases"]
+    largest = max(phases, key=lambda name: (phases[name], name == "steps"))
+    most = f"; the most is {gib(found['memory'])}, for {largest}" if largest != "steps" else ""
     disk = " + ".join(f"{size(part)} {name}" for name, part in found["disk"].items() if part)
     epochs = f", {found['epochs']:,.1f} epochs" if found["epochs"] else ""
     return [
@@ -94,7 +95,7 @@ def _distill(found: dict[str, Any]) -> list[str]:
         f"{found['batch_size']}, {found['samples']:,} samples{epochs}",
         f"{si(found['flops_per_sample'])}FLOP a sample, {si(found['flops'])}FLOP with validation and sample sheets",
         f"{seconds(found['seconds_per_step'])} a step · {_hours(found)}",
-        f"memory {gib(found['memory'])}: {memory} ({found['rows_at_once']} rows at once){before}",
+        f"memory {gib(phases['steps'])}: {memory} ({found['rows_at_once']} rows at once){most}",
         f"disk {disk}",
     ]
 

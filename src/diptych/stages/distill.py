@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych import models
+from diptych import models, tasks
 from diptych.console import quiet_bars
 from diptych.data.seal import text_hash
 from diptych.data.store import Dataset, write_atomic
@@ -78,7 +78,7 @@ def distill(
     from diptych.train.processes import join
 
     distilled.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
-    out = Path(out)
+    out, recipe = Path(out), tasks.resolve(recipe)
     steps = recipe.distill.steps
     material = Material.open(recipe, pairs)
     if (done := finished(out, recipe, material)) is not None:
@@ -102,7 +102,6 @@ def prepare(
     """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
     import torch
 
-    from diptych import tasks
     from diptych.student.loading import pick_device
     from diptych.train import buckets, checkpoint, latents, preference, text
     from diptych.train.hardware import pick_precision
@@ -112,7 +111,7 @@ def prepare(
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device, processes = device or pick_device(recipe.device), processes or ALONE
+    device, processes, recipe = device or pick_device(recipe.device), processes or ALONE, tasks.resolve(recipe)
     options = Options.of(recipe.distill, seed=recipe.training_seed)
     precision, reason = pick_precision(options.precision, device)
     log.info("training on %s in %s: %s", device, precision, reason)

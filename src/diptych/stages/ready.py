@@ -93,7 +93,7 @@ def distill(recipe: Recipe) -> None:
     if problem := quantize.problem(settings.quantize, pick_device(recipe.device).type):
         raise UsageError(f"distill.quantize: {problem}")
     options = replace(Options.of(settings, seed=recipe.training_seed), offload="none")
-    parts.optimizer([torch.nn.Parameter(torch.zeros(1))], options)
+    parts.optimizer(parts.Trained(["weight"], [torch.nn.Parameter(torch.zeros(1))], {}), options)
     pipe = student(recipe, folder)
     buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
     parts.select(pipe.transformer, options, "float32", torch.device("meta"))

@@ -1,20 +1,17 @@
-"""How many bytes parts and pictures take, from configs alone: the models are built on the meta device.
+"""How many bytes parts and pictures take, from configs alone.
 
 Weights are counted, activations estimated: each function says by which rule.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-from diptych import layers
-from diptych.documents import parse_json
 from diptych.student import quantize
+from diptych.student.shapes import Tensors, tensors
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 CLASSES = {
@@ -55,63 +52,42 @@ class Shapes:
         """Whether the transformer is FLUX.1's, the one whose modulation is precomputed."""
         return self.class_of("transformer") == CLASSES["transformer"]
 
-    def model(self, part: str) -> Any:
-        """A part on the meta device; None if it is absent."""
+    def tensors(self, part: str) -> Tensors:
+        """What a part is made of, which is there."""
         library = "transformers" if part in TEXTS else "diffusers"
-        return meta(library, self.class_of(part), getattr(self, part))
+        return tensors(library, self.class_of(part), getattr(self, part))
 
     def texts(self) -> dict[str, Mapping[str, Any]]:
         """The configs of the text encoders that are there."""
         return {part: config for part in TEXTS if (config := getattr(self, part)) is not None}
 
 
-def meta(library: str, name: str, config: Mapping[str, Any] | None) -> Any:
-    """A model without weights, from its config; None from none."""
-    if config is None:
-        return None
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _built(library, name, json.dumps(plain, sort_keys=True, default=str))
-
-
-@lru_cache(maxsize=8)
-def _built(library: str, name: str, config: str) -> Any:
-    import torch
-
-    cls: Any = getattr(importlib.import_module(library), name)
-    values = parse_json(config)
-    layers.check(values, f"the config of a {name}")
-    with torch.device("meta"):
-        return cls.from_config(values) if library == "diffusers" else cls(cls.config_class.from_dict(values))
-
-
-def count(model: Any) -> int:
-    """Numbers in a model's parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def quantized_split(model: Any, name: str, dtype_bytes: int) -> tuple[int, int]:
+def quantized_split(model: Tensors, name: str, dtype_bytes: int) -> tuple[int, int]:
     """Bytes of the layers that `quantize` would take, quantized, and of everything else."""
-    linears = quantize.quantizable(model).values()
-    rest = count(model) - sum(count(linear) for linear in linears)
+    linears = [model.of(linear) for linear in sorted(model.linears) if quantize.takes(linear)]
+    rest = model.count - sum(math.prod(shape) for linear in linears for shape in linear.values())
     return quantize.quantized_bytes(name, linears, dtype_bytes), rest * dtype_bytes
 
 
-def as_in_file(transformer: Any, packed: int, dtype_bytes: int) -> tuple[int, int, int]:
+def as_in_file(transformer: Tensors, packed: int, dtype_bytes: int) -> tuple[int, int, int]:
     """Bytes of blocks, modulation and the rest where a file's `packed` bytes stay: all matrices, but the input layer's.
 
     They are shared out as if every weight had as many bits.
     """
-    from diptych.student.modulation import adaln_layers
-
-    modulation = (*adaln_layers(transformer), "time_text_embed")
+    modulation = (*adaln(transformer), "time_text_embed")
     matrices, plain = [0, 0, 0], [0, 0, 0]
-    for name, parameter in transformer.named_parameters():
+    for name, shape in transformer.shapes.items():
         layer = name.rpartition(".")[0]
         part = 1 if layer.startswith(modulation) else 0 if "blocks." in layer else 2
-        kept = parameter.ndim == 2 and layer != "x_embedder"
-        (matrices if kept else plain)[part] += parameter.numel()
+        kept = len(shape) == 2 and layer != "x_embedder"
+        (matrices if kept else plain)[part] += math.prod(shape)
     sizes = [round(packed * m / sum(matrices)) + p * dtype_bytes for m, p in zip(matrices, plain, strict=True)]
     return sizes[0], sizes[1], sizes[2]
+
+
+def adaln(transformer: Tensors) -> list[str]:
+    """FLUX.1's AdaLN linears (`modulation.adaln_layers`)."""
+    return [linear for linear in transformer.linears if quantize.is_modulation(linear)]
 
 
 def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
@@ -142,9 +118,14 @@ def channels(vae: Mapping[str, Any]) -> list[int]:
 
 
 def decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_bytes: int) -> int:
-    """The decoder's last up block works at full size on the second-narrowest channels: four maps of that, and the
+    """The decoder's last up block works at full size on the second-narrowest channels: three maps of that, and the
     picture itself where it is put together from tiles."""
     widths = channels(vae)
     pixels = panel[0] * panel[1] * 2
     at_once = min(pixels, tile * tile) if tile else pixels
-    return 4 * widths[min(1, len(widths) - 1)] * at_once * dtype_bytes + 3 * 3 * pixels * dtype_bytes
+    return 3 * widths[min(1, len(widths) - 1)] * at_once * dtype_bytes + 3 * 3 * pixels * dtype_bytes
+
+
+def encoding(vae: Mapping[str, Any], panel: tuple[int, int], dtype_bytes: int) -> int:
+    """The encoder's first block works at full size on the narrowest channels: five maps of that."""
+    return 5 * channels(vae)[0] * panel[0] * panel[1] * 2 * dtype_bytes

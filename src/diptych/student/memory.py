@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -68,34 +69,34 @@ def plan(
     text_tokens: int = 512,
     reopened: bool = True,
 ) -> Plan:
-    """What `preset` needs, from configs alone: the models are built on the meta device.
+    """What `preset` needs, from configs alone.
 
     Weights and table are counted; activations are estimated (`footprint.activations`). `rows`: pictures drawn together,
     times the branches of batched guidance. `reopened`: staged text encoders are read from their files when a prompt
     comes; otherwise they wait in main memory. On a CPU what waits shares the memory with what runs, so it counts in
     every stage.
     """
-    from diptych.student.modulation import adaln_layers
-
-    transformer = shapes.model("transformer")
-    tabled: dict[str, Any] = adaln_layers(transformer) if shapes.is_flux else {}
+    transformer = shapes.tensors("transformer")
+    tabled = footprint.adaln(transformer) if shapes.is_flux else []
     if shapes.quantized:
         blocks, modulation, other = footprint.as_in_file(transformer, shapes.quantized, dtype_bytes)
     else:
         blocks, rest = footprint.quantized_split(transformer, preset.transformer, dtype_bytes)
-        adaln = sum(footprint.count(layer) for layer in tabled.values())
-        modulation = (adaln + footprint.count(transformer.time_text_embed)) * dtype_bytes if tabled else 0
+        waits = (*(f"{layer}." for layer in tabled), "time_text_embed.") if tabled else ()
+        adaln = sum(math.prod(shape) for name, shape in transformer.shapes.items() if name.startswith(waits))
+        modulation = adaln * dtype_bytes
         other = rest - modulation
     text = 0
     for part in shapes.texts():
         kind = "none" if footprint.is_small(shapes.class_of(part)) else preset.text
-        text += sum(footprint.quantized_split(shapes.model(part), kind, dtype_bytes))
-    vae = footprint.count(shapes.model("vae")) * dtype_bytes
+        text += sum(footprint.quantized_split(shapes.tensors(part), kind, dtype_bytes))
+    vae = shapes.tensors("vae").count * dtype_bytes
 
-    columns = sum(layer.linear.out_features for layer in tabled.values())
+    columns = sum(transformer.shapes[f"{layer}.weight"][0] for layer in tabled)
     table = steps * (rows + 1) * columns * dtype_bytes if preset.modulation else 0  # one more text: the negative
     activations = footprint.activations(shapes, panel, rows, text_tokens, dtype_bytes)
-    widest = max((m.in_features * m.out_features for m in quantize.quantizable(transformer).values()), default=0)
+    blocked = [linear for linear in transformer.linears if quantize.takes(linear)]
+    widest = max((math.prod(transformer.shapes[f"{linear}.weight"]) for linear in blocked), default=0)
     scratch = 0 if preset.transformer == "none" else widest * dtype_bytes
     decode = footprint.decoding(shapes.vae, panel, preset.tile, dtype_bytes) * rows
 
@@ -105,11 +106,11 @@ def plan(
     resident = blocks + modulation + other - grouped - waiting_modulation
     on_device = (waiting_modulation + grouped) if shared else 0
     if grouped and not shared:
-        scratch += 2 * blocks // max(1, len(quantize.quantizable(transformer)) // 8)  # a group, and the next one coming
+        scratch += 2 * blocks // max(1, len(blocked) // 8)  # a group, and the next one coming
     text_weights = 0 if preset.staged and (reopened or not shared) else text
     # The transformer steps aside while text is encoded.
     aside = resident if preset.staged and not shared and not grouped else 0
-    encode = footprint.text_activations(shapes, text_tokens, dtype_bytes)
+    encode = footprint.text_activations(shapes, text_tokens, dtype_bytes) * rows
     stages = {
         "text": text + vae + resident + on_device - aside + encode,
         "denoise": resident + on_device + text_weights + vae + table + activations + scratch,

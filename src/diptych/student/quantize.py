@@ -8,8 +8,9 @@ the quantizers' own skip lists match names in ways that catch too much (`proj_ou
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,21 +58,21 @@ def problem(name: str, device: str) -> str:
 
 
 def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linears to quantize, by name: those in numbered blocks of a transformer or a text encoder, without modulation
-    and T5's `wo`.
+    """The linears to quantize, by name (`takes`)."""
+    import torch
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in linears.items() if takes(name)}
+
+
+def takes(linear: str) -> bool:
+    """Whether a linear layer of this name is quantized: those in numbered blocks of a transformer or a text encoder,
+    without modulation and T5's `wo`.
 
     T5 casts what it feeds `wo` to the dtype in which that weight is stored.
     """
-    import torch
-
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and any(part.isdecimal() for part in name.split(".")[:-1])
-        and not is_modulation(name)
-        and not name.endswith(".wo")
-    }
+    numbered = any(part.isdecimal() for part in linear.split(".")[:-1])
+    return numbered and not is_modulation(linear) and not linear.endswith(".wo")
 
 
 def is_modulation(layer: str) -> bool:
@@ -142,13 +143,12 @@ def _config(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-def quantized_bytes(name: str, linears: Iterable[torch.nn.Linear], dtype_bytes: int) -> int:
-    """Bytes that these layers have once quantized, of layers on the meta device too."""
+def quantized_bytes(name: str, linears: Iterable[Mapping[str, tuple[int, ...]]], dtype_bytes: int) -> int:
+    """Bytes that layers have once quantized, from the shapes of their `weight` and, if they have one, `bias`."""
     kind = QUANTIZATIONS[name]
     bits = kind.bits if name != "none" else 8 * dtype_bytes
     total = 0.0
     for linear in linears:
-        total += linear.weight.numel() * bits / 8 + linear.out_features * kind.row_bytes
-        if linear.bias is not None:
-            total += linear.bias.numel() * (bits / 8 if kind.biases else dtype_bytes)
+        total += math.prod(linear["weight"]) * bits / 8 + linear["weight"][0] * kind.row_bytes
+        total += math.prod(linear.get("bias", (0,))) * (bits / 8 if kind.biases else dtype_bytes)
     return round(total)

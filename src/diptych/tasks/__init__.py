@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,9 @@ from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged
 from diptych.text_files import read_text
+
+if TYPE_CHECKING:
+    from diptych.sections import Recipe
 
 GRID_FIELDS = frozenset({"subject", "description", "scene", "left", "right", "panels", "count", "style"})
 ITEM_FIELDS = frozenset({"number", "position", "subject", "description", "content"})
@@ -138,6 +141,9 @@ class Captions(_Part):
     """The brief for an instruction that turns the reference into the target."""
     instruction_templates: list[Text] = Field(min_length=1)
     """Wordings for when no language model is at hand. Fields: {subject}, {change} (what the target says of itself)."""
+    instructions: float = Field(default=0.0, ge=0, le=1)
+    """Share of training samples that get the instruction in place of the caption, where the recipe leaves
+    `distill.instructions` at `auto`."""
 
     @field_validator("instruction_templates")
     @classmethod
@@ -274,6 +280,14 @@ def load(name: str) -> Task:
         return Task.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
         raise UsageError(f"{path}: {first_error(error, _KEYS)}") from error
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with the values of its task where it leaves them open: `distill.instructions`."""
+    if recipe.distill.instructions != "auto":
+        return recipe
+    share = load(recipe.task).captions.instructions
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"instructions": share})})
 
 
 def first_error(error: ValidationError, keys: frozenset[str]) -> str:

@@ -39,14 +39,14 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) -> Path:
-    """Writes a checkpoint, points `latest` (and `best`) at it, and removes all but the last `keep` and the best.
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes a checkpoint, points `latest` at it, and removes all but the last `keep` and the best.
 
     Raises UserError when it cannot be written; what was there before is then untouched.
     """
     from safetensors.torch import save as to_bytes
 
-    final = folder / f"step-{checkpoint.step:06d}"
+    final = folder / _folder_of(checkpoint.step)
     temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     try:
         _remove_leftovers(folder)
@@ -72,10 +72,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) ->
             "make room or set it right, then run the same command again"
         ) from error
     write_atomic(folder / LATEST, final.name.encode())
-    if best:
-        write_atomic(folder / BEST, final.name.encode())
     _thin(folder, keep, checkpoint.step)
     return final
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Points `best` at the checkpoint of this step, which is there."""
+    write_atomic(folder / BEST, _folder_of(step).encode())
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -138,6 +141,10 @@ def pointer(folder: Path, name: str) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return target if _NAME.fullmatch(target) and (folder / target).is_dir() else None
+
+
+def _folder_of(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _step(path: Path) -> int:

@@ -27,11 +27,11 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """The context of a training forward pass: autocast, and the attention kernel of `attending`. Weights stay as they
-    are."""
+    are: each is cast where it is used, and not kept, since a forward pass uses it once."""
     if precision == "float32":
         yield
         return
-    with torch.autocast(device.type, torch.bfloat16), attending(precision, device):
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False), attending(precision, device):
         yield
 
 

@@ -24,15 +24,16 @@ import torch
 
 from diptych.data.images import open_image
 from diptych.data.pairs import SIDES, pair
+from diptych.data.records import prompt_of
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
 from diptych.train.metrics import Progress, report
+from diptych.train.options import canvases_at_once
 from diptych.train.processes import ALONE, Processes
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 IN_MEMORY = 4 * 2**30  # bytes of latents that are read once and kept; more is read row by row from the mapped files
-BATCH = 16  # pairs through the VAE at once; fixed, so that the cache's bytes do not depend on anything else
 FORMAT = 3  # raised when the files say something else
 MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
 SAME_SHAPE = 0.02  # aspect ratios of an aligned pair may differ by this share: a pixel or two of rounding
@@ -212,8 +213,9 @@ def encode_shard(
     tensors: dict[str, torch.Tensor] = {}
     for bucket, pairs in sorted(panels.items()):
         made = []
-        for first in range(0, len(pairs), BATCH):
-            reference, target = (torch.stack(side) for side in zip(*pairs[first : first + BATCH], strict=True))
+        size = canvases_at_once(canvases[bucket].height, canvases[bucket].width)
+        for first in range(0, len(pairs), size):
+            reference, target = (torch.stack(side) for side in zip(*pairs[first : first + size], strict=True))
             made.append(encode(reference, target))
         for kind, parts in zip(("clean", "condition"), zip(*made, strict=True), strict=True):
             tensors[tensor_name(kind, bucket)] = torch.cat(parts)
@@ -293,13 +295,19 @@ def canvas_encoder(encode_canvas: Callable[[torch.Tensor], torch.Tensor], panels
 def split(samples: Sequence[Sample], held_out: int) -> tuple[list[int], list[int]]:
     """Row numbers to train on and to validate on.
 
-    Whole grids are held out, those with the lowest hash of their id, until they make `held_out` pairs, but never more
-    than a fifth of all pairs; so no validation subject was trained on and the choice does not move with the order.
-    Where every grid (or reference, in other people's data) has more pairs than that, single pairs are held out, and a
-    warning says that their references are trained on.
+    All grids of a prompt are held out together, those with the lowest hash of their id, until they make `held_out`
+    pairs, but never more than a fifth of all pairs; so no validation subject was trained on and the choice does not
+    move with the order. Where every prompt (or reference, in other people's data) has more pairs than `held_out`, one
+    whole prompt is held out; where it would be more than a fifth, single pairs are held out, and a warning says that
+    their references are trained on.
     """
-    wanted = min(held_out, len(samples) // 5)
-    validation = _lowest([sample.grid_id for sample in samples], wanted)
+    most = len(samples) // 5
+    wanted = min(held_out, most)
+    prompts = [prompt_of(sample.grid_id) for sample in samples]
+    validation = _lowest(prompts, wanted)
+    if not validation and wanted:
+        smallest = min(Counter(prompts).values())
+        validation = _lowest(prompts, smallest) if smallest <= most else []
     if not validation and wanted:
         validation = _lowest([sample.id for sample in samples], wanted)
         log.warning(

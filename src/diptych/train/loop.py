@@ -11,12 +11,10 @@ import json
 import logging
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +35,7 @@ from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
 from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
+from diptych.train.running import Interrupts, ahead
 from diptych.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
@@ -60,7 +59,7 @@ class Trainer:
             raise UsageError("distill.offload: blocks is for one card; for several take distill.sharding=full")
         self.spread = several and job.options.sharding == "full"  # each process has a part of the weights
         self.trained = self.select()
-        self.optimizer = parts.optimizer(self.trained.parameters, job.options)
+        self.optimizer = parts.optimizer(self.trained, job.options)
         self.ema = parts.moving_average(self.trained, job.options)
         self.order = Schedule(
             job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed
@@ -70,6 +69,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
+        self.line: dict[str, Any] | None = None  # metrics of the last step, as its checkpoint has them
         self.exported: int | None = None  # the step whose weights are there, if it is not the last
         self.guard = Guard([])
         self.anchor = Anchor(self.trained.own) if job.negatives is not None else None
@@ -85,6 +85,29 @@ class Trainer:
         """What is trained of the transformer, which is put where it is trained."""
         job, precision = self.job, self.options.precision
         return parts.select(self.transformer, self.options, precision, job.device, self.spread, job.columns)
+
+    @property
+    def rows(self) -> int:
+        """Pairs in one forward pass of this process, with gradients or without."""
+        return self.options.micro_batch or self.options.batch_size // self.processes.count
+
+    # What is due after a step; all of it after the last one.
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.job.validation_rows) and self._is_due(self.options.validate_every)
+
+    @property
+    def samples(self) -> bool:
+        return self._is_due(self.options.sample_every)
+
+    @property
+    def saves(self) -> bool:
+        """A checkpoint comes before anything that may fail for want of memory."""
+        return self.validates or self.samples or self._is_due(self.options.checkpoint_every)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.options.steps or bool(every and self.step % every == 0)
 
     # One step -----------------------------------------------------------------------------------------------------
 
@@ -136,7 +159,7 @@ class Trainer:
         self.step = step
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        return {
+        self.line = {
             "step": step,
             **means,
             "grad_norm": norm,
@@ -144,6 +167,7 @@ class Trainer:
             "epoch": (step * options.batch_size - 1) // self.order.epoch_size,
             "seconds": round(seconds, 4),
         }
+        return self.line
 
     def _terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Means over a batch: `loss`, which is descended, and what it is made of."""
@@ -168,11 +192,12 @@ class Trainer:
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Gradients of the weighted loss; the means of its terms over this process's share."""
         total = len(batch.sigma)
-        micro = batch.split(self.options.micro_batch or total)
+        micro = batch.split(self.rows)
         sums: dict[str, float] = {}
         try:
             for number, part in enumerate(micro, 1):
                 share = len(part.sigma) / total
+                part = part.map(lambda tensor: tensor.to(self.job.device, non_blocking=True))
                 kernel = attending(self.options.precision, self.job.device)
                 with kernel, processes.accumulating(self.model, more=number < len(micro)):
                     terms = {name: share * term for name, term in self._terms(part).items()}
@@ -214,12 +239,26 @@ class Trainer:
     # Judging ------------------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
-        """Validation loss of the averaged weights."""
+        """Validation loss of the averaged weights; each process computes a part of it."""
         job = self.job
+        pairs = validate.Pairs(job.buckets, job.latents, job.text, job.validation_rows)
         with parts.averaged(self.ema, self.trained), _eager():
-            return validate.validation_loss(
-                self.losses, job.buckets, job.latents, job.text, job.validation_rows, self.options, job.device
-            )
+            return validate.validation_loss(self.losses, pairs, self.options, self.rows, job.device, self.processes)
+
+    def consider(self, loss: float, marked: bool) -> None:
+        """Makes the checkpoint of this step the best one if its validation loss is the lowest so far. `marked`: its
+        folder says so already."""
+        if self.best is not None and loss >= self.best["loss"]:
+            return
+        self.best = {"step": self.step, "loss": loss}
+        with self.processes.together() as first:
+            if first and not marked:
+                checkpoints.mark_best(self.job.folder, self.step)
+
+    @property
+    def sheet(self) -> Path:
+        """The file of this step's sample sheet."""
+        return self.job.folder / SAMPLES / f"step-{self.step:06d}.png"
 
     def draw_samples(self) -> None:
         """The sample sheet of this step, drawn with the averaged weights (by all processes: one has only a part)."""
@@ -232,7 +271,7 @@ class Trainer:
         pairs = [job.latents.samples[row].id for row in rows]
         if self.processes.first:
             told = {"step": self.step, "pairs": pairs, "made_from": job.made_from}
-            save_image(sheet, job.folder / SAMPLES / f"step-{self.step:06d}.png", told)
+            save_image(sheet, self.sheet, told)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """What is saved in the end: the moving average, or the weights where there is none. All processes call it."""
@@ -240,8 +279,8 @@ class Trainer:
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
-    def save(self, best: bool = False) -> None:
-        """A checkpoint of this step."""
+    def save(self) -> None:
+        """A checkpoint of this step, not yet validated: a training that goes on from here validates first."""
         tensors = {"weights": self.trained.tensors(), "optimizer": parts.optimizer_tensors(self.optimizer)}
         average = 0
         if self.ema is not None:
@@ -254,13 +293,14 @@ class Trainer:
             "guard": list(self.guard.recent),
             "spikes": self.guard.spikes,
             "best": self.best,
+            "line": self.line,
             "identity": self.job.identity(),
             "torch": torch.__version__,
         }
         made = checkpoints.Checkpoint(self.step, state, tensors)
         with self.processes.together() as first:
             if first:
-                checkpoints.save(self.job.folder, made, self.options.keep, best)
+                checkpoints.save(self.job.folder, made, self.options.keep)
 
     def _resume(self) -> None:
         found = checkpoints.load(self.job.folder)
@@ -285,6 +325,7 @@ class Trainer:
         self.step = found.step
         self.seconds = found.state["seconds"]
         self.best = found.state["best"]
+        self.line = found.state.get("line")  # checkpoints of before validated first
         self.guard = Guard(found.state["guard"], found.state.get("spikes", 0))
         log.info("going on from step %d of %d", self.step, self.options.steps)
 
@@ -322,36 +363,50 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
     trackers = Trackers(options.trackers if first else (), job.folder / TRACKED, job.name, job.identity())
     metrics = Metrics(job.folder / METRICS, trainer.step) if first else None
     try:
-        with _Interrupts() as interrupts:
-            for batch in _batches(trainer):
+        with Interrupts() as interrupts:
+            if trainer.line is not None:
+                written = job.processes.shared(metrics.of(trainer.step) if metrics is not None else None)
+                _judge(trainer, written or trainer.line, metrics, trackers, written is not None)
+            steps = range(trainer.step + 1, options.steps + 1)
+            for batch in ahead(trainer.assemble, steps, job.device):
                 line = trainer.advance(batch)
-                step, last = trainer.step, trainer.step == options.steps
-                better = False
-                if job.validation_rows and (last or step % options.validate_every == 0):
-                    line["validation"] = trainer.validate()
-                    better = trainer.best is None or line["validation"]["loss"] < trainer.best["loss"]
-                    if better:
-                        trainer.best = {"step": step, "loss": line["validation"]["loss"]}
-                if metrics is not None:
-                    metrics.write(line)
-                    trackers.log(line)
-                if last or (options.sample_every and step % options.sample_every == 0):
-                    trainer.draw_samples()
-                text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
-                report(progress, step, options.steps, text)
-                # Read once: what is asked from here on is answered after the next step.
-                stopping = job.processes.most(interrupts.asked or 0)
-                if better or last or step % options.checkpoint_every == 0 or stopping:
+                if saved := trainer.saves:
                     if metrics is not None:
                         metrics.sync()
-                    trainer.save(better)
-                if stopping and not last:
+                    trainer.save()
+                _judge(trainer, line, metrics, trackers)
+                text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
+                report(progress, trainer.step, options.steps, text)
+                # Read once: what is asked from here on is answered after the next step.
+                stopping = job.processes.most(interrupts.asked or 0)
+                if stopping and trainer.step < options.steps:
+                    if not saved:
+                        trainer.save()
                     raise KeyboardInterrupt if stopping == signal.SIGINT else SystemExit(128 + stopping)
+        if metrics is not None:
+            metrics.sync()
     finally:
         if metrics is not None:
             metrics.close()
         trackers.close()
     return trainer
+
+
+def _judge(
+    trainer: Trainer, line: dict[str, Any], metrics: Metrics | None, trackers: Trackers, written: bool = False
+) -> None:
+    """Validates and samples if it is time, and writes the step's line. `written`: a training that was stopped here had
+    got as far as that."""
+    if trainer.validates and not written:
+        line["validation"] = trainer.validate()
+    if "validation" in line:
+        trainer.consider(line["validation"]["loss"], marked=written)
+    if metrics is not None and not written:
+        metrics.write(line)
+        trackers.log(line)
+    drawn = written and trainer.job.processes.shared(trainer.sheet.exists())
+    if trainer.samples and not drawn:
+        trainer.draw_samples()
 
 
 def summary(trainer: Trainer) -> dict[str, Any]:
@@ -376,29 +431,6 @@ def summary(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _batches(trainer: Trainer) -> Iterator[Batch]:
-    """The batches of the steps still to do, on the device; an accelerator computes while the next one is made."""
-    steps = range(trainer.step + 1, trainer.options.steps + 1)
-    device = trainer.job.device
-    if device.type == "cpu":
-        # A second thread would only take cores from the step.
-        for step in steps:
-            yield trainer.assemble(step)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(_pinned, trainer, steps[0]) if steps else None
-        for step in steps:
-            assert ahead is not None
-            batch = ahead.result()
-            ahead = pool.submit(_pinned, trainer, step + 1) if step < steps[-1] else None
-            yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _pinned(trainer: Trainer, step: int) -> Batch:
-    cuda = trainer.job.device.type == "cuda"
-    return trainer.assemble(step).map(lambda tensor: tensor.cpu().pin_memory() if cuda else tensor)
-
-
 def _eager() -> Any:
     """Validation and sampling run uncompiled: another graph for a few forward passes costs more than it saves."""
     return torch.compiler.set_stance("force_eager")
@@ -406,27 +438,3 @@ def _eager() -> Any:
 
 def _key(name: str) -> str:
     return name if name in ("base", "pairs", "seed", "panel_size") else f"distill.{name}"
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM are answered between two steps, when the weights are whole; a second one is not waited for."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            raise KeyboardInterrupt
-        self.asked = number
-        log.warning("stopping after this step; the run can be continued with the same command")

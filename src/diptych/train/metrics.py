@@ -43,6 +43,10 @@ class Metrics:
         write_atomic(path, "".join(_dump(line) for line in self.lines).encode())
         self._stream = path.open("a", encoding="utf8")
 
+    def of(self, step: int) -> dict[str, Any] | None:
+        """The line of a step, if it was there when the file was opened."""
+        return self.lines[-1] if self.lines and self.lines[-1]["step"] == step else None
+
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, at once; `line` has a `step`."""
         try:

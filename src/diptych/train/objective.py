@@ -23,7 +23,7 @@ from diptych.student.geometry import Canvas, split_tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's tensors, on the model's device."""
+    """One step's tensors; a part of them comes to the model's device when it is computed."""
 
     clean: torch.Tensor  # (B, N, C) x_0, packed latents of [reference | target]
     condition: torch.Tensor  # (B, N, C) c, packed latents of [reference | black]; all zero is the null reference

@@ -6,6 +6,23 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
+TARGETS: dict[str, list[str]] = {
+    "attention": _ATTENTION,  # what the release's file fits (facts.md 2)
+    "attention+mlp": [*_ATTENTION, *_FEED_FORWARD],
+}
+
+
+def canvases_at_once(height: int, width: int) -> int:
+    """How many canvases of this size in pixels are encoded, decoded or drawn together where nothing is learnt from
+    them: as many as one of FLUX's is large, and at most 16. Fixed, so that the bytes depend on the size alone."""
+    return max(1, min(16, 512 * 1024 // (height * width)))
+
+
+def captions_at_once(tokens: int) -> int:
+    """How many captions of so many tokens are encoded together: four of FLUX's, and at most 64."""
+    return max(1, min(64, 2048 // tokens))
 
 
 @dataclass(frozen=True)

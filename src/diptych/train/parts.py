@@ -6,7 +6,7 @@ LoRA mode trains adapters on the named linears and the whole widened input layer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +20,8 @@ from diptych.student.deltas import read_deltas
 from diptych.student.lora import lora_file
 from diptych.train import processes
 from diptych.train.offload import Offload
-from diptych.train.options import Options
+from diptych.train.options import TARGETS, Options
 
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
-TARGETS: dict[str, list[str]] = {
-    "attention": _ATTENTION,  # what the release's file fits (facts.md 2)
-    "attention+mlp": [*_ATTENTION, *_FEED_FORWARD],
-}
 ADAPTER = "default"
 INPUT_LAYER = "x_embedder"
 
@@ -180,24 +174,33 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
             layer.bias += whole.bias.to(layer.bias.device)
 
 
-def optimizer(parameters: Sequence[torch.nn.Parameter], options: Options) -> torch.optim.Optimizer:
-    """The recipe's optimizer; AdamW is fused where torch has it for the device. UsageError if it is not installed."""
+def optimizer(trained: Trained, options: Options) -> torch.optim.Optimizer:
+    """The recipe's optimizer; AdamW is fused where torch has it for the device. UsageError if it is not installed.
+
+    In LoRA mode the base's input layer does not decay: that would wear the teacher's own weights away.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, parameter in zip(trained.names, trained.parameters, strict=True):
+        decay = 0.0 if trained.start and name.startswith(f"{INPUT_LAYER}.") else options.weight_decay
+        if not groups or groups[-1]["weight_decay"] != decay:  # so that their order stays that of `trained`
+            groups.append({"params": [], "weight_decay": decay})
+        groups[-1]["params"].append(parameter)
     common: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": options.betas,
         "weight_decay": options.weight_decay,
     }
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common, fused=parameters[0].device.type in ("cpu", "cuda"))
+        return torch.optim.AdamW(groups, **common, fused=trained.parameters[0].device.type in ("cpu", "cuda"))
     try:
         if options.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
             with redirect_stdout(None):  # it speaks, and stdout is for results
-                return Prodigy(parameters, **common, use_bias_correction=True, safeguard_warmup=True)
+                return Prodigy(groups, **common, use_bias_correction=True, safeguard_warmup=True)
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-        return AdamW8bit(parameters, **common)
+        return AdamW8bit(groups, **common)
     except ImportError as error:
         raise UsageError(
             f"distill.optimizer: {options.optimizer} is not installed; pip install 'diptych[train]', or take adamw"
@@ -240,7 +243,8 @@ def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
     # As it is in use: what bitsandbytes gives for saving is nested, against accelerate's FSDP.
     flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state.get(p, {}).items()}
-    shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in ("params", "lr")}
+    apart = ("params", "lr", "weight_decay")
+    shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in apart}
     flat |= {f"group.{key}": value for key, value in shared.items()}
     return {key: _as_tensor(key, value) for key, value in flat.items()}
 
@@ -265,7 +269,8 @@ def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) 
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         if index == "group":
-            groups[0][name] = type(groups[0].get(name, 0.0))(tensor.item())
+            for group in groups:
+                group[name] = type(group.get(name, 0.0))(tensor.item())
         elif tensor.ndim == 0 and tensor.dtype == torch.int64:  # bitsandbytes and Prodigy count their steps in Python
             state.setdefault(int(index), {})[name] = int(tensor.item())
         else:

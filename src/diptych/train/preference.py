@@ -29,7 +29,7 @@ from diptych.student.geometry import Canvas, join_tokens, split_tokens
 from diptych.train.buckets import Bucket
 from diptych.train.latents import Latents, is_whole, panels_of, publish
 from diptych.train.metrics import Progress, report
-from diptych.train.options import Options, Preference
+from diptych.train.options import Options, Preference, canvases_at_once
 from diptych.train.processes import ALONE, Processes
 from diptych.train.text import Text
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # raised when the files say something else
 SHARD = 64  # negatives of a file: at most what a kill costs
-BATCH = 16  # drawn at once; fixed, so that nothing else decides the bytes
 
 
 def loss(
@@ -124,8 +123,9 @@ class Drawing:
         drawn: dict[str, torch.Tensor] = {}
         for number, bucket in enumerate(self.buckets):
             places = [place for place, row in enumerate(rows) if self.latents.samples[row].bucket == number]
-            for first in range(0, len(places), BATCH):
-                some = places[first : first + BATCH]
+            size = canvases_at_once(bucket.canvas.height, bucket.canvas.width)
+            for first in range(0, len(places), size):
+                some = places[first : first + size]
                 tokens = self._batch([rows[place] for place in some], bucket.canvas)
                 drawn |= {str(place): negative.clone() for place, negative in zip(some, tokens, strict=True)}
         return drawn

@@ -51,9 +51,20 @@ class Processes:
         """The mean over all processes of each of these numbers."""
         if self.count == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return (total / self.count).tolist()
+        return (self.sum(torch.tensor(values, dtype=torch.float64)) / self.count).tolist()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of a tensor on the CPU."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def shared(self, value: T) -> T:
+        """What the first process gives here, in all of them."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def most(self, value: int) -> int:
         """The largest of all processes' numbers: what one was told, all know."""

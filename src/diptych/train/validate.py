@@ -7,6 +7,8 @@ inference pipeline itself, in its own precision, so that what it shows is what `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,42 +18,69 @@ from diptych.train.draws import fixed_noise
 from diptych.train.latents import Latents, panels_of
 from diptych.train.objective import Batch
 from diptych.train.options import SIGMAS, Options
+from diptych.train.processes import ALONE, Processes
 from diptych.train.text import Text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Held-out pairs: `rows` of the latents and text that training reads."""
+
+    buckets: Sequence[Bucket]
+    latents: Latents
+    text: Text
+    rows: Sequence[int]
+
+
 @torch.no_grad()
 def validation_loss(
     losses: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
-    buckets: Sequence[Bucket],
-    latents: Latents,
-    text: Text,
-    rows: Sequence[int],
+    pairs: Pairs,
     options: Options,
+    size: int,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Mean loss of these rows at each level of `SIGMAS`, left and right apart, and `loss`, their weighted sum's mean.
+    """Mean loss of the pairs at each level of `SIGMAS`, left and right apart, and `loss`, their weighted sum's mean.
 
-    No dropout; `losses` is `objective.panel_losses` bound to the model.
+    No dropout. `losses` is `objective.panel_losses` bound to the model, and gets at most `size` samples at once. Each
+    process computes its share of these batches; all return the same figures.
     """
+    batches = _batches(pairs.latents, pairs.rows, size)
+    work = [each for part in batches for each in part]
+    values = torch.zeros(2, len(work), dtype=torch.float64)
+    starts = [0, *accumulate(len(part) for part in batches)]
+    for first in range(0, len(batches), processes.count):
+        number = first + processes.rank
+        # Spread weights are gathered by all at once: who has nothing left computes the last batch once more.
+        part = batches[min(number, len(batches) - 1)]
+        both = losses(_batch(pairs, part, options).map(lambda tensor: tensor.to(device)))
+        if number < len(batches):
+            values[:, starts[number] : starts[number + 1]] = torch.stack(both).to(values)
     sums = {side: dict.fromkeys(SIGMAS, 0.0) for side in ("left", "right")}
-    for part in _batches(latents, rows, options.batch_size):
-        clean, condition = latents.gather([row for row, _ in part])
-        samples = [latents.samples[row] for row, _ in part]
-        embeds, pooled = text.gather([sample.told(options.instructions == 1) for sample in samples])
-        ids = [(sample.id, sigma) for sample, (_, sigma) in zip(samples, part, strict=True)]
-        shape = latents.shape(part[0][0])
-        noise = torch.stack([fixed_noise(options.seed, name, sigma, shape) for name, sigma in ids])
-        sigmas = torch.tensor([sigma for _, sigma in part])
-        batch = Batch(clean, condition, noise, sigmas, embeds, pooled, canvas=buckets[samples[0].bucket].canvas)
-        for side, values in zip(sums, losses(batch.map(lambda tensor: tensor.to(device))), strict=True):
-            for (_, level), value in zip(part, values.tolist(), strict=True):
-                sums[side][level] += value
-    means = {side: {str(s): total / len(rows) for s, total in by.items()} for side, by in sums.items()}
+    for by_level, side in zip(sums.values(), processes.sum(values).tolist(), strict=True):
+        for (_, level), value in zip(work, side, strict=True):
+            by_level[level] += value
+    means = {side: {str(s): total / len(pairs.rows) for s, total in by.items()} for side, by in sums.items()}
     left, right = (sum(means[side].values()) / len(SIGMAS) for side in ("left", "right"))
     return {"loss": options.left_weight * left + options.right_weight * right, **means}
+
+
+def _batch(pairs: Pairs, part: Sequence[tuple[int, float]], options: Options) -> Batch:
+    """Samples of (row, noise level), on the CPU."""
+    latents = pairs.latents
+    clean, condition = latents.gather([row for row, _ in part])
+    samples = [latents.samples[row] for row, _ in part]
+    embeds, pooled = pairs.text.gather([sample.told(options.instructions == 1) for sample in samples])
+    ids = [(sample.id, sigma) for sample, (_, sigma) in zip(samples, part, strict=True)]
+    shape = latents.shape(part[0][0])
+    noise = torch.stack([fixed_noise(options.seed, name, sigma, shape) for name, sigma in ids])
+    sigmas = torch.tensor([sigma for _, sigma in part])
+    canvas = pairs.buckets[samples[0].bucket].canvas
+    return Batch(clean, condition, noise, sigmas, embeds, pooled, canvas=canvas)
 
 
 def _batches(latents: Latents, rows: Sequence[int], size: int) -> list[list[tuple[int, float]]]:
@@ -78,7 +107,7 @@ def sample_sheet(
     device = pipe.transformer.device
     kinds = {p.dtype for p in pipe.transformer.parameters()}
     # A bfloat16 base with float32 adapters needs autocast to be run at all; any other model runs as it is.
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=len(kinds) > 1)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=len(kinds) > 1, cache_enabled=False)
     dtype = torch.bfloat16 if len(kinds) > 1 else next(iter(kinds))
     canvases = [buckets[latents.samples[row].bucket].canvas for row in rows]
     size = 3 * max(canvas.panel_width for canvas in canvases), sum(canvas.panel_height for canvas in canvases)
