@@ -209,6 +209,8 @@ def test_what_servers_take_beside_keys_is_no_key() -> None:
         "stop": ["</s>", "sk-"],
         "eos_token": "</s>",
         "min_tokens": 1,
+        "valid_tokens": [1],
+        "prompt_cache_key": "a run",
         "logit_bias": {"50256": -100},
         "reasoning": {"effort": "low", "max_tokens": 9},
         "skip_special_tokens": True,

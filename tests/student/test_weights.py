@@ -196,3 +196,12 @@ def test_an_absurd_config_is_refused_before_a_model_is_built(changed: dict[str, 
     if changed != {"num_layers": -1}:
         with pytest.raises(UserError):
             weights.shapes_of(weights.stock_config(config) | changed)
+
+
+def test_the_pipeline_s_own_door_refuses_it_too(tmp_path: Path) -> None:
+    from diptych.student.pipeline import DiptychPipeline
+
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"num_layers": 10_000_000}))
+    with pytest.raises(UserError, match="num_layers"):
+        DiptychPipeline.from_pretrained(tmp_path)

@@ -18,7 +18,7 @@ RESERVED = frozenset({"model", "messages", "response_format", "temperature", "ma
 # Names of secrets, without case and punctuation, by how they end; and how the keys of common services begin.
 _SECRET_NAME = re.compile(
     r".*(?:apikey|authorization|credentials?|passw(?:or)?d|secret|cookies?|headers?|(?:access|private|secret|"
-    r"subscription|account|license)key|(?:access|auth|bearer|hf|api|user|secret|session|id)tokens?)|auth|token|key|bearer"
+    r"subscription|account|license)key|(?:access|auth|bearer|hf|api|user|secret|session)token)|auth|token|key|bearer"
 )
 _SECRET_VALUE = re.compile(
     r"\s*(?:(?i:bearer|basic|token)\s+\S{8,}|(?:sk|pk|rk|hf|gsk|xai|nvapi|ghp|gho|glpat|pplx|fw|r8)[-_][\w-]{16,}|"

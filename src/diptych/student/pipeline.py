@@ -28,6 +28,7 @@ from diffusers import FluxControlPipeline
 from diffusers.pipelines.flux.pipeline_flux_control import retrieve_timesteps
 from diffusers.utils import BaseOutput
 
+from diptych import layers
 from diptych.errors import UsageError, UserError
 from diptych.student import guidance, inputs, speed
 from diptych.student.geometry import (
@@ -96,7 +97,9 @@ class DiptychPipeline(FluxControlPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """diffusers'. UserError for a folder with a LoRA beside its weights, which diffusers would leave out."""
+        """diffusers'. UserError for a folder with a LoRA beside its weights, which diffusers would leave out, and for a
+        config that names more layers than its weights have."""
+        layers.check_folder(Path(pretrained_model_name_or_path or ""))
         lora = Path(pretrained_model_name_or_path or "") / RELEASED_LORA
         if lora.is_file():
             raise UserError(
