@@ -51,7 +51,7 @@ class Model(Method):
         own = [identify({"model": str(part)})["model"] for part in parts]
         base = POCKET if str(self.place) == POCKET else self.base
         beneath = identify({"base": base})["base"] if base else None
-        sampling = path / SAMPLING_FILE
+        sampling = (path if path.is_dir() else path.parent) / SAMPLING_FILE  # of folders of earlier versions
         said = hashlib.sha256(sampling.read_bytes()).hexdigest() if sampling.is_file() else None
         return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
 
