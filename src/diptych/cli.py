@@ -385,8 +385,10 @@ def call(args: list[str] | None = None) -> int:
             if debug:
                 raise
             # Not a mistake of the user's. One line all the same, and how to see where it came from.
-            text = " ".join(str(error).split())[:500] or "no message"
-            return _say(f"error: {type(error).__name__}: {text} (DIPTYCH_DEBUG=1 shows where)", 1)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"
+            if isinstance(error, OSError) and error.filename:
+                text = f"{error.filename}: {error.strerror or error}"
+            return _say(f"error: {text} (DIPTYCH_DEBUG=1 shows where)", 1)
         context = getattr(error, "ctx", None)
         hint = f" (try: {context.command_path} --help)" if context else ""
         return _say(f"error: {message()}{hint}", getattr(error, "exit_code", 2))

@@ -197,3 +197,18 @@ def test_an_error_that_stops_the_run_blames_no_row_and_the_next_run_goes_on(tmp_
     assert run.output.shards() == [0] and run.failed.shards() == []
     stage.up = True
     assert run(stage, shards(3, 3, 3)).rows == 18
+
+
+def test_a_stage_does_not_work_on_swapped_parts_and_goes_on_once_they_are_back(tmp_path: Path) -> None:
+    first, second = Run(tmp_path / "a"), Run(tmp_path / "b")
+    first(Doubling(), shards(2, 2, 2))
+    parts = [tmp_path / "a/out" / first.output.part_name(shard) for shard in (1, 2)]
+    whole = [part.read_bytes() for part in parts]
+    for part, other in zip(parts, whole[::-1], strict=True):
+        part.write_bytes(other)
+    with pytest.raises(UserError, match="part-00001"):
+        second(Doubling(), Dataset(tmp_path / "a/out"))
+    assert second.output.manifest is None
+    for part, data in zip(parts, whole, strict=True):
+        part.write_bytes(data)
+    assert second(Doubling(), Dataset(tmp_path / "a/out")).rows == 24

@@ -93,6 +93,80 @@ def test_a_changed_part_is_found_by_its_hash(url: str) -> None:
         data.verify()
 
 
+def changed(url: str, **changes: Any) -> None:
+    """Another part 0 of the same fingerprint that parquet reads without complaint, in place."""
+    import fsspec
+
+    part = encode([prompt(0, **changes)], PROMPTS, "f")
+    with fsspec.open(f"{url}/part-00000.parquet", "wb") as stream:
+        stream.write(part)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("read", [lambda data: data.read_shard(0), list, lambda data: data.verify()])
+def test_rows_are_read_only_from_the_parts_that_the_manifest_names(url: str, read: Any) -> None:
+    data = Dataset(url, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    data.write_shard(1, [prompt(1)], "f")
+    data.publish({"fingerprint": "f"})
+    assert Dataset(url).read_shard(0) == [prompt(0)]
+    changed(url, subject="dog")
+    for again in (data, Dataset(url)):
+        with pytest.raises(UserError) as caught:
+            read(again)
+        assert f"{url}/part-00000.parquet" in str(caught.value) and "remove it and run again" in str(caught.value)
+    assert data.read_shard(1) == [prompt(1)] and data.columns("id")[0] == {"id": "p-000000"}
+    data.unpublish()  # as a stage does that makes the part again
+    data.write_shard(0, [prompt(0)], "f")
+    data.publish({"fingerprint": "f"})
+    assert read(data) != [] and Dataset(url).read_shard(0) == [prompt(0)]
+
+
+def test_one_flipped_byte_and_swapped_parts_are_found(tmp_path: Path) -> None:
+    data = Dataset(tmp_path, PROMPTS)
+    for shard in range(3):
+        data.write_shard(shard, [prompt(shard, prompt="x" * 50)], "f")
+    data.publish({"fingerprint": "f"})
+    assert len(list(data)) == 3
+    parts = [tmp_path / data.part_name(shard) for shard in range(3)]
+    whole = parts[2].read_bytes()
+    for at in range(4, len(whole) - 8, 97):
+        parts[2].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"part-00002\.parquet"):
+            data.read_shard(2)
+    parts[2].write_bytes(whole)
+    parts[0].rename(tmp_path / "x")
+    parts[1].rename(parts[0])
+    (tmp_path / "x").rename(parts[1])
+    assert data.shards_done("f") == {0, 1, 2} and data.is_complete("f")  # nothing else tells them apart
+    for shard in (0, 1):
+        with pytest.raises(UserError, match=f"part-0000{shard}"):
+            data.read_shard(shard)
+    assert data.read_shard(2)
+
+
+def test_a_part_is_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diptych.data import store
+
+    data = Dataset(tmp_path, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    data.publish({"fingerprint": "f"})
+    hashed: list[str] = []
+    real = store._Local.sha256
+    monkeypatch.setattr(store._Local, "sha256", lambda self, name: hashed.append(name) or real(self, name))
+    for reader in (data, data, Dataset(tmp_path)):
+        assert reader.read_shard(0) == list(reader) == [prompt(0)]
+    assert hashed == ["part-00000.parquet"]
+
+
+def test_a_manifest_without_hashes_is_damaged(tmp_path: Path) -> None:
+    data = Dataset(tmp_path, PROMPTS)
+    data.write_shard(0, [prompt(0)], "f")
+    for broken in ('{"parts": [{"name": "part-00000.parquet"}]}', '{"rows": 1}', "{"):
+        (tmp_path / "manifest.json").write_text(broken)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            Dataset(tmp_path).read_shard(0)
+
+
 def test_a_part_that_is_damaged_inside_is_named(tmp_path: Path) -> None:
     data = Dataset(tmp_path, PROMPTS)
     data.write_shard(0, [prompt(0)], "f")

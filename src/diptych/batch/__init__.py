@@ -20,7 +20,7 @@ from diptych.batch.names import name_all
 from diptych.batch.requests import Plan, Request, check_row, multiply, read_rows
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
-from diptych.data.store import write_atomic
+from diptych.data.store import check_writable, write_atomic
 from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ def draw(
             own = {"asked_prompt": request.asked_prompt} if request.asked_prompt else {}
             pending.append((request, {**told, **own, "request": digest}))
     if writes:
+        for folder in {request.out.parent for request, _ in pending}:
+            check_writable(folder)  # before minutes of loading and drawing
         _note_failed(plan, outcome)
     if pending:
         several = len(requests) > 1

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from diptych.batch.requests import Plan, Request
-from diptych.data.images import KINDS, READ, kind_of
+from diptych.data.formats import READ
+from diptych.data.images import KINDS, kind_of
 from diptych.errors import UsageError, nearest
 
 PATTERN = "{reference}-{prompt}-{seed}.png"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.data.images import READ
+from diptych.data.formats import READ, pictures_in
 from diptych.documents import parse_json
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged
@@ -110,13 +110,13 @@ def multiply(row: dict[str, Any], number: int, here: Path, where: str = "") -> I
 
 
 def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | None]:
-    """The file itself, or a folder's pictures by name; those that are hidden or deeper down are left out."""
+    """The file itself, or a folder's pictures by name; what is left out is named in a warning (`pictures_in`)."""
     if place is None:
         return [None]
     path = here / here_or_packaged(Path(place).expanduser())
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in READ and p.name[0] != "." and p.is_file())
+    found = pictures_in(path)
     if not found:
         raise UsageError(f"{where}{path}: no pictures in this folder ({', '.join(READ)})")
     return list(found)

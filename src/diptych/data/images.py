@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.data import seal
+from diptych.data.formats import open_header
 from diptych.data.rgb import WHITE, to_rgb
 from diptych.data.store import write_atomic
 from diptych.documents import parse_json
@@ -31,7 +32,6 @@ PROGRAMS = ("EPS", "WMF")  # drawn by running them: Pillow hands EPS to Ghostscr
 PROVENANCE = "diptych"  # the PNG text chunk that holds the JSON
 READABLE = "parameters"  # and the one that image viewers of this field show
 KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # what is written, by the name's end
-READ = (*KINDS, ".gif", ".bmp", ".tif", ".tiff", ".avif")  # what a folder of pictures is searched for
 _SAVING: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 6},
     "WEBP": {"lossless": True, "quality": 80, "method": 4},  # lossless: `quality` is effort here
@@ -57,7 +57,7 @@ def open_image(
     would draw one, cut short, larger than `max_bytes` or `max_pixels`, or of a kind that is not one of
     `formats` (Pillow's names; None: any). `name` is what the message calls bytes.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, dict):
         # A row is data: what its path names on this machine is none of its business.
@@ -77,7 +77,7 @@ def open_image(
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=None if formats is None else list(formats))
+            image = open_header(data, label, formats)
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(
@@ -88,8 +88,6 @@ def open_image(
                 raise UserError(f"{label}: {image.format} is a program that draws, not run here; make it a PNG")
             image.load()
             return to_rgb(image, background)
-    except UnidentifiedImageError:
-        raise UserError(f"{label}: not an image, or of a kind that is not known here") from None
     except Image.DecompressionBombError:
         raise UserError(f"{label}: far more pixels than the limit of {max_pixels / 1e6:.0f} megapixels") from None
     except UserError:
@@ -115,7 +113,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 def check_image(path: str | Path) -> str:
     """sha256 of a picture's bytes; UserError for what its size and header already tell against it. Decodes nothing."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     data = _read(Path(path), MAX_BYTES)
     if not data:
@@ -123,9 +121,11 @@ def check_image(path: str | Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            width, height = Image.open(io.BytesIO(data)).size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not an image, or of a kind that is not known here") from error
+            width, height = open_header(data, str(path)).size
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not an image that can be opened ({_short(error)})") from error
     if width * height > MAX_PIXELS:
         raise UserError(f"{path}: {width}×{height} is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
     return hashlib.sha256(data).hexdigest()

@@ -22,7 +22,11 @@ def lock(place: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
-    with (folder / ".lock").open("a+") as stream:
+    try:
+        stream = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+    with stream:
         if not _take(stream.fileno()):
             stream.seek(0)
             holder = stream.read().strip()

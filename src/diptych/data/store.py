@@ -5,6 +5,10 @@ rename, and make a put visible at once), so a process killed at any moment leave
 last and says that nothing is missing. Each part carries the fingerprint of what made it; a part with another one is
 refused, never mixed in. The bytes hold no time, host or path: the same rows make the same file.
 
+Rows that are read are first held against the sha256 that the manifest names for their part, once for each part and
+process, so that no stage, training or evaluation works on damaged or swapped files. Single columns and rows, which
+statistics and pages read, are not.
+
 Any fsspec URL works (`memory://`, `s3://`, …). One writer at a time per folder: `run.py` holds the lock.
 """
 
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BLOCK = 8 * 2**20  # bytes of a file at an address that are read at once for its hash
 ROW_GROUP = 100  # rows; what the hub's viewer wants of image data
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _FINGERPRINT = b"diptych.fingerprint"
+_CHECKED: set[tuple[str, str, Any]] = set()  # part, sha256 and state of the files that this process has found whole
 
 
 class Dataset:
@@ -45,6 +51,7 @@ class Dataset:
         self.url = str(url).rstrip("/")
         self.schema = schema
         self._hashes: dict[int, str] = {}
+        self._named: tuple[Any, dict[str, str]] = (None, {})  # the manifest's state, and the hashes it names
         self._files = _Remote(self.url) if is_remote(self.url) else _Local(self.url)
 
     def __repr__(self) -> str:
@@ -94,6 +101,7 @@ class Dataset:
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
         """All rows of a shard. UserError if the part is missing or not readable."""
+        self.check(shard)
         with self._reading(shard), self.open_part(shard) as part:
             return part.read().to_pylist()
 
@@ -105,6 +113,7 @@ class Dataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows in shard order, a row group at a time: memory stays flat."""
         for shard in self.shards():
+            self.check(shard)
             with self._reading(shard), self.open_part(shard) as part:
                 for batch in part.iter_batches(ROW_GROUP):
                     yield from batch.to_pylist()
@@ -202,14 +211,45 @@ class Dataset:
         return {part["name"] for part in manifest["parts"]} == {self.part_name(shard) for shard in self.shards()}
 
     def verify(self) -> None:
-        """Reads every part and compares its sha256 with the manifest's. UserError names the first that differs."""
-        for part in (self.manifest or {"parts": []})["parts"]:
+        """`check` for every part that the manifest names."""
+        for name in self._hashes_named():
+            if found := _PART.fullmatch(name):
+                self.check(int(found[1]))
+
+    def check(self, shard: int) -> None:
+        """Compares a part's sha256 with the manifest's, once in this process while the file stays as it is.
+
+        UserError if it differs or the part is missing. Parts of an unfinished data set have no hash yet and pass.
+        """
+        name = self.part_name(shard)
+        wanted = self._hashes_named().get(name)
+        if wanted is None:
+            return
+        with self._reading(shard):
+            key = (f"{self.url}/{name}", wanted, self._files.state(name))
+            if key in _CHECKED:
+                return
+            found = self._files.sha256(name)
+        if found != wanted:
+            raise UserError(
+                f"{self.url}/{name} is damaged or another file (its sha256 differs from the one in {MANIFEST}); remove "
+                "it and run again what made it, or restore it from a copy"
+            )
+        _CHECKED.add(key)
+
+    def _hashes_named(self) -> dict[str, str]:
+        """The sha256 of each part by its name, of the manifest as it is now; empty while unfinished."""
+        try:
+            state = self._files.state(MANIFEST)
+        except FileNotFoundError:
+            return {}
+        if self._named[0] != state:
             try:
-                found = hashlib.sha256(self._files.read(part["name"])).hexdigest()
-            except FileNotFoundError:
-                raise UserError(f"{self.url}/{part['name']} is missing") from None
-            if found != part["sha256"]:
-                raise UserError(f"{self.url}/{part['name']} is not the file its manifest names (sha256 differs)")
+                hashes = {str(part["name"]): str(part["sha256"]) for part in (self.manifest or {"parts": []})["parts"]}
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{self.url}/{MANIFEST} is damaged; remove it and run again") from error
+            self._named = state, hashes
+        return self._named[1]
 
     def clean(self) -> None:
         """Removes what killed writers left behind. Only the folder's one writer may call it."""
@@ -250,6 +290,15 @@ class _Local:
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
 
+    def state(self, name: str) -> Any:
+        """What changes when a file is written again. FileNotFoundError if it is not there."""
+        stat = (self.folder / name).stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def sha256(self, name: str) -> str:
+        with (self.folder / name).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     def put(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / name, data)
@@ -286,6 +335,16 @@ class _Remote:
 
     def read(self, name: str) -> bytes:
         return self.fs.cat_file(f"{self.root}/{name}")
+
+    def state(self, name: str) -> Any:
+        return self.fs.ukey(f"{self.root}/{name}")
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self.fs.open(f"{self.root}/{name}", "rb", block_size=BLOCK) as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
 
     def put(self, name: str, data: bytes) -> None:
         try:
@@ -329,6 +388,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where a folder, or the nearest one above it that exists, cannot be written by this user."""
+    above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not is_remote(folder) and not os.access(above, os.W_OK):
+        raise UserError(f"{above}: cannot be written by this user; choose another folder or change its permissions")
 
 
 def is_temporary(name: str) -> bool:

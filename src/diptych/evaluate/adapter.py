@@ -264,7 +264,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
         pass
     trainer = train(prepare(recipe, run_dir, progress), progress, AdapterTrainer)
     from diptych.train import parts
-    from diptych.train.latents import publish
+    from diptych.train.cached import publish
 
     with parts.averaged(trainer.ema, trainer.trained):
         tensors = collect(trainer.transformer)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
+from diptych.data.formats import pictures_in
 from diptych.errors import UsageError
 from diptych.evaluate import suites
 from diptych.evaluate.suites import MAIN, Part, Sample, Suite
@@ -29,7 +30,7 @@ from diptych.text_files import read_lines
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTIONS = (".txt",)  # what may lie beside pictures
 PROMPTS_AND_CLASSES = "prompts_and_classes.txt"
 _T = TypeVar("_T")
 
@@ -184,7 +185,7 @@ def dreambench_plus(spec: Spec, data: Path) -> list[Subject]:
     """images/**/CATEGORY/NN.jpg with captions/**/CATEGORY/NN.txt, in DATA or in DATA/data."""
     root = _within(data, ("", "data"), "images", "dreambench++ holds images/ and captions/")
     found = []
-    for path in _pictures(root / "images", recursive=True):
+    for path in pictures_in(root / "images", deep=True):
         place = path.relative_to(root / "images")
         if set(place.parts) & set(spec.leave_out):
             continue
@@ -207,7 +208,7 @@ def dreambench(spec: Spec, data: Path) -> list[Subject]:
     classes, objects, live = _prompts_and_classes(root / PROMPTS_AND_CLASSES)
     found = []
     for name, kind in classes.items():
-        pictures = _pictures(root / name)
+        pictures = pictures_in(root / name) if (root / name).is_dir() else []
         if not pictures:
             continue  # a part of the data set is a suite as well
         alive = kind in spec.live
@@ -226,7 +227,7 @@ def own_folder(spec: Spec, data: Path) -> list[Subject]:
         )
     shared = [line for line in _lines(data / "prompts.txt") if not line.startswith("#")]
     found = []
-    for path in _pictures(root, recursive=True):
+    for path in pictures_in(root, beside=CAPTIONS, deep=True):
         place = path.relative_to(root)
         lines = _lines(path.with_suffix(".txt"))
         name = lines[0] if lines else re.sub(r"[-_\s]+", " ", place.stem).strip()
@@ -250,12 +251,6 @@ def _within(data: Path, places: Sequence[str], marker: str, what: str) -> Path:
         if (data / place / marker).exists():
             return data / place
     raise UsageError(f"{data}: {what}, and this folder does not")
-
-
-def _pictures(folder: Path, recursive: bool = False) -> list[Path]:
-    """Picture files by name; hidden ones are left out."""
-    found = folder.rglob("*") if recursive else folder.glob("*")
-    return sorted(p for p in found if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file())
 
 
 def _lines(path: Path) -> list[str]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FILE = "jobs.sqlite"
 DECODERS = 2  # references decoded at once: each may be a hundred megabytes for a moment
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # of references; Pillow knows some fifty more
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # of references; Pillow knows some fifty more
 log = logging.getLogger("diptych.serve")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +27,14 @@ from diptych.data.records import prompt_of
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
+from diptych.train import cached
 from diptych.train.metrics import Progress, report
 from diptych.train.options import canvases_at_once
 from diptych.train.processes import ALONE, Processes
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 IN_MEMORY = 4 * 2**30  # bytes of latents that are read once and kept; more is read row by row from the mapped files
-FORMAT = 3  # raised when the files say something else
+FORMAT = 4  # raised when the files say something else
 MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
 SAME_SHAPE = 0.02  # aspect ratios of an aligned pair may differ by this share: a pixel or two of rounding
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def build(
         for number, shard in enumerate(shards):
             path = folder / f"part-{shard:05d}.safetensors"
             files.append(path)
-            if number % processes.count == processes.rank and not is_whole(path):
+            if number % processes.count == processes.rank and not cached.is_whole(path):
                 encode_shard(pairs.read_shard(shard), path, encode, canvases, aligned)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
@@ -219,7 +219,7 @@ def encode_shard(
             made.append(encode(reference, target))
         for kind, parts in zip(("clean", "condition"), zip(*made, strict=True), strict=True):
             tensors[tensor_name(kind, bucket)] = torch.cat(parts)
-    publish(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
+    cached.write(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
 
 
 def _panels(
@@ -236,35 +236,6 @@ def _panels(
     bucket: Any = find_nearest_bucket(target.height, target.width, [(c.panel_height, c.panel_width) for c in canvases])
     size = canvases[bucket].panel_height, canvases[bucket].panel_width
     return bucket, (to_pixels(fit_image(reference, *size)), to_pixels(fit_image(target, *size)))
-
-
-def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all. UserError if it cannot."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Whether `publish` has made this file already; one that was damaged since is none, and is told of."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, "pt"):  # the header's lengths are compared with the file's
-            return True
-    except (OSError, SafetensorError) as error:
-        log.warning("%s is damaged (%s); it is made anew", path, error)
-        return False
 
 
 def vae_fingerprint(pipe: Any) -> str:

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 
 from diptych.data.records import seed_of
 from diptych.student.geometry import Canvas, join_tokens, split_tokens
+from diptych.train import cached
 from diptych.train.buckets import Bucket
-from diptych.train.latents import Latents, is_whole, panels_of, publish
+from diptych.train.latents import Latents, panels_of
 from diptych.train.metrics import Progress, report
 from diptych.train.options import Options, Preference, canvases_at_once
 from diptych.train.processes import ALONE, Processes
@@ -36,7 +37,7 @@ from diptych.train.text import Text
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
 
-FORMAT = 2  # raised when the files say something else
+FORMAT = 3  # raised when the files say something else
 SHARD = 64  # negatives of a file: at most what a kill costs
 
 
@@ -113,8 +114,8 @@ class Drawing:
         with processes.together():
             for number, path in enumerate(files):
                 part = rows[number * SHARD : (number + 1) * SHARD]
-                if number % processes.count == processes.rank and not is_whole(path):
-                    publish(self._shard(part), path)
+                if number % processes.count == processes.rank and not cached.is_whole(path):
+                    cached.write(self._shard(part), path)
                 report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
         return Negatives(rows, files)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.data.images import MAX_BYTES, READ
+from diptych.data.formats import pictures_in
+from diptych.data.images import MAX_BYTES
 from diptych.data.interop.rows import Entry, Options, extension
 from diptych.data.pairs import SIDES
 from diptych.data.store import write_atomic
@@ -97,11 +98,10 @@ def row_text(data: bytes, name: str) -> str:
 def pictures(folder: Path) -> dict[str, str]:
     """name without its ending → file name, of the pictures right in a folder. UserError where two share a name."""
     found: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in READ and path.name[0] != ".":
-            if path.stem in found:
-                raise UserError(f"{folder} has both {found[path.stem]} and {path.name}; which is the picture?")
-            found[path.stem] = path.name
+    for path in pictures_in(folder, beside=(".txt",)):
+        if path.stem in found:
+            raise UserError(f"{folder} has both {found[path.stem]} and {path.name}; which is the picture?")
+        found[path.stem] = path.name
     return found
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.data.images import MAX_BYTES, READ
+from diptych.data.formats import READ
+from diptych.data.images import MAX_BYTES
 from diptych.data.interop.folders import put, row_text
 from diptych.data.interop.rows import Entry, Format, Options, columns_of, extension, told
 from diptych.data.pairs import SIDES, find_columns, named
