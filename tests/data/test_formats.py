@@ -99,6 +99,12 @@ def test_avif_and_jfif_are_opened_and_a_pillow_without_avif_says_so(
         open_image(box(b"avif", b"mif1"))
 
 
+def test_what_needs_no_plug_in_is_opened_where_heif_is_one_of_the_formats() -> None:
+    assert near_red(open_image(encoded("PNG"), formats=("HEIF", "PNG")))
+    with pytest.raises(UserError, match="not an image"):
+        open_image(b"GIF89a", formats=("HEIF", "PNG"))
+
+
 def test_other_files_are_told_which_formats_there_are(tmp_path: Path) -> None:
     (tmp_path / "film.png").write_bytes(box(b"isom", b"mp42"))
     for look in (open_image, check_image):

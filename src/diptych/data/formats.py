@@ -34,8 +34,10 @@ def open_header(data: bytes, label: str, formats: Sequence[str] | None = None) -
     kind = _of_iso(data)
     if kind == "HEIF" and (formats is None or kind in formats) and not _register_heif():
         raise UserError(f"{label}: HEIC images need a plug-in: pip install 'diptych[heic]'; or save it as JPEG or PNG")
+    # Pillow knows no such name before the plug-in is there.
+    tried = None if formats is None else [name for name in formats if name != "HEIF" or kind == name]
     try:
-        return Image.open(io.BytesIO(data), formats=None if formats is None else list(formats))
+        return Image.open(io.BytesIO(data), formats=tried)
     except UnidentifiedImageError:
         if kind == "AVIF" and (formats is None or kind in formats):
             cure = "AVIF images need Pillow 11.3 or newer: pip install -U pillow; or save it as JPEG or PNG"

@@ -221,6 +221,7 @@ def look(plan: Plan, scorers_: Sequence[Scorer], progress: Report) -> list[dict[
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in plan.methods:
         data = Dataset(plan.out / "samples" / name)
+        data.verify()  # scores that are there already are not read again, and the report shows every picture
         rows[name] = data.columns(*columns)
         if not rows[name]:
             raise UserError(f"{name}: every picture failed; see {plan.out / 'failed' / 'evaluate' / name}")

@@ -79,5 +79,5 @@ def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.T
     digest = hashlib.sha256(json.dumps([path.parent.name, path.name, sorted(header.items())]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
