@@ -98,7 +98,7 @@ PAIR = {"rows": 1, "cols": 2, "templates": ["{left} {right}"]}
         ({"grids": [{**PAIR, "panel": "{position}"}]}, "lacks the field {content}"),
         ({"grids": [{**PAIR, "templats": ["{left}"]}]}, "grids.0.templats: .*did you mean 'templates'"),
         ({"grids": []}, "grids: "),
-        ({"geometry": "alinged"}, "geometry: Input should be 'independent' or 'aligned'"),
+        ({"geometry": "alinged"}, "geometry: must be 'independent' or 'aligned'; did you mean 'aligned'"),
         ({"captoins": {}}, "captoins: .*did you mean 'captions'"),
         ({"version": 0}, "version: "),
         ({"panel_template": "a {subject}"}, "panel_template needs {scene} or {change}"),
@@ -108,7 +108,17 @@ PAIR = {"rows": 1, "cols": 2, "templates": ["{left} {right}"]}
         ({"grammar": {"seen": "{place}"}}, "grammar.seen: .*did you mean 'scene'"),
         ({"writer": {"brief": "{word}", "answer": {}}}, "writer.brief: unknown field {word}.*did you mean 'words'"),
         ({"writer": {"brief": "write", "answer": {"subject": "x"}}}, "writer.answer lacks description, panels"),
-        ({"writer": {"brief": "write", "answer": {"looks": "x"}}}, "writer.answer.looks"),
+        (
+            {"writer": {"brief": "write", "answer": {"subjct": "x"}}},
+            "writer.answer.subjct: no such key; keys here are .*; did you mean 'subject'",
+        ),
+        (
+            {"curation": {"questions": ["same?"], "thresholds": {"near_cpy": 0.1}}},
+            "curation.thresholds.near_cpy: no such key; keys here are .*; did you mean 'near_copy'",
+        ),
+        ({"geometry": None, "geometri": "aligned"}, "geometri: no such key; did you mean 'geometry'"),
+        ({"version": "one"}, "version: must be a whole number"),
+        ({"description": ""}, "description: must not be empty"),
     ],
 )
 def test_a_wrong_task_file_is_refused_with_the_place(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -146,7 +156,18 @@ def test_the_command_lists_the_tasks_and_checks_a_file(tmp_path: Path, capsys: p
     assert cli.call(["tasks", changed(tmp_path, {"name": "mine"})]) == 0
     assert capsys.readouterr().out.startswith("mine, version 2: The same individual")
     assert cli.call(["tasks", changed(tmp_path, {"geometry": "bent"})]) == 2
-    assert "mine.yaml: geometry: Input should be" in capsys.readouterr().err
+    assert "mine.yaml: geometry: must be" in capsys.readouterr().err
+
+
+def test_a_task_is_printed_to_be_copied_and_the_copy_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in SHIPPED:
+        assert cli.call(["tasks", "show", name]) == 0
+        (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+        assert tasks.load(str(tmp_path / "mine.yaml")) == tasks.load(name)
+    assert cli.call(["tasks", "show", "subject", "--json"]) == 0
+    assert yaml.safe_load(json.loads(capsys.readouterr().out)["yaml"])["name"] == "subject"
+    for wrong, says in ((["show"], "tasks show"), (["show", "subjct"], "did you mean 'subject'"), (["a", "b"], "one")):
+        assert cli.call(["tasks", *wrong]) == 2 and says in capsys.readouterr().err
 
 
 def test_the_command_loads_nothing_heavy() -> None:

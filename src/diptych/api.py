@@ -10,11 +10,13 @@ on `student.pipeline`.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("diptych.api")
 HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
 _T = TypeVar("_T")
+SMALL = 256  # pixels: a model below it was trained at one size
 
 
 class Student:
@@ -57,6 +60,7 @@ class Student:
         self.sampling = own.sampling | (sampling or {})  # for what a call of `generate` does not say
         self.words = own.words and frozenset(own.words)  # all that a small model can read; None: no such limit
         self._said: set[str] = set()
+        self._reading, self._tokenizer = threading.Lock(), None  # of `warnings`
         self._projection: torch.Tensor | None = None  # for previews; fitted when one is first asked for
 
     @classmethod
@@ -189,9 +193,9 @@ class Student:
         canvas = self.canvas(size)
         references = [self.opened(r, background) for r in _as_list(reference)]
         sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
-        acting = ("image_guidance", "text_guidance") if any(r is not None for r in references) else ("text_guidance",)
-        if negative_prompt and all(sampling[name] <= 1 for name in acting):
-            log.warning("the negative prompt does nothing unless image or text guidance is above 1")
+        referenced = any(r is not None for r in references)
+        for line in self._remarks(canvas, negative_prompt, sampling, referenced):
+            log.warning(line)
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
         seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.settings.null_panel
         settings |= {"null_panel": seen} if seen != "shared" else {}
@@ -241,6 +245,41 @@ class Student:
         if unknown:
             self._said.update(unknown)
             log.warning("the model does not know %s; the picture will not show it", ", ".join(map(repr, unknown)))
+
+    def _remarks(
+        self, canvas: Canvas, negative_prompt: str | None, sampling: Mapping[str, float], referenced: bool
+    ) -> list[str]:
+        """What to know of a picture with these options, whatever its prompt."""
+        found, own = [], self.pipeline.default_panel_size
+        side = f"{canvas.panel_width}×{canvas.panel_height}"
+        if own < SMALL and (canvas.panel_width, canvas.panel_height) != (own, own):
+            found.append(f"the model was trained on {own}×{own} pixels, and at {side} its pictures fall apart")
+        acting = ("image_guidance", "text_guidance") if referenced else ("text_guidance",)
+        if negative_prompt and all(sampling[name] <= 1 for name in acting):
+            found.append("the negative prompt does nothing unless image or text guidance is above 1")
+        return found
+
+    def warnings(
+        self,
+        prompt: str,
+        size: int | tuple[int, int] | None = None,
+        negative_prompt: str | None = None,
+        referenced: bool = True,
+        **guidance: float,
+    ) -> list[str]:
+        """What the log says when `generate` makes a picture of these arguments: words that the model does not know,
+        text that it does not read, options that do nothing. Makes nothing; any thread may call."""
+        unknown = ", ".join(map(repr, self.unknown_words(prompt)))
+        found = [f"the model does not know {unknown}; the picture will not show it"] if unknown else []
+        with self._reading:
+            if self._tokenizer is None:  # another than the pipeline's, which may be in use in another thread
+                self._tokenizer = copy.deepcopy(self.pipeline.tokenizer_2)
+            for text in filter(None, (prompt, negative_prompt)):
+                if self._tokenizer is not None and (
+                    cut := self.pipeline.unread(self.pipeline.settings.read(text), self._tokenizer)
+                ):
+                    found.append(cut)
+        return found + self._remarks(self.canvas(size), negative_prompt, self.sampling | guidance, referenced)
 
     def relight(self, reference: Image.Image | str | Path, light: str | Sequence[str], **options: Any) -> Any:
         """The reference's scene under another light ("soft golden light from the left"), everything in its place.

@@ -303,17 +303,29 @@ def convert(
     print(done["out"])
 
 
-@app.command("tasks", epilog="Example: diptych tasks · diptych tasks mine.yaml")
+@app.command(
+    "tasks", epilog="Example: diptych tasks · diptych tasks show subject > mine.yaml · diptych tasks mine.yaml"
+)
 def list_tasks(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME|FILE", help="A task that ships, or a task file to check.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[show] NAME|FILE", help="A task that ships, or a task file to check."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the tasks that ship; or check one, and say what it holds."""
+    """List the tasks that ship; or check one, and say what it holds; or `show` its YAML, to be copied and changed."""
     from diptych import tasks
 
-    found = tasks.summary(name)
+    names = list(words or ())
+    if names[:1] == ["show"]:
+        if len(names) != 2:
+            raise UsageError(f"name one task to show, for instance: diptych tasks show {tasks.names()[-1]}")
+        text = tasks.source(names[1])
+        print(json.dumps({"task": names[1], "yaml": text}, ensure_ascii=False) if as_json else text.rstrip("\n"))
+        return
+    if len(names) > 1:
+        raise UsageError(f"one task at a time, not {len(names)}; `diptych tasks show NAME` prints a task's YAML")
+    found = tasks.summary(*names)
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tasks.lines(found)))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.cli_options import Base, Lora, Memory, Model, Speed, Switch
-from diptych.errors import UsageError
+from diptych.errors import UsageError, nearest
 from diptych.models import with_scale
 from diptych.student import speed as speeds
 
@@ -58,6 +58,15 @@ def serve(
     watermark: Annotated[
         bool, typer.Option("--watermark", help="Mark pictures invisibly, by $DIPTYCH_WATERMARK_KEY.")
     ] = False,
+    log_level: Annotated[
+        str,
+        typer.Option(
+            "--log-level",
+            metavar="LEVEL",
+            help="debug, info, warning or error. Info writes a line for each request; debug also for health checks and "
+            "the app's own.",
+        ),
+    ] = "info",
     app: Annotated[bool, typer.Option("--app/--no-app", help="The web app beside the API.")] = True,
 ) -> None:
     """Serve a student: an HTTP API in OpenAI's format, and a web app, on one port.
@@ -68,6 +77,8 @@ def serve(
     for option, value in (("host", host), ("data", data), ("runs", runs), ("token-file", token_file)):
         if value == "":
             raise UsageError(f"--{option} is empty")
+    if log_level not in (levels := ("debug", "info", "warning", "error")):
+        raise UsageError(f"--log-level {log_level}: choose {', '.join(levels)}{nearest(log_level, levels)}")
     speeds.parse(speed, switch or ())
     try:
         from diptych.serve import http, tokens
@@ -98,7 +109,7 @@ def serve(
         watermark=key,
         limits=limits,
     )
-    http.run(settings, say=lambda text: print(text, file=sys.stderr, flush=True), web_app=app)
+    http.run(settings, say=lambda text: print(text, file=sys.stderr, flush=True), web_app=app, log_level=log_level)
 
 
 def _runs(asked: str | None, with_tokens: bool) -> Path | None:

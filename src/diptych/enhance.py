@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from diptych import plain
 from diptych.errors import UsageError, UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
@@ -72,7 +73,7 @@ def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-end
     try:
         return Endpoint(base_url=url, model=model, api_key_env=key, max_tokens=1024, retries=2, concurrency=4)
     except ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        said = plain.said(error.errors()[0])
         raise UsageError(f"{option} {said}") from None
 
 

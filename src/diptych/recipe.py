@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from diptych import plain
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged, is_remote, packaged, place
@@ -92,24 +93,6 @@ def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
             into[key] = value
 
 
-# pydantic's words for the commonest mistakes, in plainer ones.
-_PLAIN = {
-    "bool_parsing": "must be yes or no",
-    "bool_type": "must be yes or no",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "string_type": "must be text",
-    "string_too_short": "must not be empty",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a section of `key: value` lines",
-    "model_type": "must be a section of `key: value` lines",
-}
-
-
 def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]:
     """pydantic's errors as one line for each key: the file or --set, the key, what is wrong, what to write."""
     wrong: dict[str, tuple[list[str], str]] = {}
@@ -127,12 +110,8 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
         elif kind in ("missing", "too_short", "too_long"):
             text = "has too few values" if kind != "too_long" else "has too many values"
             got = ""
-        elif kind == "value_error":
-            text, got = error["msg"].removeprefix("Value error, "), ""
-        elif kind == "string_pattern_mismatch":
-            text = f"must match {error['ctx']['pattern']}"
         else:
-            text = _PLAIN.get(kind) or error["msg"].replace("Input should be", "must be")
+            text, got = plain.said(error), "" if kind == "value_error" else got
         wrong.setdefault(key, ([], got))[0].append(text)
     lines = []
     for key, (texts, got) in wrong.items():

@@ -63,7 +63,6 @@ def relight(
     Raises UsageError for what does not fit together, UserError for a picture that cannot be read.
     """
     from diptych.api import in_turn
-    from diptych.stages import wording
 
     found = aligned(task)
     if not 0 <= detail <= 1:
@@ -87,7 +86,7 @@ def relight(
             options[key] = value
     pictures = []
     for text in lights:
-        words = wording.asked(found, text.strip(), scene.strip())
+        words = prompt_of(text, scene, task)
         for number in seeds:
             calls = [callback_on_step_end] if callback_on_step_end is not None else []
             if stays is not None:
@@ -108,6 +107,13 @@ def relight(
             done.info = {**image.info, "light": text, **told}
             pictures.append(done)
     return pictures if isinstance(light, (list, tuple)) or isinstance(seed, (list, tuple)) else pictures[0]
+
+
+def prompt_of(light: str, scene: str = "", task: str = "relight") -> str:
+    """What the student is told of a light, in the words of the task."""
+    from diptych.stages import wording
+
+    return wording.asked(aligned(task), light.strip(), scene.strip())
 
 
 def aligned(task: str) -> Task:

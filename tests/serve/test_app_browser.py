@@ -118,6 +118,7 @@ def test_what_is_being_drawn_can_be_stopped(page: Any) -> None:
     page.get_by_label("number input for Pictures").locator("visible=true").fill("8")
     page.get_by_role("button", name="Draw", exact=True).click()
     playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Drawing: step")
+    playwright.expect(page.locator("#pictures")).to_contain_text("from text alone")
     playwright.expect(page.locator("#pictures img[alt=preview]").first).to_be_visible()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
     playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 import statistics
 import subprocess
@@ -38,7 +39,12 @@ def test_what_it_accepted_before_a_kill_it_draws_after_the_next_start(tmp_path: 
         server.restart()
         again = [client.post("/v1/images/generations", json={**one, "wait": True}).json() for one in asked]
         assert [answer["data"][0]["seed"] for answer in again] == list(range(6))
+        assert " local GET /v1/models 200 " in server.text() and "\nstopping" not in server.text()
         assert server.end() == 0 and not server.strays()
+        assert re.findall(r"^(stopping on SIG\w+|stopped)", server.text(), re.MULTILINE) == [
+            "stopping on SIGTERM",
+            "stopped",
+        ]
 
 
 def test_a_model_that_is_not_there_ends_it_with_a_line(tmp_path: Path) -> None:

@@ -107,9 +107,19 @@ def test_requests_that_come_together_are_drawn_together_and_alike(server: Runnin
     [
         ({"prompt": "a cat", "stepss": 3}, "did you mean 'steps'", "stepss"),
         ({"prompt": "a cat", "size": "1024x1024"}, "is too large; this model draws", "size"),
-        ({"prompt": "a cat", "steps": 101}, "at most 100", "steps"),
+        ({"prompt": "a cat", "steps": 101}, "at most 100 are allowed, not 101", "steps"),
         ({"prompt": "a cat", "n": 11}, "at most 10", "n"),
         ({"prompt": "a cat", "quality": "hd"}, "nothing this model can do", "quality"),
+        ({"prompt": "a cat", "steps": "many"}, 'steps: must be a whole number from 1 to 100, not "many"', "steps"),
+        ({"prompt": "a cat", "steps": 2.5}, "steps: must be a whole number from 1 to 100, not 2.5", "steps"),
+        ({"prompt": "a cat", "n": 0}, "n: must be a whole number from 1 to 10, not 0", "n"),
+        ({"prompt": "a cat", "size": "12x"}, "size: must be WIDTHxHEIGHT in pixels, one number, or auto", "size"),
+        ({"prompt": "a cat", "output_format": "pngg"}, 'must be png, webp or jpeg, not "pngg"; did you mean', None),
+        ({"prompt": "a cat", "wait": "perhaps"}, "wait: must be true or false", "wait"),
+        ({"prompt": "a cat", "job": "x"}, "job: must be 8 to 64 letters", "job"),
+        ({"prompt": "a cat", "input_fidelity": "hgih"}, 'must be low or high, not "hgih"; did you mean', None),
+        ({"prompt": ["a cat"]}, "prompt: must be text", "prompt"),
+        ({}, "prompt: missing; it must be text", "prompt"),
         ({"prompt": "   "}, "the prompt is empty", None),
         ({"prompt": "a cat", "reference": "https://example.com/cat.png"}, "fetches nothing", "reference"),
         ({"prompt": "a cat", "reference": "file:///etc/passwd"}, "fetches nothing", "reference"),
@@ -123,7 +133,7 @@ def test_wrong_use_is_told_in_openais_shape(
     answer = client.post("/v1/images/generations", json=given)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error"
-    assert says in error["message"] and error["param"] == param
+    assert says in error["message"] and (param is None or error["param"] == param)
 
 
 def test_the_client_raises_its_own_errors(ours: openai.OpenAI) -> None:
@@ -131,3 +141,103 @@ def test_the_client_raises_its_own_errors(ours: openai.OpenAI) -> None:
         ours.images.edit(image=("cat.png", b"no picture at all"), prompt="a cat")
     with pytest.raises(openai.BadRequestError, match="drawn anew"):
         ours.images.edit(image=CAT.open("rb"), mask=CAT.open("rb"), prompt="a cat")
+
+
+def test_a_model_is_retrieved_by_its_name(ours: openai.OpenAI) -> None:
+    (listed,) = ours.models.list().data
+    assert ours.models.retrieve("pocket") == listed and listed.id == "pocket"
+    for other in ("gpt-image-2", "primecai/dsd_model"):
+        with pytest.raises(openai.NotFoundError, match="'pocket'") as refused:
+            ours.models.retrieve(other)
+        assert refused.value.code == "model_not_found" and refused.value.param == "model"
+
+
+def test_quality_is_a_share_of_the_models_own_steps_and_steps_go_before_it(
+    ours: openai.OpenAI, student: Student
+) -> None:
+    own = int(student.sampling["steps"])
+    for quality, steps in (("low", own // 2), ("medium", own), ("auto", own), ("high", 2 * own)):
+        answer: Any = ours.images.generate(prompt="a cat", quality=quality, extra_body={"seed": 5})  # pyright: ignore
+        assert (answer.quality, answer.settings["steps"], answer.warnings) == (quality, steps, [])
+    answer = ours.images.edit(image=CAT.open("rb"), prompt="a cat", quality="high", extra_body=QUICK)
+    assert answer.settings["steps"] == 2 and "steps is given" in answer.warnings[0]
+
+
+def test_options_of_openais_models_are_taken_and_what_does_nothing_is_said(ours: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"prompt": "a cat", "safety_identifier": "u-1", "extra_body": QUICK}
+    high: Any = ours.images.edit(image=CAT.open("rb"), input_fidelity="high", **asked)
+    assert high.warnings == []
+    answer: Any = ours.images.edit(image=CAT.open("rb"), input_fidelity="low", background="transparent", **asked)
+    assert answer.background == "opaque" and opened(answer.data[0].b64_json).mode == "RGB"
+    assert ["input_fidelity" in line or "background" in line for line in answer.warnings] == [True, True]
+    assert answer.data[0].b64_json and same(opened(answer.data[0].b64_json), opened(high.data[0].b64_json))
+
+
+def test_an_edit_may_be_json_with_the_picture_inside(client: httpx.Client, cat: bytes) -> None:
+    plain = base64.b64encode(cat).decode()
+    url = f"data:image/png;base64,{plain}"
+    asked = {"prompt": "a cat at night", **QUICK}
+    wanted = client.post("/v1/images/edits", files={"image": cat}, data=asked).json()["data"][0]["b64_json"]
+    for given in ({"image": plain}, {"image": [url]}, {"images": [{"image_url": url}]}):
+        answer = client.post("/v1/images/edits", json={**asked, **given})
+        assert answer.status_code == 200 and same(opened(answer.json()["data"][0]["b64_json"]), opened(wanted))
+
+
+@pytest.mark.parametrize(
+    ("given", "says", "param"),
+    [
+        ({}, "send one picture, not 0", "image"),
+        ({"image": ["YQ==", "YQ=="]}, "send one picture, not 2", "image"),
+        ({"image": "https://example.com/cat.png"}, "fetches nothing", "image"),
+        ({"image": "not base64!"}, "not base64", "image"),
+        ({"images": [{"file_id": "file-1"}]}, "image_url", "images"),
+        ({"image": "YQ==", "mask": "YQ=="}, "unknown parameter 'mask'", "mask"),
+        ({"image": 3}, "image: must be text or a list of values, each text, not 3", None),
+        (b"{", "not valid JSON", None),
+        (b"[" * 100_000, "not valid JSON", None),
+        (b"[]", "a JSON object", None),
+    ],
+    ids=str,
+)
+def test_a_wrong_edit_in_json_is_told(client: httpx.Client, given: Any, says: str, param: str | None) -> None:
+    json_ = {"Content-Type": "application/json"}
+    body = given if isinstance(given, bytes) else json.dumps({"prompt": "a cat", **given}).encode()
+    answer = client.post("/v1/images/edits", content=body, headers=json_)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and says in error["message"] and (param is None or error["param"] == param)
+
+
+def test_answers_jobs_and_streams_have_the_warnings_that_the_log_has(
+    ours: openai.OpenAI, client: httpx.Client, student: Student, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "a cat on a spaceport " + "and a cat " * 200
+    asked: dict[str, Any] = {
+        "prompt": long,
+        "negative_prompt": "rain",
+        "size": "32x48",
+        "steps": 1,
+        "image_guidance": 1,
+    }
+    asked |= {"text_guidance": 1, "job": "with-warnings"}
+    quiet = Student(student.pipeline, "pocket")
+    student.pipeline._truncated.clear()
+    with caplog.at_level("WARNING"):
+        options = {key: asked[key] for key in ("negative_prompt", "steps", "image_guidance", "text_guidance")}
+        quiet.generate(None, long, size=(32, 48), **options)
+    said = {record.getMessage() for record in caplog.records if record.name.startswith("diptych")}
+    answer = client.post("/v1/images/generations", json=asked).json()
+    assert set(answer["warnings"]) == said == set(answer["data"][0]["warnings"]) and len(said) == 4
+    assert all(any(word in line for line in said) for word in ("'spaceport'", "not read", "32×48", "negative prompt"))
+    job = client.get("/v1/jobs/with-warnings").json()
+    assert job["warnings"] == answer["warnings"] == job["pictures"][0]["warnings"]
+    extra = {"steps": 1, "job": "with-warnings-too"}
+    *_, last = ours.images.generate(prompt="a cat on a spaceport", stream=True, extra_body=extra)
+    found: Any = last
+    assert "'spaceport'" in found.warnings[0] and len(found.warnings) == 1
+    relit = client.post(
+        "/v1/relights",
+        files={"image": CAT.read_bytes()},
+        data={"light": ["dim blue light from above", "glimmering light"], "steps": 1},
+    ).json()
+    assert [bool(made["warnings"]) for made in relit["data"]] == [False, True]
+    assert relit["warnings"] == relit["data"][1]["warnings"] and "'glimmering'" in relit["warnings"][0]

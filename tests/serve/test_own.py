@@ -95,9 +95,15 @@ def test_a_story_is_the_page_of_the_library_as_png_and_pdf(client: httpx.Client,
     ("route", "files", "given", "says", "param"),
     [
         ("relights", {}, {"light": LIGHTS}, "send one picture", "image"),
-        ("relights", {"image": CAT.read_bytes()}, {}, "Field required", "light"),
+        ("relights", {"image": CAT.read_bytes()}, {}, "light: missing", "light"),
         ("relights", {"image": CAT.read_bytes()}, {"light": " "}, "is empty", None),
-        ("relights", {"image": CAT.read_bytes()}, {"light": LIGHTS, "detail": 2}, "less than or equal to 1", "detail"),
+        (
+            "relights",
+            {"image": CAT.read_bytes()},
+            {"light": LIGHTS, "detail": 2},
+            'a number from 0 to 1, not "2"',
+            "detail",
+        ),
         ("relights", {"image": CAT.read_bytes()}, {"light": LIGHTS, "n": 6}, "at most 10 pictures", "n"),
         ("relights", {"image": CAT.read_bytes()}, {"ligth": LIGHTS[0]}, "did you mean 'light'", "ligth"),
         (

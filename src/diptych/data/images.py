@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych import plain
 from diptych.data import seal
 from diptych.data.formats import open_header
 from diptych.data.rgb import WHITE, to_rgb
@@ -72,7 +73,7 @@ def open_image(
     if not data:
         raise UserError(f"{label}: the file is empty")
     if len(data) > max_bytes:
-        raise UserError(f"{label}: {len(data) / 2**20:.0f} MiB is over the limit of {max_bytes / 2**20:.0f} MiB")
+        raise UserError(f"{label}: {plain.size(len(data))} is over the limit of {plain.size(max_bytes)}")
     try:
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
@@ -101,7 +102,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
     try:
         size = path.stat().st_size
         if size > max_bytes:
-            raise UserError(f"{path}: {size / 2**20:.0f} MiB is over the limit of {max_bytes / 2**20:.0f} MiB")
+            raise UserError(f"{path}: {plain.size(size)} is over the limit of {plain.size(max_bytes)}")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

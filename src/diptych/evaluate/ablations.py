@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diptych import plain
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.evaluate import metrics
@@ -114,7 +115,7 @@ def load(study: str) -> tuple[Study, Path]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
+        said = plain.said(first)
         raise UsageError(f"{path}: {where}{': ' if where else ''}{said}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from diptych import plain
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
@@ -190,7 +191,7 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
         lines = []
         for problem in error.errors():
             parts = [str(part) for part in problem["loc"]]
-            said = problem["msg"].removeprefix("Value error, ")
+            said = plain.said(problem)
             if problem["type"] == "extra_forbidden":
                 known = Judge if parts[0] == "judge" and len(parts) > 1 else Job
                 known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)

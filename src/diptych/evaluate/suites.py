@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diptych import plain
 from diptych.data import records
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
@@ -320,4 +321,4 @@ def check(kind: type[_Model], values: dict[str, Any], where: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise UsageError(f"{where}: {key}: {plain.said(first)}") from error

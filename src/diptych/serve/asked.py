@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from diptych.errors import UsageError
+from diptych.serve.fields import WORDS
 from diptych.serve.settings import Limits
 
 if TYPE_CHECKING:
     from diptych.story import Panel
 
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
+JOB_WORDS = "8 to 64 letters, digits, dashes or underscores"
 SPEEDS = ("plain", "exact", "fast", "fastest")
 # OpenAI's options that say how its own models draw; taken where they ask for what happens anyway.
 NEUTRAL = {
-    "quality": ("auto", "standard"),
-    "moderation": ("auto",),
+    "quality": ("auto", "standard", "low", "medium", "high"),
+    "moderation": ("auto", "low"),
     "style": ("natural",),
     "output_compression": ("100",),
 }
+STEPS = {"low": 0.5, "high": 2.0}  # of the model's own, by quality
 ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to answer, not what to draw
 OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
 
@@ -39,23 +43,47 @@ class Common(BaseModel):
 
     model: str | None = Field(None, max_length=200, description="Any name: the server has one model.")
     size: str | None = Field(
-        None, pattern=r"^(auto|[0-9]{1,5}(x[0-9]{1,5})?)$", description="`WIDTHxHEIGHT`, one number, or auto."
+        None,
+        pattern=r"^(auto|[0-9]{1,5}(x[0-9]{1,5})?)$",
+        description="`WIDTHxHEIGHT`, one number, or auto.",
+        json_schema_extra={WORDS: "WIDTHxHEIGHT in pixels, one number, or auto", "examples": ["64x64"]},
     )
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json, the default, or url.")
     output_format: Literal["png", "webp", "jpeg"] = Field("png", description="webp is lossless.")
     user: str | None = Field(None, max_length=200, description="Kept with the job, and read by nobody.")
+    safety_identifier: str | None = Field(None, max_length=200, description="Kept like `user`.")
     stream: bool = Field(False, description="Answer with server-sent events, as OpenAI does.")
     partial_images: int = Field(0, ge=0, le=3, description="Previews in the stream.")
     background: str | None = Field(
-        None, max_length=30, description="Colour under a transparent reference; auto and opaque are white."
+        None,
+        max_length=30,
+        description="Colour under a transparent reference; auto and opaque are white. Images are always opaque: with "
+        "transparent, the answer says `background: opaque` and has a warning.",
+        examples=["#ffffff"],
     )
-    quality: str | None = Field(None, max_length=20, description="Only auto and standard: `steps` says how carefully.")
-    style: str | None = Field(None, max_length=20, description="Only natural.")
-    moderation: str | None = Field(None, max_length=20, description="Only auto: nothing is moderated here.")
+    quality: str | None = Field(
+        None,
+        max_length=20,
+        description="auto, standard and medium take the model's own number of steps, low half of it, high twice as "
+        "many. `steps` goes before it.",
+        json_schema_extra={WORDS: "auto, low, medium, high or standard", "examples": ["high"]},
+    )
+    input_fidelity: Literal["low", "high"] | None = Field(
+        None, description="The subject always comes from the reference, as high asks; `image_guidance` is its strength."
+    )
+    style: str | None = Field(None, max_length=20, description="Only natural.", json_schema_extra={WORDS: "natural"})
+    moderation: str | None = Field(
+        None,
+        max_length=20,
+        description="Nothing is moderated here.",
+        json_schema_extra={WORDS: "auto or low"},
+    )
     output_compression: int | None = Field(None, ge=0, le=100, description="Only 100.")
 
-    seed: int | None = Field(None, ge=0, lt=2**63 - 100, description="The same seed gives the same picture.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63 - 100, description="The same seed gives the same picture.", examples=[7]
+    )
+    steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps.", examples=[20])
     guidance: float | None = Field(None, ge=0, le=1000, description="Distilled guidance, for models that have it.")
     image_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the reference; 1 is off.")
     text_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the prompt; 1 is off.")
@@ -63,7 +91,10 @@ class Common(BaseModel):
     fit: Literal["crop", "pad", "contain"] | None = Field(None, description="How the reference meets the size.")
     speed: Literal["plain", "exact", "fast", "fastest"] | None = Field(None, description="See docs/speed.md.")
     job: str | None = Field(
-        None, pattern=JOB_ID, description="Your own name for the job; sent again, the same request finds the same job."
+        None,
+        pattern=JOB_ID,
+        description="Your own name for the job; sent again, the same request finds the same job.",
+        json_schema_extra={WORDS: JOB_WORDS, "examples": ["my-first-job"]},
     )
     wait: bool = Field(True, description="False: answer at once, 202, with the job to ask for later.")
 
@@ -89,7 +120,7 @@ class Common(BaseModel):
 
     def colour(self) -> str:
         """What lies under a transparent reference."""
-        return "white" if self.background in (None, "auto", "opaque") else self.background  # pyright: ignore
+        return "white" if self.background in (None, "auto", "opaque", "transparent") else self.background  # pyright: ignore
 
     def pixels(self) -> tuple[int, int] | None:
         """(width, height) in pixels, None for the model's own."""
@@ -103,6 +134,24 @@ class Common(BaseModel):
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         return given | ({"size": self.pixels()} if self.pixels() else {})
 
+    def resolved(self, sampling: Mapping[str, float], limits: Limits) -> Self:
+        """With the steps that `quality` asks of a model with these settings."""
+        if self.steps is not None or self.quality not in STEPS:
+            return self
+        steps = max(1, round(sampling["steps"] * STEPS[self.quality]))
+        return self.model_copy(update={"steps": min(steps, limits.steps)})
+
+    def remarks(self) -> list[str]:
+        """What of the request does nothing."""
+        found = []
+        if self.quality in STEPS and self.steps is not None:
+            found.append(f"quality '{self.quality}' does nothing, because steps is given")
+        if self.background == "transparent":
+            found.append("background 'transparent' does nothing: the model makes opaque images")
+        if self.input_fidelity == "low":
+            found.append("input_fidelity 'low' does nothing; image_guidance is the strength of the reference")
+        return found
+
     def drawing(self) -> str:
         """All that is asked to be drawn, in one text: equal for requests that differ in how they are answered."""
         return f"{self.kind}{self.model_dump_json(exclude=ANSWER)}"
@@ -115,7 +164,12 @@ class Common(BaseModel):
 class Asked(Common):
     """A request for pictures of a prompt."""
 
-    prompt: str = Field(min_length=1, max_length=32_000, description="What the new picture shows, the whole of it.")
+    prompt: str = Field(
+        min_length=1,
+        max_length=32_000,
+        description="What the new picture shows, the whole of it.",
+        examples=["a cat on a beach at night"],
+    )
     n: int = Field(1, ge=1, le=100, description="Pictures; the seeds count up.")
 
     def texts(self) -> list[str]:
@@ -131,6 +185,34 @@ class Generation(Asked):
         description="The picture of your subject, base64 or a `data:` URL with base64. Without it the prompt alone "
         "says what is drawn: a teacher's way, without any identity to keep.",
     )
+
+
+class Edit(Asked):
+    """`POST /v1/images/edits` as JSON: the picture as base64 or a `data:` URL, in `image` or, as OpenAI has it,
+    in `images`."""
+
+    image: str | list[str] | None = Field(None, description="The picture of your subject, or a list of one.")
+    images: list[dict[str, str]] | None = Field(
+        None,
+        max_length=16,
+        description="A list of one object with `image_url`.",
+        examples=[[{"image_url": "data:image/png;base64,iVBORw0KGgo="}]],
+    )
+
+    def source(self) -> str:
+        """The one picture. UsageError if there is none, or more than one, or if it is to be fetched from OpenAI."""
+        given = [self.image] if isinstance(self.image, str) else list(self.image or ())
+        for each in self.images or ():
+            if set(each) != {"image_url"}:
+                raise UsageError("images: each is an object with image_url alone; this server keeps no files")
+            given.append(each["image_url"])
+        if len(given) != 1:
+            raise UsageError(f"image: send one picture, not {len(given)}")
+        return given[0]
+
+    def asked(self) -> Asked:
+        """The request without its picture."""
+        return Asked(**self.model_dump(exclude={"image", "images"}))
 
 
 Line = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -213,24 +295,23 @@ def check(asked: Common, limits: Limits, default_side: int) -> None:
         check_prompt(text)
     for text in (*shown, *said, asked.negative_prompt or "", asked.user or ""):
         if len(text) > limits.prompt_letters:
-            raise UsageError(f"prompt: at most {limits.prompt_letters} letters here")
+            most = f"{limits.prompt_letters:,}"
+            raise UsageError(f"prompt: at most {most} characters are allowed, not {len(text):,}")
         if re.search(r"[\x00\ud800-\udfff]", text):
-            raise UsageError("prompt: there are characters in it that are no text")
+            raise UsageError("prompt: it has characters that are no text (null, or half of a surrogate pair)")
     if len(shown) > limits.pictures:
-        raise UsageError(f"n: at most {limits.pictures} pictures at once here, not {len(shown)}")
+        raise UsageError(f"n: at most {limits.pictures} pictures are allowed at once, not {len(shown)}")
     if isinstance(asked, Story):
         from diptych.story import font_for
 
         asked.seeds(0)
         font_for(said)
     if (asked.steps or 0) > limits.steps:
-        raise UsageError(f"steps: at most {limits.steps} here, not {asked.steps}")
+        raise UsageError(f"steps: at most {limits.steps} are allowed, not {asked.steps}")
     for name, taken in NEUTRAL.items():
         value = getattr(asked, name)
         if value is not None and str(value) not in taken:
             raise UsageError(f"{name}: '{value}' is nothing this model can do; leave it out, or {' or '.join(taken)}")
-    if asked.background == "transparent":
-        raise UsageError("background: this model draws no transparent pictures; leave it out, or name a colour")
     check_options({**asked.options(), "background": asked.colour()})
     if (size := asked.pixels()) is not None:
         most = limits.enlarged * default_side**2
@@ -238,5 +319,5 @@ def check(asked: Common, limits: Limits, default_side: int) -> None:
             side = int(most**0.5)
             raise UsageError(
                 f"size: {size[0]}x{size[1]} is too large; this model draws {default_side}x{default_side}, and at most "
-                f"as many pixels as {side}x{side} here"
+                f"as many pixels as {side}x{side} has are allowed"
             )

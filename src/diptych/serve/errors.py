@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from diptych import plain
 from diptych.errors import UserError, nearest
-from diptych.serve.asked import Asked, Common, Generation, Relit, Story
+from diptych.serve.fields import Field, of_route, of_schema, shown, words
 from diptych.serve.service import Busy
 
 log = logging.getLogger("diptych.serve")
@@ -64,17 +66,49 @@ def answer(
     return JSONResponse(body(status, message, param, code), status, headers)
 
 
-def of_fields(errors: list[Any], model: type[Common] = Generation) -> JSONResponse:
-    """The most telling of pydantic's findings about a request, in our words."""
+def of_fields(errors: list[Any], fields: Sequence[Field]) -> JSONResponse:
+    """The most telling of pydantic's findings about a request with these fields, in our words."""
     # A misspelt field that is needed is also missing: its misspelling says more.
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(place) or None
-    if first["type"] == "extra_forbidden" and name:
-        known = [*model.model_fields, "image"]
+    if first["type"] == "json_invalid":
+        return answer(400, f"the body is not valid JSON ({first['ctx']['error']})", code=first["type"])
+    place = _place(first)
+    if not place:
+        return answer(400, "the body must be a JSON object with the fields of this request", code=first["type"])
+    name = ".".join(map(str, place))
+    if first["type"] == "extra_forbidden":
+        known = [field.name for field in fields]
         return answer(400, f"unknown parameter '{name}'{nearest(name, known)}", name, "unknown_parameter")
-    said = str(first["msg"]).removeprefix("Value error, ")
-    return answer(400, f"{name}: {said}" if name else said, name, first["type"])
+    return answer(400, f"{name}: {wrong(first, fields)}", name, first["type"])
+
+
+def wrong(error: Mapping[str, Any], fields: Sequence[Field]) -> str:
+    """What is wrong with a field: what it may hold, and what it was given."""
+    kind, place = error["type"], _place(error)
+    field = next((field for field in fields if field.name == place[0]), None)
+    if field is None or kind == "value_error" or kind.startswith(("string_too_", "too_")):
+        return plain.said(error)
+    if kind == "missing":
+        return f"missing; it must be {field.allowed}"
+    allowed = field.allowed
+    if len(place) > 1 and "items" in field.schema:
+        allowed = of_schema({"properties": {field.name: field.schema["items"]}})[0].allowed
+    hint = nearest(str(error["input"]), words(field.schema))
+    return f"must be {allowed}, not {shown(error['input'])}{hint}"
+
+
+def _place(error: Mapping[str, Any]) -> list[Any]:
+    """The field's name, and where it is a list the place in it. Where a value may be of several types, pydantic adds
+    the type."""
+    inside = [part for part in error["loc"] if part not in ("body", "query", "path")]
+    return inside[:1] + [part for part in inside[1:] if isinstance(part, int)]
+
+
+def _fields(request: Request) -> list[Field]:
+    """The fields of the route that a request came to."""
+    route = request.scope.get("route")
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return of_route(request.app.openapi(), getattr(route, "path_format", ""), request.method, media)
 
 
 def install(app: FastAPI) -> None:
@@ -82,12 +116,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        return of_fields(list(error.errors()))
+        return of_fields(list(error.errors()), _fields(request))
 
     @app.exception_handler(ValidationError)
     async def _(request: Request, error: ValidationError) -> JSONResponse:
-        models = {model.__name__: model for model in (Asked, Relit, Story)}
-        return of_fields(list(error.errors()), models.get(error.title, Generation))
+        return of_fields(list(error.errors()), _fields(request))
 
     @app.exception_handler(UserError)
     async def _(request: Request, error: UserError) -> JSONResponse:

@@ -17,10 +17,12 @@ from diptych.serve.asked import Common
 
 MOST_FIELDS = 60
 FORM = "multipart/form-data"
+JSON = "application/json"
 PICTURES = {
     "image": "The picture of your subject: PNG, JPEG, WebP, …",
     "mask": "Of the picture's size: white may change, black stays.",
 }
+MASKLESS = "; the whole picture is drawn anew, so a mask has no meaning here"
 Wanted = TypeVar("Wanted", bound=Common)
 
 
@@ -39,7 +41,7 @@ async def read(request: Request, model: type[Wanted], files: Mapping[str, bool])
             name = key.removesuffix("[]") if key.removesuffix("[]") in (*files, *lists) else key
             if isinstance(value, UploadFile):
                 if name not in files:
-                    hint = "; the whole picture is drawn anew" if name == "mask" else ""
+                    hint = MASKLESS if name == "mask" else ""
                     raise UsageError(f"{name[:40]}: no such picture can be sent here, only {', '.join(files)}{hint}")
                 sent[name].append(value)
             elif name in files:
@@ -57,12 +59,27 @@ async def read(request: Request, model: type[Wanted], files: Mapping[str, bool])
         return asked, {name: await found[0].read() if found else None for name, found in sent.items()}
 
 
-def described(model: type[Common], files: Mapping[str, bool]) -> dict[str, Any]:
-    """The OpenAPI entry of such a request's body."""
+async def read_json(request: Request, model: type[Wanted]) -> Wanted:
+    """What a JSON body asks for. UsageError if it is not JSON, pydantic's ValidationError if it is wrong."""
+    try:
+        given = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the body is not valid JSON ({type(error).__name__})") from None
+    return model.model_validate(given)
+
+
+def is_json(request: Request) -> bool:
+    """Whether a request says that its body is JSON."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON
+
+
+def described(model: type[Common], files: Mapping[str, bool], as_json: type[Common] | None = None) -> dict[str, Any]:
+    """The OpenAPI entry of such a request's body; `as_json` describes the body of one that may also be JSON."""
     pictures = {name: {"type": "string", "format": "binary", "description": PICTURES[name]} for name in files}
     schema = {**model.model_json_schema(), "properties": {**_fields(model), **pictures}}
     schema["required"] = _required(model, files)
-    return {"requestBody": {"required": True, "content": {FORM: {"schema": schema}}}}
+    content = {FORM: {"schema": schema}} | ({JSON: {"schema": as_json.model_json_schema()}} if as_json else {})
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _fields(model: type[Common]) -> dict[str, Any]:

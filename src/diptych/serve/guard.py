@@ -8,6 +8,7 @@ patience of its body, which are limits before anything is decoded. Answers get t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -17,7 +18,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from diptych.serve import errors
+from diptych import plain
+from diptych.serve import errors, logs
 from diptych.serve.metrics import Metrics
 from diptych.serve.rates import Rate
 from diptych.serve.settings import Settings
@@ -28,13 +30,16 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 APP = "/app"
-PUBLIC = frozenset({"/healthz", "/readyz", "/login"})
+PUBLIC = frozenset({"/healthz", "/readyz", "/login", "/favicon.ico"})
 SIGNED = "/v1/pictures/"  # the route itself looks at the signature
 LONGEST = 255  # bytes of a part of a path: the file systems' limit, and the app's scripts and styles are files
 # Of Gradio's own routes, those that the app's pages need. Its uploads, its file cache, its proxy and its component
 # server are not among them: pictures go through /v1/references and /v1/pictures, which know whose they are.
 GRADIO = ("queue/join", "queue/data", "heartbeat", "reset", "cancel", "startup-events", "app_id", "info")
-CLOSED = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; style-src 'unsafe-inline'"
+CLOSED = (
+    "default-src 'none'; img-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; "
+    "style-src 'unsafe-inline'"
+)
 PAGES = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
@@ -82,7 +87,7 @@ class Guard:
         if refusal is None:
             length = headers.get("content-length", "0")
             if not (length.isascii() and length.isdecimal()):
-                refusal = errors.answer(400, "the length of the body is no number")
+                refusal = errors.answer(400, "the header Content-Length must be a whole number of bytes")
             elif int(length) > self.limits.upload_bytes:
                 refusal = errors.answer(413, self._too_large())
         if refusal is not None:
@@ -162,11 +167,11 @@ class Guard:
         return limited
 
     def _too_large(self) -> str:
-        return f"a request is at most {self.limits.upload_bytes / 2**20:.0f} MiB here"
+        return f"the request is too large; at most {plain.size(self.limits.upload_bytes)} are allowed"
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         """Adds the headers, and counts the answer under its route."""
-        path = scope["path"]
+        path, started = scope["path"], time.monotonic()
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -180,6 +185,8 @@ class Guard:
                     headers.setdefault("Cache-Control", "no-store")
                 route = getattr(scope.get("route"), "path", None) or (APP if path.startswith(APP) else "other")
                 self.metrics.requests.labels(route, str(message["status"])).inc()
+                client, owner = (scope.get("client") or ("-",))[0], scope.get("state", {}).get("owner")
+                logs.request(client, owner, scope["method"], path, message["status"], time.monotonic() - started)
             await send(message)
 
         return counted

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,11 +20,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Red
 
 from diptych import __version__
 from diptych.errors import UserError
-from diptych.serve import errors, images, jobs, own, pages, run_files
+from diptych.serve import errors, images, jobs, logs, own, pages, run_files
 from diptych.serve.guard import APP, Guard
 from diptych.serve.rates import Rate
 from diptych.serve.service import Service
-from diptych.serve.settings import Settings
+from diptych.serve.settings import Limits, Settings
 from diptych.serve.tokens import COOKIE, SESSION_SECONDS, Gate
 
 TITLE = "diptych"
@@ -53,7 +54,7 @@ def create(service: Service, web_app: bool = True) -> Guard:
         app.include_router(run_files.router)
     _add_health(app, service)
     _add_pages(app, gate, service.settings)
-    app.openapi = lambda: _schema(app, gate)
+    app.openapi = lambda: _schema(app, gate, service.settings.limits)
     inside: Any = app
     if web_app:
         from diptych.serve.app import mount
@@ -62,7 +63,23 @@ def create(service: Service, web_app: bool = True) -> Guard:
     return Guard(inside, service.settings, gate, service.metrics)
 
 
-def _schema(app: FastAPI, gate: Gate) -> dict[str, Any]:
+def _within(schema: dict[str, Any], limits: Limits) -> None:
+    """Narrows the fields of requests to what this server allows, so that its pages and errors say that."""
+    most = {"steps": ("maximum", limits.steps), "n": ("maximum", limits.pictures)}
+    most["prompt"] = ("maxLength", limits.prompt_letters)
+    bodies = list(schema["components"]["schemas"].values())
+    for methods in schema["paths"].values():
+        for route in methods.values():
+            bodies += [content["schema"] for content in route.get("requestBody", {}).get("content", {}).values()]
+    for body in bodies:
+        for name, field in body.get("properties", {}).items():
+            key, value = most.get(name, ("", 0))
+            for kind in [field, *field.get("anyOf", ())]:
+                if key in kind:
+                    kind[key] = min(kind[key], value)
+
+
+def _schema(app: FastAPI, gate: Gate, limits: Limits) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         if not gate.open:
@@ -70,8 +87,14 @@ def _schema(app: FastAPI, gate: Gate) -> dict[str, Any]:
             schema["security"] = [{"token": []}]
         for path in ("/healthz", "/readyz"):
             schema["paths"][path]["get"]["security"] = []
+        _within(schema, limits)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def icon() -> bytes:
+    """The page's icon, an SVG."""
+    return (files("diptych.serve.app") / "icon.svg").read_bytes()
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -99,6 +122,10 @@ def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse(f"{APP}/", 303)
+
+    @app.get(pages.ICON, include_in_schema=False)
+    async def favicon() -> Response:
+        return Response(icon(), media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -156,8 +183,11 @@ def config(app: Any, settings: Settings, **more: Any) -> Any:
     return uvicorn.Config(app, **given | more)
 
 
-def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = True) -> None:
-    """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails."""
+def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = True, log_level: str = "info") -> None:
+    """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails.
+
+    `log_level` is of `diptych.access`, a line for each request, and of all other logs of diptych's and uvicorn's.
+    """
     import socket
 
     import uvicorn
@@ -180,11 +210,14 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
         nobody. uvicorn's own way ends with the signal raised once more, as if the process had been killed by it."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            if not service.draining:
+                say(f"stopping on {signal.Signals(sig).name}: the batch in hand is finished, and what waits is kept")
             service.drain()
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
 
-    server = Server(config(app, settings))
+    logs.start(log_level)
+    server = Server(config(app, settings, log_level=log_level if log_level == "debug" else "warning"))
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
 
@@ -209,5 +242,6 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
         server.run(sockets=[listening])
     finally:
         listening.close()
+        say(f"stopped; {service.left} pictures wait for the next start" if service.left else "stopped")
     if service.failure is not None:
         raise service.failure

@@ -1,7 +1,8 @@
 """`/v1/images/generations` and `/v1/images/edits`, in OpenAI's format: the official client works unchanged.
 
 The first takes JSON, and with our field `reference` (base64) the picture of a subject too; the second takes a form with
-the picture as `image`. Both make a job and wait for it; `wait=false` answers at once, `stream=true` as it goes on.
+the picture as `image`, or JSON with it as base64. Both make a job and wait for it; `wait=false` answers at once,
+`stream=true` as it goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from diptych.serve import forms, stream
-from diptych.serve.asked import Asked, Common, Generation
+from diptych.serve.asked import Asked, Common, Edit, Generation
 from diptych.serve.errors import answer, documented
-from diptych.serve.service import Service, from_base64
+from diptych.serve.service import Service, from_base64, warnings_of
 
 GENERATION, EDIT = "image_generation", "image_edit"
 
@@ -31,6 +32,7 @@ class Picture(BaseModel):
     revised_prompt: str | None = None
     seed: int
     id: str
+    warnings: list[str] = []
 
 
 class Pictures(BaseModel):
@@ -44,6 +46,7 @@ class Pictures(BaseModel):
     quality: str = "auto"
     job: str
     settings: dict[str, Any]
+    warnings: list[str] = []
 
 
 def service_of(request: Request) -> Service:
@@ -80,13 +83,18 @@ async def generations(
     "/edits",
     response_model=Pictures,
     responses={**documented(415), **ACCEPTED},
-    openapi_extra=forms.described(Asked, {"image": True}),
+    openapi_extra=forms.described(Asked, {"image": True}, Edit),
 )
 async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictures:
-    """Draws the subject of `image` as the prompt asks. The whole picture is new, so a mask has no meaning here."""
+    """Draws the subject of `image` as the prompt asks, sent as a form or as JSON. The whole picture is new, so a mask
+    has no meaning here."""
     service.limit(owner)
-    asked, files = await forms.read(request, Asked, {"image": True})
-    return await draw(service, owner, asked, files["image"], request, EDIT)
+    if not forms.is_json(request):
+        asked, files = await forms.read(request, Asked, {"image": True})
+        return await draw(service, owner, asked, files["image"], request, EDIT)
+    edit = await forms.read_json(request, Edit)
+    data = await run_in_threadpool(from_base64, edit.source(), service.settings.limits.upload_bytes, "image")
+    return await draw(service, owner, edit.asked(), data, request, EDIT)
 
 
 async def draw(
@@ -128,7 +136,7 @@ def result(service: Service, job: dict[str, Any], response_format: str, request:
         return answer(400, message, code="failed" if failed else "cancelled")
     pictures = []
     for made in job["pictures"]:
-        picture = Picture(id=made["id"], seed=made["seed"])
+        picture = Picture(id=made["id"], seed=made["seed"], warnings=warnings_of(job, made))
         if response_format == "url":
             picture.url = address(service, made["id"], request)
         else:
@@ -142,8 +150,10 @@ def result(service: Service, job: dict[str, Any], response_format: str, request:
         data=pictures,
         output_format=job["request"]["output_format"],
         size=size,
+        quality=job["request"].get("quality", "auto"),
         job=job["id"],
         settings=settings,
+        warnings=warnings_of(job),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -10,14 +10,16 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from diptych.serve import stream
-from diptych.serve.asked import JOB_ID
+from diptych.serve.asked import JOB_ID, JOB_WORDS
 from diptych.serve.errors import answer, documented
+from diptych.serve.fields import WORDS
 from diptych.serve.images import Of, Owner, Pictures, result
+from diptych.serve.service import Service
 
 router = APIRouter(prefix="/v1", responses=documented(500))
-JobId = Annotated[str, Path(pattern=JOB_ID)]
-PictureId = Annotated[str, Path(pattern=r"^img_[A-Za-z0-9_-]{24}$")]
-ReferenceId = Annotated[str, Path(pattern=r"^ref_[0-9a-f]{40}$")]
+JobId = Annotated[str, Path(pattern=JOB_ID, json_schema_extra={WORDS: JOB_WORDS})]
+PictureId = Annotated[str, Path(pattern=r"^img_[A-Za-z0-9_-]{24}$", json_schema_extra={WORDS: "the id of a picture"})]
+ReferenceId = Annotated[str, Path(pattern=r"^ref_[0-9a-f]{40}$", json_schema_extra={WORDS: "the id of a reference"})]
 MEDIA = {"PNG": "image/png", "WEBP": "image/webp", "JPEG": "image/jpeg"}
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 IMAGE: dict[int | str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ class JobPicture(BaseModel):
     seed: int
     status: str
     settings: dict[str, Any] | None
+    warnings: list[str] = []
 
 
 class Job(BaseModel):
@@ -57,6 +60,7 @@ class Job(BaseModel):
     prompt: str
     pictures: list[JobPicture]
     progress: Progress
+    warnings: list[str] = []
     error: str | None
     waiting_before: int | None = None
 
@@ -94,13 +98,27 @@ class Models(BaseModel):
     data: list[Model]
 
 
-@router.get("/models", tags=["models"])
-def models(service: Of) -> Models:
-    """The model: its picture's side in pixels, its own settings, and, if it has one, the list of words it knows."""
+def _model(service: Service) -> Model:
     student = service.student
     words = sorted(student.words) if student.words is not None else None
     side = student.pipeline.default_panel_size
-    return Models(data=[Model(id=student.name, size=side, sampling=student.sampling, words=words)])
+    return Model(id=student.name, size=side, sampling=student.sampling, words=words)
+
+
+@router.get("/models", tags=["models"])
+def models(service: Of) -> Models:
+    """The model: its picture's side in pixels, its own settings, and, if it has one, the list of words it knows."""
+    return Models(data=[_model(service)])
+
+
+@router.get("/models/{id:path}", tags=["models"])
+def model(id: Annotated[str, Path(max_length=500)], service: Of) -> Model:
+    """The model by its name, as `/v1/models` gives it; 404 for any other."""
+    found = _model(service)
+    if id != found.id:
+        said = f"there is no model '{id}' here; this server has '{found.id}'"
+        return answer(404, said, "model", "model_not_found")  # pyright: ignore[reportReturnType]
+    return found
 
 
 @router.get("/jobs", tags=["jobs"])
@@ -133,7 +151,7 @@ def job_images(
     request: Request,
     service: Of,
     owner: Owner,
-    response_format: Annotated[str, Query(pattern="^(b64_json|url)$")] = "b64_json",
+    response_format: Literal["b64_json", "url"] = "b64_json",
 ) -> Response | Pictures:
     """A finished job's pictures, as `/v1/images/…` answers; 409 while it is not finished."""
     found = service.store.job(owner, id)

@@ -9,12 +9,13 @@ from fastapi.responses import Response
 
 from diptych.data.audit_page import media_type
 from diptych.serve.errors import answer, documented
+from diptych.serve.fields import WORDS
 from diptych.serve.images import Of
 
 # A report is one page with pictures and styles inside, made by the run; scripts in it, if ever, stay without rights.
 SANDBOX = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
-RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-PairId = Annotated[str, Path(pattern=r"^c-[0-9]{1,12}-[0-9]{2,4}$")]
+RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", json_schema_extra={WORDS: "a run's name"})]
+PairId = Annotated[str, Path(pattern=r"^c-[0-9]{1,12}-[0-9]{2,4}$", json_schema_extra={WORDS: "a pair's id"})]
 router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(500))
 
 

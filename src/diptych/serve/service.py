@@ -19,8 +19,10 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from diptych import plain
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
 from diptych.serve import asked as asking
@@ -67,6 +69,7 @@ class Service:
         ]
         self.runs = Runs(settings.runs) if settings.runs is not None else None
         self.draining = False
+        self.left = 0  # pictures that waited when it stopped
         self.decoding = threading.Semaphore(DECODERS)
         self._accepting = threading.Lock()
         self._swept = 0.0
@@ -107,6 +110,7 @@ class Service:
                 worker.abandon()
                 worker.join(self.settings.grace_seconds)
         if not any(worker.is_alive() for worker in self.workers):
+            self.left = self.store.waiting()
             self.store.close()
 
     @property
@@ -162,6 +166,8 @@ class Service:
         """
         student = self.student
         asking.check(asked, self.settings.limits, student.pipeline.default_panel_size)
+        remarks = asked.remarks()
+        asked = asked.resolved(student.sampling, self.settings.limits)
         canvas = student.canvas(asked.pixels())
         if isinstance(asked, Relit):
             self._check_relit(owner, asked, reference, mask, canvas)
@@ -175,8 +181,10 @@ class Service:
             "speed": asked.speed,
             "reference": reference,
             "mask": mask,
+            "warnings": [remarks + said for said in _warnings(student, asked, reference is not None)],
             "output_format": asked.output_format,
-            "user": asked.user,
+            "quality": asked.quality or "auto",
+            "user": asked.safety_identifier or asked.user,
             "previews": asked.partial_images > 0 or not asked.wait,
             "asked": hashlib.sha256(f"{asked.drawing()}{reference}{mask}".encode()).hexdigest(),
         }
@@ -271,9 +279,11 @@ class Service:
                     "seed": p["seed"],
                     "status": p["status"],
                     "settings": p["made_by"] or None,
+                    "warnings": warnings_of(job, p),
                 }
                 for p, text in zip(job["pictures"], job["request"]["texts"], strict=True)
             ],
+            "warnings": warnings_of(job),
             "progress": {"done": done, "of": len(job["pictures"]), "step": live.step, "steps": live.steps},
             "error": job["error"] or None,
         }
@@ -286,20 +296,43 @@ class Service:
         return job["status"] in OPEN
 
 
-def from_base64(text: str, most: int) -> bytes:
-    """The bytes of base64, also as a `data:` URL; any other URL is refused: nothing is fetched from anywhere."""
+def _warnings(student: Student, asked: Common, referenced: bool) -> list[list[str]]:
+    """What the log would say of each picture of a request, in order."""
+    texts, options = asked.texts(), asked.options()
+    prompts = dict(zip(texts, texts, strict=True))
+    if isinstance(asked, Relit):
+        from diptych.relight import prompt_of
+
+        prompts = {text: prompt_of(text, asked.scene) for text in texts}
+    names = ("size", "negative_prompt", "image_guidance", "text_guidance")
+    given = {name: options[name] for name in names if name in options}
+    found = {text: student.warnings(prompt, referenced=referenced, **given) for text, prompt in prompts.items()}
+    return [found[text] for text in texts]
+
+
+def warnings_of(job: Mapping[str, Any], picture: Mapping[str, Any] | None = None) -> list[str]:
+    """The warnings about a picture of a job, or about all of them, each once."""
+    each = job["request"].get("warnings", [])  # jobs that an older version took have none
+    if picture is not None:
+        return each[picture["place"]] if each else []
+    return list(dict.fromkeys(line for lines in each for line in lines))
+
+
+def from_base64(text: str, most: int, name: str = "reference") -> bytes:
+    """The bytes of base64, also as a `data:` URL; any other URL is refused: nothing is fetched from anywhere. `name` is
+    the field's."""
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise UsageError("reference: a data: URL must hold base64")
+            raise UsageError(f"{name}: a data: URL must hold base64")
     elif "://" in text[:20]:
-        raise UsageError("reference: an address; this server fetches nothing, so send the picture itself as base64")
+        raise UsageError(f"{name}: an address; this server fetches nothing, so send the picture itself as base64")
     if len(text) > most * 4 // 3 + 4:
-        raise UserError(f"reference: over the limit of {most / 2**20:.0f} MiB")
+        raise UserError(f"{name}: about {plain.size(len(text) * 3 / 4)} is over the limit of {plain.size(most)}")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise UsageError("reference: not base64") from None
+        raise UsageError(f"{name}: not base64") from None
 
 
 def as_json(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 
 from diptych.serve.asked import Common
-from diptych.serve.service import Busy, Service, as_json
+from diptych.serve.service import Busy, Service, as_json, warnings_of
 
 PULSE = 1.0  # seconds between looks when nothing happens
 KEEP_ALIVE = 15.0  # seconds between comments that keep a quiet stream open
@@ -87,7 +87,8 @@ async def openai_events(service: Service, owner: str, id: str, asked: Common, ki
         job = service.store.job(owner, id)
         if job is None:
             return
-        told = {"created_at": int(job["created"]), "quality": "auto", "background": "opaque"}
+        told = {"created_at": int(job["created"]), "background": "opaque"}
+        told |= {"quality": job["request"].get("quality", "auto")}
         live = service.board.live(job["number"])
         for place, png in sorted(live.previews.items()):
             due = asked.partial_images * live.step // max(1, live.steps)
@@ -103,7 +104,8 @@ async def openai_events(service: Service, owner: str, id: str, asked: Common, ki
                 whole = _image(f"{kind}.completed", found[2], asked.output_format, told)
                 nothing = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
                 nothing["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}  # pyright: ignore
-                yield event(f"{kind}.completed", {**whole, "seed": picture["seed"], "job": id, "usage": nothing})
+                more = {"seed": picture["seed"], "job": id, "warnings": warnings_of(job, picture), "usage": nothing}
+                yield event(f"{kind}.completed", {**whole, **more})
         if not service.is_open(job):
             if job["status"] != "done":
                 message = job["error"] or f"the job was {job['status']}"

@@ -189,11 +189,18 @@ class DiptychPipeline(FluxControlPipeline):
 
     def _warn_of_truncation(self, prompts: list[str], length: int) -> None:
         for prompt in prompts:
-            tokens = self.tokenizer_2(prompt).input_ids
-            if len(tokens) > length and prompt not in self._truncated:
+            if prompt not in self._truncated and (cut := self.unread(prompt, self.tokenizer_2, length)):
                 self._truncated.add(prompt)
-                lost = self.tokenizer_2.decode(tokens[length - 1 :], skip_special_tokens=True)
-                log.warning("the prompt is longer than %d tokens; not read: '%s'", length, lost)
+                log.warning(cut)
+
+    def unread(self, prompt: str, tokenizer: Any, length: int | None = None) -> str:
+        """What is beyond the tokens that the model reads of a prompt, as a warning; empty if nothing is. `tokenizer`
+        is the second one, or a copy of it."""
+        tokens, length = tokenizer(prompt).input_ids, length or self.text_length
+        if len(tokens) <= length:
+            return ""
+        lost = tokenizer.decode(tokens[length - 1 :], skip_special_tokens=True)
+        return f"the prompt is longer than {length} tokens; not read: '{lost}'"
 
     # Pictures and latents ------------------------------------------------------------------------------------------
 

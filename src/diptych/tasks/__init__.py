@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diptych import plain
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.paths import here_or_packaged
@@ -273,13 +274,11 @@ def names() -> list[str]:
 
 def load(name: str) -> Task:
     """A task by name, or from a YAML file. UsageError if it is unknown or does not hold what a task holds."""
-    path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
-    if not path.is_file():
-        raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
+    path = _file(name)
     try:
         return Task.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
-        raise UsageError(f"{path}: {first_error(error, _KEYS)}") from error
+        raise UsageError(f"{path}: {plain.first(error, _KEYS)}") from error
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -290,12 +289,17 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"instructions": share})})
 
 
-def first_error(error: ValidationError, keys: frozenset[str]) -> str:
-    """What is wrong first, with its place and, for an unknown key, the nearest known one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    hint = nearest(str(first["loc"][-1]), keys) if first["type"] == "extra_forbidden" else ""
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{hint}"
+def _file(name: str) -> Path:
+    path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
+    return path
+
+
+def source(name: str) -> str:
+    """The YAML text of a task by name or file, as it is, comments included. UsageError if it is not a task."""
+    load(name)
+    return read_text(_file(name))
 
 
 def summary(name: str | None = None) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def mount(app: Any, service: Service) -> Any:
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_asset("page.css"),
         head=f"<script>{_asset('page.js')}</script>",
+        favicon_path=str(files("diptych.serve.app") / "icon.svg"),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

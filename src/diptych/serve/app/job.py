@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from diptych.errors import UserError
 from diptych.serve.asked import Common
+from diptych.serve.errors import wrong as wrong_field
+from diptych.serve.fields import of_schema
 from diptych.serve.service import Busy, Service
 
 EVERY = 0.25  # seconds between looks at a job
@@ -60,19 +62,15 @@ def drawn(
         service.limit(owner)
         job = service.submit(owner, asked, reference or None, mask or None)
     except ValidationError as error:
-        yield "", wrong(_said(error))
+        yield "", wrong(_said(error, model))
         return
     except UserError as error:
         yield "", wrong(str(error))
         return
-    unknown = service.student.unknown_words(" ".join(dict.fromkeys(asked.texts())))
-    remark = (
-        f"The model does not know {', '.join(map(repr, unknown))}: the picture will not show it." if unknown else ""
-    )
     last = ""
     while (state := service.state(owner, job["id"])) is not None:
         live = service.board.live(job["number"])
-        page = shown(state, live.previews, reference, remark)
+        page = shown(state, live.previews, reference)
         if page != last:
             last = page
             yield job["id"], page
@@ -84,7 +82,7 @@ def drawn(
         time.sleep(EVERY)
 
 
-def _said(error: ValidationError) -> str:
+def _said(error: ValidationError, model: type[Common]) -> str:
     """The first of pydantic's findings, for somebody who sees the page's labels and not our names."""
     first = error.errors()[0]
     field = str(first["loc"][0])
@@ -95,7 +93,7 @@ def _said(error: ValidationError) -> str:
     }
     if field in missing:
         return missing[field]
-    return f"{field.replace('_', ' ')}: {str(first['msg']).removeprefix('Value error, ')}"
+    return f"{field.replace('_', ' ')}: {wrong_field(first, of_schema(model.model_json_schema()))}"
 
 
 def wrong(text: str) -> str:
@@ -103,11 +101,13 @@ def wrong(text: str) -> str:
     return f'<div class="dq-wrong" role="alert">{escape(text)}</div>'
 
 
-def shown(state: dict[str, Any], previews: Mapping[int, bytes], reference: str | None, remark: str = "") -> str:
-    """A job as HTML: how far it is, its pictures, and once it is done what it makes together."""
-    progress, parts = state["progress"], []
-    if remark:
-        parts.append(f'<p class="dq-small">{escape(remark)}</p>')
+def shown(state: dict[str, Any], previews: Mapping[int, bytes], reference: str | None) -> str:
+    """A job as HTML: what to know of it, how far it is, its pictures, and once it is done what it makes together."""
+    progress = state["progress"]
+    remarks = [f"{line[:1].upper()}{line[1:]}." for line in state["warnings"]]
+    if not reference and state["kind"] != "relight":
+        remarks.insert(0, "There is no reference: drawn from text alone.")
+    parts = [f'<p class="dq-small">{escape(line)}</p>' for line in remarks]
     if state["status"] == "queued":
         parts.append(f'<p role="status">Waiting; {state["waiting_before"]} pictures come before.</p>')
     elif state["status"] == "running":

@@ -14,9 +14,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diptych import plain
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
-from diptych.tasks import check_fields, fields_of, first_error
+from diptych.tasks import check_fields, fields_of
 from diptych.text_files import read_text
 
 Text = Annotated[str, Field(min_length=1)]
@@ -163,4 +164,4 @@ def load(name: str) -> Vocabulary:
         return Vocabulary.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
         keys = frozenset(key for part in (Vocabulary, Category, Phrases) for key in part.model_fields)
-        raise UsageError(f"{path}: {first_error(error, keys)}") from error
+        raise UsageError(f"{path}: {plain.first(error, keys)}") from error
