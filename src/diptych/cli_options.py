@@ -23,7 +23,7 @@ Address = Annotated[
     ),
 ]
 
-Model = Annotated[str, typer.Option("--model", help="`pocket`, a student's folder or file, or owner/name.")]
+Model = Annotated[str, typer.Option("--model", help="`pocket`, a run, a student's folder or file, or owner/name.")]
 Base = Annotated[
     str | None, typer.Option("--base", help="The teacher a student without its own parts is completed from.")
 ]

@@ -104,9 +104,11 @@ def length_of(model: str, base: str | None = None) -> Length:
 
     UsageError or UserError for a model that is not there.
     """
-    from diptych import models
+    from diptych import models, recipe
 
     folders = [models.resolve(model, "student")]
+    if base is None and (run := models.run_of(model)) is not None:
+        base = recipe.load(run / "recipe.yaml").teacher
     if base is not None or model in models.BUILT_IN:
         folders.append(models.resolve(base or model, "teacher"))
     for folder in folders:

@@ -44,7 +44,8 @@ _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
 def resolve(name: str, role: str) -> Path:
-    """The local folder (or single file) behind a model name, downloaded first if it is a hub name.
+    """The local folder (or single file) behind a model name, downloaded first if it is a hub name. A run's folder
+    stands for its student.
 
     `role` is one of `ROLES`; it picks the folder of a built-in model and the files worth downloading.
     Raises UsageError for a name that can mean nothing, UserError when the hub does not give it.
@@ -59,6 +60,10 @@ def resolve(name: str, role: str) -> Path:
         return folder
     path = Path(name).expanduser()
     if name and path.exists():
+        if role == "student" and run_of(path) == path:
+            run, path = path, path / "student"
+            if not holds_student(path):
+                raise UserError(f"{run} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
         layers.check_folder(path)
         note_licence(name, path)
         return path
@@ -88,6 +93,19 @@ def _where_to_get(name: str) -> str:
         f"it is {repo} on the Hugging Face Hub ({HUB_SIZES[repo]:.1f} GB): {gated}pass {repo} to download it, "
         f"or the path of a copy (`hf download {repo} --local-dir {repo.split('/')[1]}`)"
     )
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The run whose student is named, by the run's folder or by the `student/` in it; None for any other model."""
+    path = Path(model).expanduser()
+    if (path / "recipe.yaml").is_file() and not holds_student(path):
+        return path
+    return path.parent if path.name == "student" and (path.parent / "recipe.yaml").is_file() else None
+
+
+def holds_student(folder: Path) -> bool:
+    """Whether a folder has a student's weights: a transformer, or a LoRA file."""
+    return any((folder / name).exists() for name in ("transformer", "pytorch_lora_weights.safetensors"))
 
 
 def with_scale(text: str) -> tuple[Path, float]:

@@ -119,13 +119,10 @@ def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
 
 def locate(place: str) -> tuple[str, Path | None]:
     """Where a model's weights are, and the run they came from if its folder is there."""
-    path = Path(place).expanduser()
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        if not (path / "student").is_dir():
-            raise UserError(f"{path} holds no student yet; first: diptych distill {path}/recipe.yaml --out {path}")
-        return str(path / "student"), path
-    run = path.parent if path.name == "student" and (path.parent / "recipe.yaml").is_file() else None
-    return str(path) if path.exists() else place, run
+    path, run = Path(place).expanduser(), models.run_of(place)
+    if run is not None:
+        return str(models.resolve(place, "student")), run
+    return str(path) if path.exists() else place, None
 
 
 # ---- who curated

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diptych import models
+from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
 from diptych.student.alone import alone
@@ -21,7 +22,7 @@ from diptych.student.lora import apply_lora, lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.settings import of
-from diptych.student.sources import Source, locate, open_source
+from diptych.student.sources import Source, locate, lora_alone, open_source
 from diptych.student.tensors import open_safetensors
 from diptych.student.weights import build
 
@@ -78,9 +79,11 @@ def load(
 
 
 def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
-    """(path, base's folder) of a model by name; a built-in model brings its own base."""
+    """(path, base's folder) of a model by name; a built-in model brings its own base, and a run's LoRA its teacher."""
     name = str(model)
     path = models.resolve(name, "student")
+    if base is None and (run := models.run_of(name)) is not None and lora_alone(path) is not None:
+        base = recipes.load(run / "recipe.yaml").teacher
     if base is None:
         return path, models.resolve(name, "teacher") if name in models.BUILT_IN else None
     base_folder = models.resolve(str(base), "teacher")
