@@ -126,7 +126,7 @@ def one(asked: argparse.Namespace) -> None:
         traceback.print_exc()
         sheet.note(broken=traceback.format_exc(limit=-3))
         raise
-    sheet.note(complete=True)
+    sheet.finish()
 
 
 if __name__ == "__main__":

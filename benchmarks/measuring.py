@@ -168,6 +168,11 @@ class Sheet:
         print(f"{self.result['benchmark']} {name}: {json.dumps(found)}", flush=True)
         return found
 
+    def finish(self) -> None:
+        """Says whether every line was run, and names those that were not."""
+        left_out = [name for name, line in self.result["lines"].items() if "not_run" in line]
+        self.note(complete=not left_out, not_run=left_out)
+
     def _write(self) -> None:
         partial = self.path.with_suffix(".tmp")
         partial.write_text(json.dumps(self.result, indent=1) + "\n", "utf8")

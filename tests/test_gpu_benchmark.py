@@ -56,3 +56,23 @@ def test_a_part_that_runs_out_of_time_is_ended_and_the_next_one_runs(tmp_path: P
     assert "inference stopped at its 4 s" in done.stdout
     assert not read(tmp_path, "inference").get("complete")
     assert read(tmp_path, "memory")["complete"]
+
+
+def test_a_line_that_was_not_run_leaves_the_result_incomplete_and_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; import measuring; "
+        "sheet = measuring.Sheet('x', Path(sys.argv[1]), torch.device('cpu'), 5.0); "
+        "sheet.line('quick', lambda: {'s': 1}); sheet.line('slow', lambda: {'s': 2}, needs=900); sheet.finish()"
+    )
+    path = tmp_path / "x.json"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=(ROOT / "benchmarks"))
+    found = json.loads(path.read_text())
+    assert found["complete"] is False and found["not_run"] == ["slow"]
+
+
+@pytest.mark.parametrize("path", sorted(((ROOT / "benchmarks") / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_no_committed_result_claims_lines_that_were_not_run(path: Path) -> None:
+    found = json.loads(path.read_text("utf8"))
+    lines = found.get("lines") if isinstance(found, dict) else None
+    if lines:
+        assert found["complete"] == (not any("not_run" in line for line in lines.values()))

@@ -111,3 +111,15 @@ def test_runs_that_were_asked_different_things_are_not_averaged() -> None:
     with pytest.raises(UsageError, match="were not asked the same"):
         ablations.row([outcome(0.5, 1), outcome(0.5, 1, subjects=5)], None, TIMES)
     assert "difference" not in ablations.row([outcome(0.5, 1)], [outcome(0.5, 1, subjects=5)], TIMES)
+
+
+def test_a_study_of_two_subjects_gives_no_p_value() -> None:
+    def two(level: float) -> metrics.Outcome:
+        return metrics.Outcome(np.arange(2), np.array([level, level + 0.01]), np.ones(2), np.zeros(2, bool))
+
+    row = ablations.row([two(0.9)], [two(0.3)], 500)
+    assert row["difference"]["p"] >= 0.5 and not row["difference"]["apart"]
+    assert row["difference"]["ci95"][0] < 0 < row["difference"]["ci95"][1]
+    shown = {**row, "training_seconds": 1.0, "about": "", "beside": {"full": row["difference"]}}
+    said = "\n".join([*ablations._table({"variant": shown}), *ablations._beside("variant", shown)])
+    assert said.count("too few subjects") == 2 and "p 0." not in said

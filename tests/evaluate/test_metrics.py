@@ -171,3 +171,46 @@ def test_the_permutation_test_exchanges_whole_identities() -> None:
     better = outcome_of(np.full(20, 0.9), prompts=10)
     worse = outcome_of(np.full(20, 0.1), prompts=10)
     assert metrics.permuted(better, worse, "cp", 1000) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(1.0, 0.906, 1.0), (0.0, 0.0, 0.094)])
+def test_a_share_of_none_or_all_has_an_interval_that_holds_at_the_edge(share: float, low: float, high: float) -> None:
+    assert metrics.wilson(share, 37) == pytest.approx([low, high], abs=1e-3)
+    found = metrics.summary(outcome_of([share] * 37, share, share == 1), 500)
+    for name in metrics.NAMES[:2] + metrics.NAMES[3:]:
+        assert found["ci95"][name] == pytest.approx([low, high], abs=1e-3), name
+    assert found["ci95"]["cp_pf"] == pytest.approx([low**2, high**2], abs=2e-3)
+
+
+def test_a_share_counts_dependent_pictures_once() -> None:
+    rng = np.random.default_rng(5)
+    identity, per = np.repeat(np.arange(30), 4), rng.random(30) < 0.4
+    whole = metrics.share_interval(identity, np.repeat(per, 4))  # four equal answers each: thirty facts
+    assert whole == pytest.approx(metrics.wilson(per.mean(), 30), abs=1e-3)
+    loose = metrics.share_interval(identity, rng.random(120) < per.mean())
+    assert loose[1] - loose[0] < 0.7 * (whole[1] - whole[0])
+
+
+def test_about_95_of_100_intervals_of_a_rare_share_hold_it() -> None:
+    rng = np.random.default_rng(6)
+    found = [metrics.share_interval(np.arange(60), rng.random(60) < 0.03) for _ in range(300)]
+    held = [low <= 0.03 <= high for low, high in found]
+    assert 0.9 <= np.mean(held) <= 1
+
+
+def test_two_references_prove_nothing() -> None:
+    better, worse = outcome_of([0.9, 0.8]), outcome_of([0.1, 0.2])
+    found = metrics.compare(better, worse, 1000)
+    assert found["p"] == 0.5 and found["identities"] == 2 and "too few" in metrics.p_said(found)
+    low, high = found["ci95"]
+    assert low < 0 < found["difference"] < high and not found["intervals_apart"]
+    low, high = metrics.summary(better, 1000)["ci95"]["cp_pf"]
+    assert low < 0.3 and high > 0.95
+    six = metrics.compare(outcome_of([0.9] * 6), outcome_of([0.1] * 6), 1000)
+    assert six["p"] == pytest.approx(2**-5, abs=1e-4) and metrics.p_said(six).startswith("= 0.031")
+
+
+def test_a_difference_of_all_and_none_is_not_known_to_the_last_digit() -> None:
+    all_, none = (outcome_of(np.linspace(0.2, 0.8, 37), 1.0, copied) for copied in (True, False))
+    low, high = metrics.compare(all_, none, 500, "copy_rate")["ci95"]
+    assert 0.8 < low < 0.95 and high == 1

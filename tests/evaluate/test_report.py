@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.data import log, records
+from diptych.data import funnel, log, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
-from diptych.evaluate import curation, report
+from diptych.evaluate import curation, report, sections
 from diptych.evaluate.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
 from diptych.evaluate.curation import Reader
+from diptych.evaluate.gather import Run
 from diptych.evaluate.html import percent
 from diptych.sections import Recipe
 
@@ -200,3 +202,46 @@ def test_charts_stand_one_point_none_and_nan() -> None:
     assert "nan" not in histogram([0.5], 0.5, "t", "x")
     for chart in (scatter([Dot("a", "copy", 1.0, 0.0)], "t", "x", "y"), whiskers([Dot("a", "copy", 0, 0)], "t", "x")):
         Page(chart)
+
+
+def test_the_run_s_own_student_is_the_headline_and_the_shipped_one_is_named_as_such(recipe: Recipe, full: Path) -> None:
+    path = full / "report" / "metrics.json"
+    found = json.loads(path.read_text())
+    found["methods"]["student"] |= {"cp_pf": 0.111}
+    found["methods"]["student_shipped"] = found["methods"]["student"] | {"cp_pf": 0.577}
+    path.write_text(json.dumps(found))
+    said = report.headline_lines(Run(recipe, full))[0]
+    first, _, rest = said.partition("**0.11**")
+    assert "this run’s student" in first and "0.58" not in first and "shipped student" in rest and "0.58" in rest
+    del found["methods"]["student"]
+    path.write_text(json.dumps(found))
+    assert "shipped student (not this run’s)" in report.headline_lines(Run(recipe, full))[0]
+
+
+def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
+    candidates = Dataset(full / "candidates", records.schema(records.PAIR))
+    rows = candidates.read_shard(0)
+    seamless = {row["grid_id"] for row in rows[:6]}
+    bad = {"kept": False, "reason": "seam", "seam": -1.0}
+    candidates.write_shard(0, [row | bad if row["grid_id"] in seamless else row for row in rows], "tiny")
+    steps = {step["name"]: step for step in funnel.measure(with_recipe(recipe, full))["steps"]}
+    assert (steps["cut"]["count"], steps["cut"]["unit"], steps["pre-filtered"]["unit"]) == (9, "grids", "pairs")
+    bars = {name: (said, note) for name, _, said, note in sections._funnel(Run(recipe, full), reasons_of(full))}
+    said, note = bars["grids cut, judged"]
+    assert said == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
+    assert "seam" not in bars["pairs kept"][1]
+    pytest.importorskip("gradio", reason="the extra `serve` is not installed")
+    from diptych.serve.app.runs import described
+    from diptych.serve.runs import Runs
+
+    shown = described(Runs(full.parent), full.name)
+    assert "9 grids" in shown and f"{steps['pre-filtered']['count']} pairs" in shown
+
+
+def with_recipe(recipe: Recipe, run: Path) -> Path:
+    (run / "recipe.yaml").write_text(recipe.dump())
+    return run
+
+
+def reasons_of(run: Path) -> Counter[str]:
+    return Counter(row["reason"] for row in Dataset(run / "candidates").columns("reason"))

@@ -80,7 +80,7 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
 
 def _spread(folder: Path) -> dict[str, float] | None:
     """How varied the prompts are (`stages.diversity.Spread`), as the writer left it in the log; None for a grammar."""
-    told = [event["result"].get("spread") for event in log.read(folder) if event.get("stage") == "write"]
+    told = [event.get("result", {}).get("spread") for event in log.read(folder) if event.get("stage") == "write"]
     return next((one for one in reversed(told) if one), None)
 
 

@@ -150,20 +150,32 @@ def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int)
     means = {name: float(np.mean([each.means()[name] for each in outcomes])) for name in metrics.NAMES}
     spread = resampled(outcomes, times)
     result: dict[str, Any] = {name: round(value, 4) for name, value in means.items()}
-    result |= {"n": len(outcomes[0].cp), "seeds": len(outcomes)}
-    result["ci95"] = {name: metrics.interval(spread[name]) for name in metrics.NAMES}
+    count = len(np.unique(outcomes[0].identity))
+    result |= {"n": len(outcomes[0].cp), "identities": count, "seeds": len(outcomes)}
+    result["ci95"] = metrics.intervals(outcomes, means, spread)
     result["cp_pf_by_seed"] = [round(each.means()["cp_pf"], 4) for each in outcomes]
     if full is None or not np.array_equal(full[0].identity, outcomes[0].identity):
         return result
-    theirs = resampled(full, times)["cp_pf"]
-    between = spread["cp_pf"] - theirs
-    gap = means["cp_pf"] - float(np.mean([each.means()["cp_pf"] for each in full]))
+    wholly = resampled(full, times)
+    between = spread["cp_pf"] - wholly["cp_pf"]
+    base = {name: float(np.mean([each.means()[name] for each in full])) for name in metrics.NAMES}
+    gap = means["cp_pf"] - base["cp_pf"]
+    ours, theirs = result["ci95"]["cp_pf"], metrics.intervals(full, base, wholly)["cp_pf"]
+    sides = (means["cp_pf"], ours), (base["cp_pf"], theirs)
     tail = min(float((between <= 0).mean()), float((between >= 0).mean()))
-    p = min(1.0, 2 * (tail * times + 1) / (times + 1))
-    (low, high), (least, most) = metrics.interval(spread["cp_pf"]), metrics.interval(theirs)
-    result["difference"] = {"cp_pf": round(gap, 4), "ci95": metrics.interval(between), "p": round(p, 4)}
-    result["difference"]["apart"] = high < least or most < low
+    # Resampling alone would find two subjects enough; exchanging them cannot.
+    exchanged = metrics.permuted(_averaged(outcomes), _averaged(full), "cp_pf", max(times, metrics.PERMUTATIONS))
+    p = min(1.0, max(2 * (tail * times + 1) / (times + 1), exchanged))
+    ci95 = metrics.difference_interval(gap, between, *sides, count)
+    result["difference"] = {"cp_pf": round(gap, 4), "ci95": ci95, "p": round(p, 4)}
+    result["difference"]["apart"] = ours[1] < theirs[0] or theirs[1] < ours[0]
     return result
+
+
+def _averaged(outcomes: Sequence[Outcome]) -> Outcome:
+    """Each sample's scores as means over trainings."""
+    cp, pf, copied = (np.mean([getattr(x, key) for x in outcomes], axis=0) for key in ("cp", "pf", "copied"))
+    return Outcome(outcomes[0].identity, cp, pf, copied)
 
 
 def resampled(outcomes: Sequence[Outcome], times: int) -> dict[str, np.ndarray]:
@@ -210,12 +222,16 @@ def _table(variants: Mapping[str, Any]) -> list[str]:
         gap = found.get("difference")
         tail = ["–"] * 3
         if gap:
-            tail = [f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})", f"{gap['p']:.3f}"]
+            tail = [f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})", _p(gap, found)]
             tail.append("yes" if gap["apart"] else "no")
         copied, trained = f"{100 * found['copy_rate']:.1f} %", f"{found['training_seconds']:.0f} s"
         trained += " a subject" if "picked" in found else ""
         lines.append(f"| {' | '.join([name, *scores, copied, *tail, str(found['n']), str(found['seeds']), trained])} |")
     return lines
+
+
+def _p(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    return metrics.p_said(gap, identities=found.get("identities")).removeprefix("= ")
 
 
 def _of_subjects(name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
@@ -240,7 +256,7 @@ def _beside(name: str, found: Mapping[str, Any]) -> list[str]:
         lines += [
             "",
             f"`{name}` beside `{other}`, paired, on the same {found['n']} pictures: {gap['cp_pf']:+.3f} "
-            f"({_interval(gap['ci95'], '+')}) CP·PF, p {gap['p']:.3f}.",
+            f"({_interval(gap['ci95'], '+')}) CP·PF, p {metrics.p_said(gap, identities=found.get('identities'))}.",
         ]
     return lines
 

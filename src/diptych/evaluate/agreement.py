@@ -15,6 +15,7 @@ import numpy as np
 
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
+from diptych.evaluate import metrics
 from diptych.text_files import read_lines
 
 Ratings = dict[str, dict[str, float]]  # rater → id → value
@@ -120,6 +121,8 @@ def check(labels: Ratings, judge: Mapping[str, float], judge_name: str) -> dict[
     pairs = np.stack([_alphas(_sums([own, rater], items), draws) for rater in kept.values() if rater])
     known = ~np.isnan(pairs)
     spread = (np.where(known, pairs, 0).sum(0) / np.maximum(known.sum(0), 1))[known.any(0)]
+    if len(items) < metrics.FEW or not len(spread) or np.ptp(spread) < 1e-12:
+        spread = spread[:0]  # resampling a few items, or equal ones, shows no uncertainty
     return {
         "judge": judge_name,
         "items": len(items),

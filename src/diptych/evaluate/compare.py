@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
-from diptych.evaluate import summary
+from diptych.evaluate import metrics, summary
 from diptych.evaluate.job import FILE
 
 SAME = ("suite", "version")
@@ -45,8 +45,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     names = {"cp": "CP", "pf": "PF", "cp_pf": "CP·PF", "copy_rate": "copy rate"}
     for key, c in scores.items():
         low, high = c["ci95"]
-        p = "< 0.001" if c["p"] < 0.001 else f"= {c['p']:.3f}"
-        told.append(f"{names[key]:<10} {c['difference']:+.3f}  95 % {low:+.3f} to {high:+.3f}  p {p}")
+        told.append(f"{names[key]:<10} {c['difference']:+.3f}  95 % {low:+.3f} to {high:+.3f}  p {metrics.p_said(c)}")
     return [*told, "", "p: permutation test over references, two-sided; differences of 0 are the null hypothesis"]
 
 

@@ -116,6 +116,11 @@ def between(ci: Sequence[float] | None, digits: int = 2) -> str:
     return f'<span class="ci">{low} to {high}</span>' if ci[0] < 0 else f'<span class="ci">{low}–{high}</span>'
 
 
+def share_range(ci: Sequence[float] | None) -> str:
+    """A 95 % interval of a share, in percent, small."""
+    return f'<span class="ci">{100 * ci[0]:.0f}–{percent(ci[1])}</span>' if ci else ""
+
+
 def signed(value: float, digits: int = 2) -> str:
     """`+0.42`, `−0.10`, with a true minus; no sign for what rounds to nothing."""
     said = f"{value:+.{digits}f}".replace("-", "−")

@@ -12,11 +12,12 @@ from typing import Any
 from diptych import __version__
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
-from diptych.evaluate import page_pictures, page_tables, scoresheet
+from diptych.evaluate import metrics, page_pictures, page_tables, scoresheet
 from diptych.evaluate.gather import Run
 from diptych.evaluate.html import missing, number, page, paragraph, percent, plural, signed, tag, text
 from diptych.evaluate.job import Job
 from diptych.evaluate.page_tables import COLUMNS, everyone, measured, models, p_text, published
+from diptych.models import BUILT_IN
 
 
 def write(out: Path) -> Path:
@@ -71,7 +72,9 @@ def header(found: dict[str, Any]) -> str:
 
 def headline(found: dict[str, Any]) -> str:
     """The result in two sentences, HTML."""
-    best = max(models(found), key=lambda name: found["methods"][name]["cp_pf"])
+    named = found["settings"]["models"]
+    own = [name for name in models(found) if named.get(name) not in BUILT_IN]  # the shipped one speaks for nobody else
+    best = max(own or models(found), key=lambda name: found["methods"][name]["cp_pf"])
     mine = found["methods"][best]
     said = (
         f"{text(scoresheet.name(best))} reaches a CP·PF (subject kept × prompt followed) of "
@@ -83,7 +86,7 @@ def headline(found: dict[str, Any]) -> str:
         return said
     rival = max(rivals, key=lambda name: found["methods"][name]["cp_pf"])
     c = found["comparisons"][best][rival]
-    gap = f"{signed(c['difference'])} ({signed(c['ci95'][0])} to {signed(c['ci95'][1])}, p {p_text(c['p'])})"
+    gap = f"{signed(c['difference'])} ({signed(c['ci95'][0])} to {signed(c['ci95'][1])}, p {p_text(c)})"
     return f"{said} Against the best baseline, {text(scoresheet.name(rival))}: {gap}."
 
 
@@ -96,10 +99,15 @@ def markdown(found: dict[str, Any]) -> str:
     for name, s in everyone(found).items():
         low, high = s["ci95"]["cp_pf"]
         cells = [scoresheet.name(name), *(_plain(s.get(key)) for key in shown), f"{low:.3f}–{high:.3f}"]
-        rows.append([*cells, f"{s['copy_rate']:.3f}", _plain(s.get("seconds_per_image"), 2), str(s["n"])])
+        rows.append([*cells, copies(s), _plain(s.get("seconds_per_image"), 2), str(s["n"])])
     parts.append(_md(["method", *shown.values(), "95 % of CP·PF", "copy rate", "s/picture", "n"], rows))
     pairs = [
-        [f"{scoresheet.name(a)} − {scoresheet.name(b)}", f"{c['difference']:+.3f}", f"{c['p']:.4f}", str(c["n"])]
+        [
+            f"{scoresheet.name(a)} − {scoresheet.name(b)}",
+            f"{c['difference']:+.3f}",
+            _p(c),
+            str(c["n"]),
+        ]
         for a, by in found["comparisons"].items()
         for b, c in by.items()
     ]
@@ -111,6 +119,16 @@ def markdown(found: dict[str, Any]) -> str:
         parts += ["## Published, not comparable across harnesses", known["source"]]
         parts.append(_md(["method", *(COLUMNS[key] for key in columns)], theirs))
     return "\n\n".join(parts) + "\n"
+
+
+def _p(compared: dict[str, Any]) -> str:
+    return metrics.p_said(compared, 4).removeprefix("= ")
+
+
+def copies(scores: dict[str, Any]) -> str:
+    """The copy rate with its interval, for Markdown."""
+    low, high = scores["ci95"]["copy_rate"]
+    return f"{scores['copy_rate']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def _plain(value: float | None, digits: int = 3) -> str:

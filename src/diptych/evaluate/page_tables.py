@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diptych.evaluate import charts, scoresheet
+from diptych.evaluate import charts, metrics, scoresheet
 from diptych.evaluate.charts import Dot
 from diptych.evaluate.html import (
     between,
@@ -19,6 +19,7 @@ from diptych.evaluate.html import (
     number,
     paragraph,
     percent,
+    share_range,
     signed,
     table,
     tag,
@@ -76,9 +77,9 @@ def colour(found: dict[str, Any], name: str) -> str:
     return name if name in scoresheet.NAMES else "total"
 
 
-def p_text(p: float) -> str:
-    """`< 0.001`, `= 0.042`; HTML."""
-    return "&lt; 0.001" if p < 0.001 else f"= {p:.3f}"
+def p_text(found: dict[str, Any]) -> str:
+    """A comparison's p-value: `= 0.042`, `< 0.001`, or why there is none; HTML."""
+    return text(metrics.p_said(found))
 
 
 def scores(found: dict[str, Any]) -> str:
@@ -90,7 +91,8 @@ def scores(found: dict[str, Any]) -> str:
     for name, s in everyone(found).items():
         cells = [f"{text(scoresheet.name(name))}<small>{text(note(found, name))}</small>"]
         cells += [number(s.get(key)) + between(s.get("ci95", {}).get(key)) for key in shown]
-        rows.append([*cells, percent(s["copy_rate"], 1), str(s["n"])])
+        copies = percent(s["copy_rate"], 1) + share_range(s.get("ci95", {}).get("copy_rate"))
+        rows.append([*cells, copies, str(s["n"])])
     muted = set(range(len(found["methods"]), len(rows)))
     dots = [
         Dot(scoresheet.name(n), colour(found, n), s["cp"], s["pf"], s["ci95"]["cp"], s["ci95"]["pf"])
@@ -102,7 +104,7 @@ def scores(found: dict[str, Any]) -> str:
         paragraph(
             JUDGED_BY[kind],
             "<em>CP·PF</em> is the product of the means. <em>Copy rate</em> is the share of pictures that repeat their "
-            "reference pixel for pixel, shifts and mirrors included. Small: 95 % bootstrap intervals over references.",
+            "reference pixel for pixel, shifts and mirrors included. Small: 95 % intervals over references.",
         ),
         table(head, rows, "Scores", muted),
         charts.scatter(
@@ -153,7 +155,7 @@ def compared(found: dict[str, Any]) -> str:
             f"{text(scoresheet.name(a))} − {text(scoresheet.name(b))}",
             signed(c["difference"], 3) + between(c["ci95"], 3),
             "–" if c["ratio"] is None else f"{c['ratio']:.2f}×",
-            p_text(c["p"]).removeprefix("= "),
+            p_text(c).removeprefix("= "),
             str(c["n"]),
         ]
         for a, by in found["comparisons"].items()

@@ -48,11 +48,12 @@ if TYPE_CHECKING:
 FOLDER = "relight"  # in `samples/`
 SCORES = ("psnr", "ssim", "features", "structure", "following", "relit")
 BETTER_LOW = ("features",)
+SHARES = ("structure", "following", "relit")  # from 0 to 1
 HEADLINE = ("psnr", "ssim", "following", "relit")
 BASELINES = ("copy", "colour_transfer", "colour_shift", "text_only")
 STUDENTS = {"student": Student, "student_shipped": StudentShipped}
 ROUND_TRIP = "truth_through_vae"
-SCORING = 4  # raised when equal pictures would get other numbers
+SCORING = 5  # raised when equal pictures would get other numbers
 
 
 class Relit(Method):
@@ -224,13 +225,14 @@ def summary(lines: Sequence[dict[str, Any]], times: int) -> dict[str, Any]:
         name: {level: _means([x for x in own if x["level"] == level]) for level in LEVELS}
         for name, own in methods.items()
     }
-    students = [name for name in methods if name.startswith("student")]
+    students, scenes = [name for name in methods if name.startswith("student")], len({x["scene"] for x in lines})
     return {
         "methods": {name: found for name, found in told.items() if name != ROUND_TRIP},
         "anchors": {ROUND_TRIP: told[ROUND_TRIP]},
         "levels": levels,
         "comparisons": {
-            student: {rival: _against(spread, told, student, rival) for rival in BASELINES} for student in students
+            student: {rival: _against(spread, told, student, rival, scenes) for rival in BASELINES}
+            for student in students
         },
     }
 
@@ -248,21 +250,30 @@ def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _scores(lines: Sequence[dict[str, Any]], spread: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {**_means(lines), "ci95": {key: metrics.interval(spread[key]) for key in SCORES}}
+    means, scenes = _means(lines), np.array([x["scene"] for x in lines])
+    ci95: dict[str, list[float] | None] = {}
+    count = len(np.unique(scenes))
+    for key in SCORES:
+        resamples = metrics.resamples(scenes, np.array([x[key] for x in lines]))
+        if key in SHARES and not resamples:
+            ci95[key] = metrics.bounded(means[key], count, (0.0, 1.0))
+        else:  # of a few scenes a score without bounds has no interval
+            ci95[key] = metrics.interval(spread[key]) if count >= metrics.FEW else None
+    return {**means, "ci95": ci95}
 
 
 def _against(
-    spread: dict[str, dict[str, np.ndarray]], told: dict[str, Any], student: str, rival: str
+    spread: dict[str, dict[str, np.ndarray]], told: dict[str, Any], student: str, rival: str, scenes: int
 ) -> dict[str, dict[str, Any]]:
     """A student minus a baseline on the same scenes, and whether it is better with intervals that do not meet."""
     found = {}
     for key in SCORES:
         sign = -1 if key in BETTER_LOW else 1
         mine, theirs = told[student]["ci95"][key], told[rival]["ci95"][key]
-        ahead = mine[0] > theirs[1] if sign == 1 else mine[1] < theirs[0]
+        ahead = mine and theirs and (mine[0] > theirs[1] if sign == 1 else mine[1] < theirs[0])
         found[key] = {
             "difference": round(told[student][key] - told[rival][key], 4),
-            "ci95": metrics.interval(spread[student][key] - spread[rival][key]),
+            "ci95": metrics.interval(spread[student][key] - spread[rival][key]) if scenes >= metrics.FEW else None,
             "ahead": bool(ahead),
         }
     return found

@@ -59,8 +59,8 @@ def table_and_pictures(run: Run) -> str:
             "draws the true answer. <em>PSNR</em> and <em>SSIM</em> against it, higher is nearer; <em>features</em>, a "
             "distance in the scoring judge’s feature maps, lower is; <em>structure</em>, how well outlines lie where "
             "the reference has them; <em>light</em>, the share of what the words change that the attribute reader "
-            "finds; <em>relit</em>, structure × light of each picture: that light on that scene. Small: 95 % bootstrap "
-            "intervals over scenes."
+            "finds; <em>relit</em>, structure × light of each picture: that light on that scene. Small: 95 % intervals "
+            "over scenes."
         )
     ]
     if said := verdict(found):
@@ -134,8 +134,8 @@ def lines(run: Run) -> list[str]:
     for method, scores in {**found["methods"], **found["anchors"]}.items():
         cells = []
         for key in COLUMNS:
-            low, high = scores["ci95"][key]
-            digits = DIGITS.get(key, 3)
-            cells.append(f"{scores[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+            digits, ends = DIGITS.get(key, 3), scores["ci95"][key]
+            between_ = " [{:.{d}f}, {:.{d}f}]".format(*ends, d=digits) if ends else ""
+            cells.append(f"{scores[key]:.{digits}f}{between_}")
         rows.append(f"| {name(method)[0]} | {' | '.join(cells)} | {scores['n']} |")
     return rows

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diptych.sections import Recipe
 
 DRAWING = 1  # raised when equal settings would give other pictures
-SCORING = 2  # raised when equal pictures would get other numbers
+SCORING = 3  # raised when equal pictures would get other numbers
 SHARD = 2  # batches
 SAMPLE = {
     "image": records.IMAGE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diptych.data.images import open_image
-from diptych.evaluate import charts
+from diptych.evaluate import charts, metrics
 from diptych.evaluate.charts import Dot
 from diptych.evaluate.gather import Run
 from diptych.evaluate.html import (
@@ -18,6 +18,7 @@ from diptych.evaluate.html import (
     percent,
     picture,
     plural,
+    share_range,
     signed,
     table,
     tag,
@@ -45,13 +46,14 @@ def name(method: str) -> str:
 
 
 def headline(run: Run) -> str:
-    """The result in one sentence, HTML; empty while there is none."""
+    """The result in a few sentences, HTML: the run's own student first, the shipped one named as such beside it; empty
+    while there is none."""
     methods = run.metrics.get("methods", {})
-    students = [m for m in ("student_shipped", "student") if m in methods]
+    students = [m for m in ("student", "student_shipped") if m in methods]
     rivals = [m for m in BASELINES if m in methods]
     if not students or not rivals:
         return ""
-    student = max(students, key=lambda m: methods[m]["cp_pf"])
+    student, *others = students
     rival = max(rivals, key=lambda m: methods[m]["cp_pf"])
     mine, theirs = methods[student], methods[rival]
     best = f"the best zero-shot baseline, {name(rival)}, {number(theirs['cp_pf'])}"
@@ -59,16 +61,20 @@ def headline(run: Run) -> str:
         against = f"{mine['cp_pf'] / theirs['cp_pf']:.1f} times {best}"
     else:
         against = f"{'not above' if mine['cp_pf'] <= theirs['cp_pf'] else 'against'} {best}"
-    own, others = mine["ci95"]["cp_pf"], theirs["ci95"]["cp_pf"]
-    overlap = "overlap" if own[0] <= others[1] and others[0] <= own[1] else "do not overlap"
-    apart = f"the 95 % intervals {overlap}"
+    own, other = mine["ci95"]["cp_pf"], theirs["ci95"]["cp_pf"]
+    overlap = "overlap" if own[0] <= other[1] and other[0] <= own[1] else "do not overlap"
     true = run.metrics.get("copy_rate_of_renders", {}).get("copy_rate")
-    return (
-        f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, the {name(student)} reaches a "
-        f"CP·PF (subject kept × prompt followed) of <strong>{number(mine['cp_pf'])}</strong>, {against}; {apart}. "
+    who = "this run’s student" if student == "student" else "the shipped student (not this run’s)"
+    said = (
+        f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, {who} reaches a "
+        f"CP·PF (subject kept × prompt followed) of <strong>{number(mine['cp_pf'])}</strong>, {against}; the 95 % "
+        f"intervals {overlap}. "
         f"{percent(mine['copy_rate'], 1)} of its pictures look like copies of the reference; of true pictures of one "
         f"subject in two scenes, {percent(true, 1)} do."
     )
+    for shipped in others:
+        said += f" The shipped student, which this run did not train, reaches {number(methods[shipped]['cp_pf'])}."
+    return said
 
 
 def pictures(run: Run) -> str:
@@ -146,8 +152,8 @@ def scores(run: Run) -> str:
             f"{found.get('identities', '?')} held-out subjects × {found.get('prompts', '?')} prompts × "
             f"{plural(len(found.get('seeds', [])), 'seed')} = {first['n']} pictures for each method. <em>CP</em> is "
             "the scoring judge’s similarity to the reference, 0 for another subject of the kind and 1 for the same "
-            "subject in another scene. <em>PF</em> is the share of asked attributes found. Small: 95 % bootstrap "
-            "intervals over subjects."
+            "subject in another scene. <em>PF</em> is the share of asked attributes found. Small: 95 % intervals "
+            "over subjects."
         ),
         _table(found["methods"], found.get("anchors", {}), "Scores on held-out subjects"),
         _whiskers(found["methods"]),
@@ -180,18 +186,11 @@ def _table(methods: dict[str, Any], anchors: dict[str, Any], caption: str) -> st
         ci = s.get("ci95", {})
         cells = [f"{text(name(method))}<small>{text(NAMES.get(method, ('', ''))[1])}</small>"]
         cells += [number(s[key]) + between(ci.get(key)) for key in ("cp", "pf", "cp_pf")]
-        rate = s["copy_rate"]
-        cells.append(
-            percent(rate, 1) + (f'<span class="ci">{_range(ci["copy_rate"])}</span>' if ci.get("copy_rate") else "")
-        )
+        cells.append(percent(s["copy_rate"], 1) + share_range(ci.get("copy_rate")))
         speed = s.get("seconds_per_image")
         cells += ["–" if speed is None or method in anchors or method == "copy" else f"{speed:.2g}", str(s["n"])]
         rows.append(cells)
     return table(head, rows, caption, set(range(len(methods), len(rows))))
-
-
-def _range(ci: list[float]) -> str:
-    return f"{100 * ci[0]:.0f}–{percent(ci[1])}"
 
 
 def _dot(method: str, s: dict[str, Any], x: str, y: str) -> Dot:
@@ -212,7 +211,7 @@ def _comparisons(found: dict[str, Any]) -> str:
             apart = "yes" if c["intervals_apart"] else "no"
             ratio = "–" if c["ratio"] is None else f"{c['ratio']:.2f}×"
             gap = signed(c["difference"], 3) + between(c["ci95"], 3)
-            p = "< 0.01" if c["p"] < 0.01 else f"{c['p']:.2f}"
+            p = text(metrics.p_said(c, 2).removeprefix("= "))
             rows.append([f"{text(name(student))} − {text(name(rival))}", gap, ratio, p, apart])
     if not rows:
         return ""

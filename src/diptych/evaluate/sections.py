@@ -42,6 +42,7 @@ REASONS = {
     "duplicate: embedding": "both panels repeat an earlier pair’s, by their embeddings",
     "unchanged": "the light, or what else the task changes, is as it was",
 }
+SEAM = "seam"  # the refusal of a grid, and so of all its pairs
 SMOOTH = 0.96
 SIGMA_COLOURS = ("1", "2", "3", "4", "5")
 
@@ -49,7 +50,7 @@ SIGMA_COLOURS = ("1", "2", "3", "4", "5")
 def flow(run: Run) -> str:
     """The way of the data in five numbers."""
     steps = [("prompts written", run.rows("prompts")), ("grids painted", run.rows("grids"))]
-    steps += [("pairs judged", run.rows("candidates")), ("pairs kept", run.rows("pairs"))]
+    steps += [("candidate pairs", run.rows("candidates")), ("pairs kept", run.rows("pairs"))]
     steps += [("training steps", run.trained.get("steps") or (run.training[-1]["step"] if run.training else None))]
     cells = (f"<b>{count(n) if n is not None else '–'}</b><span>{text(name)}</span>" for name, n in steps)
     return tag("ol", "".join(tag("li", cell) for cell in cells), class_="flow")
@@ -138,16 +139,19 @@ def curate(run: Run) -> str:
 
 def _funnel(run: Run, reasons: Counter[str]) -> list[tuple[str, float, str, str]]:
     prompts, grids, pairs = run.rows("prompts") or 0, run.rows("grids") or 0, run.rows("pairs")
-    judged = sum(reasons.values())
-    cut = len({row["id"].rpartition("-")[0] for row in run.candidates})
+    judged = sum(times for reason, times in reasons.items() if reason != SEAM)
+    seen = {row["id"].rpartition("-")[0] for row in run.candidates}
+    cut = len({row["id"].rpartition("-")[0] for row in run.candidates if row["reason"] != SEAM})
     kept = pairs if pairs is not None else reasons.get("kept", 0)
-    lost = [f"{count(n)}: {text(REASONS.get(r, r))}" for r, n in reasons.most_common() if r != "kept"]
+    lost = [f"{count(n)}: {text(REASONS.get(r, r))}" for r, n in reasons.most_common() if r not in ("kept", SEAM)]
 
     def failed(stage: str) -> str:
         n = run.failures.get(stage, 0)
         return f"{count(n)} failed" if n else ""
 
-    both = "; ".join(part for part in (failed("curate"), f"{plural(judged, 'ordered pair')} of panels") if part)
+    seamless = f"{plural(len(seen) - cut, 'grid')} without a clear seam" if len(seen) > cut else ""
+    made = f"{plural(judged, 'ordered pair')} of panels"
+    both = "; ".join(part for part in (failed("curate"), seamless, made) if part)
     # Bars count grids all the way: a pair is its share of one.
     share = kept * cut / judged if judged else 0.0
     return [

@@ -16,7 +16,8 @@ from diptych.evaluate.baselines import ANCHORS
 from diptych.evaluate.job import Job
 from diptych.evaluate.suites import MAIN, Sample
 
-MEANS = ("clip_i", "clip_t", "dino", "dinov2", "diversity")
+COSINE = (-1.0, 1.0)
+MEANS = {"clip_i": COSINE, "clip_t": COSINE, "dino": COSINE, "dinov2": COSINE, "diversity": (0.0, 2.0)}  # their bounds
 Line = dict[str, Any]
 
 
@@ -66,10 +67,10 @@ def summarise(
 def _summary(judged: Sequence[Line], lines: Sequence[Line], name: str, split: str, times: int) -> dict[str, Any]:
     found = metrics.summary(scoring.outcome(judged, name, split), times)
     own = [line for line in lines if line["method"] == name and line["split"] == split]
-    for key in MEANS:
+    for key, bounds in MEANS.items():
         known = [line for line in own if line.get(key) is not None]
         if known:
-            mean, ci = metrics.mean_of(*_arrays(known, key), times)
+            mean, ci = metrics.mean_of(*_arrays(known, key), times, bounds)
             found[key] = mean
             found["ci95"][key] = ci
     debiased = [line | {"cp": line["cp_debiased"]} for line in judged if line.get("cp_debiased") is not None]

@@ -122,7 +122,8 @@ def copy_rate(suite: Suite, threshold: float) -> dict[str, Any]:
     """How often true re-renders count as copies, on renders that took no part in setting the threshold."""
     subjects = known(suite, "check", "identities", suite.check.identities)
     copied = metrics.copy_distances(references(subjects), targets(subjects)) < threshold
-    return {"n": len(copied), "copy_rate": round(float(copied.mean()), 4)}
+    rate = float(copied.mean())
+    return {"n": len(copied), "copy_rate": round(rate, 4), "ci95": metrics.wilson(rate, len(copied))}
 
 
 def reader_accuracy(suite: Suite, read: Read, through: RoundTrip | None = None) -> dict[str, dict[str, float]]:

@@ -72,6 +72,9 @@ class Assumption:
 
 _PRICE = "nothing is built in"
 _RULE = "OpenAI's rule of thumb for English"
+# The mean of two published rates, both of vision-language judges. What an embedding judge keeps depends on its
+# threshold and has not been measured on such a teacher.
+KEEP_RATE_SOURCE = "a guess: published of VLM judges, UNO 0.354 and Subjects200K 0.529; never measured with this judge"
 SHARES = ("keep_rate", "judge_share", "local_vlm_share", "paint_share", "train_share")
 
 
@@ -85,7 +88,7 @@ def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
     return {
         "keep_rate": Assumption(0.12, "of candidates", "4,806 of 40,000 with the teacher that ships")
         if pocket
-        else Assumption(0.44, "of candidates", "published: UNO 0.354, Subjects200K 0.529", 0.354, 0.529),
+        else Assumption(0.44, "of candidates", KEEP_RATE_SOURCE, 0.354, 0.529),
         "devices": Assumption(1, "at once", "work is taken to share out evenly"),
         "tflops": Assumption(device.tflops, "TFLOP/s a device", device.source),
         "paint_share": Assumption(share, "of tflops", source),

@@ -46,7 +46,7 @@ def _row(name: str, parts: Iterable[str]) -> list[str]:
 def _between(counts: dict[str, Any]) -> str:
     if counts["kept_low"] is None:
         return ""
-    return f" ({counts['kept_low']:,} to {counts['kept_high']:,} at published keep rates)"
+    return f" ({counts['kept_low']:,} to {counts['kept_high']:,} at the keep rates published of VLM judges)"
 
 
 def _write(found: dict[str, Any]) -> list[str]:

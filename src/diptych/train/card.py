@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diptych import __version__, models, tasks
+from diptych import __version__, models
+from diptych.data.limits import in_force
 from diptych.data.store import Dataset
 
 if TYPE_CHECKING:
@@ -96,14 +97,13 @@ def _data(recipe: Recipe, material: Material) -> list[str]:
     lines: list[str] = []
     own = material.own
     if own is not None and own in material.sets:
-        limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
-        judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
-        thresholds = {f"threshold: {key}": value for key, value in limits.model_dump().items()}
+        tests, limits = in_force(recipe)
+        chosen = f"; a pair was kept if {_and(tests)}" if tests else ""
+        kept = curation(own) if tests else {}
         lines += [
-            "Drawn by the teacher itself; a pair was kept when its panels show the same subject, are not copies of "
-            "each other, and were cut at a clear seam.",
+            f"Drawn by the teacher itself{chosen}.",
             "",
-            *_table({"pairs": f"{len(own):,}", "judge": judge, **thresholds, **curation(own)}),
+            *_table({"pairs": f"{len(own):,}", **limits, **kept}),
             "",
         ]
     data = zip(material.sets, material.weights, strict=True)
@@ -111,6 +111,12 @@ def _data(recipe: Recipe, material: Material) -> list[str]:
     if others:
         lines += ["Made elsewhere; look up their licences before you publish.", "", *_table(others), ""]
     return lines[:-1]
+
+
+def _and(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def curation(pairs: Dataset) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _step(step: dict[str, Any]) -> str:
     share = "" if step["share"] is None else f"{100 * step['share']:.1f} %"
     lost = ", ".join(f"{times} {reason}" for reason, times in list(step["lost"].items())[:4])
     return (
-        f'<tr><td>{step["name"]}</td><td class="n">{step["count"]}</td><td class="n">{share}</td>'
+        f'<tr><td>{step["name"]}</td><td class="n">{step["count"]} {step["unit"]}</td><td class="n">{share}</td>'
         f"<td>{escape(lost and 'lost: ' + lost)}</td></tr>"
     )
 
