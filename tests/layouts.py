@@ -95,3 +95,29 @@ def write_gguf(path: Path, state: dict[str, torch.Tensor], kind: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def dora(weight: torch.Tensor, added: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """DoRA by its definition (Liu et al. 2024, equation 5): `magnitude` is (out, 1) for rows or (1, in) for columns."""
+    new = (weight + added).double()
+    norm = new.square().sum(1 if magnitude.shape[1] == 1 else 0, keepdim=True).sqrt()
+    return (magnitude * new / norm).float()
+
+
+def latent_diffusion_keys(vae: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """diffusers' keys of a VAE with three levels, one attention and no quant convolutions, as its first authors write
+    them."""
+    names = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block.attentions.0": "mid.attn_1"}
+    names |= {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    names |= {f"mid_block.resnets.{i}": f"mid.block_{i + 1}" for i in range(2)}
+    for i in range(3):
+        names |= {f"down_blocks.{i}.downsamplers.0.conv": f"down.{i}.downsample.conv"}
+        names |= {f"up_blocks.{i}.upsamplers.0.conv": f"up.{2 - i}.upsample.conv"}
+        names |= {f"down_blocks.{i}.resnets": f"down.{i}.block", f"up_blocks.{i}.resnets": f"up.{2 - i}.block"}
+    out = {}
+    for key, value in vae.items():
+        attention = ".attentions." in key and value.ndim == 2
+        for ours, theirs in names.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+        out[key] = value[:, :, None, None] if attention else value
+    return out

@@ -129,7 +129,7 @@ def test_keys_without_a_layer_are_an_error_that_lists_them(style, diffusers_file
     convert(diffusers_file, tmp_path / "good.safetensors", f"lora-{style}")
     prefix = {"comfyui": "diffusion_model.", "kohya": "lora_unet_"}[style]
     qkv = {"comfyui": "double_blocks.0.img_attn.qkv", "kohya": "double_blocks_0_img_attn_qkv"}[style]
-    odd = {f"{prefix}{qkv}.dora_scale": torch.ones(1), f"{prefix}nowhere.lora_up.weight": torch.ones(2, 2)}
+    odd = {f"{prefix}{qkv}.unknown": torch.ones(1), f"{prefix}nowhere.lora_up.weight": torch.ones(2, 2)}
     save_file({**load_file(tmp_path / "good.safetensors"), **odd}, tmp_path / "bad.safetensors")
     for key in odd:
         with pytest.raises(UserError, match=key.replace(".", r"\.")):
@@ -147,9 +147,10 @@ def test_a_layer_that_the_model_lacks_is_named(diffusers_file, tmp_path) -> None
 
 def test_diffusers_keys_of_a_text_encoder_have_no_name_there(deltas, tmp_path) -> None:
     tensors, metadata = as_lora({"proj_out": deltas["proj_out"]})
-    tensors["text_encoder.x.lora_A.weight"] = held(torch.ones(1, 1))
+    for part in "AB":
+        tensors[f"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_{part}.weight"] = held(torch.ones(1, 1))
     write_safetensors(tmp_path / "t.safetensors", tensors, metadata)
-    with pytest.raises(UserError, match=r"match no layer of a transformer: text_encoder\.x\.lora_A\.weight"):
+    with pytest.raises(UserError, match=r"text encoders in 1 layers: text_encoder\.encoder\.layers\.0\.mlp\.fc1"):
         convert(tmp_path / "t.safetensors", tmp_path / "o.safetensors", "lora-comfyui")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 
 from diptych.errors import UsageError, UserError
 from diptych.student import files
+from diptych.student.checkpoint import build_part
+from diptych.student.tensors import Stored
 from diptych.student.weights import some
 from diptych.teachers.opening import refuse_code
 
@@ -68,17 +69,19 @@ def look_at(part: str, place: Path) -> None:
     files.open_state(place, WEIGHTS[class_of(part, place)[0]])
 
 
-def open_part(part: str, place: Path, dtype: torch.dtype) -> Any:
-    """One part from its folder, whole or not at all."""
+def open_part(part: str, place: Path, dtype: torch.dtype, file: Mapping[str, Stored] | None = None) -> Any:
+    """One part from its folder, whole or not at all; with the weights of an all-in-one `file`, if it has them."""
     library, name = class_of(part, place)
     cls = getattr(importlib.import_module(library), name)
     refuse_code(place)
+    if file is not None:
+        return build_part(part, cls, place, file, dtype)
     is_model = part in ("vae", "text_encoder", "text_encoder_2")
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
         look_at(part, place)
         options |= {"output_loading_info": True, "torch_dtype" if library == "diffusers" else "dtype": dtype}
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "variant": files.variant_of(place, WEIGHTS[library])}
     try:
         opened = cls.from_pretrained(str(place), **options)
     except ImportError as error:
@@ -135,6 +138,6 @@ def copy_parts(places: Mapping[str, Path], folder: Path) -> bool:
     for part in PARTS:
         index[part] = list(class_of(part, places[part])) if part in places else [None, None]
         if part in places:
-            shutil.copytree(places[part], folder / part)
+            files.copy_plain(places[part], folder / part, WEIGHTS[class_of(part, places[part])[0]])
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf8")
     return True

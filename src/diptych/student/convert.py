@@ -19,17 +19,18 @@ import torch
 
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
-from diptych.student import directions, files, gguf_file, lora_keys, original
+from diptych.student import directions, files, gguf_file, lora_styles, original
 from diptych.student.caches import RATIOS_FILE
 from diptych.student.components import INDEX, NEEDED, copy_parts, find_parts
-from diptych.student.deltas import Delta, as_lora, difference, fuse, lora_deltas, read_deltas
+from diptych.student.delta import Delta
+from diptych.student.deltas import as_lora, difference, fuse, lora_deltas, read_deltas
 from diptych.student.loading import resolve
-from diptych.student.lora import INPUT, RELEASED_LORA, lora_file
+from diptych.student.lora_file import RELEASED_LORA, lora_file
 from diptych.student.modelspec import modelspec
 from diptych.student.settings import KEY, Settings, of
 from diptych.student.sources import Source, lora_alone, open_source, read_settings, teacher_state
 from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
-from diptych.student.weights import INPUT_LAYERS, BiasSplit, shapes_of, unfold
+from diptych.student.weights import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INPUT_BIAS = f"{INPUT}.bias"
@@ -121,6 +122,11 @@ def convert(
         raise UsageError(f"{path} is {to} already; --dtype rewrites it in another precision, --fuse with its LoRA")
     if direction.base and base_folder is None:
         raise UsageError(f"{source.layout} → {to} needs the teacher: give its folder as --base")
+    if source.parts and base_folder is not None and to == "folded":
+        raise UserError(
+            f"{path} holds {', '.join(sorted(source.parts))} beside the transformer, and with --base the base's would "
+            "take their place; convert without --base, or load it and call diptych.student.save to keep them"
+        )
     job = _job(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
     _check_room(job, to, out)
     with files.publish(out) as partial:
@@ -137,7 +143,8 @@ def convert(
         "lora": lora,
         "split": job.split is not None,
         "settings": settings.values(),
-        "left_out": [extra.name for extra in job.extras] if out.is_file() else [],
+        # Of an all-in-one file only the transformer is converted.
+        "left_out": [*sorted(source.parts), *(extra.name for extra in job.extras if out.is_file())],
         "complete": to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
         "ignored_adapter_tensors": len(source.folded.adapters),
         "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
@@ -228,7 +235,7 @@ def _write_exported(job: Job, path: Path) -> None:
 def _write_style(style: str) -> Callable[[Job, Path], None]:
     def write(job: Job, path: Path) -> None:
         deltas = _deltas(job)
-        tensors, metadata = lora_keys.write(deltas, style)
+        tensors, metadata = lora_styles.write(deltas, style)
         spec = modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
         metadata |= spec | _settings_header(of(job.source.folded.config))
         write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
@@ -253,7 +260,7 @@ def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, settings: Sett
         spec = modelspec(out.stem, style, lora=True, width=width)
         if INPUT in deltas:  # a student's, and not a LoRA to be put on one
             spec |= _settings_header(settings, open_safetensors(lora)[1])
-        lora_keys.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
+        lora_styles.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
     return {
         "source": _CONTROL,
         "target": to,
@@ -294,7 +301,13 @@ def _deltas(job: Job) -> dict[str, Delta]:
         )
     deltas = difference(job.tensors, teacher, job.report)
     if job.lora is not None:
-        for layer, delta in read_deltas(job.lora, shapes).items():
+        beside = read_deltas(job.lora, shapes)
+        if dora := [layer for layer, delta in beside.items() if delta.magnitude is not None]:
+            raise UserError(
+                f"{job.lora} is a DoRA on {some(dora)}, which cannot be joined with what the weights add; pass --fuse "
+                "and write a folder or one file"
+            )
+        for layer, delta in beside.items():
             deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
     deltas[INPUT] = deltas[INPUT].whole()
     return deltas
@@ -325,7 +338,7 @@ def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype:
         return "cast"
     fused = fuse_lora and job.source.lora is not None
     lost_split = direction.target == "released" and job.split is None
-    return "function" if fused or lost_split else direction.equality
+    return "function" if fused or lost_split or job.source.scaled else direction.equality
 
 
 def _check_room(job: Job, to: str, out: Path) -> None:
@@ -370,4 +383,4 @@ def _settings_lines(done: Mapping[str, Any]) -> Iterator[str]:
         where, readers = _READERS.get(done["target"], ("metadata", "diptych reads them; pass them to other programs"))
         yield f"Settings kept in the {where}: {said}. Only {readers}."
     if done["left_out"]:
-        yield f"Left out, because one file has no room for it: {', '.join(done['left_out'])}."
+        yield f"Left out, because {done['target']} holds the transformer alone: {', '.join(done['left_out'])}."

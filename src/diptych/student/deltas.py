@@ -1,50 +1,25 @@
-"""LoRA as arithmetic: what a LoRA adds to each layer, and a control-LoRA found as the difference of two models.
+"""LoRA as arithmetic: a LoRA file added to a transformer's weights, and a control-LoRA found as the difference of two.
 
-A layer's delta is `scale · B A` for the weight and `scale · b` for the bias (Hu et al. 2021, section 4.1). The trained
-input layer of a control-LoRA is kept the one way that stock diffusers loads it: as a LoRA on `x_embedder` of rank 2C,
-A the identity, B the change of the weight, `lora_B.bias` the change of the bias. That is exact.
+The trained input layer of a control-LoRA is kept the one way that stock diffusers loads it: as a LoRA on `x_embedder`
+of rank 2C, A the identity, B the change of the weight, `lora_B.bias` the change of the bias. That is exact.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diptych.errors import UserError
-from diptych.student.lora import INPUT, check_lora, read_lora
+from diptych.student.delta import Delta
+from diptych.student.lora_file import check_widths, read_lora
+from diptych.student.lora_settings import ranks_of
 from diptych.student.tensors import Stored, held
-from diptych.student.weights import some
+from diptych.student.weights import INPUT, some
 
 ROUNDING = 1e-6  # a change this much smaller than the weights, in spectral norm, is float32 rounding
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What is added to one linear (out, in): A (rank, in), B (out, rank) with its scale inside, and a bias (out,)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def weight(self) -> torch.Tensor:
-        return self.b.float() @ self.a.float()
-
-    def joined(self, other: Delta) -> Delta:
-        """Both at once: ranks add up."""
-        parts = [bias for bias in (self.bias, other.bias) if bias is not None]
-        bias = sum(parts[1:], parts[0]) if parts else None
-        pairs = ((self.a, other.a, 0), (self.b, other.b, 1))
-        a, b = (torch.cat([x.float(), y.float()], dim=dim) for x, y, dim in pairs)
-        return Delta(a, b, bias)
-
-    def whole(self) -> Delta:
-        """The same with A the identity: rank `in`, exact."""
-        return Delta(torch.eye(self.a.shape[1]), self.weight(), self.bias)
 
 
 def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Delta]:
@@ -53,55 +28,28 @@ def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     Raises UserError, naming the keys, when any of them finds no layer there.
     """
 
-    def widths(layer: str) -> tuple[int, int] | None:
-        shape = shapes.get(f"{layer.removeprefix('transformer.')}.weight", ())
-        return (shape[1], shape[0]) if layer.startswith("transformer.") and len(shape) == 2 else None
+    def widths(layer: str) -> tuple[int, int, bool] | None:
+        name = layer.removeprefix("transformer.")
+        shape = shapes.get(f"{name}.weight", ())
+        return (shape[1], shape[0], f"{name}.bias" in shapes) if len(shape) == 2 else None
 
-    check_lora(read_lora(path)[0], path, widths)
     deltas = lora_deltas(path)
-    for name, delta in deltas.items():
-        width = shapes[f"{name}.weight"][1]  # the release's x_embedder saw no condition
-        deltas[name] = Delta(torch.nn.functional.pad(delta.a, (0, width - delta.a.shape[1])), delta.b, delta.bias)
-    return deltas
+    check_widths({f"transformer.{layer}": delta for layer, delta in deltas.items()}, path, widths)
+    return {layer: delta.padded(shapes[f"{layer}.weight"][1]) for layer, delta in deltas.items()}
 
 
 def lora_deltas(path: Path) -> dict[str, Delta]:
     """What a LoRA file adds to each layer of a transformer, whatever transformer that is, at scale 1.
 
-    Raises UserError, naming the keys, for those that are no transformer's.
+    Raises UserError, naming the layers, for those that are no transformer's.
     """
-    state, alphas, metadata = read_lora(path)
-    layers = dict.fromkeys(key.partition(".lora_")[0] for key in state)
-    whole = {layer for layer in layers if {f"{layer}.lora_{x}.weight" for x in "AB"} <= state.keys()}
-    odd = [key for key in state if not key.startswith("transformer.") or key.partition(".lora_")[0] not in whole]
-    if odd or not state:
-        raise UserError(f"{path}: {len(odd)} keys match no layer of a transformer: {some(sorted(odd))}")
-    settings = {k.removeprefix("transformer."): v for k, v in (metadata or {}).items()}
-    if settings.get("use_dora"):
-        raise UserError(f"{path} is a DoRA, which adds no fixed matrix to a layer; it cannot be fused here")
-    deltas: dict[str, Delta] = {}
-    for layer in layers:
-        a, b = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
-        name = layer.removeprefix("transformer.")
-        scale = _scale(name, a.shape[0], settings, (alphas or {}).get(f"{layer}.alpha"))
-        bias = state.get(f"{layer}.lora_B.bias")
-        scaled = b if scale == 1 else b.float() * scale
-        deltas[name] = Delta(a, scaled, bias if bias is None else bias.float() * scale)
-    return deltas
-
-
-def _scale(layer: str, rank: int, settings: Mapping[str, Any], alpha: Any) -> float:
-    """peft's alpha / r (alpha / √r with rank-stabilized LoRA) for one layer; 1 where the file says nothing."""
-    if settings.get("r"):
-        from peft.utils.other import get_pattern_key
-
-        def chosen(kind: str, default: float) -> float:
-            pattern = settings.get(f"{kind}_pattern") or {}
-            return pattern.get(get_pattern_key(list(pattern), layer), default)
-
-        rank = int(chosen("rank", settings["r"]))
-        return float(chosen("alpha", settings["lora_alpha"])) / (rank**0.5 if settings.get("use_rslora") else rank)
-    return 1.0 if alpha is None else float(alpha) / rank
+    deltas = read_lora(path)
+    if odd := [layer for layer in deltas if not layer.startswith("transformer.")]:
+        raise UserError(
+            f"{path} adapts text encoders in {len(odd)} layers: {some(sorted(odd))}. Only layers of the transformer "
+            "can be used here; remove those layers from the file, or pass it as --lora when generating"
+        )
+    return {layer.removeprefix("transformer."): delta for layer, delta in deltas.items()}
 
 
 def fuse(
@@ -110,16 +58,20 @@ def fuse(
     """The tensors with the deltas added in float32, each when it is read, and then rounded to `dtype` or its own."""
     fused = dict(tensors)
     for layer, delta in deltas.items():
-        fused[f"{layer}.weight"] = _plus(tensors[f"{layer}.weight"], delta.weight, dtype)
-        if delta.bias is not None:
-            bias = delta.bias
-            fused[f"{layer}.bias"] = _plus(tensors[f"{layer}.bias"], lambda bias=bias: bias, dtype)
+        fused[f"{layer}.weight"] = _plus(tensors[f"{layer}.weight"], delta.change, dtype)
+        if (bias := delta.bias) is not None:
+            fused[f"{layer}.bias"] = _plus(tensors[f"{layer}.bias"], lambda _, bias=bias: bias.float(), dtype)
     return fused
 
 
-def _plus(stored: Stored, change: Callable[[], torch.Tensor], dtype: torch.dtype | None) -> Stored:
+def _plus(stored: Stored, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None) -> Stored:
     dtype = dtype or stored.dtype
-    return Stored(stored.shape, dtype, lambda: (stored.read().float() + change()).to(dtype))
+
+    def read() -> torch.Tensor:
+        value = stored.read().float()
+        return (value + change(value)).to(dtype)
+
+    return Stored(stored.shape, dtype, read)
 
 
 def difference(
@@ -182,26 +134,30 @@ def low_rank(change: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def as_lora(deltas: Mapping[str, Delta]) -> tuple[dict[str, Stored], dict[str, str]]:
-    """(tensors, metadata) of a LoRA file in diffusers' keys; alpha is rank everywhere, so its scale is 1."""
+    """(tensors, metadata) of a LoRA file in diffusers' keys; alpha is rank everywhere, so its scale is 1.
+
+    UserError for what one peft config cannot say: a DoRA of some layers only, of columns, or beside changed biases.
+    """
     from peft import LoraConfig
 
     tensors: dict[str, torch.Tensor] = {}
     biased = any(delta.bias is not None for delta in deltas.values())
+    dora = [layer for layer, delta in deltas.items() if delta.magnitude is not None]
+    if dora and (biased or len(dora) < len(deltas) or any(deltas[x].magnitude.shape[1] != 1 for x in dora)):  # pyright: ignore
+        raise UserError(
+            f"diffusers' keys have DoRA for all layers or for none, by rows, and without biases; here {len(dora)} of "
+            f"{len(deltas)} layers have it: {some(sorted(dora))}. Write another style, or fuse it into the weights"
+        )
     for layer, delta in deltas.items():
         tensors[f"transformer.{layer}.lora_A.weight"] = delta.a
         tensors[f"transformer.{layer}.lora_B.weight"] = delta.b
+        if delta.magnitude is not None:
+            tensors[f"transformer.{layer}.lora_magnitude_vector"] = delta.magnitude[:, 0]
         if biased:  # one file has biases on all adapters or on none (peft's `lora_bias` is one switch)
             zero = torch.zeros(delta.b.shape[0])
             tensors[f"transformer.{layer}.lora_B.bias"] = zero if delta.bias is None else delta.bias
-    ranks = {layer: delta.a.shape[0] for layer, delta in deltas.items()}
-    most = max(ranks.values(), key=list(ranks.values()).count)
     config = LoraConfig(
-        r=most,
-        lora_alpha=most,
-        target_modules=sorted(ranks),
-        rank_pattern={layer: rank for layer, rank in ranks.items() if rank != most},
-        alpha_pattern={layer: rank for layer, rank in ranks.items() if rank != most},
-        lora_bias=biased,
+        **ranks_of(deltas), target_modules=sorted(deltas), lora_bias=biased, use_dora=bool(dora)
     ).to_dict()
     plain = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     metadata = {"lora_adapter_metadata": json.dumps(plain, sort_keys=True)}

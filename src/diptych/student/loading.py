@@ -18,7 +18,8 @@ from diptych.errors import UsageError, UserError
 from diptych.student import files, gguf_file
 from diptych.student.alone import alone
 from diptych.student.components import check_family, check_parts, find_parts, look_at, open_part
-from diptych.student.lora import apply_lora, lora_file
+from diptych.student.lora import apply_lora, fuse_loras
+from diptych.student.lora_file import lora_file
 from diptych.student.memory import Preset, prepare, shapes_in
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.settings import of
@@ -60,9 +61,19 @@ def load(
         preset.settle(shapes_in(source.folded.config, places, quantized), dtype, places)
         preset.check([lora for lora, _ in loras], fuse)
     later = preset.waiting if preset is not None else ()
+    if inside := [part for part in later if part in source.parts]:
+        raise UsageError(
+            f"{path} holds {' and '.join(inside)}, which --memory {preset.name if preset else ''} opens again for "
+            "prompts from a folder; use another preset, or save it as a folder first (diptych.student.save)"
+        )
     for part in later:
         look_at(part, places[part])
-    parts = {part: open_part(part, place, dtype) for part, place in places.items() if part not in later}
+    if lacking := sorted(source.parts.keys() - places.keys()):
+        raise UserError(
+            f"{path} holds {' and '.join(lacking)}, and the base has no such folder with its config; give a whole base"
+        )
+    given_parts = {part: place for part, place in places.items() if part not in later}
+    parts = {part: open_part(part, place, dtype, source.parts.get(part)) for part, place in given_parts.items()}
     check_family(source.folded.config, parts, path, base_folder)
     pipe = DiptychPipeline(transformer=_read(source, dtype), **parts)
     pipe.settings = of(source.folded.config)
@@ -71,7 +82,9 @@ def load(
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
     pipe.loras = tuple(given)
     for one, scale in loras:
-        apply_lora(pipe, one, scale, fuse=fuse)
+        apply_lora(pipe, one, scale)
+    if fuse:
+        fuse_loras(pipe)
     if preset is None:
         return pipe.to(device)
     preset.apply(pipe)

@@ -195,20 +195,21 @@ class Memory:
         if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
             raise UsageError(f"{self.asked} {self.name} does not work here: {'; '.join(found)}")
         if self._in_file and self.preset.modulation:
-            from diptych.student.lora import read_lora
+            from diptych.student.lora_file import read_lora
 
             for path in loras:
-                if any(quantize.is_modulation(key.partition(".lora_")[0]) for key in read_lora(path)[0]):
+                if any(quantize.is_modulation(layer) for layer in read_lora(path)):
                     raise UsageError(
                         f"{path} adapts the modulation, which {self.asked} {self.name} precomputes, and beside a GGUF "
                         f"file's weights it cannot be fused; convert the file to folded, or use {self.asked} 48"
                     )
         if self._places:
+            from diptych.student.lora_keys import account
             from diptych.student.tensors import open_safetensors
 
             for path in loras:
-                tensors, _ = open_safetensors(path)
-                if any(key.startswith(("text_encoder", "lora_te")) for key in tensors):
+                layers = account(open_safetensors(path)[0], path)
+                if any(layer.targets[0].startswith("text_encoder") for layer in layers):
                     raise UsageError(f"{path} adapts a text encoder, which --memory {self.name} opens anew for prompts")
 
     def apply(self, pipe: DiptychPipeline) -> None:

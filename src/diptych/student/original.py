@@ -66,8 +66,12 @@ MODULATION = "final_layer.adaLN_modulation.1"  # shift and scale the other way r
 
 
 def layer_names(blocks: str = "") -> Iterable[str]:
-    """Black Forest Labs' names of the layers of a kind of block (`double_blocks`, …), or of those outside of blocks."""
-    return _BLOCKS[blocks] if blocks else _TOP
+    """Names of the layers in a kind of block, as its owner writes them (`double_blocks`, `transformer_blocks`, …); or
+    of those outside of blocks, in both spellings."""
+    if blocks in _BLOCKS:
+        return _BLOCKS[blocks]
+    theirs = next((name for name, folder in _FOLDERS.items() if folder == blocks), None)
+    return [name for names in _BLOCKS[theirs].values() for name in names] if theirs else [*_TOP, *_TOP.values()]
 
 
 def layers_of(layer: str) -> tuple[str, ...]:
@@ -110,14 +114,6 @@ def to_original(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
         scale = part == "weight" and theirs.endswith(("query_norm", "key_norm"))
         out[f"{theirs}.{'scale' if scale else part}"] = tensor
     return out
-
-
-def without_prefix(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same tensors under keys without another program's prefix, where every key has it."""
-    for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return dict(tensors)
 
 
 def is_original(keys: Iterable[str]) -> bool:

@@ -40,7 +40,7 @@ from diptych.student.geometry import (
     unpack,
 )
 from diptych.student.inputs import Reference, Seed
-from diptych.student.lora import RELEASED_LORA
+from diptych.student.lora_file import RELEASED_LORA
 from diptych.student.modulation import precomputed
 from diptych.student.recall import Recall, content
 from diptych.student.rotary import rotary_once
@@ -70,6 +70,7 @@ class DiptychPipeline(FluxControlPipeline):
     """Stock components, stock weights; see `__call__`. Text encoders may be absent: prompts then come as embeddings."""
 
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (diffusers' name)
+    _lora_loadable_modules = ["transformer", "text_encoder", "text_encoder_2"]  # noqa: RUF012 (diffusers: not T5)
 
     def __init__(
         self, scheduler, vae, transformer, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None
@@ -532,7 +533,7 @@ class DiptychPipeline(FluxControlPipeline):
 
         UserError for a student with an unfused LoRA or quantized weights, which would be lost.
         """
-        if getattr(self.transformer, "peft_config", None):
+        if any(getattr(getattr(self, part, None), "peft_config", None) for part in self._lora_loadable_modules):
             raise UserError(
                 "this student carries an unfused LoRA; load it with fuse=True before saving the whole student"
             )

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diptych.errors import UsageError, UserError
-from diptych.student import files, gguf_file, original, settings
-from diptych.student.lora import INPUT, RELEASED_LORA, is_lora
+from diptych.student import checkpoint, files, gguf_file, original, settings
+from diptych.student.lora_file import RELEASED_LORA, SUFFIXES
+from diptych.student.lora_keys import account, is_lora
 from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
 from diptych.student.tensors import Stored, held, open_safetensors
-from diptych.student.weights import INPUT_LAYERS, Folded, stock_config
+from diptych.student.weights import INPUT, INPUT_LAYERS, Folded, stock_config
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Source:
     folded: Folded  # `state_dict` holds `Stored`s; of a control-LoRA, the teacher's, widened. `config` has its settings
     lora: Path | None  # the LoRA file that belongs to it
     place: Path  # the folder or file that holds the transformer's weights
+    parts: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)  # of an all-in-one file: what else it holds
+    scaled: bool = False  # the weights were in scaled fp8, and are dequantized
 
     @property
     def tensors(self) -> dict[str, Stored]:
@@ -41,8 +44,10 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
     """
     layout, place, lora = locate(model, base)
     found = read_settings(model, base)
+    parts: dict[str, dict[str, Stored]] = {}
+    scaled = False
     if layout in ("file", "gguf"):
-        folded = _file(place, base, dtype)
+        folded, parts, scaled = _file(place, base, dtype)
     elif layout == "control-lora":
         assert base is not None and lora is not None
         folded = _widened(place, lora, dtype)
@@ -52,7 +57,7 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
         folded = files.fold_stored(state, files.read_config(place), files.read_split(place), str(place))
     if found != Settings() or settings.KEY in folded.config:  # weights that say nothing stay as they are
         folded = replace(folded, config={**folded.config, settings.KEY: found.values()})
-    return Source(layout, folded, lora, place)
+    return Source(layout, folded, lora, place, parts, scaled)
 
 
 def read_settings(model: Path, base: Path | None) -> Settings:
@@ -79,7 +84,7 @@ def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
     if model.is_file():
         if model.suffix == ".gguf":
             return "gguf", model, None
-        if model.suffix != ".safetensors":
+        if model.suffix not in SUFFIXES:
             raise UsageError(
                 f"{model} is neither a .safetensors nor a .gguf file; give one, or the folder of a student"
             )
@@ -95,7 +100,7 @@ def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
         return "control-lora", _teacher(model, base), lora
     if (model / "config.json").is_file():
         return "folded", model, lora
-    single = next(iter(sorted(path for kind in ("gguf", "safetensors") for path in model.glob(f"*.{kind}"))), None)
+    single = next(iter(sorted(path for kind in (".gguf", *SUFFIXES) for path in model.glob(f"*{kind}"))), None)
     instead = "is the download complete?" if single is None else f"give its file, {single}"
     raise UserError(f"{model} holds no transformer/ folder, so it is no student; {instead}")
 
@@ -103,7 +108,7 @@ def locate(model: Path, base: Path | None) -> tuple[str, Path, Path | None]:
 def lora_alone(model: Path) -> Path | None:
     """The LoRA file that a path is, or that is all the weights a folder has; None if there is more, or none."""
     if model.is_file():
-        return model if model.suffix == ".safetensors" and is_lora(open_safetensors(model)[0]) else None
+        return model if model.suffix in SUFFIXES and is_lora(open_safetensors(model)[0]) else None
     others = [*TRANSFORMER_FOLDERS, "config.json"]
     found = model / RELEASED_LORA
     return found if found.is_file() and not any((model / name).exists() for name in others) else None
@@ -138,7 +143,7 @@ def _teacher(model: Path, base: Path | None) -> Path:
 
 def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
     """The teacher's weights with zero columns for the condition; UserError if the LoRA would never use them."""
-    if not any(INPUT in key or original.INPUT in key for key in open_safetensors(lora)[0]):
+    if not any(f"transformer.{INPUT}" in layer.targets for layer in account(open_safetensors(lora)[0], lora)):
         raise UserError(f"{lora} does not adapt {INPUT}, so a student made from it would never see the reference")
     state, config = teacher_state(place)
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
@@ -149,16 +154,21 @@ def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
     return files.fold_stored(state, wide, None, str(place))
 
 
-def _file(path: Path, base: Path | None, dtype: torch.dtype | None) -> Folded:
-    """A single file of either kind, in diffusers', the released or Black Forest Labs' keys."""
+def _file(
+    path: Path, base: Path | None, dtype: torch.dtype | None
+) -> tuple[Folded, dict[str, dict[str, Stored]], bool]:
+    """A single file of either kind, in diffusers', the released or Black Forest Labs' keys: its transformer, its other
+    parts, and whether it was in scaled fp8."""
     tensors, metadata = (gguf_file.open_gguf(path), {}) if path.suffix == ".gguf" else open_safetensors(path)
     written, split = files.read_header(metadata)
-    tensors = original.without_prefix(tensors)
+    scaled = checkpoint.is_scaled(tensors)
+    parts = checkpoint.split(tensors, path)
+    tensors = parts.pop("transformer", {})
     if original.is_original(tensors):
         tensors = original.from_original(tensors)
     state = {key: _usable(key, tensor).to(dtype) for key, tensor in tensors.items()}
     config = original.infer_config(state, _hints(written, path, base), str(path))
-    return files.fold_stored(state, config, split, str(path))
+    return files.fold_stored(state, config, split, str(path)), parts, scaled
 
 
 def _usable(key: str, tensor: Stored) -> Stored:

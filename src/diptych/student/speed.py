@@ -174,7 +174,7 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     Fusing LoRAs is for good; everything else `remove` takes back.
     Raises UsageError for combinations that cannot work, before anything is changed.
     """
-    from diptych.student import caches, recall
+    from diptych.student import caches, lora, recall
 
     transformer: Any = pipe.transformer
     if speed.cache != "none" and getattr(transformer, "is_cache_enabled", False):
@@ -182,9 +182,8 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.attention:
         _one_of("attention", speed.attention, _attention_backends())
     remove(pipe)
-    if speed.fused_lora and getattr(transformer, "peft_config", None):
-        pipe.fuse_lora(components=["transformer"])
-        pipe.unload_lora_weights()
+    if speed.fused_lora:
+        lora.fuse_loras(pipe)
     left_out = []
     moves = pipe.memory is not None and pipe.memory.moves
     if speed.packed and moves:

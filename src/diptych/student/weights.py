@@ -25,7 +25,8 @@ from diptych.errors import UserError
 from diptych.student import settings
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
-INPUT_LAYERS = ("x_embedder", "c_embedder")  # what folding and unfolding touch; all else passes through
+INPUT = "x_embedder"
+INPUT_LAYERS = (INPUT, "c_embedder")  # what folding and unfolding touch; all else passes through
 _BLOCKS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 _BLOCK_KEY = re.compile(r"^(transformer_blocks|single_transformer_blocks)\.(\d{1,6})\.")
 _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.]+\.(?:weight|bias)$")

@@ -17,7 +17,7 @@ from diptych import models
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
 from diptych.student.deltas import read_deltas
-from diptych.student.lora import lora_file
+from diptych.student.lora_file import lora_file
 from diptych.train import processes
 from diptych.train.offload import Offload
 from diptych.train.options import TARGETS, Options
@@ -144,6 +144,11 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
     """
     path = lora_file(models.resolve(init, "student"))
     deltas = read_deltas(path, {f"{name}.weight": shape for name, shape in linears.items()})
+    if dora := next((name for name, delta in deltas.items() if delta.magnitude is not None), None):
+        raise UsageError(
+            f"distill.init: {path} is a DoRA (on {dora} and perhaps others), and adapters are trained on only as plain "
+            "LoRA; fuse it into the weights (diptych convert --fuse) and use mode: full"
+        )
     whole = deltas.pop(INPUT_LAYER, None)
     adapted = {name for name in linears if hasattr(transformer.get_submodule(name), "lora_A")}
     if deltas.keys() != adapted:
