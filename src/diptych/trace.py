@@ -73,7 +73,7 @@ def trace(file: str | Path, places: Sequence[str | Path] = (), trust: Sequence[s
             top.links = _rows(path, ORDER[0], None)
     elif (path / MANIFEST).is_file():
         top = _rows(path.resolve().parent, path.resolve().name, None)[0]
-    elif path.suffix == ".safetensors" or (path.is_dir() and holds_weights(path)):
+    elif path.suffix in (".safetensors", ".sft") or (path.is_dir() and holds_weights(path)):
         top = _student(path, here)
     else:
         raise UsageError(f"{path}: no picture (.png, .webp, .jpg), weights (.safetensors, or their folder) or data set")

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from diptych import student
 from diptych.errors import UsageError, UserError
+from diptych.stages.paint import open_teacher
 from diptych.student import files
 from diptych.student.convert import convert
+from diptych.student.sources import teacher_state
 from layouts import latent_diffusion_keys, original_keys
 
 
@@ -54,6 +56,8 @@ def test_a_folder_with_a_variant_is_the_same_student(pipe, student_folder, teach
     if shards:
         assert all(list((base / part).glob("*.index.fp16.json")) for part in ("transformer", "vae", "text_encoder_2"))
     same(student.load(folder, base, device="cpu"), pipe)
+    state = open_teacher(base, torch.float32).transformer.state_dict()
+    assert all(torch.equal(value, teacher_state(base)[0][key].read()) for key, value in state.items())
     # Copied along, they have their plain names, for stock diffusers.
     convert(folder, tmp_path / "whole", "folded", base=base)
     same(student.load(tmp_path / "whole", device="cpu"), pipe)

@@ -16,7 +16,7 @@ from diptych.student import files
 from diptych.student.convert import convert
 from diptych.student.delta import Delta
 from diptych.student.deltas import as_lora, lora_deltas
-from diptych.student.lora import apply_lora
+from diptych.student.lora import apply_lora, fuse_loras
 from diptych.student.speed import Speed
 from diptych.student.speed import apply as hurry
 from diptych.student.tensors import write_safetensors
@@ -184,6 +184,15 @@ def test_scales_that_were_set_stay_when_another_lora_comes(student_folder, teach
     assert (layer.scaling[name], list(layer.active_adapters)) == (0.5, ["theirs", name])
 
 
+def test_the_pipelines_own_call_reads_the_whole_file_too(doras, dora_file, state, student_folder, teacher) -> None:
+    pipe: Any = student.load(student_folder, teacher, device="cpu")
+    pipe.load_lora_weights(dora_file.parent, weight_name=dora_file.name, adapter_name="mine")
+    assert pipe.get_active_adapters() == ["mine"]
+    fuse_loras(pipe)
+    for name, weight in wanted(state, doras).items():
+        torch.testing.assert_close(pipe.transformer.get_submodule(name).weight, weight, **CLOSE)
+
+
 def test_a_dora_is_not_trained_on_as_a_lora(dora_file, student_folder) -> None:
     from diffusers import FluxTransformer2DModel
 
@@ -191,6 +200,6 @@ def test_a_dora_is_not_trained_on_as_a_lora(dora_file, student_folder) -> None:
     from diptych.train import parts
 
     model: Any = FluxTransformer2DModel.from_pretrained(student_folder / "transformer")
-    linears = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears: Any = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     with pytest.raises(UsageError, match="is a DoRA"):
         parts._go_on(model, str(dora_file), linears)

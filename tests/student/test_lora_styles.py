@@ -191,6 +191,27 @@ def test_a_file_changes_the_loaded_student_by_exactly_that(
     check(pipe, start, wanted(known, start, bool(magnitude), 0.25, ALPHA))
 
 
+def test_onetrainers_newer_names_are_of_the_parts_of_a_layer(known, loaded, start, tmp_path) -> None:
+    state: State = {}
+    for name, (a, b, _) in known.items():
+        row = 0
+        for i, layer in enumerate(LAYERS[name]):
+            part = f"{name}.{i}" if len(LAYERS[name]) > 1 else "img_in.proj" if name == "img_in" else name
+            rows = b[row : (row := row + RANK_ROWS[layer])]
+            state |= {
+                f"transformer.{part}.lora_down.weight": a.clone(),
+                f"transformer.{part}.lora_up.weight": rows.clone(),
+            }
+    state |= adapter(f"clip_l.text_model.{CLIP[0]}", loaded.text_encoder.get_submodule(CLIP[0]), 1, PARTS[4])
+    state |= adapter(f"t5.{T5[0]}", loaded.text_encoder_2.get_submodule(T5[0]), 1, PARTS[4])
+    save_file(state, tmp_path / "lora.safetensors")
+    found = read_lora(tmp_path / "lora.safetensors")
+    changed = wanted(known, start, False)
+    assert found.keys() == {*changed, f"text_encoder.{CLIP[0]}", f"text_encoder_2.{T5[0]}"}
+    for key, weight in changed.items():
+        torch.testing.assert_close(start[key] + found[key].change(start[key]), weight, **CLOSE, msg=key)
+
+
 def test_xlabs_names_the_projections_by_their_processor(known, pipe, start, tmp_path) -> None:
     """Of a single block it adapts the rows of q, k and v alone."""
     state: State = {}
@@ -277,7 +298,7 @@ def test_fusing_keeps_every_component_and_every_scale(known, student_folder, tea
 
 
 def test_magnitudes_of_columns_are_a_dora_too(known, pipe, start, tmp_path) -> None:
-    """LyCORIS and OneTrainer, unless told to decompose the output."""
+    """LyCORIS and OneTrainer, unless configured to decompose the output."""
     names = ["transformer_blocks.0.ff.net.0.proj", "proj_out"]
     state, changed = {}, {}
     for seed, name in enumerate(names):
@@ -310,7 +331,7 @@ def test_what_peft_saves_is_what_peft_computes(student_folder, pipe, start, tmp_
     model = FluxTransformer2DModel.from_pretrained(student_folder / "transformer")
     patterns: Any = {"rank_pattern": {"to_q": 5}, "alpha_pattern": {"proj_mlp": 7}}
     config = LoraConfig(r=3, lora_alpha=4, target_modules=["to_q", "proj_mlp"], **patterns, **settings)
-    theirs = get_peft_model(model, config)  # pyright: ignore
+    theirs: Any = get_peft_model(model, config)  # pyright: ignore
     torch.manual_seed(1)
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
@@ -373,6 +394,16 @@ def test_settings_that_the_tensors_do_not_bear_out_are_refused(pipe, tmp_path, s
     save_file(state, tmp_path / "lora.safetensors", metadata=header)
     with pytest.raises(UserError, match=says):
         apply_lora(pipe, tmp_path / "lora.safetensors")
+
+
+def test_a_lora_for_a_text_encoder_that_is_absent_is_refused(student_folder, teacher, tmp_path) -> None:
+    pipe: Any = student.load(student_folder, teacher, device="cpu")
+    save_file(
+        adapter("lora_te1_text_model_encoder_layers_0_mlp_fc1", torch.nn.Linear(20, 32), 1), tmp_path / "l.safetensors"
+    )
+    pipe.text_encoder = None
+    with pytest.raises(UserError, match="adapts text_encoder, which"):
+        apply_lora(pipe, tmp_path / "l.safetensors")
 
 
 def test_a_text_encoders_lora_must_be_fused_before_saving(pipe, tmp_path) -> None:

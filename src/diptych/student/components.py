@@ -19,6 +19,7 @@ from diptych.student.checkpoint import build_part
 from diptych.student.tensors import Stored
 from diptych.student.weights import some
 from diptych.teachers.opening import refuse_code
+from diptych.teachers.variants import variant_of
 
 INDEX = "model_index.json"
 # part: (library, class) unless the folder's model_index.json names another; text parts may be absent.
@@ -81,7 +82,7 @@ def open_part(part: str, place: Path, dtype: torch.dtype, file: Mapping[str, Sto
     if is_model:
         look_at(part, place)
         options |= {"output_loading_info": True, "torch_dtype" if library == "diffusers" else "dtype": dtype}
-        options |= {"use_safetensors": True, "variant": files.variant_of(place, WEIGHTS[library])}
+        options |= {"use_safetensors": True, "variant": variant_of(place, WEIGHTS[library])}
     try:
         opened = cls.from_pretrained(str(place), **options)
     except ImportError as error:

@@ -62,7 +62,11 @@ class Dora(LoraVariant):
             f"{active_adapter} is a DoRA; load it with fuse=True, or call diptych.student.lora.fuse_loras(pipe)"
         )
 
-    merge_unsafe = unmerge = merge_safe
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        Dora.merge_safe(module, active_adapter, orig_weight)
+
+    unmerge = merge_safe
 
 
 def put_magnitude(layer: Any, name: str, magnitude: torch.nn.Parameter) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from diptych.errors import UserError
 from diptych.student import weights
 from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.student.weights import INPUT_LAYERS, BiasSplit, Folded
+from diptych.teachers.variants import variant_names, variant_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SPLIT_FILE = "released_biases.safetensors"
@@ -71,7 +71,7 @@ def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
     (`fp16`, …) that the folder has instead."""
     file, index = folder / name, folder / f"{name}.index.json"
     if variant := variant_of(folder, name):
-        file, index = (folder / spelled for spelled in _variant_names(name, variant))
+        file, index = (folder / spelled for spelled in variant_names(name, variant))
     if file.is_file() or not index.is_file():
         if not file.is_file() and list(folder.glob("*.bin")):
             raise UserError(f"{folder} holds only pickled weights (*.bin), never opened here; convert to safetensors")
@@ -87,32 +87,11 @@ def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
     return state
 
 
-def variant_of(folder: Path, name: str = WEIGHTS_FILE) -> str | None:
-    """The variant of the weights `name` that a folder has (`variant=` of diffusers); None where it has the plain file
-    or nothing. UserError if it has several."""
-    if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
-        return None
-    stem, _, ending = name.rpartition(".")
-    names = re.compile(rf"{re.escape(stem)}\.(?:([^.]+)\.{ending}|{ending}\.index\.([^.]+)\.json)")
-    matches = (names.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    # A shard's name has its number in the place of the variant, or behind it.
-    found = sorted({m[1] or m[2] for m in matches if m and not re.search(r"-\d+-of-\d+$", m[1] or "")})
-    if len(found) > 1:
-        raise UserError(f"{folder} holds its weights as {', '.join(found)}; keep one of them, or a plain {name}")
-    return found[0] if found else None
-
-
-def _variant_names(name: str, variant: str) -> tuple[str, str]:
-    """A variant's file and index, as diffusers and transformers write them."""
-    stem, _, ending = name.rpartition(".")
-    return f"{stem}.{variant}.{ending}", f"{name}.index.{variant}.json"
-
-
 def copy_plain(source: Path, target: Path, name: str) -> None:
     """Copies a model's folder; the weights of a variant get their plain names, so that it opens without `variant=`."""
     shutil.copytree(source, target)
     if variant := variant_of(source, name):
-        for spelled, plain in zip(_variant_names(name, variant), (name, f"{name}.index.json"), strict=True):
+        for spelled, plain in zip(variant_names(name, variant), (name, f"{name}.index.json"), strict=True):
             if (target / spelled).is_file():
                 (target / spelled).rename(target / plain)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.errors import UserError
 from diptych.student.lora_file import check_widths, lora_file, read_lora
 from diptych.student.lora_keys import COMPONENTS
 from diptych.student.lora_settings import ranks_of
@@ -36,6 +37,12 @@ def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: s
     """
     path = lora_file(Path(path))
     deltas = read_lora(path)
+    named = dict.fromkeys(layer.partition(".")[0] for layer in deltas)
+    if lacking := [component for component in named if getattr(pipe, component, None) is None]:
+        raise UserError(
+            f"{path} adapts {' and '.join(lacking)}, which this student does not have. Nothing was loaded; give a base "
+            "with text encoders"
+        )
     check_widths(deltas, path, lambda layer: _widths(pipe, layer))
     name = name or _free_name(pipe, path)
     for component in COMPONENTS:
@@ -68,7 +75,7 @@ def fuse_loras(pipe: DiptychPipeline) -> None:
 def _fuse_layer(layer: Any) -> None:
     from diptych.student.delta import Delta
 
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     start = base.weight.data.float()
     weight, bias = start.clone(), None if base.bias is None else base.bias.data.float()
     for name in layer.active_adapters:
@@ -80,7 +87,7 @@ def _fuse_layer(layer: Any) -> None:
         if b.bias is not None:
             bias = bias + b.bias.float() * scale
     base.weight.data = weight.to(base.weight.dtype)
-    if bias is not None:
+    if base.bias is not None and bias is not None:
         base.bias.data = bias.to(base.bias.dtype)
 
 

@@ -6,6 +6,7 @@ A key is a prefix, the name of a layer, and a part:
     diffusion_model.    double_blocks.0.img_attn.qkv        .lora_A.weight         ComfyUI
     lora_unet_          double_blocks_0_img_attn_qkv        .lora_down.weight      kohya
     lora_transformer_   transformer_blocks_0_attn_to_q      .dora_scale            OneTrainer
+    transformer.        double_blocks.0.img_attn.qkv.0      .lora_down.weight      OneTrainer, its newer style
     base_model.model.   transformer_blocks.0.attn.to_q      .lora_A.default.weight peft
                         double_blocks.0.processor.qkv_lora1 .down.weight           XLabs
     lora_te1_           text_model_encoder_layers_0_mlp_fc1 .alpha                 kohya, CLIP
@@ -41,6 +42,8 @@ _PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("text_encoders.t5xxl.transformer.", _T5),
     ("clip_l.transformer.", _CLIP),
     ("t5xxl.transformer.", _T5),
+    ("clip_l.", _CLIP),
+    ("t5.", _T5),
     ("text_encoder_2.", _T5),
     ("text_encoder.", _CLIP),
     ("lora_unet_", _TRANSFORMER),
@@ -92,7 +95,8 @@ _T5_INNER = (
 )
 _BLOCK = re.compile(r"^(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)_(\d+)_(.+)$")
 _XLABS_QKV = "processor_qkv_lora"  # of a single block only the rows of q, k and v
-_XLABS_NAMES: dict[str, dict[str, str]] = {
+_OTHER_NAMES: dict[str, dict[str, str]] = {
+    "": {"img_in_proj": "img_in"},  # OneTrainer
     "double_blocks": {
         "processor_qkv_lora1": "img_attn.qkv",
         "processor_qkv_lora2": "txt_attn.qkv",
@@ -199,7 +203,10 @@ def _transformer_layer(flat: str) -> Layer | None:
     inner = _names(block[1] if block else "").get(block[3] if block else flat)
     if inner is None:
         return None
-    name = f"{block[1]}.{block[2]}.{inner}" if block else inner
+    name = inner
+    if block:  # a part of a fused layer has diffusers' name, and their folder
+        ours = inner not in original.layer_names(block[1])
+        name = f"{original.folder_of(block[1]) if ours else block[1]}.{block[2]}.{inner}"
     targets = [f"transformer.{target}" for target in original.layers_of(name) or (name,)]
     if block and block[3] == _XLABS_QKV:
         targets = targets[:3]
@@ -209,7 +216,12 @@ def _transformer_layer(flat: str) -> Layer | None:
 @cache
 def _names(blocks: str) -> dict[str, str]:
     """The layers of a kind of block, or of those outside of blocks (""), by their names with underscores."""
-    return {name.replace(".", "_"): name for name in original.layer_names(blocks)} | _XLABS_NAMES.get(blocks, {})
+    names = {name.replace(".", "_"): name for name in original.layer_names(blocks)}
+    for name in list(names.values()):  # OneTrainer's names of the parts of a fused layer: img_attn.qkv.0, linear1.3
+        parts = original.layers_of(f"{blocks}.0.{name}") if blocks else ()
+        if len(parts) > 1:
+            names |= {f"{name}.{i}".replace(".", "_"): part.split(".", 2)[2] for i, part in enumerate(parts)}
+    return names | _OTHER_NAMES.get(blocks, {})
 
 
 def _text_layer(flat: str) -> Layer | None:

@@ -1,4 +1,4 @@
-"""What a LoRA file says of its scale: alpha over rank, as its header or the `adapter_config.json` beside it has it."""
+"""The scale of a LoRA file: alpha over rank, from its header or from the `adapter_config.json` beside it."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class LoraSettings:
         return cls(path, by_component)
 
     def scale(self, target: str, rank: int, alpha: float | None) -> float:
-        """What B A is multiplied by: alpha / r, or alpha / √r with rank-stabilized LoRA; 1 where nothing is said.
+        """What B A is multiplied by: alpha / r, or alpha / √r with rank-stabilized LoRA; 1 where neither is stated.
 
-        `alpha` is the layer's own, from its tensor. UserError if that is another than the settings say.
+        `alpha` is the layer's, from its tensor. UserError if the settings state another one.
         """
         component, _, layer = target.partition(".")
         settings = self.by_component[component]

@@ -74,6 +74,11 @@ def layer_names(blocks: str = "") -> Iterable[str]:
     return [name for names in _BLOCKS[theirs].values() for name in names] if theirs else [*_TOP, *_TOP.values()]
 
 
+def folder_of(blocks: str) -> str:
+    """diffusers' name of a kind of block."""
+    return _FOLDERS[blocks]
+
+
 def layers_of(layer: str) -> tuple[str, ...]:
     """diffusers' layers for one of Black Forest Labs', in the order of its rows; none if there is no such layer."""
     if layer in _TOP:

@@ -528,6 +528,20 @@ class DiptychPipeline(FluxControlPipeline):
             return images, None
         return images, self.image_processor.postprocess(left, output_type=output_type)
 
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict, adapter_name=None, hotswap=False, **kwargs
+    ) -> None:
+        """Loads a LoRA from a file or folder on this machine, every key of it or nothing (`lora.apply_lora`). Tensors,
+        names on the hub and hot swapping are left to diffusers, whose reader skips what it does not know."""
+        from diptych.student.lora import apply_lora
+
+        place = pretrained_model_name_or_path_or_dict
+        path = Path(place, kwargs.get("weight_name") or "") if isinstance(place, (str, Path)) else None
+        if path is None or hotswap or not path.exists():
+            return super().load_lora_weights(place, adapter_name, hotswap, **kwargs)
+        apply_lora(self, path, name=adapter_name)
+        return None
+
     def save_pretrained(self, *args, **kwargs):
         """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it.
 

@@ -23,6 +23,7 @@ from diptych.console import quiet_bars
 from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.teachers.configs import INDEX
+from diptych.teachers.variants import pipeline_variant
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +51,10 @@ def open_pipeline(folder: Path, dtype: torch.dtype, what: str = "teacher", kind:
     import diffusers
 
     name = kind or index["_class_name"]
+    options: dict[str, Any] = {"variant": pipeline_variant(folder), "local_files_only": True, "use_safetensors": True}
     try:
         with quiet_bars():
-            return getattr(diffusers, name).from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
-            )
+            return getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"the {what} in {folder} cannot be opened as a {name} ({line})") from error
