@@ -11,7 +11,6 @@ Every key has a place in a part, or the file is refused. The parts' configs are 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.student import original
 from diptych.student.files import read_json
@@ -117,7 +117,7 @@ def _scaled(key: str, weight: Stored, scale: Stored, path: Path) -> Stored:
 
 def _check_format(key: str, stored: Stored, path: Path) -> None:
     try:
-        said = json.loads(bytes(stored.read().tolist()))["format"]
+        said = parse_json(bytes(stored.read().tolist()))["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {key} does not say how its layer is quantized; fetch it again") from error
     if said not in _FORMATS:

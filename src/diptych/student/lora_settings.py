@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.student.delta import Delta
 from diptych.student.files import read_json
@@ -32,7 +32,7 @@ class LoraSettings:
         """The settings of a LoRA file with these keys; UserError if they are damaged, or say that it is no LoRA."""
         beside = path.parent / CONFIG_FILE
         try:
-            said: dict[str, Any] = json.loads(header.get(HEADER, "{}"))
+            said: dict[str, Any] = parse_json(header.get(HEADER, "{}"))
             by_component = {name: _of(said, name) for name in COMPONENTS}
         except (ValueError, AttributeError) as error:
             raise UserError(f"the '{HEADER}' metadata of {path} is damaged ({error}); fetch it again") from error
