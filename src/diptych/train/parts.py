@@ -143,7 +143,8 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
     UsageError if it adapts other layers, or has other ranks, than the recipe trains.
     """
     path = lora_file(models.resolve(init, "student"))
-    deltas = read_deltas(path, {f"{name}.weight": shape for name, shape in linears.items()})
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linears.items()}
+    deltas = read_deltas(path, shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()})
     if dora := next((name for name, delta in deltas.items() if delta.magnitude is not None), None):
         raise UsageError(
             f"distill.init: {path} is a DoRA (on {dora} and perhaps others), and adapters are trained on only as plain "
