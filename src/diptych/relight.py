@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diptych.api import Student
     from diptych.tasks import Task
 
+Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 DETAIL = 1.0
 SHADE = 1 / 30  # of the panel's side: brightness that changes more finely than this is detail, and the reference's
 TINT = 1 / 10  # the same for colour, in which light varies less
@@ -42,7 +43,7 @@ def relight(
     detail: float = DETAIL,
     seed: int | Sequence[int] = 0,
     size: int | tuple[int, int] | None = None,
-    fit: str = "crop",
+    fit: str | None = None,
     background: str = "white",
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
     **options: Any,
@@ -58,7 +59,12 @@ def relight(
             the end taken from the reference itself; grey mixes.
         detail: how much of the fine detail is the reference's own, 0 to 1: the drawn picture then gives the light and
             the reference what it falls on. 0 takes the drawn picture as it is.
-        seed, size, fit, background, options: of `Student.generate`.
+        size: of the model's image and of the result, in pixels, as in `Student.generate`. None: the model works at its
+            own size and its light is laid over the reference, so that the result is as large as the reference (with
+            `detail=0`, which takes nothing from the reference, as large as the model's image).
+        fit: how to fit the reference to the model's size: `crop`, `pad` or `contain`. None: `contain` where `size` is
+            None, so that the whole reference is relit, else `crop`.
+        seed, background, options: of `Student.generate`.
 
     Raises UsageError for what does not fit together, UserError for a picture that cannot be read.
     """
@@ -75,8 +81,14 @@ def relight(
         raise UsageError("missing a reference, the picture that is to be relit")
     opened, canvas = student.opened(reference, background), student.canvas(size)
     assert opened is not None
-    panel = _fitted(opened, canvas, fit)
-    stays = None if mask is None else kept(mask, opened.size, canvas, fit)
+    fit = fit or ("contain" if size is None else "crop")
+    panel = original = _fitted(opened, canvas, fit)
+    stays = masked = None if mask is None else kept(mask, opened.size, canvas, fit)
+    inside = (0, 0, *panel.size)
+    if size is None:
+        seen, inside = placed(opened.size, panel.size, fit)
+        original = _part(opened, seen, inside)
+        masked = None if mask is None else _stays(_part(_opened(mask), seen, inside))
     told: dict[str, Any] = {"task": found.name, "detail": detail}
     if stays is not None:
         told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
@@ -101,9 +113,9 @@ def relight(
                 callback_on_step_end=in_turn(calls) if calls else None,
                 **options,
             )
-            done = keep_detail(image, panel, detail)
-            if stays is not None:
-                done = keep_part(done, panel, stays)
+            done = keep_detail(image.crop(inside), original, detail)
+            if masked is not None:
+                done = keep_part(done, original, masked)
             done.info = {**image.info, "light": text, **told}
             pictures.append(done)
     return pictures if isinstance(light, (list, tuple)) or isinstance(seed, (list, tuple)) else pictures[0]
@@ -131,24 +143,41 @@ def kept(mask: Image | str | Path, size: tuple[int, int], canvas: Any, fit: str)
 
     UsageError for a mask that is not of the reference's `size`, or leaves nothing to change.
     """
-    from PIL import Image as pillow
-
-    from diptych.data.images import open_image, to_rgb
-
-    opened = to_rgb(mask) if isinstance(mask, pillow.Image) else open_image(mask)
+    opened = _opened(mask)
     if opened.size != size:
         raise UsageError(
             f"the mask has {opened.width}×{opened.height} pixels and the reference {size[0]}×{size[1]}; "
             "they must be of one size"
         )
-    stays = 1 - np.asarray(_fitted(opened, canvas, fit).convert("L"), dtype=np.float32) / 255
+    stays = _stays(_fitted(opened, canvas, fit))
     if stays.min() == 1:
         raise UsageError("the mask is black everywhere; what may change is white")
     return stays
 
 
+def _opened(mask: Image | str | Path) -> Image:
+    from PIL import Image as pillow
+
+    from diptych.data.images import open_image, to_rgb
+
+    return to_rgb(mask) if isinstance(mask, pillow.Image) else open_image(mask)
+
+
+def _stays(mask: Image) -> np.ndarray:
+    return 1 - np.asarray(mask.convert("L"), dtype=np.float32) / 255
+
+
+def _part(image: Image, seen: Box, inside: Box) -> Image:
+    """The part of an image that the model sees, as large as it is there, and no smaller than on the panel."""
+    from PIL import Image as pillow
+
+    part, size = image.crop(seen), (inside[2] - inside[0], inside[3] - inside[1])
+    return part.resize(size, pillow.Resampling.LANCZOS) if part.width * part.height < size[0] * size[1] else part
+
+
 def keep_detail(drawn: Image, reference: Image, amount: float = 1.0) -> Image:
-    """The reference under the light of `drawn`: what is coarse of the one, what is fine of the other.
+    """The reference under the light of `drawn`: what is coarse of the one, what is fine of the other. Both show the
+    same part of a scene; the reference may be larger, and the result is as large as the reference.
 
     reference × gain, where gain is soft(drawn) / soft(reference) channel by channel, `soft` being a Gaussian blur of a
     tenth of the side; of brightness alone, a blur of a thirtieth, since shade and shadows are finer than tints. Laid
@@ -158,12 +187,27 @@ def keep_detail(drawn: Image, reference: Image, amount: float = 1.0) -> Image:
 
     if amount == 0:
         return drawn
-    new, old = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (drawn, reference))
+    size = reference.size
+    small = reference if size == drawn.size else reference.resize(drawn.size, pillow.Resampling.LANCZOS)
+    new, old = (np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in (drawn, small))
     bright, was = (pixels @ np.array(LUMA, np.float32)[:, None] for pixels in (new, old))
     tint, shade = (share * min(drawn.size) for share in (TINT, SHADE))
     gain = _gain(new, old, tint) * _gain(bright, was, shade) / _gain(bright, was, tint)
-    mixed = amount * np.clip((old + DARK) * gain - DARK, 0, 1) + (1 - amount) * new
-    return pillow.fromarray((mixed * 255).round().astype(np.uint8))
+    bands = []  # one after the other: a reference may have 64 megapixels
+    for band, whole in enumerate(reference.convert("RGB").split()):
+        lit = (np.asarray(whole, dtype=np.float32) / 255 + DARK) * _enlarged(gain[..., band], size) - DARK
+        mixed = amount * np.clip(lit, 0, 1) + (1 - amount) * _enlarged(new[..., band], size)
+        bands.append(pillow.fromarray((mixed * 255).round().clip(0, 255).astype(np.uint8)))
+    return pillow.merge("RGB", bands)
+
+
+def _enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Values (H, W) at another size (width, height)."""
+    from PIL import Image as pillow
+
+    if values.shape[::-1] == size:
+        return values
+    return np.asarray(pillow.fromarray(np.ascontiguousarray(values)).resize(size, pillow.Resampling.BICUBIC))
 
 
 def _gain(new: np.ndarray, old: np.ndarray, sigma: float) -> np.ndarray:
@@ -172,10 +216,12 @@ def _gain(new: np.ndarray, old: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def keep_part(drawn: Image, reference: Image, stays: np.ndarray) -> Image:
-    """The reference where `stays` (H, W) is 1, the drawn picture where it is 0, a mixture between."""
+    """The reference where `stays` (H, W) is 1, the drawn picture where it is 0, a mixture between, at the size of
+    the drawn picture."""
     from PIL import Image as pillow
 
     mask = pillow.fromarray((stays * 255).round().astype(np.uint8))
+    reference, mask = (image if image.size == drawn.size else image.resize(drawn.size) for image in (reference, mask))
     return pillow.composite(reference, drawn, mask)
 
 
@@ -211,6 +257,19 @@ def _hold(student: Student, panel: Image, stays: np.ndarray, canvas: Any, seed: 
     from diptych.student.hold import Hold
 
     return Hold(student.pipeline, panel, stays >= 0.5, canvas, seed)
+
+
+def placed(size: tuple[int, int], panel: tuple[int, int], fit: str) -> tuple[Box, Box]:
+    """The part of an image of `size` that a `panel` shows (`geometry.fit_image`), and where on the panel it is."""
+    if fit == "crop":
+        scale = max(panel[0] / size[0], panel[1] / size[1])
+        wide, high = (min(whole, round(side / scale)) for whole, side in zip(size, panel, strict=True))
+        left, top = (size[0] - wide) // 2, (size[1] - high) // 2
+        return (left, top, left + wide, top + high), (0, 0, *panel)
+    scale = min(panel[0] / size[0], panel[1] / size[1])
+    wide, high = (min(side, max(1, round(whole * scale))) for whole, side in zip(size, panel, strict=True))
+    left, top = (panel[0] - wide) // 2, (panel[1] - high) // 2
+    return (0, 0, *size), (left, top, left + wide, top + high)
 
 
 def _fitted(image: Image, canvas: Any, fit: str) -> Image:

@@ -15,7 +15,7 @@ from diptych import Student, cli, relight
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError
 from diptych.pocket import world
-from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.geometry import FITS, Canvas, fit_image, split_tokens
 from diptych.student.hold import Hold, held_latents
 
 LIGHT = "dim blue light from above"
@@ -134,6 +134,59 @@ def test_detail_takes_light_from_the_drawing_and_the_rest_from_the_reference(ren
     assert relight.keep_detail(blurred, render, 0) is blurred
     half = np.asarray(relight.keep_detail(blurred, render, 0.5), dtype=float)
     assert np.abs(half - (lit + np.asarray(blurred)) / 2).max() <= 1
+
+
+def test_the_whole_reference_is_relit_at_its_own_size(pocket: Student, render: Image.Image) -> None:
+    photo = Image.new("RGB", (300, 200), "gray")
+    photo.paste(render.resize((200, 200)), (50, 0))
+    lit = pocket.relight(photo, LIGHT, steps=3)
+    assert lit.size == photo.size
+    # Seen small, it is what the model made of the small photo; its fine detail is the photo's.
+    small = pocket.relight(photo.resize((64, 43), Image.Resampling.LANCZOS), LIGHT, steps=3)
+    assert small.size == (64, 43)
+    shrunk = np.asarray(lit.resize(small.size, Image.Resampling.LANCZOS), dtype=float)
+    assert np.abs(shrunk - np.asarray(small)).mean() < 3
+    blurred = Image.fromarray(relight.soft(np.asarray(photo, dtype=np.float32), 8).astype(np.uint8))
+    dull = pocket.relight(blurred, LIGHT, steps=3)
+    assert (
+        np.abs(np.diff(np.asarray(lit, dtype=float), axis=1)).mean()
+        > 2 * np.abs(np.diff(np.asarray(dull, dtype=float), axis=1)).mean()
+    )
+    mask = Image.new("L", photo.size, 255)
+    mask.paste(0, (0, 0, 150, 200))
+    kept = np.asarray(pocket.relight(photo, LIGHT, mask=mask, steps=3))
+    assert np.array_equal(kept[:, :150], np.asarray(photo)[:, :150])
+    assert not np.array_equal(kept[:, 150:], np.asarray(photo)[:, 150:])
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"fit": "crop"}, (200, 200)),
+        ({"fit": "pad"}, (300, 200)),
+        ({"detail": 0}, (64, 43)),
+        ({"detail": 0, "mask": Image.new("L", (300, 200), 200)}, (64, 43)),
+        ({"size": SIDE}, (SIDE, SIDE)),
+    ],
+)
+def test_size_fit_and_detail_decide_how_large_a_relit_picture_is(
+    pocket: Student, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    assert pocket.relight(Image.new("RGB", (300, 200), "teal"), LIGHT, steps=1, **options).size == size
+    assert pocket.relight(Image.new("RGB", (30, 20)), LIGHT, steps=1).size == (64, 43), "never smaller than drawn"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (7, 500), (64, 64), (30, 20)])
+@pytest.mark.parametrize("fit", FITS)
+def test_where_a_reference_lies_on_its_panel(size: tuple[int, int], fit: str) -> None:
+    ramp = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    ramp[..., 0] = np.linspace(0, 250, size[0])[None]
+    ramp[..., 1] = np.linspace(0, 250, size[1])[:, None]
+    image = Image.fromarray(ramp)
+    seen, inside = relight.placed(size, (64, 48), fit)
+    panel = np.asarray(fit_image(image, 48, 64, fit).crop(inside), dtype=float)
+    part = image.crop(seen).resize((inside[2] - inside[0], inside[3] - inside[1]), Image.Resampling.LANCZOS)
+    assert np.abs(panel - np.asarray(part)).mean() < 6
 
 
 def test_blurring_keeps_the_mean_and_a_flat_picture() -> None:
