@@ -30,6 +30,7 @@ OWN = Settings(
     text_guidance=1.5,
     null_panel="own",
     relight={"image_guidance": 2.0, "null_panel": "shared"},
+    sizes=((16, 16), (24, 16)),
 )
 PROMPT = "A Red CAT"  # a small model reads it lower-case
 

@@ -34,7 +34,7 @@ def test_without_a_word_in_the_recipe_a_student_is_sampled_as_its_family(
 ) -> None:
     out = trained(world, tmp_path / "out", {"suite": suite}, **LORA)
     student = Student.load(out, base=world.teacher, device="cpu")
-    assert student.pipeline.settings == Settings()
+    assert student.pipeline.settings == Settings(sizes=((SIDE, SIDE),))
     forwards, forward = [], student.pipeline.transformer.forward
 
     def count(*args: Any, **given: Any) -> Any:
@@ -50,7 +50,9 @@ def test_without_a_word_in_the_recipe_a_student_is_sampled_as_its_family(
 def test_what_the_recipe_says_travels_with_the_weights(world: Any, tmp_path: Path, mode: dict[str, Any]) -> None:
     said = {"suite": "none", "steps": 3, "text_guidance": 1.5, "null_panel": "own", "relighting": {"image_guidance": 2}}
     out = trained(world, tmp_path / "out", said, conditioning="channel", **mode)
-    wanted = Settings("channel", 3, text_guidance=1.5, null_panel="own", relight={"image_guidance": 2.0})
+    wanted = Settings(
+        "channel", 3, text_guidance=1.5, null_panel="own", relight={"image_guidance": 2.0}, sizes=((SIDE, SIDE),)
+    )
     weights = out / ("transformer" if mode["mode"] == "full" else "pytorch_lora_weights.safetensors")
     copy = (shutil.copytree if weights.is_dir() else shutil.copyfile)(weights, tmp_path / weights.name)
     for place in (out, copy):

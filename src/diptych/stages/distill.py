@@ -129,6 +129,9 @@ def prepare(
         report(progress, step, options.steps, f"{what} {done}/{total}")
 
     canvases = [place.canvas for place in places]
+    pipe.settings = replace(
+        pipe.settings, sizes=tuple((canvas.panel_height, canvas.panel_width) for canvas in canvases)
+    )
     encode = latents.canvas_encoder(pipe.encode_canvas, canvases[0].panels)
     vae = latents.vae_fingerprint(pipe)
     aligned = tasks.load(recipe.task).geometry == "aligned"

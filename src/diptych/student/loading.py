@@ -7,6 +7,7 @@ from the base. Everything is checked before the pipeline exists, so nothing is e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diptych.student.sources import Source, locate, lora_alone, open_source
 from diptych.student.tensors import open_safetensors
 from diptych.student.weights import build
 
+RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them alone
 Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
 
 
@@ -81,6 +83,8 @@ def load(
     pipe.ignored_adapters = source.folded.adapters
     pipe.loaded_from = (path, *([base_folder] if base_folder else []))
     pipe.loras = tuple(given)
+    if source.layout == "released" and pipe.settings.sizes is None:
+        pipe.settings = replace(pipe.settings, sizes=RELEASED_SIZES)
     for one, scale in loras:
         apply_lora(pipe, one, scale)
     if fuse:

@@ -1,5 +1,5 @@
 """What a student needs to be run right, registered in its transformer's config: how it takes its reference, how it is
-sampled by default, and which words it reads.
+sampled by default, at which sizes it was trained, and which words it reads.
 
     {"_class_name": "FluxTransformer2DModel", …, "_diptych": {"conditioning": "diptych", "steps": 16, …}}
 
@@ -44,6 +44,7 @@ class Settings:
     text_guidance: float = 1.0
     null_panel: str = NULL_PANELS[0]
     relight: Mapping[str, Any] = field(default_factory=dict)  # keys of `RELIGHTING`
+    sizes: tuple[tuple[int, int], ...] | None = None  # (height, width) of the panels it was trained on; None: not known
     words: tuple[str, ...] | None = None  # all words that a small model was taught, lower-case; None: no such limit
 
     @property
@@ -55,6 +56,10 @@ class Settings:
         """As plain JSON values, to be registered."""
         said = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: _plain(value) for name, value in said.items() if value is not None and value != {}}
+
+    def trained_at(self, height: int, width: int) -> bool:
+        """Whether panels of this size are among those that it was trained on; also true where that is not known."""
+        return self.sizes is None or (height, width) in self.sizes
 
     def read(self, text: str) -> str:
         """A prompt as the model reads it: one with a word list was taught lower-case words alone."""
@@ -119,7 +124,7 @@ def _of_place(place: Path, beside: Path | None) -> Settings | None:
 
 def _check_same(beside: Settings, registered: Settings, path: Path) -> None:
     other = [each.name for each in fields(Settings) if getattr(beside, each.name) != getattr(registered, each.name)]
-    if other := [name for name in other if name != "words"]:
+    if other := [name for name in other if name not in ("words", "sizes")]:
         name = other[0]
         raise UserError(
             f"{path} contradicts the transformer's config: {name} is {getattr(beside, name)!r} in the file and "
@@ -159,6 +164,8 @@ def _parse(said: Any) -> Settings:
         given["relight"] = dict(given["relight"])
     if "words" in given:
         given["words"] = tuple(given["words"])
+    if "sizes" in given:
+        given["sizes"] = tuple((height, width) for height, width in given["sizes"])
     return Settings(**given)
 
 
@@ -179,9 +186,28 @@ def _check_value(name: str, value: Any) -> None:
         raise ValueError(f"steps is a whole number from 1 to {MAX_STEPS}, not {value!r}")
     if name.endswith("guidance") and not ((whole or isinstance(value, float)) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} is a number of at least 0, not {value!r}")
+    if name == "sizes" and not _are_sizes(value):
+        raise ValueError(f"sizes is a list of [height, width] in pixels, not {value!r}")
     if name == "words" and not (isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)):
         raise ValueError("words is not a list of words")
 
 
+def _are_sizes(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(
+        isinstance(size, (list, tuple))
+        and len(size) == 2
+        and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
+        for size in value
+    )
+
+
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    return (
+        [_plain(each) for each in value]
+        if isinstance(value, tuple)
+        else dict(value)
+        if isinstance(value, Mapping)
+        else value
+    )
