@@ -15,6 +15,10 @@ __all__ = ["Student", "__version__"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "Student":
         from diptych.api import Student

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 from diptych.errors import UsageError, UserError
 from diptych.models import with_scale
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from diptych.story import Captions, Page, Panel
     from diptych.student.geometry import Canvas
     from diptych.student.loading import Loras
     from diptych.student.memory import Preset
@@ -41,7 +42,47 @@ if TYPE_CHECKING:
 log = logging.getLogger("diptych.api")
 HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
 _T = TypeVar("_T")
-SMALL = 256  # pixels: a model below it was trained at one size
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `Student.generate` that are the same for all images of a call."""
+
+    steps: int | None
+    guidance: float | None
+    image_guidance: float | None
+    text_guidance: float | None
+    null_panel: str | None
+    negative_prompt: str | None
+    size: int | tuple[int, int] | None
+    fit: str
+    background: str
+    batch_size: int
+    pairwise: bool
+    on_preview: Show | None
+    preview_every: int
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+class RelightOptions(TypedDict, total=False):
+    """The options of `Student.relight` that are the same for all images of a call."""
+
+    scene: str
+    task: str
+    mask: Image.Image | str | Path | None
+    detail: float
+    steps: int | None
+    guidance: float | None
+    image_guidance: float | None
+    text_guidance: float | None
+    null_panel: str | None
+    negative_prompt: str | None
+    size: int | tuple[int, int] | None
+    fit: str | None
+    background: str
+    on_preview: Show | None
+    preview_every: int
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
 
 
 class Student:
@@ -124,6 +165,21 @@ class Student:
             pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, str(model), sampling={"steps": quick.steps} if quick.steps else None)
 
+    @overload
+    def generate(
+        self, reference: Reference, prompt: str, *, seed: int = 0, **options: Unpack[GenerateOptions]
+    ) -> Image.Image: ...
+
+    @overload
+    def generate(
+        self,
+        reference: Reference | Sequence[Reference],
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Image.Image]: ...
+
     def generate(
         self,
         reference: Reference | Sequence[Reference],
@@ -145,7 +201,7 @@ class Student:
         preview_every: int = 1,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Any:
+    ) -> Image.Image | list[Image.Image]:
         """Draws the reference's subject as the prompt asks; one picture, or a list if any argument is a list.
 
         Lists multiply: every reference with every prompt with every seed, seeds running fastest. The same reference,
@@ -250,10 +306,11 @@ class Student:
         self, canvas: Canvas, negative_prompt: str | None, sampling: Mapping[str, float], referenced: bool
     ) -> list[str]:
         """What to know of a picture with these options, whatever its prompt."""
-        found, own = [], self.pipeline.default_panel_size
-        side = f"{canvas.panel_width}×{canvas.panel_height}"
-        if own < SMALL and (canvas.panel_width, canvas.panel_height) != (own, own):
-            found.append(f"the model was trained on {own}×{own} pixels, and at {side} its pictures fall apart")
+        found, settings = [], self.pipeline.settings
+        if not settings.trained_at(canvas.panel_height, canvas.panel_width):
+            trained = ", ".join(f"{width}×{height}" for height, width in settings.sizes or ())
+            size = f"{canvas.panel_width}×{canvas.panel_height}"
+            found.append(f"the model was trained at {trained} pixels; at {size} expect distorted or repeated shapes")
         acting = ("image_guidance", "text_guidance") if referenced else ("text_guidance",)
         if negative_prompt and all(sampling[name] <= 1 for name in acting):
             found.append("the negative prompt does nothing unless image or text guidance is above 1")
@@ -281,14 +338,104 @@ class Student:
                     found.append(cut)
         return found + self._remarks(self.canvas(size), negative_prompt, self.sampling | guidance, referenced)
 
-    def relight(self, reference: Image.Image | str | Path, light: str | Sequence[str], **options: Any) -> Any:
+    @overload
+    def relight(
+        self, reference: Image.Image | str | Path, light: str, *, seed: int = 0, **options: Unpack[RelightOptions]
+    ) -> Image.Image: ...
+
+    @overload
+    def relight(
+        self,
+        reference: Image.Image | str | Path,
+        light: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        **options: Unpack[RelightOptions],
+    ) -> list[Image.Image]: ...
+
+    def relight(
+        self,
+        reference: Image.Image | str | Path,
+        light: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        scene: str = "",
+        task: str = "relight",
+        mask: Image.Image | str | Path | None = None,
+        detail: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        text_guidance: float | None = None,
+        null_panel: str | None = None,
+        negative_prompt: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        fit: str | None = None,
+        background: str = "white",
+        on_preview: Show | None = None,
+        preview_every: int = 1,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+    ) -> Image.Image | list[Image.Image]:
         """The reference's scene under another light ("soft golden light from the left"), everything in its place.
 
-        One picture, or a list if `light` or `seed` is one; `mask` keeps parts. See `diptych.relight.relight`.
+        Returns one image, or a list if `light` or `seed` is a list. The arguments are those of `relight.relight` and,
+        from `steps` on, of `generate`. Raises UsageError for what does not fit together, UserError for an image that
+        cannot be read.
         """
         from diptych.relight import relight
 
-        return relight(self, reference, light, **options)
+        return relight(
+            self,
+            reference,
+            light,
+            seed=seed,
+            scene=scene,
+            task=task,
+            mask=mask,
+            detail=detail,
+            size=size,
+            fit=fit,
+            background=background,
+            callback_on_step_end=callback_on_step_end,
+            steps=steps,
+            guidance=guidance,
+            image_guidance=image_guidance,
+            text_guidance=text_guidance,
+            null_panel=null_panel,
+            negative_prompt=negative_prompt,
+            on_preview=on_preview,
+            preview_every=preview_every,
+        )
+
+    def story(
+        self,
+        reference: Reference,
+        panels: Sequence[Panel | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        title: str = "",
+        captions: Captions = "below",
+        font: str | Path | None = None,
+        on_panel: Callable[[int, int], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Page:
+        """A page of 4 to 10 panels that show the reference's character; see `diptych.story.story` for the arguments.
+
+        The page saves itself: `page.save("story.pdf")`. `options` are those of `generate`.
+        """
+        from diptych.story import story
+
+        return story(
+            self,
+            reference,
+            panels,
+            seed=seed,
+            title=title,
+            captions=captions,
+            font=font,
+            on_panel=on_panel,
+            **options,
+        )
 
     def opened(self, reference: Reference, background: str = "white") -> Image.Image | None:
         """A reference as the model is shown it, before it is fitted: upright RGB over `background`."""

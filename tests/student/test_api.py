@@ -276,3 +276,42 @@ def test_the_command_says_in_one_line_what_is_wrong_with_a_model(
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
     assert "DIPTYCH_DEBUG" not in lines[0], "a mistake that was foreseen"
+
+
+def test_sizes_that_the_model_was_not_trained_at_are_warned_about(student, pictures, caplog):
+    from dataclasses import replace
+
+    caplog.set_level(logging.WARNING)
+    student.pipeline.settings = replace(student.pipeline.settings, sizes=((16, 16), (16, 24)))
+    for size in (None, 16, (24, 16)):
+        student.generate(pictures[0], "a cat", size=size, steps=1)
+        assert student.warnings("a cat", size=size) == []
+    assert not [record for record in caplog.records if "trained at" in record.getMessage()]
+    for size in (24, (16, 24)):
+        student.generate(pictures[0], "a cat", size=size, steps=1)
+        (said,) = student.warnings("a cat", size=size)
+        assert "16×16, 24×16" in said and said in [record.getMessage() for record in caplog.records]
+    student.pipeline.settings = replace(student.pipeline.settings, sizes=None)
+    assert student.warnings("a cat", size=24) == [], "a model that does not say"
+
+
+@pytest.mark.parametrize(("size", "warned"), [(None, False), (64, False), (96, True), ((256, 176), True)])
+def test_the_pocket_student_says_that_it_was_trained_at_one_size(size, warned):
+    pocket = Student.load("pocket", device="cpu", progress_bar=False)
+    assert any("64×64" in line for line in pocket.warnings("a cat", size=size)) == warned
+
+
+def test_generate_relight_and_story_are_typed_and_listed(student, pictures):
+    import inspect
+    from importlib.resources import files
+
+    import diptych
+
+    assert "Student" in dir(diptych) and (files("diptych") / "py.typed").is_file()
+    wanted = {"steps", "guidance", "image_guidance", "text_guidance", "size", "seed"}
+    for method, more in ((Student.generate, {"prompt"}), (Student.relight, {"light", "mask", "scene", "detail"})):
+        signature = inspect.signature(method)
+        assert wanted | more <= set(signature.parameters)
+        assert signature.return_annotation == "Image.Image | list[Image.Image]"
+    page = student.story(pictures[0], ["a cat", "a dog", "a cat", "the moon"], seed=2, steps=1)
+    assert page.seeds == [2, 3, 4, 5] and len(page.panels) == 4

@@ -137,7 +137,7 @@ def encode_png(image: Image, provenance: dict[str, Any] | None = None) -> bytes:
     return encode(image, "PNG", provenance)
 
 
-def encode(image: Image, kind: str, provenance: dict[str, Any] | None = None) -> bytes:
+def encode(image: Image, kind: str, provenance: dict[Any, Any] | None = None) -> bytes:
     """An image as PNG, WEBP (lossless) or JPEG: the same bytes for the same picture and provenance.
 
     `provenance` is JSON with sorted keys: in a PNG the text chunk `diptych`, beside a line to read in `parameters`; in
@@ -199,7 +199,7 @@ def kind_of(path: str | Path) -> str:
     return KINDS[suffix]
 
 
-def save_image(image: Image, path: str | Path, provenance: dict[str, Any] | None = None) -> Path:
+def save_image(image: Image, path: str | Path, provenance: dict[Any, Any] | None = None) -> Path:
     """Writes a PNG, WebP or JPEG with its provenance, whole or not at all; makes the folder. UserError if it cannot."""
     path = Path(path)
     kind = kind_of(path)
