@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from diptych import plain
 from diptych.errors import UserError, nearest
+from diptych.serve.disk import FULL, FULL_STATUS, Unwritable
 from diptych.serve.fields import Field, of_route, of_schema, shown, words
 from diptych.serve.service import Busy
 
@@ -28,7 +29,8 @@ KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
-ANYWHERE = (400, 401, 403, 404, 405, 408, 413, 421, 429, 503)
+ANYWHERE = (400, 401, 403, 404, 405, 408, 413, 421, 429, 503, FULL_STATUS)
+RETRY = 10  # seconds until a request that could not be stored is sent again
 
 
 class Fault(BaseModel):
@@ -48,9 +50,7 @@ class Error(BaseModel):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of these statuses, and of those that every route can give."""
-    return {
-        status: {"model": Error} for status in sorted({*statuses, 400, 401, 403, 404, 405, 408, 413, 421, 429, 503})
-    }
+    return {status: {"model": Error} for status in sorted({*statuses, *ANYWHERE})}
 
 
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -111,6 +111,11 @@ def _fields(request: Request) -> list[Field]:
     return of_route(request.app.openapi(), getattr(route, "path_format", ""), request.method, media)
 
 
+def _unwritable(error: Unwritable) -> JSONResponse:
+    code = "insufficient_storage" if error.status == FULL_STATUS else "unavailable"
+    return answer(error.status, str(error), code=code, headers={"Retry-After": str(RETRY)})
+
+
 def install(app: FastAPI) -> None:
     """Makes an app answer all its errors this way."""
 
@@ -127,8 +132,16 @@ def install(app: FastAPI) -> None:
         if isinstance(error, Busy):
             code = "busy" if error.status == 429 else "unavailable"
             return answer(error.status, str(error), code=code, headers={"Retry-After": str(error.seconds)})
+        if isinstance(error, Unwritable):
+            return _unwritable(error)
         name, colon, _ = str(error).partition(":")
         return answer(400, str(error), name if colon and name.isidentifier() else None)
+
+    @app.exception_handler(OSError)
+    async def _(request: Request, error: OSError) -> JSONResponse:
+        if error.errno not in FULL:
+            raise error
+        return _unwritable(Unwritable("the disk of the server is full: the request could not be held", FULL_STATUS))
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:

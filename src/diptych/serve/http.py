@@ -105,9 +105,9 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", tags=["health"], responses=errors.documented())
     async def readyz() -> dict[str, str]:
-        """Whether the model is loaded and jobs are taken; 503 if not."""
-        if not service.ready:
-            return errors.answer(503, "stopping" if service.draining else "the model is being loaded")  # pyright: ignore
+        """Whether jobs are taken, stored and drawn; 503 with the reason if not."""
+        if (reason := service.unready()) is not None:
+            return errors.answer(503, reason)  # pyright: ignore
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=errors.documented())

@@ -28,6 +28,8 @@ from diptych.errors import UsageError, UserError
 from diptych.serve import asked as asking
 from diptych.serve.asked import Common, Relit
 from diptych.serve.board import Board
+from diptych.serve.clock import SETTLE, Clock
+from diptych.serve.disk import Unwritable
 from diptych.serve.metrics import Metrics
 from diptych.serve.rates import Rate
 from diptych.serve.runs import Runs
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from diptych.api import Student
 
 FILE = "jobs.sqlite"
+WATCH = 1.0  # seconds between looks after the workers and the store
 DECODERS = 2  # references decoded at once: each may be a hundred megabytes for a moment
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # of references; Pillow knows some fifty more
 log = logging.getLogger("diptych.serve")
@@ -58,7 +61,11 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.store = Store(settings.folder / FILE)
+        self.clock = Clock(min(SETTLE, 3600 * settings.keep_hours))
+        self.store = Store(settings.folder / FILE, self.clock)
+        waiting, failed = self.store.recover()
+        if waiting or failed:
+            log.warning("%d pictures of an earlier start wait; %d jobs were given up", waiting, failed)
         self.board = Board()
         self.metrics = Metrics(self.store.waiting)
         self.signer = Signer(self.store.secret("addresses", secrets.token_bytes(32)))
@@ -71,6 +78,8 @@ class Service:
         self.draining = False
         self.left = 0  # pictures that waited when it stopped
         self.decoding = threading.Semaphore(DECODERS)
+        self._watch = threading.Thread(target=self._look_after, name="diptych-watch", daemon=True)
+        self._ended = threading.Event()
         self._accepting = threading.Lock()
         self._swept = 0.0
 
@@ -85,17 +94,16 @@ class Service:
     # ---- life
 
     def start(self) -> None:
-        """Takes up what a server before this one left, and lets the workers load their models."""
-        waiting, failed = self.store.recover()
-        if waiting or failed:
-            log.warning("%d pictures of an earlier start wait; %d jobs were given up", waiting, failed)
+        """Lets the workers load their models, and draw what a server before this one left."""
         for worker in self.workers:
             worker.work.set()
             worker.start()
+        self._watch.start()
 
     def drain(self) -> None:
         """Takes no new jobs, and lets each worker end with the batch it has."""
         self.draining = True
+        self._ended.set()
         for worker in self.workers:
             worker.stop()
         self.board.ring_all()
@@ -113,10 +121,41 @@ class Service:
             self.left = self.store.waiting()
             self.store.close()
 
+    def _look_after(self) -> None:
+        """Starts workers that died again, tries a store that could not be written, and lets old results expire."""
+        while not self._ended.wait(WATCH):
+            try:
+                for worker in self.workers:
+                    if worker.died:
+                        log.error("a worker died; it is started again")
+                        worker.start()
+                self.sweep()
+                if self.store.disk.trouble() is not None:
+                    self.store.probe()
+            except Unwritable:
+                pass  # `/readyz` says so, and the next look tries again
+            except Exception:
+                log.exception("the server could not look after its workers; it tries again")
+
     @property
     def ready(self) -> bool:
-        """Whether every worker has its model and jobs are taken."""
-        return not self.draining and all(worker.ready for worker in self.workers)
+        """Whether jobs are taken, can be stored, and are drawn by every worker."""
+        return self.unready() is None
+
+    def unready(self) -> str | None:
+        """Why the server is not ready, None if it is."""
+        if self.draining:
+            return "stopping"
+        if (trouble := self.store.disk.trouble()) is not None:
+            return str(trouble)
+        for worker in self.workers:
+            if worker.died:
+                return "a worker died; it is started again"
+            if worker.student is None:
+                return "the model is being loaded"
+            if not worker.ready:
+                return worker.trouble or "a worker is being started"
+        return None
 
     @property
     def failure(self) -> UserError | None:
@@ -151,10 +190,13 @@ class Service:
         return id
 
     def limit(self, owner: str) -> None:
-        """Counts a request that makes work against its key. Busy if that is over its rate."""
+        """Counts a request that makes work against its key. Busy if that is over its rate, Unwritable while nothing can
+        be stored."""
         if seconds := self.rate.take(owner):
             self.metrics.refused.labels("rate").inc()
             raise Busy("this key asks too often", seconds)
+        if (trouble := self.store.disk.trouble()) is not None:
+            raise trouble
 
     def submit(
         self, owner: str, asked: Common, reference: str | None = None, mask: str | None = None
@@ -192,7 +234,6 @@ class Service:
             return self._same(there, request)
         if self.draining:
             raise Busy("the server is stopping", 5, 503)
-        self.sweep()
         with self._accepting:
             waiting = self.store.waiting()
             if waiting + len(texts) > self.settings.limits.queue:
@@ -251,9 +292,9 @@ class Service:
 
     def sweep(self) -> None:
         """Forgets what is older than the server keeps, at most once a minute."""
-        if time.monotonic() - self._swept > 60:
+        if time.monotonic() - self._swept > 60 and self.clock.settled():
             self._swept = time.monotonic()
-            self.store.forget(time.time() - 3600 * self.settings.keep_hours)
+            self.store.forget(self.clock.now() - 3600 * self.settings.keep_hours)
 
     # ---- answering
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,12 @@ from typing import Any
 
 from diptych.errors import UserError
 from diptych.paths import private_file
+from diptych.serve.clock import Clock
+from diptych.serve.disk import ROOM, Disk
 
 VERSION = 1
 TRIES = 3  # of a picture whose server was killed while it was drawn
+VACUUMED = 10_000  # pages given back to the disk at once
 OPEN = ("queued", "running")
 _TABLES = """
 CREATE TABLE jobs (
@@ -78,22 +80,25 @@ class Task:
 
 
 class Store:
-    """The file, made if need be. Any thread may call; a method that writes has committed when it returns."""
+    """The file, made if need be. Any thread may call; a method that writes has committed when it returns, or raised
+    Unwritable and changed nothing."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+        self.path, self.clock, self.disk = path, clock or Clock(), Disk(path)
         self._lock = threading.RLock()
         try:
             private_file(path)
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
             self._prepare()
+            self.disk.opened()
         except (sqlite3.Error, OSError) as error:
             raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
 
     def _prepare(self) -> None:
         # Another server on the same file would take this one's pictures for those of a killed one.
         self._connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        self._connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=NORMAL")
         self._connection.execute("PRAGMA foreign_keys=ON")
@@ -107,14 +112,27 @@ class Store:
                 raise UserError(f"{self.path} is of another version of diptych; choose another --data")
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
+    def _writing(self, size: int = 0) -> Iterator[sqlite3.Connection]:
+        """A transaction that stores about `size` bytes."""
+        with self._lock:
+            if (obstacle := self.disk.obstacle(size)) is not None:
+                raise obstacle
+            try:
+                with self._connection:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    yield self._connection
+            except sqlite3.OperationalError as error:
+                raise self.disk.failed(error) from error
 
     def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:
             return self._connection.execute(query, values).fetchall()
+
+    def probe(self) -> None:
+        """Writes something that means nothing. Unwritable if that is not possible."""
+        with self._writing() as connection:
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        self.disk.worked()
 
     def close(self) -> None:
         """Closes the file."""
@@ -130,7 +148,7 @@ class Store:
         with self._writing() as connection:
             job = connection.execute(
                 "INSERT INTO jobs (id, owner, created, status, request) VALUES (?, ?, ?, 'queued', ?)",
-                (id, owner, time.time(), json.dumps(request)),
+                (id, owner, self.clock.now(), json.dumps(request)),
             ).lastrowid
             connection.executemany(
                 "INSERT INTO pictures (id, job, place, seed, settings, status) VALUES (?, ?, ?, ?, ?, 'queued')",
@@ -139,10 +157,10 @@ class Store:
 
     def put_reference(self, owner: str, id: str, data: bytes, size: tuple[int, int]) -> None:
         """Keeps a reference; the same picture of the same owner has the same id, and is then only younger again."""
-        with self._writing() as connection:
+        with self._writing(len(data)) as connection:
             connection.execute(
                 "INSERT INTO refs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET created = excluded.created",
-                (id, owner, time.time(), *size, data),
+                (id, owner, self.clock.now(), *size, data),
             )
 
     def reference(self, owner: str, id: str) -> bytes | None:
@@ -224,7 +242,7 @@ class Store:
 
     def finish(self, picture: str, kind: str, data: bytes, made_by: dict[str, Any]) -> bool:
         """A picture is drawn. False, and nothing kept, if its job was cancelled meanwhile."""
-        with self._writing() as connection:
+        with self._writing(len(data)) as connection:
             done = connection.execute(
                 "UPDATE pictures SET status = 'done', kind = ?, data = ?, made_by = ? WHERE id = ? "
                 "AND status = 'running'",
@@ -237,7 +255,9 @@ class Store:
                 "SELECT COUNT(*) FROM pictures WHERE job = ? AND status != 'done'", (job,)
             ).fetchone()[0]
             if not left:
-                connection.execute("UPDATE jobs SET status = 'done', finished = ? WHERE number = ?", (time.time(), job))
+                connection.execute(
+                    "UPDATE jobs SET status = 'done', finished = ? WHERE number = ?", (self.clock.now(), job)
+                )
             return True
 
     def fail(self, job: int, reason: str) -> None:
@@ -262,11 +282,10 @@ class Store:
         rows = self._rows(f"SELECT id FROM pictures WHERE id IN ({marks}) AND status != 'running'", *pictures)
         return {row["id"] for row in rows}
 
-    @staticmethod
-    def _end(connection: sqlite3.Connection, job: int, status: str, reason: str) -> None:
+    def _end(self, connection: sqlite3.Connection, job: int, status: str, reason: str) -> None:
         connection.execute(
             "UPDATE jobs SET status = ?, error = ?, finished = ? WHERE number = ? AND finished IS NULL",
-            (status, reason, time.time(), job),
+            (status, reason, self.clock.now(), job),
         )
         connection.execute(
             "UPDATE pictures SET status = ? WHERE job = ? AND status IN ('queued', 'running')", (status, job)
@@ -282,27 +301,34 @@ class Store:
                 [(picture,) for picture in pictures],
             )
 
-    def recover(self) -> tuple[int, int]:
-        """After a kill: what was running waits again; (pictures that wait, jobs failed as tried too often)."""
+    def recover(self, pictures: Sequence[str] | None = None) -> tuple[int, int]:
+        """After a kill, or for some `pictures` after a worker died: what was running waits again; (pictures that wait,
+        jobs failed as tried too often)."""
+        some = "" if pictures is None else f" AND id IN ({', '.join('?' * len(pictures))})"
         with self._writing() as connection:
             rows = connection.execute(
-                "SELECT DISTINCT job FROM pictures WHERE status = 'running' AND tries >= ?", (TRIES,)
+                f"SELECT DISTINCT job FROM pictures WHERE status = 'running' AND tries >= ?{some}",
+                (TRIES, *(pictures or ())),
             ).fetchall()
             reason = f"the server stopped {TRIES} times while this was drawn; ask for less at once"
             for row in rows:
                 self._end(connection, row["job"], "failed", reason)
-            connection.execute("UPDATE pictures SET status = 'queued' WHERE status = 'running'")
+            connection.execute(
+                f"UPDATE pictures SET status = 'queued' WHERE status = 'running'{some}", tuple(pictures or ())
+            )
         return self.waiting(), len(rows)
 
     def forget(self, before: float) -> None:
-        """Drops jobs that ended, and references last given, before a time; references of open jobs stay."""
-        with self._writing() as connection:
+        """Drops jobs that ended, and references last given, before a time; references of open jobs stay. Also
+        on a full disk, which it may help."""
+        with self._writing(-ROOM) as connection:
             connection.execute("DELETE FROM jobs WHERE finished < ?", (before,))
             connection.execute(
                 "DELETE FROM refs WHERE created < ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE finished IS NULL AND "
                 "refs.id IN (json_extract(request, '$.reference'), json_extract(request, '$.mask')))",
                 (before,),
             )
+            connection.execute(f"PRAGMA incremental_vacuum({VACUUMED})").fetchall()
 
     def secret(self, name: str, new: bytes) -> bytes:
         """A secret of this server: the one kept under a name, or `new`, which is then kept."""

@@ -1,8 +1,10 @@
-"""A worker: one thread with one student on one device, which draws what the store has waiting.
+"""A worker: one student on one device and a thread that draws what the store has waiting.
 
 What it takes together has equal settings, and each picture its own reference, prompt and seed; `Student.generate` gives
 every one the noise of its seed, so a picture is the one `diptych generate` draws. A batch that fails is tried again one
-by one, so that one bad request costs one job.
+by one, so that one bad request costs one job. An error outside of drawing, such as a full disk, ends nothing: the
+worker tries again, and `trouble` says why it does not draw. What a thread had in hand when it died is taken up by the
+next one.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.data.images import encode, encode_png
 from diptych.errors import UserError
 from diptych.serve.board import Board
+from diptych.serve.disk import Unwritable
 from diptych.serve.metrics import Metrics
 from diptych.serve.store import Store, Task
 from diptych.sign import source_type
@@ -30,10 +33,14 @@ log = logging.getLogger("diptych.serve")
 KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 LINGER = 0.005  # seconds that a picture waits for others to be drawn with
 PREVIEWS = 8  # at most, of one picture
+THREAD = "diptych-worker"  # its thread's name
+RETRY = 1.0  # seconds until a worker tries again
+Result = TypeVar("Result")
 
 
-class Worker(threading.Thread):
-    """`load` opens the student; `ready` says that it is open, `failure` why it could not be."""
+class Worker:
+    """`load` opens the student; `ready` says that it draws, `failure` why the student could not be opened, `trouble`
+    why nothing is drawn for the moment."""
 
     def __init__(
         self,
@@ -44,19 +51,41 @@ class Worker(threading.Thread):
         batch: int,
         watermark: str | None,
     ) -> None:
-        super().__init__(name="diptych-worker", daemon=True)
         self.load, self.store, self.board, self.metrics = load, store, board, metrics
         self.batch, self.watermark = batch, watermark
         self.student: Student | None = None
         self.failure: UserError | None = None
+        self.trouble: str | None = None
         self.seconds = 5.0  # of a batch, a running mean; a guess until one was drawn
         self.work = threading.Event()  # set when there may be something to draw
+        self._thread: threading.Thread | None = None
+        self._hand: list[str] = []  # pictures that were taken from the store
         self._halt = threading.Event()
         self._abandon = threading.Event()
 
+    def start(self) -> None:
+        """Starts the thread, or another one where the first has died."""
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the thread to end."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    @property
+    def died(self) -> bool:
+        """Whether the thread has ended and should not have."""
+        ended = self._thread is not None and not self._thread.is_alive()
+        return ended and self.failure is None and not self._halt.is_set()
+
     @property
     def ready(self) -> bool:
-        return self.student is not None
+        return self.student is not None and self.trouble is None and self.is_alive()
 
     def stop(self) -> None:
         """Takes nothing more; the batch in hand is drawn to its end."""
@@ -68,9 +97,11 @@ class Worker(threading.Thread):
         self._abandon.set()
         self.stop()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
-            self.student = self.load()
+            if self.student is None:
+                self.student = self.load()
+                self._own_speed = self._speed = self.student.pipeline.speed
         except UserError as error:
             self.failure = error
             return
@@ -78,23 +109,60 @@ class Worker(threading.Thread):
             log.exception("the model could not be loaded")
             self.failure = UserError(f"the model could not be loaded ({type(error).__name__}: {error})")
             return
-        self._own_speed = self._speed = self.student.pipeline.speed
         while not self._halt.is_set():
-            self.work.wait(1.0)
-            self.work.clear()
-            if self.batch > 1 and self.store.waiting() < self.batch:
-                time.sleep(LINGER)
-            while not self._halt.is_set() and (tasks := self.store.take(self.batch)):
-                # What is relit is drawn one by one: each has a mask and a detail of its own.
-                for together in [tasks] if tasks[0].request["kind"] != "relight" else [[task] for task in tasks]:
-                    self._draw(together)
+            try:
+                self._turn()
+            except Unwritable as error:
+                self._wait(str(error))
+            except Exception as error:
+                log.exception("a worker was interrupted; it tries again")
+                self._wait(f"a worker was interrupted by an error ({type(error).__name__})")
+
+    def _wait(self, trouble: str) -> bool:
+        """Waits before the next try; True if the worker is to stop instead."""
+        if self.trouble != trouble:
+            log.error("nothing is drawn: %s", trouble)
+        self.trouble = trouble
+        return self._halt.wait(RETRY)
+
+    def _turn(self) -> None:
+        """Draws what waits, until there is no more."""
+        if self._hand:
+            self.store.recover(self._hand)
+            self._hand = []
+        self.work.wait(1.0)
+        self.work.clear()
+        if self.batch > 1 and self.store.waiting() < self.batch:
+            time.sleep(LINGER)
+        while not self._halt.is_set():
+            tasks = self.store.take(self.batch)
+            self.trouble = None
+            if not tasks:
+                return
+            self._hand = [task.picture for task in tasks]
+            # What is relit is drawn one by one: each has a mask and a detail of its own.
+            for together in [tasks] if tasks[0].request["kind"] != "relight" else [[task] for task in tasks]:
+                self._draw(together)
+            self._hand = []
+
+    def _stored(self, write: Callable[[], Result]) -> Result:
+        """What the store says to `write`, as soon as it can be written to, so that nothing is drawn twice."""
+        while True:
+            try:
+                written = write()
+            except Unwritable as error:
+                if self._wait(str(error)):
+                    raise
+            else:
+                self.trouble = None
+                return written
 
     def _draw(self, tasks: Sequence[Task]) -> None:
         started = time.monotonic()
         try:
             images = self._generate(tasks)
         except _Stopped:
-            self.store.requeue([task.picture for task in tasks])
+            self._stored(lambda: self.store.requeue([task.picture for task in tasks]))
             return
         except UserError as error:
             if len(tasks) > 1:
@@ -183,7 +251,7 @@ class Worker(threading.Thread):
         except UserError as error:
             self._fail(task, str(error))
             return
-        if self.store.finish(task.picture, kind, data, made_by):
+        if self._stored(lambda: self.store.finish(task.picture, kind, data, made_by)):
             self.metrics.pictures.inc()
         job = self.store.job(task.owner, task.job_id)
         if job is not None and job["status"] == "done":
@@ -193,7 +261,7 @@ class Worker(threading.Thread):
             self.board.tell(task.job)
 
     def _fail(self, task: Task, reason: str) -> None:
-        self.store.fail(task.job, reason)
+        self._stored(lambda: self.store.fail(task.job, reason))
         self.metrics.jobs.labels("failed").inc()
         self.board.end(task.job)
 
