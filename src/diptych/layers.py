@@ -14,6 +14,7 @@ from typing import Any
 
 from diptych.documents import parse_json
 from diptych.errors import UserError
+from diptych.paths import refuse_special
 
 MOST = 1000  # layers that are built without a look at the weights; no model has so many
 LONGEST_HEAD = 100 * 2**20  # bytes, as safetensors itself has it
@@ -40,6 +41,7 @@ def check(config: Any, where: str, tensors: int = 0) -> None:
 
 @lru_cache(maxsize=64)
 def _check_file(path: Path, stamp: int) -> None:
+    refuse_special(path)
     try:
         config = parse_json(path.read_text("utf8"))
     except (OSError, ValueError):
@@ -66,7 +68,7 @@ def _tensors(folder: Path) -> int:
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         try:
-            with path.open("rb") as stream:
+            with refuse_special(path).open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 if size <= LONGEST_HEAD:
                     names |= json.loads(stream.read(size)).keys()

@@ -18,7 +18,7 @@ from typing import Any
 from diptych import layers
 from diptych.documents import parse_json, parse_yaml
 from diptych.errors import UsageError, UserError, nearest
-from diptych.paths import packaged
+from diptych.paths import packaged, refuse_special
 from diptych.text_files import read_text
 
 ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
@@ -60,6 +60,7 @@ def resolve(name: str, role: str) -> Path:
         return folder
     path = Path(name).expanduser()
     if name and path.exists():
+        refuse_special(path)
         if role == "student" and run_of(path) == path:
             run, path = path, path / "student"
             if not holds_student(path):
@@ -195,7 +196,7 @@ def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
     front = None
     if folder is not None:
         try:
-            text = read_text(folder / "README.md")
+            text = read_text(refuse_special(folder / "README.md"))
             front = parse_yaml(text.split("---")[1], "README.md") if text.startswith("---") else None
         except (ValueError, IndexError):
             front = None
@@ -210,7 +211,7 @@ def _is_flux_dev(name: str, path: Path) -> bool:
         return True
     for config in (path / "transformer" / "config.json", path / "config.json"):
         try:
-            values = parse_json(config.read_text("utf8"))
+            values = parse_json(refuse_special(config).read_text("utf8"))
         except (OSError, ValueError):
             continue
         # What sets dev apart from schnell (Apache-2.0) is the guidance embedding; 24 heads, from small test models.
@@ -236,7 +237,7 @@ def fingerprint(path: str | Path, training: bool = False) -> str:
         if not training:
             found = [p for p in found if p.relative_to(path).parts[0] != TRAINING]
     else:
-        found = [path]
+        found = [refuse_special(path)]
     stats = [p.stat() for p in found]
     key = tuple((str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(found, stats, strict=True))
     if key not in _fingerprints:
@@ -288,7 +289,8 @@ def files(folder: Path) -> dict[str, str]:
 def weights(path: Path) -> frozenset[str]:
     """sha256 of each weights file of a model, wherever it lies and whatever it is called: two models that share one are
     the same model. The fingerprint where there is none."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    inner = path.rglob("*") if path.is_dir() else [refuse_special(path)]
+    files = sorted(p for p in inner if p.is_file() and (p == path or p.suffix in (".safetensors", ".bin")))
     hashes = set()
     for file in files:
         with file.open("rb") as stream:

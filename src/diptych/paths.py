@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
+from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, cast
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from upath import UPath
+
+# The hub's cache keeps each file once, under its hash, and its folders of models link to it.
+_BLOB = re.compile(r".*/(models|datasets)--[^/]+/blobs/[0-9a-f]{40,64}")
 
 
 def packaged(name: str) -> Path:
@@ -66,9 +72,76 @@ def make_private(folder: Path) -> None:
 
 def private_file(path: Path) -> None:
     """Makes an empty file that only its owner may read, in a private folder; takes others' permissions off a file of
-    ours that is there."""
+    ours that is there. UserError for a link, whose target would be changed instead."""
     make_private(path.parent)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    found = path.stat()
-    if os.name == "posix" and found.st_mode & 0o077 and found.st_uid == os.getuid():
-        path.chmod(0o600)
+    refuse_link(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        found = os.fstat(descriptor)
+        if os.name == "posix" and found.st_mode & 0o077 and found.st_uid == os.getuid():
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+# Names that other people wrote ---------------------------------------------------------------------------------------
+
+
+def plain_name(name: object) -> str:
+    """A relative path that a file or a request names, with `/` between its parts, if it stays inside any folder that it
+    is joined to. UserError for an absolute path, `..`, a drive, a backslash, a control character, or no text at all."""
+    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(name)[:80])
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
+        raise UserError(f"'{shown}' is not a file name")
+    windows = PureWindowsPath(name)
+    if windows.anchor or ".." in windows.parts:
+        raise UserError(f"'{shown}' lies outside of the folder that names it; only files inside it are read or written")
+    return name
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The file or folder `name` of `folder`, where either of them comes from somebody else; it need not exist.
+
+    UserError for a name that is not a `plain_name`, for a link that leads out of the folder (but for those that the
+    hub's cache has), and for a device, a FIFO or a socket, which would block or never end.
+    """
+    path = folder / plain_name(name)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None  # nothing there, or a link to nothing, which a writer would follow
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: not a regular file but a device, a FIFO or a socket; remove it")
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(folder)) and not _BLOB.fullmatch(target.as_posix()):
+        raise UserError(
+            f"{path}: a link to {target}, which lies outside of {folder}; replace it with the file or folder itself"
+        )
+    return path
+
+
+def files_inside(folder: Path, pattern: str = "**/*") -> Iterator[Path]:
+    """The files in a folder from somebody else, sorted. UserError for the first entry that `inside` refuses."""
+    for path in sorted(folder.glob(pattern)):
+        if inside(folder, path.relative_to(folder).as_posix()).is_file():
+            yield path
+
+
+def refuse_special(path: Path) -> Path:
+    """The path itself. UserError if it is a device, a FIFO or a socket: reading it would block or never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: neither a regular file nor a folder but a device, a FIFO or a socket")
+    return path
+
+
+def refuse_link(path: Path) -> Path:
+    """The path itself, to be written in place. UserError if it is a link, a device, a FIFO or a socket."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: a link or a special file, which is not written to; replace it with a regular file")
+    return path

@@ -17,13 +17,14 @@ from pathlib import Path
 from diptych import models, trace
 from diptych.data.interop import card, exporting
 from diptych.data.seal import text_hash
-from diptych.data.store import MANIFEST, Dataset
+from diptych.data.store import MANIFEST, Dataset, part_name
 from diptych.documents import parse_yaml
 from diptych.errors import UsageError, UserError
+from diptych.paths import files_inside, inside
 from diptych.text_files import read_text
 
 CARD = "README.md"
-SUMMARY = f"{models.TRAINING}/summary.json"
+SUMMARY = trace.SUMMARY
 # Two pushes of one name must not be read as one data set or one model.
 _READ_TOGETHER = (".parquet", ".tar", ".safetensors")
 _LEGAL = "\n## Licence\n\n"
@@ -88,20 +89,20 @@ def material(source: str | Path, licence: str = "") -> Material:
 def _student(path: Path, licence: str) -> Material:
     edited = trace.changed(path) == [CARD]  # people write better cards than a training does
     _verified(path, but_the_card=edited)
-    summary = trace.read_json(path / SUMMARY)
+    summary = trace.read_json(path, SUMMARY)
     if not summary or not summary.get("files"):
         raise UserError(
             f"{path}: no hashes of its files in {SUMMARY}, so nothing says what it was trained on; "
             "push the student as `diptych distill` wrote it"
         )
-    files: dict[str, Path | bytes] = {name: path / name for name in summary["files"]}
+    files: dict[str, Path | bytes] = {name: inside(path, name) for name in summary["files"]}
     stated = _read_card(path)
     text = _licensed(stated, licence, path)
-    files[SUMMARY] = path / SUMMARY
+    files[SUMMARY] = inside(path, SUMMARY)
     changed = {name: text.encode() for name in (CARD,) if edited or text != stated}
     for name in summary["files"]:
         # Students of earlier versions name folders of the machine that trained them.
-        if name.endswith(".json") and (clean := models.without_places(data := (path / name).read_bytes())) != data:
+        if name.endswith(".json") and (clean := models.without_places(data := inside(path, name).read_bytes())) != data:
             changed[name] = clean
     if changed:
         files |= changed
@@ -118,22 +119,25 @@ def _student(path: Path, licence: str) -> Material:
 
 
 def _rows(path: Path, licence: str) -> Material:
-    manifest = trace.read_json(path / MANIFEST)
-    if manifest is None:
-        raise UserError(f"{path / MANIFEST} is damaged; run again what made {path}")
+    manifest = trace.read_json(path, MANIFEST)
+    try:
+        names = [part_name(part["name"]) for part in (manifest or {})["parts"]]
+    except (KeyError, TypeError, UserError) as error:
+        why = f" ({error})" if isinstance(error, UserError) else ""
+        raise UserError(f"{path / MANIFEST} is damaged{why}; run again what made {path}") from None
     _verified(path)
     text = _read_card(path) if (path / CARD).is_file() else card.of_rows(Dataset(path))
     text = _licensed(text, licence, path)
-    files: dict[str, Path | bytes] = {str(part["name"]): path / str(part["name"]) for part in manifest["parts"]}
-    return Material("dataset", {**files, MANIFEST: path / MANIFEST, CARD: text.encode()}, text)
+    files: dict[str, Path | bytes] = {name: inside(path, name) for name in (*names, MANIFEST)}
+    return Material("dataset", {**files, CARD: text.encode()}, text)
 
 
 def _export(path: Path, licence: str) -> Material:
     exporting.check(path)
     text = _licensed(_read_card(path), licence, path)
-    names = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and not p.is_symlink()]
+    names = {p.relative_to(path): p for p in files_inside(path) if not p.is_symlink()}
     files: dict[str, Path | bytes] = {
-        name.as_posix(): path / name for name in names if not any(part.startswith(".") for part in name.parts)
+        name.as_posix(): p for name, p in names.items() if not any(part.startswith(".") for part in name.parts)
     }
     return Material("dataset", {**files, CARD: text.encode()}, text)
 
@@ -152,7 +156,7 @@ def _verified(path: Path, but_the_card: bool = False) -> None:
 
 def _read_card(path: Path) -> str:
     try:
-        return read_text(path / CARD)
+        return read_text(inside(path, CARD))
     except UsageError:
         raise
     except UserError:

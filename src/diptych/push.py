@@ -20,6 +20,7 @@ from typing import Any
 
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.paths import inside
 from diptych.publishable import Material, material, ordered, stale
 
 HUB_NAME = re.compile(r"(?:hf://(?P<kind>datasets/)?)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)")
@@ -94,7 +95,7 @@ def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> li
         stale([p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()], made)
         sent = []
         for name in ordered(made.files):
-            held, place = made.files[name], out / name
+            held, place = made.files[name], inside(out, name)
             if place.is_file() and place.stat().st_size == made.size(name) and _sha(place) == _sha(held):
                 continue
             if report:

@@ -21,7 +21,7 @@ from diptych.data.places import answers, bring, desk
 from diptych.data.share import link_all, share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError
-from diptych.paths import place, private_file
+from diptych.paths import inside, is_remote, place, private_file
 from diptych.sections import Recipe
 from diptych.train.options import Options, identity
 
@@ -48,7 +48,7 @@ class Source:
             raise UsageError(f"--from {run}: not a run's folder; there is no recipe.yaml in it")
         if desk(folder).resolve() == desk(out).resolve():
             raise UsageError(f"--from {run}: that is the folder to write as well; name another --out")
-        return cls(folder, recipes.load(folder / "recipe.yaml"))
+        return cls(folder, recipes.load(folder / "recipe.yaml" if is_remote(folder) else inside(folder, "recipe.yaml")))
 
     def refuse_unlike(self, fingerprint: str, recipe: Recipe) -> None:
         """UsageError if the prompts, on which all else rests, were made otherwise than this recipe makes them: then
@@ -107,10 +107,10 @@ class Source:
         here.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
             if (there / name).exists():
-                write_atomic(here / name, (there / name).read_bytes())
+                write_atomic(here / name, inside(there, name).read_bytes())
         for pattern in LINKED:
             link_all(there, here, pattern)
-        return f"the training up to {(there / 'latest').read_text('utf8').strip()}"
+        return f"the training up to {inside(there, 'latest').read_text('utf8').strip()}"
 
     def _trains_alike(self, recipe: Recipe, out: Path) -> bool:
         """Whether what the earlier run has trained is what this recipe trains first."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,17 @@ from diptych import manifest, models
 from diptych.data.embedded import holds_manifest
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import text_hash
-from diptych.data.store import MANIFEST, Dataset
+from diptych.data.store import MANIFEST, Dataset, part_name
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
+from diptych.paths import inside, refuse_special
 from diptych.sections import OWN
 
 ORDER = ("pairs", "candidates", "grids", "prompts")
+SUMMARY = f"{models.TRAINING}/summary.json"
 MODELS = (("teacher", "teacher"), ("judge", "curator"))
+CONFIGS = ("model_index.json", "config.json", "origin.json")
+WEIGHTS = (".safetensors", ".sft", ".gguf")
 UP = 6  # folders above a file that are looked at
 MARKS = {"ok": "✓", "differs": "✗", "missing": "?", "unrecorded": "–"}
 
@@ -56,7 +62,7 @@ def trace(file: str | Path, places: Sequence[str | Path] = (), trust: Sequence[s
     certificates (PEM): a picture then must have a C2PA manifest whose signer leads to one of them. UsageError for what
     is no picture of diptych's and no weights; UserError for a picture that cannot be decoded.
     """
-    path = Path(file)
+    path = refuse_special(Path(file))
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if absent := [str(place) for place in places if not Path(place).is_dir()]:
@@ -207,10 +213,9 @@ def _manifest(path: Path, told: dict[str, Any], trust: str | None) -> list[Link]
 def _drawn_by(name: str, print_: str | None, here: _Places, told: dict[str, Any]) -> Link:
     """The student that a picture names: by its fingerprint, else the one of that name, which then differs."""
     known = here.students()
-    if name in models.BUILT_IN:
-        known.insert(0, models.resolve(name, "student"))
-    elif Path(name).exists():
-        known.insert(0, Path(name))
+    with suppress(UserError):  # what is under that name now is no model
+        if (named := _model_here(name, "student")) is not None:
+            known.insert(0, named)
     if print_ is None:
         match = next((p for p in known if _named(p, name)), None)
         if match is None:
@@ -237,8 +242,11 @@ def _base(print_: str, drawer: str, student: Link, version: str | None) -> Link:
     folder = Path(student.where)
     names = [drawer] if drawer in models.BUILT_IN else [str((_origin(folder, folder) or {}).get("teacher", ""))]
     for name in names:
-        if name in models.BUILT_IN or (name and Path(name).expanduser().exists()):
-            path = models.resolve(name, "teacher")
+        try:
+            path = _model_here(name, "teacher")
+        except UserError as error:
+            return Link("base", name, "differs", str(error))
+        if path is not None:
             if print_ in (models.fingerprint(path), models.fingerprint(path, training=True)):
                 return Link("base", name, "ok", "")
             if version == _version():
@@ -248,7 +256,7 @@ def _base(print_: str, drawer: str, student: Link, version: str | None) -> Link:
 
 def _recorded(path: Path) -> str | None:
     """The fingerprint that a student had when its training ended."""
-    return (read_json(path / models.TRAINING / "summary.json") or {}).get("fingerprint")
+    return (read_json(path, SUMMARY) or {}).get("fingerprint")
 
 
 def _named(path: Path, name: str) -> bool:
@@ -266,7 +274,7 @@ def _version() -> str:
 
 def changed(path: Path) -> list[str]:
     """The files of a student that are not those its training wrote."""
-    files = (read_json(path / models.TRAINING / "summary.json") or {}).get("files")
+    files = (read_json(path, SUMMARY) or {}).get("files")
     if not isinstance(files, dict):
         return []
     now = models.files(path)
@@ -278,10 +286,10 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
     if folder.name == "transformer" and not (folder / "origin.json").is_file():
         folder = folder.parent
     link = Link("student", str(folder), "ok" if matched else "unrecorded", "the one that drew it" if matched else "")
-    summary = folder / models.TRAINING / "summary.json"
-    stored = read_json(summary) if summary.is_file() else {}
+    summary = folder / SUMMARY
+    stored = read_json(folder, SUMMARY) if summary.exists() else {}
     if stored is None:
-        link.links.append(Link("training", str(summary), "differs", "it is not valid JSON"))
+        link.links.append(Link("training", str(summary), "differs", "it is not valid JSON in a regular file"))
         stored = {}
     sealed = "sha256" in stored or "files" in stored  # what lists files was always sealed: else its seal is gone
     if sealed and stored.get("sha256") != text_hash({k: v for k, v in stored.items() if k != "sha256"}):
@@ -308,7 +316,7 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
         link.links.append(Link("run", where, "missing", f"{steps} steps; not found; give --in the folder of its run"))
         return link
     training = Link("run", where, "ok", f"{steps} steps")
-    training.links.append(_recipe(run / "recipe.yaml", origin.get("recipe_sha256")))
+    training.links.append(_recipe(run, origin.get("recipe_sha256")))
     data = made_by.get("distill", {}).get("data") or []
     others = [str(each["path"]) for each in data if each["path"] != OWN]
     if len(others) == len(data) and data:
@@ -326,8 +334,8 @@ def _student(path: Path, here: _Places, pairs: str | None = None, matched: bool 
 def _origin(path: Path, folder: Path) -> dict[str, Any] | None:
     """What a student says it was made from: in `origin.json`, or in the header of a control-LoRA's file."""
     if (folder / "origin.json").is_file():
-        return read_json(folder / "origin.json")
-    file = path if path.is_file() else next(iter(sorted(folder.glob("*.safetensors"))), None)
+        return read_json(folder, "origin.json")
+    file = path if path.is_file() else next((p for p in sorted(folder.glob("*.safetensors")) if p.is_file()), None)
     if file is None:
         return None
     from diptych.student.tensors import open_safetensors
@@ -345,9 +353,9 @@ def _run_of(folder: Path, origin: dict[str, Any], here: _Places) -> Path | None:
         return folder.parent
     for run in here.runs:
         data = Dataset(run / "pairs")
-        if _sha(run / "pairs" / MANIFEST) == origin.get("pairs_manifest", "-"):
+        if _sha(run / "pairs", MANIFEST) == origin.get("pairs_manifest", "-"):
             return run
-        if _sha(run / "recipe.yaml") == origin.get("recipe_sha256", "-"):
+        if _sha(run, "recipe.yaml") == origin.get("recipe_sha256", "-"):
             return run
         try:
             if data.is_complete() and data.fingerprint() == origin.get("pairs"):
@@ -360,8 +368,8 @@ def _run_of(folder: Path, origin: dict[str, Any], here: _Places) -> Path | None:
 # Data sets -----------------------------------------------------------------------------------------------------------
 
 
-def _recipe(path: Path, sha256: str | None) -> Link:
-    found = _sha(path)
+def _recipe(run: Path, sha256: str | None) -> Link:
+    path, found = run / "recipe.yaml", _sha(run, "recipe.yaml")
     if found is None:
         return Link("recipe", str(path), "missing", "not there")
     if sha256 is None:
@@ -379,21 +387,22 @@ def _rows(run: Path, name: str, manifest_sha256: str | None, print_: str | None 
     data = Dataset(folder)
     link = Link(name, str(folder), "ok", "")
     wrong = []
-    if manifest_sha256 is not None and _sha(path) != manifest_sha256:
+    if manifest_sha256 is not None and _sha(folder, MANIFEST) != manifest_sha256:
         wrong.append(f"{MANIFEST} is not the one named by what was made from it")
     try:
         manifest = data.manifest
         assert manifest is not None
-        parts = [(str(part["name"]), str(part["sha256"])) for part in manifest["parts"]]
+        parts = [(part_name(part["name"]), str(part["sha256"])) for part in manifest["parts"]]
         link.says = f"{manifest['rows']} rows, {len(parts)} parts"
         inputs = dict(manifest.get("inputs", {}))
     except (UserError, KeyError, TypeError, ValueError):
         link.status, link.says = "differs", f"{MANIFEST} is damaged"
         inputs, parts, manifest = {}, [], {}
     for part, sha in parts:
-        found = _sha(folder / part)
+        found = _sha(folder, part)
         if found != sha:
-            wrong.append(f"{part} is missing" if found is None else f"{part} is not the file its manifest names")
+            absent = "missing" if not os.path.lexists(folder / part) else "not a regular file of the data set's folder"
+            wrong.append(f"{part} is {absent if found is None else 'not the file its manifest names'}")
     said = hashlib.sha256(json.dumps([sha for _, sha in parts]).encode()).hexdigest()
     if manifest_sha256 is None and print_ is not None and print_ != said:
         wrong.append("not the pairs that the student was trained on")
@@ -413,24 +422,52 @@ def _rows(run: Path, name: str, manifest_sha256: str | None, print_: str | None 
 def _model(kind: str, role: str, manifest: dict[str, Any]) -> Link:
     """The teacher or the judge that made rows, if it is on this machine; nothing is downloaded."""
     name, wanted = str(manifest.get(kind, "")), str(manifest[f"{kind}_sha256"])
-    if name not in models.BUILT_IN and not Path(name).expanduser().exists():
-        return Link(kind, name, "missing", f"{wanted[:12]}… is not on this machine under that name")
-    path = models.resolve(name, role)
-    same = wanted in (models.fingerprint(path), models.fingerprint(path, training=True))
+    try:
+        path = _model_here(name, role)
+        if path is None:
+            return Link(kind, name, "missing", f"{wanted[:12]}… is not on this machine under that name")
+        same = wanted in (models.fingerprint(path), models.fingerprint(path, training=True))
+    except (UserError, OSError) as error:
+        return Link(kind, name, "differs", str(error))
     return Link(kind, name, "ok" if same else "differs", "" if same else f"{path} is not {wanted[:12]}… any more")
 
 
-def _sha(path: Path) -> str | None:
+def _model_here(name: str, role: str) -> Path | None:
+    """The model that a file names, if this machine has it under that name; nothing is downloaded.
+
+    UserError for a path that holds no model: hashing a device, or a whole disk, would not end.
+    """
+    if name in models.BUILT_IN:
+        return models.resolve(name, role)
     try:
-        with path.open("rb") as stream:
+        path = Path(name).expanduser()
+        if not name or not path.exists():
+            return None
+    except (OSError, ValueError, RuntimeError):  # a name that cannot be a path, or a home that is not there
+        return None
+    if path.is_dir():
+        held = [path, *(path / inner for inner in ("transformer", "student"))]
+        files = [each for one in held if one.is_dir() for each in one.iterdir()]
+    else:
+        files = [refuse_special(path)]
+    if not any(each.name in CONFIGS or each.suffix in WEIGHTS for each in files):
+        raise UserError(f"{path} holds no model")
+    return models.resolve(name, role)
+
+
+def _sha(folder: Path, name: str) -> str | None:
+    """sha256 of a file in a folder; None if there is no such regular file inside it."""
+    try:
+        with inside(folder, name).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:
+    except (OSError, UserError):
         return None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of a folder; None if there is no such regular file inside it, or no object in it."""
     try:
-        found = parse_json(path.read_text("utf8"))
-    except (OSError, ValueError):
+        found = parse_json(inside(folder, name).read_text("utf8"))
+    except (OSError, ValueError, UserError):
         return None
     return found if isinstance(found, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diptych.data.store import Dataset
 from diptych.serve.settings import Settings
 from serve.running import TOKENS, Running
 
+SECRET = "a file of this machine"
 BEARER = {"Authorization": f"Bearer {TOKENS['ana']}"}
 
 
@@ -59,3 +61,36 @@ def test_nothing_else_of_the_machine_is_shown(ana: httpx.Client, tmp_path: Path)
         answer = ana.get(f"/v1/runs/{path}")
         assert answer.status_code in (400, 404) and "error" in answer.json(), path
     assert ana.get("/v1/runs/first/report", headers={"Authorization": "Bearer nobody-knows-this"}).status_code == 401
+
+
+def test_links_in_a_run_show_no_other_file(ana: httpx.Client, tmp_path: Path) -> None:
+    """A run may come from somebody else. What it links to is neither shown nor written to, by any of its addresses."""
+    run = tmp_path / "first"
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("secret.html", "elsewhere/report.html", "elsewhere/step-000010.png", "elsewhere/recipe.yaml"):
+        (tmp_path / name).write_text(SECRET)
+    pair = next(iter(Dataset(run / "candidates")))["id"]
+    for place, to, path in (
+        ("report/report.html", "secret.html", "report"),
+        ("report", "elsewhere", "report"),
+        ("student/training/samples/step-000010.png", "secret.html", "sheets/0"),
+        ("student/training/samples", "elsewhere", "sheets/0"),
+        ("student", "elsewhere", "sheets/0"),
+        ("candidates/part-00000.parquet", "secret.html", f"pairs/{pair}/target"),
+        ("candidates", "elsewhere", f"pairs/{pair}/target"),
+        ("recipe.yaml", "elsewhere/recipe.yaml", "report"),
+    ):
+        kept = tmp_path / "kept"
+        (run / place).rename(kept)
+        (run / place).symlink_to(tmp_path / to)
+        answer = ana.get(f"/v1/runs/first/{path}")
+        assert answer.status_code in (400, 404) and "error" in answer.json(), place
+        assert SECRET not in answer.text and str(tmp_path) not in answer.text
+        (run / place).unlink()
+        kept.rename(run / place)
+        assert ana.get(f"/v1/runs/first/{path}").status_code == 200
+    os.mkfifo(tmp_path / "fifo")
+    for place, path in (("report/report.html", "report"), ("student/training/samples/step-000010.png", "sheets/0")):
+        (run / place).unlink()
+        os.link(tmp_path / "fifo", run / place)
+        assert ana.get(f"/v1/runs/first/{path}", timeout=5).status_code in (400, 404)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
+from diptych.paths import refuse_link
 from diptych.text_files import decode, read_text
 
 LABELS = ("same", "different", "unsure")
@@ -30,6 +31,7 @@ class Labels:
         self.path, self.choices = Path(path), choices
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_link(self.path)
             self._mend()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error

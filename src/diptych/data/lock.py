@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diptych.data.places import desk
 from diptych.errors import UserError
+from diptych.paths import refuse_link
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def lock(place: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
     try:
-        stream = (folder / ".lock").open("a+")
+        stream = refuse_link(folder / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
     with stream:

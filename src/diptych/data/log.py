@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.documents import parse_json
-from diptych.paths import is_remote, place
+from diptych.paths import is_remote, place, refuse_link
 
 LOG = "log.jsonl"
 
@@ -25,7 +25,7 @@ def append(run_dir: str | Path, event: str, **values: Any) -> None:
         before = path.read_bytes() if path.exists() else b""
         path.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
         return
-    with path.open("ab+") as stream:
+    with refuse_link(path).open("ab+") as stream:
         # A process killed in mid-line leaves no newline: begin a new line, so that only that line is lost.
         if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
             stream.write(b"\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
-from diptych.paths import is_remote, place
+from diptych.paths import inside, is_remote, place
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -48,7 +48,7 @@ def bring(run: str | Path | UPath, name: str) -> Path:
     source, target = place(run) / name, desk(run) / name
     for file in source.rglob("*") if source.is_dir() else []:
         if file.is_file():
-            own = target / str(file.relative_to(source))
+            own = inside(target, str(file.relative_to(source)))
             if not own.is_file() or own.stat().st_size != file.stat().st_size:
                 own.parent.mkdir(parents=True, exist_ok=True)
                 _copy(file, "get_file", _inside(file), str(own))

@@ -14,6 +14,7 @@ from diptych import tasks
 from diptych.data import decisions, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
+from diptych.paths import inside
 from diptych.sections import Recipe
 
 BATCH = 8192  # rows
@@ -26,7 +27,7 @@ def open_run(run_dir: str | Path) -> tuple[Path, Recipe, tasks.Task]:
         raise UsageError(f"{folder}: no such folder; name a run's folder, for instance runs/first")
     if not (folder / "recipe.yaml").is_file():
         raise UsageError(f"{folder} is not a run's folder: there is no recipe.yaml in it")
-    recipe = recipes.load(folder / "recipe.yaml")
+    recipe = recipes.load(inside(folder, "recipe.yaml"))
     return folder, recipe, tasks.load(recipe.task)
 
 

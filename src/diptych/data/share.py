@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UserError
-from diptych.paths import is_remote
+from diptych.paths import files_inside, inside, is_remote
 
 
 def share(source: str | Path, target: str | Path, fingerprint: str | None = None) -> int:
@@ -37,7 +37,7 @@ def share(source: str | Path, target: str | Path, fingerprint: str | None = None
         if is_remote(one.url) or is_remote(other.url):
             other.put_file(name, one.read_file(name))
         else:
-            link(Path(one.url) / name, Path(other.url) / name)
+            link(inside(Path(one.url), name), Path(other.url) / name)
     return len(shards)
 
 
@@ -48,7 +48,8 @@ def link(path: Path, goal: Path) -> None:
         return
     goal.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(path, goal)
+        # A name in the hub's cache is a link, and relative: the file behind it is taken.
+        os.link(os.path.realpath(path), goal)
     except OSError:
         # Another disk, or a file system without links. The name is one of a killed writer, see store.is_temporary.
         copy = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
@@ -63,6 +64,5 @@ def link(path: Path, goal: Path) -> None:
 
 def link_all(source: Path, target: Path, pattern: str) -> None:
     """`link` for every file below `source` whose path in it matches `pattern` (`Path.glob`)."""
-    for path in source.glob(pattern) if source.resolve() != target.resolve() else ():
-        if path.is_file():
-            link(path, target / path.relative_to(source))
+    for path in files_inside(source, pattern) if source.resolve() != target.resolve() else ():
+        link(path, inside(target, path.relative_to(source).as_posix()))

@@ -21,6 +21,7 @@ from diptych.data.pairs import check_types, find_columns, named, pair
 from diptych.data.splits import ALL, TRAIN, choose
 from diptych.data.store import MANIFEST, Dataset, reading
 from diptych.errors import UsageError, UserError
+from diptych.paths import inside, refuse_special
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -79,11 +80,15 @@ class Parquet:
         self._system, root = _filesystem(url)
         is_folder = self._system.isdir(root)
         self.files = sorted(self._system.glob(f"{root}/**/*.parquet")) if is_folder else [root]
+        if "://" not in url and not is_folder:
+            refuse_special(Path(url))
+        for name in self.files if "://" not in url and is_folder else ():
+            inside(Path(root), Path(name).relative_to(root).as_posix())
         if not self.files or not self._system.exists(self.files[0]):
             raise UserError(f"{url} holds no parquet files")
         if is_folder:  # a file is named, and with it its split
-            inside = {name[len(root) :]: name for name in self.files}
-            self.files = [inside[name] for name in choose(list(inside), split, url)]
+            held = {name[len(root) :]: name for name in self.files}
+            self.files = [held[name] for name in choose(list(held), split, url)]
         self._places: list[tuple[int, int, int, int]] = []  # file, row group, first row in it, rows
         self._digest = hashlib.sha256(repr((READER, sorted((columns or {}).items()))).encode())
         self.columns: dict[str, str] = {}  # ours → theirs

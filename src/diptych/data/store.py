@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.paths import is_remote
+from diptych.paths import inside, is_remote, plain_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -271,6 +271,13 @@ def encode(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str =
     return out.getvalue()
 
 
+def part_name(name: Any) -> str:
+    """The name of a part as a manifest has it. UserError for any other name: it would be a path to somewhere else."""
+    if not isinstance(name, str) or not _PART.fullmatch(name):
+        raise UserError(f"{str(name)[:80]!r} is not the name of a part, such as part-00000.parquet")
+    return name
+
+
 def _short(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
@@ -285,23 +292,23 @@ class _Local:
         return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
 
     def source(self, name: str) -> Any:
-        return str(self.folder / name)
+        return str(inside(self.folder, name))
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        return inside(self.folder, name).read_bytes()
 
     def state(self, name: str) -> Any:
         """What changes when a file is written again. FileNotFoundError if it is not there."""
-        stat = (self.folder / name).stat()
+        stat = inside(self.folder, name).stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def sha256(self, name: str) -> str:
-        with (self.folder / name).open("rb") as stream:
+        with inside(self.folder, name).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def put(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / name, data)
+        write_atomic(self.folder / plain_name(name), data)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink()

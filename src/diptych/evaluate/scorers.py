@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from diptych.data.images import open_image
 from diptych.data.store import Dataset
 from diptych.evaluate import metrics
+from diptych.paths import refuse_link
 
 SCORING = 1  # raised when equal pictures would get other values
 BATCH = 32  # pictures, at least, that are looked at together
@@ -67,6 +68,7 @@ class ScoreFile:
     def _begin(self) -> None:
         """A new file, or the old one without what a kill left of a last line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(self.path)
         lines = _whole_lines(self.path)
         if not lines or lines[0] != {"fingerprint": self.fingerprint}:
             self.path.write_bytes(json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")

@@ -18,11 +18,13 @@ from diptych.data import decisions, records
 from diptych.data.scan import row
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.paths import inside
 from diptych.train import metrics
 
 SMALL = ("id", "subject", "caption", "similarity", "copy_distance", "seam", "kept", "reason")
 SIDES = {"reference": "conditioning", "target": "image"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SAMPLES = "student/training/samples"
 REMEMBERED = 4  # runs
 
 
@@ -45,7 +47,15 @@ class Runs:
             raise UsageError("run: choose one first")
         if name not in self.names():
             raise UsageError(f"run: there is no '{name[:64]}' here")
-        return self.folder / name
+        run = self.folder / name
+        # Whoever made the run may have put links in it, to show or to change other files of this machine.
+        for path in run.iterdir():
+            _inside(run, path.name)
+        return run
+
+    def at(self, name: str, place: str) -> Path:
+        """A file or folder of a run, whether it is there or not. UserError for one that a link puts elsewhere."""
+        return _inside(self.of(name), place)
 
     # ---- pairs
 
@@ -77,7 +87,7 @@ class Runs:
             raise UsageError(f"pair: there is no '{id[:64]}' in this run")
         where = table.slice(at, 1).to_pylist()[0]
         column = SIDES[side]
-        data = Dataset(self.of(name) / "candidates")
+        data = Dataset(self.at(name, "candidates"))
         return row(data, where["shard"], where["number"], column)[column]["bytes"] or b""
 
     def decide(self, name: str, id: str, verdict: str, who: str) -> None:
@@ -89,8 +99,8 @@ class Runs:
 
     def _table(self, name: str) -> pa.Table:
         """The candidates' small columns, with the shard and number of each row; read once until a part changes."""
-        folder = self.of(name) / "candidates"
-        parts = sorted(folder.glob("part-*.parquet"))
+        folder = self.at(name, "candidates")
+        parts = [_inside(folder, path.name) for path in sorted(folder.glob("part-*.parquet"))]
         key = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
         with self._lock:
             known = self._tables.get(name)
@@ -126,14 +136,25 @@ class Runs:
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         """(step, loss) of the student's training so far."""
-        lines = metrics.read(self.of(name) / "student" / "training" / "metrics.jsonl")
+        lines = metrics.read(self.at(name, "student/training/metrics.jsonl"))
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
     def sheets(self, name: str) -> list[Path]:
         """The training's sample sheets, oldest first."""
-        return sorted((self.of(name) / "student" / "training" / "samples").glob("step-*.png"))
+        folder = self.at(name, SAMPLES)
+        return [_inside(folder, path.name) for path in sorted(folder.glob("step-*.png"))]
 
     def report(self, name: str) -> Path | None:
         """The run's report, if it is written."""
-        path = self.of(name) / "report" / "report.html"
+        path = self.at(name, "report/report.html")
         return path if path.is_file() else None
+
+
+def _inside(folder: Path, place: str) -> Path:
+    """`paths.inside`, whose error names files of this machine, which is no business of those who only see the run."""
+    try:
+        return inside(folder, place)
+    except UserError:
+        raise UserError(
+            f"{place}: a link or a special file, which is not shown; whoever keeps the runs here can replace it"
+        ) from None

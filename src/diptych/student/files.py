@@ -19,6 +19,7 @@ import torch
 
 from diptych.documents import parse_json
 from diptych.errors import UserError
+from diptych.paths import files_inside, plain_name
 from diptych.student import weights
 from diptych.student.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.student.weights import INPUT_LAYERS, BiasSplit, Folded
@@ -81,7 +82,7 @@ def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
         raise UserError(f"{index} does not say which file holds which tensor; fetch it again")
     state: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
-        state.update(open_safetensors(folder / name)[0])
+        state.update(open_safetensors(folder / plain_name(name))[0])
     if absent := sorted(places.keys() - state.keys()):
         raise UserError(f"the shards of {index} lack {weights.some(absent)}; fetch them again")
     return state
@@ -89,7 +90,10 @@ def open_state(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Stored]:
 
 def copy_plain(source: Path, target: Path, name: str) -> None:
     """Copies a model's folder; the weights of a variant get their plain names, so that it opens without `variant=`."""
-    shutil.copytree(source, target)
+    for path in files_inside(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
     if variant := variant_of(source, name):
         for spelled, plain in zip(variant_names(name, variant), (name, f"{name}.index.json"), strict=True):
             if (target / spelled).is_file():

@@ -23,6 +23,7 @@ import torch
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
+from diptych.paths import inside
 
 LATEST, BEST, MANIFEST, STATE = "latest", "best", "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -112,10 +113,10 @@ def read(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(inside(path, MANIFEST).read_bytes())
         tensors, state = {}, {}
         for name, wanted in manifest["sha256"].items():
-            with (path / name).open("rb") as stream:
+            with inside(path, name).open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != wanted:
                 raise UserError(f"{path / name} is damaged (its hash is not the one in {MANIFEST})")
@@ -137,8 +138,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def pointer(folder: Path, name: str) -> str | None:
     """What `latest` or `best` names, None if there is no such file or it names nothing that is there."""
     try:
-        target = (folder / name).read_text("utf8").strip()
-    except (OSError, UnicodeDecodeError):
+        target = inside(folder, name).read_text("utf8").strip()
+    except (OSError, ValueError):
         return None
     return target if _NAME.fullmatch(target) and (folder / target).is_dir() else None
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
+from diptych.paths import refuse_special
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text("utf8", errors="replace").splitlines():
+    for text in refuse_special(path).read_text("utf8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -12,6 +12,7 @@ from typing import Any
 from diptych.data.interop.folders import Rows, folder_of, twins, write_twins
 from diptych.data.interop.rows import Format, Options, told
 from diptych.errors import UsageError
+from diptych.paths import inside
 
 # What people call the two folders.
 FOLDERS = {
@@ -33,7 +34,7 @@ def read(place: str, options: Options) -> Rows:
                 f"{root}: which folder holds the {what} pictures? Say it with --column {side}=FOLDER; "
                 f"known are: {', '.join(names)}"
             )
-        found[side] = folder
+        found[side] = inside(root, folder.relative_to(root).as_posix())
     return twins(root, found["conditioning"], found["image"], options)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diptych import paths
 from diptych.data.formats import pictures_in
 from diptych.data.images import MAX_BYTES
 from diptych.data.interop.rows import Entry, Options, extension
@@ -63,9 +64,7 @@ def inside(root: Path, name: Any) -> Path:
     """The file that a row names, relative to the data set's folder. UserError if it is outside of it or not there."""
     if not isinstance(name, str) or not name:
         raise UserError(f"a file name is expected, not {json.dumps(name, default=str)[:60]}")
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise UserError(f"{name} lies outside of the data set's folder; a row may name only what is in it")
+    path = paths.inside(root, name)
     if not path.is_file():
         raise UserError(f"{name} is missing")
     return path
@@ -156,7 +155,7 @@ def put_small(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.write_bytes(data)
+        paths.refuse_link(path).write_bytes(data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -164,7 +163,7 @@ def put_small(path: Path, data: bytes) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file; UserError if it is none."""
     try:
-        return parse_json(read_text(path))
+        return parse_json(read_text(paths.inside(path.parent, path.name)))
     except UserError:
         raise
     except ValueError as error:

@@ -12,6 +12,7 @@ from diptych.data.interop.rows import Format, Options, columns_of
 from diptych.data.pairs import find_columns, named
 from diptych.documents import parse_json
 from diptych.errors import UserError
+from diptych.paths import inside
 from diptych.text_files import read_lines
 
 LIST = "metadata.jsonl"
@@ -23,10 +24,10 @@ def read(place: str, options: Options) -> Rows:
     root = folder_of(place)
     path = root / LIST
     if not path.is_file():
-        inside = sorted(each.parent.name for each in root.glob(f"*/{LIST}"))
-        choice = f"; name the split to read, one of the folders in it: {', '.join(inside)}" if inside else ""
+        splits = sorted(each.parent.name for each in root.glob(f"*/{LIST}"))
+        choice = f"; name the split to read, one of the folders in it: {', '.join(splits)}" if splits else ""
         raise UserError(f"{root} holds no {LIST}{choice}")
-    listed = [(n, line) for n, line in enumerate(read_lines(path), 1) if line.strip()]
+    listed = [(n, line) for n, line in enumerate(read_lines(inside(root, LIST)), 1) if line.strip()]
     first = _columns(listed[0][1]) if listed else {}
     names = find_columns(list(first), options.columns, str(path))
 

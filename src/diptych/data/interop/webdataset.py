@@ -22,6 +22,7 @@ from diptych.data.pairs import SIDES, find_columns, named
 from diptych.data.splits import choose
 from diptych.documents import parse_json
 from diptych.errors import UserError
+from diptych.paths import inside, refuse_special
 
 _TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
 _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")
@@ -34,8 +35,8 @@ class Reader:
         path = Path(place).expanduser()
         if not path.exists():
             raise UserError(f"{place}: there is no such file or folder")
-        inside = sorted(p for p in path.iterdir() if p.name.endswith(_ENDINGS)) if path.is_dir() else []
-        self.files = inside if path.is_dir() else [path]
+        held = sorted(p.name for p in path.iterdir() if p.name.endswith(_ENDINGS)) if path.is_dir() else []
+        self.files = [inside(path, name) for name in held] if path.is_dir() else [refuse_special(path)]
         if not self.files:
             raise UserError(f"{place} holds no tar files ({', '.join(_ENDINGS)})")
         if path.is_dir():
