@@ -300,7 +300,11 @@ class Student:
         unknown = [word for word in self.unknown_words(text) if word not in self._said]
         if unknown:
             self._said.update(unknown)
-            log.warning("the model does not know %s; the picture will not show it", ", ".join(map(repr, unknown)))
+            log.warning(
+                "the model does not know %s; the picture will not show it",
+                ", ".join(map(repr, unknown)),
+                extra={"quotes": True},
+            )
 
     def _remarks(
         self, canvas: Canvas, negative_prompt: str | None, sampling: Mapping[str, float], referenced: bool

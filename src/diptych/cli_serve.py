@@ -26,6 +26,15 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option("--name", metavar="HOST", help="A name it is reached by. Repeatable.")
     ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-proxy",
+            metavar="ADDRESS",
+            help="Address or network of a proxy in front of the server. Its X-Forwarded-For and X-Forwarded-Proto are "
+            "believed, and nobody else's. Repeatable.",
+        ),
+    ] = None,
     token_file: Annotated[
         str | None,
         typer.Option("--token-file", metavar="FILE", help="One token a line; also $DIPTYCH_SERVE_TOKENS."),
@@ -72,7 +81,7 @@ def serve(
     """Serve a student: an HTTP API in OpenAI's format, and a web app, on one port.
 
     Jobs are kept in --data: killed and started again, it draws what it had accepted. Ctrl-C ends it after the batch in
-    hand. Nobody but this machine is let in unless there are tokens.
+    hand, and a second one at once. Nobody but this machine is let in unless there are tokens.
     """
     for option, value in (("host", host), ("data", data), ("runs", runs), ("token-file", token_file)):
         if value == "":
@@ -102,6 +111,7 @@ def serve(
         host=host,
         port=port,
         names=tuple(name or ()),
+        proxies=tuple(trusted_proxy or ()),
         tokens=known,
         runs=_runs(runs, bool(known)),
         batch=batch,

@@ -13,6 +13,8 @@ from diptych.errors import UsageError
 
 DEEPEST = 64  # levels of lists and sections inside one another
 MOST = 100_000  # values that a document with aliases may stand for
+VALUES = 1000  # values in the JSON of a request
+MARKS = 50_000  # brackets, commas and colons in it, those inside texts included
 _DEEP = f"nested more than {DEEPEST} levels deep"
 
 
@@ -22,6 +24,42 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_request(body: bytes) -> Any:
+    """A JSON document that a stranger sent. ValueError if it is broken, nested too deeply or of more values than
+    any request needs, UsageError if a key is there twice. How much is built is bounded before anything is."""
+    if sum(body.count(mark) for mark in (b"[", b"{", b",", b":")) > MARKS:
+        raise ValueError(f"it has far more than the {VALUES:,} values that are allowed")
+    try:
+        found = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level, count, depth = [found], 0, 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > VALUES:
+            raise ValueError(f"it has more than the {VALUES:,} values that are allowed")
+        if depth > DEEPEST:
+            raise ValueError(_DEEP)
+        inside = [
+            list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))
+        ]
+        level = [value for values in inside for value in values]
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise UsageError(f"{json.dumps(twice[:60])}: this key is there twice")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def parse_yaml(text: str, where: str) -> Any:

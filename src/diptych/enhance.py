@@ -158,7 +158,7 @@ def ask(client: Client, prompt: str, reference: str | Path | Image | None, lengt
     words = user(_shown(reference), quoted(prompt, "prompt"))
     outcome = client.ask(Question((system(BRIEF), words), Enhanced))
     if outcome.answer is None:
-        log.warning("the prompt is used as it is: %s", outcome.reason)
+        log.warning("the prompt is used as it is: %s", outcome.reason, extra={"quotes": True})
         return prompt
     return merge(prompt, outcome.answer["caption"], outcome.answer["prompt"], length)
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from diptych.documents import parse_request
 from diptych.errors import UsageError
 from diptych.serve.asked import Common
 
@@ -60,11 +61,15 @@ async def read(request: Request, model: type[Wanted], files: Mapping[str, bool])
 
 
 async def read_json(request: Request, model: type[Wanted]) -> Wanted:
-    """What a JSON body asks for. UsageError if it is not JSON, pydantic's ValidationError if it is wrong."""
+    """What a JSON body asks for. UsageError if it is not such JSON as is taken, pydantic's ValidationError if it is
+    wrong."""
+    body = await request.body()
     try:
-        given = await request.json()
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the body is not valid JSON ({type(error).__name__})") from None
+        given = parse_request(body)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"the body is not valid JSON ({error})") from None
     return model.model_validate(given)
 
 
@@ -80,6 +85,11 @@ def described(model: type[Common], files: Mapping[str, bool], as_json: type[Comm
     schema["required"] = _required(model, files)
     content = {FORM: {"schema": schema}} | ({JSON: {"schema": as_json.model_json_schema()}} if as_json else {})
     return {"requestBody": {"required": True, "content": content}}
+
+
+def described_json(model: type[Common]) -> dict[str, Any]:
+    """The OpenAPI entry of a body that is JSON alone."""
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
 
 
 def _fields(model: type[Common]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +21,6 @@ from starlette.responses import RedirectResponse
 from diptych import plain
 from diptych.serve import errors, logs
 from diptych.serve.metrics import Metrics
-from diptych.serve.rates import Rate
 from diptych.serve.settings import Settings
 from diptych.serve.tokens import COOKIE, LOCAL, Gate
 
@@ -55,13 +54,36 @@ HEADERS = {
 }
 
 
+def client_of(scope: Mapping[str, Any]) -> str:
+    """The address that a request comes from."""
+    return (scope.get("client") or ("?",))[0]
+
+
+def cookie_of(headers: Headers) -> str:
+    """The session's cookie, empty if there is none."""
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return cookie.value if cookie is not None else ""
+
+
+def _ambiguous(headers: Headers) -> Any:
+    """A refusal for a body whose end two servers could see at two places, so that one reads the rest as a request."""
+    lengths = headers.getlist("content-length")
+    if lengths and "transfer-encoding" in headers:
+        return errors.answer(400, "send Content-Length or Transfer-Encoding, not both")
+    if len(set(lengths)) > 1 or not all(length.isascii() and length.isdecimal() for length in lengths):
+        return errors.answer(400, "the header Content-Length must be a whole number of bytes")
+    return None
+
+
 class Guard:
     """See the module."""
 
     def __init__(self, app: Any, settings: Settings, gate: Gate, metrics: Metrics) -> None:
         self.app, self.gate, self.metrics = app, gate, metrics
         self.hosts, self.limits = settings.hosts, settings.limits
-        self.guesses = Rate(settings.limits.guesses)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -75,7 +97,7 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         state = scope.setdefault("state", {})
         state["owner"] = None
-        refusal = self._foreign(headers, scope["method"])
+        refusal = _ambiguous(headers) or self._foreign(headers, scope["method"])
         if refusal is None:
             state["owner"], refusal = self._owner(scope, headers)
         if refusal is None and path.startswith(f"{APP}/gradio_api/"):
@@ -84,12 +106,8 @@ class Guard:
                 refusal = errors.answer(404, "there is no such page")
         if refusal is None and any(len(part.encode("utf8", "replace")) > LONGEST for part in path.split("/")):
             refusal = errors.answer(404, "there is no such page")
-        if refusal is None:
-            length = headers.get("content-length", "0")
-            if not (length.isascii() and length.isdecimal()):
-                refusal = errors.answer(400, "the header Content-Length must be a whole number of bytes")
-            elif int(length) > self.limits.upload_bytes:
-                refusal = errors.answer(413, self._too_large())
+        if refusal is None and int(headers.get("content-length", "0")) > self.limits.upload_bytes:
+            refusal = errors.answer(413, self._too_large())
         if refusal is not None:
             refusal.headers["Connection"] = "close"  # what is left of a body must not be read as the next request
             await refusal(scope, receive, send)
@@ -119,17 +137,15 @@ class Guard:
         path = scope["path"]
         if path in PUBLIC:
             return None, None
-        address = (scope.get("client") or ("?",))[0]
-        if self.guesses.spent(address):
-            self.metrics.refused.labels("guesses").inc()
-            return None, errors.answer(429, "too many wrong tokens", headers={"Retry-After": "60"})
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind:
             owner = self.gate.owner(token.strip()) if kind.lower() == "bearer" else None
-            if owner is None:
-                self.guesses.take(address)
+            if owner is None and (seconds := self.gate.guessed(client_of(scope))):
+                self.metrics.refused.labels("guesses").inc()
+                again = {"Retry-After": str(round(seconds + 0.5))}
+                return None, errors.answer(429, "too many wrong tokens", headers=again)
         else:
-            owner = self._of_cookie(headers)
+            owner = self.gate.of_session(cookie_of(headers))
         if owner is not None or path.startswith(SIGNED):
             return owner, None
         self.metrics.refused.labels("token").inc()
@@ -137,13 +153,6 @@ class Guard:
             return None, RedirectResponse("/login", 303)
         said = "this token is not known here" if kind else "a token is needed: Authorization: Bearer TOKEN"
         return None, errors.answer(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    def _of_cookie(self, headers: Headers) -> str | None:
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return None
-        return self.gate.of_session(cookie.value) if cookie is not None else None
 
     def _limited(self, receive: Receive) -> Receive:
         """The body, counted and timed as it comes."""

@@ -6,6 +6,7 @@ run(Settings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -21,8 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Red
 from diptych import __version__
 from diptych.errors import UserError
 from diptych.serve import errors, images, jobs, logs, own, pages, run_files
-from diptych.serve.guard import APP, Guard
-from diptych.serve.rates import Rate
+from diptych.serve.guard import APP, Guard, client_of, cookie_of
 from diptych.serve.service import Service
 from diptych.serve.settings import Limits, Settings
 from diptych.serve.tokens import COOKIE, SESSION_SECONDS, Gate
@@ -45,7 +45,7 @@ def create(service: Service, web_app: bool = True) -> Guard:
         description="Pictures of your subject, in OpenAI's format.",
     )  # fmt: skip
     app.state.service = service
-    gate = Gate(service.settings.tokens)
+    gate = Gate(service.settings.tokens, service.settings.limits.guesses, service.store)
     errors.install(app)
     app.include_router(images.router)
     app.include_router(jobs.router)
@@ -53,7 +53,7 @@ def create(service: Service, web_app: bool = True) -> Guard:
     if service.runs is not None:
         app.include_router(run_files.router)
     _add_health(app, service)
-    _add_pages(app, gate, service.settings)
+    _add_pages(app, gate)
     app.openapi = lambda: _schema(app, gate, service.settings.limits)
     inside: Any = app
     if web_app:
@@ -116,9 +116,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
-    guesses = Rate(settings.limits.guesses)
-
+def _add_pages(app: FastAPI, gate: Gate) -> None:
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse(f"{APP}/", 303)
@@ -141,13 +139,12 @@ def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
 
     @app.post("/login", include_in_schema=False)
     async def login(request: Request) -> Response:
-        address = request.client.host if request.client else "?"
-        if guesses.spent(address):
-            return errors.answer(429, "too many wrong tokens", headers={"Retry-After": "60"})
         async with request.form(max_files=0, max_fields=4, max_part_size=2**14) as form:
             owner = gate.owner(str(form.get("token", "")).strip())
         if owner is None:
-            guesses.take(address)
+            if seconds := gate.guessed(client_of(request.scope)):
+                again = {"Retry-After": str(round(seconds + 0.5))}
+                return errors.answer(429, "too many wrong tokens", headers=again)
             return HTMLResponse(pages.login(wrong=True), 401)
         response = RedirectResponse(f"{APP}/", 303)
         secure = request.url.scheme == "https"
@@ -157,7 +154,8 @@ def _add_pages(app: FastAPI, gate: Gate, settings: Settings) -> None:
         return response
 
     @app.post("/logout", include_in_schema=False)
-    async def logout() -> Response:
+    def logout(request: Request) -> Response:
+        gate.revoke(cookie_of(request.headers))
         response = RedirectResponse("/login", 303)
         response.delete_cookie(COOKIE)
         return response
@@ -179,6 +177,8 @@ def config(app: Any, settings: Settings, **more: Any) -> Any:
         "limit_concurrency": 1000,
         "ws": "none",
         "lifespan": "on",
+        "proxy_headers": bool(settings.proxies),  # uvicorn would believe whoever asks from this machine
+        "forwarded_allow_ips": list(settings.proxies),
     }
     return uvicorn.Config(app, **given | more)
 
@@ -206,14 +206,17 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
     app = create(service, web_app)
 
     class Server(uvicorn.Server):
-        """Tells the service at once when it is to stop, so that who waits is told too. A second Ctrl-C waits for
-        nobody. uvicorn's own way ends with the signal raised once more, as if the process had been killed by it."""
+        """Tells the service at once when it is to stop, so that who waits is told too. A second Ctrl-C ends the
+        process at once, as a kill would: what was accepted is in the store. uvicorn's own way ends with the signal
+        raised once more, as if the process had been killed by it."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            if service.draining and sig == signal.SIGINT:
+                say("stopped at once; what was accepted is kept for the next start")
+                os._exit(128 + sig)
             if not service.draining:
                 say(f"stopping on {signal.Signals(sig).name}: the batch in hand is finished, and what waits is kept")
             service.drain()
-            self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
 
     logs.start(log_level)

@@ -11,7 +11,7 @@ import base64
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -67,12 +67,13 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/generations", response_model=Pictures, responses=ACCEPTED)
-async def generations(
-    asked: Annotated[Generation, Body()], request: Request, service: Of, owner: Owner
-) -> Response | Pictures:
+@router.post(
+    "/generations", response_model=Pictures, responses=ACCEPTED, openapi_extra=forms.described_json(Generation)
+)
+async def generations(request: Request, service: Of, owner: Owner) -> Response | Pictures:
     """Draws pictures from a prompt and, with `reference`, of its subject. Without one, from the text alone."""
-    service.limit(owner)
+    service.limit(owner)  # before the body is read
+    asked = await forms.read_json(request, Generation)
     data = None
     if asked.reference is not None:
         data = await run_in_threadpool(from_base64, asked.reference, service.settings.limits.upload_bytes)

@@ -1,6 +1,7 @@
 """What a server writes to stderr: a line for each request (`diptych.access`), and diptych's own warnings and errors.
 
-A line names the owner, never a token; of an address only its path, since what follows may be a signature.
+A line names the owner, never a token; of an address only its path, since what follows may be a signature. Warnings
+that quote a prompt are written at the level debug alone; who asked gets them with the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def start(level: str) -> None:
     logger.setLevel(level.upper())
     for handler in logger.handlers:  # the command line's, which has no times
         logger.removeHandler(handler)
-    logger.addHandler(_Lines())
+    lines = _Lines()
+    logger.addHandler(lines)
+    if level != "debug":
+        lines.addFilter(lambda record: not hasattr(record, "quotes"))  # marks warnings that quote a prompt
 
 
 def request(client: str, owner: str | None, method: str, path: str, status: int, seconds: float) -> None:

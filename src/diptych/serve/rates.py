@@ -32,11 +32,6 @@ class Rate:
                 self._left.popitem(last=False)
             return 0.0
 
-    def spent(self, name: str) -> bool:
-        """Whether no try is left; uses none."""
-        with self._lock:
-            return self.per_minute > 0 and self._now(name) < 1
-
     def _now(self, name: str) -> float:
         most = max(1.0, self.per_minute)
         left, when = self._left.get(name, (most, self.clock()))

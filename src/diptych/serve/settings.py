@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     names: tuple[str, ...] = ()  # other host names that the server is reached by
+    proxies: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     tokens: dict[str, str] = field(default_factory=dict, repr=False)
     runs: Path | None = None  # folder of runs for the web app; None: no Data and Runs tabs
     batch: int = 8  # pictures drawn together
@@ -54,6 +56,7 @@ class Settings:
                 f"--host {self.host} lets other machines in, and nobody is asked who they are: give --token-file FILE "
                 "(one token a line), or leave --host out"
             )
+        object.__setattr__(self, "proxies", tuple(_network(given) for given in self.proxies))
         if self.batch < 1:
             raise UsageError(f"a batch is at least 1 picture, not {self.batch}")
 
@@ -63,3 +66,13 @@ class Settings:
         if self.host in LOOPBACK or self.names:
             return frozenset((*LOOPBACK, "[::1]", self.host, *self.names))
         return None
+
+
+def _network(given: str) -> str:
+    """An address, or a network as ADDRESS/BITS. UsageError for anything else: a name could be pointed elsewhere."""
+    try:
+        network = ipaddress.ip_network(given, strict=False)
+    except ValueError:
+        said = "the address of a proxy, such as 10.0.0.5, or a network, such as 10.0.0.0/8"
+        raise UsageError(f"--trusted-proxy {given!r}: must be {said}") from None
+    return str(network.network_address if network.num_addresses == 1 else network)

@@ -328,6 +328,7 @@ class Store:
                 "refs.id IN (json_extract(request, '$.reference'), json_extract(request, '$.mask')))",
                 (before,),
             )
+            connection.execute("DELETE FROM secrets WHERE name LIKE 'session %' AND value < ?", (self.clock.now(),))
             connection.execute(f"PRAGMA incremental_vacuum({VACUUMED})").fetchall()
 
     def secret(self, name: str, new: bytes) -> bytes:
@@ -335,3 +336,13 @@ class Store:
         with self._writing() as connection:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (name, new))
             return connection.execute("SELECT value FROM secrets WHERE name = ?", (name,)).fetchone()["value"]
+
+    def revoke(self, cookie: str, until: float) -> None:
+        """Keeps a session's cookie that was logged out of, until it would have ended."""
+        with self._writing() as connection:
+            connection.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (f"session {cookie}", until))
+
+    def revoked(self) -> list[str]:
+        """The cookies that were logged out of."""
+        rows = self._rows("SELECT name FROM secrets WHERE name LIKE 'session %'")
+        return [row["name"].removeprefix("session ") for row in rows]

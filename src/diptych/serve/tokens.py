@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from diptych.errors import UsageError, UserError
+from diptych.serve.rates import Rate
 from diptych.text_files import read_text
 
 VARIABLE = "DIPTYCH_SERVE_TOKENS"
@@ -62,10 +66,14 @@ def read(file: str | None) -> dict[str, str]:
 
 
 class Gate:
-    """Who a request is from. Without tokens everybody is `LOCAL`."""
+    """Who a request is from. Without tokens everybody is `LOCAL`. `guesses` is the number of wrong tokens a minute that
+    one address may try; `sessions` keeps what was logged out of, over a restart."""
 
-    def __init__(self, tokens: Mapping[str, str]) -> None:
+    def __init__(self, tokens: Mapping[str, str], guesses: float = 0, sessions: Sessions | None = None) -> None:
         self._digests = {name: _digest(token) for name, token in tokens.items()}
+        self._guesses = Rate(guesses)
+        self._sessions = sessions
+        self._revoked = set(sessions.revoked()) if sessions is not None else set()
 
     @property
     def open(self) -> bool:
@@ -80,22 +88,59 @@ class Gate:
                 found = name
         return found
 
+    def guessed(self, address: str) -> float:
+        """Counts a wrong token. 0, or the seconds until this address may try another. Only wrong tokens are counted
+        and refused by it, so nobody can lock out others who share the address."""
+        return self._guesses.take(_network(address))
+
     def session(self, owner: str) -> str:
         """A cookie for a browser that showed its token: name, end, signature by the token itself."""
-        until = int(time.time()) + SESSION_SECONDS
-        return f"{owner}:{until}:{self._sign(owner, until)}"
+        until, nonce = int(time.time()) + SESSION_SECONDS, secrets.token_hex(8)
+        return f"{owner}:{until}:{nonce}.{self._sign(owner, until, nonce)}"
 
     def of_session(self, cookie: str) -> str | None:
-        """Whose cookie this is; None if it is none of ours, too old, or its token is no longer taken."""
+        """Whose cookie this is; None if it is none of ours, too old, logged out of, or its token is no longer taken."""
         owner, _, rest = cookie.partition(":")
         until, _, signature = rest.partition(":")
-        if not re.fullmatch(r"[0-9]{1,12}", until) or int(until) < time.time():
+        nonce, _, signed = signature.partition(".")
+        if not re.fullmatch(r"[0-9]{1,12}", until) or int(until) < time.time() or cookie in self._revoked:
             return None
-        wanted = self._sign(owner, int(until)) if owner in self._digests else ""
-        return owner if wanted and hmac.compare_digest(wanted.encode(), signature.encode()) else None
+        wanted = self._sign(owner, int(until), nonce) if owner in self._digests else ""
+        return owner if wanted and hmac.compare_digest(wanted.encode(), signed.encode("utf8", "replace")) else None
 
-    def _sign(self, owner: str, until: int) -> str:
-        return hmac.new(self._digests[owner], f"session\0{owner}\0{until}".encode(), hashlib.sha256).hexdigest()
+    def revoke(self, cookie: str) -> None:
+        """Ends a session: its cookie is not taken any more, wherever it was copied to."""
+        if self.of_session(cookie) is not None:
+            self._revoked.add(cookie)
+            if self._sessions is not None:
+                self._sessions.revoke(cookie, float(cookie.split(":")[1]))
+
+    def _sign(self, owner: str, until: int, nonce: str) -> str:
+        text = f"session\0{owner}\0{until}\0{nonce}"
+        return hmac.new(self._digests[owner], text.encode("utf8", "replace"), hashlib.sha256).hexdigest()
+
+
+class Sessions(Protocol):
+    """What keeps the cookies that were logged out of: the store."""
+
+    def revoked(self) -> list[str]:
+        """Those that have not ended by themselves."""
+        ...
+
+    def revoke(self, cookie: str, until: float) -> None:
+        """Keeps another until its end."""
+        ...
+
+
+def _network(address: str) -> str:
+    """What one client may have of addresses: one of IPv4, and 64 bits of IPv6."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return address
 
 
 class Signer:

@@ -192,7 +192,7 @@ class DiptychPipeline(FluxControlPipeline):
         for prompt in prompts:
             if prompt not in self._truncated and (cut := self.unread(prompt, self.tokenizer_2, length)):
                 self._truncated.add(prompt)
-                log.warning(cut)
+                log.warning(cut, extra={"quotes": True})
 
     def unread(self, prompt: str, tokenizer: Any, length: int | None = None) -> str:
         """What is beyond the tokens that the model reads of a prompt, as a warning; empty if nothing is. `tokenizer`

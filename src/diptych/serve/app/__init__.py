@@ -43,6 +43,7 @@ def mount(app: Any, service: Service) -> Any:
                 add(blocks, service)
     blocks.queue(api_open=False, max_size=200)
     blocks.state_session_capacity = SESSIONS
+    blocks._queue.pending_messages_per_session.max_size = SESSIONS
     mounted = gr.mount_gradio_app(
         app,
         blocks,
@@ -60,7 +61,7 @@ def mount(app: Any, service: Service) -> Any:
         show_error=False,
         max_file_size=1,
     )
-    return Plain(mounted, blocks.fns)
+    return Plain(mounted, blocks)
 
 
 def _asset(name: str) -> str:
