@@ -81,7 +81,7 @@ def relight(
         raise UsageError("missing a reference, the picture that is to be relit")
     opened, canvas = student.opened(reference, background), student.canvas(size)
     assert opened is not None
-    fit = fit or ("contain" if size is None else "crop")
+    fit = fit or default_fit(size)
     panel = original = _fitted(opened, canvas, fit)
     stays = masked = None if mask is None else kept(mask, opened.size, canvas, fit)
     inside = (0, 0, *panel.size)
@@ -257,6 +257,11 @@ def _hold(student: Student, panel: Image, stays: np.ndarray, canvas: Any, seed: 
     from diptych.student.hold import Hold
 
     return Hold(student.pipeline, panel, stays >= 0.5, canvas, seed)
+
+
+def default_fit(size: int | tuple[int, int] | None) -> str:
+    """How a reference is fitted unless a call says: whole where the result has the reference's own size."""
+    return "contain" if size is None else "crop"
 
 
 def placed(size: tuple[int, int], panel: tuple[int, int], fit: str) -> tuple[Box, Box]:

@@ -259,7 +259,7 @@ class Service:
         """UsageError for a picture or a mask that is missing or does not fit."""
         from PIL import Image
 
-        from diptych.relight import kept
+        from diptych.relight import default_fit, kept
 
         pictures = [self.store.reference(owner, id) if id else None for id in (reference, mask)]
         if pictures[0] is None:
@@ -268,7 +268,7 @@ class Service:
             if pictures[1] is None:
                 raise UsageError("mask: it is no longer there; send it again")
             with self.decoding, Image.open(io.BytesIO(pictures[0])) as seen, Image.open(io.BytesIO(pictures[1])) as of:
-                kept(of, seen.size, canvas, asked.fit or "crop")
+                kept(of, seen.size, canvas, asked.fit or default_fit(asked.pixels()))
 
     @staticmethod
     def _same(there: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
