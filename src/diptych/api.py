@@ -44,9 +44,7 @@ HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would t
 _T = TypeVar("_T")
 
 
-class GenerateOptions(TypedDict, total=False):
-    """The options of `Student.generate` that are the same for all images of a call."""
-
+class _Options(TypedDict, total=False):
     steps: int | None
     guidance: float | None
     image_guidance: float | None
@@ -54,35 +52,29 @@ class GenerateOptions(TypedDict, total=False):
     null_panel: str | None
     negative_prompt: str | None
     size: int | tuple[int, int] | None
-    fit: str
     background: str
-    batch_size: int
-    pairwise: bool
     on_preview: Show | None
     preview_every: int
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None
+
+
+class GenerateOptions(_Options, total=False):
+    """The options of `Student.generate` that are the same for all images of a call."""
+
+    fit: str
+    batch_size: int
+    pairwise: bool
     callback_on_step_end_tensor_inputs: Sequence[str]
 
 
-class RelightOptions(TypedDict, total=False):
+class RelightOptions(_Options, total=False):
     """The options of `Student.relight` that are the same for all images of a call."""
 
     scene: str
     task: str
     mask: Image.Image | str | Path | None
     detail: float
-    steps: int | None
-    guidance: float | None
-    image_guidance: float | None
-    text_guidance: float | None
-    null_panel: str | None
-    negative_prompt: str | None
-    size: int | tuple[int, int] | None
     fit: str | None
-    background: str
-    on_preview: Show | None
-    preview_every: int
-    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
 
 
 class Student:

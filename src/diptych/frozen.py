@@ -1,4 +1,4 @@
-"""The recipe of a folder: frozen when a run begins there, compared when it goes on, named in full when it differs.
+"""The recipe of a folder: frozen when a run begins there, compared when it resumes, named in full when it differs.
 
     recipe = freeze(load("recipes/pocket.yaml"), Path("runs/first"))
 

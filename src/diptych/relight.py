@@ -122,7 +122,7 @@ def relight(
 
 
 def prompt_of(light: str, scene: str = "", task: str = "relight") -> str:
-    """What the student is told of a light, in the words of the task."""
+    """The prompt for a light, in the wording of the task."""
     from diptych.stages import wording
 
     return wording.asked(aligned(task), light.strip(), scene.strip())

@@ -4,7 +4,7 @@
     run(recipe, "runs/second", source="runs/first")          # what uses it
 
 Prompts, grids, candidates, pairs and the pictures of an evaluation are taken part by part (`data.share`), so an
-unfinished stage goes on where it was. A training is taken with its checkpoints and latents: the student is then
+unfinished stage resumes where it was. A training is taken with its checkpoints and latents: the student is then
 exported again, as the new recipe has it. Nothing in the earlier run changes.
 """
 
@@ -27,7 +27,7 @@ from diptych.train.options import Options, identity
 
 TRAINING = "student/training"
 SUMMARY = "summary.json"
-# Of `TRAINING`: what goes on with it. What the training writes to in place is copied.
+# Of `TRAINING`: what a resumed training needs. What the training writes to in place is copied.
 LINKED = ("step-*/*", "samples/*.png", "negatives-*/*", "best", "latest")  # the pointers come last
 COPIED = ("metrics.jsonl",)
 LATENTS = "latents/*/part-*.safetensors"

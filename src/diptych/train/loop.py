@@ -280,7 +280,7 @@ class Trainer:
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of this step, not yet validated: a training that goes on from here validates first."""
+        """A checkpoint of this step, not yet validated: a training that resumes from here validates first."""
         tensors = {"weights": self.trained.tensors(), "optimizer": parts.optimizer_tensors(self.optimizer)}
         average = 0
         if self.ema is not None:
