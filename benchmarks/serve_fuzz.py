@@ -121,6 +121,8 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
             str(folder / "runs"),
             "--rate",
             "0",
+            "--trusted-proxy",
+            "127.0.0.1",
             "--queue",
             "16",
         )

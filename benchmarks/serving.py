@@ -28,11 +28,13 @@ sys.exit(main())
 
 class Server:
     """A server in `folder`, which holds its data, its log, and, so that stray files are found, its home and temporary
-    folder. `restart` starts it again on the same port. RuntimeError if it ends before it is ready."""
+    folder. `script` is Python that starts it otherwise than the command does. `restart` starts it again on the same
+    port. RuntimeError if it ends before it is ready."""
 
-    def __init__(self, folder: Path, *options: str, audited: bool = False) -> None:
+    def __init__(self, folder: Path, *options: str, audited: bool = False, script: str = "") -> None:
         self.folder, self.log = folder, folder / "server.log"
         self.audit = folder / "written.log" if audited else None
+        self.script = AUDIT.format(log=str(self.audit)) if audited else script
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,7 +44,7 @@ class Server:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        run = ["-m", "diptych"] if self.audit is None else ["-c", AUDIT.format(log=str(self.audit))]
+        run = ["-c", self.script] if self.script else ["-m", "diptych"]
         places = {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
         self.said = len(self.text())
         with self.log.open("a") as log:

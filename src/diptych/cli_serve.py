@@ -58,12 +58,16 @@ def serve(
     speed: Speed = None,
     switch: Switch = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures of equal settings drawn together.")] = 8,
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Pictures that may wait; more get 429.")] = 256,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Images a token may have waiting.")] = 256,
     rate: Annotated[
         float | None, typer.Option("--rate", min=0, help="Requests a minute and token [default: 120 with tokens].")
     ] = None,
     max_upload: Annotated[float, typer.Option("--max-upload", min=0.01, help="MiB of one request.")] = 20,
     keep: Annotated[float, typer.Option("--keep", metavar="HOURS", min=0.1, help="That results are kept.")] = 24,
+    quota: Annotated[
+        float,
+        typer.Option("--quota", metavar="MIB", min=0, help="MiB kept for one token. 0: no limit."),
+    ] = 2048,
     watermark: Annotated[
         bool, typer.Option("--watermark", help="Mark pictures invisibly, by $DIPTYCH_WATERMARK_KEY.")
     ] = False,
@@ -102,7 +106,10 @@ def serve(
         loading |= {"speed": speed, "switches": switch or []}
     key = os.environ.get("DIPTYCH_WATERMARK_KEY", "diptych") if watermark else None
     limits = Limits(
-        queue=queue, upload_bytes=int(max_upload * MIB), rate=rate if rate is not None else 120.0 if known else 0.0
+        queue=queue,
+        kept_bytes=int(quota * MIB),
+        upload_bytes=int(max_upload * MIB),
+        rate=rate if rate is not None else 120.0 if known else 0.0,
     )
     settings = Settings(
         folder=Path(data).expanduser(),

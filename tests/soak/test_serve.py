@@ -1,4 +1,4 @@
-"""The server under fifty clients, killed in the middle, and under thousands of malformed requests.
+"""The server under fifty clients, killed in the middle, under thousands of malformed requests, and under floods.
 
 make soak        (or: pytest -m soak -s tests/soak/test_serve.py)
 """
@@ -35,3 +35,9 @@ def test_malformed_requests_break_nothing_and_nobody_gets_in_without_a_token(tmp
     found = benchmark("serve_fuzz").run(5000, 0, tmp_path / "result.json")
     assert found["grown_mib_by_half"][1] < 96
     assert found["requests"] >= 5000 and found["problems"] == [] and found["served_without_token"] == 0
+
+
+@pytest.mark.soak
+def test_honest_clients_are_answered_in_time_beside_every_flood(tmp_path: Path) -> None:
+    found = benchmark("serve_floods").run(10, tmp_path / "result.json")
+    assert found["problems"] == [] and all(flood["jobs"] >= 8 for flood in found["floods"].values())

@@ -141,6 +141,11 @@ class Common(BaseModel):
         steps = max(1, round(sampling["steps"] * STEPS[self.quality]))
         return self.model_copy(update={"steps": min(steps, limits.steps)})
 
+    def cost(self, sampling: Mapping[str, float], side: int) -> float:
+        """The work of one picture, 1 for one of a model's own size and steps."""
+        width, height = self.pixels() or (side, side)
+        return round((self.steps or sampling["steps"]) / sampling["steps"] * width * height / side**2, 4)
+
     def remarks(self) -> list[str]:
         """What of the request does nothing."""
         found = []

@@ -17,7 +17,7 @@ from diptych import plain
 from diptych.errors import UserError, nearest
 from diptych.serve.disk import FULL, FULL_STATUS, Unwritable
 from diptych.serve.fields import Field, of_route, of_schema, shown, words
-from diptych.serve.service import Busy
+from diptych.serve.refusals import Busy, OverQuota
 
 log = logging.getLogger("diptych.serve")
 KINDS = {
@@ -132,6 +132,8 @@ def install(app: FastAPI) -> None:
         if isinstance(error, Busy):
             code = "busy" if error.status == 429 else "unavailable"
             return answer(error.status, str(error), code=code, headers={"Retry-After": str(error.seconds)})
+        if isinstance(error, OverQuota):
+            return answer(413, str(error), code="quota_exceeded")
         if isinstance(error, Unwritable):
             return _unwritable(error)
         name, colon, _ = str(error).partition(":")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +32,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 APP = "/app"
 PUBLIC = frozenset({"/healthz", "/readyz", "/login", "/favicon.ico"})
+HEALTH = frozenset({"/healthz", "/readyz"})  # answered at once, however many requests there are
+STRANGERS = 2**16  # bytes of a request of somebody who has shown no token
+BODIES = 16  # uploads of the largest size that one owner may have in memory
 SIGNED = "/v1/pictures/"  # the route itself looks at the signature
 LONGEST = 255  # bytes of a part of a path: the file systems' limit, and the app's scripts and styles are files
 # Of Gradio's own routes, those that the app's pages need. Its uploads, its file cache, its proxy and its component
@@ -78,12 +83,27 @@ def _ambiguous(headers: Headers) -> Any:
     return None
 
 
+def _too_large(most: int) -> str:
+    return f"the request is too large; at most {plain.size(most)} are allowed"
+
+
+@dataclass
+class _Body:
+    """How much of a request's body may come, and how much has."""
+
+    most: int
+    count: int = 0
+
+
 class Guard:
     """See the module."""
 
     def __init__(self, app: Any, settings: Settings, gate: Gate, metrics: Metrics) -> None:
         self.app, self.gate, self.metrics = app, gate, metrics
         self.hosts, self.limits = settings.hosts, settings.limits
+        self.most = settings.limits.local_requests if gate.open else settings.limits.requests
+        self.active: Counter[str | None] = Counter()  # requests by owner; None: of those who have shown no token
+        self.held: Counter[str | None] = Counter()  # bytes of bodies that have come for them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -106,13 +126,27 @@ class Guard:
                 refusal = errors.answer(404, "there is no such page")
         if refusal is None and any(len(part.encode("utf8", "replace")) > LONGEST for part in path.split("/")):
             refusal = errors.answer(404, "there is no such page")
-        if refusal is None and int(headers.get("content-length", "0")) > self.limits.upload_bytes:
-            refusal = errors.answer(413, self._too_large())
+        owner = state["owner"]
+        most = self.limits.upload_bytes if owner else min(STRANGERS, self.limits.upload_bytes)
+        if refusal is None and int(headers.get("content-length", "0")) > most:
+            refusal = errors.answer(413, _too_large(most))
+        if refusal is None and self.active[owner] >= self.most and path not in HEALTH:
+            self.metrics.refused.labels("requests").inc()
+            said = f"{self.most} requests are being answered already" + (" for this key" if owner else "")
+            refusal = errors.answer(503, said, code="unavailable", headers={"Retry-After": "5"})
         if refusal is not None:
             refusal.headers["Connection"] = "close"  # what is left of a body must not be read as the next request
             await refusal(scope, receive, send)
             return
-        await self.app(scope, self._limited(receive), send)
+        body = _Body(most)
+        self.active[owner] += 1
+        try:
+            await self.app(scope, self._limited(receive, owner, body), send)
+        finally:
+            for counter, number in ((self.active, 1), (self.held, body.count)):
+                counter[owner] -= number
+                if not counter[owner]:
+                    del counter[owner]
 
     def _foreign(self, headers: Headers, method: str) -> Any:
         """A refusal for what is addressed to another name than ours, or comes from a page elsewhere."""
@@ -154,29 +188,30 @@ class Guard:
         said = "this token is not known here" if kind else "a token is needed: Authorization: Bearer TOKEN"
         return None, errors.answer(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, owner: str | None, body: _Body) -> Receive:
         """The body, counted and timed as it comes."""
         loop = asyncio.get_running_loop()
-        until, count, whole = loop.time() + self.limits.body_seconds, 0, False
+        until, whole = loop.time() + self.limits.body_seconds, False
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal count, whole
+            nonlocal whole
             if whole:  # what comes now is only the news that the client left
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, until - loop.time()))
             except TimeoutError:
                 raise HTTPException(408, "the body of the request came too slowly") from None
-            count += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            body.count += size
+            self.held[owner] += size
             whole = not message.get("more_body", False)
-            if count > self.limits.upload_bytes:
-                raise HTTPException(413, self._too_large())
+            if body.count > body.most:
+                raise HTTPException(413, _too_large(body.most))
+            if self.held[owner] > BODIES * self.limits.upload_bytes:
+                raise HTTPException(503, "too much is being uploaded at a time", {"Retry-After": "5"})
             return message
 
         return limited
-
-    def _too_large(self) -> str:
-        return f"the request is too large; at most {plain.size(self.limits.upload_bytes)} are allowed"
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         """Adds the headers, and counts the answer under its route."""

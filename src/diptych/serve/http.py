@@ -168,13 +168,12 @@ def config(app: Any, settings: Settings, **more: Any) -> Any:
     from diptych.serve.heads import impatient
 
     given: dict[str, Any] = {
-        "http": impatient(settings.limits.head_seconds),
+        "http": impatient(settings.limits.head_seconds, settings.limits.connections),
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
         "timeout_keep_alive": 15,
         "timeout_graceful_shutdown": int(settings.grace_seconds) + 5,
-        "limit_concurrency": 1000,
         "ws": "none",
         "lifespan": "on",
         "proxy_headers": bool(settings.proxies),  # uvicorn would believe whoever asks from this machine

@@ -76,7 +76,8 @@ async def generations(request: Request, service: Of, owner: Owner) -> Response |
     asked = await forms.read_json(request, Generation)
     data = None
     if asked.reference is not None:
-        data = await run_in_threadpool(from_base64, asked.reference, service.settings.limits.upload_bytes)
+        limit = service.settings.limits.upload_bytes
+        data = await service.lanes.small.run(owner, from_base64, asked.reference, limit)
     return await draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
 
 
@@ -94,7 +95,8 @@ async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictu
         asked, files = await forms.read(request, Asked, {"image": True})
         return await draw(service, owner, asked, files["image"], request, EDIT)
     edit = await forms.read_json(request, Edit)
-    data = await run_in_threadpool(from_base64, edit.source(), service.settings.limits.upload_bytes, "image")
+    limit = service.settings.limits.upload_bytes
+    data = await service.lanes.small.run(owner, from_base64, edit.source(), limit, "image")
     return await draw(service, owner, edit.asked(), data, request, EDIT)
 
 
@@ -109,12 +111,11 @@ async def draw(
 ) -> Response | Pictures:
     """Makes the job, with a reference and a mask as they were sent, and answers in the way that was asked for."""
 
-    def submit() -> dict[str, Any]:
-        service.student  # noqa: B018 (Busy while there is none, before a picture is decoded)
-        kept = [None if sent is None else service.add_reference(owner, sent, asked.colour()) for sent in (data, mask)]
-        return service.submit(owner, asked, *kept)
-
-    job = await run_in_threadpool(submit)
+    service.student  # noqa: B018 (Busy while there is none, before a picture is decoded)
+    kept = [
+        None if sent is None else await service.keep_reference(owner, sent, asked.colour()) for sent in (data, mask)
+    ]
+    job = await run_in_threadpool(service.submit, owner, asked, *kept)
     if asked.stream:
         told = stream.openai_events(service, owner, job["id"], asked, kind)
         return StreamingResponse(told, media_type="text/event-stream")

@@ -21,15 +21,14 @@ def page(service: Service, job: dict[str, Any], kind: str) -> bytes:
     request, made_by = job["request"], job["pictures"][0]["made_by"]
     if kind == "pdf" and request["kind"] != "story":
         raise UsageError("format: only stories are made as PDF; this job's page is a png")
-    with service.decoding:
-        drawn = [Image.open(io.BytesIO(data)).convert("RGB") for data in service.store.drawn(job["number"])]
-        if request["kind"] != "story":
-            return encode_png(_marked(service, relight.strip(drawn)), made_by)
-        panels = [story.read_panel(line) for line in request["panels"]]
-        seeds = [picture["seed"] for picture in job["pictures"]]
-        told = story.bind(drawn, panels, seeds, made_by, title=request["title"], captions=request["captions"])
-        told.page = _marked(service, told.page)
-        return told.pdf() if kind == "pdf" else encode_png(told.page, told.provenance)
+    drawn = [Image.open(io.BytesIO(data)).convert("RGB") for data in service.store.drawn(job["number"])]
+    if request["kind"] != "story":
+        return encode_png(_marked(service, relight.strip(drawn)), made_by)
+    panels = [story.read_panel(line) for line in request["panels"]]
+    seeds = [picture["seed"] for picture in job["pictures"]]
+    told = story.bind(drawn, panels, seeds, made_by, title=request["title"], captions=request["captions"])
+    told.page = _marked(service, told.page)
+    return told.pdf() if kind == "pdf" else encode_png(told.page, told.provenance)
 
 
 def _marked(service: Service, image: Image.Image) -> Image.Image:

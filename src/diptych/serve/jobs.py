@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from diptych.serve import stream
 from diptych.serve.asked import JOB_ID, JOB_WORDS
@@ -185,7 +184,7 @@ async def add_reference(request: Request, service: Of, owner: Owner) -> Referenc
     """Keeps a picture, the body of the request, for the web app."""
     service.limit(owner)
     data = await request.body()
-    return Reference(id=await run_in_threadpool(service.add_reference, owner, data))
+    return Reference(id=await service.keep_reference(owner, data))
 
 
 @router.get("/references/{id}", tags=["references"], response_class=Response, responses=IMAGE)

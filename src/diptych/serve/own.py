@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
 
 from diptych.serve import forms, job_page
 from diptych.serve.asked import Relit, Story
@@ -62,6 +61,6 @@ async def page(
         return answer(404, "there is no such job")
     if job["status"] != "done":
         return answer(409, f"the job is {job['status']}; a page is made of one that is done")
-    data = await run_in_threadpool(job_page.page, service, job, kind)
+    data = await service.lanes.large.run(owner, job_page.page, service, job, kind)
     headers = {"Cache-Control": "private, max-age=600", "Content-Disposition": f'inline; filename="{id}.{kind}"'}
     return Response(data, media_type=job_page.MEDIA[kind], headers=headers)

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from diptych import plain
+from diptych.data.formats import open_header
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
 from diptych.serve import asked as asking
@@ -30,8 +31,10 @@ from diptych.serve.asked import Common, Relit
 from diptych.serve.board import Board
 from diptych.serve.clock import SETTLE, Clock
 from diptych.serve.disk import Unwritable
+from diptych.serve.lanes import Lanes
 from diptych.serve.metrics import Metrics
 from diptych.serve.rates import Rate
+from diptych.serve.refusals import Busy, OverQuota
 from diptych.serve.runs import Runs
 from diptych.serve.settings import Settings
 from diptych.serve.store import OPEN, Store
@@ -43,17 +46,8 @@ if TYPE_CHECKING:
 
 FILE = "jobs.sqlite"
 WATCH = 1.0  # seconds between looks after the workers and the store
-DECODERS = 2  # references decoded at once: each may be a hundred megabytes for a moment
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # of references; Pillow knows some fifty more
 log = logging.getLogger("diptych.serve")
-
-
-class Busy(UserError):
-    """Not now: the queue is full, the key asked too often, or the server starts or stops. `seconds` says when."""
-
-    def __init__(self, message: str, seconds: float, status: int = 429) -> None:
-        super().__init__(message)
-        self.seconds, self.status = max(1, round(seconds + 0.5)), status
 
 
 class Service:
@@ -77,7 +71,7 @@ class Service:
         self.runs = Runs(settings.runs) if settings.runs is not None else None
         self.draining = False
         self.left = 0  # pictures that waited when it stopped
-        self.decoding = threading.Semaphore(DECODERS)
+        self.lanes = Lanes()
         self._watch = threading.Thread(target=self._look_after, name="diptych-watch", daemon=True)
         self._ended = threading.Event()
         self._accepting = threading.Lock()
@@ -117,6 +111,7 @@ class Service:
             if worker.is_alive():
                 worker.abandon()
                 worker.join(self.settings.grace_seconds)
+        self.lanes.close()
         if not any(worker.is_alive() for worker in self.workers):
             self.left = self.store.waiting()
             self.store.close()
@@ -175,19 +170,35 @@ class Service:
     def add_reference(self, owner: str, data: bytes, background: str = "white") -> str:
         """A reference's id. The picture is decoded once, here, within the limits, and kept as plain RGB."""
         limits = self.settings.limits
-        with self.decoding:
-            image = open_image(
-                data,
-                max_bytes=limits.upload_bytes,
-                max_pixels=limits.upload_pixels,
-                name="image",
-                background=background,
-                formats=FORMATS,
-            )
-            png = encode_png(image)
+        image = open_image(
+            data,
+            max_bytes=limits.upload_bytes,
+            max_pixels=limits.upload_pixels,
+            name="image",
+            background=background,
+            formats=FORMATS,
+        )
+        png = encode_png(image)
+        self._check_quota(owner, len(png))
         id = "ref_" + hashlib.sha256(f"{owner}\0".encode() + png).hexdigest()[:40]
         self.store.put_reference(owner, id, png, image.size)
         return id
+
+    async def keep_reference(self, owner: str, data: bytes, background: str = "white") -> str:
+        """`add_reference` in a thread for images of its size. Busy if too many wait for that."""
+        self._check_quota(owner)
+        pixels = await self.lanes.small.run(owner, _pixels, data)
+        return await self.lanes.of(pixels).run(owner, self.add_reference, owner, data, background)
+
+    def _check_quota(self, owner: str, size: int = 0) -> None:
+        """OverQuota if an owner cannot keep `size` bytes more."""
+        most, kept = self.settings.limits.kept_bytes, self.store.kept(owner)
+        if most and kept + size >= most:
+            self.metrics.refused.labels("quota").inc()
+            raise OverQuota(
+                f"{plain.size(kept)} are kept for you, and at most {plain.size(most)} may be; results and references "
+                f"expire after {self.settings.keep_hours:g} hours"
+            )
 
     def limit(self, owner: str) -> None:
         """Counts a request that makes work against its key. Busy if that is over its rate, Unwritable while nothing can
@@ -228,17 +239,20 @@ class Service:
             "quality": asked.quality or "auto",
             "user": asked.safety_identifier or asked.user,
             "previews": asked.partial_images > 0 or not asked.wait,
+            "cost": asked.cost(student.sampling, student.pipeline.default_panel_size),
             "asked": hashlib.sha256(f"{asked.drawing()}{reference}{mask}".encode()).hexdigest(),
         }
         if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
             return self._same(there, request)
         if self.draining:
             raise Busy("the server is stopping", 5, 503)
+        self._check_quota(owner)
         with self._accepting:
-            waiting = self.store.waiting()
+            waiting = self.store.waiting(owner)
             if waiting + len(texts) > self.settings.limits.queue:
                 self.metrics.refused.labels("queue").inc()
-                raise Busy(f"{waiting} pictures wait already", self.seconds_for(waiting) / 2)
+                seconds = self.seconds_for(min(self.store.waiting(), waiting * self.store.owners_waiting()))
+                raise Busy(f"{waiting} pictures of yours wait already", seconds / 2)
             seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
             id = asked.job or f"job_{secrets.token_urlsafe(18)}"
             pictures = [f"img_{secrets.token_urlsafe(18)}" for _ in texts]
@@ -267,8 +281,10 @@ class Service:
         if mask is not None:
             if pictures[1] is None:
                 raise UsageError("mask: it is no longer there; send it again")
-            with self.decoding, Image.open(io.BytesIO(pictures[0])) as seen, Image.open(io.BytesIO(pictures[1])) as of:
-                kept(of, seen.size, canvas, asked.fit or default_fit(asked.pixels()))
+            with Image.open(io.BytesIO(pictures[0])) as seen, Image.open(io.BytesIO(pictures[1])) as of:
+                lane = self.lanes.of(max(seen.width * seen.height, of.width * of.height))
+                fit = asked.fit or default_fit(asked.pixels())
+                lane.start(owner, kept, of, seen.size, canvas, fit).result()
 
     @staticmethod
     def _same(there: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
@@ -329,12 +345,21 @@ class Service:
             "error": job["error"] or None,
         }
         if job["status"] == "queued":
-            state["waiting_before"] = self.store.before(job["number"])
+            state["waiting_before"] = self.store.before(owner, job["number"])
         return state
 
     def is_open(self, job: dict[str, Any]) -> bool:
         """Whether a job still waits or runs."""
         return job["status"] in OPEN
+
+
+def _pixels(data: bytes) -> int:
+    """Of an image file, by its header; 0 if it has none that can be read."""
+    try:
+        width, height = open_header(data, "image", FORMATS).size
+    except Exception:  # whoever decodes it says what is wrong with it
+        return 0
+    return width * height
 
 
 def _warnings(student: Student, asked: Common, referenced: bool) -> list[list[str]]:

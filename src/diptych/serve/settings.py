@@ -23,7 +23,11 @@ class Limits:
     prompt_letters: int = 4000
     steps: int = 100
     enlarged: int = 4  # a picture's pixels, as a multiple of those of the model's own size
-    queue: int = 256  # pictures that may wait
+    queue: int = 256  # pictures of one key that may wait
+    kept_bytes: int = 2048 * MIB  # of references and results of one key; 0: no limit
+    requests: int = 250  # of one key at a time, and of all who have shown none
+    local_requests: int = 1000  # at a time, where no keys are asked for
+    connections: int = 1000  # at a time; beyond it, the one that has been silent longest is closed
     rate: float = 0.0  # jobs and uploads a minute and key; 0: no limit
     head_seconds: float = 15.0  # to send a request's head
     body_seconds: float = 30.0  # to send a request's body

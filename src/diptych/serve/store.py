@@ -7,6 +7,7 @@ among the failed. References and pictures are rows too: nothing that a request s
 
 from __future__ import annotations
 
+import collections
 import json
 import sqlite3
 import threading
@@ -18,49 +19,14 @@ from typing import Any
 
 from diptych.errors import UserError
 from diptych.paths import private_file
+from diptych.serve import tables
 from diptych.serve.clock import Clock
 from diptych.serve.disk import ROOM, Disk
+from diptych.serve.shares import Shares
 
-VERSION = 1
 TRIES = 3  # of a picture whose server was killed while it was drawn
 VACUUMED = 10_000  # pages given back to the disk at once
 OPEN = ("queued", "running")
-_TABLES = """
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY,
-    id TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    created REAL NOT NULL,   -- seconds since 1970
-    finished REAL,
-    status TEXT NOT NULL,    -- queued, running, done, failed, cancelled
-    request TEXT NOT NULL,   -- JSON
-    error TEXT NOT NULL DEFAULT '',
-    UNIQUE (owner, id)
-);
-CREATE TABLE pictures (
-    id TEXT PRIMARY KEY,
-    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
-    place INTEGER NOT NULL,
-    seed INTEGER NOT NULL,
-    settings TEXT NOT NULL,  -- pictures of equal settings may be drawn together
-    status TEXT NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0,
-    kind TEXT NOT NULL DEFAULT '',
-    data BLOB,
-    made_by TEXT NOT NULL DEFAULT '{}'  -- JSON
-);
-CREATE INDEX waiting ON pictures (status, job, place);
-CREATE INDEX members ON pictures (job, place);
-CREATE TABLE refs (
-    id TEXT PRIMARY KEY,
-    owner TEXT NOT NULL,
-    created REAL NOT NULL,
-    width INTEGER NOT NULL,
-    height INTEGER NOT NULL,
-    data BLOB NOT NULL       -- PNG
-);
-CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -86,30 +52,21 @@ class Store:
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
         self.path, self.clock, self.disk = path, clock or Clock(), Disk(path)
         self._lock = threading.RLock()
+        self._shares = Shares()
         try:
             private_file(path)
+        except UserError as error:
+            raise UserError(f"{error}, or choose another --data") from error
+        except OSError as error:
+            raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
+        try:
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
-            self._prepare()
+            tables.prepare(self._connection, path)
             self.disk.opened()
-        except (sqlite3.Error, OSError) as error:
+            self._kept = self._count_kept()
+        except sqlite3.Error as error:
             raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
-
-    def _prepare(self) -> None:
-        # Another server on the same file would take this one's pictures for those of a killed one.
-        self._connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-        self._connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=NORMAL")
-        self._connection.execute("PRAGMA foreign_keys=ON")
-        with self._writing() as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _TABLES.split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise UserError(f"{self.path} is of another version of diptych; choose another --data")
 
     @contextmanager
     def _writing(self, size: int = 0) -> Iterator[sqlite3.Connection]:
@@ -131,7 +88,7 @@ class Store:
     def probe(self) -> None:
         """Writes something that means nothing. Unwritable if that is not possible."""
         with self._writing() as connection:
-            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute(f"PRAGMA user_version = {tables.VERSION}")
         self.disk.worked()
 
     def close(self) -> None:
@@ -145,19 +102,23 @@ class Store:
         self, owner: str, id: str, request: dict[str, Any], settings: str, seeds: Sequence[int], pictures: Sequence[str]
     ) -> None:
         """A new job with one picture for each seed. sqlite3.IntegrityError if the owner has one of this id."""
-        with self._writing() as connection:
+        text = json.dumps(request)
+        with self._writing(len(text)) as connection:
             job = connection.execute(
                 "INSERT INTO jobs (id, owner, created, status, request) VALUES (?, ?, ?, 'queued', ?)",
-                (id, owner, self.clock.now(), json.dumps(request)),
+                (id, owner, self.clock.now(), text),
             ).lastrowid
             connection.executemany(
                 "INSERT INTO pictures (id, job, place, seed, settings, status) VALUES (?, ?, ?, ?, ?, 'queued')",
                 [(name, job, n, seed, settings) for n, (name, seed) in enumerate(zip(pictures, seeds, strict=True))],
             )
+            self._kept[owner] += len(text)
 
     def put_reference(self, owner: str, id: str, data: bytes, size: tuple[int, int]) -> None:
         """Keeps a reference; the same picture of the same owner has the same id, and is then only younger again."""
         with self._writing(len(data)) as connection:
+            there = connection.execute("SELECT 1 FROM refs WHERE id = ?", (id,)).fetchone()
+            self._kept[owner] += 0 if there else len(data)
             connection.execute(
                 "INSERT INTO refs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET created = excluded.created",
                 (id, owner, self.clock.now(), *size, data),
@@ -199,29 +160,75 @@ class Store:
         rows = self._rows("SELECT data FROM pictures WHERE job = ? AND data IS NOT NULL ORDER BY place", job)
         return [row["data"] for row in rows]
 
-    def waiting(self) -> int:
-        """Pictures that wait."""
-        return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued'")[0][0]
+    def waiting(self, owner: str | None = None) -> int:
+        """Pictures that wait, all or an owner's."""
+        if owner is None:
+            return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued'")[0][0]
+        return self._waiting_by_owner().get(owner, 0)
 
-    def before(self, job: int) -> int:
-        """Pictures of earlier jobs that wait."""
-        return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued' AND job < ?", job)[0][0]
+    def owners_waiting(self) -> int:
+        """Owners of pictures that wait."""
+        return len(self._waiting_by_owner())
+
+    def before(self, owner: str, job: int) -> int:
+        """About how many pictures come before an owner's job: those of earlier jobs, and of each other owner, who draws
+        in turn, as many."""
+        mine = self._waiting_by_owner(" AND job < ?", job).get(owner, 0)
+        others = self._waiting_by_owner()
+        return mine + sum(min(count, mine + 1) for name, count in others.items() if name != owner)
+
+    def _waiting_by_owner(self, some: str = "", *values: Any) -> dict[str, int]:
+        rows = self._rows(
+            "SELECT owner, COUNT(*) AS count FROM pictures JOIN jobs ON jobs.number = job "
+            f"WHERE pictures.status = 'queued'{some} GROUP BY owner",
+            *values,
+        )
+        return {row["owner"]: row["count"] for row in rows}
+
+    def kept(self, owner: str) -> int:
+        """Bytes of an owner's requests, references and pictures."""
+        return self._kept[owner]
+
+    def _count_kept(self) -> collections.Counter[str]:
+        sizes = (
+            "SELECT owner, length(data) AS size FROM refs",
+            "SELECT owner, length(request) AS size FROM jobs",
+            "SELECT owner, length(data) AS size FROM pictures JOIN jobs ON jobs.number = job WHERE data IS NOT NULL",
+        )
+        rows = self._rows(f"SELECT owner, SUM(size) AS size FROM ({' UNION ALL '.join(sizes)}) GROUP BY owner")
+        return collections.Counter({row["owner"]: row["size"] for row in rows})
 
     # ---- drawing
 
     def take(self, most: int) -> list[Task]:
-        """The picture that has waited longest, and up to `most` with its settings in all; they are now running."""
+        """Up to `most` pictures of equal settings in all, which are now running. Owners take turns, each with what has
+        waited longest of theirs; whose turn it is says which settings."""
         with self._writing() as connection:
-            first = connection.execute(
-                "SELECT settings FROM pictures WHERE status = 'queued' ORDER BY job, place LIMIT 1"
-            ).fetchone()
-            if first is None:
+            owners = connection.execute(
+                "SELECT owner, MIN(job) FROM pictures JOIN jobs ON jobs.number = job "
+                "WHERE pictures.status = 'queued' GROUP BY owner ORDER BY 2"
+            ).fetchall()
+            if not owners:
                 return []
+            owner = self._shares.first([row["owner"] for row in owners])
+            (settings,) = connection.execute(
+                "SELECT settings FROM pictures JOIN jobs ON jobs.number = job WHERE pictures.status = 'queued' "
+                "AND owner = ? ORDER BY job, place LIMIT 1",
+                (owner,),
+            ).fetchone()
+            waiting: dict[str, list[tuple[str, float]]] = {owner: []}  # whose turn it is comes first
+            for row in connection.execute(
+                "SELECT pictures.id, owner, coalesce(json_extract(request, '$.cost'), 1.0) AS cost FROM pictures "
+                "JOIN jobs ON jobs.number = job WHERE pictures.status = 'queued' AND settings = ? ORDER BY job, place",
+                (settings,),
+            ):
+                waiting.setdefault(row["owner"], []).append((row["id"], row["cost"]))
+            chosen = [id for _, id in self._shares.choose(waiting, most)]
             rows = connection.execute(
                 "SELECT pictures.id AS picture, job, owner, jobs.id AS job_id, place, seed, request FROM pictures "
-                "JOIN jobs ON jobs.number = job WHERE pictures.status = 'queued' AND settings = ? "
-                "ORDER BY job, place LIMIT ?",
-                (first["settings"], most),
+                f"JOIN jobs ON jobs.number = job WHERE pictures.id IN ({', '.join('?' * len(chosen))}) "
+                "ORDER BY job, place",
+                chosen,
             ).fetchall()
             ids = [(row["picture"],) for row in rows]
             connection.executemany("UPDATE pictures SET status = 'running', tries = tries + 1 WHERE id = ?", ids)
@@ -250,7 +257,10 @@ class Store:
             )
             if not done.rowcount:
                 return False
-            job = connection.execute("SELECT job FROM pictures WHERE id = ?", (picture,)).fetchone()["job"]
+            job, owner = connection.execute(
+                "SELECT job, owner FROM pictures JOIN jobs ON jobs.number = job WHERE pictures.id = ?", (picture,)
+            ).fetchone()
+            self._kept[owner] += len(data)
             left = connection.execute(
                 "SELECT COUNT(*) FROM pictures WHERE job = ? AND status != 'done'", (job,)
             ).fetchone()[0]
@@ -330,6 +340,7 @@ class Store:
             )
             connection.execute("DELETE FROM secrets WHERE name LIKE 'session %' AND value < ?", (self.clock.now(),))
             connection.execute(f"PRAGMA incremental_vacuum({VACUUMED})").fetchall()
+            self._kept = self._count_kept()
 
     def secret(self, name: str, new: bytes) -> bytes:
         """A secret of this server: the one kept under a name, or `new`, which is then kept."""

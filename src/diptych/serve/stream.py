@@ -10,7 +10,8 @@ from typing import Any
 from starlette.requests import Request
 
 from diptych.serve.asked import Common
-from diptych.serve.service import Busy, Service, as_json, warnings_of
+from diptych.serve.refusals import Busy
+from diptych.serve.service import Service, as_json, warnings_of
 
 PULSE = 1.0  # seconds between looks when nothing happens
 KEEP_ALIVE = 15.0  # seconds between comments that keep a quiet stream open

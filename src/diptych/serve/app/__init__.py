@@ -68,6 +68,12 @@ def _asset(name: str) -> str:
     return (files("diptych.serve.app") / name).read_text("utf8")
 
 
+def unread(blocks: Any, request: Any) -> Callable[[], int]:
+    """Counts the messages that wait for the page that a request came from."""
+    waiting = blocks._queue.pending_messages_per_session
+    return lambda: waiting[request.session_hash].qsize() if request.session_hash in waiting else 0
+
+
 def owner_of(request: Any) -> str:
     """Whose a request of the app is: what the guard found, as for the API."""
     return request.request.state.owner

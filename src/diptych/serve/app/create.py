@@ -13,7 +13,7 @@ from PIL import Image
 from diptych import enhance
 from diptych.errors import UserError
 from diptych.serve.app import job as jobs
-from diptych.serve.app import owner_of
+from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Asked
 from diptych.serve.service import Service
 
@@ -56,7 +56,9 @@ def add(blocks: Any, service: Service) -> None:
     def on_draw(request: gr.Request, *given: Any) -> Iterator[tuple[str, str]]:
         names = ("reference", "prompt", "seed", "n", "steps", "image_guidance", "text_guidance", "negative_prompt")
         asked: dict[str, Any] = dict(zip((*names, "size", "fit"), given, strict=True))
-        yield from jobs.drawn(service, owner_of(request), Asked, asked, asked.pop("reference"))
+        yield from jobs.drawn(
+            service, owner_of(request), Asked, asked, asked.pop("reference"), unread=unread(blocks, request)
+        )
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -15,8 +15,10 @@ from diptych.errors import UserError
 from diptych.serve.asked import Common
 from diptych.serve.errors import wrong as wrong_field
 from diptych.serve.fields import of_schema
-from diptych.serve.service import Busy, Service
+from diptych.serve.refusals import Busy
+from diptych.serve.service import Service
 
+UNREAD = 4  # messages that may wait for a page
 EVERY = 0.25  # seconds between looks at a job
 SMALL = 256  # pixels: what a model below it draws shows little
 
@@ -52,8 +54,10 @@ def drawn(
     given: Mapping[str, Any],
     reference: str | None = None,
     mask: str | None = None,
+    unread: Callable[[], int] = lambda: 0,
 ) -> Iterator[tuple[str, str]]:
-    """(job, HTML) as the pictures of a request come about. Empty fields are left out."""
+    """(job, HTML) as the pictures of a request come about. Empty fields are left out. `unread` counts the messages that
+    the page has not read; while there are several, it is sent nothing but the end."""
     try:
         asked = model(**{name: value for name, value in given.items() if value not in (None, "")}, partial_images=1)
         for id, name in ((reference, "picture"), (mask, "mask")):
@@ -71,7 +75,7 @@ def drawn(
     while (state := service.state(owner, job["id"])) is not None:
         live = service.board.live(job["number"])
         page = shown(state, live.previews, reference)
-        if page != last:
+        if page != last and (unread() < UNREAD or not service.is_open(state)):
             last = page
             yield job["id"], page
         if not service.is_open(state):

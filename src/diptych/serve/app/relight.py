@@ -9,7 +9,7 @@ import gradio as gr
 
 from diptych.relight import DETAIL
 from diptych.serve.app import job as jobs
-from diptych.serve.app import owner_of
+from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Relit
 from diptych.serve.service import Service
 
@@ -70,7 +70,7 @@ def add(blocks: Any, service: Service) -> None:
         if not sent:
             yield "", jobs.wrong("Give the picture that is to be relit.")
             return
-        yield from jobs.drawn(service, owner_of(request), Relit, asked, sent, kept)
+        yield from jobs.drawn(service, owner_of(request), Relit, asked, sent, kept, unread=unread(blocks, request))
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)

@@ -10,7 +10,7 @@ import gradio as gr
 from diptych.enhance import endpoint_of
 from diptych.errors import UserError
 from diptych.serve.app import job as jobs
-from diptych.serve.app import owner_of
+from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Story
 from diptych.serve.service import Service
 from diptych.story import CAPTIONS, FEWEST, MOST
@@ -84,7 +84,7 @@ def add(blocks: Any, service: Service) -> None:
         asked["panel"] = [line.strip() for line in (lines or "").splitlines() if line.strip()]
         numbers = (seeds or "").replace(",", " ").split()
         asked |= {"seed": numbers[0]} if len(numbers) == 1 else {"panel_seed": numbers or None}
-        yield from jobs.drawn(service, owner_of(request), Story, asked, sent)
+        yield from jobs.drawn(service, owner_of(request), Story, asked, sent, unread=unread(blocks, request))
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)
