@@ -152,6 +152,18 @@ def test_json_that_two_readers_could_understand_differently_is_refused(
     assert answer.status_code == 400 and ("twice" in message or "NaN" in message)
 
 
+@pytest.mark.parametrize("body", [b'{"prompt": "a cat", "steps": "\\ud800"}', b'{"prompt": "a cat", "\\udfff": 1}'])
+def test_what_is_no_text_is_refused_with_an_answer_that_is(client: httpx.Client, body: bytes) -> None:
+    answer = client.post("/v1/images/generations", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_json_is_sent_as_json(client: httpx.Client) -> None:
+    for kind in ("text/plain", "application/xml", "application/x-www-form-urlencoded"):
+        answer = client.post("/v1/images/generations", content=b'{"prompt": "a cat"}', headers={"Content-Type": kind})
+        assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]
+
+
 def test_prompts_are_in_no_log_and_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -53,8 +53,14 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error} for status in sorted({*statuses, *ANYWHERE})}
 
 
+def _text(text: str) -> str:
+    """Without halves of surrogate pairs, which a request may hold and no answer can."""
+    return text.encode("utf8", "backslashreplace").decode("utf8")
+
+
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error."""
+    message, param = _text(message), None if param is None else _text(param)
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return Error(error=Fault(message=message, type=kind, param=param, code=code)).model_dump()
 

@@ -63,6 +63,8 @@ async def read(request: Request, model: type[Wanted], files: Mapping[str, bool])
 async def read_json(request: Request, model: type[Wanted]) -> Wanted:
     """What a JSON body asks for. UsageError if it is not such JSON as is taken, pydantic's ValidationError if it is
     wrong."""
+    if not is_json(request):
+        raise UsageError(f"the body must be a JSON object with the fields of this request, sent as {JSON}")
     body = await request.body()
     try:
         given = parse_request(body)
