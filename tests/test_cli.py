@@ -234,7 +234,7 @@ def test_debug_shows_the_traceback(
 
 
 def test_our_warnings_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    def warn() -> dict[str, Any]:
+    def warn(teacher: str | None) -> dict[str, Any]:
         logging.getLogger("diptych.api").warning("the model does not know: %s", "zebra")
         return {"problems": [], "x": 1}
 
@@ -299,7 +299,7 @@ def test_quantizers_are_imported_only_for_a_model_that_needs_them(
 def test_the_warnings_of_quantizers_are_for_debugging(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     loggers = [logging.getLogger(name) for name in ("torchao.kernel", "bitsandbytes.cextension", "torch.utils._pytree")]
 
-    def warn() -> dict[str, Any]:
+    def warn(teacher: str | None) -> dict[str, Any]:
         for logger in loggers:
             logger.warning("Failed to load %s", logger.name)
         return {"problems": []}

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. DIPTYCH_DEBUG=1 show
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ import typer
 
 from diptych import cli_data, cli_draw, cli_evaluate, cli_generate, cli_push, cli_serve, cli_sign, cli_trace
 from diptych.cli_options import Address, Engine, Json
+from diptych.console import printable_json, show
 from diptych.errors import UsageError, UserError
 from diptych.student import directions
 
@@ -59,7 +59,7 @@ def _version(value: bool) -> None:
     if value:
         from diptych import __version__
 
-        print(f"diptych {__version__}")
+        show(f"diptych {__version__}")
         raise typer.Exit()
 
 
@@ -99,7 +99,7 @@ def _run(
     if not parallel.is_first():
         return
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False))
+        show(printable_json(summary))
         return
     for name, result in summary["stages"].items():
         counts = ", ".join(
@@ -107,8 +107,8 @@ def _run(
             for key, word in (("rows", "rows"), ("failed", "failed"), ("pairs", "pairs"), ("steps", "steps"))
             if result.get(key) or (key in ("rows", "pairs") and key in result)
         )
-        print(f"{name:<9} {duration(result['seconds']):>7}  {counts}")
-    print(summary.get("report") or summary["run"])
+        show(f"{name:<9} {duration(result['seconds']):>7}  {counts}")
+    show(summary.get("report") or summary["run"])
 
 
 @app.command("run", epilog="Example: diptych run recipes/pocket.yaml --out runs/first --set write.count=500")
@@ -209,7 +209,7 @@ def plan(
     from diptych import recipe as recipes
 
     found = plans.make(recipes.load(recipe, sets or ()), assume or (), gpu, out)
-    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(plans.lines(found)))
+    show(printable_json(found) if as_json else "\n".join(plans.lines(found)))
 
 
 @app.command("ablate", epilog="Example: diptych ablate pocket --out runs/ablations --from runs/first")
@@ -238,7 +238,7 @@ def ablate(
     if out == "":
         raise UsageError("--out is empty; name a folder")
     found = studies.ablate(study, out, Display(quiet=as_json), base, only or (), sets or ())
-    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(studies.lines(found)))
+    show(printable_json(found) if as_json else "\n".join(studies.lines(found)))
 
 
 app.command("generate", epilog=cli_generate.EXAMPLE)(cli_generate.generate)
@@ -251,7 +251,7 @@ app.command("trace", epilog=cli_trace.EXAMPLE)(cli_trace.trace)
 
 def _print_directions(value: bool) -> None:
     if value:
-        print(directions.table())
+        show(directions.table())
         raise typer.Exit()
 
 
@@ -297,10 +297,10 @@ def convert(
             report=lambda done, total: report(100 * done // max(total, 1), 100),
         )
     if as_json:
-        print(json.dumps(done, ensure_ascii=False))
+        show(printable_json(done))
         return
     display.say(conversion.summary(done))
-    print(done["out"])
+    show(done["out"])
 
 
 @app.command(
@@ -321,12 +321,12 @@ def list_tasks(
         if len(names) != 2:
             raise UsageError(f"name one task to show, for instance: diptych tasks show {tasks.names()[-1]}")
         text = tasks.source(names[1])
-        print(json.dumps({"task": names[1], "yaml": text}, ensure_ascii=False) if as_json else text.rstrip("\n"))
+        show(printable_json({"task": names[1], "yaml": text}) if as_json else text.rstrip("\n"))
         return
     if len(names) > 1:
         raise UsageError(f"one task at a time, not {len(names)}; `diptych tasks show NAME` prints a task's YAML")
     found = tasks.summary(*names)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tasks.lines(found)))
+    show(printable_json(found, indent=2) if as_json else "\n".join(tasks.lines(found)))
 
 
 @app.command("doctor", epilog="Example: diptych doctor --json")
@@ -346,7 +346,7 @@ def doctor(
     from diptych.doctor import examine, lines
 
     found = examine(teacher)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    show(printable_json(found, indent=2) if as_json else "\n".join(lines(found)))
     if found["problems"]:
         raise typer.Exit(1)
 
@@ -355,7 +355,7 @@ class _Warnings(logging.Handler):
     """diptych's own warnings, one line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+        show(f"{record.levelname.lower()}: {record.getMessage()}", news=True)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -419,7 +419,7 @@ def quiet_libraries() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+    show(text, news=True)
     return code
 
 

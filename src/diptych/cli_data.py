@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from diptych.cli_options import Json
+from diptych.console import printable_json, show
 from diptych.errors import UsageError, UserError, nearest
 
 app = typer.Typer(
@@ -282,4 +282,4 @@ def judge_check(
 
 
 def _print(result: dict[str, Any], lines: Any, as_json: bool) -> None:
-    print(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines(result)))
+    show(printable_json(result) if as_json else "\n".join(lines(result)))

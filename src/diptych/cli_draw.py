@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from diptych.cli_options import (
     TextGuidance,
     opened,
 )
+from diptych.console import printable_json, show
 from diptych.errors import UsageError
 from diptych.student import speed as speeds
 
@@ -300,7 +300,7 @@ def _name(light: str, seed: int) -> str:
 
 def _tell(found: dict[str, Any], started: float, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({**found, "seconds": round(time.monotonic() - started, 2)}, default=str, ensure_ascii=False))
+        show(printable_json({**found, "seconds": round(time.monotonic() - started, 2)}))
         return
     for path in found["out"]:
-        print(path)
+        show(path)

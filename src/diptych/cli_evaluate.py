@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diptych.cli_options import Address, Engine, Json
+from diptych.console import printable_json, show
 from diptych.errors import UsageError
 
 RunRecipe = Callable[[str, str | None, list[str] | None, bool, str, str | None], None]
@@ -192,15 +192,15 @@ def _suite(
         found = bench.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
         report = None if only == "generate" else page.write(out)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        show(printable_json(found))
         return
     for line in bench.lines(found):
-        print(line)
-    print(report or out)
+        show(line)
+    show(report or out)
 
 
 def _compare(pair: tuple[str, str], out: str | None, as_json: bool) -> None:
     from diptych.evaluate.compare import compare, lines
 
     found = compare(*pair, Path(out) if out is not None else None)
-    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines(found)))
+    show(printable_json(found) if as_json else "\n".join(lines(found)))

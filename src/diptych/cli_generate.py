@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +28,7 @@ from diptych.cli_options import (
     TextGuidance,
     opened,
 )
+from diptych.console import printable_json, show
 from diptych.errors import UsageError, UserError
 from diptych.student import speed as speeds
 
@@ -179,7 +178,7 @@ def _enhanced(
         raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
     endpoint = enhance.endpoint_of(url, asked)
     if endpoint is None:
-        print(enhance.OFF, file=sys.stderr, flush=True)
+        show(enhance.OFF, news=True)
         return plan
     length = enhance.length_of(*draws)
     with Cache(enhance.CACHE.expanduser()) as cache, display.stage("enhance", "prompts") as report:
@@ -195,10 +194,10 @@ def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
         skipped = [str(path) for path in outcome.skipped]
         several = {"pictures": drawn, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
         told = several if plan.folder is not None else {**drawn[0], "seconds": seconds}
-        print(json.dumps(told, default=str, ensure_ascii=False))
+        show(printable_json(told))
     else:
         for picture in drawn:
-            print(picture["out"])
+            show(picture["out"])
         display.say(f"{counted(outcome)}, {seconds:.1f} s")
     if outcome.failed and plan.folder is not None:  # one picture with a name of its own fails as itself
         raise UserError(

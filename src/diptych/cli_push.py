@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from diptych.cli_options import Json
+from diptych.console import printable_json, show
 
 EXAMPLE = "Example: diptych push runs/demo OWNER/demo --private · diptych push runs/demo/pairs ./pairs --dry-run"
 
@@ -32,6 +32,6 @@ def push(
     """
     from diptych import push as pushing
 
-    report = None if as_json else lambda line: typer.echo(f"sending {line}", err=True)
+    report = None if as_json else lambda line: show(f"sending {line}", news=True)
     told = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
-    print(json.dumps(told, indent=2, ensure_ascii=False) if as_json else "\n".join(pushing.lines(told)))
+    show(printable_json(told, indent=2) if as_json else "\n".join(pushing.lines(told)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from diptych.cli_options import Base, Lora, Memory, Model, Speed, Switch
+from diptych.console import show
 from diptych.errors import UsageError, nearest
 from diptych.models import with_scale
 from diptych.student import speed as speeds
@@ -126,7 +126,7 @@ def serve(
         watermark=key,
         limits=limits,
     )
-    http.run(settings, say=lambda text: print(text, file=sys.stderr, flush=True), web_app=app, log_level=log_level)
+    http.run(settings, say=lambda text: show(text, news=True), web_app=app, log_level=log_level)
 
 
 def _runs(asked: str | None, with_tokens: bool) -> Path | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from diptych.cli_options import Json
+from diptych.console import printable_json, show
 
 EXAMPLE = "Example: diptych sign cat.png --certificate chain.pem --key key.pem"
 
@@ -61,10 +61,10 @@ def sign(
             report=report,
         )
     if as_json:
-        print(json.dumps(told, default=str, ensure_ascii=False))
+        show(printable_json(told))
         return
     for path in told["kept"]:
         display.say(f"{path} is signed already; --overwrite signs it anew")
     if told["signed"]:
         display.say(f"by {told['signer']}, whose certificate ends on {told['until']}")
-    print("\n".join(str(path) for path in (*told["signed"], *told["kept"])))
+    show("\n".join(str(path) for path in (*told["signed"], *told["kept"])))

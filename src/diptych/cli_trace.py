@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from diptych.cli_options import Json
+from diptych.console import printable_json, show
 
 EXAMPLE = "Example: diptych trace cat.png --in runs/demo"
 
@@ -35,6 +35,6 @@ def trace(
     from diptych import trace as tracing
 
     found = tracing.trace(file, places or (), trust or ())
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(tracing.lines(found)))
+    show(printable_json(found, indent=2) if as_json else "\n".join(tracing.lines(found)))
     if not found["verified"]:
         raise typer.Exit(1)

@@ -5,6 +5,8 @@ Everything goes to stderr; stdout belongs to results.
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +14,32 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+# What a terminal obeys (control characters, C1 among them, but for line ends and tabs) or what turns text around.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 EVERY = 10.0  # seconds between plain lines
 Report = Callable[..., None]  # (done, total, note="")
+
+
+def printable(text: object) -> str:
+    """Text of any origin with nothing in it that a terminal would obey: escape sequences would move its cursor, change
+    its title or hide what follows. Line ends and tabs stay."""
+    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", str(text).replace("\r\n", "\n"))
+
+
+def one_line(text: object) -> str:
+    """The same in one line: a text with a line end in it could pass for a line of ours."""
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
+
+
+def printable_json(value: object, indent: int | None = None) -> str:
+    """JSON with its letters as they are, and with everything a terminal would obey as an escape of JSON's."""
+    text = json.dumps(value, default=str, ensure_ascii=False, indent=indent)
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def show(text: object, news: bool = False) -> None:
+    """Prints a result to stdout, or `news` to stderr, as `printable` has it."""
+    print(printable(text), file=sys.stderr if news else sys.stdout, flush=news)
 
 
 @dataclass
@@ -58,7 +84,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line of news."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            show(text, news=True)
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Report]:
@@ -83,7 +109,7 @@ class Display:
             BarColumn(bar_width=30),
             TextColumn("{task.fields[count]:<16}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[news]}"),
+            TextColumn("{task.fields[news]}", markup=False),
         )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(name, total=None, count="", news="loading")
@@ -93,7 +119,11 @@ class Display:
                 news = [rate_text(rate, unit), f"{duration(left)} left" if left and done < total else "", note]
                 count = f"{done}/{total} {unit}"
                 progress.update(
-                    task, completed=done, total=total or 1, count=count, news=" · ".join(n for n in news if n)
+                    task,
+                    completed=done,
+                    total=total or 1,
+                    count=count,
+                    news=printable(" · ".join(n for n in news if n)),
                 )
 
             yield report

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import manifest, models
+from diptych.console import one_line
 from diptych.data.embedded import holds_manifest
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import text_hash
@@ -102,7 +103,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     def add(link: dict[str, Any], depth: int) -> None:
         statuses.append(link["status"])
         says = f"  {link['says']}" if link["says"] else ""
-        told.append(f"{'  ' * depth}{MARKS[link['status']]} {link['what']}  {link['where']}{says}")
+        told.append(one_line(f"{'  ' * depth}{MARKS[link['status']]} {link['what']}  {link['where']}{says}"))
         for below in link["links"]:
             add(below, depth + 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from diptych.data import audit, labels
 from diptych.data.audit_page import AuditServer, serve
+from hostile_text import EVIL, check
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -75,4 +77,23 @@ def test_who_goes_on_before_a_label_is_kept_labels_the_pair_that_was_shown(serve
     playwright.expect(page.locator("#count")).to_contain_text("1 of 6")
     playwright.expect(page.locator("#ask")).to_contain_text("Pair 3:")
     playwright.expect(page.get_by_role("button", name="same")).to_have_attribute("aria-pressed", "false")
+    page.close()
+
+
+def test_no_text_of_a_run_is_run(server: AuditServer, browser: Any) -> None:
+    pairs = tuple(replace(pair, id=EVIL if number else pair.id, subject=EVIL)
+                  for number, pair in enumerate(server.sample.pairs[:2]))  # fmt: skip
+    server.sample = replace(server.sample, pairs=pairs, question=EVIL)
+    server.ids, server.labeller = {pair.id for pair in pairs}, EVIL
+    page = browser.new_page()
+    page.goto(server.url)
+    playwright.expect(page.locator("#ask")).to_contain_text(EVIL)
+    page.keyboard.press("s")
+    playwright.expect(page.locator("#ask")).to_contain_text("Pair 2:")
+    page.get_by_text("What counts as the same").click()
+    check(page, EVIL)
+    page.keyboard.press("d")
+    playwright.expect(page.locator("#count")).to_contain_text("all done")
+    assert server.said == {pairs[0].id: "same", EVIL: "different"}
+    check(page, EVIL)
     page.close()

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from diptych.console import one_line
 from diptych.data import bill as bills
 from diptych.data import log, records
 from diptych.data.scan import batches, open_run, selected
@@ -220,7 +221,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if (spread := found["spread"]) is not None:
         distinct = f"{100 * spread['distinct']:.0f} % of their word pairs are distinct"
         text.append(f"prompts: {distinct}, mean distance {spread['distance']:.2f} (0: all the same, 1: nothing shared)")
-    text += [f"asked {_printable(line)}" for line in bills.lines(found["asked"])]
+    text += [f"asked {one_line(line)}" for line in bills.lines(found["asked"])]
     for column, numbers in found["numbers"].items():
         text += ["", *_histogram(column, numbers)]
     for word, balance in found["balance"].items():
@@ -229,14 +230,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     return text
 
 
-def _printable(text: str) -> str:
-    """Words of a model, with nothing in them that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
-
-
 def _first(counts: dict[str, int], shown: int) -> list[tuple[str, int]]:
     """The most frequent, and the rest in one."""
-    most = [(_printable(name), times) for name, times in counts.items()]
+    most = [(one_line(name), times) for name, times in counts.items()]
     rest = sum(times for _, times in most[shown:])
     return most[:shown] + ([("for other reasons", rest)] if rest else [])
 
@@ -262,7 +258,7 @@ def _kinds(word: str, balance: dict[str, Any]) -> list[str]:
     text = [head]
     for name, row in rows[:SHOWN]:
         text.append(
-            f"  {_printable(name)[:24]:<24} {row['pairs']:>8} pairs {row['kept']:>8} kept {100 * row['share']:>6.1f} %"
+            f"  {one_line(name)[:24]:<24} {row['pairs']:>8} pairs {row['kept']:>8} kept {100 * row['share']:>6.1f} %"
         )
     if len(rows) > SHOWN:
         text.append(f"  … and {len(rows) - SHOWN} more (--json names them)")

@@ -86,10 +86,10 @@ def lines(
             f"{'L' if i else 'M'}{frame.px(x):.1f} {frame.py(min(y, top)):.1f}" for i, (x, y) in enumerate(s.points)
         )
         css = "line faint" if s.faint else "line"
-        drawn.append(f'<path class="{css}" style="stroke:var(--c-{s.colour})" d="{path}"/>')
+        drawn.append(f'<path class="{css}" style="stroke:var(--c-{text(s.colour)})" d="{path}"/>')
     for dot in marks:
         at = f'cx="{frame.px(dot.x):.1f}" cy="{frame.py(dot.y):.1f}" r="5"'
-        drawn.append(f'<circle {at} style="fill:var(--c-{dot.colour})"/>')
+        drawn.append(f'<circle {at} style="fill:var(--c-{text(dot.colour)})"/>')
     ends = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3g}" for s in series if s.points and not s.faint)
     return _chart(frame.axes(x_label, y_label) + "".join(drawn), title, ends, _legend([*series, *marks]), caption)
 
@@ -107,7 +107,7 @@ def scatter(dots: Sequence[Dot], title: str, x_label: str, y_label: str, caption
         )
     for dot in dots:
         x, y = frame.px(dot.x), frame.py(dot.y)
-        colour = f"var(--c-{dot.colour})"
+        colour = f"var(--c-{text(dot.colour)})"
         if dot.x_ci:
             span = f"M{frame.px(dot.x_ci[0]):.1f} {y:.1f}H{frame.px(dot.x_ci[1]):.1f}"
             parts.append(f'<path class="line" style="stroke:{colour}" d="{span}"/>')
@@ -133,7 +133,7 @@ def whiskers(dots: Sequence[Dot], title: str, x_label: str, caption: str = "") -
         parts.append(f'<text x="{at:.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{label(x)}</text>')
     for i, dot in enumerate(dots):
         y = top + step * (i + 0.5)
-        colour = f"var(--c-{dot.colour})"
+        colour = f"var(--c-{text(dot.colour)})"
         if dot.x_ci:
             span = f"M{left + dot.x_ci[0] * scale:.1f} {y}H{left + dot.x_ci[1] * scale:.1f}"
             parts.append(f'<path class="line" style="stroke:{colour};stroke-width:2.5" d="{span}"/>')
@@ -220,7 +220,7 @@ def _wide(span: tuple[float, float]) -> tuple[float, float]:
 def _legend(items: Sequence[Series | Dot]) -> str:
     seen = {item.label: item.colour for item in items if item.label}
     rows = "".join(
-        f'<li><i style="background:var(--c-{colour})"></i>{text(name)}</li>' for name, colour in seen.items()
+        f'<li><i style="background:var(--c-{text(colour)})"></i>{text(name)}</li>' for name, colour in seen.items()
     )
     return tag("ul", rows, class_="legend")
 

@@ -7,22 +7,20 @@ Nothing is loaded from anywhere: pictures are PNG data URIs, charts are inline S
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.markup import escape as text
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHOWN = 136  # CSS pixels that a small picture is enlarged to, by a whole factor
+# No script, and nothing from anywhere, whatever the files of a run say.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STORED = 256  # largest side of a picture as it is stored in the page
-
-
-def text(value: Any) -> str:
-    """Plain text as HTML."""
-    return html.escape(str(value), quote=True)
 
 
 def tag(name: str, inner: str = "", **attributes: Any) -> str:
@@ -148,6 +146,7 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{text(title)}</title><style>{style}</style></head><body>"
         f"<header>{header}</header>"

@@ -255,9 +255,11 @@ def judged(found: dict[str, Any]) -> str:
         rubric = judges["judge"]["rubric"]
         pairs += [
             ("model", text(judges["judge"]["model"])),
-            ("answers to each question", str(judges["judge"]["repeats"])),
+            ("answers to each question", text(judges["judge"]["repeats"])),
         ]
-        pairs += [("rubric", f"version {rubric['version']}, <span class='mono'>{rubric['sha256'][:12]}</span>")]
+        pairs += [
+            ("rubric", f"version {text(rubric['version'])}, {tag('span', text(rubric['sha256'][:12]), class_='mono')}")
+        ]
     pairs += [(COLUMNS[key] or key, pinned(about)) for key, about in judges.items() if key in COLUMNS]
     for name, curated in judges["curated_by"].items():
         pairs.append((f"{name} was curated by", "nobody knows" if curated is None else text(", ".join(curated))))

@@ -66,7 +66,7 @@ def headline(run: Run) -> str:
     true = run.metrics.get("copy_rate_of_renders", {}).get("copy_rate")
     who = "this run’s student" if student == "student" else "the shipped student (not this run’s)"
     said = (
-        f"On {run.metrics.get('identities', mine['n'])} subjects nobody trained on, {who} reaches a "
+        f"On {text(run.metrics.get('identities', mine['n']))} subjects nobody trained on, {who} reaches a "
         f"CP·PF (subject kept × prompt followed) of <strong>{number(mine['cp_pf'])}</strong>, {against}; the 95 % "
         f"intervals {overlap}. "
         f"{percent(mine['copy_rate'], 1)} of its pictures look like copies of the reference; of true pictures of one "
@@ -149,7 +149,7 @@ def scores(run: Run) -> str:
     first = next(iter(found["methods"].values()))
     parts = [
         paragraph(
-            f"{found.get('identities', '?')} held-out subjects × {found.get('prompts', '?')} prompts × "
+            f"{text(found.get('identities', '?'))} held-out subjects × {text(found.get('prompts', '?'))} prompts × "
             f"{plural(len(found.get('seeds', [])), 'seed')} = {first['n']} pictures for each method. <em>CP</em> is "
             "the scoring judge’s similarity to the reference, 0 for another subject of the kind and 1 for the same "
             "subject in another scene. <em>PF</em> is the share of asked attributes found. Small: 95 % intervals "

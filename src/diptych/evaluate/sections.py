@@ -189,11 +189,11 @@ def quality(run: Run) -> str:
         return missing("How precise curation is has not been measured yet.", "diptych evaluate measures it.")
     parts = [tag("h3", "How good is the judge?")]
     renders = measured["renders"]
-    prior = ", ".join(f"{percent(share)} {name}" for name, share in renders["prior"].items())
+    prior = ", ".join(f"{percent(share)} {text(name)}" for name, share in renders["prior"].items())
     best = renders["threshold_for_95"]
     parts.append(
         paragraph(
-            f"On {renders['pairs']} pairs drawn by the renderer, where the truth is known, passed through the "
+            f"On {text(renders['pairs'])} pairs drawn by the renderer, where the truth is known, passed through the "
             f"teacher’s VAE and blurred ({prior}): at the recipe’s threshold of {renders['threshold']:g}, precision is "
             f"<strong>{percent(renders['precision'], 1)}</strong> and recall "
             f"<strong>{percent(renders['recall'], 1)}</strong>. "
@@ -238,7 +238,9 @@ def _estimate(grids: dict[str, Any] | None) -> str:
         if part is None:
             return "– (there are none)"
         low, high = part["ci95"]
-        return f"<strong>{percent(part['corrected'])}</strong> ({percent(low)} to {percent(high)}, n = {part['n']})"
+        return (
+            f"<strong>{percent(part['corrected'])}</strong> ({percent(low)} to {percent(high)}, n = {text(part['n'])})"
+        )
 
     return paragraph(
         "On the teacher’s own grids nobody knows the truth. The attribute reader, which had no say in curation, "
@@ -285,7 +287,7 @@ def distill(run: Run) -> str:
         step = name.removeprefix("step-").lstrip("0") or "0"
         parts.append(tag("h3", "Drawn by the student in training"))
         said = f"Step {step}, held-out pairs: reference · target as the teacher drew it · the student’s picture."
-        parts.append(figure(picture(image, said, wide=3), said))
+        parts.append(figure(picture(image, said, wide=3), text(said)))
     return "".join(parts)
 
 

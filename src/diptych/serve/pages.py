@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
+from diptych.markup import escape
 from diptych.serve import fields
 
 ICON = "/favicon.ico"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -12,6 +11,7 @@ from PIL import Image
 
 from diptych import enhance
 from diptych.errors import UserError
+from diptych.markup import Html, escape, tag
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Asked
@@ -81,21 +81,20 @@ def add(blocks: Any, service: Service) -> None:
     blocks.load(lambda: described(service), None, about, api_visibility="private")
 
 
-def described(service: Service) -> str:
+def described(service: Service) -> Html:
     """What the model draws and what it cannot, in plain words."""
     student = jobs.student_of(service)
     if student is None:
-        return '<p role="status">The model is being loaded; open this page again in a moment.</p>'
+        return tag("p", "The model is being loaded; open this page again in a moment.", role="status")
     side = student.pipeline.default_panel_size
-    told = f"<b>{escape(student.name)}</b> draws {side}×{side} pixels."
+    told: list[str] = [tag("b", student.name), f" draws {side}×{side} pixels."]
     if side < jobs.SMALL:
-        told += " It is a small model: expect the idea of a scene, not a picture to hang up. "
-        told += "Fine patterns, hands, writing and likeness are beyond it."
+        told.append(" It is a small model: expect the idea of a scene, not a picture to hang up. ")
+        told.append("Fine patterns, hands, writing and likeness are beyond it.")
     if student.words is not None:
-        told += f" It knows {len(student.words)} words; others it cannot show."
-        listed = escape(", ".join(sorted(student.words)))
-        told += f"<details><summary>The words it knows</summary>{listed}</details>"
-    return f'<div class="dq-small">{told}</div>'
+        told.append(f" It knows {len(student.words)} words; others it cannot show.")
+        told.append(tag("details", tag("summary", "The words it knows"), ", ".join(sorted(student.words))))
+    return tag("div", *told, class_="dq-small")
 
 
 def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
@@ -110,4 +109,4 @@ def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
             length = enhance.length_of(str(loading["model"]), loading.get("base"))
             return enhance.enhance(prompt, image.convert("RGB"), enhance.endpoint_of(None, None), length=length)
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(escape(error), print_exception=False) from None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
@@ -13,8 +13,10 @@ from diptych.console import Display
 from diptych.data import decisions, records
 from diptych.data.scan import open_run
 from diptych.errors import UserError
+from diptych.markup import Html, html, tag
 from diptych.serve.app import owner_of
-from diptych.serve.app.runs import listing
+from diptych.serve.app.job import wrong
+from diptych.serve.app.runs import NO_RUN, listing
 from diptych.serve.runs import NAME, Runs
 from diptych.serve.service import Service
 
@@ -82,7 +84,7 @@ def add(blocks: Any, service: Service) -> None:
         try:
             runs.decide(name, words[1], words[0], owner_of(request))
         except UserError as error:
-            return _wrong(error), *show(name, what, part, start)
+            return wrong(error), *show(name, what, part, start)
         return _count(runs, name), *show(name, what, part, start)
 
     def on_apply(name: str) -> tuple[str, Any]:
@@ -114,44 +116,42 @@ def add(blocks: Any, service: Service) -> None:
     blocks.load(lambda name: _limits(runs, name), run, sliders, **hidden)
 
 
-def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[str, Any]:
+def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[Html, Any]:
     """A page of pairs as HTML, and the choices of what to show."""
     if not name:
-        return "<p>There is no run yet: <code>diptych run demo</code> makes one.</p>", gr.Dropdown()
+        return NO_RUN, gr.Dropdown()
     try:
         rows, total, reasons = runs.page(name, shown, subject or "", start, PAGE)
     except UserError as error:
-        return _wrong(error), gr.Dropdown()
-    figures = "".join(_pair(name, row) for row in rows)
+        return wrong(error), gr.Dropdown()
+    figures = [_pair(name, row) for row in rows]
     upto = min(start + PAGE, total)
-    head = f'<p role="status">{start + 1 if rows else 0} to {upto} of {total} pairs</p>'
+    head = tag("p", f"{start + 1 if rows else 0} to {upto} of {total} pairs", role="status")
     choices = [*SHOWN, *(reason for reason in reasons if reason not in SHOWN)]
-    return f'{head}<div class="dq-gallery">{figures}</div>', gr.Dropdown(choices=choices, value=shown)
+    return html(head, tag("div", *figures, class_="dq-gallery")), gr.Dropdown(choices=choices, value=shown)
 
 
-def _pair(run: str, row: dict[str, Any]) -> str:
-    id = escape(row["id"])
-    images = "".join(
-        f'<img loading="lazy" src="/v1/runs/{run}/pairs/{id}/{side}" alt="{side} of {id}">'
+def _pair(run: str, row: dict[str, Any]) -> Html:
+    id = row["id"]
+    images = [
+        tag("img", loading="lazy", src=f"/v1/runs/{run}/pairs/{quote(id, safe='')}/{side}", alt=f"{side} of {id}")
         for side in ("reference", "target")
-    )
+    ]
     numbers = ", ".join(f"{words} {row[key]:.2f}" for key, words in NUMBERS.items() if row[key] is not None)
     verdict = "kept" if row["kept"] else f"refused: {row['reason']}"
     if row["decided"] is not None:
         verdict = records.ACCEPTED if row["decided"] else records.REJECTED
-    buttons = ""
+    buttons = []
     for said, label, mine in (("accept", "Accept", True), ("reject", "Reject", False)):
         pressed = row["decided"] is mine
         value = f"{'judge' if pressed else said} {id}"  # pressed once more, it is left to the judge again
-        buttons += (
-            f'<button type="button" data-put="decide" data-once="1" data-value="{value}" '
-            f'aria-pressed="{str(pressed).lower()}">{label}</button>'
+        aloud = str(pressed).lower()
+        buttons.append(
+            tag("button", label, type="button", data_put="decide", data_once=1, data_value=value, aria_pressed=aloud)
         )
-    return (
-        f'<figure data-pair="{id}"><div class="dq-pair">{images}</div><figcaption><b>{escape(verdict)}</b>'
-        f"<span>{escape(row['subject'])}: {escape(row['caption'])}</span>"
-        f'<span class="dq-small">{escape(numbers)}</span>{buttons}</figcaption></figure>'
-    )
+    words = tag("span", f"{row['subject']}: {row['caption']}")
+    caption = tag("figcaption", tag("b", verdict), words, tag("span", numbers, class_="dq-small"), *buttons)
+    return tag("figure", tag("div", *images, class_="dq-pair"), caption, data_pair=id)
 
 
 def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[str]]) -> str:
@@ -162,12 +162,10 @@ def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[
         folder = runs.folder / str(new)
         found = recurate.recurate(runs.of(name), sets(), folder, Display(quiet=True))
     except UserError as error:
-        return _wrong(error)
+        return wrong(error)
     command = f"diptych distill {folder / 'recipe.yaml'} --out {folder}"
-    return (
-        f'<p role="status">The run {escape(str(new))} has {found["pairs"]} pairs to train on; {escape(str(name))} is '
-        f"as it was. To train it: <code>{escape(command)}</code></p>"
-    )
+    said = f"The run {new} has {found['pairs']} pairs to train on; {name} is as it was. To train it: "
+    return tag("p", said, tag("code", command), role="status")
 
 
 def applied(runs: Runs, name: str | None) -> str:
@@ -177,7 +175,7 @@ def applied(runs: Runs, name: str | None) -> str:
         if decisions.read(source) == decisions.applied(source):
             raise UserError(f"{name} follows all decisions already; accept or reject a pair first")
     except UserError as error:
-        return _wrong(error)
+        return wrong(error)
     names = (f"{str(name)[:52]}-decided{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     return made(runs, name, next(new for new in names if not (runs.folder / new).exists()), list)
 
@@ -201,19 +199,22 @@ def funnel_of(runs: Runs, name: str | None, values: Any) -> str:
     """What these thresholds would keep, and what would come and go, from the stored numbers."""
     try:
         if not name or not (sets := _sets(runs, name, values)):
-            return '<p role="status">These are the run\'s own thresholds.</p>'
+            return tag("p", "These are the run's own thresholds.", role="status")
         found = recurate.recurate(runs.of(name), sets)
     except UserError as error:
-        return _wrong(error)
+        return wrong(error)
     total = found["candidates"]
-    bars = "".join(
-        f'<tr><td>{label}</td><td class="n">{n}</td><td style="width:50%"><span class="dq-bar" '
-        f'style="width:{100 * n / total:.1f}%"></span></td></tr>'
+    bars = [
+        tag("tr", tag("td", label), tag("td", n, class_="n"), tag("td", _bar(n / total), style="width:50%"))
         for label, n in (("candidates", total), ("kept now", found["kept_before"]), ("kept then", found["kept_after"]))
-    )
-    moves = "".join(f"<li>{m['pairs']}: {escape(m['from'])} → {escape(m['to'])}</li>" for m in found["moves"])
+    ]
+    moves = [tag("li", f"{m['pairs']}: {m['from']} → {m['to']}") for m in found["moves"]]
     said = f"{found['came']} would come, {found['went']} would go."
-    return f'<table class="dq-table">{bars}</table><p role="status">{said}</p><ul>{moves}</ul>'
+    return html(tag("table", *bars, class_="dq-table"), tag("p", said, role="status"), tag("ul", *moves))
+
+
+def _bar(share: float) -> Html:
+    return tag("span", class_="dq-bar", style=f"width:{100 * share:.1f}%")
 
 
 def _said(runs: Runs, name: str) -> str:
@@ -222,8 +223,4 @@ def _said(runs: Runs, name: str) -> str:
 
 
 def _count(runs: Runs, name: str) -> str:
-    return f'<p role="status">{_said(runs, name)}; Apply makes a new run of them, and this one stays as it is.</p>'
-
-
-def _wrong(error: object) -> str:
-    return f'<div class="dq-wrong" role="alert">{escape(str(error))}</div>'
+    return tag("p", f"{_said(runs, name)}; Apply makes a new run of them, and this one stays as it is.", role="status")

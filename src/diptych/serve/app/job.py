@@ -6,12 +6,12 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Iterator, Mapping
-from html import escape
 from typing import Any
 
 from pydantic import ValidationError
 
 from diptych.errors import UserError
+from diptych.markup import Html, html, tag
 from diptych.serve.asked import Common
 from diptych.serve.errors import wrong as wrong_field
 from diptych.serve.fields import of_schema
@@ -23,13 +23,11 @@ EVERY = 0.25  # seconds between looks at a job
 SMALL = 256  # pixels: what a model below it draws shows little
 
 
-def drop(to: str, label: str, hint: str) -> str:
+def drop(to: str, label: str, hint: str) -> Html:
     """Where a picture is dropped, pasted or chosen; its id then stands in the field `to`."""
-    return (
-        f'<label class="dq-drop" data-to="{to}" data-hint="{hint}"><input type="file" accept="image/*" '
-        f'aria-label="{label}"><b>{label}</b><img alt="{label}" hidden><span>{hint}</span><span role="alert"></span>'
-        "</label>"
-    )
+    file = tag("input", type="file", accept="image/*", aria_label=label)
+    shown = [tag("b", label), tag("img", alt=label, hidden=True), tag("span", hint), tag("span", role="alert")]
+    return tag("label", file, *shown, class_="dq-drop", data_to=to, data_hint=hint)
 
 
 def student_of(service: Service) -> Any:
@@ -40,11 +38,11 @@ def student_of(service: Service) -> Any:
         return None
 
 
-def note(service: Service, small: str, always: str = "") -> str:
+def note(service: Service, small: str, always: str = "") -> Html:
     """What a tab's job can and cannot be expected to give, the more so of a small model."""
     student = student_of(service)
     told = small if student is not None and student.pipeline.default_panel_size < SMALL else ""
-    return f'<div class="dq-small">{escape(" ".join(filter(None, (always, told))))}</div>'
+    return tag("div", " ".join(filter(None, (always, told))), class_="dq-small")
 
 
 def drawn(
@@ -69,7 +67,7 @@ def drawn(
         yield "", wrong(_said(error, model))
         return
     except UserError as error:
-        yield "", wrong(str(error))
+        yield "", wrong(error)
         return
     last = ""
     while (state := service.state(owner, job["id"])) is not None:
@@ -100,79 +98,85 @@ def _said(error: ValidationError, model: type[Common]) -> str:
     return f"{field.replace('_', ' ')}: {wrong_field(first, of_schema(model.model_json_schema()))}"
 
 
-def wrong(text: str) -> str:
+def wrong(error: object) -> Html:
     """Something went wrong, as HTML."""
-    return f'<div class="dq-wrong" role="alert">{escape(text)}</div>'
+    return tag("div", error, class_="dq-wrong", role="alert")
 
 
-def shown(state: dict[str, Any], previews: Mapping[int, bytes], reference: str | None) -> str:
+def shown(state: dict[str, Any], previews: Mapping[int, bytes], reference: str | None) -> Html:
     """A job as HTML: what to know of it, how far it is, its pictures, and once it is done what it makes together."""
     progress = state["progress"]
     remarks = [f"{line[:1].upper()}{line[1:]}." for line in state["warnings"]]
     if not reference and state["kind"] != "relight":
         remarks.insert(0, "There is no reference: drawn from text alone.")
-    parts = [f'<p class="dq-small">{escape(line)}</p>' for line in remarks]
+    parts = [tag("p", line, class_="dq-small") for line in remarks]
     if state["status"] == "queued":
-        parts.append(f'<p role="status">Waiting; {state["waiting_before"]} pictures come before.</p>')
+        parts.append(_status(f"Waiting; {state['waiting_before']} pictures come before."))
     elif state["status"] == "running":
         share = progress["done"] * (progress["steps"] or 1) + progress["step"]
         whole = progress["of"] * (progress["steps"] or 1)
-        parts.append(f'<p role="status">Drawing: step {progress["step"]} of {progress["steps"]}, '
-                     f'{progress["done"]} of {progress["of"]} done</p>'
-                     f'<progress max="{whole}" value="{min(share, whole)}"></progress>')  # fmt: skip
+        step, done = (f"{progress[one]} of {progress[all_]}" for one, all_ in (("step", "steps"), ("done", "of")))
+        parts += [_status(f"Drawing: step {step}, {done} done"), tag("progress", max=whole, value=min(share, whole))]
     elif state["status"] == "failed":
         parts.append(wrong(state["error"]))
     elif state["status"] == "cancelled":
-        parts.append('<p role="status">Stopped.</p>')
+        parts.append(_status("Stopped."))
     else:
         parts.append(_together(state))
     figures = [_figure(state, place, previews, reference) for place in range(len(state["pictures"]))]
-    return "".join(parts) + f'<div class="dq-gallery" data-status="{state["status"]}">{"".join(figures)}</div>'
+    return html(*parts, tag("div", *figures, class_="dq-gallery", data_status=state["status"]))
 
 
-def _together(state: dict[str, Any]) -> str:
+def _status(text: str) -> Html:
+    return tag("p", text, role="status")
+
+
+def _together(state: dict[str, Any]) -> Html:
     """What the pictures of a finished job make: a story's page, a strip of lights."""
     page = f"/v1/jobs/{state['id']}/page"
     if state["kind"] == "story":
         seeds = " ".join(str(picture["seed"]) for picture in state["pictures"])
-        return (
-            f'<img class="dq-page done" src="{page}" alt="the page">'
-            f'<p class="dq-buttons"><a class="dq-button" href="{page}" download="story.png">Save as PNG</a>'
-            f'<a class="dq-button" href="{page}?format=pdf" download="story.pdf">Save as PDF</a>'
-            f'<button type="button" data-put="story-seed" data-value="{seeds}">Use these seeds</button></p>'
+        buttons = [
+            _save("Save as PNG", page, "story.png"),
+            _save("Save as PDF", f"{page}?format=pdf", "story.pdf"),
+            tag("button", "Use these seeds", type="button", data_put="story-seed", data_value=seeds),
+        ]
+        return html(
+            tag("img", class_="dq-page done", src=page, alt="the page"), tag("p", *buttons, class_="dq-buttons")
         )
     if state["kind"] == "relight" and len(state["pictures"]) > 1:
-        return (
-            f'<p class="dq-buttons"><a class="dq-button" href="{page}" download="lights.png">'
-            "Save all as one strip</a></p>"
-        )
-    return ""
+        return tag("p", _save("Save all as one strip", page, "lights.png"), class_="dq-buttons")
+    return html()
 
 
-def _figure(state: dict[str, Any], place: int, previews: Mapping[int, bytes], reference: str | None) -> str:
+def _save(label: str, address: str, name: str) -> Html:
+    return tag("a", label, class_="dq-button", href=address, download=name)
+
+
+def _figure(state: dict[str, Any], place: int, previews: Mapping[int, bytes], reference: str | None) -> Html:
     picture, kind = state["pictures"][place], state["kind"]
     seed = picture["seed"]
-    text = "" if kind == "images" else f"<span>{escape(picture['text'])}</span>"
+    text = html() if kind == "images" else tag("span", picture["text"])
     if picture["status"] != "done":
         if place not in previews:
-            return ""
+            return html()
         data = base64.b64encode(previews[place]).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="preview">'
-        return f"<figure>{image}<figcaption>{text}<span>seed {seed}</span></figcaption></figure>"
-    address = f"/v1/pictures/{picture['id']}"
-    image = f'<img class="done" src="{address}" alt="picture with seed {seed}">'
+        image = tag("img", src=f"data:image/png;base64,{data}", alt="preview")
+        return tag("figure", image, tag("figcaption", text, tag("span", f"seed {seed}")))
+    address, alt = f"/v1/pictures/{picture['id']}", f"picture with seed {seed}"
+    image = tag("img", class_="done", src=address, alt=alt)
     if reference and kind != "story":
         # What was sent and what came of it, one over the other, and a slider between them.
-        image = (
-            f'<div class="dq-compare"><img class="before" src="/v1/references/{reference}" alt="the reference">'
-            f'<img class="after done" src="{address}" alt="picture with seed {seed}"></div>'
-            '<input class="dq-compare-range" type="range" min="0" max="100" value="100" '
-            'aria-label="from the reference (left) to the picture (right)">'
+        before = tag("img", class_="before", src=f"/v1/references/{reference}", alt="the reference")
+        after = tag("img", class_="after done", src=address, alt=alt)
+        between = {"type": "range", "min": 0, "max": 100, "value": 100}
+        aloud = "from the reference (left) to the picture (right)"
+        image = html(
+            tag("div", before, after, class_="dq-compare"),
+            tag("input", class_="dq-compare-range", aria_label=aloud, **between),
         )
     to = {"images": "seed", "relight": "relight-seed"}.get(kind)
-    again = f'<button type="button" data-put="{to}" data-value="{seed}">Use this seed</button>' if to else ""
+    again = tag("button", "Use this seed", type="button", data_put=to, data_value=seed) if to else html()
     told = picture["settings"] or {}
-    return (
-        f"<figure>{image}<figcaption>{text}<span>seed {seed}, {told.get('steps')} steps</span>{again}"
-        f'<a class="dq-button" href="{address}" download="diptych-{seed}.png">Save</a></figcaption></figure>'
-    )
+    steps = tag("span", f"seed {seed}, {told.get('steps')} steps")
+    return tag("figure", image, tag("figcaption", text, steps, again, _save("Save", address, f"diptych-{seed}.png")))

@@ -9,6 +9,7 @@ import gradio as gr
 
 from diptych.enhance import endpoint_of
 from diptych.errors import UserError
+from diptych.markup import escape, tag
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Story
@@ -52,7 +53,7 @@ def add(blocks: Any, service: Service) -> None:
                 idea = gr.Textbox(label="An idea, for the language model", lines=2, elem_id="idea", max_length=2000)
                 count = gr.Slider(FEWEST, MOST, 6, step=1, label="Panels")
                 write = gr.Button("Write the panels", size="sm")
-            gr.HTML("" if writer else f'<p class="dq-small">{NO_WRITER}</p>')
+            gr.HTML("" if writer else tag("p", NO_WRITER, class_="dq-small"))
         with gr.Column(scale=3, min_width=280):
             title = gr.Textbox(label="Title", elem_id="title", max_length=200)
             panels = gr.Textbox(
@@ -111,4 +112,4 @@ def written(service: Service, owner: str, idea: str, count: int) -> str:
         service.limit(owner)
         return "\n".join(f"{panel.prompt} | {panel.caption}" for panel in write_panels(idea, int(count), endpoint))
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(escape(error), print_exception=False) from None
