@@ -247,7 +247,7 @@ def _tokens(mean: Sequence[float] | None) -> str | None:
 def judged(found: dict[str, Any]) -> str:
     """The judge, pinned; who curated; settings."""
     judges = found["judges"]
-    pairs = [("judge", text(judges["judge"]["kind"]))]
+    pairs: list[tuple[str, str]] = [("judge", text(judges["judge"]["kind"]))]
     for role in ("scorer", "reader", "text"):
         if role in judges["judge"]:
             pairs.append((role, pinned(judges["judge"][role])))
