@@ -60,6 +60,7 @@ def test_a_full_disk_is_said_with_its_reason_and_drawing_goes_on_once_there_is_r
     running = Running(Settings(folder=small_disk / "data", batch=1), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
+            done = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}).json()["job"]
             asked = {"prompt": "a cat", "steps": 10, "n": 4, "wait": False, "job": "before-the-full-disk"}
             assert client.post("/v1/images/generations", json=asked).status_code == 202
             fill(small_disk / "filler")
@@ -74,6 +75,8 @@ def test_a_full_disk_is_said_with_its_reason_and_drawing_goes_on_once_there_is_r
                 assert answer.status_code == 507 and "full" in answer.json()["error"]["message"]
                 assert answer.json()["error"]["code"] == "insufficient_storage" and "retry-after" in answer.headers
             assert client.get("/v1/jobs/before-the-full-disk").json()["status"] in ("queued", "running")
+            for path in ("", "/images", "/page", "/events"):  # what is there can be read
+                assert client.get(f"/v1/jobs/{done}{path}").status_code == 200
             (small_disk / "filler").unlink()
             assert soon(lambda: client.get("/readyz").status_code == 200)
             again = client.post("/v1/images/generations", json={**asked, "wait": True})

@@ -55,7 +55,7 @@ async def page(
     kind: Annotated[Literal["png", "pdf"], Query(alias="format")] = "png",
 ) -> Response:
     """A finished job on one page: a story's, as PNG or PDF; other pictures side by side, as PNG."""
-    service.limit(owner)
+    service.limit(owner, stores=False)
     job = service.store.job(owner, id)
     if job is None:
         return answer(404, "there is no such job")

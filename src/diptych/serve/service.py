@@ -200,13 +200,13 @@ class Service:
                 f"expire after {self.settings.keep_hours:g} hours"
             )
 
-    def limit(self, owner: str) -> None:
-        """Counts a request that makes work against its key. Busy if that is over its rate, Unwritable while nothing can
-        be stored."""
+    def limit(self, owner: str, stores: bool = True) -> None:
+        """Counts a request that makes work against its key. Busy if that is over its rate, and for one that `stores`
+        something Unwritable while that is not possible."""
         if seconds := self.rate.take(owner):
             self.metrics.refused.labels("rate").inc()
             raise Busy("this key asks too often", seconds)
-        if (trouble := self.store.disk.trouble()) is not None:
+        if stores and (trouble := self.store.disk.trouble()) is not None:
             raise trouble
 
     def submit(

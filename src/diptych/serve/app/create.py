@@ -103,7 +103,7 @@ def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
     if png is None or not prompt.strip():
         raise gr.Error("Give a reference and a prompt first.", print_exception=False)
     try:
-        service.limit(owner)
+        service.limit(owner, stores=False)
         with Image.open(io.BytesIO(png)) as image:
             loading = service.settings.loading
             length = enhance.length_of(str(loading["model"]), loading.get("base"))

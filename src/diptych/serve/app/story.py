@@ -109,7 +109,7 @@ def written(service: Service, owner: str, idea: str, count: int) -> str:
     if endpoint is None or not idea.strip():
         raise gr.Error("Say in a line what happens in the story.", print_exception=False)
     try:
-        service.limit(owner)
+        service.limit(owner, stores=False)
         return "\n".join(f"{panel.prompt} | {panel.caption}" for panel in write_panels(idea, int(count), endpoint))
     except UserError as error:
         raise gr.Error(escape(error), print_exception=False) from None
