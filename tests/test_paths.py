@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from diptych import models
 from diptych.cli import call
 from diptych.data import records
+from diptych.data.images import open_image
 from diptych.data.interop.importing import import_data
 from diptych.data.interop.rows import Options
 from diptych.data.places import desk
 from diptych.data.share import link_all, share
 from diptych.data.sources import open_pairs
-from diptych.data.store import Dataset
+from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.layers import check_folder
 from diptych.paths import inside, private_file
@@ -226,6 +227,21 @@ def test_a_student_with_special_files_is_traced_at_once(tmp_path: Path) -> None:
     special(student / "training" / "summary.json")
     special(student.parent / "recipe.yaml")
     assert not trace(student)["verified"]
+
+
+def test_a_picture_that_a_row_names_is_a_regular_file(tmp_path: Path) -> None:
+    fifo = special(tmp_path / "a.png")
+    row = {"reference": str(fifo), "prompt": "a cat", "out": "x.png"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert call(["generate", "--batch", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 1
+    with pytest.raises(UserError, match="limit"):
+        open_image("/dev/zero", max_bytes=1000)
+
+
+def test_a_write_does_not_follow_a_link_in_place_of_its_temporary_file(tmp_path: Path, secret: Path) -> None:
+    linked(tmp_path / "run" / f".manifest.json.{os.getpid()}.tmp", secret)
+    write_atomic(tmp_path / "run" / "manifest.json", b"{}")
+    assert secret.read_bytes() == SECRET and (tmp_path / "run" / "manifest.json").read_bytes() == b"{}"
 
 
 # Other people's folders ----------------------------------------------------------------------------------------------

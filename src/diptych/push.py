@@ -106,6 +106,7 @@ def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> li
             else:
                 temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
                 try:
+                    temporary.unlink(missing_ok=True)  # a link of that name would be followed
                     shutil.copyfile(held, temporary)
                     os.replace(temporary, place)
                 finally:

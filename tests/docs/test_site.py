@@ -23,7 +23,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     site = tmp_path / "site"
     reference = (site / "reference/recipes/index.html").read_text()
     assert all(f"<code>{name}</code>" in reference for name in Distill.model_fields)
-    for picture in (site / "pictures").glob("*.png"):
+    pictures = list((site / "pictures").glob("*.png"))
+    assert len(pictures) == len(list((ROOT / "docs" / "pictures").glob("*.png"))) > 0
+    for picture in pictures:
         assert Image.open(picture).width > 300
     assert 'src="../pictures/grids.png"' in (site / "method/index.html").read_text()
     assert (site / "repository/benchmarks/README.md.txt").exists()

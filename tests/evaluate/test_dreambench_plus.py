@@ -95,7 +95,7 @@ def test_the_judge_sees_what_it_should_and_is_asked_three_times(
         assert [m["role"] for m in messages] == ["user", "assistant", "user"]
         assert call.body["temperature"] == 1.0 and call.body["model"] == "toy-judge"
         seen = toy.pictures(call)
-        assert all(image.size == (512, 512) and image.format == "PNG" for image in seen)
+        assert seen and all(image.size == (512, 512) and image.format == "PNG" for image in seen)
         task = call.text()
         if len(seen) == 2:
             kinds["debiased" if "pasted" in task else "concept"] += 1

@@ -45,7 +45,7 @@ def test_a_judge_that_repeats_the_schema_has_no_vote(serve: Serve, endpoint: Mak
     with Client(endpoint(serve(parrot), temperature=0.7)) as client:
         found = VlmJudge(client, SUBJECT, votes=3).decide([("p", red, red)])["p"]
     assert (found.verdict, found.reason) == ("undecided", "no valid answer")
-    assert all("repeats the question" in vote["reason"] for vote in found.votes)
+    assert ["repeats the question" in vote["reason"] for vote in found.votes] == [True] * 3
 
 
 def test_a_story_of_the_schema_s_words_is_none(serve: Serve) -> None:

@@ -175,6 +175,7 @@ def test_a_judge_that_is_given_hostile_bytes_sends_them_nowhere(serve: Serve, gh
     }
     found = vlm.decide((what, good, data) for what, data in [*given.items(), ("a picture", png())])
     assert found.pop("a picture").verdict == "same" and len(server.calls) == 1
+    assert found.keys() == given.keys()
     for what, judgement in found.items():
         (vote,) = judgement.votes
         assert judgement.verdict == "undecided" and "a picture of" in vote["reason"], (what, vote)

@@ -14,7 +14,7 @@ from typing import Any
 from diptych.data.formats import READ, pictures_in
 from diptych.documents import parse_json
 from diptych.errors import UsageError, nearest
-from diptych.paths import here_or_packaged
+from diptych.paths import here_or_packaged, refuse_special
 from diptych.text_files import read_lines
 
 OPTIONS = (
@@ -115,7 +115,7 @@ def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | N
         return [None]
     path = here / here_or_packaged(Path(place).expanduser())
     if not path.is_dir():
-        return [path]
+        return [refuse_special(path) if where else path]  # a shell may give a pipe; a file's row may not
     found = pictures_in(path)
     if not found:
         raise UsageError(f"{where}{path}: no pictures in this folder ({', '.join(READ)})")

@@ -103,7 +103,11 @@ def _read(path: Path, max_bytes: int) -> bytes:
         size = path.stat().st_size
         if size > max_bytes:
             raise UserError(f"{path}: {plain.size(size)} is over the limit of {plain.size(max_bytes)}")
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(max_bytes + 1)  # a device has no size and no end
+        if len(data) > max_bytes:
+            raise UserError(f"{path}: over the limit of {plain.size(max_bytes)}")
+        return data
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:

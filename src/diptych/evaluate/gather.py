@@ -12,7 +12,7 @@ from diptych.data.scan import selected
 from diptych.data.store import Dataset
 from diptych.documents import parse_json
 from diptych.errors import UserError
-from diptych.paths import place
+from diptych.paths import place, refuse_special
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,7 +133,7 @@ def _in_order(row: dict[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = parse_json(path.read_text("utf8"))
+        found = parse_json(refuse_special(path).read_text("utf8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
