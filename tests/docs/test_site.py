@@ -24,7 +24,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     reference = (site / "reference/recipes/index.html").read_text()
     assert all(f"<code>{name}</code>" in reference for name in Distill.model_fields)
     pictures = list((site / "pictures").glob("*.png"))
-    assert len(pictures) == len(list((ROOT / "docs" / "pictures").glob("*.png"))) > 0
+    assert pictures
     for picture in pictures:
         assert Image.open(picture).width > 300
     assert 'src="../pictures/grids.png"' in (site / "method/index.html").read_text()
