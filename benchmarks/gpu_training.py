@@ -22,12 +22,13 @@ from training import FULL
 
 from diptych import models, plan
 from diptych.sections import Recipe
-from diptych.train import loop, parts
+from diptych.train import parts
 from diptych.train.buckets import choose
 from diptych.train.job import Job
 from diptych.train.latents import Sample
 from diptych.train.loop import Trainer
 from diptych.train.options import Options
+from diptych.train.running import ahead
 
 PAIRS, STEPS = 32, 3
 
@@ -159,7 +160,7 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
 def timed(trainer: Trainer, quantize: str, rate: float, small: bool, optimizer: str = "adamw") -> dict[str, Any]:
     """One step to warm up, then `STEPS` on the clock."""
     device, batch = trainer.job.device, trainer.options.batch_size
-    batches: Any = loop._batches(trainer)
+    batches: Any = ahead(trainer.assemble, range(trainer.step + 1, trainer.options.steps + 1), device)
 
     def steps(count: int) -> list[dict[str, Any]]:
         return [trainer.advance(each) for each in islice(batches, count)]

@@ -37,15 +37,13 @@ from diptych.paths import place
 from diptych.sections import Duplicates, Recipe, Thresholds
 from diptych.student import parallel
 from diptych.takeover import Source
-from diptych.teachers import calls, distilled
-from diptych.teachers.configs import class_of
+from diptych.teachers import distilled
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 TRAINING_KEYS = {"captions": {"instructions"}}  # of a task: no row depends on them
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
 ALIGNED = 2  # the same, for what curation does with aligned panels alone
-CALLS = 2  # the same, for grids of pipelines that were called with another guidance, or a rewritten prompt
 WORDED = 2  # the same, for what is written by a language model or from a vocabulary, whose captions name the style
 
 
@@ -396,8 +394,6 @@ class Pipeline:
         elif stage == "paint":
             teacher = self._model(recipe.teacher, "teacher")
             settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]
-            kind = class_of(models.resolve(recipe.teacher, "teacher"))
-            settings += [f"calls {CALLS}"] if kind in calls.CHANGED else []
         elif stage == "curate":
             judge = self._model(recipe.curate.judge, "curator")
             settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]

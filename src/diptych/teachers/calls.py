@@ -127,15 +127,6 @@ CALLS: Mapping[str, Call] = {
     "ZImageOmniPipeline": Call(off=0.0, above=0.0, together=True),
     "ZImagePipeline": Call(off=0.0, above=0.0, together=True),
 }
-CHANGED = (
-    "ErnieImagePipeline",
-    "Krea2Pipeline",
-    "LatentConsistencyModelPipeline",
-    "LongCatImagePipeline",
-    "ZImageOmniPipeline",
-    "ZImagePipeline",
-)
-"""Pipelines that diptych 0.1.0 called with another guidance, or without the switch that keeps the prompt."""
 # Pipelines that take a prompt and a size, and cannot paint a batch of grids all the same.
 _EDITS = "it edits an image, and chooses the size by it"
 UNSUITED: Mapping[str, str] = {
