@@ -109,6 +109,7 @@ def recipe_of(quantize: str, small: bool, optimizer: str = "adamw") -> Recipe:
         "gradient_checkpointing": True,
         "precision": "float32" if small else "bfloat16",
         "sample_every": 0,
+        "instructions": 0.0,
         "validation_pairs": 0,
         "ema": 0.0,
     }

@@ -246,7 +246,7 @@ def random_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from safetensors.torch import load_file, save_file
 
-    from diptych.student.lora import apply_lora
+    from diptych.student.lora import apply_lora, fuse_loras
     from diptych.student.pipeline import DiptychPipeline
 
     torch.manual_seed(0)
@@ -286,7 +286,8 @@ def random_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype
         plain.load_lora_adapter(load_file(path), prefix="transformer")
         ours = DiptychPipeline(FlowMatchEulerDiscreteScheduler(**shift), vae, folded)
         ours.set_progress_bar_config(disable=True)
-        apply_lora(ours, path, fuse=True)
+        apply_lora(ours, path)
+        fuse_loras(ours)
     return released, ours
 
 
