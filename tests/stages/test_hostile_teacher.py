@@ -21,6 +21,7 @@ from diptych.judges.vision import check, open_vision
 from diptych.llm.local import LocalModel
 from diptych.stages import distill, paint
 from diptych.student.components import open_part
+from diptych.student.pipeline import DiptychPipeline
 from diptych.teachers.opening import check_pipeline, refuse_code
 
 
@@ -174,6 +175,7 @@ def doors(recipe: Any, folder: Path, tmp_path: Path) -> dict[str, Callable[[], A
         "baselines": lambda: baselines.open_teacher(of),
         "pipeline": lambda: Stock(context)._open(),
         "distill": lambda: distill.start(of, torch.device("cpu")),
+        "student": lambda: DiptychPipeline.from_pretrained(folder),
     }
 
 
@@ -201,7 +203,7 @@ def test_an_honest_folder_opens_at_every_door_and_pickles_beside_safetensors_sta
     (hostile / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload(marker)))
     (hostile / "README.py").write_text("never read")
     for name, door in doors(recipe, hostile, tmp_path).items():
-        if name != "pipeline":  # a FluxPipeline has no reference input
+        if name not in ("pipeline", "student"):  # a FluxPipeline has no reference input
             assert door().vae is not None
     assert not marker.exists()
     index = check_pipeline(hostile)

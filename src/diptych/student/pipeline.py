@@ -48,6 +48,7 @@ from diptych.student.settings import Conditioning, Settings, adopt, register
 from diptych.student.settings import of as settings_of
 from diptych.student.timesteps import exact_timesteps, shift_exponent
 from diptych.student.weights import BiasSplit, student_channels
+from diptych.teachers.opening import check_pipeline
 
 if TYPE_CHECKING:
     from diptych.student.caches import StepCache
@@ -98,10 +99,13 @@ class DiptychPipeline(FluxControlPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """diffusers'. UserError for a folder with a LoRA beside its weights, which diffusers would leave out, and for a
-        config that names more layers than its weights have."""
-        layers.check_folder(Path(pretrained_model_name_or_path or ""))
-        lora = Path(pretrained_model_name_or_path or "") / RELEASED_LORA
+        """diffusers'. UserError for a folder that brings code or pickles, one with a LoRA beside its weights, which
+        diffusers would leave out, and for a config that names more layers than its weights have."""
+        folder = Path(pretrained_model_name_or_path or "")
+        if folder.is_dir():
+            check_pipeline(folder, "student")
+        layers.check_folder(folder)
+        lora = folder / RELEASED_LORA
         if lora.is_file():
             raise UserError(
                 f"{lora} belongs to this student, and DiptychPipeline.from_pretrained does not load it. Open the "
