@@ -54,6 +54,7 @@ def test_exact_draws_what_the_released_way_draws(small: Path) -> None:
     assert lines["guided fastest"]["difference"]["max"] > 0.01
 
 
+@pytest.mark.soak
 def test_a_part_that_runs_out_of_time_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
     done = run(tmp_path, "--parts", "inference,memory", "--limits", "inference=4.1,memory=300", "--seconds", "600")
     assert done.returncode == 1

@@ -100,6 +100,7 @@ def test_a_worker_that_dies_costs_its_shard_alone(
     assert "shard 4 was lost on node" in caplog.text and "another worker takes it" in caplog.text
 
 
+@pytest.mark.soak
 def test_a_shard_that_is_lost_every_time_is_reported_by_node_and_the_rest_is_made(engine: Any, tmp_path: Path) -> None:
     broken = Doubling(0.02, Trouble("25", "crash"))
     with pytest.raises(UserError) as found:
@@ -177,6 +178,7 @@ def test_a_run_on_the_cluster_is_the_run_of_one_process(
     assert runs.run(recipe, tmp_path / "spread", display=Display(quiet=True))["stages"]["paint"]["processed"] == 0
 
 
+@pytest.mark.soak
 def test_a_killed_driver_is_started_again_and_loses_nothing(
     cluster: Any, alone: dict[str, bytes], tmp_path: Path
 ) -> None:

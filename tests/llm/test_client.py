@@ -46,6 +46,7 @@ TROUBLE: dict[str, tuple[float, Callable[[Call], Act]]] = {
 }
 
 
+@pytest.mark.soak
 def test_two_thousand_questions_to_a_bad_server_all_end_answered_undecided_or_failed(
     serve: Serve, endpoint: Make
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def test_a_server_that_answers_nothing_of_use_stops_the_run_and_is_asked_again_w
         client = Client(endpoint(server, stop_after=6), cache, keep_undecided=cached)
         with pytest.raises(UserError, match=came) as caught:
             client.ask_many(map(number, range(200)), outcomes.append)
-        assert "6 questions in a row" in str(caught.value) and "\n" not in str(caught.value)
+        counted = int(re.findall(r"(\d+) questions in a row", str(caught.value))[0])
+        assert 6 <= counted <= 6 + 4 and "\n" not in str(caught.value)  # some were under way when it stopped
         assert len(server.calls) <= 2 * (6 + 4) and len(outcomes) < 6
         paid = cache.usage()["tiny-1"].calls
         assert paid == len(server.calls) and client.spent.usage.calls == paid

@@ -118,7 +118,14 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     monkeypatch.setattr(Trainer, name, fail)
 
 
-@pytest.mark.parametrize(("name", "step"), [("validate", 4), ("draw_samples", 5), ("validate", 12)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("validate", 4),
+        pytest.param("draw_samples", 5, marks=pytest.mark.soak),
+        pytest.param("validate", 12, marks=pytest.mark.soak),
+    ],
+)
 def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
 ) -> None:
