@@ -102,9 +102,9 @@ class DiptychPipeline(FluxControlPipeline):
         """diffusers'. UserError for a folder that brings code or pickles, one with a LoRA beside its weights, which
         diffusers would leave out, and for a config that names more layers than its weights have."""
         folder = Path(pretrained_model_name_or_path or "")
+        layers.check_folder(folder)
         if folder.is_dir():
             check_pipeline(folder, "student")
-        layers.check_folder(folder)
         lora = folder / RELEASED_LORA
         if lora.is_file():
             raise UserError(
