@@ -16,7 +16,7 @@ from diptych.documents import parse_json
 from diptych.errors import UserError
 from diptych.paths import refuse_special
 
-MOST = 1000  # layers that are built without a look at the weights; no model has so many
+MOST = 1000  # layers that are built without comparing with the weights; no model has more
 LONGEST_HEAD = 100 * 2**20  # bytes, as safetensors itself has it
 _COUNTS = frozenset({"depth", "depths", "num_blocks", "n_blocks"})
 

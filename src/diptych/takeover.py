@@ -42,7 +42,7 @@ class Source:
 
     @classmethod
     def open(cls, run: str | Path, out: Path) -> Source:
-        """UsageError if it is no run, or is `out` itself."""
+        """UsageError if it is not a run, or is `out` itself."""
         folder = place(run)
         if not (folder / "recipe.yaml").is_file():
             raise UsageError(f"--from {run}: not a run's folder; there is no recipe.yaml in it")

@@ -214,7 +214,7 @@ def _manifest(path: Path, told: dict[str, Any], trust: str | None) -> list[Link]
 def _drawn_by(name: str, print_: str | None, here: _Places, told: dict[str, Any]) -> Link:
     """The student that a picture names: by its fingerprint, else the one of that name, which then differs."""
     known = here.students()
-    with suppress(UserError):  # what is under that name now is no model
+    with suppress(UserError):  # what is under that name now is not a model
         if (named := _model_here(name, "student")) is not None:
             known.insert(0, named)
     if print_ is None:

@@ -1,7 +1,7 @@
 """A row of somebody else's data as a pair, or the reason why not: the one set of checks, for training and for import.
 
 Columns are found by the names that people use, or named; their types are looked at before any row is read. A row then
-becomes one of `records.PAIR` in `pair`, which refuses what is no pair and says why.
+becomes one of `records.PAIR` in `pair`, which refuses a row that is not a pair and says why.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def pair(values: Mapping[str, Any], number: int, task: str = TASK, decode: bool = True) -> dict[str, Any]:
-    """A complete row of `records.PAIR`. UserError, with the reason, for what is no pair.
+    """A complete row of `records.PAIR`. UserError, with the reason, if it is not a pair.
 
     Pictures are decoded once, to know that they can be; their bytes stay as they are, their paths are dropped.
     `decode=False` leaves that to whoever opens them.

@@ -123,7 +123,7 @@ class Parquet:
         return self._digest.hexdigest()
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
-        """Rows as pairs, their ids their places. What is no pair is left as it is there, for `pairs.pair` to refuse."""
+        """Rows as pairs, their ids their places. A row that is not a pair is left for `pairs.pair` to refuse."""
         number, group, first, _ = self._places[shard]
         columns = self.columns | {"grid_id": "grid_id"} if "grid_id" in self.there else self.columns
         rows = self.read_raw(shard, list(dict.fromkeys(columns.values())))

@@ -73,7 +73,7 @@ def read(text: str, answer: type[BaseModel]) -> dict[str, Any]:
 def json_object(text: str) -> dict[str, Any]:
     """The JSON object in a reply: all of it, or the last object among thoughts, prose and code fences.
 
-    What stands between the marks of a model's thoughts is no answer, and neither is a broken sketch that a whole object
+    Text between a model's thinking marks is not an answer, and neither is a broken sketch that a whole object
     follows. Raises Invalid where there is none, or where the last one is broken: the inside of a cut-off object is no
     answer.
     """

@@ -218,7 +218,7 @@ def _reply(data: bytes, key: str) -> Reply:
 
 
 def _text(content: Any) -> str:
-    """A message's content, which may come in parts; TypeError if it is no text."""
+    """A message's content, which may come in parts; TypeError if it is not text."""
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content or "", str):

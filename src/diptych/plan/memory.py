@@ -90,7 +90,7 @@ class Training:
         return {name: round(size) for name, size in found.items()}
 
     def frozen(self, number: int) -> float:
-        """Bytes of the frozen weights on the device, in numbers of so many bytes."""
+        """Bytes of the frozen weights on the device, in numbers of N bytes."""
         settings = self.job.recipe.distill
         if self.trained.whole:
             return 0.0

@@ -17,7 +17,7 @@ STALLED = 60.0  # seconds in which a client must read something of its answer
 
 
 def impatient(seconds: float, most: int) -> type[asyncio.Protocol]:
-    """uvicorn's own reading of HTTP, with so many seconds for a head and at most so many connections. When there are
+    """uvicorn's own reading of HTTP, with a time limit for a head and a limit on connections. When there are
     more, the one that has been silent longest is closed; requests that are being answered are not touched."""
     protocol: Any = AutoHTTPProtocol
     most = min(most, _files(most + FILES) - FILES)

@@ -204,7 +204,7 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
-    """UserError unless the weights have as many blocks as their config says: before a model of so many is built."""
+    """UserError unless the weights have as many blocks as their config says: before such a model is built."""
     found = dict.fromkeys(_BLOCKS, 0)
     for key in keys:
         if match := _BLOCK_KEY.match(key):

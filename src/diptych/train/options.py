@@ -21,7 +21,7 @@ def canvases_at_once(height: int, width: int) -> int:
 
 
 def captions_at_once(tokens: int) -> int:
-    """How many captions of so many tokens are encoded together: four of FLUX's, and at most 64."""
+    """How many captions of N tokens are encoded together: four of FLUX's, and at most 64."""
     return max(1, min(64, 2048 // tokens))
 
 
