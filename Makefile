@@ -51,7 +51,7 @@ package: $(VENV)/bin/python
 	build/wheel/bin/pip install -q dist/*.whl -c constraints.txt
 	cd build && wheel/bin/diptych --version && wheel/bin/diptych doctor
 	cd build && wheel/bin/diptych generate --model pocket --reference "$$(wheel/bin/python -c \
-	  'from diptych.paths import packaged; print(packaged("examples/references/cat.png"))')" \
+	  'from diptych.utils.paths import packaged; print(packaged("examples/references/cat.png"))')" \
 	  --prompt "a cat on the beach" --steps 4 --out wheel.png
 	@ls -l dist
 

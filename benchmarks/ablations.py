@@ -15,9 +15,9 @@ from pathlib import Path
 
 import measuring
 
-from diptych.ablate import ablate
 from diptych.evaluate import ablations
-from diptych.student.loading import pick_device
+from diptych.run.ablate import ablate
+from diptych.student.weights.loading import pick_device
 
 
 def main() -> None:

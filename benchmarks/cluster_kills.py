@@ -89,7 +89,7 @@ def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
     from data.shard_stages import run as make
     from diptych.data.engine import LocalEngine
     from diptych.data.ray_engine import connect
-    from diptych.sections import Ray, Recipe
+    from diptych.recipe.schema import Ray, Recipe
 
     logging.basicConfig(level=logging.WARNING)
     # Hooks for the exit are for the main thread alone, and the killer adds nodes from its own.

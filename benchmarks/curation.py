@@ -35,10 +35,10 @@ from diptych.data import records
 from diptych.data.engine import LocalEngine, Work
 from diptych.data.images import image_cell
 from diptych.data.store import Dataset
-from diptych.machine import machine, versions
 from diptych.recipe import load
-from diptych.sections import Recipe
-from diptych.stages.curate import Curate
+from diptych.recipe.schema import Recipe
+from diptych.stages.curate.stage import Curate
+from diptych.utils.machine import machine, versions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,7 +4,7 @@
 
 Right is: a grid is taken, and every panel's box is within `canvases.tolerance` of the truth, gutters and borders left
 out; what is no grid is refused, at the threshold `seam` that recipes use. `canvases.py` says what is drawn. The
-constants of `diptych.stages.geometry` were settled on other seeds.
+constants of `diptych.stages.curate.seams` were settled on other seeds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import canvases
 
-from diptych.machine import machine, versions
-from diptych.sections import Thresholds
-from diptych.stages import geometry
+from diptych.recipe.schema import Thresholds
+from diptych.stages.curate import seams
+from diptych.utils.machine import machine, versions
 
 RESULTS = Path(__file__).with_name("results")
 BAR = 0.99
@@ -38,7 +38,7 @@ def run(count: int, seed: int, out: Path | None = None) -> dict[str, Any]:
     for index in range(count):
         canvas = canvases.make(seed, index)
         started = time.perf_counter()
-        cut = geometry.cut(canvas.image, canvas.rows, canvas.cols, canvas.panel_size)
+        cut = seams.cut(canvas.image, canvas.rows, canvas.cols, canvas.panel_size)
         seconds += time.perf_counter() - started
         fault = canvases.fault(canvas, cut.strength, cut.boxes, threshold)
         drawn[canvas.kind] += 1

@@ -18,9 +18,9 @@ import torch
 from inference import GUIDED, H200_RATE, UNGUIDED
 from PIL import Image
 
-from diptych.student import speed
-from diptych.student.geometry import Canvas
-from diptych.student.speed import PLAIN, PRESETS, Speed
+from diptych.student.canvas import Canvas
+from diptych.student.runtime import speed
+from diptych.student.runtime.speed import PLAIN, PRESETS, Speed
 
 STEPS, FEW_STEPS, WARM_STEPS = 20, 6, 4
 TINY: dict[str, Any] = {

@@ -16,8 +16,8 @@ from gpu_inference import TINY, size
 from memory import DEV, FLUX
 from PIL import Image
 
-from diptych.student import memory
-from diptych.student.memory import PRESETS, Memory, Preset, Shapes
+from diptych.student.runtime import memory
+from diptych.student.runtime.memory import PRESETS, Memory, Preset, Shapes
 
 STEPS = 4
 ROWS = (("80", 0), ("24", 0), ("12", 0), ("8", 0), ("16", 0), ("16", 1), ("8", 1))  # the most telling first

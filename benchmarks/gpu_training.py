@@ -20,8 +20,8 @@ import torch
 from inference import H200_RATE
 from training import FULL
 
-from diptych import models, plan
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
+from diptych.run import plan
 from diptych.train import parts
 from diptych.train.buckets import choose
 from diptych.train.job import Job
@@ -29,6 +29,7 @@ from diptych.train.latents import Sample
 from diptych.train.loop import Trainer
 from diptych.train.options import Options
 from diptych.train.running import ahead
+from diptych.utils import models
 
 PAIRS, STEPS = 32, 3
 
@@ -130,8 +131,8 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.quantize import quantize as put
-    from diptych.student.weights import widen
+    from diptych.student.runtime.quantize import quantize as put
+    from diptych.student.weights.fold import widen
 
     recipe = recipe_of(quantize, small)
     options = Options.of(recipe.distill, seed=0)

@@ -31,10 +31,10 @@ from PIL import Image
 from released_way import ReleasedWay, from_folder, split_input
 
 from diptych import student
-from diptych.plan.teacher import KNOWN
-from diptych.student import speed
-from diptych.student.geometry import Canvas
-from diptych.student.speed import PLAIN, PRESETS, Speed
+from diptych.run.plan.teacher import KNOWN
+from diptych.student.canvas import Canvas
+from diptych.student.runtime import speed
+from diptych.student.runtime.speed import PLAIN, PRESETS, Speed
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "fixtures" / "release_golden"
@@ -246,8 +246,8 @@ def random_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from safetensors.torch import load_file, save_file
 
-    from diptych.student.lora import apply_lora, fuse_loras
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.weights.lora import apply_lora, fuse_loras
 
     torch.manual_seed(0)
     channels = config["in_channels"]
@@ -402,7 +402,9 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych.data.engine import LocalEngine
     from diptych.data.images import open_image
     from diptych.data.store import Dataset
-    from diptych.evaluate import baselines, metrics, run_suite, scoring, suites, truth
+    from diptych.evaluate import run_suite, suites
+    from diptych.evaluate.methods import baselines
+    from diptych.evaluate.scoring import metrics, scores, truth
 
     recipe = recipes.load(
         "pocket",
@@ -448,8 +450,8 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         scales = {split: truth.scale(suite, split, judges.scorer.embed) for split in suite.splits}
         outcomes, pictures = {}, {}
         for place, name in places.items():
-            lines = scoring.score_method(folder, place, scales, judges.scorer.embed, judges.reader.read)
-            outcomes[name] = scoring.outcome(lines, place, suites.MAIN)
+            lines = scores.score_method(folder, place, scales, judges.scorer.embed, judges.reader.read)
+            outcomes[name] = scores.outcome(lines, place, suites.MAIN)
             data = Dataset(folder / "samples" / place)
             rows = sorted((row for shard in data.shards() for row in data.read_shard(shard)), key=lambda row: row["id"])
             pictures[name] = np.stack([np.asarray(open_image(row["image"]), dtype=np.float32) / 255 for row in rows])

@@ -22,10 +22,10 @@ import torch
 from measuring import about, write
 
 from diptych import recipe as recipes
-from diptych import run
-from diptych.console import Display
 from diptych.data.store import Dataset
+from diptych.run import runner
 from diptych.train import cached
+from diptych.utils.console import Display
 
 RECIPE = """
 name: integrity
@@ -79,7 +79,7 @@ def measure(grids: int, steps: int, out: Path | None = None) -> dict[str, Any]:
         for name in ("write", "paint", "curate", "distill", "evaluate", "distill again"):
             path.write_text(RECIPE % (grids, steps + (name == "distill again")))
             before, calls, began = clock.seconds, clock.calls, time.perf_counter()
-            run.run(recipes.load(path), folder, [name.split()[0]], Display(quiet=True))
+            runner.run(recipes.load(path), folder, [name.split()[0]], Display(quiet=True))
             whole = time.perf_counter() - began
             spent = clock.seconds - before
             stages[name] = {"seconds": round(whole, 2), "hashing": round(spent, 4), "share": round(spent / whole, 5)}

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from diptych.paths import packaged
+from diptych.utils.paths import packaged
 
 FORM = "XboundaryX"
 TRAVERSALS = ("..", "../..", "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diptych.machine import device_name, machine, versions
+from diptych.utils.machine import device_name, machine, versions
 
 RESULTS = Path(__file__).with_name("results")
 

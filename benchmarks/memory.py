@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.plan.teacher import KNOWN
-from diptych.student import memory
-from diptych.student.memory import GIB, PRESETS, Preset, Shapes, plan
+from diptych.run.plan.teacher import KNOWN
+from diptych.student.runtime import memory
+from diptych.student.runtime.memory import GIB, PRESETS, Preset, Shapes, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -53,12 +53,11 @@ def make(folder: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from safetensors.torch import save_file
 
-    from diptych.student import files, weights
+    from diptych.student.weights import files, fold
 
     torch.manual_seed(0)
     state = {
-        key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-        for key, shape in weights.shapes_of(SMALL).items()
+        key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for key, shape in fold.shapes_of(SMALL).items()
     }
     place = folder / "transformer"
     place.mkdir(parents=True)

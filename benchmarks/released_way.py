@@ -19,7 +19,7 @@ from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift
 from PIL import Image
 from safetensors.torch import load_file
 
-from diptych.student.geometry import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
+from diptych.student.canvas import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
 from diptych.student.timesteps import exact_timesteps
 
 

@@ -17,10 +17,11 @@ import measuring
 import torch
 
 from diptych import recipe as recipes
-from diptych.console import Display
-from diptych.evaluate import relight, relight_sheet
-from diptych.evaluate.gather import Run
-from diptych.run import settle
+from diptych.evaluate import relight
+from diptych.evaluate.report import relight_sheet
+from diptych.evaluate.report.gather import Run
+from diptych.run.runner import settle
+from diptych.utils.console import Display
 
 
 def main() -> None:

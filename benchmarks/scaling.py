@@ -54,7 +54,7 @@ def timed(engine: Any, rows: int, count: int, workers: int) -> tuple[float, floa
 def scaling(address: str, counts: list[int], rows: int) -> dict[str, Any]:
     """Seconds and efficiency by number of workers."""
     from diptych.data.ray_engine import connect
-    from diptych.sections import Pool, Ray, Recipe
+    from diptych.recipe.schema import Pool, Ray, Recipe
 
     found = {}
     with connect(address) as engine:
@@ -75,7 +75,7 @@ def overhead(address: str, rounds: int = 3, count: int = 4, rows: int = 64) -> d
     """One worker against this process."""
     from diptych.data.engine import LocalEngine
     from diptych.data.ray_engine import connect
-    from diptych.sections import Pool, Ray, Recipe
+    from diptych.recipe.schema import Pool, Ray, Recipe
 
     times: dict[str, list[float]] = {"in_process": [], "ray": []}
     with connect(address) as engine:

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from serving import Server
 
-from diptych.paths import packaged
+from diptych.utils.paths import packaged
 
 CLIENTS = 8
 LIMIT = 2.0  # seconds until an honest request is answered
@@ -46,7 +46,7 @@ def kill(number, frame):
         if thread.name == "diptych-worker":
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 signal.signal(signal.SIGUSR1, kill)
-from diptych.cli import main
+from diptych.cli.app import main
 sys.exit(main())
 """
 

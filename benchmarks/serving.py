@@ -21,7 +21,7 @@ def hook(event, given):
     if event in MAKES or (event == "open" and given[2] & CHANGES):
         os.write(said, f"{{event}} {{given[0]}}\\n".encode("utf8", "backslashreplace"))
 sys.addaudithook(hook)
-from diptych.cli import main
+from diptych.cli.app import main
 sys.exit(main())
 """
 

@@ -25,14 +25,14 @@ import torch
 from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
-from diptych.plan.teacher import KNOWN
-from diptych.sections import Recipe
-from diptych.stages.distill import prepare
-from diptych.student.geometry import condition_canvas, fit_image, join_panels, to_pixels
-from diptych.train.hardware import pick_precision
+from diptych.recipe.schema import Recipe
+from diptych.run.plan.teacher import KNOWN
+from diptych.student.canvas import condition_canvas, fit_image, join_panels, to_pixels
+from diptych.train.distill import prepare
 from diptych.train.loop import Trainer
 from diptych.train.material import Material
 from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.utils.hardware import pick_precision
 
 GOAL = 1.3  # times the plain loop's samples a second, on the CPU
 PAIRS = 512
@@ -178,7 +178,7 @@ def full(rounds: int, steps: int) -> dict[str, Any]:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-    from diptych import models
+    from diptych.utils import models
 
     words = models.resolve("pocket", "teacher")  # tokenizers: what they say does not matter here
     with tempfile.TemporaryDirectory() as scratch, torch.device("cuda"):

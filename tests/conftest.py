@@ -36,7 +36,7 @@ LONG = (
     "llm/test_vllm_ray.py",
     "stages/test_paint_presets.py",
     "docs/test_site.py",
-    "test_examples.py",
+    "./test_examples.py",
     "evaluate/test_ablate.py",
     "evaluate/test_whole_run.py",
     "serve/test_schema.py",
@@ -45,8 +45,8 @@ LONG = (
     "integrations/test_space.py",
     "student/test_convert.py",
     "evaluate/test_bench.py",
-    "test_third_task.py",
-    "test_sign.py",
+    "recipe/test_third_task.py",
+    "provenance/test_sign.py",
 )
 
 

@@ -17,7 +17,7 @@ from diptych.data import records
 from diptych.data.engine import failed_row
 from diptych.data.labels import Labels
 from diptych.data.store import Dataset
-from diptych.sections import Recipe, Thresholds
+from diptych.recipe.schema import Recipe, Thresholds
 
 SHARD = 50  # grids
 KINDS = ("cat", "robot", "teapot")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from diptych.student import files, weights
+from diptych.student.weights import files, fold
 
 GOLDEN = Path(__file__).parent / "fixtures" / "release_golden"
 RELEASED = GOLDEN / "dsd_model"
@@ -19,7 +19,7 @@ LORA = RELEASED / "pytorch_lora_weights.safetensors"
 
 def folded_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, config) of the golden student, folded, without its LoRA."""
-    folded = weights.fold(files.read_state(RELEASED / "transformer"), files.read_config(RELEASED / "transformer"))
+    folded = fold.fold(files.read_state(RELEASED / "transformer"), files.read_config(RELEASED / "transformer"))
     return folded.state_dict, folded.config
 
 

@@ -1,6 +1,6 @@
 """Plain stages for tests of the run itself: real rows and pictures, no models. Slow enough to be killed in the middle.
 
-`install(delay)` puts them where `diptych.run` looks for the real ones; as a script (RECIPE OUT DELAY) it runs them.
+`install(delay)` puts them where `run.runner` looks for the real ones; as a script (RECIPE OUT DELAY) it runs them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import types
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +148,22 @@ def data(folder: Path) -> dict[str, bytes]:
 def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
     """Modules to put into sys.modules in place of the real stages."""
     DELAY[0] = delay
-    report = module("diptych.evaluate.report", write=write_report)
+    report = module("diptych.evaluate.report.run_report", write=write_report)
     suite = module("diptych.evaluate.run_suite", evaluate=evaluate)
+    writing = module("diptych.stages.write.stage", Write=Write, words_digest=lambda recipe: "")
+    curating = module("diptych.stages.curate.stage", Curate=Curate)
+    distilling = module("diptych.train.distill", distill=distill)
     modules = [
-        module("diptych.stages"),
-        module("diptych.stages.write", Write=Write, words_digest=lambda recipe: ""),
+        package("diptych.stages.write", stage=writing),
+        package("diptych.stages.curate", stage=curating),
+        package("diptych.train", distill=distilling),
+        package("diptych.evaluate", run_suite=suite),
+        package("diptych.evaluate.report", run_report=report),
         module("diptych.stages.paint", Paint=Paint),
-        module("diptych.stages.curate", Curate=Curate),
-        module("diptych.stages.distill", distill=distill),
-        module("diptych.evaluate", report=report, run_suite=suite),
-        module("diptych.ready", check=lambda *_: None),
+        module("diptych.run.ready", check=lambda *_: None),
+        writing,
+        curating,
+        distilling,
         suite,
         report,
     ]
@@ -165,9 +172,9 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
 
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "a") -> Path:
     """A small run by these stages, curated to its end, in `tmp_path`/`name`."""
-    from diptych.console import Display
     from diptych.recipe import load
-    from diptych.run import run
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
 
     use(monkeypatch)
     for model in ("teacher", "judge"):
@@ -195,8 +202,13 @@ def module(name: str, **members: Any) -> types.ModuleType:
     return made
 
 
+def package(name: str, **members: Any) -> types.ModuleType:
+    """A package that holds `members`, and else what the real one holds."""
+    return module(name, __path__=import_module(name).__path__, **members)
+
+
 if __name__ == "__main__":
     sys.modules.update(install(float(sys.argv[3])))
-    from diptych.cli import main
+    from diptych.cli.app import main
 
     main(["run", sys.argv[1], "--out", sys.argv[2], *sys.argv[4:]])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych import Student, cli
-from diptych.paths import packaged
+from diptych import Student
+from diptych.cli import app
 from diptych.pocket import world
+from diptych.utils.paths import packaged
 
 EXAMPLES = packaged("examples")
 CAT = str(EXAMPLES / "references/cat.png")
@@ -24,7 +25,7 @@ PROMPT = "a cat sleeping in a kitchen"
 def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "folded"
     command = ["convert", "pocket", str(folder), "--to", "folded", "--base", "pocket", "--dtype", "float32", "--json"]
-    assert cli.call(command) == 0
+    assert app.call(command) == 0
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import plain_stages as stages
 from coloured import Colours, grid
 from diptych.data import records
-from diptych.stages.curate import Curate as RealCurate
+from diptych.stages.curate.stage import Curate as RealCurate
 
 
 class Paint(stages.Paint):
@@ -33,12 +33,12 @@ def main(recipe: str, out: str) -> int:
     """Writes, paints and curates; the command's exit code."""
     made = stages.install()
     vars(made["diptych.stages.paint"])["Paint"] = Paint
-    vars(made["diptych.stages.curate"])["Curate"] = Curate
+    vars(made["diptych.stages.curate.stage"])["Curate"] = Curate
     sys.modules.update(made)
-    from diptych import cli
+    from diptych.cli import app
 
     for command in ("write", "paint", "curate"):
-        if code := cli.call([command, recipe, "--out", out, "--json"]):
+        if code := app.call([command, recipe, "--out", out, "--json"]):
             return code
     return 0
 

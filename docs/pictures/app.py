@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from diptych.paths import packaged
+from diptych.utils.paths import packaged
 
 HERE = Path(__file__).parent
 REFERENCES = packaged("examples/references")

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from diptych import Student
-from diptych.paths import packaged
+from diptych.utils.paths import packaged
 
 REFERENCES = ("cat", "robot", "car", "mushroom")
 PROMPTS = (

@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def recipe_reference() -> str:
     """Every key of a recipe with type, default and meaning, section by section, as Markdown."""
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
     lines = ["# Recipes: every key", "", (Recipe.__doc__ or "").strip(), ""]
     for title, section in _sections("", Recipe):

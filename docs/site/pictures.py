@@ -61,10 +61,10 @@ def grids() -> Image.Image:
     """The teacher's grids, from the grammar's prompts."""
     import torch
 
-    from diptych.models import resolve
     from diptych.pocket import captions
     from diptych.pocket import world as pocket
     from diptych.stages.paint import draw, open_teacher
+    from diptych.utils.models import resolve
 
     rng = np.random.default_rng(2)
     prompts: list[str] = []
@@ -94,7 +94,7 @@ def guidance() -> Image.Image:
 
 def _drawn(kinds: Sequence[str], prompts: Sequence[str], options: Sequence[dict[str, Any]]) -> Image.Image:
     from diptych import Student
-    from diptych.paths import packaged
+    from diptych.utils.paths import packaged
 
     pocket = Student.load("pocket")
     pocket.pipeline.set_progress_bar_config(disable=True)
@@ -114,7 +114,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 
 def drawn(folder: Path) -> dict[str, Path]:
     """Every picture's file, by name; those in `folder` that are still true are not drawn again."""
-    from diptych.paths import packaged
+    from diptych.utils.paths import packaged
 
     weights = sorted(packaged("pocket/weights").rglob("*.safetensors"))
     digest = hashlib.sha256(b"".join([Path(__file__).read_bytes(), *(path.read_bytes() for path in weights)]))

@@ -263,7 +263,7 @@ class DiptychEnhance:
         }
 
     def enhance(self, reference: torch.Tensor, prompt: str, endpoint: str, model: str) -> tuple[str]:
-        from diptych.enhance import endpoint_of, enhance
+        from diptych.apps.enhance import endpoint_of, enhance
 
         found = endpoint_of(endpoint.strip() or None, model.strip() or None)
         return (enhance(prompt, to_pictures(reference)[0], found),)

@@ -1,18 +1,23 @@
 """diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference from data it drew itself.
 
-`from diptych import Student` is the one object most people need; it is imported on first use, so that `import diptych`
-stays light.
+`Student` is the one object most people need; `load` opens a student as a `DiptychPipeline`, a diffusers pipeline. Each
+is imported on first use, so that `import diptych` stays light.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from diptych.api import Student
+from diptych.utils.machine import VERSION as __version__
 
-__all__ = ["Student", "__version__"]
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from diptych.apps.student import Student
+    from diptych.student import load
+    from diptych.student.pipeline import DiptychPipeline
+
+__all__ = ["DiptychPipeline", "Student", "__version__", "load"]
+_HOMES = {"DiptychPipeline": "student.pipeline", "Student": "apps.student", "load": "student"}
 
 
 def __dir__() -> list[str]:
@@ -20,8 +25,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Student":
-        from diptych.api import Student
-
-        return Student
+    if name in _HOMES:
+        return getattr(import_module(f"diptych.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'diptych' has no attribute '{name}'")

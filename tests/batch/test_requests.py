@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych import batch
+from diptych.apps import batch
 from diptych.errors import UsageError
 
 

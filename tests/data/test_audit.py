@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from diptych.data import audit, records
+from diptych.apps import audit
+from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from known_truth import STEPS, at

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from diptych.data import audit, labels
-from diptych.data.audit_page import AuditServer, serve
+from diptych.apps import audit
+from diptych.apps.audit_page import AuditServer, serve
+from diptych.data import labels
 from hostile_text import EVIL, check
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from diptych import cli
+from diptych.cli import app
 from diptych.data import labels
 from diptych.data.store import Dataset
 
 
 def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    code = cli.call(["data", "audit", *args])
+    code = app.call(["data", "audit", *args])
     said = capsys.readouterr()
     return code, said.out, said.err
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import judged_run
-from diptych import cli
 from diptych import recipe as recipes
+from diptych.cli import app
 from diptych.data import bill, funnel, log
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import Reply, Usage
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
 from llm.chat_server import Act, Call, Serve, say
 
 PRICES = {"input_price": 2.0, "output_price": 10.0}
@@ -98,14 +98,14 @@ def test_a_run_says_what_it_asked_and_its_stats_tell_that_and_how_varied_the_pro
     (tmp_path / "asked.yaml").write_text(json.dumps(values))
     run, line = str(tmp_path / "run"), "tiny-1: 6 calls, 600 tokens in, 60 out, 0.0018 spent"
     for _ in range(2):  # the second time nothing is asked, and the bill is the same
-        assert cli.call(["write", str(tmp_path / "asked.yaml"), "--out", run]) == 0
+        assert app.call(["write", str(tmp_path / "asked.yaml"), "--out", run]) == 0
         assert f"write: {line}, so far" in capsys.readouterr().err
     assert len(server.calls) == 6
-    assert cli.call(["data", "stats", run]) == 0
+    assert app.call(["data", "stats", run]) == 0
     told = capsys.readouterr().out
     assert f"asked {line}" in told
     assert re.search(r"prompts: \d\d % of their word pairs are distinct, mean distance 0\.[3-9]\d", told)
-    assert cli.call(["data", "stats", run, "--json"]) == 0
+    assert app.call(["data", "stats", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     logged = [event["result"] for event in log.read(run) if event["event"] == "stage"]
     assert found["spread"] == logged[-1]["spread"] and found["spread"]["texts"] == 6

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import plain_stages as stages
-from diptych import recurate
-from diptych.console import Display
 from diptych.data import decisions, funnel, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.provenance.trace import trace
 from diptych.recipe import load
-from diptych.run import run
-from diptych.trace import trace
+from diptych.run import recurate
+from diptych.run.runner import run
+from diptych.utils.console import Display
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")

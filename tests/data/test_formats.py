@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from PIL import Image, features
 
-from diptych.batch import plan
+from diptych.apps.batch import plan
 from diptych.data import formats
 from diptych.data.formats import pictures_in
 from diptych.data.images import check_image, encode, open_image
 from diptych.data.interop import find
 from diptych.data.interop.rows import Options
 from diptych.errors import UserError
-from diptych.evaluate import pictures
+from diptych.evaluate.suites import pictures
 
 RED = Image.new("RGB", (32, 16), (200, 30, 40))
 

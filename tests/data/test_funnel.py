@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import judged_run
-from diptych import cli
+from diptych.cli import app
 from diptych.data import funnel, records
 from diptych.data.spread import CELL, Spread
 from diptych.data.store import Dataset
@@ -168,17 +168,17 @@ def test_quantiles_lie_between_the_neighbours_of_the_exact_rank(values: list[flo
 
 
 def test_the_command_prints_the_funnel_and_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["data", "stats", str(run)]) == 0
+    assert app.call(["data", "stats", str(run)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "painted 75 77 97.4 % grids; lost: 2 out of memory" in text
-    assert cli.call(["data", "stats", str(run), "--json"]) == 0
+    assert app.call(["data", "stats", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == funnel.measure(run)
 
 
 def test_wrong_folders_are_one_line_and_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").mkdir()
     for folder, words in (("none", "no such folder"), ("other", "there is no recipe.yaml in it")):
-        assert cli.call(["data", "stats", str(tmp_path / folder)]) == 2
+        assert app.call(["data", "stats", str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.splitlines()) == 1
 

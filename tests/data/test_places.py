@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import plain_stages
-from diptych.cli import call
-from diptych.console import Display
+from diptych.cli.app import call
 from diptych.data import log, places
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.paths import place
 from diptych.recipe import load
-from diptych.run import run
+from diptych.run.runner import run
+from diptych.utils.console import Display
+from diptych.utils.paths import place
 
 QUIET = Display(quiet=True)
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
@@ -123,7 +123,7 @@ def test_what_one_machine_has_trained_another_one_fetches(
 
 
 def test_two_processes_of_one_machine_do_not_write_one_address(bucket: str, recipe_file: Path) -> None:
-    from diptych.run import lock
+    from diptych.run.runner import lock
 
     url = place(f"{bucket}/small")
     with lock(url), pytest.raises(UserError, match=r"another diptych .* is writing s3://"), lock(url):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diptych.data import precision
-from diptych.data.precision import Labelled, Stratum
+from diptych.apps import precision
+from diptych.apps.precision import Labelled, Stratum
 
 
 def test_the_intervals_hold_the_truth_and_the_estimates_are_not_skewed() -> None:

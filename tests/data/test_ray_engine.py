@@ -19,14 +19,14 @@ import pytest
 import plain_stages
 from data import shard_stages as stages
 from data.shard_stages import Doubling, Trouble, files, shards
-from diptych import run as runs
-from diptych.cli import call
-from diptych.console import Display
+from diptych.cli.app import call
 from diptych.data.engine import LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load
-from diptych.sections import Pool, Ray, Recipe
+from diptych.recipe.schema import Pool, Ray, Recipe
+from diptych.run import runner as runs
+from diptych.utils.console import Display
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 SMALL = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
@@ -212,6 +212,6 @@ def test_engines_that_there_are_not_are_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_only_one_module_knows_of_ray() -> None:
-    source = Path(runs.__file__).parent
+    source = Path(runs.__file__).parents[1]
     knowing = [p.name for p in source.rglob("*.py") if "import ray\n" in p.read_text() or "from ray" in p.read_text()]
     assert knowing == ["ray_engine.py"]

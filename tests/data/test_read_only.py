@@ -46,8 +46,8 @@ def test_read_only_folders_are_read_and_not_written(tmp_path: Path) -> None:
     try:
         said = python(f"""
             from pathlib import Path
-            from diptych.batch import draw, plan
-            from diptych.console import Display
+            from diptych.apps.batch import draw, plan
+            from diptych.utils.console import Display
             from diptych.data.interop.importing import import_data
             from diptych.data.lock import lock
             from diptych.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diptych.data import records
-from diptych.sections import Thresholds
+from diptych.recipe.schema import Thresholds
 
 T = Thresholds(same=0.5, near_copy=0.1, seam=0.2)
 

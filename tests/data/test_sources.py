@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.data.images import encode, open_image
 from diptych.data.interop import find
 from diptych.data.interop.exporting import export_data
@@ -23,7 +23,7 @@ from diptych.data.sources import SHARD, open_pairs
 from diptych.data.splits import split_of
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.sections import Data, Distill, Recipe
+from diptych.recipe.schema import Data, Distill, Recipe
 from diptych.train.material import Material
 
 

@@ -12,8 +12,10 @@ import typer
 import yaml
 
 import authority
-from diptych import cli, recipe, tasks
-from diptych.sections import Recipe
+from diptych import recipe
+from diptych.cli import app
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe
 
 from .blocks import LANGUAGES, PAGES, ROOT, Block, read
 
@@ -41,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         sets = [word for item in SMALL.split() for word in ("--set", item)]
-        assert cli.call(["run", "recipes/pocket.yaml", "--out", "runs/first", "--json", *sets]) == 0
+        assert app.call(["run", "recipes/pocket.yaml", "--out", "runs/first", "--json", *sets]) == 0
         shutil.copytree("runs/first", "runs/pocket")
     return folder
 
@@ -71,7 +73,7 @@ def test_python_blocks_run_in_order(page: Path, folder: Path) -> None:
 def test_bash_blocks_run(block: Block, folder: Path) -> None:
     for words in block.commands():
         assert words[0] == "diptych", f"{block.where} runs {words[0]}: say why it is not run"
-        assert cli.call(words[1:]) == 0, " ".join(words)
+        assert app.call(words[1:]) == 0, " ".join(words)
 
 
 @pytest.mark.parametrize("block", named("bash", run=False))
@@ -85,7 +87,7 @@ def test_bash_blocks_are_taken_by_the_command_line(block: Block) -> None:
 
 def understood(words: list[str], where: str) -> None:
     """Fails unless the command line has such a command with such options; nothing is carried out."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app.app)
     rest = [word for before, word in zip(["", *words], words, strict=False) if word != "…" or before.startswith("-")]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name, *rest = rest
@@ -116,7 +118,7 @@ def test_yaml_blocks_are_recipes_or_tasks(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", named("json"))
 def test_json_blocks_are_jobs(block: Block, tmp_path: Path) -> None:
-    from diptych.batch import requests
+    from diptych.apps.batch import requests
 
     (tmp_path / "jobs.jsonl").write_text(block.text)
     for number, row in requests.read_rows(tmp_path / "jobs.jsonl"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diptych.sections import Distill
+from diptych.recipe.schema import Distill
 
 from .blocks import ROOT
 

@@ -43,7 +43,7 @@ def judge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _put(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     from diptych.evaluate import run_suite
-    from diptych.evaluate.scoring import Judges
+    from diptych.evaluate.scoring.scores import Judges
 
     def load(recipe: Any, about: Any) -> Judges:
         return Judges(scorer=oracle, curator=oracle, reader=oracle, about=about)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diptych.evaluate import suites, truth
+from diptych.evaluate import suites
+from diptych.evaluate.scoring import truth
 from diptych.evaluate.suites import Known, Suite
 from diptych.pocket import world
 

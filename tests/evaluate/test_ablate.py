@@ -10,12 +10,13 @@ import pytest
 import tiny_world as tiny
 import yaml
 
-from diptych import ablate, cli
 from diptych import recipe as recipes
-from diptych.console import Display
+from diptych.cli import app
 from diptych.data import log
 from diptych.errors import UsageError
-from diptych.run import run
+from diptych.run import ablate
+from diptych.run.runner import run
+from diptych.utils.console import Display
 
 QUIET = Display(quiet=True)
 
@@ -104,7 +105,7 @@ def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trai
     values = yaml.safe_load(study.read_text())
     values["variants"]["more"] = {"sets": {"write": {"count": 9}}}
     study.write_text(yaml.safe_dump(values, sort_keys=False))
-    code = cli.call(["ablate", str(study), "--out", str(tmp_path / "out"), "--json"])
+    code = app.call(["ablate", str(study), "--out", str(tmp_path / "out"), "--json"])
     said = capsys.readouterr().err
     assert code == 2 and "variants.more changes write.count" in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()  # nothing was painted either
@@ -127,6 +128,6 @@ def test_a_run_that_is_named_keeps_its_own_prompts_and_grids(study: Path, tmp_pa
 
 
 def test_help_says_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["ablate", "--help"]) == 0
+    assert app.call(["ablate", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "minutes of two CPU cores" in said and "Example: diptych ablate pocket" in said

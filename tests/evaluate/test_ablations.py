@@ -11,9 +11,10 @@ import yaml
 
 from diptych import recipe as recipes
 from diptych.errors import UsageError
-from diptych.evaluate import ablations, metrics
-from diptych.evaluate.metrics import Outcome
-from diptych.sections import Distill
+from diptych.evaluate import ablations
+from diptych.evaluate.scoring import metrics
+from diptych.evaluate.scoring.metrics import Outcome
+from diptych.recipe.schema import Distill
 
 TIMES = 400
 

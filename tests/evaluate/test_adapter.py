@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import adapter, baselines
-from diptych.evaluate.baselines import Context
+from diptych.evaluate.methods import adapter, baselines
+from diptych.evaluate.methods.baselines import Context
 from diptych.pocket.world import PANEL
 
 DISTILL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 1, "ema": 0.5}

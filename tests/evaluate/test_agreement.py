@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych import cli
+from diptych.cli import app
 from diptych.errors import UsageError
-from diptych.evaluate import agreement
+from diptych.evaluate.scoring import agreement
 
 # Krippendorff's own example of four observers and twelve units (Computing Krippendorff's Alpha-Reliability, 2011).
 OBSERVERS = (
@@ -79,11 +79,11 @@ def test_the_command_reads_ratings_and_audit_labels(tmp_path: Path, capsys: pyte
     rows += [{"id": f"m/{i}", "labeller": "bob", "label": "same" if i > 5 else "different"} for i in range(10)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
     asked = ["data", "judge-check", str(tmp_path / "r.jsonl"), "--scores", str(tmp_path / "e")]
-    assert cli.call(asked) == 0
+    assert app.call(asked) == 0
     out = capsys.readouterr().out
     assert "with ann" in out and "with bob" in out and "GPT-4o .50" in out
-    assert cli.call([*asked, "--score", "pf"]) == 2 and "it has cp" in capsys.readouterr().err
-    assert cli.call(["data", "judge-check"]) == 2
+    assert app.call([*asked, "--score", "pf"]) == 2 and "it has cp" in capsys.readouterr().err
+    assert app.call(["data", "judge-check"]) == 2
 
 
 @pytest.mark.parametrize("line", ['{"id": "a"}', "no json", '{"id": "a", "value": "perhaps"}', "[]"])

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from diptych.errors import UserError
-from diptych.evaluate import baselines
-from diptych.evaluate.baselines import Context
+from diptych.evaluate.methods import baselines
+from diptych.evaluate.methods.baselines import Context
 from diptych.pocket.world import PANEL
-from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.canvas import Canvas, split_tokens
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, sam
 
 
 def test_the_student_is_what_generate_would_draw(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
-    from diptych.api import Student
+    from diptych.apps.student import Student
 
     references = [suite.picture(s) for s in samples]
     drawn = baselines.Student(context).generate(references, samples, [3, 4])
@@ -94,8 +94,8 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
 
 
 def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
-    from diptych.stages.distill import start
     from diptych.train import parts
+    from diptych.train.distill import start
     from diptych.train.lora import save_lora
     from diptych.train.options import Options
 

@@ -11,12 +11,15 @@ import pytest
 import tiny_world as tiny
 import yaml
 
-from diptych import cli
+from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench, contenders, judging, page
+from diptych.evaluate import bench
 from diptych.evaluate import job as jobs
 from diptych.evaluate.compare import compare
 from diptych.evaluate.job import Job, Judge
+from diptych.evaluate.methods import contenders
+from diptych.evaluate.report import page
+from diptych.evaluate.scoring import judging
 
 BASELINES = ["copy", "text_only"]
 
@@ -238,6 +241,6 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     args: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = cli.call(["evaluate", *args.format(out=tmp_path / "out").split()])
+    code = app.call(["evaluate", *args.format(out=tmp_path / "out").split()])
     error = capsys.readouterr().err
     assert code == 2 and said in error and error.count("\n") == 1

@@ -13,10 +13,10 @@ from PIL import Image
 
 from diptych.data import records
 from diptych.data.store import Dataset
-from diptych.evaluate import curation, truth
-from diptych.evaluate.curation import Pairs, Reader, curve
+from diptych.evaluate.scoring import curation, truth
+from diptych.evaluate.scoring.curation import Pairs, Reader, curve
 from diptych.evaluate.suites import Prior
-from diptych.sections import Thresholds
+from diptych.recipe.schema import Thresholds
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import toy_pictures as toy
 
-from diptych import cli
+from diptych.cli import app
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.evaluate import bench, page
-from diptych.evaluate.baselines import METHODS
+from diptych.evaluate import bench
 from diptych.evaluate.job import Job, Judge
+from diptych.evaluate.methods.baselines import METHODS
+from diptych.evaluate.report import page
 from diptych.llm.endpoint import Endpoint
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
@@ -190,9 +191,9 @@ def test_the_command_line_draws_and_scores_apart_and_the_page_shows_it(
         "--out",
         out,
     ]
-    assert cli.call([*asked, "--only", "generate"]) == 0 and not server.calls
+    assert app.call([*asked, "--only", "generate"]) == 0 and not server.calls
     judge = ["--judge-endpoint", server.url, "--judge-model", "toy-judge", "--set", "hour_price=2"]
-    assert cli.call(["evaluate", "--out", out, "--only", "score", *judge]) == 0, capsys.readouterr().err
+    assert app.call(["evaluate", "--out", out, "--only", "score", *judge]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "good" in printed and printed.strip().endswith("report.html")
     html = (tmp_path / "out" / "report" / "report.html").read_text("utf8")
@@ -201,6 +202,6 @@ def test_the_command_line_draws_and_scores_apart_and_the_page_shows_it(
     assert "http" not in html.split("</style>")[1].replace(server.url, "") and "<script" not in html
     markdown = (tmp_path / "out" / "report" / "report.md").read_text("utf8")
     assert "| good | 1.000 |" in markdown and "Published, not comparable" in markdown
-    assert cli.call(["evaluate", "--compare", "good", "copy", "--out", out]) == 0
+    assert app.call(["evaluate", "--compare", "good", "copy", "--out", out]) == 0
     assert "CP·PF" in capsys.readouterr().out
     assert page.write(tmp_path / "out").read_text("utf8") == html, "writing twice gives the same page"

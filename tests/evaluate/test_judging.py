@@ -14,9 +14,10 @@ from PIL import Image
 
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench, judging
-from diptych.evaluate.baselines import METHODS
+from diptych.evaluate import bench
 from diptych.evaluate.job import Job, Judge
+from diptych.evaluate.methods.baselines import METHODS
+from diptych.evaluate.scoring import judging
 from diptych.judges.clip import Clip
 from diptych.judges.embedding import EmbeddingJudge
 
@@ -125,7 +126,7 @@ def test_metrics_are_the_plain_cosines_of_the_models(job: Job, models: dict[str,
 
 def test_diversity_is_how_far_apart_the_seeds_pictures_are(models: dict[str, str]) -> None:
     from diptych.data.images import image_cell
-    from diptych.evaluate.judging import Diversity, Models
+    from diptych.evaluate.scoring.judging import Diversity, Models
 
     images = [Image.new("RGB", (32, 32), c) for c in ("red", "blue", "red", "red", "green")]
     rows = [{"sample": "ab"[i > 1], "image": image_cell(image)} for i, image in enumerate(images)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.evaluate import likeness
+from diptych.evaluate.scoring import likeness
 from diptych.pocket import world
 from diptych.pocket.world import PANEL
 

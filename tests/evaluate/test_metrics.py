@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diptych.evaluate import metrics, truth
-from diptych.evaluate.metrics import Outcome
+from diptych.evaluate.scoring import metrics, truth
+from diptych.evaluate.scoring.metrics import Outcome
 
 
 def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) -> Outcome:
@@ -29,8 +29,9 @@ def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) ->
 def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Anchors and `copy`, drawn and scored as a run does it."""
     from diptych.data.engine import LocalEngine
-    from diptych.evaluate import run_suite, scoring
-    from diptych.evaluate.baselines import Context, named
+    from diptych.evaluate import run_suite
+    from diptych.evaluate.methods.baselines import Context, named
+    from diptych.evaluate.scoring import scores
 
     folder = tmp_path_factory.mktemp("scored")
     recipe = tiny.make_recipe(Path("none"), Path("none"))
@@ -40,8 +41,8 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     methods = {own: method for name in names for own, method in named(name, context).items()}
     run_suite.generate(context, samples, methods, dict.fromkeys(names, "x"), LocalEngine())
     scales: dict[Any, metrics.Scale] = {split: truth.scale(suite, split, oracle.embed) for split in suite.splits}
-    lines = [x for n in names for x in scoring.score_method(folder, n, scales, oracle.embed, oracle.read)]
-    return {n: scoring.outcome(lines, n, "identities") for n in names}
+    lines = [x for n in names for x in scores.score_method(folder, n, scales, oracle.embed, oracle.read)]
+    return {n: scores.outcome(lines, n, "identities") for n in names}
 
 
 def test_drawing_the_truth_scores_high(scored: dict[str, Outcome]) -> None:

@@ -10,7 +10,8 @@ import toy_pictures as toy
 from PIL import Image
 
 from diptych.errors import UsageError
-from diptych.evaluate import pictures, suites
+from diptych.evaluate import suites
+from diptych.evaluate.suites import pictures
 
 PROMPTS_AND_CLASSES = """Classes
 

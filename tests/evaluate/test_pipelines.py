@@ -12,8 +12,8 @@ import tiny_world as tiny
 from PIL import Image
 
 from diptych.errors import UsageError
-from diptych.evaluate import pipelines
-from diptych.evaluate.baselines import Context
+from diptych.evaluate.methods import pipelines
+from diptych.evaluate.methods.baselines import Context
 from diptych.pocket.world import PANEL
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
-from diptych import models
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.data.interop.exporting import export_data
 from diptych.data.interop.importing import import_data
 from diptych.data.seal import text_hash
 from diptych.errors import UsageError, UserError
-from diptych.push import push
-from diptych.trace import links, trace
+from diptych.provenance.push import push
+from diptych.provenance.trace import links, trace
+from diptych.utils import models
 from hub_server import OWNER, TOKEN, Hub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

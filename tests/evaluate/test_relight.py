@@ -12,12 +12,14 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.evaluate import relight, relight_sheet, relight_suite, report, run_suite
-from diptych.evaluate.baselines import Context
-from diptych.evaluate.gather import Run
-from diptych.evaluate.relight_suite import ColourTransfer, Scenes
+from diptych.evaluate import relight, run_suite
+from diptych.evaluate.methods.baselines import Context
+from diptych.evaluate.report import relight_sheet, run_report
+from diptych.evaluate.report.gather import Run
+from diptych.evaluate.suites import relight as relight_suite
+from diptych.evaluate.suites.relight import ColourTransfer, Scenes
 from diptych.pocket import captions, world
-from diptych.sections import Recipe, Relighting
+from diptych.recipe.schema import Recipe, Relighting
 
 SUITE = Scenes()
 WISHES = SUITE.samples(10)
@@ -164,12 +166,12 @@ def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, P
 
 def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -> None:
     recipe, folder = relit
-    page = report.write(recipe, folder).read_text()
+    page = run_report.write(recipe, folder).read_text()
     assert "Relighting, against the truth" in page and "colour transfer" in page and page.count("<b>truth</b>") == 6
     text = (folder / "report" / "report.md").read_text()
     assert "## Relighting" in text and "| student, told the scene |" in text and "| copy |" in text
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"relight": 0})})
-    assert "Relighting" not in report.write(plain, folder).read_text()
+    assert "Relighting" not in run_report.write(plain, folder).read_text()
     empty = relight_sheet.table_and_pictures(Run(recipe, folder / "nowhere"))
     assert "Nothing has been relit yet" in empty
 
@@ -177,8 +179,8 @@ def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -
 def test_a_run_evaluates_relighting_where_its_recipe_asks(
     relit: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diptych.console import Display
-    from diptych.run import Pipeline
+    from diptych.run.runner import Pipeline
+    from diptych.utils.console import Display
 
     recipe, folder = relit
     asked: list[Any] = []

@@ -21,12 +21,13 @@ from PIL import Image
 from diptych.data import funnel, log, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
-from diptych.evaluate import curation, report, sections
-from diptych.evaluate.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
-from diptych.evaluate.curation import Reader
-from diptych.evaluate.gather import Run
-from diptych.evaluate.html import percent
-from diptych.sections import Recipe
+from diptych.evaluate.report import run_report, stages
+from diptych.evaluate.report.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
+from diptych.evaluate.report.gather import Run
+from diptych.evaluate.report.html import percent
+from diptych.evaluate.scoring import curation
+from diptych.evaluate.scoring.curation import Reader
+from diptych.recipe.schema import Recipe
 from hostile_text import EVIL, FILE, RAN, check
 
 VOID = {"meta", "img", "br", "path", "circle", "rect"}
@@ -91,7 +92,7 @@ def full(evaluated: Path, tmp_path: Path) -> Path:
 
 
 def page_of(recipe: Recipe, run: Path) -> Page:
-    path = report.write(recipe, run)
+    path = run_report.write(recipe, run)
     assert path == run / "report" / "report.html"
     return Page(path.read_text("utf8"))
 
@@ -125,7 +126,7 @@ def test_a_pair_that_repeats_another_is_not_counted_as_kept(recipe: Recipe, full
 
 
 def test_the_page_loads_nothing(recipe: Recipe, full: Path) -> None:
-    text = report.write(recipe, full).read_text("utf8")
+    text = run_report.write(recipe, full).read_text("utf8")
     page = Page(text)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     for _, attrs in page.found:
@@ -186,7 +187,7 @@ def test_words_from_data_are_shown_and_never_run(recipe: Recipe, full: Path) -> 
     log.append(full, "start", machine={"system": EVIL, EVIL: 2}, versions={EVIL: EVIL})
     named = recipe.model_copy(update={"teacher": EVIL, "name": EVIL})
     page_of(named, full)  # and all elements are closed
-    path = report.write(named, full)
+    path = run_report.write(named, full)
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
     with playwright.sync_playwright() as started:
@@ -211,7 +212,7 @@ def hostile(value: Any, key: str) -> Any:
 
 
 def test_the_markdown_has_the_scores(recipe: Recipe, full: Path) -> None:
-    report.write(recipe, full)
+    run_report.write(recipe, full)
     text = (full / "report" / "report.md").read_text("utf8")
     assert (
         "| inpaint |" in text and "| true re-render |" in text and "precision" in text and "<" not in text.split("#")[1]
@@ -219,8 +220,8 @@ def test_the_markdown_has_the_scores(recipe: Recipe, full: Path) -> None:
 
 
 def test_writing_twice_gives_the_same_page(recipe: Recipe, full: Path) -> None:
-    first = report.write(recipe, full).read_bytes()
-    assert report.write(recipe, full).read_bytes() == first
+    first = run_report.write(recipe, full).read_bytes()
+    assert run_report.write(recipe, full).read_bytes() == first
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -246,12 +247,12 @@ def test_the_run_s_own_student_is_the_headline_and_the_shipped_one_is_named_as_s
     found["methods"]["student"] |= {"cp_pf": 0.111}
     found["methods"]["student_shipped"] = found["methods"]["student"] | {"cp_pf": 0.577}
     path.write_text(json.dumps(found))
-    said = report.headline_lines(Run(recipe, full))[0]
+    said = run_report.headline_lines(Run(recipe, full))[0]
     first, _, rest = said.partition("**0.11**")
     assert "this run’s student" in first and "0.58" not in first and "shipped student" in rest and "0.58" in rest
     del found["methods"]["student"]
     path.write_text(json.dumps(found))
-    assert "shipped student (not this run’s)" in report.headline_lines(Run(recipe, full))[0]
+    assert "shipped student (not this run’s)" in run_report.headline_lines(Run(recipe, full))[0]
 
 
 def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
@@ -262,7 +263,7 @@ def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
     candidates.write_shard(0, [row | bad if row["grid_id"] in seamless else row for row in rows], "tiny")
     steps = {step["name"]: step for step in funnel.measure(with_recipe(recipe, full))["steps"]}
     assert (steps["cut"]["count"], steps["cut"]["unit"], steps["pre-filtered"]["unit"]) == (9, "grids", "pairs")
-    bars = {name: (said, note) for name, _, said, note in sections._funnel(Run(recipe, full), reasons_of(full))}
+    bars = {name: (said, note) for name, _, said, note in stages._funnel(Run(recipe, full), reasons_of(full))}
     said, note = bars["grids cut, judged"]
     assert said == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
     assert "seam" not in bars["pairs kept"][1]

@@ -9,10 +9,10 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych import models
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.errors import UserError
-from diptych.evaluate.contenders import locate
+from diptych.evaluate.methods.contenders import locate
+from diptych.utils import models
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
-from diptych import plan
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import run_suite
 from diptych.evaluate.compare import compare
+from diptych.run import plan
 
 METHODS = ["student", "text_only", "copy", "inpaint"]
 
@@ -124,7 +124,7 @@ def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, ru
 def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
     recipe: Any, run_dir: Path, suite: Any, oracles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diptych import models
+    from diptych.utils import models
 
     seen: list[tuple[int, int, str]] = []
 

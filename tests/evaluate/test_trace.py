@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
-from diptych.cli import call
-from diptych.trace import trace
+from diptych.cli.app import call
+from diptych.provenance.trace import trace
 
 DATA = ("pairs", "candidates", "grids", "prompts")
 
@@ -20,7 +20,7 @@ DATA = ("pairs", "candidates", "grids", "prompts")
 @pytest.fixture(scope="module", params=["full", "lora"])
 def world(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole small run, and pictures that its student drew, elsewhere."""
-    from diptych.api import Student
+    from diptych.apps.student import Student
     from diptych.data.images import save_image
 
     folder = tmp_path_factory.mktemp("trace")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from diptych.errors import UsageError
-from diptych.evaluate import baselines, panel, tuning
-from diptych.evaluate.baselines import Context
-from diptych.evaluate.tuning import Tuned
+from diptych.evaluate.methods import baselines, panel, tuning
+from diptych.evaluate.methods.baselines import Context
+from diptych.evaluate.methods.tuning import Tuned
 from diptych.pocket.world import PANEL
 from diptych.train.objective import image_ids
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_world as tiny
 
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def recipe(teacher: Path, tmp_path: Path) -> Recipe:
 def test_a_run_goes_from_the_teacher_to_the_report_and_again_in_no_time(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diptych.console import Display
     from diptych.evaluate import suites
-    from diptych.run import run
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
 
     few = tiny.make_suite(10, 10)
     monkeypatch.setattr(suites, "load", lambda name: few)

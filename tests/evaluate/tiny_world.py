@@ -73,7 +73,7 @@ def make_student(teacher: Path, folder: Path) -> Path:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from diptych.student.weights import widen
+    from diptych.student.weights.fold import widen
 
     student = widen(FluxTransformer2DModel.from_pretrained(teacher / "transformer"))  # pyright: ignore
     torch.manual_seed(2)
@@ -124,7 +124,7 @@ def make_suite(calibration: int = 20, check: int = 20) -> Suite:
 
 def make_recipe(teacher: Path, judges: Path, **evaluate: Any) -> Any:
     """A recipe for that teacher and those judges, quick to evaluate."""
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
     settings = {
         "samples": 4,
@@ -158,9 +158,9 @@ def make_data(folder: Path, grids: int = 12) -> None:
     from diptych.data import records
     from diptych.data.images import image_cell
     from diptych.data.store import Dataset
-    from diptych.evaluate import metrics
+    from diptych.evaluate.scoring import metrics
     from diptych.pocket import captions, world
-    from diptych.sections import Thresholds
+    from diptych.recipe.schema import Thresholds
 
     rows: dict[str, list[dict[str, Any]]] = {"prompts": [], "grids": [], "candidates": []}
     for i in range(grids):
@@ -197,9 +197,9 @@ def make_data(folder: Path, grids: int = 12) -> None:
 
 def make_run(teacher: Path, folder: Path, mode: str) -> Path:
     """A whole small run with a student, painted by that teacher; its judges lie in `folder` too."""
-    from diptych.console import Display
-    from diptych.run import run
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
 
     values: dict[str, Any] = make_recipe(teacher, make_judges(folder / "judges")).values()
     values |= {"write": {"count": 8, "shard_size": 4}, "paint": {"steps": 2, "batch_size": 4}}

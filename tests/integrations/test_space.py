@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.paths import packaged
+from diptych.utils.paths import packaged
 
 pytest.importorskip("gradio")
 APP = Path(__file__).parents[2] / "integrations/space/app.py"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych import models
 from diptych.errors import UsageError, UserError
 from diptych.judges.embedding import EmbeddingJudge
+from diptych.utils import models
 
 SIZE = {"shortest_edge": 32}
 

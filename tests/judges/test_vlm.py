@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diptych import tasks
 from diptych.judges.vlm import VlmJudge, answer_type, count
 from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Outcome
+from diptych.recipe import tasks
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 

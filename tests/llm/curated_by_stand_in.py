@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from diptych.data.engine import Row, Work
-from diptych.stages.curate import Curate
+from diptych.stages.curate.stage import Curate
 
 
 def given() -> tuple[str | None, str | None]:

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from diptych import tasks
+from diptych.apps.story_writer import Told, write_panels
 from diptych.errors import UserError
 from diptych.judges.vlm import VlmJudge, answer_type
 from diptych.llm import echo, schema
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.question import Question, quoted, system, user
-from diptych.stages import llm_writer
-from diptych.stages.captioning import BRIEF, Words
-from diptych.story_writer import Told, write_panels
+from diptych.recipe import tasks
+from diptych.stages.curate.captioning import BRIEF, Words
+from diptych.stages.write import llm_writer
 from llm.chat_server import Call, Serve, say
 from llm.counting import Make
 

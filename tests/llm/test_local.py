@@ -19,7 +19,7 @@ from diptych.llm.local import LocalModel
 from diptych.llm.model import open_model
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question, system, user
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
@@ -183,14 +183,14 @@ def test_a_language_model_without_vision_is_asked_in_text_and_gives_up_on_pictur
 
 
 def test_a_recipe_s_writer_may_be_a_language_model_on_this_machine(tmp_path: Path) -> None:
-    from diptych.run import PromptShards
-    from diptych.stages import write
+    from diptych.run.runner import PromptShards
+    from diptych.stages.write import stage
 
     save_tiny_llama(tmp_path / "llama", mute=True)
     (tmp_path / "c.txt").write_text("a fox\nan owl\n")
     section = {"writer": "llm", "local": str(tmp_path / "llama"), "captions": f"{tmp_path}/c.txt", "shard_size": 2}
     recipe = Recipe.model_validate({"name": "x", "device": "cpu", "write": section})
-    work = write.Write(recipe, tmp_path / "answers.sqlite").load()
+    work = stage.Write(recipe, tmp_path / "answers.sqlite").load()
     with pytest.raises(UserError, match="none of 2 questions got an answer: the reply is empty"):
         work(PromptShards(0, 2, 2)[0])
     with pytest.raises(ValueError, match="without captions"):

@@ -18,14 +18,13 @@ from pydantic import BaseModel, Field, ValidationError
 
 from coloured import grid
 from diptych import recipe as recipes
-from diptych import tasks
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import bench
 from diptych.evaluate import job as jobs
 from diptych.evaluate.job import Job, Judge
-from diptych.evaluate.rubric import Rating
+from diptych.evaluate.scoring.rubric import Rating
 from diptych.judges.vlm import answer_type
 from diptych.llm import schema, vllm
 from diptych.llm.cache import Cache
@@ -34,9 +33,10 @@ from diptych.llm.model import NobodyAnswers, answers, open_model
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question, system, user
 from diptych.llm.vllm import Vllm
-from diptych.stages import llm_writer
-from diptych.stages.captioning import Words
-from diptych.stages.curate import Curate
+from diptych.recipe import tasks
+from diptych.stages.curate.captioning import Words
+from diptych.stages.curate.stage import Curate
+from diptych.stages.write import llm_writer
 from llm.stand_in_vllm import API, LLM, modules
 from llm.test_local import save_tiny_llava
 
@@ -325,8 +325,8 @@ def test_a_stage_judges_and_captions_with_it_and_asks_nothing_twice(
 
 
 def test_a_writer_drafts_with_it(installed: list[LLM], folder: Path, tmp_path: Path) -> None:
-    from diptych.run import PromptShards
-    from diptych.stages.write import Write
+    from diptych.run.runner import PromptShards
+    from diptych.stages.write.stage import Write
 
     recipe = recipes.load("pocket", ["write.writer=llm", f"write.vllm.model={folder}", "write.near_duplicate=1"])
     stage = Write(recipe, tmp_path / "answers.sqlite")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diptych import tasks
 from diptych.judges.vlm import VlmJudge
 from diptych.llm import vllm
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import Outcome
 from diptych.llm.question import Question, user
 from diptych.llm.vllm import Vllm
+from diptych.recipe import tasks
 from llm.conftest import Verdict
 from llm.stand_in_vllm import API
 from llm.test_local import save_tiny_llava

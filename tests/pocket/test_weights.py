@@ -9,9 +9,9 @@ import torch
 from diptych import Student
 from diptych.judges.attributes import AttributeReader
 from diptych.judges.embedding import EmbeddingJudge
-from diptych.models import resolve
-from diptych.paths import packaged
 from diptych.pocket import captions, world
+from diptych.utils.models import resolve
+from diptych.utils.paths import packaged
 
 WEIGHTS = packaged("pocket/weights")
 REFERENCES = packaged("examples/references")

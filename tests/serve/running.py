@@ -9,10 +9,10 @@ from typing import Any
 import uvicorn
 
 from diptych import Student
-from diptych.paths import packaged
-from diptych.serve import http
+from diptych.serve import server
 from diptych.serve.service import Service
 from diptych.serve.settings import Settings
+from diptych.utils.paths import packaged
 
 CAT = packaged("examples/references") / "cat.png"
 TOKENS = {"ana": "ana-0123456789abcdef", "ben": "ben-0123456789abcdef"}
@@ -26,9 +26,9 @@ class Running:
         self.service = Service(settings)
         for worker in self.service.workers if student is not None else ():
             worker.load = lambda: student
-        app = http.create(self.service, web_app)
+        app = server.create(self.service, web_app)
         own: dict[str, Any] = {"port": 0, "log_level": "error", "timeout_graceful_shutdown": 5}
-        self.server = uvicorn.Server(http.config(app, settings, **own))
+        self.server = uvicorn.Server(server.config(app, settings, **own))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         until = time.monotonic() + 120

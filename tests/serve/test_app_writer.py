@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from diptych import Student, enhance
+from diptych import Student
+from diptych.apps import enhance
 from diptych.serve.settings import Settings
 from llm.chat_server import Act, Call, ChatServer, refuse, say
 from serve.browsing import (

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.documents import parse_request
 from diptych.serve.lanes import Lane
 from diptych.serve.refusals import Busy
 from diptych.serve.settings import Limits, Settings
 from diptych.serve.shares import Shares
 from diptych.serve.store import Store
+from diptych.utils.documents import parse_request
 from serve.running import TOKENS, Running
 
 ANA, BEN = ({"Authorization": f"Bearer {TOKENS[name]}"} for name in ("ana", "ben"))

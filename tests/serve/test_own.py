@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.story import story
+from diptych.apps.story import story
 from serve.running import CAT, TOKENS, Running
 
 LIGHTS = ["soft golden light from the left", "dim blue light from above"]

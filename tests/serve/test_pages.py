@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from diptych import Student, cli
+from diptych import Student
+from diptych.cli import app
 from diptych.serve import fields
 from diptych.serve.settings import Limits, Settings
 from serve.running import TOKENS, Running
@@ -76,7 +77,7 @@ def test_each_request_is_a_line_of_the_log_without_tokens_signatures_or_line_bre
 
 
 def test_an_unknown_log_level_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.call(["serve", "--log-level", "wraning"]) == 2
+    assert app.call(["serve", "--log-level", "wraning"]) == 2
     assert "did you mean 'warning'" in capsys.readouterr().err
 
 

@@ -114,8 +114,8 @@ curate: {{judge: {judge}, batch_size: 3, thresholds: {{same: -1, near_copy: 0, s
 
 
 if __name__ == "__main__":
-    from diptych.console import Display
     from diptych.recipe import load
-    from diptych.run import run
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
 
     run(load(sys.argv[1]), sys.argv[2], ("write", "paint", "curate"), Display(quiet=True))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from diptych import tasks
-from diptych.sections import Thresholds
-from diptych.stages.alignment import FINE, copy_distance, structural_fit, whole_change
-from diptych.stages.curate import compare
+from diptych.recipe import tasks
+from diptych.recipe.schema import Thresholds
+from diptych.stages.curate.alignment import FINE, copy_distance, structural_fit, whole_change
+from diptych.stages.curate.stage import compare
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 NEAR = Thresholds().near_copy

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diptych.sections import Thresholds
-from diptych.stages import geometry
+from diptych.recipe.schema import Thresholds
+from diptych.stages.curate import seams
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -30,7 +30,7 @@ canvases = load("canvases")
 
 
 def fault(canvas: Any) -> str:
-    cut = geometry.cut(canvas.image, canvas.rows, canvas.cols, canvas.panel_size)
+    cut = seams.cut(canvas.image, canvas.rows, canvas.cols, canvas.panel_size)
     assert len(cut.panels) == canvas.rows * canvas.cols
     assert {panel.size for panel in cut.panels} == {(canvas.panel_size, canvas.panel_size)}
     return canvases.fault(canvas, cut.strength, cut.boxes, Thresholds().seam)
@@ -78,7 +78,7 @@ def test_a_fault_is_told_as_what_it_is() -> None:
 def test_panels_hold_nothing_of_a_gutter_or_border(size: int) -> None:
     canvas = canvases.make(4, 0, "border and gutter", size, (1, 3))
     flat = np.asarray(canvas.image)[0, 0]
-    cut = geometry.cut(canvas.image, 1, 3, size)
+    cut = seams.cut(canvas.image, 1, 3, size)
     assert all(seam.gutter > 0 for seam in cut.seams) and all("gutter" in seam for seam in cut.evidence())
     for left, top, right, bottom in cut.boxes:
         panel = np.asarray(canvas.image.crop((left, top, right, bottom)))

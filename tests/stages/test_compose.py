@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diptych import tasks
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket.captions import count_words
-from diptych.run import PromptShards
-from diptych.sections import Recipe
-from diptych.sections import Write as Settings
-from diptych.stages import compose, vocabulary, wording, write
-from diptych.stages.grammar import Draft, Turn
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe
+from diptych.recipe.schema import Write as Settings
+from diptych.run.runner import PromptShards
+from diptych.stages.write import compose, stage, vocabulary, wording
+from diptych.stages.write.grammar import Draft, Turn
 
 PHOTO = vocabulary.load("photo")
 CATEGORY = {kind: name for name, category in PHOTO.subjects.items() for kind in category.kinds}
@@ -26,7 +26,7 @@ LAYOUTS = ("1x2", "2x2", "1x3", "1x4")
 
 def written(task: str, count: int, layout: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
     settings = Settings(grammar="photo", layout=layout)
-    work = write.Write(Recipe(name="x", task=task, seed=seed, write=settings)).load()
+    work = stage.Write(Recipe(name="x", task=task, seed=seed, write=settings)).load()
     results = list(chain.from_iterable(work(rows) for rows in PromptShards(seed, count, 500)))
     assert not [result for result in results if isinstance(result, Failure)]
     return [row for result in results if not isinstance(result, Failure) for row in result]
@@ -71,7 +71,7 @@ def test_every_layout_of_every_task_fills(task: str, layout: str) -> None:
     grid = tasks.load(task).layout(layout)
     for row in written(task, 28, layout):
         assert len(row["panels"]) == grid.panels == len(set(row["panels"])) and "{" not in row["prompt"]
-        assert len(row["prompt"].split()) <= 200 and count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
+        assert len(row["prompt"].split()) <= 200 and count_words(row["prompt"]) <= stage.MAX_WORDS_PHOTO
         told = [wording.parts(tasks.load(task).panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all((fields["change"] or fields["scene"]) in row["prompt"] for fields in told)
         assert all(row["subject"] in panel for panel in row["panels"])

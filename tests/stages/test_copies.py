@@ -13,16 +13,16 @@ from PIL import Image, ImageOps
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych.console import Display
 from diptych.data import funnel, records
 from diptych.data.images import image_cell
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.model import open_model
-from diptych.run import run
-from diptych.sections import Copies, Recipe, Thresholds
-from diptych.stages import alignment, copies
-from diptych.stages.curate import Curate
+from diptych.recipe.schema import Copies, Recipe, Thresholds
+from diptych.run.runner import run
+from diptych.stages.curate import alignment, copies
+from diptych.stages.curate.stage import Curate
+from diptych.utils.console import Display
 from llm.chat_server import Serve, say
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from PIL import Image, ImageFilter
 
-from diptych import tasks
 from diptych.data import records
-from diptych.data.duplicates import panel_hash
 from diptych.data.engine import Failure
 from diptych.data.images import image_cell, open_image
-from diptych.sections import Duplicates, Screens, Thresholds
-from diptych.stages.curate import Curate
+from diptych.recipe import tasks
+from diptych.recipe.schema import Duplicates, Screens, Thresholds
+from diptych.stages.curate.duplicates import panel_hash
+from diptych.stages.curate.stage import Curate
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych import tasks
 from diptych.data import funnel, records
 from diptych.data.engine import Failure
 from diptych.data.images import open_image
@@ -27,9 +26,10 @@ from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.cache import Cache
 from diptych.llm.model import NobodyAnswers, open_model
-from diptych.recurate import judged_again
-from diptych.sections import Recipe, Thresholds, Vlm
-from diptych.stages.curate import Curate
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe, Thresholds, Vlm
+from diptych.run.recurate import judged_again
+from diptych.stages.curate.stage import Curate
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from diptych import cli, doctor, frozen, plan, run
+from diptych.cli import app, doctor
 from diptych.errors import UsageError
 from diptych.recipe import load
-from diptych.stages import distill, paint
-from diptych.teachers import distilled
+from diptych.run import frozen, plan, runner
+from diptych.stages import paint
+from diptych.student.families import distilled
+from diptych.train import distill
 
 
 def model(folder: Path, **configs: Any) -> Path:
@@ -97,7 +99,7 @@ def allowed(recipe: Any) -> Any:
 def test_a_run_that_would_train_from_one_stops_before_anything_is_written(
     few: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for start in (lambda: run.run(few, tmp_path / "run"), lambda: distill.distill(few, None, tmp_path / "student")):
+    for start in (lambda: runner.run(few, tmp_path / "run"), lambda: distill.distill(few, None, tmp_path / "student")):
         with pytest.raises(UsageError, match="step-distilled") as refused:
             start()
         assert "distill.allow_distilled_teacher=true" in str(refused.value)
@@ -145,5 +147,5 @@ def test_doctor_lists_the_teachers_of_the_cache_and_the_named_one(
     listed = {one["name"]: one for one in doctor.examine(few.teacher)["teachers"]}
     assert listed[few.teacher]["class"] == "FluxPipeline" and listed[few.teacher]["distilled"]
     assert listed["a/B-Turbo"]["class"] == "ZImagePipeline" and listed["a/B-Turbo"]["distilled"]
-    assert cli.call(["doctor", "--teacher", "pocket"]) == 0
+    assert app.call(["doctor", "--teacher", "pocket"]) == 0
     assert "pocket: FluxPipeline, not step-distilled" in capsys.readouterr().out

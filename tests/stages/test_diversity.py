@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from diptych.stages.diversity import Guard, resemblance, shingles, spread
+from diptych.stages.write.diversity import Guard, resemblance, shingles, spread
 
 FOX = "a red fox with a torn left ear and white paws, asleep on a windowsill in the morning"
 

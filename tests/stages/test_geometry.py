@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from diptych.stages import geometry
+from diptych.stages.curate import seams
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
@@ -18,7 +18,7 @@ def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
 
 def strength(pixels: np.ndarray) -> float:
     height, width, _ = pixels.shape
-    return geometry.find_seam(pixels, width // 2, height).strength
+    return seams.find_seam(pixels, width // 2, height).strength
 
 
 def singles(count: int, size: int = 64) -> list[np.ndarray]:
@@ -68,7 +68,7 @@ def test_a_grid_without_contrast_has_no_seam_and_a_tiny_one_is_none() -> None:
 
 def test_an_even_grid_is_cut_to_its_very_pixels(subject_panels: Pairs) -> None:
     for left, right in subject_panels[:100]:
-        found = geometry.cut(Image.fromarray(np.concatenate([left, right], 1)), 1, 2, 64)
+        found = seams.cut(Image.fromarray(np.concatenate([left, right], 1)), 1, 2, 64)
         assert [seam.at for seam in found.seams] == [64] and found.seams[0].offset == 0
         assert np.array_equal(np.asarray(found.panels[0]), left) and np.array_equal(np.asarray(found.panels[1]), right)
 
@@ -79,7 +79,7 @@ def test_a_seam_off_the_middle_is_found(offset: int, subject_panels: Pairs) -> N
     for left, right in subject_panels[:80]:
         wide = np.asarray(Image.fromarray(right).resize((64 - offset, 64)))
         narrow = np.asarray(Image.fromarray(left).resize((64 + offset, 64)))
-        cut = geometry.cut(Image.fromarray(np.concatenate([narrow, wide], 1)), 1, 2, 64)
+        cut = seams.cut(Image.fromarray(np.concatenate([narrow, wide], 1)), 1, 2, 64)
         assert [panel.size for panel in cut.panels] == [(64, 64)] * 2
         found.append(cut.seams[0].offset == offset)
     assert np.mean(found) >= 0.9
@@ -88,7 +88,7 @@ def test_a_seam_off_the_middle_is_found(offset: int, subject_panels: Pairs) -> N
 def test_four_panels_come_in_reading_order_and_the_weakest_seam_counts(subject_panels: Pairs) -> None:
     (a, b), (c, d) = subject_panels[:2]
     image = Image.fromarray(np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)], 0))
-    cut = geometry.cut(image, 2, 2, 64)
+    cut = seams.cut(image, 2, 2, 64)
     assert all(np.array_equal(np.asarray(p), q) for p, q in zip(cut.panels, (a, b, c, d), strict=True))
     assert [seam.axis for seam in cut.seams] == ["x", "y"] and cut.strength == min(s.strength for s in cut.seams)
     assert cut.strength > 0

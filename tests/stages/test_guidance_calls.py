@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from diptych.errors import UsageError, UserError
-from diptych.sections import Paint as PaintSettings
+from diptych.recipe.schema import Paint as PaintSettings
 from diptych.stages import paint
-from diptych.teachers import calls
+from diptych.student.families import calls
 
 SIZE = {"height": 32, "width": 64}
 # Families that rescale the guided prediction: its direction is checked, and not its length.

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from diptych.enhance import _counted
+from diptych.apps.enhance import _counted
 from diptych.errors import UserError
-from diptych.evaluate import baselines
-from diptych.evaluate.pipelines import Stock
+from diptych.evaluate.methods import baselines
+from diptych.evaluate.methods.pipelines import Stock
 from diptych.judges.vision import check, open_vision
 from diptych.llm.local import LocalModel
-from diptych.stages import distill, paint
-from diptych.student.components import open_part
+from diptych.stages import paint
 from diptych.student.pipeline import DiptychPipeline
-from diptych.teachers.opening import check_pipeline, refuse_code
+from diptych.student.weights.components import open_part
+from diptych.train import distill
+from diptych.utils.opening import check_pipeline, refuse_code
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diptych import tasks
 from diptych.data import records
 from diptych.data.engine import Failure, Row
 from diptych.errors import UsageError, UserError
 from diptych.llm import schema
 from diptych.pocket.captions import count_words
-from diptych.run import PromptShards
-from diptych.sections import Recipe
-from diptych.stages import llm_writer, seeds, wording, write
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe
+from diptych.run.runner import PromptShards
+from diptych.stages.write import llm_writer, seeds, stage, wording
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 NOUNS = "fox robot teapot violin owl bicycle baker lantern tortoise drone kettle heron otter cello wagon scarecrow"
@@ -71,7 +71,7 @@ def recipe(server: ChatServer, tmp_path: Path, task: str = "subject", **settings
 
 def run(of: Recipe, count: int = 40, seed: int = 0) -> list[Row | Failure]:
     """For each row its prompt, or why there is none."""
-    work = write.Write(of).load()
+    work = stage.Write(of).load()
     found: list[Row | Failure] = []
     for rows in PromptShards(seed, count, of.write.shard_size):
         for result in work(rows):
@@ -95,7 +95,7 @@ def test_every_caption_becomes_a_prompt_in_the_task_s_wording(serve: Serve, tmp_
         assert row["id"] == records.prompt_id(number)
         told = [wording.parts(task.panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all(one["scene"] and one["scene"] in row["prompt"] for one in told)
-        assert count_words(row["prompt"]) <= write.MAX_WORDS_PHOTO
+        assert count_words(row["prompt"]) <= stage.MAX_WORDS_PHOTO
     assert Counter(caption_of(call) for call in server.calls) == Counter(captions(40))  # each once
     brief = server.calls[0].text(0)
     assert "2 separate panels" in brief and "1x2" in brief and "At most 25 words a panel" in brief
@@ -374,10 +374,10 @@ def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> 
 
 def test_the_digest_of_a_run_s_words_follows_its_captions(serve: Serve, tmp_path: Path) -> None:
     of = recipe(serve(lambda call: say("")), tmp_path)
-    first = write.words_digest(of)
+    first = stage.words_digest(of)
     (tmp_path / "captions.txt").write_text("something else altogether")
-    assert first and write.words_digest(of) != first
-    assert write.words_digest(recipe(serve(lambda call: say("")), tmp_path, captions=None)) == ""
+    assert first and stage.words_digest(of) != first
+    assert stage.words_digest(recipe(serve(lambda call: say("")), tmp_path, captions=None)) == ""
 
 
 def test_a_recipe_says_what_the_writer_needs() -> None:

@@ -13,12 +13,13 @@ import pytest
 import plain_stages
 import vlm_run
 from coloured import opinion
-from diptych.console import Display
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.recipe import load
-from diptych.run import run
-from diptych.stages import captioning, write  # before `plain_stages` takes the package's place
+from diptych.run.runner import run
+from diptych.stages.curate import captioning
+from diptych.stages.write import stage  # before `plain_stages` takes the package's place
+from diptych.utils.console import Display
 from llm.chat_server import Act, Call, Serve, refuse, say
 
 GRIDS = 12
@@ -150,7 +151,7 @@ def written(folder: Path, url: str, count: int) -> Callable[[Said], dict[str, An
     endpoint = {"base_url": url, "model": "tiny", "backoff": 0.005, "retries": 0, "concurrency": 1, "stop_after": 20}
     section = {"writer": "llm", "endpoint": endpoint, "count": count, "shard_size": 24}
     path = recipe(folder, url, write=section, curate={"judge": f"{folder}/judge"})
-    assert write.WRITERS
+    assert stage.WRITERS
     return lambda said: run(load(path), folder / "a", stages=("write",), display=said)
 
 

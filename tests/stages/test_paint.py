@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from diptych import models
 from diptych.data import records
 from diptych.data.engine import Failure
 from diptych.data.images import open_image
 from diptych.errors import UsageError, UserError
-from diptych.sections import Paint as PaintSettings
+from diptych.recipe.schema import Paint as PaintSettings
 from diptych.stages import paint
+from diptych.utils import models
 
 
 def prompts(count: int) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from test_paint import grids, pixels, prompts, with_paint
 from diptych.errors import UsageError
 from diptych.recipe import load
 from diptych.stages import paint
-from diptych.student import memory, quantize, speed, stock
+from diptych.student.runtime import memory, quantize, speed, stock
 
 FAMILIES = ("flux", "flux2", "sd3", "qwen")
 BRANCHES = {"flux": 2, "flux2": 2, "sd3": 1, "qwen": 2}  # forwards of a step with true guidance: SD 3.5's are one batch
@@ -72,8 +72,8 @@ def test_lossy_speeds_run_the_steps_of_their_schedule_and_no_others(of: Any, fam
     canvas = {"height": 32, "width": 64, **paint.call_options(pipe, of.paint, 1)}
     with drawing.call():
         paint.draw(pipe, ["a red cat"], [5], **canvas)
-    run = sum(wanted.runs(step, 8) for step in range(8))
-    assert len(calls) == run * BRANCHES[family] and run == {"fast": 6, "fastest": 5}[name]
+    runner = sum(wanted.runs(step, 8) for step in range(8))
+    assert len(calls) == runner * BRANCHES[family] and runner == {"fast": 6, "fastest": 5}[name]
 
 
 def test_skipping_no_step_changes_no_byte_so_branches_are_kept_apart(of: Any) -> None:
@@ -198,15 +198,15 @@ def test_a_preset_that_cannot_work_on_the_device_is_refused_by_the_key(folders: 
 
 
 def test_auto_is_settled_when_a_run_is_frozen_and_agrees_with_what_was(recipe: Any, tmp_path: Path) -> None:
-    from diptych import run
+    from diptych.run import runner
 
     asked = with_paint(recipe, memory="auto", dtype="auto")
-    frozen = run.freeze(asked, tmp_path)
+    frozen = runner.freeze(asked, tmp_path)
     assert frozen.paint.memory in memory.PRESETS and frozen.paint.dtype != "auto"
     assert load(tmp_path / "recipe.yaml").paint.memory == frozen.paint.memory
-    assert run.freeze(asked, tmp_path) == frozen
+    assert runner.freeze(asked, tmp_path) == frozen
     with pytest.raises(UsageError, match=r"paint\.memory"):
-        run.freeze(with_paint(recipe, memory="12"), tmp_path)
+        runner.freeze(with_paint(recipe, memory="12"), tmp_path)
 
 
 def test_grids_painted_before_there_were_presets_are_not_painted_anew(recipe: Any) -> None:

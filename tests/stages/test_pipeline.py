@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diptych.console import Display
 from diptych.data.images import open_image
 from diptych.data.store import Dataset
 from diptych.recipe import load
-from diptych.run import run
+from diptych.run.runner import run
+from diptych.utils.console import Display
 from plain_stages import data
 
 STAGES = ("write", "paint", "curate")

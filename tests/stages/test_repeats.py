@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import plain_stages
-from diptych import tasks
-from diptych.console import Display
 from diptych.data import records
 from diptych.data.store import Dataset
-from diptych.recipe import load
-from diptych.run import run
-from diptych.stages import repeats, write  # before `plain_stages` takes the package's place
-from diptych.stages import wording as wordings
+from diptych.recipe import load, tasks
+from diptych.run.runner import run
+from diptych.stages.write import repeats, stage  # before `plain_stages` takes the package's place
+from diptych.stages.write import wording as wordings
+from diptych.utils.console import Display
 from llm.chat_server import Call, Serve, say
 
 WORDS = [f"w{n}" for n in range(400)]
@@ -51,8 +50,8 @@ def test_near_duplicates_across_shards_are_taken_out_once_and_for_all(
     values = {"name": "r", "device": "cpu", "threads": 1, "write": section, "paint": {"dtype": "float32"}}
     path.write_text(json.dumps({**values, "distill": {"precision": "float32"}}))
     plain_stages.use(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write", write)
-    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.repeats", repeats)
+    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write.stage", stage)
+    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write.repeats", repeats)
 
     run(load(path), tmp_path / "a", stages=("write",), display=Display(quiet=True))
     kept = list(Dataset(tmp_path / "a" / "prompts"))

@@ -17,9 +17,9 @@ from diptych.data.engine import Failure
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
 from diptych.judges.vlm import Judgement
-from diptych.sections import Classifier, Screens
-from diptych.stages import screens
-from diptych.stages.curate import Curate
+from diptych.recipe.schema import Classifier, Screens
+from diptych.stages.curate import screens
+from diptych.stages.curate.stage import Curate
 
 
 def photo(side: int, seed: int = 0) -> Image.Image:

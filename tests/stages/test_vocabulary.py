@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from diptych.errors import UsageError
-from diptych.stages import vocabulary
+from diptych.stages.write import vocabulary
 
 PHOTO = vocabulary.load("photo")
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import yaml
 
-from diptych import tasks
 from diptych.data import records
 from diptych.data.engine import Failure
 from diptych.errors import UsageError
 from diptych.pocket import captions, world
-from diptych.run import PromptShards
-from diptych.sections import Recipe
-from diptych.sections import Write as Settings
-from diptych.stages import wording, write
-from diptych.stages.grammar import GRAMMARS, Draft, Turn
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe
+from diptych.recipe.schema import Write as Settings
+from diptych.run.runner import PromptShards
+from diptych.stages.write import stage, wording
+from diptych.stages.write.grammar import GRAMMARS, Draft, Turn
 
 
 def written(task: str, count: int, seed: int = 0, shard: int = 50, **settings: Any) -> list[dict[str, Any]]:
-    work = write.Write(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
+    work = stage.Write(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
     results = chain.from_iterable(work(rows) for rows in PromptShards(seed, count, shard))
     return [row for result in results if not isinstance(result, Failure) for row in result]
 
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_too_long_is_drawn_again(monkeypatch: pytest.MonkeyPatc
     after = written("subject", 60)
     assert before > 30 >= max(captions.count_words(row["prompt"]) for row in after) and len(after) == 60
     monkeypatch.setattr(captions, "LONGEST", 5)
-    (failure,) = write.Write(Recipe(name="x")).load()(PromptShards(0, 1, 1)[0])
+    (failure,) = stage.Write(Recipe(name="x")).load()(PromptShards(0, 1, 1)[0])
     assert "no prompt of at most 5 words" in failure.reason  # pyright: ignore
 
 
@@ -136,7 +136,7 @@ def test_a_third_task_is_a_file_alone(tmp_path: Path) -> None:
 
 def test_the_teacher_decides_whose_words_are_used(tmp_path: Path) -> None:
     def words(teacher: str, **settings: Any) -> str:
-        return write.grammar_of(Recipe(name="x", teacher=teacher, write=Settings(**settings)))
+        return stage.grammar_of(Recipe(name="x", teacher=teacher, write=Settings(**settings)))
 
     def teacher(name: str, *lengths: int) -> str:
         for number, length in enumerate(lengths):
@@ -153,7 +153,7 @@ def test_the_teacher_decides_whose_words_are_used(tmp_path: Path) -> None:
 
 def test_the_digest_of_the_words_follows_the_vocabulary_file(tmp_path: Path) -> None:
     def digest(grammar: str) -> str:
-        return write.words_digest(Recipe(name="x", write=Settings(grammar=grammar)))
+        return stage.words_digest(Recipe(name="x", write=Settings(grammar=grammar)))
 
     path = tmp_path / "words.yaml"
     path.write_text("a: 1")

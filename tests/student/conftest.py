@@ -105,7 +105,7 @@ def student_folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A folder with only a student's `transformer/`: the teacher widened, its condition columns random."""
     from diffusers import FluxTransformer2DModel
 
-    from diptych.student.weights import widen
+    from diptych.student.weights.fold import widen
 
     student = widen(FluxTransformer2DModel.from_pretrained(teacher / "transformer"))  # pyright: ignore
     torch.manual_seed(2)

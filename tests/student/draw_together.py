@@ -13,6 +13,6 @@ import torch
 torch.set_num_threads(1)
 torch.accelerator.device_count = lambda: int(os.environ["WORLD_SIZE"])
 
-from diptych import cli  # noqa: E402
+from diptych.cli import app  # noqa: E402
 
-sys.exit(cli.call(sys.argv[1:]))
+sys.exit(app.call(sys.argv[1:]))

@@ -71,7 +71,7 @@ def test_unknown_words_are_named_once(student, pictures, caplog):
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         student.generate(pictures[0], "A red Zeppelin, on the glacier", steps=1)
-    said = [r.getMessage() for r in caplog.records if r.name == "diptych.api"]
+    said = [r.getMessage() for r in caplog.records if r.name == "diptych.apps.student"]
     assert len(said) == 1
     assert "'zeppelin', 'glacier'" in said[0]
     assert student.unknown_words("a red cat") == []
@@ -263,14 +263,14 @@ def _missing_base(folder, teacher):
 def test_the_command_says_in_one_line_what_is_wrong_with_a_model(
     student_folder, teacher, pictures, tmp_path, capfd, monkeypatch, spoil
 ):
-    from diptych import cli
+    from diptych.cli import app
 
     monkeypatch.chdir(tmp_path)
     pictures[0].save("r.png")
     model, base = shutil.copytree(student_folder, tmp_path / "model"), shutil.copytree(teacher, tmp_path / "teacher")
     named = spoil(model, base)
     args = ["--model", str(model), "--base", str(base), "--reference", "r.png", "--prompt", "a cat", "--device", "cpu"]
-    code = cli.call(["generate", *args, "--out", "out/a.png", "--json"])
+    code = app.call(["generate", *args, "--out", "out/a.png", "--json"])
     out, err = capfd.readouterr()
     assert code in (1, 2) and out == "" and not (tmp_path / "out").exists()
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]

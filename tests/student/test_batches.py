@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych import Student
-from diptych.student import speed
-from diptych.student.speed import Speed
+from diptych.student.runtime import speed
+from diptych.student.runtime.speed import Speed
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.5, 4.0)
 PROMPTS = ("a red cat", "a dog", "a cat on the beach at night in the snow a red dog", "A Moon")

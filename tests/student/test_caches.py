@@ -11,10 +11,10 @@ import torch
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 from diptych.errors import UserError
-from diptych.student import caches, speed
-from diptych.student.geometry import Canvas, pack
-from diptych.student.modulation import precomputed
-from diptych.student.speed import Speed
+from diptych.student.canvas import Canvas, pack
+from diptych.student.runtime import caches, speed
+from diptych.student.runtime.modulation import precomputed
+from diptych.student.runtime.speed import Speed
 from student.conftest import tiny_transformer
 
 STEPS = 8

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from diptych import student
 from diptych.errors import UsageError, UserError
 from diptych.stages.paint import open_teacher
-from diptych.student import files
-from diptych.student.convert import convert
-from diptych.student.sources import teacher_state
+from diptych.student.weights import files
+from diptych.student.weights.convert import convert
+from diptych.student.weights.sources import teacher_state
 from layouts import latent_diffusion_keys, original_keys
 
 

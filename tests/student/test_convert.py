@@ -19,14 +19,15 @@ from diffusers import FluxControlPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diptych import cli, student
+from diptych import student
+from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.student import directions, files
-from diptych.student.convert import convert
-from diptych.student.deltas import low_rank
-from diptych.student.original import from_original
-from diptych.student.sources import read_settings
-from diptych.student.tensors import held, open_safetensors, write_safetensors
+from diptych.student.weights import directions, files
+from diptych.student.weights.convert import convert
+from diptych.student.weights.deltas import low_rank
+from diptych.student.weights.original import from_original
+from diptych.student.weights.sources import read_settings
+from diptych.student.weights.tensors import held, open_safetensors, write_safetensors
 from layouts import LORA, RELEASED, folded_state, make_base, original_keys, write_gguf
 
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-6}
@@ -316,7 +317,7 @@ def peak_of(work: Callable[[], Any]) -> float:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, float]:
     """A released student of zeros with a LoRA: (folder, MiB of its weights, MiB of the largest)."""
-    from diptych.student.weights import shapes_of
+    from diptych.student.weights.fold import shapes_of
 
     config = {**files.read_config(RELEASED / "transformer"), "num_attention_heads": 48}
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -344,17 +345,17 @@ def test_a_large_student_passes_through_little_memory(to, large, tmp_path):
 
 def test_the_command_converts_tells_and_prints_the_table(tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert cli.call(["convert", str(RELEASED), out, "--to", "folded", "--json"]) == 0
+    assert app.call(["convert", str(RELEASED), out, "--to", "folded", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["equality"], done["lora"], done["split"], done["out"]) == ("bits", "kept", True, out)
-    assert cli.call(["convert", str(RELEASED), out, "--to", "folded"]) == 1
+    assert app.call(["convert", str(RELEASED), out, "--to", "folded"]) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert cli.call(["convert", str(RELEASED), out, "--to", "folded", "--overwrite"]) == 0
+    assert app.call(["convert", str(RELEASED), out, "--to", "folded", "--overwrite"]) == 0
     said = capsys.readouterr()
     assert (
         said.out.strip() == out and "bit for bit; the LoRA is kept beside the weights; open it with --base" in said.err
     )
-    assert cli.call(["convert", "--table"]) == 0
+    assert app.call(["convert", "--table"]) == 0
     assert capsys.readouterr().out.strip() == directions.table().strip()
 
 

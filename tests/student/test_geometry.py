@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.errors import UsageError
-from diptych.student.geometry import (
+from diptych.student.canvas import (
     BLACK,
     Canvas,
     condition_canvas,

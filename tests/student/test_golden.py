@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diptych import student
-from diptych.student import files
-from diptych.student.convert import convert
+from diptych.student.weights import files
+from diptych.student.weights.convert import convert
 from layouts import LORA, folded_state, make_base, original_keys, write_gguf
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from diptych import Student, student
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.errors import UserError
 from diptych.student import guidance
-from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.canvas import Canvas, split_tokens
 from diptych.student.settings import KEY
 
 CANVAS = Canvas(16, 16, 4)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from diptych import student
 from diptych.errors import UserError
-from diptych.student import files
-from diptych.student.convert import convert
-from diptych.student.delta import Delta
-from diptych.student.deltas import as_lora, lora_deltas
-from diptych.student.lora import apply_lora, fuse_loras
-from diptych.student.speed import Speed
-from diptych.student.speed import apply as hurry
-from diptych.student.tensors import write_safetensors
+from diptych.student.runtime.speed import Speed
+from diptych.student.runtime.speed import apply as hurry
+from diptych.student.weights import files
+from diptych.student.weights.convert import convert
+from diptych.student.weights.delta import Delta
+from diptych.student.weights.deltas import as_lora, lora_deltas
+from diptych.student.weights.lora import apply_lora, fuse_loras
+from diptych.student.weights.tensors import write_safetensors
 from layouts import dora, write_gguf
 
 CLOSE: Any = {"rtol": 0, "atol": 2e-5}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych import cli
+from diptych.cli import app
 from diptych.errors import UserError
-from diptych.student import original
-from diptych.student.convert import convert
-from diptych.student.deltas import Delta, as_lora, lora_deltas, read_deltas
-from diptych.student.tensors import held, open_safetensors, write_safetensors
-from diptych.student.weights import shapes_of
+from diptych.student.weights import original
+from diptych.student.weights.convert import convert
+from diptych.student.weights.deltas import Delta, as_lora, lora_deltas, read_deltas
+from diptych.student.weights.fold import shapes_of
+from diptych.student.weights.tensors import held, open_safetensors, write_safetensors
 from student.conftest import TINY
 
 WIDE = {**TINY, "in_channels": 32, "out_channels": 16}
@@ -135,7 +135,7 @@ def test_keys_without_a_layer_are_an_error_that_lists_them(style, diffusers_file
         with pytest.raises(UserError, match=key.replace(".", r"\.")):
             lora_deltas(tmp_path / "bad.safetensors")
     command = ["convert", str(tmp_path / "bad.safetensors"), str(tmp_path / "o.safetensors"), "--to", "lora-diffusers"]
-    assert cli.call(command) == 1 and "2 keys match no layer" in capsys.readouterr().err
+    assert app.call(command) == 1 and "2 keys match no layer" in capsys.readouterr().err
     assert not (tmp_path / "o.safetensors").exists()
 
 
@@ -162,9 +162,9 @@ def test_original_keys_go_there_and_back_bit_for_bit(shapes) -> None:
 
 
 def test_an_exported_program_takes_any_number_of_tokens(student_folder, tmp_path) -> None:
-    from diptych.student.exported import SETTINGS_FILE, TOLERANCE, inputs
-    from diptych.student.files import read_student
     from diptych.student.settings import Settings
+    from diptych.student.weights.exported import SETTINGS_FILE, TOLERANCE, inputs
+    from diptych.student.weights.files import read_student
 
     done = convert(student_folder, tmp_path / "student.pt2", "exported")
     assert done["bytes"] == (tmp_path / "student.pt2").stat().st_size

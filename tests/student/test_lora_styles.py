@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from diptych import student
 from diptych.errors import UserError
-from diptych.student.lora import apply_lora
-from diptych.student.lora_file import read_lora
+from diptych.student.weights.lora import apply_lora
+from diptych.student.weights.lora_file import read_lora
 from layouts import dora
 
 State = dict[str, torch.Tensor]

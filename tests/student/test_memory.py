@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych import cli, student
+from diptych import student
+from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.student import memory, quantize, speed
-from diptych.student.memory import GIB, PRESETS, Plan, Preset, choose, pick, plan, problems, shapes_in
+from diptych.student.runtime import memory, quantize, speed
+from diptych.student.runtime.memory import GIB, PRESETS, Plan, Preset, choose, pick, plan, problems, shapes_in
 from student.conftest import GOLDEN, tiny_transformer
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, p
 
 
 def test_staged_text_encoders_are_opened_for_new_prompts_only(load, pictures, monkeypatch):
-    from diptych.student import components
+    from diptych.student.weights import components
 
     opened, held = [], load(Preset(staged=True))
     really = components.open_part
@@ -297,7 +298,7 @@ def test_commands_say_what_was_chosen_and_the_picture_does(
     pictures[0].save(tmp_path / "r.png")
     model = ["--model", str(student_folder), "--base", str(teacher), "--device", "cpu", "--memory", "12"]
     asked = [*command, *model, "--reference", str(tmp_path / "r.png"), "--steps", "1"]
-    assert cli.call([*asked, "--out", str(tmp_path / "o.png")]) == 0
+    assert app.call([*asked, "--out", str(tmp_path / "o.png")]) == 0
     said = capsys.readouterr().err
     assert "memory 12: transformer fp8" in said and "Loading weights" not in said
     told = read_provenance(tmp_path / "o.png")
@@ -307,5 +308,5 @@ def test_commands_say_what_was_chosen_and_the_picture_does(
 def test_the_command_refuses_an_unknown_size_before_loading(capsys, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "r.png")
     options: Any = ["generate", "--reference", str(tmp_path / "r.png"), "--prompt", "a cat", "--memory", "10"]
-    assert cli.call([*options, "--out", str(tmp_path / "o.png")]) == 2
+    assert app.call([*options, "--out", str(tmp_path / "o.png")]) == 2
     assert "unknown memory preset '10': one of 8, 12" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.errors import UserError
-from diptych.student.modulation import Lookup, Modulation, adaln_layers, precomputed
+from diptych.student.runtime.modulation import Lookup, Modulation, adaln_layers, precomputed
 from diptych.student.timesteps import exact_timesteps
 from student.conftest import tiny_transformer
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from diptych import Student
 from diptych.errors import UsageError, UserError
-from diptych.student import parallel
-from diptych.student.geometry import Canvas
+from diptych.student.canvas import Canvas
+from diptych.student.runtime import parallel
 
 
 def together(number: int, *args: str) -> list[tuple[int, str, str]]:

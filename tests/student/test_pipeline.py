@@ -13,7 +13,7 @@ from diffusers import FluxControlPipeline
 
 from diptych import student
 from diptych.errors import UsageError, UserError
-from diptych.student.geometry import Canvas, pack, split_panels, to_pixels
+from diptych.student.canvas import Canvas, pack, split_panels, to_pixels
 
 STEPS = 4
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from diptych import Student
 from diptych.data.images import open_image
-from diptych.paths import packaged
-from diptych.student.geometry import Canvas, condition_canvas, to_pixels
+from diptych.student.canvas import Canvas, condition_canvas, to_pixels
 from diptych.student.preview import Preview, fit_projection
+from diptych.utils.paths import packaged
 
 
 @pytest.fixture(scope="module")

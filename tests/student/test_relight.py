@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych import Student, cli, relight
+from diptych import Student
+from diptych.apps import relight
+from diptych.cli import app
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError
 from diptych.pocket import world
-from diptych.student.geometry import FITS, Canvas, fit_image, split_tokens
+from diptych.student.canvas import FITS, Canvas, fit_image, split_tokens
 from diptych.student.hold import Hold, held_latents
 
 LIGHT = "dim blue light from above"
@@ -52,7 +54,7 @@ def test_the_student_is_told_the_light_in_its_task_s_words(pocket: Student, rend
 def test_another_aligned_task_is_a_file(pocket: Student, render: Image.Image, tmp_path: Path) -> None:
     import yaml
 
-    from diptych import tasks
+    from diptych.recipe import tasks
 
     values = yaml.safe_load((Path(tasks.__file__).parent / "relight.yaml").read_text())
     values["captions"]["instruction_templates"] = ["in this season: {change}"]
@@ -230,18 +232,18 @@ def test_the_command_draws_a_strip_or_a_folder_and_says_what_made_it(
     render.save("cat.png")
     mask.save("mask.png")
     command = ["relight", "--reference", "cat.png", "--steps", "1", "--light", LIGHT]
-    assert cli.call([*command, "--out", "lit.png", "--mask", "mask.png"]) == 0
+    assert app.call([*command, "--out", "lit.png", "--mask", "mask.png"]) == 0
     assert capsys.readouterr().out == "lit.png\n"
     told = read_provenance("lit.png")
     assert told is not None and told["light"] == LIGHT and told["reference_file"] == "cat.png" and "mask" in told
-    assert cli.call([*command, "--light", "soft pink light from the left", "--out", "strip.png", "--json"]) == 0
+    assert app.call([*command, "--light", "soft pink light from the left", "--out", "strip.png", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["out"] == ["strip.png"] and len(found["pictures"]) == 2
     strip = np.asarray(Image.open("strip.png"))
     assert strip.shape == (SIDE, 2 * SIDE + 2, 3) and (strip[:, SIDE : SIDE + 2] == 255).all()
     assert np.array_equal(strip[:, :SIDE], np.asarray(pocket.relight(render, LIGHT, steps=1)))
-    assert cli.call([*command, "--light", LIGHT + ".", "--out", "many/"]) == 0
+    assert app.call([*command, "--light", LIGHT + ".", "--out", "many/"]) == 0
     assert len({*capsys.readouterr().out.split()}) == 2 == len(list(Path("many").iterdir()))
-    assert cli.call([*command, "--out", "cat.png"]) == 2
+    assert app.call([*command, "--out", "cat.png"]) == 2
     assert "cat.png is a reference itself" in capsys.readouterr().err
-    assert cli.call([*command, "--out", "lit.tiff"]) == 2
+    assert app.call([*command, "--out", "lit.tiff"]) == 2

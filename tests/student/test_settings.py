@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from diptych import Student, student
 from diptych.errors import UserError
-from diptych.student.convert import convert, summary
-from diptych.student.lora_file import RELEASED_LORA
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.settings import KEY, Settings
-from diptych.student.sources import read_settings
+from diptych.student.weights.convert import convert, summary
+from diptych.student.weights.lora_file import RELEASED_LORA
+from diptych.student.weights.sources import read_settings
 from layouts import write_gguf
 
 OWN = Settings(

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from diptych import Student, student
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.errors import UsageError
-from diptych.student import packed, speed
-from diptych.student.geometry import Canvas, split_tokens
-from diptych.student.recall import Recall, content
+from diptych.student.canvas import Canvas, split_tokens
+from diptych.student.runtime import packed, speed
+from diptych.student.runtime.recall import Recall, content
 from student.conftest import GOLDEN
 
 CANVAS = Canvas(16, 16, 4)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.errors import UserError
-from diptych.student import files, weights
-from diptych.student.convert import convert
+from diptych.student.weights import files, fold
+from diptych.student.weights.convert import convert
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 RELEASED = GOLDEN / "dsd_model" / "transformer"
@@ -76,13 +76,13 @@ def test_folded_model_equals_the_two_linear_form(config, seed):
     model.x_embedder = TwoLinear(model.x_embedder, config["in_channels"], c)
     released["c_embedder.weight"] = model.x_embedder.c_embedder.weight.detach()
     released["c_embedder.bias"] = model.x_embedder.c_embedder.bias.detach()
-    folded = weights.fold(released, config)
-    student: Any = weights.build(folded.config, folded.state_dict)
+    folded = fold.fold(released, config)
+    student: Any = fold.build(folded.config, folded.state_dict)
     with torch.no_grad():
         torch.testing.assert_close(student(torch.cat([x, c], 2), **rest)[0], model(x, **rest)[0], rtol=1e-5, atol=1e-5)
     assert student.config.in_channels == 2 * config["in_channels"]
     assert student.config.out_channels == config["in_channels"]
-    back, back_config = weights.unfold(folded.state_dict, folded.config, folded.split)
+    back, back_config = fold.unfold(folded.state_dict, folded.config, folded.split)
     assert back.keys() == released.keys()
     assert all(torch.equal(back[key], released[key]) for key in released)
     assert {k: v for k, v in back_config.items() if not k.startswith("_")} == config
@@ -93,7 +93,7 @@ def test_folded_model_equals_the_two_linear_form(config, seed):
 def test_widened_model_computes_the_teacher_whatever_the_condition(config, seed):
     torch.manual_seed(seed)
     teacher = FluxTransformer2DModel(**config).eval()
-    student = weights.widen(teacher)
+    student = fold.widen(teacher)
     x, c, rest = inputs(config, seed + 1)
     with torch.no_grad():
         expected = teacher(x, **rest)[0]
@@ -109,7 +109,7 @@ def test_widening_twice_is_refused():
     model = FluxTransformer2DModel(in_channels=8, num_layers=0, num_single_layers=1, num_attention_heads=1,
                                    attention_head_dim=8, axes_dims_rope=(2, 2, 4))  # fmt: skip
     with pytest.raises(UserError, match="widened already"):
-        weights.widen(weights.widen(model))
+        fold.widen(fold.widen(model))
 
 
 def test_released_to_folded_to_released_is_bit_equal_on_disk(tmp_path):
@@ -127,9 +127,9 @@ def test_released_to_folded_to_released_is_bit_equal_on_disk(tmp_path):
 
 
 def test_unfolding_a_trained_bias_ignores_the_old_split(tmp_path):
-    folded = weights.fold(files.read_state(RELEASED), files.read_config(RELEASED))
+    folded = fold.fold(files.read_state(RELEASED), files.read_config(RELEASED))
     folded.state_dict["x_embedder.bias"] = folded.state_dict["x_embedder.bias"] + 1
-    state, _ = weights.unfold(folded.state_dict, folded.config, folded.split)
+    state, _ = fold.unfold(folded.state_dict, folded.config, folded.split)
     assert torch.equal(state["x_embedder.bias"] + state["c_embedder.bias"], folded.state_dict["x_embedder.bias"])
 
 
@@ -147,7 +147,7 @@ def test_keys_that_do_not_match_are_refused_by_name(change, named):
     state = files.read_state(RELEASED)
     change(state)
     with pytest.raises(UserError, match=named):
-        weights.fold(state, files.read_config(RELEASED))
+        fold.fold(state, files.read_config(RELEASED))
 
 
 def test_a_plain_teacher_is_no_student(teacher):
@@ -195,7 +195,7 @@ def test_an_absurd_config_is_refused_before_a_model_is_built(changed: dict[str, 
     assert time.monotonic() - before < 5 and "\n" not in str(caught.value)
     if changed != {"num_layers": -1}:
         with pytest.raises(UserError):
-            weights.shapes_of(weights.stock_config(config) | changed)
+            fold.shapes_of(fold.stock_config(config) | changed)
 
 
 def test_the_pipeline_s_own_door_refuses_it_too(tmp_path: Path) -> None:

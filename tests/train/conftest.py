@@ -28,7 +28,7 @@ def straight(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The undisturbed training that resumed ones must equal: `out` and `summary`."""
     import tiny_run
 
-    from diptych.stages.distill import distill
+    from diptych.train.distill import distill
 
     out = tmp_path_factory.mktemp("straight") / "student"
     summary = distill(tiny_run.make_recipe(world.teacher), world.pairs, out)

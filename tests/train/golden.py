@@ -50,8 +50,8 @@ def rendered_pairs(folder: Path) -> Any:
 
 def curve() -> dict[str, list[float]]:
     """`left`, `right` and `grad_norm` of every step, and the `validation` losses."""
-    from diptych.sections import Recipe
-    from diptych.stages.distill import distill
+    from diptych.recipe.schema import Recipe
+    from diptych.train.distill import distill
     from diptych.train.metrics import read
 
     settings = {"steps": STEPS, "batch_size": BATCH, "precision": "float32", "warmup": 10, "learning_rate": 3e-4}

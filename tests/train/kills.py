@@ -21,7 +21,7 @@ MODULES = (
     "transformers.models.t5.modeling_t5",
     "torch.distributed.fsdp",
     "peft",
-    "diptych.stages.distill",
+    "diptych.train.distill",
     "diptych.train.loop",
 )
 """What a training imports, diffusers' and transformers' lazy ones by name."""

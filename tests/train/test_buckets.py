@@ -14,9 +14,9 @@ import tiny_run
 from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
-from diptych.stages.distill import distill
 from diptych.train import buckets
 from diptych.train.buckets import Schedule
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 
 SIZES = [[16, 16], [16, 24]]

@@ -11,8 +11,8 @@ import tiny_run
 import torch
 
 from diptych.errors import UserError
-from diptych.stages.distill import distill
 from diptych.train.cached import is_whole, write
+from diptych.train.distill import distill
 
 
 def test_a_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:

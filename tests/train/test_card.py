@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from diptych.data.limits import in_force
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
 from diptych.train.card import model_card
 from diptych.train.material import Material
 

@@ -9,7 +9,7 @@ import kills
 import pytest
 import tiny_run
 
-from diptych.stages.distill import distill
+from diptych.train.distill import distill
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

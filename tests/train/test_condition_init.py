@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from diptych import student
-from diptych.sections import Recipe
-from diptych.stages.distill import distill
-from diptych.student.weights import picture_columns
+from diptych.recipe.schema import Recipe
+from diptych.student.weights.fold import picture_columns
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 from diptych.train.options import Options, identity
 

@@ -14,8 +14,8 @@ import torch
 from diptych import Student
 from diptych.data.images import open_image, read_provenance
 from diptych.errors import UsageError, UserError
-from diptych.stages.distill import distill
-from diptych.student.convert import convert
+from diptych.student.weights.convert import convert
+from diptych.train.distill import distill
 
 SIDE = tiny_run.PANEL
 

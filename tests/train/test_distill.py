@@ -17,17 +17,17 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.console import Display
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load as load_recipe
-from diptych.run import run
-from diptych.stages.distill import distill, finish
+from diptych.run.runner import run
 from diptych.train import checkpoint, latents, processes
 from diptych.train import text as texts
+from diptych.train.distill import distill, finish
 from diptych.train.loop import Trainer, train
 from diptych.train.options import Options, Preference, identity, may_change
+from diptych.utils.console import Display
 
 
 def test_the_student_is_an_ordinary_folder_that_stock_diffusers_opens(straight: Any) -> None:
@@ -360,7 +360,7 @@ def test_a_lora_loads_in_stock_diffusers_and_draws_what_training_drew(world: Any
     from PIL import Image
 
     from diptych import student
-    from diptych.student.geometry import Canvas, split_panels
+    from diptych.student.canvas import Canvas, split_panels
     from diptych.train import parts
 
     out = tmp_path / "lora"

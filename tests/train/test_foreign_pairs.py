@@ -17,7 +17,7 @@ from diptych.data.interop.importing import import_data
 from diptych.data.sources import open_pairs
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.student.geometry import Canvas
+from diptych.student.canvas import Canvas
 from diptych.train.latents import Latents, build
 
 

@@ -9,9 +9,8 @@ import pytest
 import tiny_run
 import yaml
 
-from diptych import tasks
-from diptych.frozen import OtherRecipe, freeze
-from diptych.recipe import load
+from diptych.recipe import load, tasks
+from diptych.run.frozen import OtherRecipe, freeze
 from diptych.train.metrics import read
 
 
@@ -35,8 +34,8 @@ def test_what_the_recipe_says_is_taken_and_a_run_keeps_what_it_was_frozen_with(t
 
 
 def test_no_row_of_a_run_depends_on_it(tmp_path: Path) -> None:
-    from diptych.console import Display
-    from diptych.run import Pipeline
+    from diptych.run.runner import Pipeline
+    from diptych.utils.console import Display
 
     recipe, task = load("demo", ["device=cpu", "threads=1"]), tasks.load("subject")
     other = task.model_copy(update={"captions": task.captions.model_copy(update={"instructions": 0.7})})
@@ -45,7 +44,7 @@ def test_no_row_of_a_run_depends_on_it(tmp_path: Path) -> None:
 
 
 def test_training_called_by_itself_takes_the_share_of_the_task(world: Any, tmp_path: Path) -> None:
-    from diptych.stages.distill import distill
+    from diptych.train.distill import distill
 
     pairs = tiny_run.make_pairs(tmp_path / "pairs", instruction="the same cat, in the grass")
     losses: dict[str, Any] = {}

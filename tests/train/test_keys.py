@@ -18,9 +18,9 @@ import tiny_run
 import torch
 
 from diptych.errors import UsageError
-from diptych.stages.distill import distill
 from diptych.train import checkpoint, parts
 from diptych.train.buckets import timestep_shift
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 from diptych.train.metrics import read
 from diptych.train.options import Options

@@ -11,16 +11,16 @@ import pytest
 import torch
 from live_bytes import LiveBytes, fake, live
 
-from diptych.plan import make
-from diptych.plan.teacher import KNOWN
 from diptych.recipe import load
-from diptych.student import shapes
-from diptych.student.geometry import Canvas
+from diptych.run.plan import make
+from diptych.run.plan.teacher import KNOWN
+from diptych.student.canvas import Canvas
+from diptych.student.weights import shapes
 from diptych.train import parts
-from diptych.train.hardware import computing
 from diptych.train.lora import as_loaded
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, canvases_at_once, captions_at_once
+from diptych.utils.hardware import computing
 
 DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -12,7 +12,7 @@ import torch
 
 from diptych import student
 from diptych.errors import UsageError
-from diptych.stages.distill import distill
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 
 LORA = {"mode": "lora", "rank": 4, "learning_rate": 1e-2}

@@ -12,8 +12,8 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.stages.distill import distill
 from diptych.train import checkpoint, text, validate
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer, train
 from diptych.train.options import canvases_at_once, captions_at_once
 from diptych.train.processes import Processes

@@ -8,8 +8,8 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.student.geometry import Canvas, unpack
-from diptych.student.weights import widen
+from diptych.student.canvas import Canvas, unpack
+from diptych.student.weights.fold import widen
 from diptych.train.objective import Batch, image_ids, panel_losses, shifted
 
 CANVAS = Canvas(16, 24, 4)  # not square, so that a transposed panel split shows

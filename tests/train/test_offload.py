@@ -10,9 +10,9 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.stages.distill import distill
-from diptych.student.weights import widen
+from diptych.student.weights.fold import widen
 from diptych.train import parts
+from diptych.train.distill import distill
 from diptych.train.offload import Offload
 from diptych.train.options import Options
 

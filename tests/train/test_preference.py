@@ -13,8 +13,8 @@ import torch
 
 from diptych.errors import UsageError
 from diptych.recipe import load
-from diptych.stages.distill import distill
 from diptych.train import checkpoint
+from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 from diptych.train.preference import degrade, loss
 
@@ -65,7 +65,7 @@ def test_a_student_learns_to_prefer_the_target(preferred: Path) -> None:
 
 
 def test_negatives_share_the_true_left_panel_and_differ_on_the_right(world: Any, recipe: Any, tmp_path: Path) -> None:
-    from diptych.student.geometry import split_tokens
+    from diptych.student.canvas import split_tokens
 
     job = tiny_run.prepare(recipe(STEPS), world.pairs, tmp_path / "out")
     assert len(job.train_rows) == 10 and job.negatives is not None

@@ -15,8 +15,8 @@ import tiny_run
 import torch
 
 from diptych.errors import UsageError, UserError
-from diptych.stages.distill import distill
 from diptych.train import checkpoint
+from diptych.train.distill import distill
 from diptych.train.metrics import read
 from diptych.train.processes import Processes, join
 

@@ -12,10 +12,10 @@ import tiny_run
 from diptych import Student
 from diptych import recipe as recipes
 from diptych.data.images import open_image
-from diptych.sections import Evaluate
-from diptych.stages.distill import distill
+from diptych.recipe.schema import Evaluate
 from diptych.student.settings import Settings
-from diptych.student.sources import read_settings
+from diptych.student.weights.sources import read_settings
+from diptych.train.distill import distill
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT: dict[str, Any] = {"steps": 2, "validate_every": 2, "checkpoint_every": 2, "sample_every": 0}

@@ -12,9 +12,9 @@ import kills
 import pytest
 import tiny_run
 
-from diptych.console import Display
-from diptych.run import run
+from diptych.run.runner import run
 from diptych.student.settings import resolve
+from diptych.utils.console import Display
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

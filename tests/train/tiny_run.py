@@ -154,7 +154,7 @@ DISTILL = {
 
 def make_recipe(teacher: Path, **distill: Any) -> Any:
     """A recipe for that teacher, quick to train."""
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
     values = {"name": "tiny", "teacher": str(teacher), "seed": 5, "device": "cpu", "threads": 1}
     return Recipe.model_validate({**values, "distill": {**DISTILL, **distill}})
@@ -162,7 +162,7 @@ def make_recipe(teacher: Path, **distill: Any) -> Any:
 
 def prepare(recipe: Any, pairs: Any, out: Path, *rest: Any) -> Any:
     """`distill.prepare` on these pairs and what else the recipe names."""
-    from diptych.stages import distill
+    from diptych.train import distill
     from diptych.train.material import Material
 
     return distill.prepare(recipe, Material.open(recipe, pairs), out, *rest)
@@ -173,8 +173,8 @@ def main(work: str, out: str, *sets: str) -> None:
     import yaml
 
     from diptych.data.store import Dataset
-    from diptych.stages.distill import distill
-    from diptych.student import parallel
+    from diptych.student.runtime import parallel
+    from diptych.train.distill import distill
 
     values = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in sets)}
     recipe = make_recipe(Path(work) / "teacher", **values)

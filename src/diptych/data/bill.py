@@ -16,7 +16,7 @@ from diptych.data.places import answers
 from diptych.llm.cache import Cache
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.outcome import Usage
-from diptych.sections import Recipe
+from diptych.recipe.schema import Recipe
 
 
 def bill(run_dir: str | Path, recipe: Recipe) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from diptych.data import records
 from diptych.data.labels import Labels
 from diptych.data.store import Dataset, write_atomic
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.paths import place
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import place
 
 VERDICTS = ("accept", "reject", "judge")
 FIXED = "decisions.json"

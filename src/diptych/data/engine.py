@@ -28,7 +28,7 @@ from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
 ENGINES = ("local", "ray")
 LOST = "no reply: "  # what the reasons of lost rows begin with in `failed/`

@@ -13,13 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diptych.console import one_line
 from diptych.data import bill as bills
 from diptych.data import log, records
 from diptych.data.scan import batches, open_run, selected
 from diptych.data.spread import Spread
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
+from diptych.utils.console import one_line
 
 # Refusals by the seam are the grid's; these two rest on the judge; all others (copies, misaligned panels, …) are tests
 # that need no judge.

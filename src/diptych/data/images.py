@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych import plain
 from diptych.data import seal
 from diptych.data.formats import open_header
 from diptych.data.rgb import WHITE, to_rgb
 from diptych.data.store import write_atomic
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.paths import here_or_packaged
+from diptych.utils import plain
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import here_or_packaged
 
 if TYPE_CHECKING:
     from PIL.Image import Image

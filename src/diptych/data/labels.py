@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
-from diptych.paths import refuse_link
-from diptych.text_files import decode, read_text
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import refuse_link
+from diptych.utils.text_files import decode, read_text
 
 LABELS = ("same", "different", "unsure")
 SHEET = ("id", "label", "subject", "reference", "target")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diptych import tasks
+from diptych.recipe import tasks
 
 if TYPE_CHECKING:
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
 
 def in_force(recipe: Recipe) -> tuple[list[str], dict[str, Any]]:

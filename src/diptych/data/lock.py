@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diptych.data.places import desk
 from diptych.errors import UserError
-from diptych.paths import refuse_link
+from diptych.utils.paths import refuse_link
 
 
 @contextmanager

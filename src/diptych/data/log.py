@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from diptych.documents import parse_json
-from diptych.paths import is_remote, place, refuse_link
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import is_remote, place, refuse_link
 
 LOG = "log.jsonl"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
-from diptych.paths import inside, is_remote, place
+from diptych.utils.paths import inside, is_remote, place
 
 if TYPE_CHECKING:
     from upath import UPath

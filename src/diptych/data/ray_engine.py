@@ -21,8 +21,8 @@ from diptych.data.engine import Engine, Job, Row, Setup, Timed, Work, idle, one_
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.llm.vllm import IN_WORKERS
-from diptych.machine import thread_variables
-from diptych.sections import Pool, Recipe
+from diptych.recipe.schema import Pool, Recipe
+from diptych.utils.machine import thread_variables
 
 TICK = 2.0  # seconds between two looks at a cluster in which nothing has happened
 GIB = 2**30

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from diptych.sections import Curate
+    from diptych.recipe.schema import Curate
 
 IMAGE = "image"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
-from diptych import tasks
 from diptych.data import decisions, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
-from diptych.paths import inside
-from diptych.sections import Recipe
+from diptych.recipe import tasks
+from diptych.recipe.schema import Recipe
+from diptych.utils.paths import inside
 
 BATCH = 8192  # rows
 

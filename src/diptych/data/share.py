@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UserError
-from diptych.paths import files_inside, inside, is_remote
+from diptych.utils.paths import files_inside, inside, is_remote
 
 
 def share(source: str | Path, target: str | Path, fingerprint: str | None = None) -> int:

@@ -21,7 +21,7 @@ from diptych.data.pairs import check_types, find_columns, named, pair
 from diptych.data.splits import ALL, TRAIN, choose
 from diptych.data.store import MANIFEST, Dataset, reading
 from diptych.errors import UsageError, UserError
-from diptych.paths import inside, refuse_special
+from diptych.utils.paths import inside, refuse_special
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -24,9 +24,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.paths import inside, is_remote, plain_name
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import inside, is_remote, plain_name
 
 if TYPE_CHECKING:
     import pyarrow as pa

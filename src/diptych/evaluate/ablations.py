@@ -2,7 +2,7 @@
 
     {"name": …, "recipe": …, "seeds": [0, 1, 2], "sets": {…}, "full": "full", "variants": {"full": {}, …}}
 
-`diptych.ablate` runs a study; here is what it reads and what it writes. A variant's score is the mean over its training
+`run.ablate` runs a study; here is what it reads and what it writes. A variant's score is the mean over its training
 seeds. Intervals resample subjects and training seeds together, so they hold what another suite and another training
 would change; differences from the full method are paired, subject by subject and seed by seed. A method that learns
 nothing from the pairs runs once and stands beside the mean of all of the full method's seeds.
@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from diptych import plain
-from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
-from diptych.evaluate import metrics
-from diptych.evaluate.metrics import Outcome
-from diptych.paths import packaged
-from diptych.text_files import read_text
+from diptych.evaluate.scoring import metrics
+from diptych.evaluate.scoring.metrics import Outcome
+from diptych.utils import plain
+from diptych.utils.documents import parse_yaml
+from diptych.utils.paths import packaged
+from diptych.utils.text_files import read_text
 
 TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that a seed makes another
 NAME = r"^[A-Za-z0-9][\w.-]*$"

@@ -16,20 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych import models
-from diptych.console import Display, Report
 from diptych.data import log
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import contenders, job, judging, pictures, run_suite, scorers, summary, truth
-from diptych.evaluate.baselines import Context, Method
+from diptych.evaluate import job, run_suite
 from diptych.evaluate.job import Job
-from diptych.evaluate.pictures import Pictures
-from diptych.evaluate.scorers import Scorer
-from diptych.evaluate.scoring import SAID
-from diptych.evaluate.suites import Sample, Suite
-from diptych.machine import device_name, machine, versions
+from diptych.evaluate.methods import contenders
+from diptych.evaluate.methods.baselines import Context, Method
+from diptych.evaluate.scoring import judging, scorers, summary, truth
+from diptych.evaluate.scoring.scorers import Scorer
+from diptych.evaluate.scoring.scores import SAID
+from diptych.evaluate.suites import Sample, Suite, pictures
+from diptych.evaluate.suites.pictures import Pictures
+from diptych.utils import models
+from diptych.utils.console import Display, Report
+from diptych.utils.machine import device_name, machine, versions
 
 ANSWERS = "answers.sqlite"
 POCKET_SIZE = (40, 5)  # references and prompts, where the suite has no end of its own
@@ -110,7 +112,7 @@ def settled(asked: Job, out: Path) -> Job:
         return asked
     kept = job.read(out).get("device", "auto")
     if kept == "auto":
-        from diptych.student.loading import pick_device
+        from diptych.student.weights.loading import pick_device
 
         kept = str(pick_device("auto"))
     return asked.model_copy(update={"device": kept})
@@ -182,7 +184,7 @@ def choose(job_: Job, suite: Suite | Pictures, out: Path) -> list[Scorer]:
 
 def vlm(job_: Job, out: Path) -> Scorer:
     """The vision-language judge, its answers kept in the folder."""
-    from diptych.evaluate.rubric import VlmScorer
+    from diptych.evaluate.scoring.rubric import VlmScorer
     from diptych.llm.model import open_model
 
     judge = job_.judge

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError, nearest
-from diptych.evaluate import metrics, summary
 from diptych.evaluate.job import FILE
+from diptych.evaluate.scoring import metrics, summary
+from diptych.utils.documents import parse_json
 
 SAME = ("suite", "version")
 

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from diptych import plain
-from diptych.documents import parse_yaml
 from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import Vllm
-from diptych.sections import Adapter, Recipe, Section, StockPipeline, Tuning
-from diptych.text_files import read_text
+from diptych.recipe.schema import Adapter, Recipe, Section, StockPipeline, Tuning
+from diptych.utils import plain
+from diptych.utils.documents import parse_yaml
+from diptych.utils.text_files import read_text
 
 FILE = "evaluation.yaml"
 POCKET = "pocket"

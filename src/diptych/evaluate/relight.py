@@ -28,22 +28,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych import tasks
+from diptych.apps.relight import DETAIL, keep_detail
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
-from diptych.evaluate import likeness, metrics, run_suite, truth
-from diptych.evaluate.baselines import Context, Copy, Method, Student, StudentShipped, TextOnly
-from diptych.evaluate.relight_suite import LEVELS, ColourTransfer, Scenes, Wish
-from diptych.machine import versions
-from diptych.paths import place
-from diptych.relight import DETAIL, keep_detail
-from diptych.stages import alignment, wording
+from diptych.evaluate import run_suite
+from diptych.evaluate.methods.baselines import Context, Copy, Method, Student, StudentShipped, TextOnly
+from diptych.evaluate.scoring import likeness, metrics, truth
+from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish
+from diptych.recipe import tasks
+from diptych.stages.curate import alignment
+from diptych.stages.write import wording
+from diptych.utils.machine import versions
+from diptych.utils.paths import place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
 FOLDER = "relight"  # in `samples/`
 SCORES = ("psnr", "ssim", "features", "structure", "following", "relit")
@@ -210,7 +212,7 @@ def _lines(
 
 def structure(reference: Image, output: Image) -> float:
     """How well outlines agree where they are, 0 to 1; 0 if they agree better somewhere else."""
-    from diptych.stages.curate import ALIGNED_SHIFT
+    from diptych.stages.curate.stage import ALIGNED_SHIFT
 
     seen = alignment.structural_shift(reference, output)
     return max(0.0, seen.match) if seen.shift <= ALIGNED_SHIFT else 0.0

@@ -17,21 +17,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych import models
 from diptych.data import log, records
 from diptych.data.engine import Engine, LocalEngine, Row, Work
 from diptych.data.share import share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import scoring, suites
-from diptych.evaluate.baselines import Context, Method, drawn, named
-from diptych.evaluate.scoring import Judges
+from diptych.evaluate import suites
+from diptych.evaluate.methods.baselines import Context, Method, drawn, named
+from diptych.evaluate.scoring import scores as scoring
+from diptych.evaluate.scoring.scores import Judges
 from diptych.evaluate.suites import Sample, Suite
-from diptych.machine import device_name, machine, peak, reset_peak, versions
-from diptych.paths import place
+from diptych.utils import models
+from diptych.utils.machine import device_name, machine, peak, reset_peak, versions
+from diptych.utils.paths import place
 
 if TYPE_CHECKING:
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
 DRAWING = 1  # raised when equal settings would give other pictures
 SCORING = 3  # raised when equal pictures would get other numbers

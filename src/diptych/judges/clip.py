@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych import models
 from diptych.errors import UserError
 from diptych.judges.vision import Vision, open_vision, refuse_missing
+from diptych.utils import models
 
 if TYPE_CHECKING:
     from PIL.Image import Image

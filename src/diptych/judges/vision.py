@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych import models
-from diptych.console import quiet_bars
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.teachers.opening import refuse_code
+from diptych.utils import models
+from diptych.utils.console import quiet_bars
+from diptych.utils.documents import parse_json
+from diptych.utils.opening import refuse_code
 
 if TYPE_CHECKING:
     import torch

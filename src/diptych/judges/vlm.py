@@ -24,7 +24,7 @@ from diptych.llm.question import Question, system, user
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.tasks import Task
+    from diptych.recipe.tasks import Task
 
 SURE = 5
 BRIEF = (

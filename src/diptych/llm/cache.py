@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from diptych.errors import UserError
 from diptych.llm.outcome import Reply, Usage
-from diptych.paths import private_file
+from diptych.utils.paths import private_file
 
 VERSION = 2
 PATIENCE = 60.0  # seconds to wait for another process's write

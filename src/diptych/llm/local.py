@@ -16,15 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diptych import models
-from diptych.console import quiet_bars
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.outcome import GaveUp, Outcome, Reply, Spent, Usage
 from diptych.llm.question import Message, Picture, Question, body, clean
 from diptych.llm.settle import AskTogether, Memory, Turn, settle_together
 from diptych.llm.streak import Streak
-from diptych.teachers.opening import refuse_code
+from diptych.utils import models
+from diptych.utils.console import quiet_bars
+from diptych.utils.opening import refuse_code
 
 BLIND = "'{name}' is a language model that reads no images; name a vision-language model"
 STOP_AFTER = 20  # questions in a row without an answer: the model does not work here, whatever is asked

@@ -12,7 +12,7 @@ from diptych.llm.vllm import Vllm
 def check(endpoint: Endpoint | None, local: str | None, vllm: Vllm | None, sees: bool = True) -> None:
     """What `model.open_model` and the first question would raise: a key that is not set, a model or a package that is
     not there, a local model without vision where images are asked about (`sees`). UsageError or UserError."""
-    from diptych import models
+    from diptych.utils import models
 
     if endpoint is not None:
         Transport(endpoint).key()

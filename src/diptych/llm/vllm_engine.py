@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych import models
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.local import LocalModel
@@ -23,6 +22,7 @@ from diptych.llm.outcome import GaveUp, Reply, Usage
 from diptych.llm.question import body, clean
 from diptych.llm.settle import Turn
 from diptych.llm.vllm import ENVIRONMENT, Vllm, check
+from diptych.utils import models
 
 UNFINISHED = ("abort", "error")  # reasons to finish that leave no answer; the others are stop, length, repetition
 

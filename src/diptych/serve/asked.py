@@ -18,7 +18,7 @@ from diptych.serve.fields import WORDS
 from diptych.serve.settings import Limits
 
 if TYPE_CHECKING:
-    from diptych.story import Panel
+    from diptych.apps.story import Panel
 
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
 JOB_WORDS = "8 to 64 letters, digits, dashes or underscores"
@@ -254,7 +254,7 @@ class Relit(Common):
 
 
 class Story(Common):
-    """`POST /v1/stories`: a page of 4 to 10 panels of one character; `diptych.story` says which."""
+    """`POST /v1/stories`: a page of 4 to 10 panels of one character; `diptych.apps.story` says which."""
 
     kind: ClassVar[str] = "story"
 
@@ -269,7 +269,7 @@ class Story(Common):
 
     def panels(self) -> list[Panel]:
         """The panels, read."""
-        from diptych.story import read_panel
+        from diptych.apps.story import read_panel
 
         return [read_panel(line) for line in self.panel]
 
@@ -277,7 +277,7 @@ class Story(Common):
         return [panel.prompt for panel in self.panels()]
 
     def seeds(self, first: int) -> list[int]:
-        from diptych.story import check
+        from diptych.apps.story import check
 
         return check(self.panels(), self.panel_seed or first, self.captions)
 
@@ -293,7 +293,7 @@ class Story(Common):
 
 def check(asked: Common, limits: Limits, default_side: int) -> None:
     """UsageError, which names the field, for what a server with these limits and this model does not do."""
-    from diptych.api import check_options, check_prompt
+    from diptych.apps.student import check_options, check_prompt
 
     shown, said = asked.texts(), asked.words()
     for text in shown:
@@ -307,7 +307,7 @@ def check(asked: Common, limits: Limits, default_side: int) -> None:
     if len(shown) > limits.pictures:
         raise UsageError(f"n: at most {limits.pictures} pictures are allowed at once, not {len(shown)}")
     if isinstance(asked, Story):
-        from diptych.story import font_for
+        from diptych.apps.story import font_for
 
         asked.seeds(0)
         font_for(said)

@@ -11,8 +11,8 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from diptych import plain
 from diptych.errors import UserError
+from diptych.utils import plain
 
 ROOM = 2**20  # bytes that must be free beside what is to be stored
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSError

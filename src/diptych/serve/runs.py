@@ -18,8 +18,8 @@ from diptych.data import decisions, records
 from diptych.data.scan import row
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.paths import inside
 from diptych.train import metrics
+from diptych.utils.paths import inside
 
 SMALL = ("id", "subject", "caption", "similarity", "copy_distance", "seam", "kept", "reason")
 SIDES = {"reference": "conditioning", "target": "image"}

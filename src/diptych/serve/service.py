@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diptych import plain
 from diptych.data.formats import open_header
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
@@ -40,9 +39,10 @@ from diptych.serve.settings import Settings
 from diptych.serve.store import OPEN, Store
 from diptych.serve.tokens import Signer
 from diptych.serve.worker import Worker
+from diptych.utils import plain
 
 if TYPE_CHECKING:
-    from diptych.api import Student
+    from diptych.apps.student import Student
 
 FILE = "jobs.sqlite"
 WATCH = 1.0  # seconds between looks after the workers and the store
@@ -79,7 +79,7 @@ class Service:
 
     def _loader(self, device: str | None) -> Any:
         def load() -> Student:
-            from diptych.api import Student
+            from diptych.apps.student import Student
 
             return Student.load(**self.settings.loading, device=device, progress_bar=False)
 
@@ -273,7 +273,7 @@ class Service:
         """UsageError for a picture or a mask that is missing or does not fit."""
         from PIL import Image
 
-        from diptych.relight import default_fit, kept
+        from diptych.apps.relight import default_fit, kept
 
         pictures = [self.store.reference(owner, id) if id else None for id in (reference, mask)]
         if pictures[0] is None:
@@ -367,7 +367,7 @@ def _warnings(student: Student, asked: Common, referenced: bool) -> list[list[st
     texts, options = asked.texts(), asked.options()
     prompts = dict(zip(texts, texts, strict=True))
     if isinstance(asked, Relit):
-        from diptych.relight import prompt_of
+        from diptych.apps.relight import prompt_of
 
         prompts = {text: prompt_of(text, asked.scene) for text in texts}
     names = ("size", "negative_prompt", "image_guidance", "text_guidance")

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.paths import private_file
 from diptych.serve import tables
 from diptych.serve.clock import Clock
 from diptych.serve.disk import ROOM, Disk
 from diptych.serve.shares import Shares
+from diptych.utils.paths import private_file
 
 TRIES = 3  # of a picture whose server was killed while it was drawn
 VACUUMED = 10_000  # pages given back to the disk at once

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from diptych.errors import UsageError, UserError
 from diptych.serve.rates import Rate
-from diptych.text_files import read_text
+from diptych.utils.text_files import read_text
 
 VARIABLE = "DIPTYCH_SERVE_TOKENS"
 SHORTEST = 16  # letters

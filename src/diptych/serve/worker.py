@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diptych.data.images import encode, encode_png
 from diptych.errors import UserError
+from diptych.provenance.sign import source_type
 from diptych.serve.board import Board
 from diptych.serve.disk import Unwritable
 from diptych.serve.metrics import Metrics
 from diptych.serve.store import Store, Task
-from diptych.sign import source_type
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.api import Student
+    from diptych.apps.student import Student
 
 log = logging.getLogger("diptych.serve")
 KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
@@ -230,7 +230,7 @@ class Worker:
 
     def _use_speed(self, name: str | None) -> None:
         """The speed that a request asked for by name, or the server's own."""
-        from diptych.student import speed as speeds
+        from diptych.student.runtime import speed as speeds
 
         assert self.student is not None
         wanted = self._own_speed if name is None else speeds.parse(None if name == "plain" else name)

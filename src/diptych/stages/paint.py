@@ -12,20 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych import models, tasks
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
 from diptych.data.records import grid_id, seed_of
 from diptych.errors import UsageError, UserError
-from diptych.teachers import calls, distilled
-from diptych.teachers.configs import INDEX, class_of, read_file
-from diptych.teachers.opening import open_pipeline
+from diptych.recipe import tasks
+from diptych.student.families import calls, distilled
+from diptych.utils import models
+from diptych.utils.configs import INDEX, class_of, read_file
+from diptych.utils.opening import open_pipeline
 
 if TYPE_CHECKING:
     import torch
 
-    from diptych.sections import Recipe
-    from diptych.student.memory import Memory
+    from diptych.recipe.schema import Recipe
+    from diptych.student.runtime.memory import Memory
 
 MAX_PANEL = 512
 MAX_TEXT_TOKENS = 512
@@ -46,9 +47,9 @@ class Paint:
         """Opens the teacher. UserError if it cannot be, UsageError if it cannot draw panels of the recipe's size."""
         import torch
 
-        from diptych.student import stock
-        from diptych.student.loading import pick_device
-        from diptych.train.hardware import pick_precision
+        from diptych.student.runtime import stock
+        from diptych.student.weights.loading import pick_device
+        from diptych.utils.hardware import pick_precision
 
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
@@ -154,7 +155,7 @@ def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.
 
     UsageError if it cannot work here, UserError if `auto` finds nothing that fits.
     """
-    from diptych.student import stock
+    from diptych.student.runtime import stock
 
     settings = recipe.paint
     if settings.memory is None:

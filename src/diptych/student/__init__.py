@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from diptych.student.loading import Loras
-    from diptych.student.memory import Preset
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.runtime.memory import Preset
+    from diptych.student.weights.loading import Loras
 
 __all__ = ["load", "save"]
 
@@ -49,7 +49,7 @@ def load(
     Raises:
         UserError, UsageError: what is missing, damaged or of another family, and what to do. Nothing is half loaded.
     """
-    from diptych.student.loading import load as _load
+    from diptych.student.weights.loading import load as _load
 
     return _load(
         model, base, dtype=dtype, device=device, lora=lora, released_lora=released_lora, fuse=fuse, memory=memory
@@ -65,6 +65,6 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
     Raises:
         UserError: `folder` exists (and not `overwrite`), or a LoRA is still unfused.
     """
-    from diptych.student.loading import save as _save
+    from diptych.student.weights.loading import save as _save
 
     return _save(pipe, folder, overwrite=overwrite)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from diptych.errors import UsageError
-from diptych.student.geometry import Canvas, right_tokens
+from diptych.student.canvas import Canvas, right_tokens
 
 FROM = 2  # step index at which the release switches true guidance on
 Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # condition, text embeddings, pooled text embeddings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diptych.student.geometry import Canvas, join_panels, pack, to_pixels
+from diptych.student.canvas import Canvas, join_panels, pack, to_pixels
 
 if TYPE_CHECKING:
     import numpy as np

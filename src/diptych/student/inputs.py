@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diptych.errors import UsageError
-from diptych.student.geometry import Canvas, fit_image, to_pixels
+from diptych.student.canvas import Canvas, fit_image, to_pixels
 
 Reference = Image.Image | torch.Tensor | None
 Seed = int | torch.Generator

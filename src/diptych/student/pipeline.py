@@ -28,31 +28,25 @@ from diffusers import FluxControlPipeline
 from diffusers.pipelines.flux.pipeline_flux_control import retrieve_timesteps
 from diffusers.utils import BaseOutput
 
-from diptych import layers
 from diptych.errors import UsageError, UserError
-from diptych.student import guidance, inputs, speed
-from diptych.student.geometry import (
-    Canvas,
-    condition_canvas,
-    pack,
-    right_tokens,
-    split_panels,
-    unpack,
-)
+from diptych.student import guidance, inputs
+from diptych.student.canvas import Canvas, condition_canvas, pack, right_tokens, split_panels, unpack
 from diptych.student.inputs import Reference, Seed
-from diptych.student.lora_file import RELEASED_LORA
-from diptych.student.modulation import precomputed
-from diptych.student.recall import Recall, content
-from diptych.student.rotary import rotary_once
+from diptych.student.runtime import speed
+from diptych.student.runtime.modulation import precomputed
+from diptych.student.runtime.recall import Recall, content
+from diptych.student.runtime.rotary import rotary_once
 from diptych.student.settings import Conditioning, Settings, adopt, register
 from diptych.student.settings import of as settings_of
 from diptych.student.timesteps import exact_timesteps, shift_exponent
-from diptych.student.weights import BiasSplit, student_channels
-from diptych.teachers.opening import check_pipeline
+from diptych.student.weights.fold import BiasSplit, student_channels
+from diptych.student.weights.lora_file import RELEASED_LORA
+from diptych.utils import layers
+from diptych.utils.opening import check_pipeline
 
 if TYPE_CHECKING:
-    from diptych.student.caches import StepCache
-    from diptych.student.memory import Memory
+    from diptych.student.runtime.caches import StepCache
+    from diptych.student.runtime.memory import Memory
 
 log = logging.getLogger("diptych.student")
 MAX_TEXT_TOKENS = 512
@@ -537,7 +531,7 @@ class DiptychPipeline(FluxControlPipeline):
     ) -> None:
         """Loads a LoRA from a file or folder on this machine, every key of it or nothing (`lora.apply_lora`). Tensors,
         names on the hub and hot swapping are left to diffusers, whose reader skips what it does not know."""
-        from diptych.student.lora import apply_lora
+        from diptych.student.weights.lora import apply_lora
 
         place = pretrained_model_name_or_path_or_dict
         path = Path(place, kwargs.get("weight_name") or "") if isinstance(place, (str, Path)) else None

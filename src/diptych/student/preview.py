@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from diptych.student.geometry import Canvas, split_panels, unpack
+from diptych.student.canvas import Canvas, split_panels, unpack
 
 if TYPE_CHECKING:
     from PIL.Image import Image

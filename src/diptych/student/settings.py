@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diptych.documents import parse_json
 from diptych.errors import UserError, nearest
+from diptych.utils.documents import parse_json
 
 KEY = "_diptych"
 SAMPLING_FILE = "sampling.json"

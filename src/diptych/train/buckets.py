@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
-from diptych.student.geometry import Canvas
+from diptych.student.canvas import Canvas
 from diptych.train.draws import Order
 from diptych.train.latents import Latents
 

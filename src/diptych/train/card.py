@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diptych import __version__, models
 from diptych.data.limits import in_force
 from diptych.data.store import Dataset
+from diptych.utils import models
+from diptych.utils.machine import VERSION
 
 if TYPE_CHECKING:
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
     from diptych.train.material import Material
 
 
@@ -55,7 +56,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "validation loss": "none held out" if validation is None else f"{validation['loss']:.4f}",
         "seed": recipe.training_seed,
         "seconds of training": f"{numbers['seconds']:,.0f}",
-        "diptych": __version__,
+        "diptych": VERSION,
     }
     use = (
         f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'

@@ -23,7 +23,7 @@ import torch
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
-from diptych.paths import inside
+from diptych.utils.paths import inside
 
 LATEST, BEST, MANIFEST, STATE = "latest", "best", "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diptych.errors import UserError
-from diptych.student.geometry import Canvas
+from diptych.student.canvas import Canvas
 from diptych.train.buckets import Bucket
 from diptych.train.latents import Latents
 from diptych.train.material import Material

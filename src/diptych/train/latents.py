@@ -26,7 +26,7 @@ from diptych.data.pairs import SIDES, pair
 from diptych.data.records import prompt_of
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
-from diptych.student.geometry import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
+from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
 from diptych.train import cached
 from diptych.train.metrics import Progress, report
 from diptych.train.options import canvases_at_once

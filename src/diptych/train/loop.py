@@ -27,7 +27,6 @@ from diptych.train import parts, processes, validate
 from diptych.train import preference as preferences
 from diptych.train.buckets import Schedule
 from diptych.train.draws import draw
-from diptych.train.hardware import attending, computing
 from diptych.train.job import Job
 from diptych.train.lora import as_loaded
 from diptych.train.metrics import Guard, Metrics, Progress, read, report
@@ -37,6 +36,7 @@ from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
 from diptych.train.running import Interrupts, ahead
 from diptych.train.trackers import Trackers
+from diptych.utils.hardware import attending, computing
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diptych.documents import parse_json
 from diptych.train.options import Options
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
+from diptych.utils.documents import parse_json
 
 
 def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path, metadata: dict[str, Any]) -> Path:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from diptych.data.sources import Pairs, open_pairs
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.sections import OWN, Data
+from diptych.recipe.schema import OWN, Data
 
 if TYPE_CHECKING:
-    from diptych.sections import Recipe
+    from diptych.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

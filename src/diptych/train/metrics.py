@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
-from diptych.paths import refuse_special
+from diptych.utils.paths import refuse_special
 
 log = logging.getLogger(__name__)
 

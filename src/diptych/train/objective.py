@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diptych.student.geometry import Canvas, split_tokens
+from diptych.student.canvas import Canvas, split_tokens
 
 
 @dataclass(frozen=True)

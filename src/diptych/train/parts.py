@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from diptych import models
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
-from diptych.student.deltas import read_deltas
-from diptych.student.lora_file import lora_file
+from diptych.student.weights.deltas import read_deltas
+from diptych.student.weights.lora_file import lora_file
 from diptych.train import processes
 from diptych.train.offload import Offload
 from diptych.train.options import TARGETS, Options
+from diptych.utils import models
 
 ADAPTER = "default"
 INPUT_LAYER = "x_embedder"

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from diptych.data.records import seed_of
-from diptych.student.geometry import Canvas, join_tokens, split_tokens
+from diptych.student.canvas import Canvas, join_tokens, split_tokens
 from diptych.train import cached
 from diptych.train.buckets import Bucket
 from diptych.train.latents import Latents, panels_of

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from diptych.errors import UsageError, UserError
-from diptych.student import parallel
+from diptych.student.runtime import parallel
 
 PATIENCE = timedelta(hours=6)  # one process may encode or draw for long while the others wait
 T = TypeVar("T")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.cli import call
+from diptych.cli.app import call
 from diptych.data import records
 from diptych.data.images import encode
 from diptych.data.interop import FORMATS, find

@@ -12,7 +12,7 @@ from typing import Any
 from diptych.data.interop.folders import Rows, folder_of, twins, write_twins
 from diptych.data.interop.rows import Format, Options, told
 from diptych.errors import UsageError
-from diptych.paths import inside
+from diptych.utils.paths import inside
 
 # What people call the two folders.
 FOLDERS = {

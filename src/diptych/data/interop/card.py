@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
-from diptych import __version__, models
 from diptych.data import funnel, records
 from diptych.data.interop.rows import Format
 from diptych.data.scan import open_run
 from diptych.data.sources import Pairs
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.utils import models
+from diptych.utils.machine import VERSION
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _PARTS = "part-*.parquet"
@@ -134,7 +135,7 @@ def _front(rows: int, licence: dict[str, str], files: str | None) -> dict[str, A
 def _page(front: dict[str, Any], title: str, facts: dict[str, Any], tables: list[Any], terms: str, loads: str) -> str:
     about = (
         "Pairs for models that take a reference image: `conditioning` is the reference, `image` the target, `caption` "
-        f"describes the target. Written by diptych {__version__}."
+        f"describes the target. Written by diptych {VERSION}."
     )
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [about, "", *_table(facts), "", "```", loads, "```", ""]

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diptych.console import Report
 from diptych.data.interop import card, find
 from diptych.data.interop.folders import put, read_json
 from diptych.data.interop.rows import Format, Options, columns_of, file_name, told
@@ -21,6 +20,7 @@ from diptych.data.lock import lock
 from diptych.data.pairs import SIDES, pair
 from diptych.data.sources import Pairs, open_pairs
 from diptych.errors import UsageError, UserError
+from diptych.utils.console import Report
 
 VERSION = 1
 NOTES = ".export"

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych import paths
 from diptych.data.formats import pictures_in
 from diptych.data.images import MAX_BYTES
 from diptych.data.interop.rows import Entry, Options, extension
 from diptych.data.pairs import SIDES
 from diptych.data.store import write_atomic
-from diptych.documents import parse_json
 from diptych.errors import UsageError, UserError
-from diptych.text_files import decode, read_text
+from diptych.utils import paths
+from diptych.utils.documents import parse_json
+from diptych.utils.text_files import decode, read_text
 
 MAX_TEXT = 2**20  # bytes of a caption file
 

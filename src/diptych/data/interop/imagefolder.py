@@ -10,10 +10,10 @@ from typing import Any
 from diptych.data.interop.folders import Rows, folder_of, picture, put, write_sides
 from diptych.data.interop.rows import Format, Options, columns_of
 from diptych.data.pairs import find_columns, named
-from diptych.documents import parse_json
 from diptych.errors import UserError
-from diptych.paths import inside
-from diptych.text_files import read_lines
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import inside
+from diptych.utils.text_files import read_lines
 
 LIST = "metadata.jsonl"
 _SUFFIX = "_file_name"

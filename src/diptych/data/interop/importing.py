@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diptych.console import Report
 from diptych.data import records
 from diptych.data.interop import card, find
 from diptych.data.interop.rows import Options
@@ -19,6 +18,7 @@ from diptych.data.lock import lock
 from diptych.data.pairs import pair
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.utils.console import Report
 
 SHARD = 256  # rows of theirs to a part
 VERSION = 2  # raised when the rows made of equal inputs change

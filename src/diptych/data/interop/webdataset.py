@@ -20,9 +20,9 @@ from diptych.data.interop.folders import put, row_text
 from diptych.data.interop.rows import Entry, Format, Options, columns_of, extension, told
 from diptych.data.pairs import SIDES, find_columns, named
 from diptych.data.splits import choose
-from diptych.documents import parse_json
 from diptych.errors import UserError
-from diptych.paths import inside, refuse_special
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import inside, refuse_special
 
 _TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
 _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2")

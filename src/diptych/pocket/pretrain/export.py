@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diptych.machine import processor
-from diptych.train.metrics import read
+from diptych.utils.machine import processor
 
 from .. import captions, world
 
@@ -89,7 +88,7 @@ def export(work: Path, student: Path | None = None, report=print) -> None:
             halve(student / "transformer", WEIGHTS / "student" / "transformer")
             halve(student, WEIGHTS / "student", names=("README.md", "sampling.json"))
         training = student / "training"
-        curve = _thinned(read(training / "metrics.jsonl"))
+        curve = _thinned([json.loads(line) for line in (training / "metrics.jsonl").read_text("utf8").splitlines()])
         log["student"] = json.loads((training / "summary.json").read_text()) | {"curve": curve, "machine": _machine()}
     log_path.write_text(json.dumps(log, indent=1))
     total = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from diptych.serve.app.plain import Plain
-from diptych.serve.guard import APP
+from diptych.serve.http.guard import APP
 from diptych.serve.service import Service
 
 SESSIONS = 256  # open pages whose state is kept, the latest: over 100 KB each, and Gradio lets none go by itself

@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diptych import enhance
+from diptych.apps import enhance
 from diptych.errors import UserError
-from diptych.markup import Html, escape, tag
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Asked
 from diptych.serve.service import Service
+from diptych.utils.markup import Html, escape, tag
 
 
 def add(blocks: Any, service: Service) -> None:

@@ -8,17 +8,17 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from diptych import recurate
-from diptych.console import Display
 from diptych.data import decisions, records
 from diptych.data.scan import open_run
 from diptych.errors import UserError
-from diptych.markup import Html, html, tag
+from diptych.run import recurate
 from diptych.serve.app import owner_of
 from diptych.serve.app.job import wrong
 from diptych.serve.app.runs import NO_RUN, listing
 from diptych.serve.runs import NAME, Runs
 from diptych.serve.service import Service
+from diptych.utils.console import Display
+from diptych.utils.markup import Html, html, tag
 
 PAGE = 12  # pairs
 SHOWN = ["all", "kept", "refused", "decided"]

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from diptych.errors import UserError
-from diptych.markup import Html, html, tag
 from diptych.serve.asked import Common
-from diptych.serve.errors import wrong as wrong_field
 from diptych.serve.fields import of_schema
+from diptych.serve.http.errors import wrong as wrong_field
 from diptych.serve.refusals import Busy
 from diptych.serve.service import Service
+from diptych.utils.markup import Html, html, tag
 
 UNREAD = 4  # messages that may wait for a page
 EVERY = 0.25  # seconds between looks at a job

@@ -19,11 +19,11 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from diptych.documents import parse_request
 from diptych.errors import UsageError
-from diptych.serve import errors
-from diptych.serve.guard import APP, Receive, Scope, Send
+from diptych.serve.http import errors
+from diptych.serve.http.guard import APP, Receive, Scope, Send
 from diptych.serve.tokens import LOCAL
+from diptych.utils.documents import parse_request
 
 PREFIX = f"{APP}/gradio_api/"
 MOST = 2**20  # bytes of an event

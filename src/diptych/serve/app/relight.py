@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from diptych.relight import DETAIL
+from diptych.apps.relight import DETAIL
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Relit

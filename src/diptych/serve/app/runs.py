@@ -8,10 +8,10 @@ import gradio as gr
 
 from diptych.data import funnel
 from diptych.errors import UserError
-from diptych.markup import Html, html, tag
 from diptych.serve.app.job import wrong
 from diptych.serve.runs import Runs
 from diptych.serve.service import Service
+from diptych.utils.markup import Html, html, tag
 
 WIDTH, HEIGHT = 640, 200
 POINTS = 400  # of the curve: more than its pixels tell nothing

@@ -7,14 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from diptych.enhance import endpoint_of
+from diptych.apps.enhance import endpoint_of
+from diptych.apps.story import CAPTIONS, FEWEST, MOST
 from diptych.errors import UserError
-from diptych.markup import escape, tag
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
 from diptych.serve.asked import Story
 from diptych.serve.service import Service
-from diptych.story import CAPTIONS, FEWEST, MOST
+from diptych.utils.markup import escape, tag
 
 EXAMPLE = """a cat on the beach | One morning it set out.
 a cat in a forest, dim blue light from above | At night it was lost.
@@ -103,7 +103,7 @@ def add(blocks: Any, service: Service) -> None:
 
 def written(service: Service, owner: str, idea: str, count: int) -> str:
     """The panels of an idea, from the language model that the environment names, as lines."""
-    from diptych.story_writer import write_panels
+    from diptych.apps.story_writer import write_panels
 
     endpoint = endpoint_of(None, None)
     if endpoint is None or not idea.strip():

@@ -1,0 +1,145 @@
+"""What is asked for, as requests: one for every reference with every prompt with every seed of a row.
+
+The command's own words are one row, a JSONL file has one a line; a folder stands for the pictures in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.data.formats import READ, pictures_in
+from diptych.errors import UsageError, nearest
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import here_or_packaged, refuse_special
+from diptych.utils.text_files import read_lines
+
+OPTIONS = (
+    "steps",
+    "guidance",
+    "image_guidance",
+    "text_guidance",
+    "negative_prompt",
+    "size",
+    "fit",
+    "background",
+)
+"""Arguments of `Student.generate` that a row may give."""
+KEYS = ("reference", "prompt", "seed", "out", *OPTIONS)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture that is asked for. `options` holds only what was asked; `row` counts from 1. `asked_prompt` is what
+    the user wrote, where `prompt` says more."""
+
+    reference: Path | None
+    prompt: str
+    seed: int
+    options: dict[str, Any]
+    row: int
+    out: Path = Path()
+    asked_prompt: str = ""
+
+    def told(self) -> dict[str, Any]:
+        """It, to be written down."""
+        named = {"row": self.row, "out": str(self.out), "reference": self.reference and str(self.reference)}
+        return {**named, "prompt": self.prompt, "seed": self.seed, **self.options}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The requests, each with its file; `folder` holds them all and is None for one picture with a name of its own."""
+
+    requests: list[Request]
+    folder: Path | None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a JSONL file; blank lines are left out. UsageError names the line that is no such row."""
+    for line, raw in enumerate(read_lines(path), 1):
+        if not raw.strip():
+            continue
+        try:
+            row = parse_json(raw)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{line}: not JSON ({error}); one object a line") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{line}: not a JSON object but a {type(row).__name__}")
+        yield line, row
+
+
+def check_row(row: dict[str, Any], where: str) -> None:
+    """UsageError, `where` before it, for unknown keys, missing ones, and values that no model could take."""
+    from diptych.apps.student import check_options, check_prompt, check_seed
+
+    for key in row:
+        if key not in KEYS:
+            raise UsageError(f"{where}unknown key '{key}'{nearest(key, KEYS)}; known are {', '.join(KEYS)}")
+    if "reference" not in row:
+        raise UsageError(f"{where}missing a reference, the picture of your subject")
+    if "prompt" not in row:
+        raise UsageError(f"{where}missing a prompt: what the new picture shows")
+    try:
+        for text in _listed(row["prompt"]):
+            check_prompt(text)
+        for number in _listed(row.get("seed", 0)):
+            check_seed(number)
+        for place in _listed(row["reference"]):
+            if not isinstance(place, (str, Path, type(None))) or place == "":
+                raise UsageError(f"a reference is an image file or a folder of them, not {place!r}")
+        out = row.get("out", "x")
+        if not isinstance(out, str) or not out or Path(out).is_absolute() or ".." in Path(out).parts:
+            raise UsageError(f"out is a file's name inside the --out folder, not {out!r}")
+        check_options({key: read_size(value) if key == "size" else value for key, value in _options(row).items()})
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from None
+
+
+def multiply(row: dict[str, Any], number: int, here: Path, where: str = "") -> Iterator[Request]:
+    """Every reference with every prompt with every seed, seeds running fastest."""
+    options = {key: read_size(value) if key == "size" else value for key, value in _options(row).items()}
+    references = [path for place in _listed(row["reference"]) for path in _pictures(place, here, where)]
+    combined = itertools.product(references, _listed(row["prompt"]), _listed(row.get("seed", 0)))
+    out = Path(row.get("out", ""))
+    for reference, prompt, seed in combined:
+        yield Request(reference, prompt, seed, options, number, out)
+
+
+def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | None]:
+    """The file itself, or a folder's pictures by name; what is left out is named in a warning (`pictures_in`)."""
+    if place is None:
+        return [None]
+    path = here / here_or_packaged(Path(place).expanduser())
+    if not path.is_dir():
+        return [refuse_special(path) if where else path]  # a shell may give a pipe; a file's row may not
+    found = pictures_in(path)
+    if not found:
+        raise UsageError(f"{where}{path}: no pictures in this folder ({', '.join(READ)})")
+    return list(found)
+
+
+def _options(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in OPTIONS if row.get(key) is not None}
+
+
+def read_size(value: Any) -> Any:
+    """`64`, `"64"`, `"512x768"` (width first) or `[512, 768]` as a number or a pair."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, str):
+        return value
+    parts = value.lower().replace("×", "x").split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"size {value}: give pixels, for instance 512 or 512x768")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _listed(value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise UsageError("an empty list was given; give at least one reference, prompt and seed")
+    return values

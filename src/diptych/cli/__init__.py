@@ -1,0 +1,1 @@
+"""The command line: a file for each group of commands. Each checks its words and calls what Python users call."""

@@ -1,0 +1,213 @@
+"""The models that an evaluation is about, as methods; and who curated what they learnt from.
+
+`--model` takes what `diptych generate` takes, and a run's folder besides. The judge that chose a model's training data
+has seen to it that its own taste is met; so it may not score that model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych import recipe as recipes
+from diptych.data.store import write_atomic
+from diptych.errors import UsageError, UserError, nearest
+from diptych.evaluate.job import POCKET, Job
+from diptych.evaluate.methods import baselines
+from diptych.evaluate.methods.baselines import ANCHORS, METHODS, PARTS, Context, Method
+from diptych.utils import models
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diptych.evaluate.suites import Sample
+
+CURATORS = "curators.json"
+TRAINED = ("tuned", "adapter")  # baselines that train the teacher
+OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
+
+
+@dataclass(frozen=True)
+class Model(Method):
+    """A student somewhere, as a method. What the job does not say of sampling, the model's own settings do."""
+
+    name: str
+    place: Path | str
+    base: str | None
+    context: Context
+    job: Job
+
+    def fingerprint(self) -> str:
+        """sha256 of its weights and of its base's, and its sampling. UserError if they are not there."""
+        from diptych.apps.batch import identify
+        from diptych.student.settings import SAMPLING_FILE
+
+        path = models.resolve(str(self.place), "student")
+        parts = [path / part for part in PARTS if (path / part).exists()] or [path]
+        own = [identify({"model": str(part)})["model"] for part in parts]
+        base = POCKET if str(self.place) == POCKET else self.base
+        beneath = identify({"base": base})["base"] if base else None
+        sampling = (path if path.is_dir() else path.parent) / SAMPLING_FILE  # of folders of earlier versions
+        said = hashlib.sha256(sampling.read_bytes()).hexdigest() if sampling.is_file() else None
+        return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
+
+    def asked(self) -> dict[str, float]:
+        """What the job says of sampling."""
+        names = ("steps", "guidance", "image_guidance", "text_guidance")
+        return {name: value for name in names if (value := getattr(self.job, name)) is not None}
+
+    def open(self) -> Any:
+        """Its pipeline."""
+        from diptych import student
+        from diptych.utils.console import quiet_bars
+
+        with quiet_bars():
+            pipe = student.load(self.place, base=self.base, device=self.context.recipe.device, fuse=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        """One picture for each sample, of the reference's size."""
+        pipe = self.context.opened(self.name, self.open)
+        sampling = pipe.settings.sampling | self.asked()
+        drawn = pipe(
+            prompt=[s.prompt for s in samples],
+            reference=list(references),
+            height=references[0].height,
+            width=references[0].width,
+            num_inference_steps=sampling["steps"],
+            guidance_scale=sampling["guidance"],
+            image_guidance_scale=sampling["image_guidance"],
+            text_guidance_scale=sampling["text_guidance"],
+            generator=list(seeds),
+        )
+        return drawn.images
+
+
+def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
+    """The job's models and baselines by name, then the anchors of a suite that has the truth.
+
+    UsageError for a baseline that is none, or that needs a teacher that is not named.
+    """
+    found: dict[str, Method] = {}
+    for name, place in job.models.items():
+        where, run = locate(place)
+        base = job.base or (recipes.load(run / "recipe.yaml").teacher if run else None)
+        found[name] = Model(name, where, base, context, job)
+    known = [name for name in METHODS if name not in (*ANCHORS, *OF_A_RUN)]
+    for name in job.baselines:
+        if name not in known:
+            if name in OF_A_RUN:
+                raise UsageError(f"--baseline {name}: is a model here; write --model RUN, or --model {POCKET}")
+            raise UsageError(f"unknown baseline '{name}'; known: {', '.join(known)}{nearest(name, known)}")
+        if name in found:
+            raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
+        found |= baselines.named(name, context)
+        drawn_by_it = name in TRAINED or isinstance(found.get(name), baselines.TextOnly)
+        if drawn_by_it and job.base is None and job.data is not None:
+            raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
+    for name in ANCHORS if anchors else ():
+        if name in found:
+            raise UsageError(f"a model is called {name}, as an anchor is; name it: --model NAME=MODEL")
+        found |= baselines.named(name, context)
+    return found
+
+
+def locate(place: str) -> tuple[str, Path | None]:
+    """Where a model's weights are, and the run they came from if its folder is there."""
+    path, run = Path(place).expanduser(), models.run_of(place)
+    if run is not None:
+        return str(models.resolve(place, "student")), run
+    return str(path) if path.exists() else place, None
+
+
+# ---- who curated
+
+
+@dataclass(frozen=True)
+class Curator:
+    """A judge that chose training data: its name, and the sha256 of its weights where there are any."""
+
+    name: str
+    weights: frozenset[str]
+
+
+def curators(place: str) -> list[Curator] | None:
+    """Who chose what a model learnt from; None where nobody can tell."""
+    where, run = locate(place)
+    if where == POCKET:
+        return [_embedding(POCKET)]
+    if run is None:
+        return None
+    found = []
+    for recipe in _recipes(run):
+        found.append(_embedding(recipe.curate.judge))
+        if recipe.curate.vlm is not None:
+            found.append(Curator(recipe.curate.vlm.model, frozenset()))
+    return found
+
+
+def _recipes(run: Path) -> Iterable[Any]:
+    """The recipes of a run and of the runs whose pairs it trained on."""
+    recipe = recipes.load(run / "recipe.yaml")
+    if recipe.draws_pairs():
+        yield recipe
+    for data in recipe.distill.data or ():
+        folder = Path(data.path).expanduser()
+        for place in (folder, folder.parent):
+            if (place / "recipe.yaml").is_file():
+                yield recipes.load(place / "recipe.yaml")
+                break
+
+
+def _embedding(name: str) -> Curator:
+    try:
+        return Curator(name, models.weights(models.resolve(name, "curator")))
+    except UserError:
+        return Curator(name, frozenset())  # gone from this machine: its name is what is left of it
+
+
+def curators_of(job: Job, out: Path) -> dict[str, list[Curator] | None]:
+    """Who curated what each model learnt from. Where a model is not on this machine, what drawing wrote down holds."""
+    path = out / CURATORS
+    try:
+        kept = json.loads(path.read_text("utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); remove it, and draw again where the models are") from error
+    found: dict[str, list[Curator] | None] = {}
+    for name, place in job.models.items():
+        found[name] = curators(place)
+        if found[name] is None and kept.get(name, {}).get("model") == place and kept[name]["curators"] is not None:
+            found[name] = [Curator(c["name"], frozenset(c["weights"])) for c in kept[name]["curators"]]
+    return found
+
+
+def remember(known: Mapping[str, list[Curator] | None], job: Job, out: Path) -> None:
+    """Writes down who curated, for a machine that has the pictures alone."""
+    told = {
+        name: {
+            "model": job.models[name],
+            "curators": None if by is None else [{"name": c.name, "weights": sorted(c.weights)} for c in by],
+        }
+        for name, by in known.items()
+    }
+    write_atomic(out / CURATORS, (json.dumps(told, indent=2) + "\n").encode())
+
+
+def refuse_own_judge(known: Mapping[str, list[Curator] | None], judge: str, own: frozenset[str], force: bool) -> bool:
+    """UsageError if the judge (by its weights `own`, else by its name) is among a model's curators; with `force`
+    whether it is."""
+    for name, found in known.items():
+        for curator in found or ():
+            if bool(curator.weights & own) if own and curator.weights else curator.name == judge:
+                if force:
+                    return True
+                raise UsageError(
+                    f"the judge {judge} curated what {name} learnt from ({curator.name}): a model is not scored by the "
+                    "judge that chose its data; name another judge, or --force it, which the result will say"
+                )
+    return False

@@ -1,0 +1,1 @@
+"""From pictures to numbers: scorers, metrics with intervals, and how far the judges can be trusted."""

@@ -1,0 +1,282 @@
+"""The scores, as plain arithmetic on arrays: CP, PF, CP·PF, copy rate, their intervals, and paired comparison.
+
+- CP, concept preservation: the scoring judge's similarity of reference and output on a scale where 0 is the mean over
+  different identities of one kind and 1 the mean over one identity rendered again elsewhere; clipped to [0, 1]: at 1
+  for each picture, so that no copy makes up for a miss, and at 0 for the mean. A picture's own similarity is noisy, and
+  flooring each one would pay a method that ignores the reference for its lucky half.
+- PF, prompt following: the share of asked attributes that the reader finds.
+- CP·PF: mean CP × mean PF (as in DreamBench++).
+- Copy rate: the share of outputs nearer to their reference than the nearest 1 % of true re-renders.
+
+Intervals are at 95 % and over identities, since the prompts of one identity are not independent: percentile bootstrap
+intervals, and Wilson's where resampling cannot show what another sample would bring, which is for shares (a method that
+copied 37 times of 37 has [0.91, 1]), for fewer than `FEW` identities, and where all of them score the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COPY_QUANTILE = 0.01
+PERMUTATIONS = 10_000  # of the paired test, at least
+FEW = 5  # identities: fewer cannot be resampled in enough ways for a bootstrap interval
+PAIRED = 6  # identities: with fewer no paired permutation test reaches p < 0.05, whatever the difference
+Z = 1.959964  # of the normal distribution, 95 %, two-sided
+NAMES = ("cp", "pf", "cp_pf", "copy_rate")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the scores of one split are measured against, from renders."""
+
+    zero: float  # mean similarity of different identities of one kind
+    one: float  # mean similarity of one identity rendered again in another scene
+    copy_distance: float  # below it an output is a copy
+    pairs: int  # identities it rests on
+
+    def concept(self, similarity: np.ndarray) -> np.ndarray:
+        """Similarities (N,) as each picture's CP (N,): at most 1, and below 0 where it is less like the reference than
+        another subject is. Only means are floored at 0. A scale that tells nothing apart gives 0 to everyone.
+        """
+        if self.one - self.zero < 1e-9:
+            return np.zeros_like(similarity)
+        return np.minimum((similarity - self.zero) / (self.one - self.zero), 1.0)
+
+
+def following(asked: Mapping[str, str], read: Mapping[str, str]) -> dict[str, bool]:
+    """For each asked attribute whether the reader found the asked value; a group without a head counts as missed."""
+    return {group: read.get(group) == value for group, value in asked.items()}
+
+
+def copy_distances(references: Sequence[Image], outputs: Sequence[Image]) -> np.ndarray:
+    """Distance (N,) in [0, 1] of each output to its reference, at the best alignment; a mirrored copy is a copy too.
+
+    The distance is the one by which curation refuses near copies (`stages.alignment`): mean absolute difference after
+    shift, scale and a little brightness are taken back.
+    """
+    from PIL import ImageOps
+
+    from diptych.stages.curate.alignment import copy_distance
+
+    best = [
+        min(copy_distance(a, b).distance, copy_distance(a, ImageOps.mirror(b)).distance)
+        for a, b in zip(references, outputs, strict=True)
+    ]
+    return np.array(best)
+
+
+def copy_threshold(distances: np.ndarray) -> float:
+    """The distance that the nearest 1 % of true re-render pairs keep below."""
+    return float(np.quantile(distances, COPY_QUANTILE))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method's outputs, scored: arrays of (N,), `identity` says whose reference each was."""
+
+    identity: np.ndarray
+    cp: np.ndarray
+    pf: np.ndarray
+    copied: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Outcome:
+        """The outputs where `chosen` (N,) is true."""
+        return Outcome(self.identity[chosen], self.cp[chosen], self.pf[chosen], self.copied[chosen])
+
+    def means(self) -> dict[str, float]:
+        """The four scores of `NAMES`; a mean below 0 (worse than chance, where the scale begins) is 0."""
+        cp, pf = max(0.0, float(self.cp.mean())), max(0.0, float(self.pf.mean()))
+        return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": float(self.copied.mean())}
+
+
+def resample(identities: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
+    """How often each distinct identity is drawn in each of `times` resamplings: (times, identities)."""
+    count = len(np.unique(identities))
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=times)
+
+
+def bootstrap(outcome: Outcome, draws: np.ndarray) -> dict[str, np.ndarray]:
+    """The four scores in each resampling, (times,) each."""
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return resampled_mean(outcome.identity, values, draws)
+
+    cp, pf = np.maximum(mean(outcome.cp), 0.0), np.maximum(mean(outcome.pf), 0.0)
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": mean(outcome.copied)}
+
+
+def resampled_mean(identity: np.ndarray, values: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The mean of `values` (N,) in each resampling of their identities: (times,)."""
+    _, place = np.unique(identity, return_inverse=True)
+    return (draws @ np.bincount(place, weights=values.astype(float))) / (draws @ np.bincount(place))
+
+
+def mean_of(
+    identity: np.ndarray, values: np.ndarray, times: int, bounds: tuple[float, float]
+) -> tuple[float, list[float]]:
+    """The mean of a score that lies within `bounds`, and its 95 % interval over identities."""
+    spread = resampled_mean(identity, values, resample(identity, times))
+    found = (
+        interval(spread) if resamples(identity, values) else bounded(values.mean(), len(np.unique(identity)), bounds)
+    )
+    return round(float(values.mean()), 4), found
+
+
+def bounded(mean: float, n: int, bounds: tuple[float, float]) -> list[float]:
+    """`wilson` for the mean of `n` values between two bounds."""
+    low, high = bounds
+    ends = wilson(min(max((float(mean) - low) / (high - low), 0.0), 1.0), n)
+    return [round(low + (high - low) * end, 4) for end in ends]
+
+
+def resamples(identity: np.ndarray, values: np.ndarray) -> bool:
+    """Whether a bootstrap over identities says anything: there are enough of them, and they do not all score the
+    same."""
+    _, place = np.unique(identity, return_inverse=True)
+    each = np.bincount(place, weights=values.astype(float)) / np.bincount(place)
+    return len(each) >= FEW and float(np.ptp(each)) > 1e-12
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The 95 % percentile interval."""
+    return [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))]
+
+
+def wilson(share: float, n: float) -> list[float]:
+    """Wilson's 95 % interval of a share of `n` independent trials; for the mean of any score from 0 to 1 it is on the
+    safe side, since no score varies more than one that is 0 or 1."""
+    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * np.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    low = 0.0 if share <= 0 else max(0.0, middle - half)
+    high = 1.0 if share >= 1 else min(1.0, middle + half)
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def share_interval(identity: np.ndarray, hits: np.ndarray) -> list[float]:
+    """Wilson's 95 % interval of a share of booleans (N,). Those of one identity may depend on each other: they count as
+    many trials as their spread between identities shows, at least as many as there are identities."""
+    _, place = np.unique(identity, return_inverse=True)
+    sizes, sums = np.bincount(place), np.bincount(place, weights=hits.astype(float))
+    share, count, identities = float(hits.mean()), len(hits), len(sizes)
+    trials = float(identities)
+    if 0 < share < 1 and identities > 1:
+        between = float(((sums - share * sizes) ** 2).sum()) * identities / (identities - 1) / count**2
+        trials = min(max(share * (1 - share) / between, identities), count) if between > 0 else count
+    return wilson(share, trials)
+
+
+def intervals(
+    outcomes: Sequence[Outcome], means: Mapping[str, float], spread: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The 95 % interval of each score of `NAMES` over outcomes of the same samples (trainings of several seeds, or
+    one), whose scores are `means` and in each resampling `spread`."""
+    _, place = np.unique(outcomes[0].identity, return_inverse=True)
+    count = int(place.max()) + 1
+    found = {name: interval(spread[name]) for name in NAMES}
+    for name in ("cp", "pf"):
+        own = [np.bincount(place, weights=getattr(each, name).astype(float)) / np.bincount(place) for each in outcomes]
+        if count < FEW or np.ptp(own) < 1e-12:
+            found[name] = wilson(min(max(means[name], 0.0), 1.0), count)
+    if count < FEW or np.ptp(spread["cp_pf"]) == 0:
+        found["cp_pf"] = [round(cp * pf, 4) for cp, pf in zip(found["cp"], found["pf"], strict=True)]
+    identity, copied = (np.concatenate([getattr(x, key) for x in outcomes]) for key in ("identity", "copied"))
+    found["copy_rate"] = share_interval(identity, copied)
+    return found
+
+
+def difference_interval(
+    gap: float, spread: np.ndarray, one: tuple[float, Sequence[float]], other: tuple[float, Sequence[float]], count: int
+) -> list[float]:
+    """The 95 % interval of a paired difference over `count` identities, in each resampling `spread`. Where that shows
+    nothing, Newcombe's from the two scores' own, (score, interval) each, as if they were not paired."""
+    if count >= FEW and (gap == 0 or np.ptp(spread) > 0):
+        return interval(spread)
+    (a, (a_low, a_high)), (b, (b_low, b_high)) = one, other
+    low, high = np.hypot(a - a_low, b_high - b), np.hypot(a_high - a, b - b_low)
+    return [round(float(gap - low), 4), round(float(gap + high), 4)]
+
+
+def summary(outcome: Outcome, times: int) -> dict[str, Any]:
+    """The four scores, `n` and `ci95`, as metrics.json holds them."""
+    spread, means = bootstrap(outcome, resample(outcome.identity, times)), outcome.means()
+    scores = {name: round(value, 4) for name, value in means.items()}
+    return {**scores, "n": len(outcome.cp), "ci95": intervals([outcome], means, spread)}
+
+
+def compare(a: Outcome, b: Outcome, times: int, name: str = "cp_pf") -> dict[str, Any]:
+    """`a` minus `b` on the same samples: difference, ratio, 95 % interval, two-sided p-value, whether intervals part,
+    and the number of `identities`.
+
+    Both are resampled together, so that what an easy or hard identity does to both cancels. The p-value is of a
+    permutation test: as if the two methods' names had been given to each identity's outputs by the toss of a coin.
+    """
+    assert np.array_equal(a.identity, b.identity), "only outputs for the same samples can be compared"
+    draws, count = resample(a.identity, times), len(np.unique(a.identity))
+    first, second = bootstrap(a, draws), bootstrap(b, draws)
+    mine, theirs = a.means(), b.means()
+    ours, others = intervals([a], mine, first)[name], intervals([b], theirs, second)[name]
+    gap, base = mine[name] - theirs[name], theirs[name]
+    between = first[name] - second[name]
+    return {
+        "score": name,
+        "difference": round(gap, 4),
+        "ratio": round(mine[name] / base, 4) if base > 0 else None,
+        "ci95": difference_interval(gap, between, (mine[name], ours), (base, others), count),
+        "p": round(permuted(a, b, name, max(times, PERMUTATIONS)), 5),
+        "intervals_apart": ours[0] > others[1] or others[0] > ours[1],
+        "n": len(a.cp),
+        "identities": count,
+    }
+
+
+def p_said(found: Mapping[str, Any], digits: int = 3, identities: int | None = None) -> str:
+    """A comparison's p-value in words: `= 0.042`, `< 0.001`, or that it is of too few identities for any."""
+    count = found.get("identities", identities)
+    if count is not None and count < PAIRED:
+        return "not tested: too few subjects"
+    least = 10**-digits
+    return f"< {least:g}" if found["p"] < least else f"= {found['p']:.{digits}f}"
+
+
+def permuted(a: Outcome, b: Outcome, name: str, times: int, seed: int = 0) -> float:
+    """The two-sided p-value of `a` and `b` being exchangeable within each identity: the share of random exchanges, the
+    true labels counted among them, whose difference of the score is at least as large."""
+    _, place = np.unique(a.identity, return_inverse=True)
+    sums = [np.stack([np.bincount(place, weights=values.astype(float)) for values in _columns(x)]) for x in (a, b)]
+    count = int(place.max()) + 1
+    if 2**count <= times:  # every exchange there is, once
+        swap = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
+    else:
+        swap = np.random.default_rng(seed).integers(0, 2, (times, count))
+        swap[0] = 0
+    kept, moved = 1 - swap, swap
+    of_a, of_b = ((kept @ mine.T + moved @ others.T) / len(place) for mine, others in (sums, sums[::-1]))
+    gaps = np.abs(_score(of_a, name) - _score(of_b, name))
+    return float((gaps >= gaps[0] - 1e-12).mean())
+
+
+def _columns(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return outcome.cp, outcome.pf, outcome.copied
+
+
+def _score(means: np.ndarray, name: str) -> np.ndarray:
+    """A score of `NAMES` from means (times, 3) of `_columns`."""
+    cp, pf = np.maximum(means[:, 0], 0.0), np.maximum(means[:, 1], 0.0)
+    return {"cp": cp, "pf": pf, "cp_pf": cp * pf, "copy_rate": means[:, 2]}[name]
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance that a random positive scores above a random negative (ties count half)."""
+    values = np.concatenate([positive, negative])
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]  # mean rank of equal values
+    n, m = len(positive), len(negative)
+    return float((rank[:n].sum() - n * (n + 1) / 2) / (n * m))

@@ -1,0 +1,152 @@
+"""What looks at pictures: each scorer turns rows of `samples/METHOD/` into values, and remembers what it has seen.
+
+A scorer's values of one method are lines of `scores/METHOD/SCORER.jsonl`, added batch by batch and flushed to the disk.
+The first line holds the fingerprint of pictures and scorer; with another one the file begins anew. So scoring goes on
+where it was killed, and a judge that is asked through an endpoint is asked nothing twice (its answers are cached, too).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from diptych.data.images import open_image
+from diptych.data.store import Dataset
+from diptych.evaluate.scoring import metrics
+from diptych.utils.paths import refuse_link
+
+SCORING = 1  # raised when equal pictures would get other values
+BATCH = 32  # pictures, at least, that are looked at together
+Row = dict[str, Any]
+Values = dict[str, Any]
+Report = Callable[[int], None]  # pictures more
+
+
+class Scorer(Protocol):
+    """What gives values."""
+
+    @property
+    def name(self) -> str: ...
+    def identity(self) -> dict[str, Any]:
+        """What decides its values: models, revisions, preprocessing, wording. Opens nothing large."""
+        ...
+
+    def score(self, rows: Sequence[Row]) -> Sequence[Values | None]:
+        """Values of each row, all seeds of a sample being together; None: not now, to be tried again next time."""
+        ...
+
+
+class ScoreFile:
+    """The values of one scorer for one method."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self._begun = False
+
+    def read(self) -> dict[str, Values]:
+        """Values by the picture's id; a line that a kill cut short is none. Empty if they were made by other things."""
+        lines = _whole_lines(self.path)
+        if not lines or lines[0] != {"fingerprint": self.fingerprint}:
+            return {}
+        return {line["id"]: {k: v for k, v in line.items() if k != "id"} for line in lines[1:]}
+
+    def add(self, rows: Iterable[tuple[str, Values]]) -> None:
+        """More lines, on the disk when this returns."""
+        if not self._begun:
+            self._begin()
+        text = (json.dumps({"id": id} | values, allow_nan=False, ensure_ascii=False) + "\n" for id, values in rows)
+        with self.path.open("ab") as stream:
+            stream.write("".join(text).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _begin(self) -> None:
+        """A new file, or the old one without what a kill left of a last line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(self.path)
+        lines = _whole_lines(self.path)
+        if not lines or lines[0] != {"fingerprint": self.fingerprint}:
+            self.path.write_bytes(json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
+        else:
+            with self.path.open("rb+") as stream:
+                data = stream.read()
+                stream.truncate(len(data) - len(data.rpartition(b"\n")[2]))
+        self._begun = True
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    data = path.read_bytes() if path.is_file() else b""
+    try:
+        return [json.loads(line) for line in data.rpartition(b"\n")[0].split(b"\n") if line]
+    except ValueError:
+        return []
+
+
+def file_of(out: Path, method: str, scorer: Scorer, drawn: str) -> ScoreFile:
+    """Where a scorer's values of a method are; `drawn` is the fingerprint of its pictures."""
+    whole = json.dumps([SCORING, scorer.identity(), drawn], sort_keys=True)
+    return ScoreFile(out / "scores" / method / f"{scorer.name}.jsonl", hashlib.sha256(whole.encode()).hexdigest())
+
+
+def score(out: Path, method: str, scorer: Scorer, drawn: str, report: Report) -> dict[str, Values]:
+    """The values of a scorer for a method's pictures, by id: what is missing is looked at first."""
+    pictures = Dataset(out / "samples" / method)
+    file = file_of(out, method, scorer, drawn)
+    done = file.read()
+    ids = pictures.columns("id", "sample")
+    missing = {row["sample"] for row in ids if row["id"] not in done}
+    report(sum(row["sample"] not in missing for row in ids))
+    if not missing:
+        return done
+    for batch in batches(row for row in pictures if row["sample"] in missing):
+        found = scorer.score(batch)
+        file.add((row["id"], values) for row, values in zip(batch, found, strict=True) if values is not None)
+        report(len(batch))
+    return file.read()
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in their order, at least `BATCH` together, and a sample never cut in two."""
+    batch: list[Row] = []
+    for _, own in groupby(rows, key=lambda row: row["sample"]):
+        batch += own
+        if len(batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class CopyScorer:
+    """How near a picture is to its reference in pixels, and whether that makes it a copy."""
+
+    name = "copy"
+
+    def __init__(self, thresholds: Callable[[], dict[str, float]], about: dict[str, Any]) -> None:
+        """`thresholds` gives the distance of each split; `about` says where it comes from."""
+        self._open, self._about = thresholds, about
+        self._thresholds: dict[str, float] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return self._about
+
+    def score(self, rows: Sequence[Row]) -> list[Values | None]:
+        if self._thresholds is None:
+            self._thresholds = self._open()
+        references, images = (pictures_of(rows, key) for key in ("reference", "image"))
+        found = metrics.copy_distances(references, images)
+        limits = [self._thresholds[row["split"]] for row in rows]
+        return [
+            {"copy_distance": round(float(d), 5), "copied": bool(d < limit)}
+            for d, limit in zip(found, limits, strict=True)
+        ]
+
+
+def pictures_of(rows: Sequence[Row], key: str) -> list[Any]:
+    """The pictures of a column, decoded."""
+    return [open_image(row[key]) for row in rows]

@@ -1,0 +1,182 @@
+"""The teacher's real sizes: its configs from a folder, the hub's cache or the table below.
+
+No weight is read and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diptych.errors import UsageError, UserError, nearest
+from diptych.recipe.schema import Recipe
+from diptych.student.families import calls, distilled
+from diptych.utils.configs import INDEX, folder_of, read, read_file
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+FAMILY, PIPELINE = "FluxTransformer2DModel", "FluxPipeline"
+MAX_PANEL, MAX_TEXT_TOKENS = 512, 512  # as in stages/paint.py
+
+_TRANSFORMER: dict[str, Any] = {
+    "_class_name": FAMILY,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+_FLUX: dict[str, dict[str, Any]] = {
+    "transformer": _TRANSFORMER,
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_heads": 64,
+        "num_layers": 24,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+# Published configs of teachers that are mostly planned for before they are downloaded.
+KNOWN: dict[str, dict[str, dict[str, Any]]] = {
+    "black-forest-labs/FLUX.1-dev": _FLUX,
+    "black-forest-labs/FLUX.1-schnell": {**_FLUX, "transformer": {**_TRANSFORMER, "guidance_embeds": False}},
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A FLUX teacher's configs, where they are from, and the most tokens of text it reads."""
+
+    name: str
+    configs: Mapping[str, Mapping[str, Any]]
+    source: str
+    text_tokens: int
+    index: Mapping[str, Any]
+    """Its model_index.json."""
+
+    @property
+    def call(self) -> calls.Call:
+        """How its pipeline takes guidance."""
+        return calls.of(str(self.index["_class_name"]))
+
+    @property
+    def distilled(self) -> distilled.Distilled | None:
+        """What shows that it is step-distilled."""
+        return distilled.examine(self.name)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    def panel(self, asked: int | None) -> int:
+        """Pixels of a panel's side, as painting takes it. UsageError for one that the teacher cannot draw."""
+        size = asked or min(MAX_PANEL, int(self.configs["vae"].get("sample_size") or MAX_PANEL))
+        if size % (2 * self.factor):
+            raise UsageError(f"paint.panel_size {size} is not a multiple of {2 * self.factor} pixels for this teacher")
+        return size
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers in a teacher's parts, and the shapes of its transformer's tensors."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    transformer: int
+    text: int
+    vae: int
+
+
+def find(recipe: Recipe) -> Teacher:
+    """The recipe's teacher. UserError if its sizes are not to be found, or it is not FLUX."""
+    name = recipe.teacher
+    folder = folder_of(name)
+    configs = {part: found for part in PARTS if (found := read(name, f"{part}/config.json"))}
+    if folder is not None:
+        lengths = [read_file(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
+        source = "its own config files"
+    elif {"transformer", "vae"} <= configs.keys():
+        lengths, source = [], "its config files in the hub's cache"
+    elif found := {key.lower(): values for key, values in KNOWN.items()}.get(name.partition("@")[0].lower()):
+        configs, lengths, source = found, [], "its published config"
+    else:
+        raise UserError(
+            f"the teacher '{name}' is not on this machine, and its sizes are not known here (known: pocket, "
+            f"{', '.join(KNOWN)}); give a local folder{nearest(name, ['pocket', *KNOWN])}"
+        )
+    family = configs.get("transformer", {}).get("_class_name", "no diffusers pipeline")
+    if family != FAMILY or "vae" not in configs:
+        raise UserError(f"plan counts FLUX.1 teachers, which diptych can distil; '{name}' is none ({family})")
+    index = {"_class_name": PIPELINE} | read(name, INDEX)
+    longest = max((int(tokenizer.get("model_max_length") or 0) for tokenizer in lengths), default=0)
+    return Teacher(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS), index)
+
+
+def count(teacher: Teacher) -> Counts:
+    """The numbers of its parts."""
+    shapes = memory_shapes(teacher)
+    transformer = shapes.tensors("transformer")
+    text = sum(shapes.tensors(part).count for part in shapes.texts())
+    return Counts(transformer.shapes, transformer.count, text, shapes.tensors("vae").count)
+
+
+def painting_memory(
+    teacher: Teacher, size: tuple[int, int], rows: int, cpu: bool, bytes_: int, name: str | None, room: float | None
+) -> tuple[int, str | None, str]:
+    """Bytes that drawing `rows` pictures of `size` (height, width) at once holds at most: `student.memory`'s plan.
+
+    Args:
+        name: `paint.memory`; `room` is the device's bytes, for `auto`. None: a CPU's, enough for anything.
+
+    Returns:
+        (bytes, the preset's name, what it does in words). UsageError for one that cannot work here.
+    """
+    from diptych.student.runtime.memory import Preset, choose, pick
+    from diptych.student.runtime.memory import plan as memory_plan
+
+    half = (size[0], size[1] // 2)  # that plan's pictures are two panels wide
+    device = "cpu" if cpu else "cuda"
+    options: dict[str, Any] = {"dtype_bytes": bytes_, "panel": half, "text_tokens": teacher.text_tokens}
+    options |= {"rows": rows, "device": device, "reopened": False}
+    shapes = memory_shapes(teacher)
+    preset = Preset()
+    if name == "auto" and room is not None:
+        name, preset = choose(shapes, int(room), "the device", **options)
+    elif name not in (None, "auto"):
+        preset = pick(name, device, "paint.memory")
+    return memory_plan(shapes, preset, **options).peak, name, str(preset)
+
+
+def frozen_bytes(teacher: Teacher, quantization: str, bytes_: int) -> int:
+    """Bytes of the frozen transformer: its blocks quantized (`student.quantize`), the rest numbers of `bytes_`."""
+    from diptych.student.runtime.memory import Preset
+    from diptych.student.runtime.memory import plan as memory_plan
+
+    found = memory_plan(memory_shapes(teacher), Preset(transformer=quantization), dtype_bytes=bytes_)
+    return found.blocks + found.modulation + found.other
+
+
+def memory_shapes(teacher: Teacher) -> Any:
+    """As `student.memory` takes them."""
+    from diptych.student.runtime.memory import Shapes
+
+    parts: dict[str, Any] = {part: teacher.configs[part] for part in PARTS if part in teacher.configs}
+    return Shapes(**parts)

@@ -1,0 +1,223 @@
+"""What the stages need, checked before the first row is made: a mistake in the last stage costs nothing then.
+
+    ready.distill(recipe)      # UsageError: distill.lora_targets: no linear layer is called 'to_x' …
+
+One function a stage, which raises what the stage itself would raise later. No weight is loaded: configs, headers of
+weights, names and packages are read, and models are built without memory (torch's meta device). What a name on the hub
+stands for is downloaded, since the stage needs it. On a cluster a check runs where its stage works. A stage that is
+complete is passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.data.engine import Engine
+from diptych.data.places import desk
+from diptych.data.store import Dataset
+from diptych.errors import UsageError, UserError
+from diptych.evaluate import suites
+from diptych.evaluate.run_suite import refuse_one_judge
+from diptych.utils import models
+from diptych.utils.configs import INDEX
+from diptych.utils.opening import check_pipeline
+
+if TYPE_CHECKING:
+    from diptych.recipe.schema import Recipe
+    from diptych.run.runner import Pipeline
+    from diptych.student.pipeline import DiptychPipeline
+
+ROWS = {"write": "prompts", "paint": "grids", "curate": "candidates"}  # a stage's output
+
+
+def check(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earlier: Path | None = None) -> None:
+    """Checks what these stages of a run need. `earlier` is a run from which complete stages are taken over.
+
+    Raises the UsageError or UserError that a stage would raise.
+    """
+    checks: dict[str, Callable[[Recipe], None]] = {
+        "write": write,
+        "paint": paint,
+        "curate": curate,
+        "distill": distill,
+        "evaluate": evaluate,
+    }
+    for name in stages:
+        if _complete(pipeline, name, earlier):
+            continue
+        if name == "distill":  # trains in this process
+            checks[name](pipeline.recipe)
+        else:
+            engine.there(name, checks[name], pipeline.recipe)
+
+
+def _complete(pipeline: Pipeline, stage: str, earlier: Path | None) -> bool:
+    folder = pipeline.folder
+    if stage == "distill":
+        return (desk(folder) / "student" / "training" / "summary.json").exists()
+    if stage == "evaluate":
+        return (folder / "report" / "metrics.json").exists()
+    here = [Dataset(run / ROWS[stage]) for run in (folder, earlier) if run is not None]
+    if not any(data.is_complete() for data in here):
+        return False
+    fingerprint = pipeline.fingerprints(stage)
+    return any(data.is_complete(fingerprint) for data in here)
+
+
+def write(recipe: Recipe) -> None:
+    """The writer: its task, words or seed captions, and who is asked."""
+    from diptych.llm import ready
+    from diptych.stages.write import llm_writer
+    from diptych.stages.write.stage import Write, grammar
+
+    stage = Write(recipe)
+    if recipe.write.writer == "grammar":
+        grammar(stage)
+        return
+    llm_writer.LanguageModel(recipe, stage.task, None)  # pyright: ignore[reportArgumentType] (nothing is asked)
+    ready.check(recipe.write.endpoint, recipe.write.local, recipe.write.vllm, sees=False)
+
+
+def paint(recipe: Recipe) -> None:
+    """The teacher, and how it is held and hurried."""
+    import torch
+
+    from diptych.stages.paint import doubts, memory_for
+    from diptych.student.runtime import stock
+    from diptych.student.weights.loading import pick_device
+    from diptych.utils.hardware import pick_precision
+
+    folder, device = teacher(recipe), pick_device(recipe.device)
+    dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
+    doubts(recipe, folder)
+    with _unsaid():  # the stage says it
+        memory_for(recipe, folder, device, dtype)
+        stock.speed_of(folder, recipe.paint.speed)
+
+
+def curate(recipe: Recipe) -> None:
+    """The judge, the classifiers of the screens, and the vision-language model."""
+    from diptych.judges.embedding import EmbeddingJudge
+    from diptych.llm import ready
+    from diptych.stages.curate.screens import PanelClassifier
+
+    settings = recipe.curate
+    EmbeddingJudge.check(settings.judge, "curator")
+    for classifier in settings.screens.classifiers if settings.screens else ():
+        PanelClassifier.check(classifier)
+    if settings.vlm is not None:
+        ready.check(settings.vlm.endpoint, settings.vlm.local, settings.vlm.vllm)
+
+
+def distill(recipe: Recipe) -> None:
+    """The data of others, the teacher, what is trained of it and from where, and the packages that training uses."""
+    import torch
+
+    from diptych.student.runtime import quantize
+    from diptych.student.weights.loading import pick_device
+    from diptych.student.weights.sources import open_source
+    from diptych.train import buckets, parts, trackers
+    from diptych.train.distill import check_init
+    from diptych.train.material import Material
+    from diptych.train.options import Options
+
+    settings = recipe.distill
+    trackers.check(settings.trackers)
+    Material.open(recipe, None)
+    folder = teacher(recipe)
+    check_init(recipe, folder)
+    if settings.init and settings.mode == "full":
+        open_source(models.resolve(settings.init, "student"), folder)
+    if problem := quantize.problem(settings.quantize, pick_device(recipe.device).type):
+        raise UsageError(f"distill.quantize: {problem}")
+    options = replace(Options.of(settings, seed=recipe.training_seed), offload="none")
+    parts.optimizer(parts.Trained(["weight"], [torch.nn.Parameter(torch.zeros(1))], {}), options)
+    pipe = student(recipe, folder)
+    buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
+    parts.select(pipe.transformer, options, "float32", torch.device("meta"))
+
+
+def teacher(recipe: Recipe) -> Path:
+    """The teacher's folder. UserError if it is no pipeline's, or brings code or pickles."""
+    folder = models.resolve(recipe.teacher, "teacher")
+    check_pipeline(folder)
+    return folder
+
+
+def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
+    """A student of the teacher in `folder` without weights: the shapes of its parts. UserError if it is no FLUX."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.settings import Settings
+    from diptych.student.weights.files import read_json
+
+    index: Any = read_json(folder / INDEX)
+    named = index.get("transformer") or [None, "no transformer"]
+    if named[1] != "FluxTransformer2DModel":
+        raise UserError(
+            f"the teacher in {folder} cannot be opened as a FLUX pipeline (it is a {index.get('_class_name')}, with "
+            f"{named[1]}): students are distilled from FLUX.1 teachers"
+        )
+    config: Any = read_json(folder / "transformer" / "config.json")
+    out = config.get("out_channels") or config["in_channels"]
+    if config["in_channels"] != out:
+        raise UserError(f"{folder / 'transformer'} is widened already; the teacher must be the text-to-image model")
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config({**config, "in_channels": 2 * out, "out_channels": out})
+        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = DiptychPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **none)  # pyright: ignore
+    pipe.settings = Settings(conditioning=recipe.distill.conditioning)
+    return pipe
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keeps our own warnings back."""
+    log = logging.getLogger("diptych")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def evaluate(recipe: Recipe) -> None:
+    """The judges, which are not the one that curated, and the models of the methods. UsageError or UserError."""
+    from diptych.judges.attributes import AttributeReader
+    from diptych.judges.embedding import EmbeddingJudge
+
+    settings = recipe.evaluate
+    if settings.suite == "none" and not settings.relight:
+        return
+    refuse_one_judge(recipe)
+    EmbeddingJudge.check(settings.scorer, "scorer")
+    EmbeddingJudge.check(recipe.curate.judge, "curator")
+    AttributeReader.check(settings.reader)
+    if settings.suite == "none":
+        return
+    suites.load(settings.suite)
+    if "pipeline" in settings.methods:
+        from diptych.evaluate.methods.pipelines import model_of
+
+        check_pipeline(models.resolve(model_of(recipe), "teacher"), "pipeline")
+    if "adapter" in settings.methods:
+        from diptych.evaluate.methods import adapter
+
+        adapter.refuse_scorer(recipe)
+        if settings.adapter.path is not None:
+            adapter.adapter_file(Path(settings.adapter.path))
+    if "tuned" in settings.methods:
+        from diptych.train import parts
+
+        shape = student(recipe, teacher(recipe)).transformer
+        parts.lora_targets(shape, settings.tuning.lora_targets, "evaluate.tuning.lora_targets")

@@ -1,0 +1,1 @@
+"""The HTTP API: routes in OpenAI's format, and what guards them."""

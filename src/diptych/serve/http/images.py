@@ -1,0 +1,164 @@
+"""`/v1/images/generations` and `/v1/images/edits`, in OpenAI's format: the official client works unchanged.
+
+The first takes JSON, and with our field `reference` (base64) the picture of a subject too; the second takes a form with
+the picture as `image`, or JSON with it as base64. Both make a job and wait for it; `wait=false` answers at once,
+`stream=true` as it goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from diptych.serve.asked import Asked, Common, Edit, Generation
+from diptych.serve.http import forms, stream
+from diptych.serve.http.errors import answer, documented
+from diptych.serve.service import Service, from_base64, warnings_of
+
+GENERATION, EDIT = "image_generation", "image_edit"
+
+
+class Picture(BaseModel):
+    """One picture of an answer."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    seed: int
+    id: str
+    warnings: list[str] = []
+
+
+class Pictures(BaseModel):
+    """An answer: OpenAI's, and what made the pictures."""
+
+    created: int
+    data: list[Picture]
+    output_format: str
+    size: str | None = None
+    background: str = "opaque"
+    quality: str = "auto"
+    job: str
+    settings: dict[str, Any]
+    warnings: list[str] = []
+
+
+def service_of(request: Request) -> Service:
+    """The service of the app that a request came to."""
+    return request.app.state.service
+
+
+def owner_of(request: Request) -> str:
+    """Whose a request is; the guard has put it there."""
+    return request.state.owner
+
+
+Owner = Annotated[str, Depends(owner_of)]
+Of = Annotated[Service, Depends(service_of)]
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=documented(500, 504))
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}
+}
+
+
+@router.post(
+    "/generations", response_model=Pictures, responses=ACCEPTED, openapi_extra=forms.described_json(Generation)
+)
+async def generations(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+    """Draws pictures from a prompt and, with `reference`, of its subject. Without one, from the text alone."""
+    service.limit(owner)  # before the body is read
+    asked = await forms.read_json(request, Generation)
+    data = None
+    if asked.reference is not None:
+        limit = service.settings.limits.upload_bytes
+        data = await service.lanes.small.run(owner, from_base64, asked.reference, limit)
+    return await draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
+
+
+@router.post(
+    "/edits",
+    response_model=Pictures,
+    responses={**documented(415), **ACCEPTED},
+    openapi_extra=forms.described(Asked, {"image": True}, Edit),
+)
+async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+    """Draws the subject of `image` as the prompt asks, sent as a form or as JSON. The whole picture is new, so a mask
+    has no meaning here."""
+    service.limit(owner)
+    if not forms.is_json(request):
+        asked, files = await forms.read(request, Asked, {"image": True})
+        return await draw(service, owner, asked, files["image"], request, EDIT)
+    edit = await forms.read_json(request, Edit)
+    limit = service.settings.limits.upload_bytes
+    data = await service.lanes.small.run(owner, from_base64, edit.source(), limit, "image")
+    return await draw(service, owner, edit.asked(), data, request, EDIT)
+
+
+async def draw(
+    service: Service,
+    owner: str,
+    asked: Common,
+    data: bytes | None,
+    request: Request,
+    kind: str,
+    mask: bytes | None = None,
+) -> Response | Pictures:
+    """Makes the job, with a reference and a mask as they were sent, and answers in the way that was asked for."""
+
+    service.student  # noqa: B018 (Busy while there is none, before a picture is decoded)
+    kept = [
+        None if sent is None else await service.keep_reference(owner, sent, asked.colour()) for sent in (data, mask)
+    ]
+    job = await run_in_threadpool(service.submit, owner, asked, *kept)
+    if asked.stream:
+        told = stream.openai_events(service, owner, job["id"], asked, kind)
+        return StreamingResponse(told, media_type="text/event-stream")
+    if not asked.wait:
+        return JSONResponse(service.state(owner, job["id"]), 202)
+    try:
+        ended = await stream.finished(service, owner, job["id"], request, keep=asked.job is not None)
+    except TimeoutError:
+        return answer(504, f"the pictures took longer than {service.settings.limits.wait_seconds:g} s", code="timeout")
+    if ended is None:
+        return Response(status_code=204)  # nobody is there to read it
+    return result(service, ended, asked.response_format or "b64_json", request)
+
+
+def result(service: Service, job: dict[str, Any], response_format: str, request: Request) -> Response | Pictures:
+    """A job that has ended, as OpenAI answers."""
+    if job["status"] != "done":
+        failed = job["status"] == "failed"
+        message = job["error"] if failed else "the job was cancelled"
+        return answer(400, message, code="failed" if failed else "cancelled")
+    pictures = []
+    for made in job["pictures"]:
+        picture = Picture(id=made["id"], seed=made["seed"], warnings=warnings_of(job, made))
+        if response_format == "url":
+            picture.url = address(service, made["id"], request)
+        else:
+            found = service.store.picture(made["id"])
+            picture.b64_json = base64.b64encode(found[2]).decode() if found else None
+        pictures.append(picture)
+    settings = {k: v for k, v in job["pictures"][0]["made_by"].items() if k not in ("prompt", "seed", "job")}
+    size = f"{settings['width']}x{settings['height']}" if "width" in settings else None
+    return Pictures(
+        created=int(job["finished"] or time.time()),
+        data=pictures,
+        output_format=job["request"]["output_format"],
+        size=size,
+        quality=job["request"].get("quality", "auto"),
+        job=job["id"],
+        settings=settings,
+        warnings=warnings_of(job),
+    )
+
+
+def address(service: Service, picture: str, request: Request) -> str:
+    """Where a picture can be fetched for an hour, by whoever has the address."""
+    return f"{request.base_url}v1/pictures/{picture}?{service.signer.sign(picture)}"

@@ -1,0 +1,201 @@
+"""Pairs that show again what an earlier pair of the run shows: a teacher with few ideas draws one picture many times.
+
+    find(candidates, Duplicates(hash=4, embedding=0.95), thresholds)
+    # {"c-000731-01": Repeat("c-000012-10", "hash"), …}: the second shows the first again
+
+A pair repeats an earlier one if its reference lies near the other's reference, and its target near the other's target:
+within so many bits of a 64-bit perceptual hash, which finds a drawing again, or within a cosine of the embeddings of
+`curate.judge`, which finds what it shows. One pass in the order of the run, over what curation left in the evidence; no
+picture is read, no model asked. A pair is compared with earlier pairs that stay, never with one that is refused itself,
+so a slow drift of pictures is not swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid,
+and so the two orders of a pair, are never compared.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diptych.data import records
+from diptych.data.scan import batches
+from diptych.data.store import Dataset
+from diptych.errors import UserError
+from diptych.stages.curate.vectors import Vectors, unpack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diptych.recipe.schema import Duplicates
+
+SIDE = 32  # pixels a panel is reduced to
+LOW = 8  # frequencies along each side that the hash looks at
+BLOCK = 512  # pairs whose embeddings are compared at once
+BUCKETS = 65_521  # most buckets of a band: a prime, so that any band spreads over them
+_BOX = 4  # Pillow's resampling filter, whose import is left to whoever has an image
+_COSINES = np.cos(np.pi / (2 * SIDE) * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1))
+_ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
+_COLUMNS = ("id", "grid_id", "kept", "reason", "similarity", "copy_distance", "seam", "evidence")
+
+
+def panel_hash(panel: Image) -> str:
+    """A panel's perceptual hash, 64 bits as 16 hexadecimal digits: pHash.
+
+    The lowest 8×8 frequencies (DCT-II) of the picture in grey at 32×32 pixels; a bit says whether one lies above their
+    median. Size, compression, a little blur or brightness move few bits; half of them differ between two pictures.
+    """
+    grey = np.asarray(panel.convert("L").resize((SIDE, SIDE), _BOX), dtype=np.float64)
+    # Rounded, so that an even panel, whose frequencies are all nought, has not the hash of rounding errors.
+    waves = np.round(_COSINES @ grey @ _COSINES.T, 3).ravel()
+    bits = waves > np.median(waves[1:])  # without the mean, which is far above
+    return np.packbits(bits).tobytes().hex()
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What a pair repeats: an earlier pair's id, and the test that says so, `hash` or `embedding`."""
+
+    of: str
+    test: str
+
+    @property
+    def reason(self) -> str:
+        """For `failed/select/`."""
+        return f"{records.DUPLICATE} of {self.of}: {self.test}"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is compared of a candidate: hashes and embeddings of reference and target, empty where the test is off."""
+
+    name: str
+    grid: str
+    hashes: Sequence[int]
+    codes: Sequence[np.ndarray]
+
+
+def find(
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds = records.NONE
+) -> dict[str, Repeat]:
+    """What each pair repeats, of the candidates that thresholds and bounds keep; those that repeat none are left out.
+
+    Holds some 200 bytes for each pair that stays, with embeddings of D numbers 2·D more, and some 200 for each that
+    does not. UserError if a candidate lacks what a test needs.
+    """
+    by_hash = Table(settings.hash) if settings.hash is not None else None
+    by_embedding = Vectors(settings.embedding) if settings.embedding is not None else None
+    found: dict[str, Repeat] = {}
+    names: list[str] = []  # of the pairs in the table of embeddings
+    grid, of_grid = "", []  # the rows of a grid stand together; they go into the tables when all have been compared
+    for block in _blocks(_kept(candidates, settings, thresholds, bounds)):
+        before = len(names)
+        earlier = by_embedding.first(*_stacked(block)) if by_embedding is not None else np.empty(0)
+        for i, pair in enumerate(block):
+            if pair.grid != grid:
+                for other in of_grid:
+                    if by_hash is not None:
+                        by_hash.add(other.name, *other.hashes)
+                    if by_embedding is not None:
+                        names.append(other.name)
+                        by_embedding.add(*other.codes)
+                grid, of_grid = pair.grid, []
+            repeat = None
+            if by_hash is not None and (name := by_hash.first(*pair.hashes)) is not None:
+                repeat = Repeat(name, "hash")
+            elif by_embedding is not None:
+                # Those put in since this block began were not there when all of it was compared.
+                number = earlier[i] if earlier[i] >= 0 else by_embedding.first(*_stacked([pair]), since=before)[0]
+                repeat = Repeat(names[number], "embedding") if number >= 0 else None
+            if repeat is None:
+                of_grid.append(pair)
+            else:
+                found[pair.name] = repeat
+    return found
+
+
+def _kept(
+    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds
+) -> Iterator[_Pair]:
+    if settings.hash is None and settings.embedding is None:
+        return
+    for _, _, batch in batches(candidates, *_COLUMNS):
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            if not records.judged_again(row, thresholds, bounds)[0]:
+                continue
+            evidence = json.loads(row["evidence"])
+            hashes, codes = (), ()
+            if settings.hash is not None:
+                hashes = [int(code, 16) for code in _both(row["id"], evidence, "hashes")]
+            if settings.embedding is not None:
+                codes = [unpack(code) for code in _both(row["id"], evidence, "embeddings")]
+            yield _Pair(row["id"], row["grid_id"], hashes, codes)
+
+
+def _both(name: str, evidence: dict[str, Any], key: str) -> tuple[str, str]:
+    """What the evidence keeps of both panels, reference and target."""
+    found = evidence.get(key)
+    if found is None:
+        raise UserError(f"{name} has no {key} in its evidence; curate with curate.duplicates, in another --out")
+    return found["reference"], found["target"]
+
+
+def _blocks(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+    while block := list(islice(pairs, BLOCK)):
+        yield block
+
+
+def _stacked(pairs: Sequence[_Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the references and of the targets, each (N, D)."""
+    references, targets = zip(*(pair.codes for pair in pairs), strict=True)
+    return np.stack(references), np.stack(targets)
+
+
+class Table:
+    """Earlier pairs, found by parts of their reference's hash.
+
+    64 bits in `bits + 1` bands: two hashes that differ in at most `bits` places agree in at least one band. So only the
+    pairs in a band's bucket are compared, and none that is near is missed.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        edges = [64 * band // (bits + 1) for band in range(bits + 2)]
+        self._bands = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+        self._buckets: list[dict[int, array[int]]] = [{} for _ in self._bands]
+        self._names: list[str] = []
+        self._codes = np.empty((2, 1024), dtype=np.uint64)  # reference and target of each
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, reference: int, target: int) -> None:
+        """Puts a pair in, after all others."""
+        number = len(self._names)
+        if number == self._codes.shape[1]:
+            self._codes = np.concatenate([self._codes, np.empty_like(self._codes)], axis=1)
+        self._names.append(name)
+        self._codes[:, number] = np.array([reference, target], dtype=np.uint64)
+        for buckets, key in zip(self._buckets, self._keys(reference), strict=True):
+            if key not in buckets:
+                buckets[key] = array("I")
+            buckets[key].append(number)
+
+    def first(self, reference: int, target: int) -> str | None:
+        """The name of the pair put in first whose panels both lie within `bits`; None if there is none."""
+        parts = [bucket for b, key in zip(self._buckets, self._keys(reference), strict=True) if (bucket := b.get(key))]
+        if not parts:
+            return None
+        numbers = np.concatenate([np.frombuffer(part, dtype=np.uint32) for part in parts])
+        for codes, code in zip(self._codes, (reference, target), strict=True):
+            differing = _ONES[(codes[numbers] ^ np.uint64(code)).view(np.uint8)].reshape(-1, 8).sum(1)
+            numbers = numbers[differing <= self.bits]
+        return self._names[int(numbers.min())] if len(numbers) else None
+
+    def _keys(self, code: int) -> list[int]:
+        return [(code >> low & mask) % BUCKETS for low, mask in self._bands]

@@ -1,0 +1,1 @@
+"""Stage 1, write: prompts for grids, from a grammar or from a language model."""

@@ -1,0 +1,1 @@
+"""What differs between the teachers that diptych opens, as tables."""

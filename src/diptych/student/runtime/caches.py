@@ -1,0 +1,318 @@
+"""Step caches: neighbouring sampling steps are alike, so some of their work is skipped. Lossy; diffusers ModelHooks.
+
+Three rules, each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel,
+whose path is known and would only dilute what the right panel's tokens (*columns* of the canvas) say:
+
+- `first_block`: the first block always runs; where the change it makes to a row's right panel is near that of the step
+  last computed, the other blocks' sum is taken from there. Decided for each row of the batch, so an image of a batch
+  is the image made alone. (FirstBlockCache of ParaAttention, after TeaCache, arXiv 2411.19108; diffusers' own averages
+  all tokens and all rows.)
+- `magnitude`: no trigger; how much the blocks' sum shrinks or grows from step to step is known from calibration, and
+  steps are skipped while the accumulated error stays under the threshold (MagCache, arXiv 2506.09045). Indexed by the
+  step itself, so branches that start late stay aligned. A model without ratios for a number of steps is calibrated by
+  the first pictures drawn with it, in full; `speed.json` in its folder keeps them (`write_ratios`).
+- `skip`: a fixed schedule, every n-th step is computed; between, the velocity is extrapolated along the line through
+  the last two computed ones, at the cost of nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+
+from diptych.errors import UserError
+from diptych.student.canvas import Canvas, right_tokens
+from diptych.student.runtime.modulation import Slot
+
+if TYPE_CHECKING:
+    from diptych.student.runtime.speed import Speed
+
+HOOK = "diptych_step_cache"
+RATIOS_FILE = "speed.json"
+Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), as FLUX's blocks return them
+
+
+class StepCache:
+    """One rule on one transformer, told by the pipeline where the sampling loop is.
+
+    `computed` and `skipped` count rows × steps × branches of the running or last call.
+    """
+
+    def __init__(self, speed: Speed, ratios: Mapping[int, Sequence[float]]) -> None:
+        self.speed = speed
+        self.ratios = {steps: list(values) for steps, values in ratios.items()}
+        self.step = 0
+        self.times: list[float] = []
+        self.right: torch.Tensor | None = None  # token numbers of the right panel
+        self.computed = self.skipped = 0
+        self._measured: dict[int, list[float]] = {}  # step → magnitude ratios of its branches, in calibration
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def begin(self, canvas: Canvas, times: list[float], device: torch.device) -> None:
+        """A new call: the times of its steps, in the order of sampling."""
+        self.times, self.step = times, 0
+        self.right = right_tokens(canvas).nonzero().flatten().to(device)
+        self.computed = self.skipped = 0
+        self._measured = {}
+
+    def count(self, computed: int, rows: int) -> None:
+        self.computed += computed
+        self.skipped += rows - computed
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether the running call computes everything, to learn the magnitude ratios of its number of steps."""
+        return self.speed.cache == "magnitude" and self.steps not in self.ratios
+
+    def measure(self, before: torch.Tensor, now: torch.Tensor) -> None:
+        """Takes down |now| / |before|, mean over the right panel's tokens of blocks' sums (B, tokens, D)."""
+        sizes = [torch.linalg.vector_norm(x[:, self.right].float(), dim=-1) for x in (now, before)]
+        self._measured.setdefault(self.step, []).append(float((sizes[0] / (sizes[1] + 1e-8)).mean()))
+
+    def end(self) -> None:
+        """The call is complete: what was measured is what later calls go by."""
+        if self.calibrating:
+            found = [self._measured.get(step) for step in range(self.steps)]
+            self.ratios[self.steps] = [sum(x) / len(x) if x else 1.0 for x in found]
+
+
+def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]] | None = None) -> StepCache:
+    """Hooks the cache that `speed.cache` names into a FLUX transformer. UserError if it has too few blocks for it."""
+    cache = StepCache(speed, ratios or {})
+    if speed.cache == "skip":
+        register(transformer, SkipHook(cache))
+    else:
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        if len(blocks) < 2:
+            raise UserError(f"the step cache {speed.cache} needs a transformer of at least two blocks")
+        shared = StateManager(_Sum)  # pyright: ignore[reportArgumentType]
+        rule = _first_block if speed.cache == "first_block" else _magnitude
+        for i, block in enumerate(blocks):
+            register(block, _BlockHook(cache, shared, rule if i == 0 else None, last=i == len(blocks) - 1))
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
+    return cache
+
+
+def disable(transformer: Any) -> None:
+    """Takes the hooks of `enable` out again."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.remove_hook(HOOK, recurse=True)
+    registry.invalidate_child_registries_cache()
+
+
+def read_ratios(path: Path) -> dict[int, list[float]]:
+    """Magnitude ratios by number of steps. UserError if the file does not hold them."""
+    try:
+        ratios = {int(steps): [float(x) for x in values] for steps, values in _json(path)["magnitude_ratios"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no magnitude ratios ({error!r}); remove it, or calibrate again") from error
+    if wrong := [steps for steps, values in ratios.items() if steps != len(values)]:
+        raise UserError(f"{path}: the ratios for {wrong[0]} steps are not {wrong[0]} numbers; calibrate again")
+    return ratios
+
+
+def write_ratios(cache: StepCache, path: Path) -> None:
+    """Keeps what was calibrated, beside what the file holds already."""
+    known = _json(path) if path.is_file() else {}
+    ratios = known.get("magnitude_ratios", {}) | {
+        str(steps): [round(x, 5) for x in values] for steps, values in cache.ratios.items()
+    }
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(known | {"magnitude_ratios": ratios}) + "\n", "utf8")
+    partial.replace(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf8"))
+
+
+def register(module: torch.nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+
+
+# A fixed schedule --------------------------------------------------------------------------------------------------
+
+
+class _Past(BaseState):
+    """Of one branch: the last two velocities that were computed, (step, velocity), newest last."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.points: list[tuple[int, torch.Tensor]] = []
+
+
+class SkipHook(ModelHook):
+    """On the transformer itself: at skipped steps it does not run at all."""
+
+    _is_stateful = True
+    fn_ref: Any
+
+    def __init__(self, cache: StepCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.state_manager = StateManager(_Past)  # pyright: ignore[reportArgumentType]
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache
+        points: list[tuple[int, torch.Tensor]] = self.state_manager.get_state().points
+        rows = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        if self._skips(points, rows):
+            cache.count(0, rows)
+            (older, v_0), (newer, v_1) = points
+            times = cache.times
+            slope = (times[cache.step] - times[newer]) / (times[newer] - times[older])
+            return (v_1 + slope * (v_1 - v_0),)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        cache.count(rows, rows)
+        points.append((cache.step, output[0]))
+        del points[:-2]
+        return output
+
+    def _skips(self, points: list[tuple[int, torch.Tensor]], rows: int) -> bool:
+        cache, interval = self.cache, self.cache.speed.cache_interval
+        if cache.speed.runs(cache.step, cache.steps):
+            return False
+        # A branch that has just begun, or comes back after a pause, has no line to follow.
+        recent = len(points) == 2 and cache.step - points[0][0] < 2 * interval and len(points[0][1]) == rows
+        return recent and cache.step - points[1][0] < interval
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.state_manager.reset()
+        return module
+
+
+# The blocks' sum, kept -----------------------------------------------------------------------------------------------
+
+
+class _Sum(BaseState):
+    """Of one branch: what the blocks after the anchor added to the image tokens when they last ran."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.seen = -2  # the step at which this branch last came by
+        self.fresh = True  # it did not come by at the step before
+        self.sum: torch.Tensor | None = None  # (B, tokens, D)
+        self.trigger: torch.Tensor | None = None  # first block's change, (B, right tokens, D), of the computed step
+        self.ratio, self.error, self.in_a_row = 1.0, 0.0, 0
+        self.rows: torch.Tensor | None = None  # rows to compute in this forward; None: all
+        self.anchor: Blocks | None = None
+
+
+def _first_block(cache: StepCache, state: _Sum, change: torch.Tensor) -> torch.Tensor:
+    """Which rows (B,) to compute, from the first block's change of the right panel (B, right tokens, D)."""
+    compute = torch.ones(len(change), dtype=torch.bool, device=change.device)
+    if state.trigger is not None and not state.fresh and cache.step >= cache.speed.cache_warmup:
+        moved = (change - state.trigger).abs().float().mean(dim=(1, 2))
+        compute = moved > cache.speed.cache_threshold * state.trigger.abs().float().mean(dim=(1, 2))
+    keep = compute.view(-1, 1, 1)
+    state.trigger = change if state.trigger is None or state.fresh else torch.where(keep, change, state.trigger)
+    return compute
+
+
+def _magnitude(cache: StepCache, state: _Sum, change: torch.Tensor) -> torch.Tensor:
+    """All rows (B,) or none, from the calibrated ratios of the steps since the last computed one."""
+    speed = cache.speed
+    skip = False
+    if not cache.calibrating and not state.fresh and cache.step >= speed.cache_warmup:
+        state.ratio *= cache.ratios[cache.steps][cache.step]
+        state.error += abs(1 - state.ratio)
+        state.in_a_row += 1
+        skip = state.error <= speed.cache_threshold and state.in_a_row < speed.cache_interval
+    if not skip:
+        state.ratio, state.error, state.in_a_row = 1.0, 0.0, 0
+    return torch.full((len(change),), not skip, dtype=torch.bool, device=change.device)
+
+
+class _BlockHook(ModelHook):
+    """On every block. The first (it has the `rule`) decides which rows run, the `last` one puts the rows together."""
+
+    _is_stateful = True
+    fn_ref: Any
+
+    def __init__(self, cache: StepCache, shared: StateManager, rule: Any, last: bool) -> None:
+        super().__init__()
+        self.cache = cache
+        self.state_manager = shared
+        self.rule = rule
+        self.last = last
+
+    # Not traced itself, nor what decides, so that a block that is compiled stays one graph inside.
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Blocks:
+        state: _Sum = self.state_manager.get_state()
+        if self.rule is not None:
+            self._begin(state, kwargs)
+        blocks: Blocks = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        if state.rows is None or len(state.rows):
+            self._narrow(state, module, kwargs)
+            blocks = self.fn_ref.original_forward(*args, **kwargs)
+        if self.rule is _first_block:
+            blocks = self._look(state, kwargs["hidden_states"], blocks)
+        return self._finish(state, blocks[1]) if self.last else blocks
+
+    @torch.compiler.disable
+    def _begin(self, state: _Sum, kwargs: dict[str, Any]) -> None:
+        """Before the first block: every row is to run, unless the rule knows better without looking."""
+        image: torch.Tensor = kwargs["hidden_states"]
+        state.fresh = state.seen != self.cache.step - 1 or state.sum is None or state.sum.shape != image.shape
+        state.seen = self.cache.step
+        state.anchor = (kwargs["encoder_hidden_states"], image)
+        state.rows = None
+        if self.rule is not _first_block:
+            self._choose(state, self.rule(self.cache, state, image))
+
+    @torch.compiler.disable
+    def _look(self, state: _Sum, before: torch.Tensor, blocks: Blocks) -> Blocks:
+        """After the first block: the rows that the others are to run on."""
+        state.anchor = blocks
+        self._choose(state, self.rule(self.cache, state, (blocks[1] - before)[:, self.cache.right]))
+        return blocks if state.rows is None or not len(state.rows) else (blocks[0][state.rows], blocks[1][state.rows])
+
+    def _choose(self, state: _Sum, compute: torch.Tensor) -> None:
+        rows = compute.nonzero().flatten()
+        state.rows = None if len(rows) == len(compute) else rows
+        self.cache.count(len(rows), len(compute))
+
+    @torch.compiler.disable
+    def _narrow(self, state: _Sum, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+        """What a block is given for all rows, for those that run: the modulation, precomputed or not."""
+        if state.rows is not None:
+            kwargs["temb"] = kwargs["temb"][state.rows]
+            for slot in (m for m in module.modules() if isinstance(m, Slot)):
+                slot.rows = slot.rows[state.rows] if slot.rows is not None else None
+
+    @torch.compiler.disable
+    def _finish(self, state: _Sum, image: torch.Tensor) -> Blocks:
+        """Text and image of all rows after the last block; the text is not read any more."""
+        assert state.anchor is not None
+        text, anchor = state.anchor
+        before, state.anchor = state.sum, None
+        if state.rows is None:
+            state.sum = image - anchor
+            if self.cache.calibrating and before is not None and not state.fresh:
+                self.cache.measure(before, state.sum)
+            return text, image
+        assert before is not None
+        whole = anchor + before
+        if len(state.rows):
+            whole[state.rows] = image
+            state.sum = before.clone()
+            state.sum[state.rows] = image - anchor[state.rows]
+        return text, whole
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.state_manager.reset()
+        return module

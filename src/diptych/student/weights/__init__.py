@@ -1,0 +1,1 @@
+"""Weights in every layout: opened, folded, merged with LoRAs, converted and exported."""

@@ -1,0 +1,386 @@
+"""Converting weights between layouts, tensor by tensor: `diptych convert`.
+
+What can become what is the table in `directions`. Every source is read as a folded student whose tensors are still on
+disk (`sources`); every target is a way to write one. So 24 GB pass through a few hundred MB of memory. The result is
+published by renaming: a cut conversion leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.errors import UsageError, UserError, nearest
+from diptych.student.runtime.caches import RATIOS_FILE
+from diptych.student.settings import KEY, Settings, of
+from diptych.student.weights import directions, files, gguf_file, lora_styles, original
+from diptych.student.weights.components import INDEX, NEEDED, copy_parts, find_parts
+from diptych.student.weights.delta import Delta
+from diptych.student.weights.deltas import as_lora, difference, fuse, lora_deltas, read_deltas
+from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
+from diptych.student.weights.loading import resolve
+from diptych.student.weights.lora_file import RELEASED_LORA, lora_file
+from diptych.student.weights.modelspec import modelspec
+from diptych.student.weights.sources import Source, lora_alone, open_source, read_settings, teacher_state
+from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
+from diptych.utils.documents import parse_json
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INPUT_BIAS = f"{INPUT}.bias"
+Report = Callable[[int, int], None]
+_CONTROL = "control-lora"
+_LORAS = (_CONTROL, *directions.STYLES)
+_READERS = {  # where a target keeps a student's settings, and who reads them
+    "folded": ("transformer's config", "diptych reads them; pass them to stock diffusers"),
+    "released": ("transformer's config", "diptych reads them; pass them to the authors' code"),
+    "exported": (
+        "program's extra file diptych.json",
+        "your sampler can follow them: the program is the transformer",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a writer needs."""
+
+    source: Source
+    tensors: dict[str, Stored]  # folded
+    split: BiasSplit | None  # of the input bias, where it still is the sum of the two
+    lora: Path | None  # a LoRA that is not in the weights
+    parts: dict[str, Path]
+    extras: list[Path]  # small files beside the weights that a folder keeps: `speed.json`
+    base: Path | None
+    dtype: torch.dtype | None
+    report: Report | None
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    fuse_lora: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Writes the weights of `model` to `out` in another layout.
+
+    Args:
+        model: whatever `diptych.student.load` opens.
+        out: a folder; for a target that is one file (`directions.FILES`) a name with its ending.
+        to: one of `directions.TARGETS`.
+        base: the teacher: needed to or from a control-LoRA. With `to="folded"` its parts (VAE, text encoders, …) are
+            copied along, so that stock diffusers opens the folder.
+        dtype: float32, float16 or bfloat16; default as stored (a GGUF file's quantized tensors: float32).
+        fuse_lora: add the LoRA beside the weights into them. Else it is kept beside them, where the target can.
+        report: called as `report(done, total)`: bytes written, or layers compared.
+
+    Returns:
+        What was done: source, target, out, equality (`bits`, `function`, or `cast`), lora, split, bytes, seconds.
+
+    Raises:
+        UserError, UsageError: the direction is refused, and why; or the source is missing, damaged or of another
+        family; or there is too little room. `out` is then as it was.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if to not in directions.TARGETS:
+        directions.find("folded", to)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}': {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    ending = directions.FILES.get(to, "")
+    if ending != (out.suffix if ending or out.suffix in directions.FILES.values() else ""):
+        what = f"a file: end its name in {ending}" if ending else f"a folder: give a name without {out.suffix}"
+        raise UsageError(f"{out}: --to {to} writes {what}")
+    path, base_folder = resolve(model, base)
+    for read in (path, base_folder):
+        if read is not None and out.resolve() in (read.resolve(), *read.resolve().parents):
+            raise UsageError(f"{out} holds what is to be read; give another name")
+    files.check_free(out, overwrite, "pass --overwrite")
+
+    settings = read_settings(path, base_folder)
+    if to == "released" and settings.conditioning != "diptych":
+        raise UserError(
+            f"{path} → {to} is refused: this student is of {settings.conditioning} conditioning, and the authors' code "
+            "runs every student as a diptych; --to folded or file keeps it"
+        )
+    if to in directions.STYLES and (lora := lora_alone(path)) is not None:
+        return _rewritten(lora, out, to, dtype, settings, started)
+    source = open_source(path, base_folder)
+    direction = directions.find(source.layout, to)
+    if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
+        raise UsageError(f"{path} is {to} already; --dtype rewrites it in another precision, --fuse with its LoRA")
+    if direction.base and base_folder is None:
+        raise UsageError(f"{source.layout} → {to} needs the teacher: give its folder as --base")
+    if source.parts and base_folder is not None and to == "folded":
+        raise UserError(
+            f"{path} holds {', '.join(sorted(source.parts))} beside the transformer, and with --base the base's would "
+            "take their place; convert without --base, or load it and call diptych.student.save to keep them"
+        )
+    job = _job(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
+    _check_room(job, to, out)
+    with files.publish(out) as partial:
+        try:
+            _WRITERS[to](job, partial)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to in _LORAS else "kept"
+    return {
+        "source": source.layout,
+        "target": to,
+        "out": str(out),
+        "equality": _equality(direction, job, fuse_lora, dtype),
+        "lora": lora,
+        "split": job.split is not None,
+        "settings": settings.values(),
+        # Of an all-in-one file only the transformer is converted.
+        "left_out": [*sorted(source.parts), *(extra.name for extra in job.extras if out.is_file())],
+        "complete": to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
+        "ignored_adapter_tensors": len(source.folded.adapters),
+        "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _job(
+    source: Source,
+    path: Path,
+    base: Path | None,
+    dtype: torch.dtype | None,
+    to: str,
+    fuse_lora: bool,
+    report: Report | None,
+) -> Job:
+    tensors = {key: gguf_file.dequantized(tensor) for key, tensor in source.tensors.items()}
+    lora = source.lora
+    if lora is not None:
+        lora_file(lora)
+        if to in directions.FILES and to not in _LORAS and source.layout != _CONTROL and not fuse_lora:
+            raise UserError(
+                f"{source.layout} → {to} without --fuse is refused: beside the weights lies {lora.name}, which "
+                f"a single file cannot hold; --fuse adds it into them, or convert {source.place} to leave it out"
+            )
+        if to not in _LORAS and (fuse_lora or source.layout == _CONTROL):
+            deltas = read_deltas(lora, {key: tensor.shape for key, tensor in tensors.items()})
+            half = next((t.dtype for layer in deltas if (t := tensors[f"{layer}.weight"]).dtype.itemsize < 4), None)
+            if half is not None and dtype is None:
+                name = str(half).removeprefix("torch.")
+                raise UserError(
+                    f"{source.layout} → {to} without --dtype is refused: adding a LoRA to weights in {name} rounds it "
+                    f"away in part; --dtype float32 keeps it whole, --dtype {name} accepts the rounding"
+                )
+            tensors, lora = fuse(tensors, deltas, dtype), None
+    split = source.folded.split
+    if split is not None and not split.of(tensors[INPUT_BIAS].read()):
+        split = None
+    dtype = dtype or (torch.float32 if source.layout == "gguf" else None)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    if split is not None and dtype is not None:  # the parts are cast, and summed in that type: they stay its parts
+        split = BiasSplit(split.x.to(dtype), split.c.to(dtype))
+        tensors[INPUT_BIAS] = held(split.x + split.c)
+    roots = [root for root in (path, base) if root is not None and root.is_dir()]
+    extras = [place for root in roots if (place := root / RATIOS_FILE).is_file()][:1]
+    return Job(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
+
+
+def _write_folded(job: Job, folder: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    files.write_transformer(folder / "transformer", job.tensors, config, job.report)
+    if job.split is not None:
+        files.write_split(job.split, folder / "transformer")
+    _copy_beside(job, folder)
+    copy_parts(job.parts, folder)
+
+
+def _write_released(job: Job, folder: Path) -> None:
+    state = {k: t.read() if k.rpartition(".")[0] in INPUT_LAYERS else t for k, t in job.tensors.items()}
+    released, config = unfold(state, job.source.folded.config, job.split)
+    stored = {key: tensor if isinstance(tensor, Stored) else held(tensor) for key, tensor in released.items()}
+    files.write_transformer(folder / "transformer", stored, config, job.report)
+    _copy_beside(job, folder)
+
+
+def _write_file(job: Job, path: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    write_safetensors(path, job.tensors, _header(job, config, path, "diffusers"), job.report)
+
+
+def _write_original(job: Job, path: Path) -> None:
+    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
+    write_safetensors(path, original.to_original(job.tensors), _header(job, config, path, "comfyui"), job.report)
+
+
+def _header(job: Job, config: dict[str, Any], path: Path, style: str) -> dict[str, str]:
+    width = job.tensors[f"{INPUT}.weight"].shape[0]
+    spec = modelspec(path.stem, style, lora=False, width=width, guidance=config.get("guidance_embeds"))
+    return {**files.header_of(config, job.split), **spec}
+
+
+def _write_exported(job: Job, path: Path) -> None:
+    from diptych.student.weights.exported import export
+
+    export({key: tensor.read().float() for key, tensor in job.tensors.items()}, job.source.folded.config, path)
+
+
+def _write_style(style: str) -> Callable[[Job, Path], None]:
+    def write(job: Job, path: Path) -> None:
+        deltas = _deltas(job)
+        tensors, metadata = lora_styles.write(deltas, style)
+        spec = modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
+        metadata |= spec | _settings_header(of(job.source.folded.config))
+        write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
+
+    return write
+
+
+def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Metadata of a LoRA file with a student's settings, where a single file has its config; `header` is what the file
+    had before."""
+    said = parse_json((header or {}).get(files.HEADER_KEY, "{}"))
+    return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
+
+
+def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, settings: Settings, started: float) -> dict[str, Any]:
+    """A LoRA file in another style of keys; no base is needed for that."""
+    deltas = lora_deltas(lora)
+    width = next((d.a.shape[1] for name, d in deltas.items() if name.endswith("attn.to_q")), 0)
+    width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
+    style = directions.STYLES[to]
+    with files.publish(out) as partial:
+        spec = modelspec(out.stem, style, lora=True, width=width)
+        if INPUT in deltas:  # a student's, and not a LoRA to be put on one
+            spec |= _settings_header(settings, open_safetensors(lora)[1])
+        lora_styles.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
+    return {
+        "source": _CONTROL,
+        "target": to,
+        "out": str(out),
+        "equality": "cast" if dtype else "function",
+        "lora": "none",
+        "split": False,
+        "settings": settings.values() if INPUT in deltas else {},
+        "left_out": [],
+        "complete": False,
+        "ignored_adapter_tensors": 0,
+        "bytes": out.stat().st_size,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _write_control_lora(job: Job, folder: Path) -> None:
+    """The student minus its teacher, and the LoRA beside it, as one LoRA file."""
+    tensors, metadata = as_lora(_deltas(job))
+    folder.mkdir()
+    metadata |= _settings_header(of(job.source.folded.config))
+    write_safetensors(folder / RELEASED_LORA, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
+    for extra in job.extras:
+        shutil.copyfile(extra, folder / extra.name)
+
+
+def _deltas(job: Job) -> dict[str, Delta]:
+    """What a student adds to its teacher, the LoRA beside it included."""
+    assert job.base is not None
+    teacher, config = teacher_state(job.base)
+    wide = {**config, "in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
+    expected = shapes_of(wide)
+    shapes = {key: tensor.shape for key, tensor in job.tensors.items()}
+    if other := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
+        raise UserError(
+            f"{job.base} is of another family than {job.source.place}: {len(other)} tensors differ in shape, first "
+            f"{other[0]}; give the base that this student was trained from"
+        )
+    deltas = difference(job.tensors, teacher, job.report)
+    if job.lora is not None:
+        beside = read_deltas(job.lora, shapes)
+        if dora := [layer for layer, delta in beside.items() if delta.magnitude is not None]:
+            raise UserError(
+                f"{job.lora} is a DoRA on {some(dora)}, which cannot be joined with what the weights add; pass --fuse "
+                "and write a folder or one file"
+            )
+        for layer, delta in beside.items():
+            deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
+    deltas[INPUT] = deltas[INPUT].whole()
+    return deltas
+
+
+_WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
+    "folded": _write_folded,
+    "released": _write_released,
+    "file": _write_file,
+    "control-lora": _write_control_lora,
+    "original": _write_original,
+    "exported": _write_exported,
+    **{target: _write_style(style) for target, style in directions.STYLES.items()},
+}
+
+
+def _copy_beside(job: Job, folder: Path) -> None:
+    """The LoRA beside the weights, if they do not hold it, and the other small files."""
+    if job.lora is not None:
+        shutil.copyfile(job.lora, folder / RELEASED_LORA)
+    for extra in job.extras:
+        shutil.copyfile(extra, folder / extra.name)
+
+
+def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype: str | None) -> str:
+    """What this conversion kept: `cast` where the precision changed, `function` where bits could not be kept."""
+    if dtype is not None:
+        return "cast"
+    fused = fuse_lora and job.source.lora is not None
+    lost_split = direction.target == "released" and job.split is None
+    return "function" if fused or lost_split or job.source.scaled else direction.equality
+
+
+def _check_room(job: Job, to: str, out: Path) -> None:
+    """UserError unless the disk has room for what will be written."""
+    if to in _LORAS:
+        return  # small, and known only after the comparison
+    needed = sum(tensor.nbytes for tensor in job.tensors.values())
+    if to == "folded" and all(part in job.parts for part in NEEDED):
+        needed += sum(f.stat().st_size for place in job.parts.values() for f in place.rglob("*") if f.is_file())
+    around = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(around).free
+    if free < needed:
+        raise UserError(f"{out} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+
+
+def summary(done: Mapping[str, Any]) -> str:
+    """One line for people."""
+    kept = {
+        "bits": "bit for bit",
+        "function": "the same function, in other bits",
+        "cast": "in another precision",
+    }[done["equality"]]
+    lora = {
+        "none": "",
+        "kept": "; the LoRA is kept beside the weights",
+        "fused": "; the LoRA is in the weights",
+        "joined": "; the LoRA is part of it",
+    }
+    open_with = "" if done["complete"] else "; open it with --base and the teacher's folder"
+    first = f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}{open_with}"
+    return "\n".join([first, *_settings_lines(done)])
+
+
+def _settings_lines(done: Mapping[str, Any]) -> Iterator[str]:
+    """Which settings are not the family's, and who reads them; and what the target has no room for."""
+    usual = Settings().values()
+    own = {name: value for name, value in done["settings"].items() if usual.get(name) != value}
+    if "words" in own:
+        own["words"] = f"{len(own['words'])}, lower-case"
+    if own:
+        said = ", ".join(f"{name} {json.dumps(own[name]).replace(chr(34), '')}" for name in own)
+        where, readers = _READERS.get(done["target"], ("metadata", "diptych reads them; pass them to other programs"))
+        yield f"Settings kept in the {where}: {said}. Only {readers}."
+    if done["left_out"]:
+        yield f"Left out, because {done['target']} holds the transformer alone: {', '.join(done['left_out'])}."

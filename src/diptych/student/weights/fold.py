@@ -1,0 +1,229 @@
+"""Widen, fold and unfold: a DSD student's weights as a stock FLUX-Control transformer.
+
+The release adds one layer to FLUX, `c_embedder`, and feeds the blocks `x_embedder(x) + c_embedder(c)` (x the noisy
+canvas, c the condition canvas). That equals one linear on `[x ; c]` with `W = [Wx | Wc]` and `b = bx + bc`, so the
+released layout *folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A
+new student is the teacher with zero columns added: `widen`.
+
+`b = bx + bc` loses how the bias was split, so both parts are kept beside the folded weights (`files.SPLIT_FILE`), and
+released → folded → released is bit-equal. The released file also carries adapter tensors that its own code ignores
+(`….lora_A.default.weight`): they are dropped and counted. Any other key that does not match is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from diptych.errors import UserError
+from diptych.student import settings
+from diptych.utils import layers
+
+RELEASED_CLASS = "FluxTransformer2DConditionalModel"
+INPUT = "x_embedder"
+INPUT_LAYERS = (INPUT, "c_embedder")  # what folding and unfolding touch; all else passes through
+_BLOCKS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+_BLOCK_KEY = re.compile(r"^(transformer_blocks|single_transformer_blocks)\.(\d{1,6})\.")
+_ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.]+\.(?:weight|bias)$")
+
+
+@dataclass(frozen=True)
+class BiasSplit:
+    """The two parts of a folded input bias, (inner_dim,) each, as the released file had them."""
+
+    x: torch.Tensor
+    c: torch.Tensor
+
+    def of(self, bias: torch.Tensor) -> bool:
+        """Whether `bias` is, bit for bit, the sum of the two parts: false once the bias was trained further or cast."""
+        same = self.x.dtype == self.c.dtype == bias.dtype and self.x.shape == bias.shape
+        return same and torch.equal(self.x + self.c, bias.to(self.x.device))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Weights and config of a stock FLUX-Control transformer, and what folding them set aside."""
+
+    config: dict[str, Any]
+    state_dict: dict[str, Any]  # tensors; `fold` passes on as it is whatever else has a shape
+    split: BiasSplit | None = None
+    adapters: tuple[str, ...] = ()  # names of the ignored adapter tensors
+
+
+def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """A student at its start: the teacher with in_channels doubled, out_channels kept, zero columns for the condition.
+
+    Whatever the condition, it computes the teacher's output. Every tensor but `x_embedder.weight` *shares* the
+    teacher's storage (a 12 B model is not held twice), so training the student in place changes the teacher too; hand
+    over a `copy.deepcopy` to keep it. Built explicitly, because loading plain FLUX weights into a widened layer with
+    `from_pretrained` leaves that layer uninitialised or on the meta device.
+    """
+    config = dict(transformer.config)
+    if getattr(transformer, "peft_config", None):
+        raise UserError("cannot widen a transformer that carries an unfused LoRA; fuse and unload it first")
+    out_channels = config.get("out_channels") or config["in_channels"]
+    if config["in_channels"] != out_channels:
+        raise UserError(
+            f"this transformer takes {config['in_channels']} channels and gives {out_channels}: it is widened already"
+        )
+    state = dict(transformer.state_dict())
+    weight = state["x_embedder.weight"]
+    state["x_embedder.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    student = build({**config, "in_channels": 2 * out_channels, "out_channels": out_channels}, state)
+    return student.train(transformer.training)
+
+
+def picture_columns(weight: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    """Columns (D, C) for the condition with which it reads as a picture does, of a widened input layer's (D, 2C).
+
+    The teacher's own, projected off the direction `empty` (C,): the latents of what stands where there is no reference,
+    which is to say nothing. With them the left panel's tokens look to the teacher like a panel with less noise.
+    """
+    own = weight[:, : weight.shape[1] // 2]
+    if empty is None or not empty.any():
+        return own.clone()
+    along = (empty / empty.norm()).to(own)
+    return own - torch.outer(own @ along, along)
+
+
+def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = "the released weights") -> Folded:
+    """The released layout (`x_embedder` and `c_embedder`) as stock FLUX-Control weights.
+
+    Only `INPUT_LAYERS` must be tensors; the rest may be anything with a shape, such as tensors still on disk. Raises
+    UserError that names every key that is missing, unexpected or of the wrong shape.
+    """
+    stock = stock_config(config)
+    check_layers(stock, state_dict, where)
+    channels = stock["in_channels"]
+    plain = {**stock, "out_channels": stock.get("out_channels") or channels}
+    expected = shapes_of(plain)
+    for part in ("weight", "bias"):
+        expected[f"c_embedder.{part}"] = expected[f"x_embedder.{part}"]
+    kept, adapters = _set_adapters_aside(state_dict, expected)
+    check_keys(kept, expected, where)
+
+    split = BiasSplit(x=kept.pop("x_embedder.bias"), c=kept.pop("c_embedder.bias"))
+    kept["x_embedder.weight"] = torch.cat([kept["x_embedder.weight"], kept.pop("c_embedder.weight")], dim=1)
+    kept["x_embedder.bias"] = split.x + split.c
+    return Folded({**plain, "in_channels": 2 * channels}, kept, split, adapters)
+
+
+def unfold(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any], split: BiasSplit | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stock FLUX-Control weights as the released layout: (state_dict, config). Reads the input layer only.
+
+    With the `split` that `fold` kept, bit-equal to what was folded. Without it, or once the bias has changed since, the
+    whole bias goes to `x_embedder` and `c_embedder.bias` is zero: the same function, other bits.
+    """
+    stock = stock_config(config)
+    check_layers(stock, state_dict, "the folded weights")
+    check_keys(state_dict, shapes_of(stock), "the folded weights")
+    channels = student_channels(stock)
+    state = dict(state_dict)
+    weight, bias = state["x_embedder.weight"], state["x_embedder.bias"]
+    if split is None or not split.of(bias):
+        split = BiasSplit(x=bias, c=torch.zeros_like(bias))
+    state["x_embedder.weight"], state["c_embedder.weight"] = (w.contiguous() for w in weight.split(channels, dim=1))
+    state["x_embedder.bias"], state["c_embedder.bias"] = split.x, split.c
+    released = {k: v for k, v in stock.items() if k != "out_channels"}
+    return state, {"_class_name": RELEASED_CLASS, **released, "in_channels": channels}
+
+
+def student_channels(config: Mapping[str, Any], where: str = "this transformer") -> int:
+    """Channels C of a student's canvas tokens, from its folded config; UserError if it is no student."""
+    channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if channels == out:
+        raise UserError(
+            f"{where} is a text-to-image transformer ({channels} channels in and out), not a student; "
+            "distill one from it, or widen it with diptych.student.weights.fold.widen"
+        )
+    if channels != 2 * out:
+        raise UserError(f"{where} takes {channels} channels and gives {out}; a student takes twice what it gives")
+    return out
+
+
+def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> FluxTransformer2DModel:
+    """A stock transformer in eval mode around exactly these tensors (shared, not copied); every key must match."""
+    check_layers(config, state_dict, "the weights")
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(stock_config(config))  # which also registers a student's settings
+    assert isinstance(model, FluxTransformer2DModel)
+    check_keys(state_dict, {k: tuple(v.shape) for k, v in model.state_dict().items()}, "the weights")
+    model.load_state_dict(dict(state_dict), strict=True, assign=True)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, left
+    return model.eval()
+
+
+def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises UserError naming each key of `state_dict` that is missing, unexpected or shaped wrongly."""
+    faults = []
+    if missing := sorted(expected.keys() - state_dict.keys()):
+        faults.append(f"missing {some(missing)}")
+    if extra := sorted(state_dict.keys() - expected.keys()):
+        faults.append(f"unexpected {some(extra)}")
+    shapes = [
+        f"{key} is {tuple(tensor.shape)} but should be {expected[key]}"
+        for key, tensor in state_dict.items()
+        if key in expected and tuple(tensor.shape) != expected[key]
+    ]
+    if shapes:
+        faults.append(f"wrong shapes: {some(sorted(shapes))}")
+    if faults:
+        raise UserError(
+            f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded; fetch weights and config "
+            "again, both from one place"
+        )
+
+
+def some(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _set_adapters_aside(
+    state_dict: Mapping[str, Any], expected: Iterable[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Splits off adapter tensors, but only those of a layer that the model has: others stay, to be refused by name."""
+    layers = {key.rpartition(".")[0] for key in expected}
+    found = {key: _ADAPTER_KEY.match(key) for key in state_dict}
+    adapters = {key for key, match in found.items() if match and match["module"] in layers}
+    kept = {key: tensor for key, tensor in state_dict.items() if key not in adapters}
+    return kept, tuple(sorted(adapters))
+
+
+def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `FluxTransformer2DModel` in `config` and a student's settings, without diffusers' own
+    bookkeeping keys."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == settings.KEY}
+
+
+def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    """UserError unless the weights have as many blocks as their config says: before such a model is built."""
+    found = dict.fromkeys(_BLOCKS, 0)
+    for key in keys:
+        if match := _BLOCK_KEY.match(key):
+            found[match[1]] = max(found[match[1]], int(match[2]) + 1)
+    for name, kind in _BLOCKS.items():
+        if (said := config.get(kind)) is not None and said != found[name]:
+            raise UserError(
+                f"{where} does not fit its config: {kind} is {said}, and the weights have {found[name]} such blocks. "
+                "Nothing was loaded; fetch weights and config again, both from one place"
+            )
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    layers.check(config, "the transformer's config")
+    try:
+        with torch.device("meta"):
+            model = FluxTransformer2DModel.from_config(dict(config))
+    except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"no transformer can be built from this config ({line}); fetch it again") from error
+    assert isinstance(model, FluxTransformer2DModel)
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

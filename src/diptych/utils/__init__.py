@@ -1,0 +1,1 @@
+"""What every part of diptych uses: paths, documents, the console, the machine, and the safe opening of models."""

@@ -1,0 +1,299 @@
+"""Many pictures: what is asked for, what it is called, what is drawn again and what is not, and what failed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diptych import Student
+from diptych.apps import batch
+from diptych.data.images import open_image, read_provenance
+from diptych.errors import UsageError, UserError
+from diptych.pocket import world
+from diptych.utils.console import Display
+from diptych.utils.paths import packaged
+
+CATS = {"reference": ["a/cat.png", "b/dog.png"], "prompt": "a cat, jumping", "seed": [1, 2]}
+POCKET: dict[str, Any] = {"model": "pocket", "device": "cpu"}
+PROMPT = "a cat on the beach"
+
+
+def names(asked: dict[str, Any], out: str | None = "out", jobs: Path | None = None) -> list[str]:
+    return [str(request.out) for request in batch.plan(asked, jobs, out).requests]
+
+
+def jobs_file(folder: Path, *rows: Any) -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# What is asked for, and its names -----------------------------------------------------------------------------------
+
+
+def test_references_prompts_and_seeds_multiply_and_are_named_after_themselves() -> None:
+    assert names(CATS) == [
+        f"out/{reference}-a-cat-jumping-{seed}.png" for reference in ("cat", "dog") for seed in (1, 2)
+    ]
+    assert names(CATS, "out/{seed:03d}/{reference}.webp")[0] == "out/001/cat.webp"
+    assert batch.plan(CATS, None, "x/{seed}/{reference}.jpg").folder == Path("x")
+
+
+def test_one_picture_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    one = {"reference": "cat.png", "prompt": "x"}
+    assert names(one, None) == ["diptych.png"]
+    assert names(one, "a.webp") == ["a.webp"] and batch.plan(one, None, "a.webp").folder is None
+    (tmp_path / "a.png").mkdir()
+    assert names(one, str(tmp_path / "a.png")) == [str(tmp_path / "a.png" / "cat-x-0.png")]
+
+
+def test_long_and_foreign_prompts_make_names_that_a_file_system_takes() -> None:
+    words = "猫" * 300
+    first, second = names({"reference": "cat.png", "prompt": [words + "a", words + "b"]})
+    assert first != second and first.startswith("out/cat-猫猫") and len(Path(first).name.encode()) < 200
+    assert names({"reference": "cat.png", "prompt": "../../etc: a/b?"}) == ["out/cat-etc-a-b-0.png"]
+
+
+def test_names_that_would_meet_are_told_apart_and_the_same_picture_is_drawn_once(tmp_path: Path) -> None:
+    row = {"reference": "cat.png", "prompt": "a cat"}
+    path = jobs_file(tmp_path, row, row, {**row, "steps": 3}, {**row, "prompt": "A CAT"})
+    found = names({}, "out", path)
+    assert len(found) == 3 and found[0] == "out/cat-a-cat-0.png"
+    assert found[1].startswith("out/cat-a-cat-0-") and found[2].startswith("out/cat-A-CAT-0-")
+    with pytest.raises(UsageError, match="rows 1 and 3 would both be"):
+        names({}, "out/{reference}.png", path)
+    same = [{**row, "out": "x.png"}, {**row, "seed": 1, "out": "X.png"}]
+    with pytest.raises(UsageError, match="rows 1 and 2"):
+        names({}, "out", jobs_file(tmp_path, *same))
+
+
+def test_rows_take_what_they_do_not_say_from_the_command(tmp_path: Path) -> None:
+    path = jobs_file(tmp_path, {"reference": "r/a.png", "size": "512x768", "seed": [3, 4]}, "", {"prompt": "b"})
+    common = {"reference": "c.png", "prompt": "a", "steps": 5}
+    found = batch.plan(common, path, "out").requests
+    assert [(r.reference, r.prompt, r.seed, r.row) for r in found] == [
+        (tmp_path / "r/a.png", "a", 3, 1), (tmp_path / "r/a.png", "a", 4, 1), (Path("c.png"), "b", 0, 3)]  # fmt: skip
+    assert found[0].options == {"steps": 5, "size": (512, 768)} and found[2].options == {"steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", "jobs.jsonl:2: not JSON"),
+        ("[1]", "jobs.jsonl:2: not a JSON object but a list"),
+        ({"promt": "x"}, "2: unknown key 'promt'; did you mean 'prompt'"),
+        ({"reference": "a.png", "prompt": " "}, "2: the prompt is empty"),
+        ({"reference": "a.png"}, "2: missing a prompt"),
+        ({"prompt": "x"}, "2: missing a reference"),
+        ({"reference": 3, "prompt": "x"}, "2: a reference is an image file"),
+        ({"reference": [], "prompt": "x"}, "2: an empty list"),
+        ({"reference": "a.png", "prompt": "x", "seed": -1}, "2: seed -1"),
+        ({"reference": "a.png", "prompt": "x", "steps": 0}, "2: steps 0"),
+        ({"reference": "a.png", "prompt": "x", "guidance": "3"}, "2: guidance '3'"),
+        ({"reference": "a.png", "prompt": "x", "size": "big"}, "2: size big"),
+        ({"reference": "a.png", "prompt": "x", "size": [1, 2, 3]}, "2: size"),
+        ({"reference": "a.png", "prompt": "x", "fit": "cropp"}, "2: unknown fit 'cropp'; one of|did you mean 'crop'"),
+        ({"reference": "a.png", "prompt": "x", "background": "whit"}, "2: unknown colour 'whit'"),
+        ({"reference": "a.png", "prompt": "x", "out": "../x.png"}, "2: out is a file's name inside"),
+        ({"reference": "a.png", "prompt": "x", "out": "x.gif"}, "end the name in .png"),
+    ],
+)
+def test_a_wrong_row_is_named_before_anything_is_done(tmp_path: Path, row: Any, says: str) -> None:
+    path = jobs_file(tmp_path, {"reference": "a.png", "prompt": "x"}, row)
+    with pytest.raises(UsageError, match=says):
+        batch.plan({}, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("out/{promt}.png", "unknown field {promt}; did you mean 'prompt'"),
+        ("out/{}.png", "unknown field"),
+        ("out/{seed.real}.png", "unknown field {seed.real}"),
+        ("out/{seed:x!}.png", "Invalid|format"),
+        ("out/{seed", "written as {reference}"),
+        ("out/{seed}-{reference}.tiff", "end the name in .png"),
+        ("cat.png", "is one file for 4 pictures"),
+        ("cat.gif", "end the name in .png"),
+        (None, "4 pictures need a folder"),
+    ],
+)
+def test_places_that_cannot_hold_the_pictures_are_refused(out: str | None, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        batch.plan(CATS, None, out)
+
+
+def test_a_folder_stands_for_its_pictures(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", ".hidden.png", "notes.txt", "c.webp"):
+        (tmp_path / name).write_bytes(b"")
+    found = batch.plan({"reference": str(tmp_path), "prompt": "x"}, None, "out").requests
+    assert [r.reference and r.reference.name for r in found] == ["a.PNG", "b.jpg", "c.webp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no pictures in this folder"):
+        batch.plan({"reference": str(tmp_path / "empty"), "prompt": "x"}, None, "out")
+
+
+# Drawing, with the shipped pocket student ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Student:
+    return Student.load(**POCKET, progress_bar=False)
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    folder = tmp_path / "subjects"
+    folder.mkdir()
+    for kind in ("cat", "car"):
+        shutil.copy(packaged(f"examples/references/{kind}.png"), folder)
+    return folder
+
+
+class Loader:
+    """Opens the student, and counts how often it had to."""
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.times = student, 0
+
+    def __call__(self) -> Student:
+        self.times += 1
+        return self.student
+
+
+def drawn(plan: batch.Plan, load: Any, loading: dict[str, Any] = POCKET, **options: Any) -> batch.Outcome:
+    return batch.draw(plan, loading, load, Display(quiet=True), **options)
+
+
+def test_a_folder_is_drawn_once_and_again_only_where_something_changed(
+    pocket: Student, subjects: Path, tmp_path: Path
+) -> None:
+    out, load = tmp_path / "out", Loader(pocket)
+    (subjects / "broken.png").write_bytes((subjects / "cat.png").read_bytes()[:20])
+    asked: dict[str, Any] = {"reference": str(subjects), "prompt": PROMPT, "steps": 1}
+    first = drawn(batch.plan(asked, None, out), load)
+    assert [path.name for path, _ in first.drawn] == [f"{kind}-a-cat-on-the-beach-0.png" for kind in ("car", "cat")]
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert failed == first.failed and len(failed) == 1
+    assert failed[0]["reference"].endswith("broken.png") and "not an image" in failed[0]["reason"]
+    told = read_provenance(first.drawn[1][0])
+    assert told is not None and told["reference_file"] == "cat.png" and told["steps"] == 1
+    before = {path: path.read_bytes() for path, _ in first.drawn}
+
+    again = drawn(batch.plan(asked, None, out), load)
+    assert (len(again.drawn), len(again.skipped), len(again.failed), load.times) == (0, 2, 1, 1), "nothing was loaded"
+
+    shutil.copy(subjects / "cat.png", subjects / "broken.png")  # mended
+    shutil.copy(subjects / "cat.png", subjects / "car.png")  # another picture under the old name
+    mended = drawn(batch.plan(asked, None, out), load)
+    assert sorted(path.name[:3] for path, _ in mended.drawn) == ["bro", "car"] and len(mended.skipped) == 1
+    assert not (out / "failed.jsonl").exists()
+    assert before[first.drawn[1][0]] == first.drawn[1][0].read_bytes()
+
+    more = drawn(batch.plan({**asked, "text_guidance": 2.0}, None, out), load)
+    assert len(more.drawn) == 3 and not more.skipped, "asked for differently: drawn again"
+
+
+def test_interrupted_it_goes_on_where_it_stopped(pocket: Student, subjects: Path, tmp_path: Path) -> None:
+    asked = {"reference": str(subjects / "cat.png"), "prompt": PROMPT, "seed": [0, 1, 2], "steps": 2}
+    plan = batch.plan(asked, None, tmp_path / "out")
+
+    class Impatient(Display):
+        """Presses Ctrl-C in the middle of the second picture."""
+
+        @contextmanager
+        def stage(self, name: str, unit: str) -> Iterator[Any]:
+            def report(done: int, total: int, note: str = "") -> None:
+                if (done, note) == (1, "step 1/2"):
+                    raise KeyboardInterrupt
+
+            yield report
+
+    with pytest.raises(KeyboardInterrupt):
+        batch.draw(plan, POCKET, Loader(pocket), Impatient(quiet=True))
+    there = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in there] == ["cat-a-cat-on-the-beach-0.png"]
+    rest = drawn(plan, Loader(pocket))
+    assert (len(rest.drawn), rest.skipped) == (2, there)
+    whole = pocket.generate(subjects / "cat.png", PROMPT, seed=2, steps=2)
+    assert open_image(rest.drawn[1][0]).tobytes() == whole.tobytes()
+
+
+def test_a_row_that_the_model_refuses_costs_that_row_only(pocket: Student, subjects: Path, tmp_path: Path) -> None:
+    row = {"reference": "cat.png", "prompt": PROMPT, "steps": 1}
+    path = jobs_file(subjects, {**row, "size": 63}, {**row, "out": "deep/er/x.webp", "size": [64, 32]}, row)
+    result = drawn(batch.plan({}, path, tmp_path / "out"), Loader(pocket))
+    assert len(result.drawn) == 2 and result.failed[0]["row"] == 1
+    assert "multiple of 16 pixels for this model; try 48 or 64" in result.failed[0]["reason"]
+    assert open_image(tmp_path / "out/deep/er/x.webp").size == (64, 32)
+    told = read_provenance(tmp_path / "out/deep/er/x.webp")
+    assert told is not None and told["width"] == 64 and told["reference_file"] == "cat.png"
+    assert batch.counted(result) == "2 drawn, 1 failed"
+
+
+def test_what_no_request_made_is_never_overwritten(pocket: Student, subjects: Path, tmp_path: Path) -> None:
+    load = Loader(pocket)
+    mine = tmp_path / "out" / "cat.png"
+    mine.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(mine)
+    asked = {"reference": str(subjects / "cat.png"), "prompt": PROMPT}
+    with pytest.raises(UsageError, match="was not drawn by this command"):
+        drawn(batch.plan(asked, None, f"{mine.parent}/{{reference}}.png"), load)
+    for out in (f"{subjects}/{{reference}}.png", str(subjects / "cat.png")):
+        with pytest.raises(UsageError, match="is a reference itself"):
+            drawn(batch.plan(asked, None, out), load)
+    with pytest.raises(UsageError, match="is a reference itself"):
+        drawn(batch.plan(asked, None, "x.png"), load, preview=subjects / "cat.png")
+    assert load.times == 0
+
+
+def test_one_picture_fails_as_itself_before_a_model_is_loaded(pocket: Student, subjects: Path, tmp_path: Path) -> None:
+    load = Loader(pocket)
+    (subjects / "cat.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cat\.png: not an image"):
+        drawn(batch.plan({"reference": str(subjects / "cat.png"), "prompt": PROMPT}, None, tmp_path / "a.png"), load)
+    assert load.times == 0 and not (tmp_path / "a.png").exists()
+
+
+def test_a_preview_file_is_there_while_a_picture_is_drawn(pocket: Student, subjects: Path, tmp_path: Path) -> None:
+    asked = {"reference": str(subjects / "cat.png"), "prompt": PROMPT, "steps": 3}
+    out, seen = tmp_path / "a.png", tmp_path / "seen.jpg"
+    result = drawn(batch.plan(asked, None, out), Loader(pocket), preview=seen)
+    assert open_image(seen).size == open_image(out).size == (world.PANEL, world.PANEL)
+    plain = pocket.generate(subjects / "cat.png", PROMPT, steps=3)
+    assert open_image(out).tobytes() == plain.tobytes() and result.skipped == []
+
+
+def test_weights_and_not_their_place_or_the_device_make_a_request(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    first = batch.identify({"model": str(tmp_path / "a"), "base": None, "device": "cpu", "speed": "exact"})
+    assert first == batch.identify({"model": str(tmp_path / "b"), "device": "mps", "speed": "exact"})
+    assert first != batch.identify({"model": str(tmp_path / "b"), "speed": "fast"})
+    (tmp_path / "b" / "config.json").write_text('{"x": 1}')
+    assert first != batch.identify({"model": str(tmp_path / "b"), "speed": "exact"})
+    lora = tmp_path / "l.safetensors"
+    lora.write_bytes(b"1")
+    one = batch.identify({"model": "pocket", "lora": [(str(lora), 0.5)]})
+    lora.write_bytes(b"22")
+    assert one != batch.identify({"model": "pocket", "lora": [(str(lora), 0.5)]})
+    assert batch.identify({"model": "pocket"}) == batch.identify({"model": "pocket", "base": "pocket", "lora": ()})
+
+
+def test_a_few_step_lora_is_told_by_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "turbo.safetensors").write_bytes(b"1")
+    first, second = ({"model": "pocket", "switches": [f"few-step-lora={tmp_path / n}/turbo.safetensors"]} for n in "ab")
+    assert batch.identify(first) == batch.identify(second)
+    (tmp_path / "b" / "turbo.safetensors").write_bytes(b"2")
+    assert batch.identify(first) != batch.identify(second)
+    assert batch.identify({"model": "pocket", "switches": [f"{second['switches'][0]}:0.5"]}) != batch.identify(second)

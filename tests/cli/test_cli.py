@@ -1,0 +1,321 @@
+"""The command line: answers at once, fails in one line, and has the right exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diptych.cli import app
+from diptych.cli.options import QUANTIZERS
+from diptych.data.images import read_provenance
+from diptych.errors import UsageError, UserError
+from diptych.utils.paths import packaged
+
+COMMANDS = (
+    "run",
+    "write",
+    "paint",
+    "curate",
+    "distill",
+    "evaluate",
+    "generate",
+    "convert",
+    "doctor",
+    "plan",
+    "tasks",
+    "relight",
+    "story",
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = app.call(list(args))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "reference.png"
+    Image.new("RGB", (64, 64), (200, 30, 60)).save(path)
+    return path
+
+
+@pytest.fixture
+def student(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands in for `diptych.apps.student.Student` and notes what it is asked for."""
+    asked: dict[str, Any] = {}
+
+    class Student:
+        pipeline = types.SimpleNamespace(memory=None)
+
+        @classmethod
+        def load(cls, model: str, **options: Any) -> Student:
+            if model == "nope":
+                raise UsageError("unknown student model 'nope'")
+            asked.update(model=model, **options)
+            return cls()
+
+        def generate(self, reference: Image.Image, prompt: str, **options: Any) -> Image.Image:
+            if prompt == "crash":
+                raise RuntimeError("first line\nsecond line")
+            del options["callback_on_step_end"]
+            asked.update(prompt=prompt, reference=reference, **options)
+            image = Image.new("RGB", (64, 48))
+            image.info = {"seed": options["seed"], "prompt": prompt}
+            return image
+
+    monkeypatch.setattr("diptych.apps.student.Student", Student)
+    monkeypatch.setattr("diptych.apps.batch.identify", lambda loading: {})
+    return asked
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from diptych.cli import app; code = app.call(sys.argv[1:]); "
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'pyarrow', 'PIL'} & set(sys.modules); "
+        "print('HEAVY', heavy) if heavy else None; sys.exit(code)"
+    )
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1) > 0.5:  # other work on the machine may slow one of them
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+        seconds.append(time.monotonic() - started)
+        assert done.returncode == 0 and "HEAVY" not in done.stdout
+        assert all(command in done.stdout for command in COMMANDS)
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0 and f"Example: diptych {command}" in " ".join(out.split())
+    if command != "generate":
+        assert "--json" in out
+
+
+def test_generate_has_the_options_of_the_field(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "generate", "--help")
+    options = "model base reference prompt out seed steps guidance image-guidance text-guidance size"
+    for option in options.split():
+        assert f"--{option} " in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from diptych import __version__
+
+    assert call(capsys, "--version") == (0, f"diptych {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("runn x", 2, "did you mean 'run'"),
+        ("run", 2, "missing argument 'recipe'"),
+        ("run pocket --bogus", 2, "no such option: --bogus"),
+        ("run nope", 2, "nope: no such recipe file"),
+        ("run pocket --set distill.stpes=1", 2, "did you mean 'steps'?"),
+        ("run pocket --set x", 2, "stage.key=value"),
+        ("paint pocket --set write.count=no", 2, "write.count"),
+        ("run pocket --set task=nope", 2, "unknown task 'nope'"),
+        ("generate --prompt x", 2, "missing option '--reference'"),
+        ("generate --reference {picture}", 2, "missing option '--prompt'"),
+        ("generate --reference {picture} --prompt x --out x.gif", 2, "end the name in .png"),
+        ("generate --reference {picture} --prompt x --preview x.gif", 2, "end the name in .png"),
+        ("generate --reference {picture} --prompt x --prompt y", 2, "2 pictures need a folder"),
+        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "one file for 2 pictures"),
+        ("generate --reference {picture} --prompt x --fit croop", 2, "did you mean 'crop'"),
+        ("generate --reference {picture} --prompt x --background blu", 2, "did you mean 'blue'"),
+        ("generate --batch nope.jsonl --out x", 1, "nope.jsonl: cannot be read"),
+        ("generate --batch {picture} --out x", 2, "byte 1: this is not utf-8"),
+        ("generate --reference {picture} --prompt x --size big", 2, "size big"),
+        ("generate --reference {picture} --prompt x --size 64x64x64", 2, "size 64x64x64"),
+        ("generate --reference {picture} --prompt x --size 0", 2, "size 0"),
+        ("generate --reference {picture} --prompt x --seed -1", 2, "--seed"),
+        ("generate --reference {picture} --prompt x --model nope", 2, "unknown student model"),
+        ("generate --reference nope.png --prompt x", 1, "nope.png: no such file"),
+        ("generate --reference {picture}/.. --prompt x", 1, "reference.png/..: "),
+        ("generate --reference {picture} --prompt crash", 1, "runtimeerror: first line second line"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_two_and_failure_one(
+    capsys: pytest.CaptureFixture[str],
+    student: dict[str, Any],
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: str,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(capsys, *args.format(picture=picture).split())
+    lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+    assert (got, out, len(lines)) == (code, "", 1), err
+    assert lines[0].startswith("error: ") and message in lines[0].lower()
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.png"], "a refused command leaves nothing behind"
+
+
+def test_an_empty_prompt_is_wrong_use(capsys: pytest.CaptureFixture[str], picture: Path) -> None:
+    code, _, err = call(capsys, "generate", "--reference", str(picture), "--prompt", " ")
+    assert code == 2 and "--prompt is empty" in err
+
+
+def test_generate_passes_on_what_was_said_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], student: dict[str, Any], picture: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "a.png"
+    args = ["generate", "--reference", str(picture), "--prompt", "a cat", "--out", str(out), "--seed", "7"]
+    code, stdout, _ = call(capsys, *args)
+    assert (code, stdout) == (0, f"{out}\n")
+    assert student.pop("reference").size == (64, 64)
+    assert student == {
+        **{"model": "pocket", "base": None, "device": None, "parallel": False, "progress_bar": False},
+        **{"prompt": "a cat", "seed": 7},
+    }
+    provenance = read_provenance(out)
+    assert provenance is not None and len(provenance.pop("request")) == len(provenance.pop("reference_sha256")) == 64
+    assert provenance == {"seed": 7, "prompt": "a cat", "reference_file": "reference.png"}
+    more = (
+        "--steps 5 --guidance 3 --image-guidance 1.5 --text-guidance 2 --size 64x48 --fit pad --base b --model m "
+        "--json --negative-prompt dog --background black --lora x.safetensors --lora y.safetensors:0.5"
+    )
+    code, stdout, err = call(capsys, *args, *more.split())
+    assert code == 0 and err == ""
+    assert json.loads(stdout)["out"] == str(out)
+    assert (student["steps"], student["image_guidance"], student["size"], student["fit"]) == (5, 1.5, (64, 48), "pad")
+    assert (student["guidance"], student["text_guidance"], student["base"]) == (3.0, 2.0, "b")
+    assert student["lora"] == [(Path("x.safetensors"), 1.0), (Path("y.safetensors"), 0.5)]
+    assert (student["negative_prompt"], student["background"]) == ("dog", "black")
+
+
+def test_many_pictures_are_drawn_once_and_failures_are_the_exit_code(
+    capsys: pytest.CaptureFixture[str], student: dict[str, Any], picture: Path, tmp_path: Path
+) -> None:
+    out, broken = tmp_path / "out", tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    args = ["generate", "--prompt", "a cat", "--prompt", "a dog", "--seed", "1", "--seed", "2", "--out", str(out)]
+    code, stdout, err = call(capsys, *args, "--reference", str(picture))
+    assert (code, "4 drawn" in err) == (0, True)
+    assert sorted(stdout.split()) == sorted(str(path) for path in out.iterdir())
+    code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken))
+    assert (code, stdout) == (1, "")
+    assert "0 drawn, 4 there already, 4 failed" in err and "4 of 8 pictures failed" in err
+    code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken), "--json")
+    told = json.loads(stdout)
+    assert (code, len(told["skipped"]), len(told["failed"]), told["pictures"]) == (1, 4, 4, [])
+    assert [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] == told["failed"]
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "diptych", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("diptych ")
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, student: dict[str, Any], picture: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DIPTYCH_DEBUG", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        app.call(["generate", "--reference", "nope.png", "--prompt", "x"])
+    with pytest.raises(RuntimeError):
+        app.call(["generate", "--reference", str(picture), "--prompt", "crash"])
+
+
+def test_our_warnings_are_one_line_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def warn(teacher: str | None) -> dict[str, Any]:
+        logging.getLogger("diptych.apps.student").warning("the model does not know: %s", "zebra")
+        return {"problems": [], "x": 1}
+
+    monkeypatch.setattr("diptych.cli.doctor.examine", warn)
+    code, out, err = call(capsys, "doctor", "--json")
+    assert (code, json.loads(out)["x"]) == (0, 1)
+    assert err == "warning: the model does not know: zebra\n"
+
+
+def test_the_documented_examples_and_recipes_are_found_outside_a_clone(
+    capsys: pytest.CaptureFixture[str], student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for reference in ("examples/references/cat.png", "examples/references"):
+        words = ["generate", "--reference", reference, "--prompt", "a cat", "--out", f"{Path(reference).stem}/"]
+        assert call(capsys, *words)[0] == 0
+    assert len(list(tmp_path.glob("references/*.png"))) == len(list(packaged("examples/references").glob("*.png")))
+    assert call(capsys, "tasks", "examples/season.yaml")[0] == 0
+    assert call(capsys, "plan", "recipes/demo.yaml", "--json")[0] == 0
+    code, _, err = call(capsys, "generate", "--reference", "examples/references/dog.png", "--prompt", "a dog")
+    assert code == 1 and "examples/references/dog.png" in err
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_quantizers_are_imported_only_for_a_model_that_needs_them(
+    quantized: bool, picture: Path, tmp_path: Path
+) -> None:
+    for name in QUANTIZERS:
+        (tmp_path / f"{name}.py").write_text(f"open('{name}.imported', 'w')\n__version__ = '9.9.9'\n")
+        info = tmp_path / f"{name}-9.9.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.9\n")
+    base = tmp_path / "base" / "text_encoder"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"quantization_config": {}}' if quantized else "{}")
+    words = [
+        "generate",
+        "--reference",
+        str(picture),
+        "--prompt",
+        "a cat",
+        "--model",
+        "pocket",
+        "--base",
+        "base",
+        "--out",
+        "x.png",
+    ]
+    code = f"from diptych.cli.app import call; call({words}); import diffusers.utils.torch_utils, peft.helpers"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    imported = {name for name in QUANTIZERS if (tmp_path / f"{name}.imported").exists()}
+    assert bool(imported) == quantized, done.stderr
+
+
+def test_the_warnings_of_quantizers_are_for_debugging(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    loggers = [logging.getLogger(name) for name in ("torchao.kernel", "bitsandbytes.cextension", "torch.utils._pytree")]
+
+    def warn(teacher: str | None) -> dict[str, Any]:
+        for logger in loggers:
+            logger.warning("Failed to load %s", logger.name)
+        return {"problems": []}
+
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    monkeypatch.setattr("diptych.cli.doctor.examine", warn)
+    monkeypatch.setenv("DIPTYCH_DEBUG", "1")
+    app.call(["doctor", "--json"])
+    assert len(caplog.records) == len(loggers)
+    monkeypatch.delenv("DIPTYCH_DEBUG")
+    app.call(["doctor", "--json"])
+    assert len(caplog.records) == len(loggers)
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m diptych.cli.app --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
