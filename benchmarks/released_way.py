@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diptych.student.canvas import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
-from diptych.student.timesteps import exact_timesteps
+from diptych.student.guidance import exact_timesteps
 
 
 class TwoEmbedders(torch.nn.Module):

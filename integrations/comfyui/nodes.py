@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diptych import Student
-from diptych.data.rgb import to_rgb
+from diptych.data.formats import to_rgb
 from diptych.errors import UserError
 
 MEMORY = ["none", "auto", "8", "12", "16", "24", "48", "80"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from diptych.apps import enhance, story
-from diptych.apps.story_writer import write_panels
+from diptych.apps.story import write_panels
 from diptych.cli import app
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError, UserError

@@ -13,9 +13,9 @@ import pytest
 import judged_run
 from diptych import recipe as recipes
 from diptych.cli import app
-from diptych.data import bill, funnel, log
+from diptych.data import bill, funnel, places
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import Reply, Usage
+from diptych.llm.question import Reply, Usage
 from diptych.recipe.schema import Recipe
 from llm.chat_server import Act, Call, Serve, say
 
@@ -107,7 +107,7 @@ def test_a_run_says_what_it_asked_and_its_stats_tell_that_and_how_varied_the_pro
     assert re.search(r"prompts: \d\d % of their word pairs are distinct, mean distance 0\.[3-9]\d", told)
     assert app.call(["data", "stats", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    logged = [event["result"] for event in log.read(run) if event["event"] == "stage"]
+    logged = [event["result"] for event in places.read(run) if event["event"] == "stage"]
     assert found["spread"] == logged[-1]["spread"] and found["spread"]["texts"] == 6
     assert found["asked"] == logged[-1]["asked"] and found["asked"][0]["tokens"] == {"in": 600, "out": 60}
 

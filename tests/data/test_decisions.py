@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import plain_stages as stages
-from diptych.data import decisions, funnel, records
+from diptych.data import funnel, labels, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.provenance.trace import trace
@@ -39,8 +39,8 @@ def test_accepted_and_rejected_pairs_come_and_go_in_a_new_run_with_their_mirrors
     run(load(judged / "recipe.yaml"), judged, stages=("distill",), display=QUIET)
     before, whole = ids(judged), stages.data(judged)
     refused = next(row["id"] for row in Dataset(judged / "candidates") if not row["kept"])
-    decisions.add(judged, before[0], "reject", "ana")
-    decisions.add(judged, refused, "accept", "ana")
+    labels.add(judged, before[0], "reject", "ana")
+    labels.add(judged, refused, "accept", "ana")
     rows = recurate.recurate(judged, [], tmp_path / "b", QUIET)["pairs"]
     gone, come = (set(both(id)) for id in (before[0], refused))
     after = {row["id"]: row for row in Dataset(tmp_path / "b" / "pairs")}
@@ -61,11 +61,11 @@ def test_accepted_and_rejected_pairs_come_and_go_in_a_new_run_with_their_mirrors
 
 def test_a_decision_on_one_order_is_taken_back_on_the_other(judged: Path, tmp_path: Path) -> None:
     first, second = both(ids(judged)[0])
-    decisions.add(judged, first, "reject", "ana")
-    decisions.add(judged, second, "accept", "ben")
-    assert decisions.read(judged) == {second: True}
-    decisions.add(judged, first, "judge", "ben")
-    assert decisions.read(judged) == {}
+    labels.add(judged, first, "reject", "ana")
+    labels.add(judged, second, "accept", "ben")
+    assert labels.decided(judged) == {second: True}
+    labels.add(judged, first, "judge", "ben")
+    assert labels.decided(judged) == {}
     with pytest.raises(UsageError, match="name a threshold"):
         recurate.recurate(judged, [], tmp_path / "b", QUIET)
     assert not (tmp_path / "b").exists()
@@ -73,12 +73,12 @@ def test_a_decision_on_one_order_is_taken_back_on_the_other(judged: Path, tmp_pa
 
 def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_path: Path) -> None:
     kept = ids(judged)
-    decisions.add(judged, kept[0], "reject", "ana")
+    labels.add(judged, kept[0], "reject", "ana")
     recurate.recurate(judged, [], tmp_path / "b", QUIET)
     made = stages.data(tmp_path / "b")
     recurate.recurate(judged, [], tmp_path / "b", QUIET)  # as after a kill
     assert stages.data(tmp_path / "b") == made
-    decisions.add(tmp_path / "b", kept[-1], "reject", "ben")
+    labels.add(tmp_path / "b", kept[-1], "reject", "ben")
     run(load(tmp_path / "b" / "recipe.yaml"), tmp_path / "b", stages=ROWS, display=QUIET)
     assert kept[-1] in ids(tmp_path / "b")
     with pytest.raises(UsageError, match="other decisions"):
@@ -93,9 +93,9 @@ def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_pat
 
 def test_other_thresholds_take_the_decisions_along(judged: Path, tmp_path: Path) -> None:
     kept = ids(judged)[0]
-    decisions.add(judged, kept, "reject", "ana")
+    labels.add(judged, kept, "reject", "ana")
     found = recurate.recurate(judged, ["same=0.2"], tmp_path / "b", QUIET)
-    assert kept not in ids(tmp_path / "b") and decisions.applied(tmp_path / "b") == {kept: False}
+    assert kept not in ids(tmp_path / "b") and labels.applied(tmp_path / "b") == {kept: False}
     assert found["decided"] == {"accepted": 0, "rejected": 1}
 
 
@@ -115,13 +115,13 @@ def test_a_mirror_is_the_other_order_of_the_same_panels(pair: str, wanted: list[
 
 
 def test_a_cut_last_line_is_no_decision_and_a_wrong_one_is_named(tmp_path: Path) -> None:
-    decisions.add(tmp_path, "c-000001-01", "accept", "ana")
-    file = decisions.path(tmp_path)
+    labels.add(tmp_path, "c-000001-01", "accept", "ana")
+    file = labels.path(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(whole + b'{"id": "c-0000')
-    assert decisions.read(tmp_path) == {"c-000001-01": True}
-    decisions.add(tmp_path, "c-000002-01", "reject", "ana")
-    assert decisions.read(tmp_path) == {"c-000001-01": True, "c-000002-01": False}
+    assert labels.decided(tmp_path) == {"c-000001-01": True}
+    labels.add(tmp_path, "c-000002-01", "reject", "ana")
+    assert labels.decided(tmp_path) == {"c-000001-01": True, "c-000002-01": False}
     file.write_bytes(json.dumps({"id": "x"}).encode() + b"\n" + whole)
     with pytest.raises(UserError, match="line 1"):
-        decisions.read(tmp_path)
+        labels.decided(tmp_path)

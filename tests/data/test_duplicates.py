@@ -19,8 +19,7 @@ from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.recipe.schema import Duplicates, Thresholds
 from diptych.stages.curate import duplicates
-from diptych.stages.curate.duplicates import Table, panel_hash
-from diptych.stages.curate.vectors import Vectors, alike, pack, unpack
+from diptych.stages.curate.duplicates import Table, Vectors, alike, pack, panel_hash, unpack
 
 LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
 CODES = st.integers(0, 2**64 - 1)
@@ -210,7 +209,7 @@ def test_an_embedding_without_length_or_number_is_like_none() -> None:
 
 
 def test_vectors_find_what_comparing_every_two_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diptych.stages.curate.vectors.ROWS", 64)
+    monkeypatch.setattr("diptych.stages.curate.duplicates.ROWS", 64)
     rng = np.random.default_rng(2)
     codes = rng.integers(-127, 128, (2, 400, 3)).astype(np.int8)  # three numbers: many are alike
     table = Vectors(0.9)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import judged_run
 from diptych.cli import app
 from diptych.data import funnel, records
-from diptych.data.spread import CELL, Spread
+from diptych.data.funnel import CELL, Spread
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 

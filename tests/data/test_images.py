@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.data import images
-from diptych.data.embedded import jpeg_end
 from diptych.data.images import (
     broken_seal,
     check_image,
@@ -28,6 +27,7 @@ from diptych.data.images import (
     save_image,
     to_rgb,
 )
+from diptych.data.seal import jpeg_end
 from diptych.errors import UsageError, UserError
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import plain_stages
 from diptych.cli.app import call
-from diptych.data import log, places
+from diptych.data import places
+from diptych.data import places as log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load

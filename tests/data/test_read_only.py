@@ -49,7 +49,7 @@ def test_read_only_folders_are_read_and_not_written(tmp_path: Path) -> None:
             from diptych.apps.batch import draw, plan
             from diptych.utils.console import Display
             from diptych.data.interop.importing import import_data
-            from diptych.data.lock import lock
+            from diptych.data.places import lock
             from diptych.errors import UserError
 
             data, out = Path({str(data)!r}), {str(tmp_path / "out")!r}

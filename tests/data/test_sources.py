@@ -19,12 +19,11 @@ from diptych.data.interop import find
 from diptych.data.interop.exporting import export_data
 from diptych.data.interop.importing import import_data
 from diptych.data.interop.rows import Options
-from diptych.data.sources import SHARD, open_pairs
-from diptych.data.splits import split_of
+from diptych.data.sources import SHARD, open_pairs, split_of
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe.schema import Data, Distill, Recipe
-from diptych.train.material import Material
+from diptych.train.job import Material
 
 
 def png(value: int) -> bytes:

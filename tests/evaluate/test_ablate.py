@@ -12,7 +12,7 @@ import yaml
 
 from diptych import recipe as recipes
 from diptych.cli import app
-from diptych.data import log
+from diptych.data import places
 from diptych.errors import UsageError
 from diptych.run import ablate
 from diptych.run.runner import run
@@ -88,7 +88,7 @@ def test_a_study_trains_what_is_missing_and_ends_in_one_table(study: Path, tmp_p
     for name, seed in (("full", 0), ("full", 1), ("again", 0)):
         run = ablate.place(out, name, seed)
         assert grid.samefile(run / "grids" / grid.name)
-        assert "paint" not in [event.get("stage") for event in log.read(run)]
+        assert "paint" not in [event.get("stage") for event in places.read(run)]
         students.append((run / "student/transformer/diffusion_pytorch_model.safetensors").read_bytes())
     assert len(set(students)) == 3
     caches = [next((ablate.place(out, "full", seed) / ablate.LATENTS).rglob("*.safetensors")) for seed in (0, 1)]

@@ -18,8 +18,7 @@ from diptych.evaluate import bench
 from diptych.evaluate.job import Job, Judge
 from diptych.evaluate.methods.baselines import METHODS
 from diptych.evaluate.scoring import judging
-from diptych.judges.clip import Clip
-from diptych.judges.embedding import EmbeddingJudge
+from diptych.judges.embedding import Clip, EmbeddingJudge
 
 
 @pytest.fixture(scope="module")

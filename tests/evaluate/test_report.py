@@ -18,13 +18,12 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.data import funnel, log, records
+from diptych.data import funnel, places, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
 from diptych.evaluate.report import run_report, stages
-from diptych.evaluate.report.charts import Dot, Series, histogram, lines, scatter, ticks, whiskers
 from diptych.evaluate.report.gather import Run
-from diptych.evaluate.report.html import percent
+from diptych.evaluate.report.html import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers
 from diptych.evaluate.scoring import curation
 from diptych.evaluate.scoring.curation import Reader
 from diptych.recipe.schema import Recipe
@@ -85,9 +84,9 @@ def full(evaluated: Path, tmp_path: Path) -> Path:
     (training / "summary.json").write_text(
         json.dumps({"summary": {"steps": 80, "pairs": 12}, "made_by": {"base": "ab"}})
     )
-    log.append(run, "start", machine={"system": "Linux", "cores": 2}, versions={"torch": "2"})
+    places.append(run, "start", machine={"system": "Linux", "cores": 2}, versions={"torch": "2"})
     for stage, seconds in (("write", 0.4), ("paint", 75.0), ("distill", 3700.0)):
-        log.append(run, "stage", stage=stage, seconds=seconds)
+        places.append(run, "stage", stage=stage, seconds=seconds)
     return run
 
 
@@ -184,7 +183,7 @@ def test_words_from_data_are_shown_and_never_run(recipe: Recipe, full: Path) -> 
     metrics.write_text(json.dumps(hostile(json.loads(metrics.read_text()), "")))
     sheet = full / "student" / "training" / "samples" / "step-000080.png"
     sheet.rename(sheet.with_name(f"step-{FILE}.png"))
-    log.append(full, "start", machine={"system": EVIL, EVIL: 2}, versions={EVIL: EVIL})
+    places.append(full, "start", machine={"system": EVIL, EVIL: 2}, versions={EVIL: EVIL})
     named = recipe.model_copy(update={"teacher": EVIL, "name": EVIL})
     page_of(named, full)  # and all elements are closed
     path = run_report.write(named, full)

@@ -17,7 +17,7 @@ from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.outcome import Outcome
+from diptych.llm.question import Outcome
 from diptych.recipe import tasks
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 

@@ -10,8 +10,7 @@ from pydantic import BaseModel
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.outcome import Outcome
-from diptych.llm.question import Question, user
+from diptych.llm.question import Outcome, Question, user
 
 CONCURRENCY = 8
 

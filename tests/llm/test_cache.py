@@ -15,13 +15,13 @@ import pytest
 
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import Reply, Usage
+from diptych.llm.question import Reply, Usage
 
 REPLY = Reply("«ñ 猫»\n{}", "tiny-1", Usage(1, 100, 10), refused="", cut=True)
 WRITER = """
 import sys
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import Reply, Usage
+from diptych.llm.question import Reply, Usage
 
 cache, name, count = Cache(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for n in range(count):

@@ -19,8 +19,7 @@ from PIL import Image
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
-from diptych.llm.outcome import Outcome, Usage
-from diptych.llm.question import Question
+from diptych.llm.question import Outcome, Question, Usage
 from llm import ask_some
 from llm.chat_server import Act, Call, Serve, refuse, say
 from llm.counting import Make, number, number_of, right

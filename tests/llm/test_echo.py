@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from diptych.apps.story_writer import Told, write_panels
+from diptych.apps.story import Told, write_panels
 from diptych.errors import UserError
 from diptych.judges.vlm import VlmJudge, answer_type
-from diptych.llm import echo, schema
+from diptych.llm import replies, schema
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.question import Question, quoted, system, user
@@ -74,7 +74,7 @@ def judged(text: str) -> tuple[Any, Question]:
     ],
 )
 def test_what_repeats_the_question_is_found(text: str) -> None:
-    assert echo.found(*judged(text))
+    assert replies.found(*judged(text))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_repeats_the_question_is_found(text: str) -> None:
     ],
 )
 def test_what_only_shares_words_with_it_is_not(text: str) -> None:
-    assert not echo.found(*judged(text))
+    assert not replies.found(*judged(text))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_only_shares_words_with_it_is_not(text: str) -> None:
     ],
 )
 def test_the_words_of_every_schema_are_known(answer: type[BaseModel], values: dict[str, str]) -> None:
-    assert echo.found(values, Question((system(BRIEF), user("Now.")), answer))
+    assert replies.found(values, Question((system(BRIEF), user("Now.")), answer))
 
 
 def test_a_phrase_of_a_description_is_found_and_an_allowed_value_is_not() -> None:
@@ -114,15 +114,15 @@ def test_a_phrase_of_a_description_is_found_and_an_allowed_value_is_not() -> Non
         about: str = Field(description='The kind, in one or two words, such as "a tin robot".')
 
     question = Question((user("Which one?"),), Kind)
-    assert echo.found({"kind": "One or two words", "about": "x"}, question)
-    assert echo.found({"kind": "x", "about": "one or two words"}, question)
-    assert not echo.found({"kind": "robot", "about": "a tin robot"}, question)
+    assert replies.found({"kind": "One or two words", "about": "x"}, question)
+    assert replies.found({"kind": "x", "about": "one or two words"}, question)
+    assert not replies.found({"kind": "robot", "about": "a tin robot"}, question)
 
 
 def test_other_people_s_text_may_be_repeated() -> None:
     caption = "a red fox asleep on a windowsill, soft light"
     question = Question((user(quoted(caption), "Describe it, please, as you like."),), Words)
-    assert not echo.found({"description": caption, "instruction": "make it night"}, question)
+    assert not replies.found({"description": caption, "instruction": "make it night"}, question)
 
 
 @pytest.mark.parametrize("name", tasks.names())
@@ -134,4 +134,4 @@ def test_the_examples_of_a_task_are_answers(name: str) -> None:
     good = {"subject": "tin robot", "description": "a tin robot with one green eye", "scene": "on a stone bridge"}
     good |= {"style": "a 35 mm film photograph", "panels": ["wearing a straw hat", "in heavy snow"]}
     fields = schema.told(shape)["properties"]
-    assert not echo.found(schema.read(json.dumps({key: good[key] for key in fields}), shape), question)
+    assert not replies.found(schema.read(json.dumps({key: good[key] for key in fields}), shape), question)

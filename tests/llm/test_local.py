@@ -15,10 +15,9 @@ from pydantic import BaseModel
 from diptych.errors import UserError
 from diptych.llm import schema
 from diptych.llm.cache import Cache
+from diptych.llm.client import open_model
 from diptych.llm.local import LocalModel
-from diptych.llm.model import open_model
-from diptych.llm.outcome import Outcome
-from diptych.llm.question import Question, system, user
+from diptych.llm.question import Outcome, Question, system, user
 from diptych.recipe.schema import Recipe
 
 TEMPLATE = (

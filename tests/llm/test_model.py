@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from diptych.errors import UserError
+from diptych.llm.client import NobodyAnswers, answers, open_model
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.model import NobodyAnswers, answers, open_model
 from diptych.llm.question import Question, user
 from llm.chat_server import Act, Call, Serve, refuse, say
 

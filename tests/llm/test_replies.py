@@ -14,7 +14,7 @@ from diptych.errors import UserError
 from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
-from diptych.llm.outcome import Outcome, Usage
+from diptych.llm.question import Outcome, Usage
 from llm.ask_some import Number
 from llm.chat_server import Act, Call, Serve, say
 from llm.counting import Make, number, number_of, right

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from diptych.errors import UserError
 from diptych.llm.cache import Cache
 from diptych.llm.local import STOP_AFTER, LocalModel
-from diptych.llm.outcome import GaveUp, Outcome, Reply, Usage
-from diptych.llm.question import Message, Question, system, user
+from diptych.llm.question import GaveUp, Message, Outcome, Question, Reply, Usage, system, user
 from diptych.llm.settle import Memory, Turn, settle, settle_together
 
 GOOD, BAD = '{"same": true, "score": 1.0}', '{"same": "perhaps"}'

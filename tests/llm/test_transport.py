@@ -17,7 +17,7 @@ from diptych.errors import UsageError, UserError
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.outcome import Outcome
+from diptych.llm.question import Outcome
 from diptych.llm.vllm import Vllm
 from llm.chat_server import Act, Call, Serve, refuse, say
 from llm.counting import Make, number, number_of, right

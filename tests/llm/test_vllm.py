@@ -24,14 +24,13 @@ from diptych.errors import UsageError, UserError
 from diptych.evaluate import bench
 from diptych.evaluate import job as jobs
 from diptych.evaluate.job import Job, Judge
-from diptych.evaluate.scoring.rubric import Rating
+from diptych.evaluate.scoring.scorers import Rating
 from diptych.judges.vlm import answer_type
 from diptych.llm import schema, vllm
 from diptych.llm.cache import Cache
+from diptych.llm.client import NobodyAnswers, answers, open_model
 from diptych.llm.local import LocalModel
-from diptych.llm.model import NobodyAnswers, answers, open_model
-from diptych.llm.outcome import Outcome
-from diptych.llm.question import Question, system, user
+from diptych.llm.question import Outcome, Question, system, user
 from diptych.llm.vllm import Vllm
 from diptych.recipe import tasks
 from diptych.stages.curate.captioning import Words
@@ -82,9 +81,9 @@ Make = Callable[..., LocalModel]
 @pytest.fixture
 def load(installed: list[LLM], folder: Path) -> Make:
     def make(cache: Cache | None = None, **values: Any) -> LocalModel:
-        from diptych.llm import vllm_engine
+        from diptych.llm import local
 
-        return vllm_engine.load(Vllm(model=str(folder), **values), cache=cache, keep_undecided=True)
+        return local.load(Vllm(model=str(folder), **values), cache=cache, keep_undecided=True)
 
     return make
 

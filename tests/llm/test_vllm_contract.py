@@ -15,8 +15,7 @@ from PIL import Image
 from diptych.judges.vlm import VlmJudge
 from diptych.llm import vllm
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import Outcome
-from diptych.llm.question import Question, user
+from diptych.llm.question import Outcome, Question, user
 from diptych.llm.vllm import Vllm
 from diptych.recipe import tasks
 from llm.conftest import Verdict
@@ -51,12 +50,12 @@ def test_the_names_on_record_are_those_of_the_version_that_is_installed() -> Non
 
 
 def test_a_model_judges_pairs_and_its_answers_keep_to_the_schema(model: str, tmp_path: Path) -> None:
-    from diptych.llm import vllm_engine
+    from diptych.llm import local
 
     settings = Vllm(model=model, gpu_memory_utilization=0.4, max_tokens=1500, extra={"enforce_eager": True})
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     with Cache(tmp_path / "answers.sqlite") as cache:
-        asked = vllm_engine.load(settings, cache=cache, keep_undecided=True)
+        asked = local.load(settings, cache=cache, keep_undecided=True)
         pairs = [(f"pair-{n}", red, blue if n % 2 else red) for n in range(6)]
         judged = VlmJudge(asked, tasks.load("subject")).decide(pairs)
         votes = [judgement.votes[0] for judgement in judged.values()]

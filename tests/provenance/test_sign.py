@@ -26,8 +26,8 @@ from PIL import Image
 
 import authority
 from diptych.cli.app import call
-from diptych.data.embedded import chunks, holds_manifest
 from diptych.data.images import broken_seal, encode, open_image, read_provenance, save_image
+from diptych.data.seal import chunks, holds_manifest
 from diptych.errors import UserError
 from diptych.provenance import manifest
 from diptych.provenance.sign import sign, sign_bytes, source_type
@@ -74,7 +74,7 @@ def pictures(drawn: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def identity(signer: authority.Signer) -> Any:
-    from diptych.provenance.certificate import load_identity
+    from diptych.provenance.sign import load_identity
 
     return load_identity(signer.chain, signer.key)
 

@@ -14,11 +14,11 @@ import yaml
 
 from diptych import recipe as recipes
 from diptych.cli import app
-from diptych.data import log
+from diptych.data import places
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load, tasks
 from diptych.recipe.schema import Recipe
-from diptych.run.plan import arithmetic, assumptions, lines, make, measured, teacher
+from diptych.run.plan import arithmetic, assumptions, job, lines, make, teacher
 from diptych.student.runtime.presets import HEADROOM
 from diptych.utils.paths import packaged
 
@@ -410,11 +410,11 @@ def run(tmp_path: Path) -> Path:
     recipe = Recipe.model_validate({**load("pocket").values(), "device": "cpu", "threads": 2})
     recipe = recipe.model_copy(update={"write": recipe.write.model_copy(update={"count": 50})})
     (folder / "recipe.yaml").write_text(recipe.dump())
-    log.append(folder, "start", machine={"processor": "Test CPU", "cores": 2})
-    log.append(folder, "stage", stage="paint", seconds=4.0, result={"rows": 40, "processed": 40})
-    log.append(folder, "stage", stage="paint", seconds=1.0, result={"rows": 50, "processed": 10})
-    log.append(folder, "stage", stage="curate", seconds=2.0, result={"rows": 100, "processed": 50, "pairs": 20})
-    log.append(folder, "stage", stage="distill", seconds=60, result={"training": {"seconds": 50.0, "steps": 100}})
+    places.append(folder, "start", machine={"processor": "Test CPU", "cores": 2})
+    places.append(folder, "stage", stage="paint", seconds=4.0, result={"rows": 40, "processed": 40})
+    places.append(folder, "stage", stage="paint", seconds=1.0, result={"rows": 50, "processed": 10})
+    places.append(folder, "stage", stage="curate", seconds=2.0, result={"rows": 100, "processed": 50, "pairs": 20})
+    places.append(folder, "stage", stage="distill", seconds=60, result={"training": {"seconds": 50.0, "steps": 100}})
     (folder / "grids").mkdir()
     (folder / "grids" / "part-00000.parquet").write_bytes(b"x" * 5000)
     return folder
@@ -459,11 +459,11 @@ def test_what_somebody_sets_beats_what_was_measured(run: Path, tmp_path: Path) -
 )
 def test_a_rate_of_another_recipe_is_not_believed(run: Path, change: str, lost: set[str]) -> None:
     every = {"seconds_per_grid", "seconds_per_step", "keep_rate", "grid_bytes"}
-    assert set(measured.rates(load("pocket", [change]), run)) == every - lost
+    assert set(job.rates(load("pocket", [change]), run)) == every - lost
 
 
 def test_a_folder_without_a_run_measures_nothing(tmp_path: Path) -> None:
-    assert measured.rates(load("pocket"), tmp_path / "nothing") == {}
+    assert job.rates(load("pocket"), tmp_path / "nothing") == {}
 
 
 def test_tokens_of_a_run_s_answers_are_read_from_its_evidence(tmp_path: Path) -> None:
@@ -477,11 +477,11 @@ def test_tokens_of_a_run_s_answers_are_read_from_its_evidence(tmp_path: Path) ->
     judged_run.save(folder / "candidates", records.PAIR, [{**row, "evidence": json.dumps({"vlm": {"votes": votes}})}])
     recipe = load("pocket", [VLM])
     (folder / "recipe.yaml").write_text(recipe.dump())
-    found = measured.rates(recipe, folder)
+    found = job.rates(recipe, folder)
     assert (found["judge_input_tokens"].value, found["judge_answer_tokens"].value) == (1000, 250)
     planned = make(load("pocket", ["write.count=10"]).model_copy(update={"curate": recipe.curate}), run_dir=folder)
     assert planned["stages"]["curate"]["tokens"] == {"in": 3 * 10 * 1000, "out": 3 * 10 * 250}
-    assert measured.rates(load("pocket", [VLM, "curate.vlm.votes=1"]), folder) == {}
+    assert job.rates(load("pocket", [VLM, "curate.vlm.votes=1"]), folder) == {}
 
 
 # ---- the command

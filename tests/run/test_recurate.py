@@ -12,7 +12,7 @@ import yaml
 import plain_stages as stages
 from diptych.apps import audit
 from diptych.cli import app
-from diptych.data import funnel, log
+from diptych.data import funnel, places
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate.report.gather import Run
@@ -82,7 +82,7 @@ def test_it_makes_the_bytes_of_a_run_with_these_thresholds(judged: Path, recipe_
     assert found["pairs"] == len(pairs) == found["kept_after"] and all(row["similarity"] >= 0.6 for row in pairs)
     assert found["went"] > 0 and found["came"] == 0
     assert (judged / "grids/part-00000.parquet").samefile(tmp_path / "b/grids/part-00000.parquet")
-    assert [event["event"] for event in log.read(tmp_path / "b")] == ["recurate"]
+    assert [event["event"] for event in places.read(tmp_path / "b")] == ["recurate"]
 
 
 def test_the_new_run_goes_on_like_any_other(judged: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_derived_run_shares_what_its_recipe_does_not_change(judged: Path, reci
     made = stages.data(tmp_path / "b")
     again.derive(judged, later, tmp_path / "b", QUIET)
     assert stages.data(tmp_path / "b") == made
-    assert [event["event"] for event in log.read(tmp_path / "b")].count("derive") == 1
+    assert [event["event"] for event in places.read(tmp_path / "b")].count("derive") == 1
 
 
 def test_a_derived_run_has_the_candidates_of_its_own_thresholds(

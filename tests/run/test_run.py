@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import plain_stages as stages
-from diptych.data import log
+from diptych.data import places
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load
@@ -67,9 +67,9 @@ def test_a_run_makes_every_part_of_its_folder(recipe: Recipe, tmp_path: Path) ->
     assert summary["report"] == str(out / "report/report.html")
     manifest = Dataset(out / "grids").manifest
     assert manifest is not None and manifest["inputs"]["prompts"] == Dataset(out / "prompts").manifest_hash()
-    assert len(manifest["teacher_sha256"]) == 64 and log.read(out)[0]["versions"]["diptych"]
+    assert len(manifest["teacher_sha256"]) == 64 and places.read(out)[0]["versions"]["diptych"]
     json.dumps(summary)
-    assert set(log.seconds(out)) == {"write", "paint", "curate", "distill", "evaluate"}
+    assert set(places.seconds(out)) == {"write", "paint", "curate", "distill", "evaluate"}
 
 
 def test_the_same_recipe_twice_gives_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_other_versions_of_libraries_alone_change_no_file(
     for name, installed in (("a", "1.0"), ("b", "2.0")):
         monkeypatch.setattr(machine, "version", lambda package, installed=installed: installed)
         run(recipe, tmp_path / name, display=QUIET)
-        found.append(log.read(tmp_path / name)[0]["versions"]["pyarrow"])
+        found.append(places.read(tmp_path / name)[0]["versions"]["pyarrow"])
     assert found == ["1.0", "2.0"] and stages.data(tmp_path / "a") == stages.data(tmp_path / "b")
 
 
@@ -242,12 +242,12 @@ def test_threads_are_set_whether_or_not_torch_is_loaded_yet() -> None:
 
 
 def test_a_log_survives_a_line_cut_by_a_kill(tmp_path: Path) -> None:
-    log.append(tmp_path, "stage", stage="paint", seconds=1.5)
-    with (tmp_path / log.LOG).open("a") as stream:
+    places.append(tmp_path, "stage", stage="paint", seconds=1.5)
+    with (tmp_path / places.LOG).open("a") as stream:
         stream.write('{"event": "sta')
-    log.append(tmp_path, "stage", stage="paint", seconds=2)
-    assert log.seconds(tmp_path) == {"paint": 3.5}
-    assert log.read(tmp_path / "nothing") == []
+    places.append(tmp_path, "stage", stage="paint", seconds=2)
+    assert places.seconds(tmp_path) == {"paint": 3.5}
+    assert places.read(tmp_path / "nothing") == []
 
 
 def test_rate_and_time_left_leave_out_what_was_there_before() -> None:

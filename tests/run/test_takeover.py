@@ -12,11 +12,11 @@ import pytest
 
 import plain_stages as stages
 from diptych.cli import app
-from diptych.data import decisions, log
+from diptych.data import labels, places
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import Reply, Usage
+from diptych.llm.question import Reply, Usage
 from diptych.recipe import load
 from diptych.run.runner import run
 from diptych.utils.console import Display
@@ -54,7 +54,7 @@ def test_another_judge_keeps_the_prompts_and_grids(judged: Path, tmp_path: Path)
         files = list((judged / name).iterdir())
         assert files and all(path.samefile(tmp_path / "b" / name / path.name) for path in files)
     assert summary["stages"]["paint"]["processed"] == 0 and summary["stages"]["curate"]["processed"] > 0
-    [taken] = [event for event in log.read(tmp_path / "b") if event["event"] == "take over"]
+    [taken] = [event for event in places.read(tmp_path / "b") if event["event"] == "take over"]
     assert taken["parts"]["grids"] == 5 and taken["parts"]["candidates"] == 0
     assert load(tmp_path / "b" / "recipe.yaml").curate.judge.endswith("other-judge")
 
@@ -134,11 +134,11 @@ def test_the_advice_where_no_pair_is_kept_works(judged: Path, tmp_path: Path) ->
 
 def test_people_s_decisions_go_along_with_the_grids(judged: Path, tmp_path: Path) -> None:
     [first, *_] = [row["id"] for row in Dataset(judged / "pairs")]
-    decisions.add(judged, first, "reject", "ana")
+    labels.add(judged, first, "reject", "ana")
     run(recipe(judged, other_judge(judged)), tmp_path / "b", ROWS, source=judged, display=QUIET)
     assert first not in [row["id"] for row in Dataset(tmp_path / "b" / "pairs")]
     run(recipe(judged, "paint.steps=7"), tmp_path / "c", ROWS, source=judged, display=QUIET)
-    assert decisions.read(tmp_path / "c") == {}  # other pictures under the same names
+    assert labels.decided(tmp_path / "c") == {}  # other pictures under the same names
 
 
 def test_answers_that_were_paid_for_go_along(judged: Path, tmp_path: Path) -> None:

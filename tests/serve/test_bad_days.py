@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from diptych import Student
-from diptych.serve.clock import Clock
+from diptych.serve.disk import Clock
 from diptych.serve.service import Service
 from diptych.serve.settings import Settings
 from serve.running import Running

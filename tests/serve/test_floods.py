@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.serve.lanes import Lane
-from diptych.serve.refusals import Busy
+from diptych.serve.board import Busy, Lane
+from diptych.serve.disk import Shares
 from diptych.serve.settings import Limits, Settings
-from diptych.serve.shares import Shares
 from diptych.serve.store import Store
 from diptych.utils.documents import parse_request
 from serve.running import TOKENS, Running

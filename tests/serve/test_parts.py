@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from diptych.errors import UsageError, UserError
-from diptych.serve import tokens, watermark
-from diptych.serve.rates import Rate
+from diptych.serve import tokens, worker
 from diptych.serve.runs import Runs
 from diptych.serve.store import TRIES, Store
+from diptych.serve.tokens import Rate
 
 REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}
 
@@ -120,17 +120,17 @@ def test_the_watermark_is_found_by_its_key_alone_and_through_a_jpeg(size: tuple[
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     plain = small.resize(size, Image.Resampling.BICUBIC)
-    marked = watermark.mark(plain, "ours")
-    assert np.abs(np.asarray(marked, np.int16) - np.asarray(plain, np.int16)).max() <= watermark.STRENGTH
+    marked = worker.mark(plain, "ours")
+    assert np.abs(np.asarray(marked, np.int16) - np.asarray(plain, np.int16)).max() <= worker.STRENGTH
     assert (
-        watermark.score(marked, "ours")
-        > watermark.SURE
-        > max(abs(watermark.score(plain, "ours")), abs(watermark.score(marked, "another")))
+        worker.score(marked, "ours")
+        > worker.SURE
+        > max(abs(worker.score(plain, "ours")), abs(worker.score(marked, "another")))
     )
     if size[0] > 100:
         out = io.BytesIO()
         marked.save(out, "JPEG", quality=85)
-        assert watermark.score(Image.open(out), "ours") > watermark.SURE
+        assert worker.score(Image.open(out), "ours") > worker.SURE
 
 
 def test_a_run_that_was_not_chosen_is_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.recipe.schema import Write as Settings
 from diptych.run.runner import PromptShards
-from diptych.stages.write import compose, stage, vocabulary, wording
+from diptych.stages.write import grammar as wording
+from diptych.stages.write import stage, vocabulary
+from diptych.stages.write import vocabulary as compose
 from diptych.stages.write.grammar import Draft, Turn
 
 PHOTO = vocabulary.load("photo")

@@ -17,10 +17,10 @@ from diptych.data import funnel, records
 from diptych.data.images import image_cell
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
-from diptych.llm.model import open_model
+from diptych.llm.client import open_model
 from diptych.recipe.schema import Copies, Recipe, Thresholds
 from diptych.run.runner import run
-from diptych.stages.curate import alignment, copies
+from diptych.stages.curate import alignment, duplicates
 from diptych.stages.curate.stage import Curate
 from diptych.utils.console import Display
 from llm.chat_server import Serve, say
@@ -44,7 +44,9 @@ LIMITS = Copies().limits()
 
 
 def measured(one: np.ndarray, other: np.ndarray, similarity: float = 0.5) -> dict[str, float]:
-    return copies.measure(copies.look(Image.fromarray(one)), copies.look(Image.fromarray(other)), similarity)
+    return duplicates.measure(
+        duplicates.look(Image.fromarray(one)), duplicates.look(Image.fromarray(other)), similarity
+    )
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -120,9 +122,9 @@ def test_embeddings_refuse_what_shows_nearly_the_same(subject_panels: Pairs) -> 
     rows = [of(i, *pair) for i, pair in enumerate(subject_panels[:8])]
     free = [pairs[0] for pairs in curated(recipe_of(copies={"hash": None}), rows)]
     cosines = [json.loads(pair["evidence"])["copies"]["embedding"] for pair in free]
-    assert cosines == [round(pair["similarity"], copies.DIGITS) for pair in free] and {p["reason"] for p in free} == {
-        "kept"
-    }
+    assert cosines == [round(pair["similarity"], duplicates.DIGITS) for pair in free] and {
+        p["reason"] for p in free
+    } == {"kept"}
     limit = sorted(cosines)[-3]
     strict = [pairs[0] for pairs in curated(recipe_of(copies={"hash": None, "embedding": limit}), rows)]
     assert [pair["reason"] == "near_copy: embedding" for pair in strict] == [cosine >= limit for cosine in cosines]

@@ -25,7 +25,7 @@ from diptych.data.images import open_image
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.cache import Cache
-from diptych.llm.model import NobodyAnswers, open_model
+from diptych.llm.client import NobodyAnswers, open_model
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Thresholds, Vlm
 from diptych.run.recurate import judged_again

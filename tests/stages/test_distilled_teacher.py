@@ -15,7 +15,7 @@ from diptych.errors import UsageError
 from diptych.recipe import load
 from diptych.run import frozen, plan, runner
 from diptych.stages import paint
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 from diptych.train import distill
 
 
@@ -73,16 +73,16 @@ OTHERS += ("Qwen/Qwen-Image-2512", "somebody/undistilled-turbo", "somebody/step-
 
 def test_distilled_teachers_are_found_by_their_configs_and_names(tmp_path: Path) -> None:
     for name, (steps, configs) in FOUND.items():
-        found = distilled.examine(str(model(tmp_path / name, **configs)))
+        found = teachers.examine(str(model(tmp_path / name, **configs)))
         assert found is not None and found.steps == steps, name
     for name, configs in NOT_FOUND.items():
-        assert distilled.examine(str(model(tmp_path / name, **configs))) is None, name
+        assert teachers.examine(str(model(tmp_path / name, **configs))) is None, name
     for name, steps in NAMES.items():
-        found = distilled.examine(name)
+        found = teachers.examine(name)
         assert found is not None and found.steps == steps, name
-    assert [name for name in OTHERS if distilled.examine(name)] == []
+    assert [name for name in OTHERS if teachers.examine(name)] == []
     snapshot = tmp_path / "models--black-forest-labs--FLUX.1-schnell" / "snapshots" / "abc"
-    assert distilled.examine(str(model(snapshot, model_index={"_class_name": "FluxPipeline"})))
+    assert teachers.examine(str(model(snapshot, model_index={"_class_name": "FluxPipeline"})))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_run_that_would_train_from_one_stops_before_anything_is_written(
         assert "distill.allow_distilled_teacher=true" in str(refused.value)
     assert not (tmp_path / "run").exists() and not (tmp_path / "student").exists()
     with caplog.at_level(logging.WARNING):
-        distilled.refuse(few.teacher, allowed(few).distill.allow_distilled_teacher)
+        teachers.refuse(few.teacher, allowed(few).distill.allow_distilled_teacher)
     assert "all the same" in caplog.text
 
 

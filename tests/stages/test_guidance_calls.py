@@ -14,7 +14,7 @@ import torch
 from diptych.errors import UsageError, UserError
 from diptych.recipe.schema import Paint as PaintSettings
 from diptych.stages import paint
-from diptych.student.families import calls
+from diptych.student.families import teachers as calls
 
 SIZE = {"height": 32, "width": 64}
 # Families that rescale the guided prediction: its direction is checked, and not its length.

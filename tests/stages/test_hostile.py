@@ -23,7 +23,7 @@ from PIL import Image
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych.apps import audit, audit_sheet
+from diptych.apps import audit, audit_page
 from diptych.apps.audit_page import AuditServer
 from diptych.apps.audit_page import serve as serve_page
 from diptych.data import labels, records
@@ -31,7 +31,7 @@ from diptych.data.engine import LocalEngine, Result
 from diptych.data.store import Dataset
 from diptych.evaluate.report import run_report
 from diptych.judges.vlm import VlmJudge
-from diptych.llm.model import open_model
+from diptych.llm.client import open_model
 from diptych.recipe.schema import Recipe
 from diptych.run.runner import PromptShards
 from diptych.stages.curate.stage import Curate
@@ -267,7 +267,7 @@ def test_the_report_and_the_audit_show_such_words_and_run_none(serve: Serve, tmp
     sample = audit.draw(run, 100, 0)
     assert len(sample.pairs) == len(EVIL)
     before = set(tmp_path.parent.rglob("*"))
-    pictures = audit_sheet.write(sample, run / "sheet.csv")
+    pictures = audit_page.write(sample, run / "sheet.csv")
     new = set(tmp_path.parent.rglob("*")) - before
     assert len(list(pictures.iterdir())) == 2 * len(EVIL)
     assert new == {run / "sheet.csv", pictures, *pictures.iterdir()}

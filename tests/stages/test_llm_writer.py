@@ -24,7 +24,7 @@ from diptych.pocket.captions import count_words
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.run.runner import PromptShards
-from diptych.stages.write import llm_writer, seeds, stage, wording
+from diptych.stages.write import grammar, llm_writer, seeds, stage
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
 NOUNS = "fox robot teapot violin owl bicycle baker lantern tortoise drone kettle heron otter cello wagon scarecrow"
@@ -93,7 +93,7 @@ def test_every_caption_becomes_a_prompt_in_the_task_s_wording(serve: Serve, tmp_
         assert isinstance(row, dict) and list(row) == list(records.PROMPT)
         assert all(panel.startswith("a photograph of a") for panel in row["panels"])
         assert row["id"] == records.prompt_id(number)
-        told = [wording.parts(task.panel_template, panel, row["subject"]) for panel in row["panels"]]
+        told = [grammar.parts(task.panel_template, panel, row["subject"]) for panel in row["panels"]]
         assert all(one["scene"] and one["scene"] in row["prompt"] for one in told)
         assert count_words(row["prompt"]) <= stage.MAX_WORDS_PHOTO
     assert Counter(caption_of(call) for call in server.calls) == Counter(captions(40))  # each once
@@ -114,7 +114,7 @@ def test_what_panels_share_and_what_they_change_are_read_back_from_their_caption
     scene = "a teapot on a kitchen table, by the wall" if name == "relight" else "on a table, by the wall"
     answer = {"subject": "The teapot", "description": "a blue teapot", "style": "s", "scene": scene}
     made = llm_writer.draft(task, {**answer, "panels": ["hard noon sun", "soft blue light"]})
-    told = [wording.parts(task.panel_template, caption, made.subject) for caption in made.panels]
+    told = [grammar.parts(task.panel_template, caption, made.subject) for caption in made.panels]
     assert [one["change"] for one in told] == ["hard noon sun", "soft blue light"]
     assert {one["scene"] for one in told} == {scene} and made.subject == "teapot"
     commas = json.dumps({**answer, "panels": ["hard, noon sun", "soft light"]})

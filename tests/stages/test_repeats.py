@@ -16,8 +16,8 @@ from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.recipe import load, tasks
 from diptych.run.runner import run
-from diptych.stages.write import repeats, stage  # before `plain_stages` takes the package's place
-from diptych.stages.write import wording as wordings
+from diptych.stages.write import diversity, stage  # before `plain_stages` takes the package's place
+from diptych.stages.write import grammar as wordings
 from diptych.utils.console import Display
 from llm.chat_server import Call, Serve, say
 
@@ -51,7 +51,7 @@ def test_near_duplicates_across_shards_are_taken_out_once_and_for_all(
     path.write_text(json.dumps({**values, "distill": {"precision": "float32"}}))
     plain_stages.use(monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write.stage", stage)
-    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write.repeats", repeats)
+    monkeypatch.setitem(__import__("sys").modules, "diptych.stages.write.diversity", diversity)
 
     run(load(path), tmp_path / "a", stages=("write",), display=Display(quiet=True))
     kept = list(Dataset(tmp_path / "a" / "prompts"))
@@ -93,7 +93,7 @@ def test_the_wording_that_all_prompts_share_makes_no_two_of_them_alike(tmp_path:
         ]
         prompts.write_shard(shard, rows)
     failed = Dataset(tmp_path / "failed", records.schema(records.FAILED))
-    assert repeats.take_out(prompts, failed, task, layout, 0.5, "f") == 0 and len(prompts) == 12
+    assert diversity.take_out(prompts, failed, task, layout, 0.5, "f") == 0 and len(prompts) == 12
 
 
 @pytest.mark.parametrize("name", [name for name in tasks.names() if name != "relight"])

@@ -20,7 +20,8 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.recipe.schema import Write as Settings
 from diptych.run.runner import PromptShards
-from diptych.stages.write import stage, wording
+from diptych.stages.write import grammar as wording
+from diptych.stages.write import stage
 from diptych.stages.write.grammar import GRAMMARS, Draft, Turn
 
 

@@ -14,7 +14,7 @@ from diptych import Student, student
 from diptych.cli.app import call
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, split_tokens
-from diptych.student.runtime import packed, speed
+from diptych.student.runtime import modulation, speed
 from diptych.student.runtime.recall import Recall, content
 from student.conftest import GOLDEN
 
@@ -91,13 +91,13 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
     linears = sum(type(module) is torch.nn.Linear for module in quick.transformer.modules())
     left_out = speed.apply(quick, speed.PRESETS["exact"])
     assert [reason.partition(":")[0] for reason in left_out] == ["fused_qkv", "compile"]
-    held = [module for module in quick.transformer.modules() if isinstance(module, packed.PackedLinear)]
+    held = [module for module in quick.transformer.modules() if isinstance(module, modulation.PackedLinear)]
     blocks = [*quick.transformer.transformer_blocks, *quick.transformer.single_transformer_blocks]
     assert len(held) > 5 * len(blocks) and all(module.original[0].weight.numel() == 0 for module in held)
     same(latents(quick, **given), plain)
     student.save(quick, tmp_path / "saved")
     assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)
-    assert sum(isinstance(module, packed.PackedLinear) for module in quick.transformer.modules()) == len(held)
+    assert sum(isinstance(module, modulation.PackedLinear) for module in quick.transformer.modules()) == len(held)
     speed.remove(quick)
     after = quick.transformer.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
@@ -106,9 +106,9 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
 
 def test_what_cannot_be_packed_is_told():
     layer = torch.nn.Linear(2, 2)
-    assert packed.cannot_pack(layer) == ""
-    assert packed.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
-    assert packed.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
+    assert modulation.cannot_pack(layer) == ""
+    assert modulation.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
+    assert modulation.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
 
 
 def test_a_small_transformer_is_not_compiled_and_the_reason_is_given(quick):
@@ -196,11 +196,11 @@ def test_clamped_left_panel_ends_as_the_reference_and_moves_the_right_one(quick,
 
 
 def test_right_panel_alone_is_the_decoded_right_half(quick, pictures):
-    packed = latents(quick, reference=pictures[0])
+    modulation = latents(quick, reference=pictures[0])
     speed.apply(quick, speed.Speed(decode="right"))
     given: Any = {"reference": pictures[0], "generator": 0, "num_inference_steps": 5, "output_type": "pt"}
     out = quick("a red cat", return_reference=True, **given)
-    left, right = split_tokens(packed, CANVAS)
+    left, right = split_tokens(modulation, CANVAS)
     for got, half in ((out.images, right), (out.references, left)):
         alone = quick.decode_canvas(half, Canvas(16, 8, 4))  # a canvas as wide as one panel
         same(got, (alone / 2 + 0.5).clamp(0, 1))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tiny_run
 
-from diptych.data.limits import in_force
+from diptych.data.records import in_force
 from diptych.recipe.schema import Recipe
 from diptych.train.card import model_card
-from diptych.train.material import Material
+from diptych.train.job import Material
 
 OFF = {"thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
 NUMBERS: dict[str, Any] = {"parameters": 1, "pairs": 20, "validation_pairs": 4, "steps": 3, "epochs": 1.0}

@@ -22,8 +22,8 @@ from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load as load_recipe
 from diptych.run.runner import run
+from diptych.train import cached as texts
 from diptych.train import checkpoint, latents, processes
-from diptych.train import text as texts
 from diptych.train.distill import distill, finish
 from diptych.train.loop import Trainer, train
 from diptych.train.options import Options, Preference, identity, may_change

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diptych.utils.hardware import attending, computing
+from diptych.utils.machine import attending, computing
 
 
 def test_on_a_gpu_cudnn_does_not_attend_in_training():

@@ -156,7 +156,7 @@ def test_trackers_are_told_what_the_log_is_told(world: Any, tmp_path: Path) -> N
 def test_trackio_keeps_one_run_for_a_training_that_is_continued(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     script = (
-        "import sys; from pathlib import Path; from diptych.train.trackers import Trackers\n"
+        "import sys; from pathlib import Path; from diptych.train.metrics import Trackers\n"
         "for step in (1, 2):\n"
         "    told = Trackers(['trackio'], Path(sys.argv[1]), 'tiny', {'steps': 2})\n"
         "    told.log({'step': step, 'loss': 0.5 / step, 'validation': {'loss': 2.0}})\n"

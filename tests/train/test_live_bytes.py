@@ -20,7 +20,7 @@ from diptych.train import parts
 from diptych.train.lora import as_loaded
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, canvases_at_once, captions_at_once
-from diptych.utils.hardware import computing
+from diptych.utils.machine import computing
 
 DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
 CPU, META = torch.device("cpu"), torch.device("meta")

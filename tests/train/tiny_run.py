@@ -163,7 +163,7 @@ def make_recipe(teacher: Path, **distill: Any) -> Any:
 def prepare(recipe: Any, pairs: Any, out: Path, *rest: Any) -> Any:
     """`distill.prepare` on these pairs and what else the recipe names."""
     from diptych.train import distill
-    from diptych.train.material import Material
+    from diptych.train.job import Material
 
     return distill.prepare(recipe, Material.open(recipe, pairs), out, *rest)
 

@@ -13,7 +13,7 @@ import pytest
 
 from diptych import recipe as recipes
 from diptych.apps import batch
-from diptych.apps.batch import names as batch_names
+from diptych.apps.batch import requests as batch_names
 from diptych.cli import app
 from diptych.data.interop.importing import import_data
 from diptych.data.labels import Labels

@@ -18,8 +18,7 @@ from diptych.data import records
 from diptych.data.images import open_image
 from diptych.data.interop.importing import import_data
 from diptych.data.interop.rows import Options
-from diptych.data.places import desk
-from diptych.data.share import link_all, share
+from diptych.data.places import desk, link_all, share
 from diptych.data.sources import open_pairs
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
@@ -29,7 +28,7 @@ from diptych.provenance.trace import links, trace
 from diptych.student.weights import files
 from diptych.train import checkpoint
 from diptych.utils import models
-from diptych.utils.layers import check_folder
+from diptych.utils.models import check_folder
 from diptych.utils.paths import inside, private_file
 
 SECRET = b"a file of this machine"
@@ -131,16 +130,17 @@ def test_chmod_and_writing_do_not_follow_a_link(tmp_path: Path, secret: Path) ->
     with pytest.raises(UserError, match="link"):
         private_file(linked(tmp_path / "run" / "answers.sqlite", secret))
     assert secret.stat().st_mode & 0o777 == 0o644 and secret.read_bytes() == SECRET
-    from diptych.data import decisions, log
-    from diptych.data.lock import lock
+    from diptych.data import labels
+    from diptych.data import places as log
+    from diptych.data.places import lock
 
     run = tmp_path / "run"
     linked(run / log.LOG, secret)
-    linked(decisions.path(run), secret)
+    linked(labels.path(run), secret)
     linked(run / ".lock", secret)
     for write in (
         lambda: log.append(run, "stage"),
-        lambda: decisions.add(run, "c-000000-01", "accept", "ana"),
+        lambda: labels.add(run, "c-000000-01", "accept", "ana"),
         lambda: lock(run).__enter__(),
     ):
         with pytest.raises(UserError):

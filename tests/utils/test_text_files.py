@@ -26,7 +26,7 @@ from diptych.evaluate.suites import pictures
 from diptych.recipe import tasks
 from diptych.serve import tokens
 from diptych.stages.write import seeds, vocabulary
-from diptych.utils.text_files import decode, read_lines, stream_lines
+from diptych.utils.documents import decode, read_lines, stream_lines
 
 PNG = encode(Image.new("RGB", (8, 8)), "PNG")
 OTHERS = {

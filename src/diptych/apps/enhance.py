@@ -25,7 +25,7 @@ from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.question import Question, clean, quoted, system, user
-from diptych.utils import plain
+from diptych.utils import documents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,7 @@ def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-end
     try:
         return Endpoint(base_url=url, model=model, api_key_env=key, max_tokens=1024, retries=2, concurrency=4)
     except ValidationError as error:
-        said = plain.said(error.errors()[0])
+        said = documents.said(error.errors()[0])
         raise UsageError(f"{option} {said}") from None
 
 

@@ -123,9 +123,9 @@ def relight(
 
 def prompt_of(light: str, scene: str = "", task: str = "relight") -> str:
     """The prompt for a light, in the wording of the task."""
-    from diptych.stages.write import wording
+    from diptych.stages.write import grammar
 
-    return wording.asked(aligned(task), light.strip(), scene.strip())
+    return grammar.asked(aligned(task), light.strip(), scene.strip())
 
 
 def aligned(task: str) -> Task:

@@ -541,7 +541,7 @@ def check_seed(number: object) -> None:
 
 def check_options(options: dict[str, Any]) -> None:
     """UsageError for options of `Student.generate` that no model could take; None is always fine. Needs no model."""
-    from diptych.data.rgb import colour
+    from diptych.data.formats import colour
     from diptych.student.settings import MAX_STEPS
 
     for name, value in options.items():

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import data, draw, evaluate, generate, push, serve, sign, trace
+from diptych.cli import data, draw, evaluate, generate, provenance, serve
 from diptych.cli.options import Address, Engine, Json
 from diptych.errors import UsageError, UserError
 from diptych.student.weights import directions
@@ -242,9 +242,9 @@ def ablate(
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("relight", epilog=draw.RELIGHT)(draw.relight)
 app.command("story", epilog=draw.STORY)(draw.story)
-app.command("push", epilog=push.EXAMPLE)(push.push)
-app.command("sign", epilog=sign.EXAMPLE)(sign.sign)
-app.command("trace", epilog=trace.EXAMPLE)(trace.trace)
+app.command("push", epilog=provenance.PUSH_EXAMPLE)(provenance.push)
+app.command("sign", epilog=provenance.SIGN_EXAMPLE)(provenance.sign)
+app.command("trace", epilog=provenance.TRACE_EXAMPLE)(provenance.trace)
 
 
 def _print_directions(value: bool) -> None:

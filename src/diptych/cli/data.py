@@ -198,7 +198,7 @@ def _display(as_json: bool) -> Any:
 
 def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -> bool:
     """Writes the sheet, or takes its labels over; True if there is something to report."""
-    from diptych.apps.audit_sheet import write
+    from diptych.apps.audit_page import write
     from diptych.data import labels as files
 
     if not sheet.exists():

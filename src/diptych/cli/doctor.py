@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.llm import vllm
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 from diptych.student.runtime import memory as presets
 from diptych.utils import models
-from diptych.utils.configs import INDEX, read
 from diptych.utils.machine import processor, versions
+from diptych.utils.opening import INDEX, read
 from diptych.utils.paths import packaged
 
 # Extra → the modules it brings.
@@ -155,10 +155,10 @@ def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
 
 def _teachers(named: str | None) -> list[dict[str, Any]]:
     """The pipelines in the hub's cache, and the one that was named: whether each is step-distilled."""
-    listed = list(distilled.cached())
+    listed = list(teachers.cached())
     if named is not None:
         kind = str(read(named, INDEX).get("_class_name", ""))
-        listed = [(named, kind, distilled.examine(named)), *(one for one in listed if one[0] != named)]
+        listed = [(named, kind, teachers.examine(named)), *(one for one in listed if one[0] != named)]
     return [{"name": name, "class": kind, "distilled": found.reason if found else ""} for name, kind, found in listed]
 
 

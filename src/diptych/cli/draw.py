@@ -235,7 +235,7 @@ def story(
 
 def _written(idea: str, count: int, url: str | None, model: str | None, display: Any) -> Any:
     from diptych.apps import enhance
-    from diptych.apps.story_writer import write_panels
+    from diptych.apps.story import write_panels
     from diptych.llm.cache import Cache
 
     endpoint = enhance.endpoint_of(url, model, "--llm-endpoint")

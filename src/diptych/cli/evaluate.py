@@ -175,7 +175,7 @@ def _suite(
     address: str | None,
 ) -> None:
     from diptych.data.engine import open_engine
-    from diptych.data.lock import lock
+    from diptych.data.places import lock
     from diptych.evaluate import bench, job
     from diptych.evaluate.report import page
     from diptych.utils.console import Display

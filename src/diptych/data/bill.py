@@ -15,7 +15,7 @@ from typing import Any
 from diptych.data.places import answers
 from diptych.llm.cache import Cache
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.outcome import Usage
+from diptych.llm.question import Usage
 from diptych.recipe.schema import Recipe
 
 

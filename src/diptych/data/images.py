@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.data import seal
-from diptych.data.formats import open_header
-from diptych.data.rgb import WHITE, to_rgb
+from diptych.data.formats import WHITE, open_header, to_rgb
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.utils import plain
+from diptych.utils import documents
 from diptych.utils.documents import parse_json
 from diptych.utils.paths import here_or_packaged
 
@@ -73,7 +72,7 @@ def open_image(
     if not data:
         raise UserError(f"{label}: the file is empty")
     if len(data) > max_bytes:
-        raise UserError(f"{label}: {plain.size(len(data))} is over the limit of {plain.size(max_bytes)}")
+        raise UserError(f"{label}: {documents.size(len(data))} is over the limit of {documents.size(max_bytes)}")
     try:
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
@@ -102,11 +101,11 @@ def _read(path: Path, max_bytes: int) -> bytes:
     try:
         size = path.stat().st_size
         if size > max_bytes:
-            raise UserError(f"{path}: {plain.size(size)} is over the limit of {plain.size(max_bytes)}")
+            raise UserError(f"{path}: {documents.size(size)} is over the limit of {documents.size(max_bytes)}")
         with path.open("rb") as stream:
             data = stream.read(max_bytes + 1)  # a device has no size and no end
         if len(data) > max_bytes:
-            raise UserError(f"{path}: over the limit of {plain.size(max_bytes)}")
+            raise UserError(f"{path}: over the limit of {documents.size(max_bytes)}")
         return data
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -157,9 +156,9 @@ def encode(image: Image, kind: str, provenance: dict[Any, Any] | None = None) ->
             raise UserError("the provenance, prompt included, is too long for a JPEG; write a PNG or WebP")
     out = io.BytesIO()
     # `info` of an opened file (profiles, dpi, old text) must not leak into ours.
-    plain = image.copy()
-    plain.info = {}
-    plain.save(out, kind, **options)
+    documents = image.copy()
+    documents.info = {}
+    documents.save(out, kind, **options)
     return out.getvalue()
 
 

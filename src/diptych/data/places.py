@@ -6,13 +6,22 @@ open, locks and answers of language models have a folder of this machine for eac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UserError
-from diptych.utils.paths import inside, is_remote, place
+from diptych.utils.documents import parse_json
+from diptych.utils.paths import files_inside, inside, is_remote, place, refuse_link
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -79,3 +88,154 @@ def _copy(shown: Any, how: str, source: str, target: str) -> None:
         getattr(shown.fs, how)(source, target)
     except OSError as error:
         raise UserError(f"{shown}: cannot be copied ({error.strerror or error})") from error
+
+
+# A run's log: `log.jsonl`, one JSON object a line, only ever added to. It holds what must not be in the data, because
+# it differs between two runs of one recipe: times, machine, attempts.
+
+LOG = "log.jsonl"
+
+
+def append(run_dir: str | Path, event: str, **values: Any) -> None:
+    """Adds one line: the time, the event's name, and `values`."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **values}
+    path = place(run_dir) / LOG
+    if is_remote(path):  # no file there can be added to; the run's one process writes it anew
+        before = path.read_bytes() if path.exists() else b""
+        path.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        return
+    with refuse_link(path).open("ab+") as stream:
+        # A process killed in mid-line leaves no newline: begin a new line, so that only that line is lost.
+        if stream.seek(0, os.SEEK_END) and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+            stream.write(b"\n")
+        stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def read(run_dir: str | Path) -> list[dict[str, Any]]:
+    """All whole lines, in order; none if there is no log."""
+    path = place(run_dir) / LOG
+    events = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            events.append(parse_json(line))
+        except ValueError:
+            continue  # cut by a kill; see append
+    return events
+
+
+def seconds(run_dir: str | Path) -> dict[str, float]:
+    """Seconds spent in each stage, over all attempts that reached its end."""
+    spent: dict[str, float] = {}
+    for event in read(run_dir):
+        if event.get("event") == "stage" and "seconds" in event:
+            spent[event["stage"]] = round(spent.get(event["stage"], 0.0) + event["seconds"], 2)
+    return spent
+
+
+# One writer at a time: a lock on a folder that the system drops with its holder, so a kill leaves nothing to clear.
+
+
+@contextmanager
+def lock(place: Path) -> Iterator[None]:
+    """Keeps every other process out of a folder, which is made if need be. UserError if one is already in.
+
+    Nothing can be locked at an address: there it keeps out this machine's other processes.
+    """
+    folder = desk(place)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    try:
+        stream = refuse_link(folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+    with stream:
+        if not _take(stream.fileno()):
+            stream.seek(0)
+            holder = stream.read().strip()
+            raise UserError(
+                f"another diptych{f' (process {holder})' if holder else ''} is writing {place}; "
+                "wait for it to end, or choose another folder"
+            )
+        stream.seek(0)
+        stream.truncate()
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def _take(descriptor: int) -> bool:
+    """A lock that the system drops when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: its own lock, on the first byte
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+            return True
+        except OSError:
+            return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+# Files of one run under a second name in another: hard links where the disk allows, else copies. What is shared is
+# never changed in place, only replaced (`store.write_atomic`), so neither folder can change the other. Between
+# addresses, or between an address and a disk, parts are copied.
+
+
+def share(source: str | Path, target: str | Path, fingerprint: str | None = None) -> int:
+    """Gives `target` the parts of a data set, the manifest last, and returns how many of them it has then.
+
+    With `fingerprint`, only parts that were made with it are taken, and the manifest only if all of them are. Parts
+    that `target` has already stay as they are.
+    """
+    one, other = Dataset(source), Dataset(target)
+    shards = [n for n in one.shards() if fingerprint is None or one.part_fingerprint(n) == fingerprint]
+    whole = one.is_complete(fingerprint)
+    if not shards and not whole:
+        return 0
+    if not is_remote(other.url):
+        Path(other.url).mkdir(parents=True, exist_ok=True)
+    other.clean()
+    there = set(other.names())
+    for name in [*map(one.part_name, shards), *([MANIFEST] if whole else [])]:
+        if name in there:
+            continue
+        if is_remote(one.url) or is_remote(other.url):
+            other.put_file(name, one.read_file(name))
+        else:
+            link(inside(Path(one.url), name), Path(other.url) / name)
+    return len(shards)
+
+
+def link(path: Path, goal: Path) -> None:
+    """`goal` as a second name of the file `path`, or a copy of it; left alone if it exists. UserError if it cannot be
+    written."""
+    if goal.exists():
+        return
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A name in the hub's cache is a link, and relative: the file behind it is taken.
+        os.link(os.path.realpath(path), goal)
+    except OSError:
+        # Another disk, or a file system without links. The name is one of a killed writer, see store.is_temporary.
+        copy = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copyfile(path, copy)
+            copy.replace(goal)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                copy.unlink()
+            raise UserError(f"cannot write {goal}: {error.strerror or error}") from error
+
+
+def link_all(source: Path, target: Path, pattern: str) -> None:
+    """`link` for every file below `source` whose path in it matches `pattern` (`Path.glob`)."""
+    for path in files_inside(source, pattern) if source.resolve() != target.resolve() else ():
+        link(path, inside(target, path.relative_to(source).as_posix()))

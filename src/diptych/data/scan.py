@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
-from diptych.data import decisions, records
+from diptych.data import labels, records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.recipe import tasks
@@ -51,7 +51,7 @@ def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]
     the reason `duplicate: hash` or `duplicate: embedding`, and people's decisions hold whatever the numbers say.
     """
     refused = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
-    decided = decisions.both_ways(decisions.applied(folder))
+    decided = labels.both_ways(labels.applied(folder))
     parts = set(refused.shards())
     part, again = None, dict[str, str]()
     names = list(dict.fromkeys(("id", "kept", "reason", *columns)))

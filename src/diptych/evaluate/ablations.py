@@ -21,10 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diptych.errors import UsageError, nearest
 from diptych.evaluate.scoring import metrics
 from diptych.evaluate.scoring.metrics import Outcome
-from diptych.utils import plain
-from diptych.utils.documents import parse_yaml
+from diptych.utils import documents
+from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import packaged
-from diptych.utils.text_files import read_text
 
 TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that a seed makes another
 NAME = r"^[A-Za-z0-9][\w.-]*$"
@@ -115,7 +114,7 @@ def load(study: str) -> tuple[Study, Path]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        said = plain.said(first)
+        said = documents.said(first)
         raise UsageError(f"{path}: {where}{': ' if where else ''}{said}") from error
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych.data import log
+from diptych.data import places
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
@@ -184,8 +184,8 @@ def choose(job_: Job, suite: Suite | Pictures, out: Path) -> list[Scorer]:
 
 def vlm(job_: Job, out: Path) -> Scorer:
     """The vision-language judge, its answers kept in the folder."""
-    from diptych.evaluate.scoring.rubric import VlmScorer
-    from diptych.llm.model import open_model
+    from diptych.evaluate.scoring.scorers import VlmScorer
+    from diptych.llm.client import open_model
 
     judge = job_.judge
     about: dict[str, Any] = {"model": str(judge.model), "sampling": judge.asked.sampling() if judge.asked else {}}
@@ -251,7 +251,7 @@ def drawing_costs(out: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Of each method: median seconds a picture over batches, and the most memory that a batch took."""
     spent: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
-    for event in log.read(out):
+    for event in places.read(out):
         if event.get("event") == "drawn" and event["images"]:
             spent.setdefault(event["method"], []).append(event["seconds"] / event["images"])
             if event.get("peak_bytes"):

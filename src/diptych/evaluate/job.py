@@ -15,9 +15,8 @@ from diptych.errors import UsageError, nearest
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import Vllm
 from diptych.recipe.schema import Adapter, Recipe, Section, StockPipeline, Tuning
-from diptych.utils import plain
-from diptych.utils.documents import parse_yaml
-from diptych.utils.text_files import read_text
+from diptych.utils import documents
+from diptych.utils.documents import parse_yaml, read_text
 
 FILE = "evaluation.yaml"
 POCKET = "pocket"
@@ -191,7 +190,7 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
         lines = []
         for problem in error.errors():
             parts = [str(part) for part in problem["loc"]]
-            said = plain.said(problem)
+            said = documents.said(problem)
             if problem["type"] == "extra_forbidden":
                 known = Judge if parts[0] == "judge" and len(parts) > 1 else Job
                 known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)

@@ -34,11 +34,12 @@ from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import run_suite
 from diptych.evaluate.methods.baselines import Context, Copy, Method, Student, StudentShipped, TextOnly
-from diptych.evaluate.scoring import likeness, metrics, truth
+from diptych.evaluate.scoring import metrics, truth
+from diptych.evaluate.scoring import metrics as likeness
 from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.recipe import tasks
 from diptych.stages.curate import alignment
-from diptych.stages.write import wording
+from diptych.stages.write import grammar
 from diptych.utils.machine import versions
 from diptych.utils.paths import place
 
@@ -67,7 +68,7 @@ class Relit(Method):
 
     def words(self, sample: Wish) -> str:
         """What the student reads."""
-        return sample.prompt if self.told else wording.asked(self.task, sample.light)
+        return sample.prompt if self.told else grammar.asked(self.task, sample.light)
 
     @property
     def guided(self) -> dict[str, Any]:

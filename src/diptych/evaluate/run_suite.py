@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.data import log, records
+from diptych.data import places, records
 from diptych.data.engine import Engine, LocalEngine, Row, Work
-from diptych.data.share import share
+from diptych.data.places import share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import suites
@@ -264,7 +264,7 @@ def generate(
             took: dict[str, Any] = {"images": images, "seconds": round(seconds, 4)}
             if isinstance(engine, LocalEngine):  # else it is other processes that draw
                 took["peak_bytes"] = peak(context.recipe.device)
-            log.append(context.run_dir, "drawn", method=name, **took)
+            places.append(context.run_dir, "drawn", method=name, **took)
 
         made_by = {"suite": context.suite.name, "version": context.suite.version, "method": name}
         made_by["asked_sha256"] = asked(context.suite, samples, settings.seeds)
@@ -281,10 +281,12 @@ def take(source: Path, run_dir: Path, name: str, fingerprint: str) -> None:
         return
 
     def drawn(run: Path) -> list[dict[str, Any]]:
-        return [each for each in log.read(run) if each.get("event") == "drawn" and each.get("method") == name]
+        return [each for each in places.read(run) if each.get("event") == "drawn" and each.get("method") == name]
 
     for took in drawn(source) if not drawn(run_dir) else ():
-        log.append(run_dir, "drawn", **{key: took[key] for key in took.keys() - {"event", "time"}}, source=str(source))
+        places.append(
+            run_dir, "drawn", **{key: took[key] for key in took.keys() - {"event", "time"}}, source=str(source)
+        )
 
 
 # ---- judges

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, create_model
 
-from diptych.llm.model import Model, answers
-from diptych.llm.outcome import Outcome
-from diptych.llm.question import Question, system, user
+from diptych.llm.client import Model, answers
+from diptych.llm.question import Outcome, Question, system, user
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from diptych.errors import UserError
-from diptych.llm.outcome import Reply, Usage
+from diptych.llm.question import Reply, Usage
 from diptych.utils.paths import private_file
 
 VERSION = 2

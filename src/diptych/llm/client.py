@@ -14,16 +14,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from diptych.errors import UserError
+from diptych.llm import vllm as vllms
 from diptych.llm.cache import Cache
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.outcome import Outcome, Spent
-from diptych.llm.question import Question
+from diptych.llm.local import BLIND, LocalModel
+from diptych.llm.question import Outcome, Question, Spent
+from diptych.llm.replies import Streak
 from diptych.llm.settle import Memory, settle
-from diptych.llm.streak import Streak
 from diptych.llm.transport import Transport
+from diptych.llm.vllm import Vllm
 
 OnAnswer = Callable[[Outcome], object]
 
@@ -128,3 +132,79 @@ class Client:
             except BaseException as error:
                 # It is raised in the caller's thread, where somebody can see it.
                 done.put(error)
+
+
+# A model to ask, of whichever kind the settings name, and what became of many questions to it. model =
+# open_model(endpoint, cache="answers.sqlite") answers(model, questions)["pair-7"].answer Where nobody answers at all,
+# that is one error, which stops the stage: no row is blamed for it.
+
+Model = Client | LocalModel
+
+
+class NobodyAnswers(UserError):
+    """The model can answer nothing at all now (server down, wrong key): whatever row comes next meets the same."""
+
+    stops = True
+
+
+def open_model(
+    endpoint: Endpoint | None,
+    local: str | None = None,
+    vllm: Vllm | None = None,
+    *,
+    cache: str | Path | None,
+    device: str = "auto",
+    keep_undecided: bool = True,
+    sees: bool = True,
+) -> Model:
+    """The model at an endpoint, the `local` one of transformers on `device`, or the one that vLLM runs in this process;
+    exactly one of them is named.
+
+    Answers are kept in the SQLite file `cache`, if there is one; with `keep_undecided` useless ones too, so that a run
+    that is continued ends with the rows it would have had. A local model that is asked without images (not `sees`) may
+    be a language model without vision. UserError if the model or the file does not open.
+    """
+    kept = Cache(Path(cache).expanduser()) if cache is not None else None
+    options: dict[str, Any] = {"cache": kept, "keep_undecided": keep_undecided}
+    if vllm is not None:
+        from diptych.llm import local as vllm_engine
+
+        return vllm_engine.load(vllm, **options)
+    if local is not None:
+        return _opened(local, device, sees, options)
+    assert endpoint is not None, "settings name one model"
+    return Client(endpoint, **options)
+
+
+def _opened(name: str, device: str, sees: bool, options: dict[str, Any]) -> LocalModel:
+    model = LocalModel.load(name, device=device, **options)
+    if sees and not model.sees:
+        raise UserError(BLIND.format(name=name))
+    return model
+
+
+def answers(model: Model, questions: Iterable[Question]) -> dict[str, Outcome]:
+    """What became of each question, by its tag. NobodyAnswers where every question would fail."""
+    found: dict[str, Outcome] = {}
+    try:
+        model.ask_many(questions, lambda outcome: found.update({outcome.tag: outcome}))
+    except UserError as error:
+        raise NobodyAnswers(str(error)) from error
+    return found
+
+
+# Whether the language model that settings name can be asked at all: nothing is loaded, no server is called.
+
+
+def check(endpoint: Endpoint | None, local: str | None, vllm: Vllm | None, sees: bool = True) -> None:
+    """What `model.open_model` and the first question would raise: a key that is not set, a model or a package that is
+    not there, a local model without vision where images are asked about (`sees`). UsageError or UserError."""
+    from diptych.utils import models
+
+    if endpoint is not None:
+        Transport(endpoint).key()
+    if local is not None:
+        LocalModel.check(local, sees)
+    if vllm is not None:
+        vllms.check(vllm)
+        models.resolve(vllm.model, "vlm")

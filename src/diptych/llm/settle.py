@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.llm import echo, schema
+from diptych.llm import replies as echo
+from diptych.llm import schema
 from diptych.llm.cache import Cache
-from diptych.llm.outcome import GaveUp, Outcome, Reply, Usage
-from diptych.llm.question import Message, Question, clean, defused, key_of, user
+from diptych.llm.question import GaveUp, Message, Outcome, Question, Reply, Usage, clean, defused, key_of, user
 
 MAX_ECHO = 8000  # characters of a wrong answer that are sent back with what is wrong with it
 

@@ -18,12 +18,10 @@ from typing import Any, NoReturn
 from diptych.errors import UserError
 from diptych.llm import question as questions
 from diptych.llm import schema
-from diptych.llm.deadline import Network
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.foreign import foreign
-from diptych.llm.outcome import GaveUp, Reply, Usage
-from diptych.llm.pace import Pace, pause, retry_after
-from diptych.llm.question import Message, Picture, Question, clean
+from diptych.llm.pace import Network, Pace, pause, retry_after
+from diptych.llm.question import GaveUp, Message, Picture, Question, Reply, Usage, clean
+from diptych.llm.replies import foreign
 
 MAX_REPLY = 16 * 2**20  # bytes
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more has a quota that is used up

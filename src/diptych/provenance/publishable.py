@@ -20,9 +20,8 @@ from diptych.data.store import MANIFEST, Dataset, part_name
 from diptych.errors import UsageError, UserError
 from diptych.provenance import trace
 from diptych.utils import models
-from diptych.utils.documents import parse_yaml
+from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import files_inside, inside
-from diptych.utils.text_files import read_text
 
 CARD = "README.md"
 SUMMARY = trace.SUMMARY

@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diptych.data.embedded import holds_manifest
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
-from diptych.data.seal import text_hash
+from diptych.data.seal import holds_manifest, text_hash
 from diptych.data.store import MANIFEST, Dataset, part_name
 from diptych.errors import UsageError, UserError
 from diptych.provenance import manifest

@@ -17,10 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from diptych.errors import UsageError, nearest
 from diptych.recipe.schema import Recipe, flat
-from diptych.utils import plain
-from diptych.utils.documents import parse_yaml
+from diptych.utils import documents
+from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import here_or_packaged, is_remote, packaged, place
-from diptych.utils.text_files import read_text
 
 
 def names() -> list[str]:
@@ -111,7 +110,7 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
             text = "has too few values" if kind != "too_long" else "has too many values"
             got = ""
         else:
-            text, got = plain.said(error), "" if kind == "value_error" else got
+            text, got = documents.said(error), "" if kind == "value_error" else got
         wrong.setdefault(key, ([], got))[0].append(text)
     lines = []
     for key, (texts, got) in wrong.items():

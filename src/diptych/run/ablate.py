@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diptych import recipe as recipes
-from diptych.data import log
+from diptych.data import places
+from diptych.data.places import link_all
 from diptych.data.scan import open_run
-from diptych.data.share import link_all
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
@@ -246,7 +246,7 @@ def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
 def _seconds(plan: Study, out: Path) -> float:
     """What the stages of the base, if it was made here, and of every run took."""
     folders = [out / "base", *(place(out, name, seed) for name, seed in plan.runs())]
-    spent = sum(sum(log.seconds(folder).values()) for folder in folders)
+    spent = sum(sum(places.seconds(folder).values()) for folder in folders)
     for name, seed in plan.runs():
         if plan.variants[name].method == "adapter" and (found := _scores(plan, out, name, seed)):
             spent += found.seconds  # not a stage of the run

@@ -24,8 +24,7 @@ from diptych.errors import UsageError, UserError
 from diptych.evaluate import suites
 from diptych.evaluate.run_suite import refuse_one_judge
 from diptych.utils import models
-from diptych.utils.configs import INDEX
-from diptych.utils.opening import check_pipeline
+from diptych.utils.opening import INDEX, check_pipeline
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
@@ -71,7 +70,7 @@ def _complete(pipeline: Pipeline, stage: str, earlier: Path | None) -> bool:
 
 def write(recipe: Recipe) -> None:
     """The writer: its task, words or seed captions, and who is asked."""
-    from diptych.llm import ready
+    from diptych.llm import client
     from diptych.stages.write import llm_writer
     from diptych.stages.write.stage import Write, grammar
 
@@ -80,7 +79,7 @@ def write(recipe: Recipe) -> None:
         grammar(stage)
         return
     llm_writer.LanguageModel(recipe, stage.task, None)  # pyright: ignore[reportArgumentType] (nothing is asked)
-    ready.check(recipe.write.endpoint, recipe.write.local, recipe.write.vllm, sees=False)
+    client.check(recipe.write.endpoint, recipe.write.local, recipe.write.vllm, sees=False)
 
 
 def paint(recipe: Recipe) -> None:
@@ -90,7 +89,7 @@ def paint(recipe: Recipe) -> None:
     from diptych.stages.paint import doubts, memory_for
     from diptych.student.runtime import stock
     from diptych.student.weights.loading import pick_device
-    from diptych.utils.hardware import pick_precision
+    from diptych.utils.machine import pick_precision
 
     folder, device = teacher(recipe), pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
@@ -103,7 +102,7 @@ def paint(recipe: Recipe) -> None:
 def curate(recipe: Recipe) -> None:
     """The judge, the classifiers of the screens, and the vision-language model."""
     from diptych.judges.embedding import EmbeddingJudge
-    from diptych.llm import ready
+    from diptych.llm import client
     from diptych.stages.curate.screens import PanelClassifier
 
     settings = recipe.curate
@@ -111,7 +110,7 @@ def curate(recipe: Recipe) -> None:
     for classifier in settings.screens.classifiers if settings.screens else ():
         PanelClassifier.check(classifier)
     if settings.vlm is not None:
-        ready.check(settings.vlm.endpoint, settings.vlm.local, settings.vlm.vllm)
+        client.check(settings.vlm.endpoint, settings.vlm.local, settings.vlm.vllm)
 
 
 def distill(recipe: Recipe) -> None:
@@ -121,13 +120,13 @@ def distill(recipe: Recipe) -> None:
     from diptych.student.runtime import quantize
     from diptych.student.weights.loading import pick_device
     from diptych.student.weights.sources import open_source
-    from diptych.train import buckets, parts, trackers
+    from diptych.train import buckets, metrics, parts
     from diptych.train.distill import check_init
-    from diptych.train.material import Material
+    from diptych.train.job import Material
     from diptych.train.options import Options
 
     settings = recipe.distill
-    trackers.check(settings.trackers)
+    metrics.check(settings.trackers)
     Material.open(recipe, None)
     folder = teacher(recipe)
     check_init(recipe, folder)

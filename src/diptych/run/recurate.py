@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
-from diptych.data import decisions, log, records
+from diptych.data import labels, places, records
 from diptych.data.engine import Row
-from diptych.data.lock import lock
+from diptych.data.places import lock, share
 from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
-from diptych.data.share import share
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
 from diptych.recipe import tasks
@@ -54,8 +53,8 @@ def recurate(
     """
     display = display or Display()
     folder, old, task = open_run(run_dir)
-    decided = decisions.read(folder)
-    alone = not sets and out is not None and decided != decisions.applied(folder)
+    decided = labels.decided(folder)
+    alone = not sets and out is not None and decided != labels.applied(folder)
     new = old if alone else with_thresholds(old, task, folder, sets)
     candidates = Dataset(folder / "candidates")
     found = compare(candidates, task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate))
@@ -63,7 +62,7 @@ def recurate(
         raise UserError(f"{folder} has no candidates yet; first: diptych curate {folder}/recipe.yaml --out {folder}")
     before, after = (settable(recipe, task) for recipe in (old, new))
     result: dict[str, Any] = {"run": str(folder), "thresholds": {"before": before, "after": after}}
-    result |= {"complete": candidates.is_complete(), **found, "decided": decisions.counts(decided)}
+    result |= {"complete": candidates.is_complete(), **found, "decided": labels.counts(decided)}
     if old.curate.duplicates is not None:
         result["duplicates"] = {"before": _repeats(candidates, old, task), "after": _repeats(candidates, new, task)}
     if out is not None:
@@ -187,9 +186,9 @@ def _write(
         raise UserError(f"these thresholds keep none of {found['candidates']} candidate pairs; nothing was written")
     with lock(out):
         freeze(new, out)
-        decisions.fix(out, decided)
+        labels.fix(out, decided)
         made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
-        log.append(out, "recurate", **made_from, decided=decisions.counts(decided), versions=versions())
+        places.append(out, "recurate", **made_from, decided=labels.counts(decided), versions=versions())
         return _derive(source, folder, out, new, task, hashes, report)
 
 
@@ -203,11 +202,11 @@ def derive(folder: Path, recipe: Recipe, out: Path, display: Display) -> None:
         raise UserError(f"{source.url} is not what {folder}/recipe.yaml makes today; curate that run anew")
     with lock(out):
         recipe = freeze(recipe, out)
-        decisions.fix(out, decisions.applied(folder))
+        labels.fix(out, labels.applied(folder))
         if Dataset(out / "pairs").is_complete(_Judged(recipe, task, out, hashes).fingerprints("select")):
             return
         made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
-        log.append(out, "derive", **made_from, versions=versions())
+        places.append(out, "derive", **made_from, versions=versions())
         with display.stage("derive", "parts") as report:
             _derive(source, folder, out, recipe, task, hashes, report)
 
@@ -218,7 +217,7 @@ def _derive(
     """Everything up to `pairs/` of `out`, which is locked; how many pairs there are."""
     for name in ("prompts", "grids", "failed/write", "failed/paint"):
         share(folder / name, out / name)
-    decisions.copy(folder, out)
+    labels.copy(folder, out)
     if source.is_complete(_fingerprint(new, task, out, hashes)):
         for name in ("candidates", "failed/curate"):
             share(folder / name, out / name)

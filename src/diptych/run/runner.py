@@ -22,19 +22,17 @@ from typing import Any
 
 from diptych import recipe as recipes
 from diptych.data import bill as bills
-from diptych.data import decisions, log, records
+from diptych.data import labels, places, records
 from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work, open_engine
-from diptych.data.lock import lock
-from diptych.data.places import answers, bring, desk, send
+from diptych.data.places import answers, bring, desk, lock, send
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Duplicates, Recipe, Thresholds
-from diptych.run.frozen import decided, free_name, freeze
-from diptych.run.takeover import Source
+from diptych.run.frozen import Source, decided, free_name, freeze
 from diptych.stages.curate import duplicates
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 from diptych.student.runtime import parallel
 from diptych.utils import models
 from diptych.utils.console import Display
@@ -69,7 +67,7 @@ def run(
     """
     display = display or Display()
     if "distill" in stages:
-        distilled.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
+        teachers.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     folder = place(out) if out is not None else Path("runs") / recipe.name
     earlier = Source.open(source, folder) if source is not None else None
     task = tasks.load(recipe.task)
@@ -101,7 +99,7 @@ def run(
         if first:
             told = {"source": str(earlier.folder)} if earlier is not None else {}
             about: dict[str, Any] = {"stages": list(stages), "engine": engine, **told}
-            log.append(folder, "start", **about, machine=machine(), versions=versions())
+            places.append(folder, "start", **about, machine=machine(), versions=versions())
         pipeline = Pipeline(recipe, task, folder, display, workers, earlier)
         if earlier is not None:
             pipeline.take_over(earlier)
@@ -113,7 +111,7 @@ def run(
                 seconds = round(time.monotonic() - before, 2)
                 done[name] = {**result, "seconds": seconds}
                 if first:
-                    log.append(folder, "stage", stage=name, seconds=seconds, result=result)
+                    places.append(folder, "stage", stage=name, seconds=seconds, result=result)
     summary: dict[str, Any] = {"run": str(folder), "recipe": recipe.name, "stages": done}
     for key, path in (("report", "report/report.html"), ("metrics", "report/metrics.json"), ("student", "student")):
         if (folder / path).exists():
@@ -182,7 +180,7 @@ class Pipeline:
             source.answers(self.folder, everywhere=not isinstance(self.engine, LocalEngine))
         said = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
         trained = source.student(self.recipe, self.folder)
-        log.append(self.folder, "take over", source=str(source.folder), parts=taken, training=trained)
+        places.append(self.folder, "take over", source=str(source.folder), parts=taken, training=trained)
         self.display.say(f"from {source.folder}: {', '.join([*said, *([trained] if trained else [])]) or 'nothing'}")
 
     # ---- rows
@@ -195,7 +193,8 @@ class Pipeline:
         print_ = self.fingerprints("write")
         if self.recipe.write.writer != "llm":
             return self._rows(stage, shards, "prompts", "prompts", print_, {})
-        from diptych.stages.write import diversity, repeats  # a language model may repeat itself; a grammar cannot
+        from diptych.stages.write import diversity  # a language model may repeat itself; a grammar cannot
+        from diptych.stages.write import diversity as repeats
 
         def finish(output: Dataset, failed: Dataset) -> None:
             repeats.take_out(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
@@ -269,10 +268,10 @@ class Pipeline:
             made_by["copies"] = bounds.copies
         if settings.duplicates:
             made_by["duplicates"] = settings.duplicates.model_dump()
-        decided = decisions.applied(self.folder)
+        decided = labels.applied(self.folder)
         if decided:
-            made_by["decided"] = decisions.counts(decided)
-        stage = _Select(candidates, thresholds, bounds, settings.duplicates, decisions.both_ways(decided))
+            made_by["decided"] = labels.counts(decided)
+        stage = _Select(candidates, thresholds, bounds, settings.duplicates, labels.both_ways(decided))
         print_ = self.fingerprints("select")
         result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
         if result["failed"]:
@@ -402,8 +401,8 @@ class Pipeline:
             settings += [f"aligned {ALIGNED}"] if self.task.geometry == "aligned" else []
         else:
             settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
-            if decided := decisions.applied(self.folder):
-                settings.append(json.dumps(sorted(decisions.both_ways(decided).items())))
+            if decided := labels.applied(self.folder):
+                settings.append(json.dumps(sorted(labels.both_ways(decided).items())))
         return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import errno
 import shutil
 import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from diptych.errors import UserError
-from diptych.utils import plain
+from diptych.utils import documents
 
 ROOM = 2**20  # bytes that must be free beside what is to be stored
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSError
@@ -55,8 +59,8 @@ class Disk:
         except OSError as error:
             return Unwritable(f"{self.path.parent}: cannot be read ({error.strerror}), so nothing is stored")
         if free < size + ROOM:
-            needed = f"{plain.size(size + ROOM)} are needed"
-            return Unwritable(f"the disk of the server is full: {plain.size(free)} are free, {needed}", FULL_STATUS)
+            needed = f"{documents.size(size + ROOM)} are needed"
+            return Unwritable(f"the disk of the server is full: {documents.size(free)} are free, {needed}", FULL_STATUS)
         return None
 
     def trouble(self) -> Unwritable | None:
@@ -83,3 +87,142 @@ _RESTART = "put it back, or start the server again"
 def _identity(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_dev, found.st_ino
+
+
+# The time that jobs are stamped with. The computer's clock may jump, and results must not expire because of it.
+
+JUMP = 60.0  # seconds; a smaller difference is an ordinary correction
+SETTLE = 600.0  # seconds without a jump until a clock is believed
+
+
+class Clock:
+    """Seconds since 1970 that pass evenly. A jump of the wall clock counts once it has lasted `settle` seconds."""
+
+    def __init__(
+        self,
+        settle: float = SETTLE,
+        wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settle, self._wall, self._steady = settle, wall, steady
+        self._lock = threading.Lock()
+        self._since = steady()  # no jump has been seen after this
+        self._believed = self._seen = wall() - self._since
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        with self._lock:
+            return self._look() + self._believed
+
+    def settled(self) -> bool:
+        """Whether the wall clock has not jumped for `settle` seconds, so that things may expire by it."""
+        with self._lock:
+            return self._look() - self._since >= self.settle
+
+    def _look(self) -> float:
+        now = self._steady()
+        offset = self._wall() - now
+        if abs(offset - self._seen) > JUMP:
+            self._since = now
+        self._seen = offset
+        if abs(offset - self._believed) <= JUMP or now - self._since >= self.settle:
+            self._believed = offset
+        return now
+
+
+# Whose turn it is: every owner who waits gets an equal share of the work, whoever sent how much how early. This is
+# start-time fair queuing (Goyal, Vin and Cheng 1996), a weighted round-robin: what an image costs counts, and who
+# comes back after a pause has no claim on the time before.
+
+Item = TypeVar("Item")
+
+
+class Shares:
+    """The work done for each owner so far, as far as it still matters."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}  # owner → where the next share begins
+        self._now = 0.0  # where the latest share began
+
+    def choose(self, waiting: Mapping[str, Sequence[tuple[Item, float]]], most: int) -> list[tuple[str, Item]]:
+        """Up to `most` items in turn, of the owners' (item, cost) each in its order, and their owners."""
+        left = {owner: list(items) for owner, items in waiting.items() if items}
+        order = {owner: place for place, owner in enumerate(left)}
+        chosen: list[tuple[str, Item]] = []
+        while left and len(chosen) < most:
+            owner = min(left, key=lambda name: (self._start(name), order[name]))
+            item, cost = left[owner].pop(0)
+            if not left[owner]:
+                del left[owner]
+            chosen.append((owner, item))
+            self._now = self._start(owner)
+            self._served[owner] = self._now + cost
+        self._served = {owner: end for owner, end in self._served.items() if end > self._now}
+        return chosen
+
+    def first(self, owners: Sequence[str]) -> str:
+        """The owner whose turn it is; of equal ones the first."""
+        return min(owners, key=self._start)
+
+    def _start(self, owner: str) -> float:
+        return max(self._now, self._served.get(owner, 0.0))
+
+
+# What is in `jobs.sqlite`, and how the file is opened.
+
+VERSION = 1
+_TABLES = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    created REAL NOT NULL,   -- seconds since 1970
+    finished REAL,
+    status TEXT NOT NULL,    -- queued, running, done, failed, cancelled
+    request TEXT NOT NULL,   -- JSON
+    error TEXT NOT NULL DEFAULT '',
+    UNIQUE (owner, id)
+);
+CREATE TABLE pictures (
+    id TEXT PRIMARY KEY,
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    seed INTEGER NOT NULL,
+    settings TEXT NOT NULL,  -- pictures of equal settings may be drawn together
+    status TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    kind TEXT NOT NULL DEFAULT '',
+    data BLOB,
+    made_by TEXT NOT NULL DEFAULT '{}'  -- JSON
+);
+CREATE INDEX waiting ON pictures (status, job, place);
+CREATE INDEX members ON pictures (job, place);
+CREATE TABLE refs (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    created REAL NOT NULL,
+    width INTEGER NOT NULL,
+    height INTEGER NOT NULL,
+    data BLOB NOT NULL       -- PNG
+);
+CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL);
+"""
+
+
+def prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Takes the file for this process alone, and makes the tables of a new one."""
+    # Another server on the same file would take this one's pictures for those of a killed one.
+    connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            for statement in _TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        elif version != VERSION:
+            raise UserError(f"{path} is of another version of diptych; choose another --data")

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diptych.data import decisions, records
+from diptych.data import labels, records
 from diptych.data.scan import row
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
@@ -66,7 +66,7 @@ class Runs:
 
         `shown` is all, kept, refused, decided, or a reason; `subject` a part of the subject's name.
         """
-        table, decided = self._table(name), decisions.both_ways(decisions.read(self.of(name)))
+        table, decided = self._table(name), labels.both_ways(labels.decided(self.of(name)))
         reasons = sorted(set(table["reason"].to_pylist())) if len(table) else []
         mask = pc.match_substring(table["subject"], subject, ignore_case=True)
         if shown in ("kept", "refused"):
@@ -92,10 +92,10 @@ class Runs:
 
     def decide(self, name: str, id: str, verdict: str, who: str) -> None:
         """Keeps a person's verdict on a pair and its mirror: accept, reject, or judge, to leave both to the judge."""
-        if verdict not in decisions.VERDICTS or pc.index(self._table(name)["id"], id).as_py() < 0:
+        if verdict not in labels.VERDICTS or pc.index(self._table(name)["id"], id).as_py() < 0:
             raise UsageError("pair: there is no such pair or verdict")
         with self._lock:
-            decisions.add(self.of(name), id, verdict, who)
+            labels.add(self.of(name), id, verdict, who)
 
     def _table(self, name: str) -> pa.Table:
         """The candidates' small columns, with the shard and number of each row; read once until a part changes."""

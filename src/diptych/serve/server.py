@@ -20,7 +20,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 from diptych.errors import UserError
-from diptych.serve.http import errors, images, jobs, logs, own, pages, run_files
+from diptych.serve.http import errors, guard, images, jobs, own, pages
+from diptych.serve.http import pages as run_files
 from diptych.serve.http.guard import APP, Guard, client_of, cookie_of
 from diptych.serve.service import Service
 from diptych.serve.settings import Limits, Settings
@@ -218,7 +219,7 @@ def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = 
             service.drain()
             self.should_exit = True
 
-    logs.start(log_level)
+    guard.start(log_level)
     server = Server(config(app, settings, log_level=log_level if log_level == "debug" else "warning"))
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

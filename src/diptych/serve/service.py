@@ -27,19 +27,14 @@ from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
 from diptych.serve import asked as asking
 from diptych.serve.asked import Common, Relit
-from diptych.serve.board import Board
-from diptych.serve.clock import SETTLE, Clock
-from diptych.serve.disk import Unwritable
-from diptych.serve.lanes import Lanes
-from diptych.serve.metrics import Metrics
-from diptych.serve.rates import Rate
-from diptych.serve.refusals import Busy, OverQuota
+from diptych.serve.board import Board, Busy, Lanes, Metrics, OverQuota
+from diptych.serve.disk import SETTLE, Clock, Unwritable
 from diptych.serve.runs import Runs
 from diptych.serve.settings import Settings
 from diptych.serve.store import OPEN, Store
-from diptych.serve.tokens import Signer
+from diptych.serve.tokens import Rate, Signer
 from diptych.serve.worker import Worker
-from diptych.utils import plain
+from diptych.utils import documents
 
 if TYPE_CHECKING:
     from diptych.apps.student import Student
@@ -196,8 +191,8 @@ class Service:
         if most and kept + size >= most:
             self.metrics.refused.labels("quota").inc()
             raise OverQuota(
-                f"{plain.size(kept)} are kept for you, and at most {plain.size(most)} may be; results and references "
-                f"expire after {self.settings.keep_hours:g} hours"
+                f"{documents.size(kept)} are kept for you, and at most {documents.size(most)} may be; "
+                f"results and references expire after {self.settings.keep_hours:g} hours"
             )
 
     def limit(self, owner: str, stores: bool = True) -> None:
@@ -394,7 +389,9 @@ def from_base64(text: str, most: int, name: str = "reference") -> bytes:
     elif "://" in text[:20]:
         raise UsageError(f"{name}: an address; this server fetches nothing, so send the picture itself as base64")
     if len(text) > most * 4 // 3 + 4:
-        raise UserError(f"{name}: about {plain.size(len(text) * 3 / 4)} is over the limit of {plain.size(most)}")
+        raise UserError(
+            f"{name}: about {documents.size(len(text) * 3 / 4)} is over the limit of {documents.size(most)}"
+        )
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.serve import tables
-from diptych.serve.clock import Clock
-from diptych.serve.disk import ROOM, Disk
-from diptych.serve.shares import Shares
+from diptych.serve import disk
+from diptych.serve.disk import ROOM, Clock, Disk, Shares
 from diptych.utils.paths import private_file
 
 TRIES = 3  # of a picture whose server was killed while it was drawn
@@ -62,7 +60,7 @@ class Store:
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
-            tables.prepare(self._connection, path)
+            disk.prepare(self._connection, path)
             self.disk.opened()
             self._kept = self._count_kept()
         except sqlite3.Error as error:
@@ -88,7 +86,7 @@ class Store:
     def probe(self) -> None:
         """Writes something that means nothing. Unwritable if that is not possible."""
         with self._writing() as connection:
-            connection.execute(f"PRAGMA user_version = {tables.VERSION}")
+            connection.execute(f"PRAGMA user_version = {disk.VERSION}")
         self.disk.worked()
 
     def close(self) -> None:

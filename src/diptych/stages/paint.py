@@ -17,10 +17,9 @@ from diptych.data.images import image_cell
 from diptych.data.records import grid_id, seed_of
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
-from diptych.student.families import calls, distilled
+from diptych.student.families import teachers
 from diptych.utils import models
-from diptych.utils.configs import INDEX, class_of, read_file
-from diptych.utils.opening import open_pipeline
+from diptych.utils.opening import INDEX, class_of, open_pipeline, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,7 @@ class Paint:
 
         from diptych.student.runtime import stock
         from diptych.student.weights.loading import pick_device
-        from diptych.utils.hardware import pick_precision
+        from diptych.utils.machine import pick_precision
 
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
@@ -145,8 +144,8 @@ def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
 def doubts(recipe: Recipe, folder: Path) -> list[str]:
     """What a recipe's owner should know before the teacher in `folder` paints. UsageError for what cannot work."""
     settings = recipe.paint
-    found = [calls.doubt(class_of(folder), settings.true_guidance)]
-    found.append(distilled.advice(recipe.teacher, settings.steps, settings.true_guidance))
+    found = [teachers.doubt(class_of(folder), settings.true_guidance)]
+    found.append(teachers.advice(recipe.teacher, settings.steps, settings.true_guidance))
     return [doubt for doubt in found if doubt]
 
 
@@ -164,7 +163,7 @@ def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.
     shapes = stock.shapes(folder)
     size = settings.panel_size or min(MAX_PANEL, int(shapes.vae.get("sample_size") or MAX_PANEL))
     index = read_file(folder / INDEX)
-    rows = settings.batch_size * calls.of(class_of(folder)).rows(settings.true_guidance, index)
+    rows = settings.batch_size * teachers.of(class_of(folder)).rows(settings.true_guidance, index)
     drawn = {"rows": rows, "panel": (layout.rows * size, layout.cols * size // 2)}
     return stock.settle(folder, settings.memory, device, dtype, drawn)
 
@@ -193,7 +192,7 @@ def panel_size(pipe: Any, asked: int | None) -> int:
 def call_options(pipe: Any, paint: Any, count: int) -> dict[str, Any]:
     """What `paint` means to this pipeline, as arguments of its call for `count` prompts (`teachers.calls`)."""
     asks = inspect.signature(pipe.__call__).parameters
-    call = calls.guess(pipe)
+    call = teachers.guess(pipe)
     options: dict[str, Any] = {
         "num_inference_steps": paint.steps,
         **call.switches,

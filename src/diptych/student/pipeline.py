@@ -31,17 +31,16 @@ from diffusers.utils import BaseOutput
 from diptych.errors import UsageError, UserError
 from diptych.student import guidance, inputs
 from diptych.student.canvas import Canvas, condition_canvas, pack, right_tokens, split_panels, unpack
+from diptych.student.guidance import exact_timesteps, shift_exponent
 from diptych.student.inputs import Reference, Seed
 from diptych.student.runtime import speed
-from diptych.student.runtime.modulation import precomputed
+from diptych.student.runtime.modulation import precomputed, rotary_once
 from diptych.student.runtime.recall import Recall, content
-from diptych.student.runtime.rotary import rotary_once
 from diptych.student.settings import Conditioning, Settings, adopt, register
 from diptych.student.settings import of as settings_of
-from diptych.student.timesteps import exact_timesteps, shift_exponent
 from diptych.student.weights.fold import BiasSplit, student_channels
 from diptych.student.weights.lora_file import RELEASED_LORA
-from diptych.utils import layers
+from diptych.utils import models
 from diptych.utils.opening import check_pipeline
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class DiptychPipeline(FluxControlPipeline):
         """diffusers'. UserError for a folder that brings code or pickles, one with a LoRA beside its weights, which
         diffusers would leave out, and for a config that names more layers than its weights have."""
         folder = Path(pretrained_model_name_or_path or "")
-        layers.check_folder(folder)
+        models.check_folder(folder)
         if folder.is_dir():
             check_pipeline(folder, "student")
         lora = folder / RELEASED_LORA

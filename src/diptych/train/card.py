@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diptych.data.limits import in_force
+from diptych.data.records import in_force
 from diptych.data.store import Dataset
 from diptych.utils import models
 from diptych.utils.machine import VERSION
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
-    from diptych.train.material import Material
+    from diptych.train.job import Material
 
 
 CONDITIONING = {

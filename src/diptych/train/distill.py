@@ -23,9 +23,9 @@ from diptych.data.seal import text_hash
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 from diptych.train.card import model_card
-from diptych.train.material import Material
+from diptych.train.job import Material
 from diptych.train.metrics import Progress, report
 from diptych.train.options import harmless
 from diptych.utils import models
@@ -78,7 +78,7 @@ def distill(
     from diptych.train.loop import train
     from diptych.train.processes import join
 
-    distilled.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
+    teachers.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     out, recipe = Path(out), tasks.resolve(recipe)
     steps = recipe.distill.steps
     material = Material.open(recipe, pairs)
@@ -104,11 +104,11 @@ def prepare(
     import torch
 
     from diptych.student.weights.loading import pick_device
-    from diptych.train import buckets, checkpoint, latents, preference, text
+    from diptych.train import buckets, cached, checkpoint, latents, preference
     from diptych.train.job import Job
     from diptych.train.options import Options
     from diptych.train.processes import ALONE
-    from diptych.utils.hardware import pick_precision
+    from diptych.utils.machine import pick_precision
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -146,8 +146,8 @@ def prepare(
     captions = [sample.caption for sample in cache.samples]
     if options.instructions:
         captions += [sample.instruction for sample in cache.samples if sample.instruction]
-    embeddings = text.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
-    if isinstance(embeddings, text.Table) and device.type != "cpu":
+    embeddings = cached.prepare(torch.no_grad()(pipe.encode_text), captions, preparing)
+    if isinstance(embeddings, cached.Table) and device.type != "cpu":
         _set_aside(pipe)
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
     negatives = None

@@ -29,14 +29,13 @@ from diptych.train.buckets import Schedule
 from diptych.train.draws import draw
 from diptych.train.job import Job
 from diptych.train.lora import as_loaded
-from diptych.train.metrics import Guard, Metrics, Progress, read, report
+from diptych.train.metrics import Guard, Metrics, Progress, Trackers, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.options import Options, identity
 from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
 from diptych.train.running import Interrupts, ahead
-from diptych.train.trackers import Trackers
-from diptych.utils.hardware import attending, computing
+from diptych.utils.machine import attending, computing
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"

@@ -28,11 +28,11 @@ from diptych.data.records import seed_of
 from diptych.student.canvas import Canvas, join_tokens, split_tokens
 from diptych.train import cached
 from diptych.train.buckets import Bucket
+from diptych.train.cached import Text
 from diptych.train.latents import Latents, panels_of
 from diptych.train.metrics import Progress, report
 from diptych.train.options import Options, Preference, canvases_at_once
 from diptych.train.processes import ALONE, Processes
-from diptych.train.text import Text
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline

@@ -6,10 +6,17 @@ whatever walks the result. Both are refused before anything is built of them.
 
 from __future__ import annotations
 
+import codecs
 import json
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 DEEPEST = 64  # levels of lists and sections inside one another
 MOST = 100_000  # values that a document with aliases may stand for
@@ -153,3 +160,139 @@ def _below(node: Any) -> list[Any]:
     if not isinstance(node.value, list):
         return []
     return [part for one in node.value for part in (one if isinstance(one, tuple) else (one,))]
+
+
+# What pydantic finds wrong with a value, in plain words.
+
+# Where pydantic's own words are about parsing and types.
+_WORDS = {
+    "bool_parsing": "must be yes or no",
+    "bool_type": "must be yes or no",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a section of `key: value` lines",
+    "model_type": "must be a section of `key: value` lines",
+    "model_attributes_type": "must be a section of `key: value` lines",
+    "missing": "missing",
+}
+
+
+def said(error: Mapping[str, Any]) -> str:
+    """One of `ValidationError.errors()` as what the value must be; our own validators' words as they are."""
+    kind, context = str(error["type"]), error.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}"
+    if kind == "string_too_short" and context.get("min_length", 1) > 1:
+        return f"must have at least {context['min_length']} characters"
+    if kind == "string_too_long":
+        return f"must have at most {context['max_length']} characters"
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} values"
+    if kind == "too_long":
+        return f"must have at most {context['max_length']} values"
+    return _WORDS.get(kind) or str(error["msg"]).replace("Input should be", "must be")
+
+
+def first(error: ValidationError, keys: Iterable[str]) -> str:
+    """What is wrong first in a file, with its place; a misspelt key, or a misspelt word of a few, with the nearest."""
+    errors: list[Any] = list(error.errors())
+    # A key that is needed and misspelt is also missing: its misspelling says more.
+    telling = [found for found in errors if found["type"] == "extra_forbidden" or "[key]" in found["loc"]]
+    found = (telling or errors)[0]
+    place = [str(part) for part in found["loc"] if part != "[key]"]
+    where = ".".join(place) or "the file"
+    if found["type"] == "extra_forbidden":
+        return f"{where}: no such key{nearest(place[-1], keys)}"
+    words = re.findall(r"'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
+    hint = nearest(str(found["input"]), words)
+    if "[key]" in found["loc"]:
+        return f"{where}: no such key; keys here are {', '.join(words)}{hint}"
+    return f"{where}: {said(found)}{hint}"
+
+
+def size(count: float) -> str:
+    """Bytes in words: `20 MiB`, `10.2 KiB`."""
+    return f"{count / 2**20:.3g} MiB" if count >= 2**20 / 2 else f"{count / 2**10:.3g} KiB"
+
+
+# The one reader of text files that people wrote: captions, prompts, JSONL, CSV, YAML, word lists. They are UTF-8,
+# with or without a byte order mark. Anything else is refused with the file, the place and what to do: a guess would
+# put wrong letters into prompts and captions, and nobody would see it.
+
+MARK = "\ufeff"  # a byte order mark once it is decoded
+# The longer marks first: that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_FOREIGN = 1 / 3  # share of bytes above 127 from which a line is hardly a Western European language in Latin-1
+
+
+def read_text(path: Path) -> str:
+    """A text file, its line ends as `\\n`. UsageError if it is not UTF-8, UserError if it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return decode(data, str(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without their ends. Errors are those of `read_text`.
+
+    Other characters that Unicode calls ends of a line stay inside a line, because JSON strings may hold them.
+    """
+    lines = read_text(path).split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def stream_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
+    """The same from an open file, which may be larger than memory."""
+    for number, raw in enumerate(stream, 1):
+        # The first two bytes of a UTF-16 file say so only at its start.
+        yield from decode(raw, name, number).removesuffix("\n").split("\n")
+
+
+def decode(data: bytes, name: str, line: int = 1) -> str:
+    """Bytes as text, without byte order marks; `name` and `line` are where they begin. UsageError if not UTF-8."""
+    nul = data.find(0)
+    try:
+        text, at = data.decode("utf-8-sig"), nul
+    except UnicodeDecodeError as error:
+        text, at = "", min(error.start, nul) if nul >= 0 else error.start
+    if at < 0:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        # Files that were joined have a mark wherever one of them began.
+        return text.lstrip(MARK).replace(f"\n{MARK}", "\n")
+    start = data.rfind(b"\n", 0, at) + 1
+    encoding, code = _guess(data, data[start:].partition(b"\n")[0], line == 1)
+    raise UsageError(
+        f"{name}, line {line + data[:at].count(10)}, byte {at - start + 1}: this is not UTF-8; by its bytes it is "
+        f"{encoding}. Save the file as UTF-8, for instance with: iconv -f {code} -t UTF-8 OLD > NEW"
+    )
+
+
+def _guess(data: bytes, row: bytes, is_start: bool) -> tuple[str, str]:
+    """What encoding text that is not UTF-8 seems to have, and iconv's name for it. `row` is the first such line."""
+    for mark, name in _MARKS.items() if is_start else ():
+        if data.startswith(mark):
+            return name, name
+    if b"\0" in data:
+        wide = data.count(0) > len(data) / 4
+        return ("UTF-16", "UTF-16LE" if data[1:2] == b"\0" else "UTF-16BE") if wide else ("not text", "ENCODING")
+    if sum(byte > 127 for byte in row) > _FOREIGN * len(row):
+        return "an East Asian or Cyrillic encoding", "ENCODING"
+    return "Latin-1 (Windows-1252)", "WINDOWS-1252"

@@ -14,16 +14,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
-from diptych.utils.configs import INDEX
+from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.documents import parse_json
-from diptych.utils.variants import pipeline_variant
+from diptych.utils.paths import packaged
 
 if TYPE_CHECKING:
     import torch
@@ -205,3 +206,83 @@ def _refuse_shards(path: Path) -> None:
     for shard in shards.values() if isinstance(shards, dict) else ():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{path}: names the shard {json.dumps(shard)}; shards are safetensors files beside it")
+
+
+# Folders whose weights are saved as a variant: `diffusion_pytorch_model.fp16.safetensors` in the place of
+# `diffusion_pytorch_model.safetensors`, in one file or in shards.
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers' name and transformers'
+
+
+def variant_of(folder: Path, name: str) -> str | None:
+    """The variant of the weights `name` that a folder has (`variant=` of diffusers); None where it has the plain file
+    or nothing. UserError if it has several."""
+    if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
+        return None
+    stem, _, ending = name.rpartition(".")
+    names = re.compile(rf"{re.escape(stem)}\.(?:([^.]+)\.{ending}|{ending}\.index\.([^.]+)\.json)")
+    matches = (names.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    # A shard's name has its number in the place of the variant, or behind it.
+    found = sorted({m[1] or m[2] for m in matches if m and not re.search(r"-\d+-of-\d+$", m[1] or "")})
+    if len(found) > 1:
+        raise UserError(f"{folder} holds its weights as {', '.join(found)}; keep one of them, or a plain {name}")
+    return found[0] if found else None
+
+
+def pipeline_variant(folder: Path) -> str | None:
+    """The variant to open a whole pipeline's folder with (`variant=` of diffusers); None for plain files. UserError if
+    its parts have several."""
+    parts = sorted(part for part in folder.iterdir() if part.is_dir()) if folder.is_dir() else []
+    found = {v for part in parts for name in WEIGHTS if (v := variant_of(part, name))}
+    if len(found) > 1:
+        raise UserError(
+            f"the parts of {folder} are saved as {', '.join(sorted(found))}; save all of them as one variant"
+        )
+    return next(iter(found), None)
+
+
+def variant_names(name: str, variant: str) -> tuple[str, str]:
+    """A variant's file and index, as diffusers and transformers write them."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}", f"{name}.index.{variant}.json"
+
+
+# The JSON files of a teacher, by the name that a recipe gives it. Nothing is downloaded and no weight is read.
+
+INDEX = "model_index.json"
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of a teacher that is on this machine under its name: `pocket`, or a path. None for a hub name."""
+    path = packaged("pocket/weights") / "teacher" if name in models.BUILT_IN else Path(name).expanduser()
+    return path if path.is_dir() else None
+
+
+def read(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a teacher, from its folder or the hub's cache; empty if it is not there or not a JSON object."""
+    if (folder := folder_of(name)) is not None:
+        return read_file(folder / file)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repo, _, revision = name.partition("@")
+    try:
+        path = try_to_load_from_cache(repo, file, revision=revision or None)
+    except HFValidationError:
+        return {}
+    return read_file(Path(path)) if isinstance(path, str) else {}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if it is not there or not a JSON object."""
+    try:
+        found = parse_json(path.read_text("utf8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def class_of(folder: Path) -> str:
+    """The pipeline class that model_index.json in a folder names; empty if it names none."""
+    name = read_file(folder / INDEX).get("_class_name")
+    return name if isinstance(name, str) else ""

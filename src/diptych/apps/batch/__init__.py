@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.apps.batch.names import name_all
-from diptych.apps.batch.requests import Plan, Request, check_row, multiply, read_rows
+from diptych.apps.batch.requests import Plan, Request, check_row, multiply, name_all, read_rows
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
 from diptych.data.store import check_writable, write_atomic

@@ -16,8 +16,8 @@ from typing import Any
 from diptych.data.interop import card, find
 from diptych.data.interop.folders import put, read_json
 from diptych.data.interop.rows import Format, Options, columns_of, file_name, told
-from diptych.data.lock import lock
 from diptych.data.pairs import SIDES, pair
+from diptych.data.places import lock
 from diptych.data.sources import Pairs, open_pairs
 from diptych.errors import UsageError, UserError
 from diptych.utils.console import Report

@@ -18,8 +18,7 @@ from diptych.data.pairs import SIDES
 from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.utils import paths
-from diptych.utils.documents import parse_json
-from diptych.utils.text_files import decode, read_text
+from diptych.utils.documents import decode, parse_json, read_text
 
 MAX_TEXT = 2**20  # bytes of a caption file
 

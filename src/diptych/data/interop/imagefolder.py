@@ -11,9 +11,8 @@ from diptych.data.interop.folders import Rows, folder_of, picture, put, write_si
 from diptych.data.interop.rows import Format, Options, columns_of
 from diptych.data.pairs import find_columns, named
 from diptych.errors import UserError
-from diptych.utils.documents import parse_json
+from diptych.utils.documents import parse_json, read_lines
 from diptych.utils.paths import inside
-from diptych.utils.text_files import read_lines
 
 LIST = "metadata.jsonl"
 _SUFFIX = "_file_name"

@@ -14,8 +14,8 @@ from typing import Any
 from diptych.data import records
 from diptych.data.interop import card, find
 from diptych.data.interop.rows import Options
-from diptych.data.lock import lock
 from diptych.data.pairs import pair
+from diptych.data.places import lock
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.utils.console import Report

@@ -19,7 +19,7 @@ from diptych.data.images import MAX_BYTES
 from diptych.data.interop.folders import put, row_text
 from diptych.data.interop.rows import Entry, Format, Options, columns_of, extension, told
 from diptych.data.pairs import SIDES, find_columns, named
-from diptych.data.splits import choose
+from diptych.data.sources import choose
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json
 from diptych.utils.paths import inside, refuse_special

@@ -31,14 +31,13 @@ from diptych.evaluate.methods.baselines import Base, draw, noise, open_teacher, 
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.judges.vision import Vision, open_vision, refuse_missing
 from diptych.recipe import tasks
-from diptych.train.job import Job
+from diptych.train.job import Job, Material
 from diptych.train.loop import Trainer, train
-from diptych.train.material import Material
 from diptych.train.objective import Batch
 from diptych.train.parts import Trained
 from diptych.utils import models
 from diptych.utils.documents import parse_json
-from diptych.utils.hardware import computing
+from diptych.utils.machine import computing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -233,14 +232,14 @@ class AdapterTrainer(Trainer):
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """0 for the left panel, which is not drawn, and the loss of the target; `batch.condition` is (B, 1, D)."""
         seen = {"ip_adapter_image_embeds": [batch.condition]}
-        text = (batch.prompt_embeds, batch.pooled)
+        cached = (batch.prompt_embeds, batch.pooled)
         with computing(self.options.precision, self.job.device):
             right = panel.loss(
                 model or self.transformer,
                 batch.clean,
                 batch.noise,
                 batch.sigma,
-                text,
+                cached,
                 self.img_ids[batch.canvas],
                 self.guidance,
                 seen,
@@ -290,7 +289,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     """Everything up to the first step: teacher and encoder opened, targets, references and captions encoded."""
     from PIL import Image
 
-    from diptych.train import latents, text
+    from diptych.train import cached, latents
     from diptych.train.buckets import Bucket
     from diptych.train.metrics import report
     from diptych.train.options import Options
@@ -335,7 +334,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     cache = latents.Latents(*files)
     captions = [sample.told(False) for sample in cache.samples]
     captions += [sample.instruction for sample in cache.samples if options.instructions and sample.instruction]
-    table = text.prepare(lambda texts: panel.encode_text(pipe, texts), captions, preparing)
+    table = cached.prepare(lambda texts: panel.encode_text(pipe, texts), captions, preparing)
     _, seen = cache.gather([0])
     put(pipe, start(pipe, seen.shape[-1], seed_of(options.seed, KEY, "start")))
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)

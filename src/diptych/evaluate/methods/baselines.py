@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from diptych.data.places import bring
 from diptych.errors import UserError
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.opening import open_pipeline
@@ -289,12 +289,12 @@ def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
 
     from diptych.student.settings import Settings
     from diptych.student.weights.loading import pick_device
-    from diptych.utils.hardware import pick_precision
+    from diptych.utils.machine import pick_precision
 
     folder = models.resolve(recipe.teacher, "teacher")
     keys = ("evaluate.steps", "evaluate.true_guidance")
     steps = recipe.evaluate.steps or Settings().steps
-    if found := distilled.advice(recipe.teacher, steps, recipe.evaluate.true_guidance, keys):
+    if found := teachers.advice(recipe.teacher, steps, recipe.evaluate.true_guidance, keys):
         log.warning("%s", found)
     device = pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
 from diptych.evaluate.methods.baselines import Base, size_of
-from diptych.student.families import calls
+from diptych.student.families import teachers
 from diptych.utils import models
 from diptych.utils.opening import open_pipeline
 
@@ -63,7 +63,7 @@ class Stock(Base):
         import torch
 
         from diptych.student.weights.loading import pick_device
-        from diptych.utils.hardware import pick_precision
+        from diptych.utils.machine import pick_precision
 
         folder = models.resolve(model_of(self.recipe), "teacher")
         device = pick_device(self.recipe.device)
@@ -131,5 +131,5 @@ def arguments(
     given: dict[str, Any] = {argument: [reference] if argument in LISTS else reference, "prompt": prompt}
     given |= {"generator": torch.Generator("cpu").manual_seed(seed), "height": height, "width": width}
     given |= {"output_type": "pil"} | ({} if steps is None else {"num_inference_steps": steps})
-    given |= {name: choose(height, width) for name, choose in SIZES.items()} | dict(calls.guess(pipe).switches)
+    given |= {name: choose(height, width) for name, choose in SIZES.items()} | dict(teachers.guess(pipe).switches)
     return {name: value for name, value in given.items() if name in known} | options

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.data import log
+from diptych.data import places as log
 from diptych.data.records import seed_of
 from diptych.evaluate.methods.baselines import Base, Context, Method, draw, noise, size_of
 from diptych.utils import models
@@ -146,7 +146,7 @@ class Tuner:
 
         from diptych.evaluate.methods import panel
         from diptych.train.objective import image_ids
-        from diptych.utils.hardware import computing
+        from diptych.utils.machine import computing
 
         settings, spent, started = self.settings, 0.0, time.perf_counter()
         generator = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.data import log
+from diptych.data import places
 from diptych.data.images import open_image
 from diptych.data.scan import selected
 from diptych.data.store import Dataset
@@ -112,18 +112,18 @@ class Run:
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, all sittings together."""
-        return log.seconds(self.folder)
+        return places.seconds(self.folder)
 
     @cached_property
     def start(self) -> dict[str, Any]:
         """The log's last start: machine and versions."""
-        starts = [event for event in log.read(self.folder) if event.get("event") == "start"]
+        starts = [event for event in places.read(self.folder) if event.get("event") == "start"]
         return starts[-1] if starts else {}
 
     @cached_property
     def sittings(self) -> int:
         """How often the run was started."""
-        return sum(event.get("event") == "start" for event in log.read(self.folder))
+        return sum(event.get("event") == "start" for event in places.read(self.folder))
 
 
 def _in_order(row: dict[str, Any]) -> bool:

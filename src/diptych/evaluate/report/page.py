@@ -12,7 +12,8 @@ from typing import Any
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.job import Job
-from diptych.evaluate.report import page_pictures, page_tables, scoresheet
+from diptych.evaluate.report import page_tables, scoresheet
+from diptych.evaluate.report import page_tables as page_pictures
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.html import missing, number, page, paragraph, percent, plural, signed, tag, text
 from diptych.evaluate.report.page_tables import COLUMNS, everyone, measured, models, p_text, published

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diptych.data.images import open_image
-from diptych.evaluate.report import charts
-from diptych.evaluate.report.charts import Dot
+from diptych.evaluate.report import html
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.html import (
+    Dot,
     between,
     facts,
     figure,
@@ -158,7 +158,7 @@ def scores(run: Run) -> str:
         ),
         _table(found["methods"], found.get("anchors", {}), "Scores on held-out subjects"),
         _whiskers(found["methods"]),
-        charts.scatter(
+        html.scatter(
             [_dot(m, s, "cp", "pf") for m, s in {**found["methods"], **found.get("anchors", {})}.items()],
             "Keeping the subject against following the prompt",
             "CP",
@@ -202,7 +202,7 @@ def _dot(method: str, s: dict[str, Any], x: str, y: str) -> Dot:
 def _whiskers(methods: dict[str, Any]) -> str:
     ordered = sorted(methods.items(), key=lambda item: -item[1]["cp_pf"])
     dots = [Dot(name(m), m, s["cp_pf"], 0, s.get("ci95", {}).get("cp_pf")) for m, s in ordered]
-    return charts.whiskers(dots, "The headline", "CP·PF", "Mean CP × mean PF, with 95 % intervals.")
+    return html.whiskers(dots, "The headline", "CP·PF", "Mean CP × mean PF, with 95 % intervals.")
 
 
 def _comparisons(found: dict[str, Any]) -> str:

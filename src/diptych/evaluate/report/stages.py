@@ -8,10 +8,11 @@ from typing import Any
 
 from diptych.data import records
 from diptych.data.images import open_image
-from diptych.evaluate.report import charts
-from diptych.evaluate.report.charts import Dot, Series
+from diptych.evaluate.report import html
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.html import (
+    Dot,
+    Series,
     count,
     facts,
     figure,
@@ -122,11 +123,11 @@ def curate(run: Run) -> str:
             f"candidates {count(kept)} were kept, {percent(kept / len(rows))}. A candidate is refused by the first "
             "test it fails; all keep their numbers, so that a threshold can be changed without judging again."
         ),
-        charts.bars(_funnel(run, reasons)),
+        html.bars(_funnel(run, reasons)),
         verdicts(run, reasons),
     ]
     parts.append(
-        charts.histogram(
+        html.histogram(
             [row["similarity"] for row in rows if row["reason"] in ("kept", records.DIFFERENT)],
             limits.same,
             "What the judge saw",
@@ -207,7 +208,7 @@ def quality(run: Run) -> str:
     )
     points = [(recall, precision) for _, precision, recall in renders["curve"]]
     parts.append(
-        charts.lines(
+        html.lines(
             [Series("every threshold", "inpaint", points)],
             "Precision and recall of curation on known pairs",
             "recall",
@@ -269,7 +270,7 @@ def distill(run: Run) -> str:
     curves = [Series("", "left", left, True), Series("", "right", right, True)]
     curves = curves if len(lines) > 60 else []
     curves += [Series("left panel", "left", smooth(left)), Series("right panel", "right", smooth(right))]
-    shown = [charts.lines(curves, "Training loss", "step", "mean squared error")]
+    shown = [html.lines(curves, "Training loss", "step", "mean squared error")]
     validated = [(x["step"], x["validation"]) for x in lines if x.get("validation")]
     for side in ("left", "right") if validated else ():
         levels = list(validated[-1][1].get(side, {}))
@@ -280,7 +281,7 @@ def distill(run: Run) -> str:
             for i, level in enumerate(levels)
         ]
         caption = f"Pairs held out of training, at fixed noise; {side} panel, by noise level σ."
-        shown.append(charts.lines(by_level, f"Validation loss, {side} panel", "step", "mean squared error", caption))
+        shown.append(html.lines(by_level, f"Validation loss, {side} panel", "step", "mean squared error", caption))
     parts.append(tag("div", "".join(shown), class_="pairs"))
     if run.sheet:
         name, image = run.sheet
@@ -311,7 +312,7 @@ def cost(run: Run) -> str:
     parts = []
     if spent:
         most = [(name, seconds, duration(seconds), "") for name, seconds in spent.items()]
-        parts.append(charts.bars(most))
+        parts.append(html.bars(most))
         parts.append(
             paragraph(
                 f"{duration(sum(spent.values()))} in all, in {plural(max(1, run.sittings), 'sitting')}.", class_="note"

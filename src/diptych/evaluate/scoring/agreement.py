@@ -15,8 +15,7 @@ import numpy as np
 
 from diptych.errors import UsageError, UserError
 from diptych.evaluate.scoring import metrics
-from diptych.utils.documents import parse_json
-from diptych.utils.text_files import read_lines
+from diptych.utils.documents import parse_json, read_lines
 
 Ratings = dict[str, dict[str, float]]  # rater → id → value
 WORDS = {"different": 0.0, "same": 1.0}

@@ -45,7 +45,7 @@ class Models:
 
     def clip(self, name: str) -> Any:
         """A dual encoder."""
-        from diptych.judges.clip import Clip
+        from diptych.judges.embedding import Clip
 
         return self._open("clip", name, lambda: Clip.load(name, self.device))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data import log
+from diptych.data import places
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.methods import tuning
@@ -195,7 +195,7 @@ def judged(context: Context, judges: Judges, scale: metrics.Scale) -> dict[str, 
 def seconds_per_image(run_dir: Path) -> dict[str, float]:
     """Median over batches, from the log: what a picture took while drawing them in batches."""
     spent: dict[str, list[float]] = {}
-    for event in log.read(run_dir):
+    for event in places.read(run_dir):
         if event.get("event") == "drawn" and event["images"]:
             spent.setdefault(event["method"], []).append(event["seconds"] / event["images"])
     return {name: round(statistics.median(values), 5) for name, values in spent.items()}

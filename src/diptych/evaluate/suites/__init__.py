@@ -17,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diptych.data import records
 from diptych.errors import UsageError, nearest
-from diptych.utils import plain
-from diptych.utils.documents import parse_yaml
-from diptych.utils.text_files import read_text
+from diptych.utils import documents
+from diptych.utils.documents import parse_yaml, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,8 +196,8 @@ class Suite(Part):
         fixed = self.reference
         scene = world.sample_scene(self.rng(purpose, split, identity, 1))
         light = replace(scene.light, colour=fixed.colour, intensity=fixed.intensity)
-        plain = {"pose": fixed.pose, "framing": fixed.framing, "prop": fixed.prop, "weather": fixed.weather}
-        reference = replace(scene, light=light, **plain)
+        documents = {"pose": fixed.pose, "framing": fixed.framing, "prop": fixed.prop, "weather": fixed.weather}
+        reference = replace(scene, light=light, **documents)
         target = _target(self.rng(purpose, split, identity, 3, prompt), reference, level)
         return Known(subject, reference, target)
 
@@ -321,4 +320,4 @@ def check(kind: type[_Model], values: dict[str, Any], where: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{where}: {key}: {plain.said(first)}") from error
+        raise UsageError(f"{where}: {key}: {documents.said(first)}") from error

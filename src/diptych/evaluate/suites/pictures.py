@@ -25,7 +25,7 @@ from diptych.errors import UsageError
 from diptych.evaluate import suites
 from diptych.evaluate.suites import MAIN, Part, Sample, Suite
 from diptych.recipe.tasks import check_fields
-from diptych.utils.text_files import read_lines
+from diptych.utils.documents import read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image

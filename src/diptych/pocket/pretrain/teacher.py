@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.utils.hardware import computing
+from diptych.utils.machine import computing
 
 from . import renders, tokenizers, traits
 from . import vae as vae_training

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
-from diptych.utils import plain
-from diptych.utils.documents import parse_yaml
+from diptych.utils import documents
+from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import here_or_packaged
-from diptych.utils.text_files import read_text
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
@@ -278,7 +277,7 @@ def load(name: str) -> Task:
     try:
         return Task.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
-        raise UsageError(f"{path}: {plain.first(error, _KEYS)}") from error
+        raise UsageError(f"{path}: {documents.first(error, _KEYS)}") from error
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -17,10 +17,11 @@ from typing import Any
 from diptych.errors import UsageError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Distill, Recipe
-from diptych.run.plan import assumptions, measured, stages, teacher
+from diptych.run.plan import assumptions, stages, teacher
+from diptych.run.plan import job as measured
 from diptych.run.plan.job import Book, Job
 from diptych.run.plan.text import lines
-from diptych.student.families import distilled
+from diptych.student.families import teachers
 
 __all__ = ["lines", "make"]
 
@@ -53,8 +54,8 @@ def make(
     counts = teacher.count(source)
     job = Job(recipe, task, source, counts, book, on_cpu=device == "cpu")
     written, painted = stages.write(job), stages.paint(job)
-    curated, distilled = stages.curate(job, painted["device_hours"]), stages.distill(job)
-    found = {"write": written, "paint": painted, "curate": curated, "distill": distilled}
+    curated, teachers = stages.curate(job, painted["device_hours"]), stages.distill(job)
+    found = {"write": written, "paint": painted, "curate": curated, "distill": teachers}
     keep = book.known["keep_rate"]
     parts = {"transformer": counts.transformer, "text_encoders": counts.text, "vae": counts.vae}
     result: dict[str, Any] = {
@@ -151,11 +152,11 @@ def _notes(recipe: Recipe, found: dict[str, Any]) -> list[str]:
 def _teacher_notes(recipe: Recipe) -> list[str]:
     """What is wrong with training from, or painting with, a step-distilled teacher."""
     notes = []
-    if (found := distilled.examine(recipe.teacher)) is not None:
+    if (found := teachers.examine(recipe.teacher)) is not None:
         forced = recipe.distill.allow_distilled_teacher
-        refused = f"distill trains from it all the same ({distilled.KEY})" if forced else "distill refuses it"
+        refused = f"distill trains from it all the same ({teachers.KEY})" if forced else "distill refuses it"
         notes.append(f"{found.describe(recipe.teacher)}; {refused}")
-    if (wrong := distilled.advice(recipe.teacher, recipe.paint.steps, recipe.paint.true_guidance)) is not None:
+    if (wrong := teachers.advice(recipe.teacher, recipe.paint.steps, recipe.paint.true_guidance)) is not None:
         notes.append(wrong)
     return notes
 

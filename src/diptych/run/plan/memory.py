@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from diptych.run.plan import arithmetic
 from diptych.run.plan.job import Job
 from diptych.run.plan.teacher import frozen_bytes, memory_shapes
-from diptych.student.runtime import footprint
+from diptych.student.runtime import presets
 from diptych.train.options import canvases_at_once, captions_at_once
 
 
@@ -60,13 +60,13 @@ class Training:
         loaded = job.counts.transformer * self.wide if whole else self.frozen(self.wide)
         if self.offloads:
             loaded = 0.0  # it waits in main memory
-        tower = footprint.text_activations(memory_shapes(job.teacher), job.teacher.text_tokens, self.wide)
+        tower = presets.text_activations(memory_shapes(job.teacher), job.teacher.text_tokens, self.wide)
         encoding = tower * captions_at_once(job.teacher.text_tokens)
         canvases = canvases_at_once(*self.size)
         half = (self.size[0], self.size[1] // 2)  # those formulas are for a canvas of two panels
         vae_config = job.teacher.configs["vae"]
-        encoded = footprint.encoding(vae_config, half, self.wide) * canvases
-        decoded = footprint.decoding(vae_config, half, 0, self.wide)
+        encoded = presets.encoding(vae_config, half, self.wide) * canvases
+        decoded = presets.decoding(vae_config, half, 0, self.wide)
         drawing = arithmetic.forward_bytes(self.shapes, self.canvas, 1, self.trained, self.wide)
         drawn = max(drawing, decoded)
 

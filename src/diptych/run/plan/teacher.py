@@ -11,8 +11,8 @@ from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.recipe.schema import Recipe
-from diptych.student.families import calls, distilled
-from diptych.utils.configs import INDEX, folder_of, read, read_file
+from diptych.student.families import teachers
+from diptych.utils.opening import INDEX, folder_of, read, read_file
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 FAMILY, PIPELINE = "FluxTransformer2DModel", "FluxPipeline"
@@ -73,14 +73,14 @@ class Teacher:
     """Its model_index.json."""
 
     @property
-    def call(self) -> calls.Call:
+    def call(self) -> teachers.Call:
         """How its pipeline takes guidance."""
-        return calls.of(str(self.index["_class_name"]))
+        return teachers.of(str(self.index["_class_name"]))
 
     @property
-    def distilled(self) -> distilled.Distilled | None:
+    def distilled(self) -> teachers.Distilled | None:
         """What shows that it is step-distilled."""
-        return distilled.examine(self.name)
+        return teachers.examine(self.name)
 
     @property
     def factor(self) -> int:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from diptych.data import decisions, records
+from diptych.data import labels, records
 from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.run import recurate
@@ -172,7 +172,7 @@ def applied(runs: Runs, name: str | None) -> str:
     """Makes a run that follows people's decisions, under a free name, and says so as HTML."""
     try:
         source = runs.of(name)
-        if decisions.read(source) == decisions.applied(source):
+        if labels.decided(source) == labels.applied(source):
             raise UserError(f"{name} follows all decisions already; accept or reject a pair first")
     except UserError as error:
         return wrong(error)
@@ -218,7 +218,7 @@ def _bar(share: float) -> Html:
 
 
 def _said(runs: Runs, name: str) -> str:
-    decided = decisions.counts(decisions.read(runs.of(name)))
+    decided = labels.counts(labels.decided(runs.of(name)))
     return f"{decided['accepted']} accepted and {decided['rejected']} rejected by hand"
 
 

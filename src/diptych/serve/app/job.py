@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from diptych.errors import UserError
 from diptych.serve.asked import Common
+from diptych.serve.board import Busy
 from diptych.serve.fields import of_schema
 from diptych.serve.http.errors import wrong as wrong_field
-from diptych.serve.refusals import Busy
 from diptych.serve.service import Service
 from diptych.utils.markup import Html, html, tag
 

@@ -103,7 +103,7 @@ def add(blocks: Any, service: Service) -> None:
 
 def written(service: Service, owner: str, idea: str, count: int) -> str:
     """The panels of an idea, from the language model that the environment names, as lines."""
-    from diptych.apps.story_writer import write_panels
+    from diptych.apps.story import write_panels
 
     endpoint = endpoint_of(None, None)
     if endpoint is None or not idea.strip():

@@ -14,10 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from diptych.errors import UserError, nearest
+from diptych.serve.board import Busy, OverQuota
 from diptych.serve.disk import FULL, FULL_STATUS, Unwritable
 from diptych.serve.fields import Field, of_route, of_schema, shown, words
-from diptych.serve.refusals import Busy, OverQuota
-from diptych.utils import plain
+from diptych.utils import documents
 
 log = logging.getLogger("diptych.serve")
 KINDS = {
@@ -93,7 +93,7 @@ def wrong(error: Mapping[str, Any], fields: Sequence[Field]) -> str:
     kind, place = error["type"], _place(error)
     field = next((field for field in fields if field.name == place[0]), None)
     if field is None or kind == "value_error" or kind.startswith(("string_too_", "too_")):
-        return plain.said(error)
+        return documents.said(error)
     if kind == "missing":
         return f"missing; it must be {field.allowed}"
     allowed = field.allowed

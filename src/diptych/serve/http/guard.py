@@ -8,23 +8,25 @@ patience of its body, which are limits before anything is decoded. Answers get t
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from diptych.serve.http import errors, logs
-from diptych.serve.metrics import Metrics
+from diptych.serve.board import Metrics
+from diptych.serve.http import errors
 from diptych.serve.settings import Settings
 from diptych.serve.tokens import COOKIE, LOCAL, Gate
-from diptych.utils import plain
+from diptych.utils import documents
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -84,7 +86,7 @@ def _ambiguous(headers: Headers) -> Any:
 
 
 def _too_large(most: int) -> str:
-    return f"the request is too large; at most {plain.size(most)} are allowed"
+    return f"the request is too large; at most {documents.size(most)} are allowed"
 
 
 @dataclass
@@ -230,7 +232,46 @@ class Guard:
                 route = getattr(scope.get("route"), "path", None) or (APP if path.startswith(APP) else "other")
                 self.metrics.requests.labels(route, str(message["status"])).inc()
                 client, owner = (scope.get("client") or ("-",))[0], scope.get("state", {}).get("owner")
-                logs.request(client, owner, scope["method"], path, message["status"], time.monotonic() - started)
+                request(client, owner, scope["method"], path, message["status"], time.monotonic() - started)
             await send(message)
 
         return counted
+
+
+# What a server writes to stderr: a line for each request (`diptych.access`), and diptych's own warnings and errors. A
+# line names the owner, never a token; of an address only its path, since what follows may be a signature. Warnings
+# that quote a prompt are written at the level debug alone; who asked gets them with the answer.
+
+LEVELS = ("debug", "info", "warning", "error")
+access = logging.getLogger("diptych.access")
+QUIET = ("/healthz", "/readyz", "/metrics", "/app/")  # asked all the time: a line at the level debug alone
+
+
+class _Lines(logging.StreamHandler):
+    """A record as one line with its time."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+
+def start(level: str) -> None:
+    """Writes what is at least of this level; once in a process."""
+    logger = logging.getLogger("diptych")
+    logger.setLevel(level.upper())
+    for handler in logger.handlers:  # the command line's, which has no times
+        logger.removeHandler(handler)
+    lines = _Lines()
+    logger.addHandler(lines)
+    if level != "debug":
+        lines.addFilter(lambda record: not hasattr(record, "quotes"))  # marks warnings that quote a prompt
+
+
+def request(client: str, owner: str | None, method: str, path: str, status: int, seconds: float) -> None:
+    """A request that was answered."""
+    level = logging.DEBUG if path.startswith(QUIET) and status < 400 else logging.INFO
+    if access.isEnabledFor(level):
+        place = quote(path, safe="/:@!$&'()*+,;=~-._")  # no line breaks and no colours in a log
+        access.log(
+            level, "%s %s %s %s %d %.0f ms", client, owner or "-", method[:16], place[:300], status, 1e3 * seconds
+        )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from fastapi import APIRouter, Path
+from fastapi.responses import Response
+
+from diptych.apps.audit_page import media_type
 from diptych.serve import fields
+from diptych.serve.fields import WORDS
+from diptych.serve.http.errors import answer, documented
+from diptych.serve.http.images import Of
 from diptych.utils.markup import escape
 
 ICON = "/favicon.ico"
@@ -63,3 +70,41 @@ def _row(field: fields.Field) -> str:
 
 def _values(field: fields.Field) -> tuple[tuple[str, str], ...]:
     return ("default", field.default), ("for instance", field.example)
+
+
+# `/v1/runs/…`: the pictures, sheets and reports that the web app's Data and Runs tabs show.
+
+# A report is one page with pictures and styles inside, made by the run; scripts in it, if ever, stay without rights.
+SANDBOX = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
+RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", json_schema_extra={WORDS: "a run's name"})]
+PairId = Annotated[str, Path(pattern=r"^c-[0-9]{1,12}-[0-9]{2,4}$", json_schema_extra={WORDS: "a pair's id"})]
+router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(500))
+
+
+@router.get("/{run}/pairs/{id}/{side}", response_class=Response)
+def picture(run: RunName, id: PairId, side: Literal["reference", "target"], service: Of) -> Response:
+    """A panel of a candidate pair."""
+    assert service.runs is not None  # these routes are there only with a folder of runs
+    data = service.runs.picture(run, id, side)
+    return Response(data, media_type=media_type(data), headers={"Cache-Control": "private, max-age=600"})
+
+
+@router.get("/{run}/sheets/{number}", response_class=Response)
+def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service: Of) -> Response:
+    """A sample sheet of the training, counted from 0."""
+    assert service.runs is not None
+    sheets = service.runs.sheets(run)
+    if number >= len(sheets):
+        return answer(404, "there is no such sheet")
+    return Response(sheets[number].read_bytes(), media_type="image/png")
+
+
+@router.get("/{run}/report", response_class=Response)
+def report(run: RunName, service: Of) -> Response:
+    """The run's report."""
+    assert service.runs is not None
+    path = service.runs.report(run)
+    if path is None:
+        return answer(404, "this run has no report yet")
+    headers = {"Content-Security-Policy": SANDBOX}
+    return Response(path.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 
 from diptych.serve.asked import Common
-from diptych.serve.refusals import Busy
+from diptych.serve.board import Busy
 from diptych.serve.service import Service, as_json, warnings_of
 
 PULSE = 1.0  # seconds between looks when nothing happens

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field
 
 from diptych.data.engine import Failure
-from diptych.llm.model import Model, answers
+from diptych.llm.client import Model, answers
 from diptych.llm.question import Question, system, user
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ and so the two orders of a pair, are never compared.
 
 from __future__ import annotations
 
+import base64
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,6 @@ from diptych.data import records
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.stages.curate.vectors import Vectors, unpack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -199,3 +199,102 @@ class Table:
 
     def _keys(self, code: int) -> list[int]:
         return [(code >> low & mask) % BUCKETS for low, mask in self._bands]
+
+
+# Embeddings as a few bytes, and a table of earlier pairs that finds those whose two panels are both alike. text =
+# pack(embedding) # what evidence keeps table = Vectors(0.95) table.add(unpack(reference), unpack(target))
+# table.first(references, targets) # of each row the earliest pair in the table, -1 if none An embedding is kept as
+# whole numbers from -127 to 127, a byte each: cosines are off by less than 0.002 (in the tests), and a product of two
+# is a sum of whole numbers, exact in float32. So a verdict does not depend on the machine, its threads, or how many
+# rows are compared at once.
+
+LEVELS = 127
+ROWS = 4096  # of the table that are compared at once
+
+
+def pack(embedding: np.ndarray) -> str:
+    """An embedding (D,) of any length as base64 of D signed bytes."""
+    most = float(np.abs(embedding).max(initial=0.0))
+    scaled = np.round(embedding * (LEVELS / most)) if 0 < most < np.inf else np.zeros(len(embedding))
+    return base64.b64encode(scaled.astype(np.int8).tobytes()).decode("ascii")
+
+
+def unpack(text: str) -> np.ndarray:
+    """What `pack` kept: int8 (D,)."""
+    return np.frombuffer(base64.b64decode(text), dtype=np.int8)
+
+
+def alike(a: np.ndarray, b: np.ndarray, least: float) -> np.ndarray:
+    """Which rows of `a` (N, D) have a cosine of at least `least` with which of `b` (M, D), int8: bool (N, M)."""
+    one, two = a.astype(np.float32), b.astype(np.float32)
+    lengths = np.sqrt(np.outer((one**2).sum(1, dtype=np.float64), (two**2).sum(1, dtype=np.float64)))
+    return (lengths > 0) & (one @ two.T >= least * lengths)
+
+
+class Vectors:
+    """Earlier pairs by the embeddings of their panels: 2·D bytes each."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+        self._pairs = np.empty((2, 0, 0), np.int8)  # references and targets
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, reference: np.ndarray, target: np.ndarray) -> None:
+        """Puts a pair in, after all others; each int8 (D,)."""
+        if self._count == self._pairs.shape[1]:
+            more = np.empty((2, max(1024, self._count), len(reference)), np.int8)
+            self._pairs = np.concatenate([self._pairs, more], axis=1) if self._count else more
+        self._pairs[0, self._count], self._pairs[1, self._count] = reference, target
+        self._count += 1
+
+    def first(self, references: np.ndarray, targets: np.ndarray, since: int = 0) -> np.ndarray:
+        """Of the pairs from number `since` on, that of the first whose panels are both alike, for each row of int8
+        (B, D); -1 for none."""
+        found = np.full(len(references), -1)
+        for start in range(since, self._count, ROWS):
+            left = np.flatnonzero(found < 0)
+            known = self._pairs[:, start : min(start + ROWS, self._count)]
+            both = alike(references[left], known[0], self.least)
+            some = both.any(1)  # few: the second panels of the others need no look
+            both[some] &= alike(targets[left[some]], known[1], self.least)
+            hit = both.any(1)
+            found[left[hit]] = start + both[hit].argmax(1)
+        return found
+
+
+# Copies that pixels do not show: panels that are one picture in another brightness or tint, mirrored, or drawn anew.
+# measure(look(reference), look(target), similarity=0.93) # {"hash": 22, "mirrored": 3, "embedding": 0.93}
+# `alignment.copy_distance` finds a copy that lies pixel on pixel. What is left over is found here, if a recipe asks
+# (`curate.copies`): by perceptual hashes, which see shapes in grey and no brightness, and by the judge's embeddings,
+# which see what is shown. A student that learns from such a pair learns to give its reference back.
+
+DIGITS = 6  # of the cosine: rounded before anybody looks at it, so that a verdict from the stored one is the same
+
+
+@dataclass(frozen=True)
+class Look:
+    """A panel's perceptual hash, and that of its mirror image."""
+
+    hash: str
+    mirrored: str
+
+
+def look(panel: Image) -> Look:
+    """Both hashes of a panel."""
+    from PIL import Image as PIL
+
+    return Look(panel_hash(panel), panel_hash(panel.transpose(PIL.Transpose.FLIP_LEFT_RIGHT)))
+
+
+def measure(one: Look, other: Look, similarity: float) -> dict[str, float]:
+    """How near two panels are to one picture: bits of 64 in which their hashes differ, as they are (`hash`) and with
+    one of them `mirrored` (the fewer of both), and the cosine of their `embedding`s."""
+    mirrored = min(_bits(one.hash, other.mirrored), _bits(one.mirrored, other.hash))
+    return {"hash": _bits(one.hash, other.hash), "mirrored": mirrored, "embedding": round(similarity, DIGITS)}
+
+
+def _bits(one: str, other: str) -> int:
+    return (int(one, 16) ^ int(other, 16)).bit_count()

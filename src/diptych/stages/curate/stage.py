@@ -26,10 +26,9 @@ from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell, open_image
 from diptych.errors import UserError
 from diptych.recipe import tasks
-from diptych.stages.curate import alignment, copies, screens, seams
-from diptych.stages.curate.duplicates import panel_hash
-from diptych.stages.curate.vectors import pack
-from diptych.stages.write import wording
+from diptych.stages.curate import alignment, duplicates, screens, seams
+from diptych.stages.curate.duplicates import pack, panel_hash
+from diptych.stages.write import grammar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,7 +137,7 @@ class Curate:
         if settings is None:
             return None
         from diptych.judges.vlm import VlmJudge
-        from diptych.llm.model import open_model
+        from diptych.llm.client import open_model
 
         cache = settings.cache or self.answers
         model = open_model(settings.endpoint, settings.local, settings.vllm, cache=cache, device=self.recipe.device)
@@ -184,7 +183,7 @@ class Curate:
         hashes, packed = [], []
         if self.recipe.curate.duplicates:
             hashes, packed = [panel_hash(panel) for panel in cut.panels], [pack(own) for own in embeddings]
-        looks = [copies.look(panel) for panel in cut.panels] if self.bounds.copies is not None else []
+        looks = [duplicates.look(panel) for panel in cut.panels] if self.bounds.copies is not None else []
         pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
@@ -192,7 +191,7 @@ class Curate:
             if self.bounds.screens:
                 pair = replace(pair, screen=records.failed_screen((scores[a], scores[b]), self.bounds.screens))
             if self.bounds.copies is not None:
-                likeness = copies.measure(looks[a], looks[b], similarity)
+                likeness = duplicates.measure(looks[a], looks[b], similarity)
                 copied = records.failed_copy(likeness, self.bounds.copies)
                 pair = replace(pair, likeness=likeness, copied=copied)
             pairs[a, b] = pair
@@ -254,7 +253,7 @@ class Curate:
         name = records.pair_id(row["id"], reference, target)
         seed = records.seed_of(self.recipe.seed, name, "curate")
         caption = row["panels"][target]
-        words = wording.instruction(self.task, row["subject"], caption, np.random.default_rng(seed))
+        words = grammar.instruction(self.task, row["subject"], caption, np.random.default_rng(seed))
         kept, reason = verdict(compared, cut.strength, self.thresholds)
         evidence = {
             "seams": cut.evidence(),

@@ -26,12 +26,12 @@ from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
 from diptych.llm.question import Question, quoted, system, user
 from diptych.recipe.tasks import Task, fields_of
-from diptych.stages.write import diversity, seeds, wording
+from diptych.stages.write import diversity, grammar, seeds
 from diptych.stages.write.grammar import Draft
 
 if TYPE_CHECKING:
-    from diptych.llm.model import Model
-    from diptych.llm.outcome import Outcome
+    from diptych.llm.client import Model
+    from diptych.llm.question import Outcome
     from diptych.recipe.schema import Recipe, Write
 
 # Most words of an answer's other parts; a task's own wording asks for fewer.
@@ -80,7 +80,7 @@ class LanguageModel:
         return self._apart(rows, [results[row["id"]] for row in rows])
 
     def _outcomes(self, rows: Sequence[Row], question: Callable[[Row], Question]) -> dict[str, Outcome]:
-        from diptych.llm.model import NobodyAnswers, answers
+        from diptych.llm.client import NobodyAnswers, answers
 
         found = answers(self.model, (question(row) for row in rows))
         if rows and all(outcome.status == "failed" for outcome in found.values()):
@@ -261,7 +261,7 @@ def draft(task: Task, answer: dict[str, Any]) -> Draft:
     changes = "change" in fields_of(task.panel_template)
     subject = re.sub(r"^(an?|the) ", "", answer["subject"], flags=re.IGNORECASE)
     captions = [
-        wording.fill(
+        grammar.fill(
             task.panel_template,
             subject=subject,
             scene=answer.get("scene", "") if changes else panel,

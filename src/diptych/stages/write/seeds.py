@@ -20,8 +20,7 @@ from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.llm.question import clean
-from diptych.utils.documents import parse_json
-from diptych.utils.text_files import stream_lines
+from diptych.utils.documents import parse_json, stream_lines
 
 KINDS = (".txt", ".jsonl", ".parquet")
 LONGEST = 1000  # characters of a caption

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from diptych.data.engine import Failure, Row, Work
 from diptych.errors import UsageError, nearest
 from diptych.recipe import tasks
-from diptych.stages.write import wording
+from diptych.stages.write import grammar as wording
 from diptych.stages.write.grammar import GRAMMARS, Draft, Turn
 from diptych.utils.documents import parse_json
 
@@ -104,7 +104,7 @@ def grammar(stage: Write) -> Writer:
 
 def llm(stage: Write) -> Writer:
     """The writer that asks a language model."""
-    from diptych.llm.model import open_model
+    from diptych.llm.client import open_model
     from diptych.stages.write import llm_writer
 
     settings = stage.recipe.write
@@ -147,7 +147,8 @@ def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.
 
 
 def _composed(name: str, recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.Generator], Draft | None]:
-    from diptych.stages.write import compose, vocabulary
+    from diptych.stages.write import vocabulary
+    from diptych.stages.write import vocabulary as compose
 
     return compose.grids(vocabulary.load(name), task, task.layout(recipe.write.layout).panels)
 

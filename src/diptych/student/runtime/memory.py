@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, UserError
-from diptych.student.runtime import footprint, quantize
-from diptych.student.runtime.footprint import Shapes
-from diptych.student.runtime.presets import HEADROOM, PRESETS, Preset, pick, problems
-from diptych.student.weights.alone import alone
+from diptych.student.runtime import presets, quantize
+from diptych.student.runtime.presets import HEADROOM, PRESETS, Preset, Shapes, pick, problems
+from diptych.student.weights.tensors import alone
 
 if TYPE_CHECKING:
     import torch
@@ -77,28 +76,28 @@ def plan(
     every stage.
     """
     transformer = shapes.tensors("transformer")
-    tabled = footprint.adaln(transformer) if shapes.is_flux else []
+    tabled = presets.adaln(transformer) if shapes.is_flux else []
     if shapes.quantized:
-        blocks, modulation, other = footprint.as_in_file(transformer, shapes.quantized, dtype_bytes)
+        blocks, modulation, other = presets.as_in_file(transformer, shapes.quantized, dtype_bytes)
     else:
-        blocks, rest = footprint.quantized_split(transformer, preset.transformer, dtype_bytes)
+        blocks, rest = presets.quantized_split(transformer, preset.transformer, dtype_bytes)
         waits = (*(f"{layer}." for layer in tabled), "time_text_embed.") if tabled else ()
         adaln = sum(math.prod(shape) for name, shape in transformer.shapes.items() if name.startswith(waits))
         modulation = adaln * dtype_bytes
         other = rest - modulation
     text = 0
     for part in shapes.texts():
-        kind = "none" if footprint.is_small(shapes.class_of(part)) else preset.text
-        text += sum(footprint.quantized_split(shapes.tensors(part), kind, dtype_bytes))
+        kind = "none" if presets.is_small(shapes.class_of(part)) else preset.text
+        text += sum(presets.quantized_split(shapes.tensors(part), kind, dtype_bytes))
     vae = shapes.tensors("vae").count * dtype_bytes
 
     columns = sum(transformer.shapes[f"{layer}.weight"][0] for layer in tabled)
     table = steps * (rows + 1) * columns * dtype_bytes if preset.modulation else 0  # one more text: the negative
-    activations = footprint.activations(shapes, panel, rows, text_tokens, dtype_bytes)
+    activations = presets.activations(shapes, panel, rows, text_tokens, dtype_bytes)
     blocked = [linear for linear in transformer.linears if quantize.takes(linear)]
     widest = max((math.prod(transformer.shapes[f"{linear}.weight"]) for linear in blocked), default=0)
     scratch = 0 if preset.transformer == "none" else widest * dtype_bytes
-    decode = footprint.decoding(shapes.vae, panel, preset.tile, dtype_bytes) * rows
+    decode = presets.decoding(shapes.vae, panel, preset.tile, dtype_bytes) * rows
 
     shared = device == "cpu"
     waiting_modulation = modulation if preset.modulation else 0
@@ -110,7 +109,7 @@ def plan(
     text_weights = 0 if preset.staged and (reopened or not shared) else text
     # The transformer steps aside while text is encoded.
     aside = resident if preset.staged and not shared and not grouped else 0
-    encode = footprint.text_activations(shapes, text_tokens, dtype_bytes) * rows
+    encode = presets.text_activations(shapes, text_tokens, dtype_bytes) * rows
     stages = {
         "text": text + vae + resident + on_device - aside + encode,
         "denoise": resident + on_device + text_weights + vae + table + activations + scratch,
@@ -238,13 +237,13 @@ class Memory:
 
     def shrink_text(self, encoder: Any) -> None:
         """Quantizes a text encoder, unless it is small anyway."""
-        kind = "none" if footprint.is_small(type(encoder).__name__) else self.preset.text
+        kind = "none" if presets.is_small(type(encoder).__name__) else self.preset.text
         quantize.quantize(encoder, kind, self.device, self.dtype)
 
     def tile(self, vae: Any) -> None:
         """Sets the size of the tiles that `vae` decodes, where the preset has any."""
         if self.preset.tile and hasattr(vae, "tile_latent_min_size"):
-            factor = 2 ** (len(footprint.channels(vae.config)) - 1)
+            factor = 2 ** (len(presets.channels(vae.config)) - 1)
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.preset.tile, self.preset.tile // factor
 
     def offload(self, model: Any) -> None:

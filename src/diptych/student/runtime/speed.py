@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
 from diptych.student.settings import NULL_PANELS
-from diptych.student.weights.alone import alone
+from diptych.student.weights.tensors import alone
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
@@ -223,7 +223,7 @@ def apply_attention(transformer: Any, speed: Speed) -> list[str]:
 def apply_packed(transformer: Any, speed: Speed) -> tuple[Speed, list[str]]:
     """Packs the linear layers of any diffusers transformer: what of `speed` is still to be applied, and what is left
     out, with its reason. Fused projections and compiled blocks would hold or look for the weights as they were."""
-    from diptych.student.runtime import packed
+    from diptych.student.runtime import modulation as packed
 
     if not speed.packed:
         return speed, []
@@ -246,7 +246,8 @@ def apply_compile(transformer: Any, speed: Speed) -> list[str]:
 
 def remove(pipe: DiptychPipeline) -> None:
     """Takes a speed setting off: the transformer is stock again, LoRAs that were fused stay so."""
-    from diptych.student.runtime import caches, packed, recall
+    from diptych.student.runtime import caches, recall
+    from diptych.student.runtime import modulation as packed
 
     transformer: Any = pipe.transformer
     packed.unpack(transformer)

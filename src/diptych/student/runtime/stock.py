@@ -25,9 +25,9 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import CacheContext
 
 from diptych.errors import UsageError
-from diptych.student.runtime import caches, footprint, speed
-from diptych.student.runtime.footprint import Shapes
+from diptych.student.runtime import caches, presets, speed
 from diptych.student.runtime.memory import Memory, prepare
+from diptych.student.runtime.presets import Shapes
 from diptych.student.runtime.speed import Speed
 from diptych.student.weights.files import read_json
 
@@ -52,7 +52,7 @@ def shapes(folder: Path) -> Shapes:
             f"{folder} is a {index.get('_class_name', 'folder')} without a transformer; paint.memory and paint.speed "
             "are for transformers: leave both null"
         )
-    parts = [part for part in ("transformer", "vae", *footprint.TEXTS) if (folder / part / "config.json").is_file()]
+    parts = [part for part in ("transformer", "vae", *presets.TEXTS) if (folder / part / "config.json").is_file()]
     configs: dict[str, Any] = {part: read_json(folder / part / "config.json") for part in parts}
     named = {part: index[part][1] for part in parts if isinstance(index.get(part), list) and index[part][1]}
     return Shapes(**configs, classes=named)
@@ -117,7 +117,7 @@ def _place(pipe: Any, held: Memory | None, device: torch.device) -> list[str]:
         pipe.to(device)
         return []
     left_out: list[str] = []
-    texts = [encoder for part in footprint.TEXTS if (encoder := getattr(pipe, part, None)) is not None]
+    texts = [encoder for part in presets.TEXTS if (encoder := getattr(pipe, part, None)) is not None]
     for encoder in texts:
         held.shrink_text(encoder)
     if held.preset.tile and not hasattr(pipe.vae, "enable_tiling"):

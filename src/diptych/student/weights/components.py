@@ -18,8 +18,7 @@ from diptych.student.weights import files
 from diptych.student.weights.all_in_one import build_part
 from diptych.student.weights.fold import some
 from diptych.student.weights.tensors import Stored
-from diptych.utils.opening import refuse_code
-from diptych.utils.variants import variant_of
+from diptych.utils.opening import refuse_code, variant_of
 
 INDEX = "model_index.json"
 # part: (library, class) unless the folder's model_index.json names another; text parts may be absent.

@@ -20,7 +20,9 @@ import torch
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student.runtime.caches import RATIOS_FILE
 from diptych.student.settings import KEY, Settings, of
-from diptych.student.weights import directions, files, gguf_file, lora_styles, original
+from diptych.student.weights import deltas as lora_styles
+from diptych.student.weights import directions, files, original
+from diptych.student.weights import original as gguf_file
 from diptych.student.weights.components import INDEX, NEEDED, copy_parts, find_parts
 from diptych.student.weights.delta import Delta
 from diptych.student.weights.deltas import as_lora, difference, fuse, lora_deltas, read_deltas

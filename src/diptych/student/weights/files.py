@@ -22,8 +22,8 @@ from diptych.student.weights import fold
 from diptych.student.weights.fold import INPUT_LAYERS, BiasSplit, Folded
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
+from diptych.utils.opening import variant_names, variant_of
 from diptych.utils.paths import files_inside, plain_name
-from diptych.utils.variants import variant_names, variant_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SPLIT_FILE = "released_biases.safetensors"

@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 
 from diptych.errors import UserError
 from diptych.student import settings
-from diptych.utils import layers
+from diptych.utils import models
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
 INPUT = "x_embedder"
@@ -190,9 +190,9 @@ def _set_adapters_aside(
     state_dict: Mapping[str, Any], expected: Iterable[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Splits off adapter tensors, but only those of a layer that the model has: others stay, to be refused by name."""
-    layers = {key.rpartition(".")[0] for key in expected}
+    models = {key.rpartition(".")[0] for key in expected}
     found = {key: _ADAPTER_KEY.match(key) for key in state_dict}
-    adapters = {key for key, match in found.items() if match and match["module"] in layers}
+    adapters = {key for key, match in found.items() if match and match["module"] in models}
     kept = {key: tensor for key, tensor in state_dict.items() if key not in adapters}
     return kept, tuple(sorted(adapters))
 
@@ -218,7 +218,7 @@ def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> 
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    layers.check(config, "the transformer's config")
+    models.check(config, "the transformer's config")
     try:
         with torch.device("meta"):
             model = FluxTransformer2DModel.from_config(dict(config))

@@ -18,14 +18,13 @@ from diptych.errors import UsageError, UserError
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
-from diptych.student.weights import files, gguf_file
-from diptych.student.weights.alone import alone
+from diptych.student.weights import files, original
 from diptych.student.weights.components import check_family, check_parts, find_parts, look_at, open_part
 from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_file import lora_file
 from diptych.student.weights.sources import Source, locate, lora_alone, open_source
-from diptych.student.weights.tensors import open_safetensors
+from diptych.student.weights.tensors import alone, open_safetensors
 from diptych.utils import models
 
 RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them alone
@@ -114,7 +113,7 @@ def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | No
 def _read(source: Source, dtype: torch.dtype) -> Any:
     """The transformer, its tensors read; a GGUF file's quantized matrices stay quantized."""
     if source.layout == "gguf" and any(tensor.dtype == torch.uint8 for tensor in source.tensors.values()):
-        return gguf_file.build_quantized(source.folded.config, source.tensors, dtype, source.place)
+        return original.build_quantized(source.folded.config, source.tensors, dtype, source.place)
     return build(source.folded.config, {key: tensor.read() for key, tensor in source.tensors.items()})
 
 

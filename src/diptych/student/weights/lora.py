@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UserError
-from diptych.student.weights.lora_file import check_widths, lora_file, read_lora
+from diptych.student.weights.lora_file import check_widths, lora_file, ranks_of, read_lora
 from diptych.student.weights.lora_keys import COMPONENTS
-from diptych.student.weights.lora_settings import ranks_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +95,7 @@ def _add(model: Any, deltas: Mapping[str, Delta], name: str, scale: float) -> No
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    from diptych.student.weights.dora import put_magnitude
+    from diptych.student.weights.delta import put_magnitude
 
     active = next((list(layer.active_adapters) for layer in _adapted(model)), [])
     names = "|".join(map(re.escape, deltas))  # whole: in a list, `proj_out` would be that of every block, too

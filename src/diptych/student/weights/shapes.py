@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from diptych.utils import layers
+from diptych.utils import models
 from diptych.utils.documents import parse_json
 
 Shape = tuple[int, ...]
@@ -48,7 +48,7 @@ def tensors(library: str, name: str, config: Config) -> Tensors:
 @lru_cache(maxsize=16)
 def _tensors(library: str, name: str, config: str) -> Tensors:
     values = parse_json(config)
-    layers.check(values, f"the config of a {name}")
+    models.check(values, f"the config of a {name}")
     if name in RULES:
         shapes = RULES[name](values)
         # No linear layer is called so, and every other matrix is a linear layer's.

@@ -15,7 +15,8 @@ import torch
 from diptych.errors import UsageError, UserError
 from diptych.student import settings
 from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
-from diptych.student.weights import all_in_one, files, gguf_file, original
+from diptych.student.weights import all_in_one, files, original
+from diptych.student.weights import original as gguf_file
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, Folded, stock_config
 from diptych.student.weights.lora_file import RELEASED_LORA, SUFFIXES
 from diptych.student.weights.lora_keys import account, is_lora
