@@ -130,7 +130,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **classes: type) -> None:
     for name, made in install().items():
         monkeypatch.setitem(sys.modules, name, made)
         for stage, own in classes.items():
-            if name == f"diptych.stages.{stage.lower()}":
+            if stage in vars(made):
                 monkeypatch.setattr(made, stage, own)
     for name in ("evaluate", "stages"):
         monkeypatch.delattr(diptych, name, raising=False)

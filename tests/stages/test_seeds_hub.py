@@ -18,7 +18,7 @@ from hub_server import OWNER, TOKEN, Hub
 READ = """
 import json, sys
 from diptych.errors import UserError
-from diptych.stages import seeds
+from diptych.stages.write import seeds
 
 for source in sys.argv[1:]:
     try:

@@ -122,7 +122,7 @@ def _plain(text: str) -> str:
 
 def _yaml(name: str, key: str) -> Callable[[str], str]:
     """A file that ships, with the text under `key`."""
-    shipped = Path(tasks.__file__).parents[1] / name
+    shipped = Path(tasks.__file__).parents[2] / name
     lines = shipped.read_text("utf8").splitlines()
     (at,) = (n for n, line in enumerate(lines) if line.startswith(f"{key}:"))
     return lambda text: "\n".join([*lines[:at], f"{key}: {text}", *lines[at + 1 :]])
@@ -154,10 +154,10 @@ DOORS: dict[str, Any] = {
     "panels": _file("a.txt", _plain, lambda path: story.read_panels(path)[0].prompt),
     "batch": _file("a.jsonl", _json(prompt=None), lambda path: next(read_rows(path))[1]["prompt"]),
     "recipe": _file("a.yaml", lambda text: f"name: {text}\n", lambda path: recipe.load(path).name),
-    "task": _file("a.yaml", _yaml("tasks/subject.yaml", "description"), lambda path: tasks.load(str(path)).description),
+    "task": _file("a.yaml", _yaml("recipe/tasks/subject.yaml", "description"), lambda path: tasks.load(str(path)).description),
     "vocabulary": _file(
         "a.yaml",
-        _yaml("stages/vocabulary/photo.yaml", "description"),
+        _yaml("stages/write/vocabulary/photo.yaml", "description"),
         lambda path: vocabulary.load(str(path)).description,
     ),
     "suite": _file("a.yaml", lambda text: f"name: {text}\n", lambda path: suites.read(str(path))["name"]),
