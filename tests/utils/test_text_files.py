@@ -154,7 +154,9 @@ DOORS: dict[str, Any] = {
     "panels": _file("a.txt", _plain, lambda path: story.read_panels(path)[0].prompt),
     "batch": _file("a.jsonl", _json(prompt=None), lambda path: next(read_rows(path))[1]["prompt"]),
     "recipe": _file("a.yaml", lambda text: f"name: {text}\n", lambda path: recipe.load(path).name),
-    "task": _file("a.yaml", _yaml("recipe/tasks/subject.yaml", "description"), lambda path: tasks.load(str(path)).description),
+    "task": _file(
+        "a.yaml", _yaml("recipe/tasks/subject.yaml", "description"), lambda path: tasks.load(str(path)).description
+    ),
     "vocabulary": _file(
         "a.yaml",
         _yaml("stages/write/vocabulary/photo.yaml", "description"),
