@@ -14,8 +14,10 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)\)")
-"""Links of a page to files of the repository beside `docs`, which the site then holds too."""
+
+def outside(page: str) -> re.Pattern[str]:
+    """Links of a page (its path in `docs`) to files of the repository outside `docs`. The site includes these files."""
+    return re.compile(r"\]\(" + re.escape("../" * (page.count("/") + 1)) + r"([^)#]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -23,7 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "reference/recipes.md", content=recipe_reference()))
     for name, path in pictures.drawn(Path("build/pictures")).items():
         files.append(File.generated(config, f"pictures/{name}.png", abs_src_path=str(path.resolve())))
-    for name in sorted({name for file in files.documentation_pages() for name in OUTSIDE.findall(file.content_string)}):
+    pages = files.documentation_pages()
+    for name in sorted({name for file in pages for name in outside(file.src_uri).findall(file.content_string)}):
         files.append(File.generated(config, _inside(name), content=Path(name).read_bytes()))
     return files
 
@@ -41,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         caption = " ".join((pictures.PICTURES[match[1]].__doc__ or "").split())
         return f"![{caption}]({up}pictures/{match[1]}.png)\n\n*{caption}*"
 
-    markdown = OUTSIDE.sub(lambda match: f"]({up}{_inside(match[1])})", markdown)
+    markdown = outside(page.file.src_uri).sub(lambda match: f"]({up}{_inside(match[1])})", markdown)
     return re.sub(r"<!-- picture: (\w+) -->", picture, markdown)
 
 
