@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 VERSION = "0.1.0"  # as in pyproject.toml
 PACKAGES = ("diptych", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
@@ -82,11 +85,29 @@ def device_name(device: str) -> str:
     return device
 
 
+_BUILDING = threading.RLock()
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def alone(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Calls of all functions marked so wait for each other, except for calls within one of them."""
+
+    @wraps(function)
+    def waits(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        with _BUILDING:
+            return function(*args, **kwargs)
+
+    return waits
+
+
 # What the forward pass computes in, and how, on the machine at hand. Every automatic choice says why it was made.
 
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """`"float32"` or `"bfloat16"` for what a recipe asks (`"auto"` chooses), and the reason in words."""
+    import torch
+
     if asked != "auto":
         return asked, "the recipe asks for it"
     if device.type == "cuda":
@@ -104,6 +125,8 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """The context of a training forward pass: autocast, and the attention kernel of `attending`. Weights stay as they
     are: each is cast where it is used, and not kept, since a forward pass uses it once."""
+    import torch
+
     if precision == "float32":
         yield
         return
@@ -125,6 +148,8 @@ def attending(precision: str, device: torch.device) -> Iterator[None]:
     if precision == "float32":
         yield
         return
+    import torch
+
     with ExitStack() as stack:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.errors import UsageError, UserError
 from diptych.student.runtime import presets, quantize
 from diptych.student.runtime.presets import HEADROOM, PRESETS, Preset, Shapes, pick, problems
-from diptych.student.weights.tensors import alone
+from diptych.utils.machine import alone
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
 from diptych.student.settings import NULL_PANELS
-from diptych.student.weights.tensors import alone
+from diptych.utils.machine import alone
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline

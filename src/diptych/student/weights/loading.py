@@ -24,8 +24,9 @@ from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_file import lora_file
 from diptych.student.weights.sources import Source, locate, lora_alone, open_source
-from diptych.student.weights.tensors import alone, open_safetensors
+from diptych.student.weights.tensors import open_safetensors
 from diptych.utils import models
+from diptych.utils.machine import alone
 
 RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them alone
 Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]

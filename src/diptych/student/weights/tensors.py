@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
@@ -142,18 +140,3 @@ def write_safetensors(
 # One thread at a time makes modules. diffusers and transformers patch torch for the whole process while they read
 # weights, so a module that another thread builds meanwhile is left without values. A server with a worker for each
 # device has such threads.
-
-_BUILDING = threading.RLock()
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
-
-
-def alone(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Calls of all functions marked so wait for each other, but for those within one."""
-
-    @wraps(function)
-    def waits(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        with _BUILDING:
-            return function(*args, **kwargs)
-
-    return waits
