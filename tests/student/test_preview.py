@@ -9,8 +9,8 @@ from PIL import Image
 
 from diptych import Student
 from diptych.data.images import open_image
+from diptych.student.callbacks import Preview, fit_projection
 from diptych.student.canvas import Canvas, condition_canvas, to_pixels
-from diptych.student.preview import Preview, fit_projection
 from diptych.utils.paths import packaged
 
 

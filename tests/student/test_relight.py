@@ -17,8 +17,8 @@ from diptych.cli import app
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError
 from diptych.pocket import world
+from diptych.student.callbacks import Hold, held_latents
 from diptych.student.canvas import FITS, Canvas, fit_image, split_tokens
-from diptych.student.hold import Hold, held_latents
 
 LIGHT = "dim blue light from above"
 SIDE = world.PANEL

@@ -15,7 +15,7 @@ from diptych.cli.app import call
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, split_tokens
 from diptych.student.runtime import modulation, speed
-from diptych.student.runtime.recall import Recall, content
+from diptych.student.runtime.caches import Recall, content
 from student.conftest import GOLDEN
 
 CANVAS = Canvas(16, 16, 4)

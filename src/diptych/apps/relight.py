@@ -254,7 +254,7 @@ def strip(pictures: Sequence[Image], gap: int = 2) -> Image:
 
 
 def _hold(student: Student, panel: Image, stays: np.ndarray, canvas: Any, seed: int) -> Any:
-    from diptych.student.hold import Hold
+    from diptych.student.callbacks import Hold
 
     return Hold(student.pipeline, panel, stays >= 0.5, canvas, seed)
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diptych.apps.story import Captions, Page, Panel
+    from diptych.student.callbacks import Show
     from diptych.student.canvas import Canvas
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.preview import Show
     from diptych.student.runtime.memory import Preset
     from diptych.student.runtime.speed import Speed
     from diptych.student.weights.loading import Loras
@@ -457,7 +457,7 @@ class Student:
         return canvas
 
     def _preview(self, show: Show, canvas: Canvas, every: int) -> Callable[..., dict[str, Any]]:
-        from diptych.student.preview import Preview, fit_projection
+        from diptych.student.callbacks import Preview, fit_projection
 
         if self._projection is None:
             self._projection = fit_projection(self.pipeline)

@@ -29,13 +29,13 @@ from diffusers.pipelines.flux.pipeline_flux_control import retrieve_timesteps
 from diffusers.utils import BaseOutput
 
 from diptych.errors import UsageError, UserError
-from diptych.student import guidance, inputs
+from diptych.student import guidance, sampler
 from diptych.student.canvas import Canvas, condition_canvas, pack, right_tokens, split_panels, unpack
 from diptych.student.guidance import exact_timesteps, shift_exponent
-from diptych.student.inputs import Reference, Seed
 from diptych.student.runtime import speed
+from diptych.student.runtime.caches import Recall, content
 from diptych.student.runtime.modulation import precomputed, rotary_once
-from diptych.student.runtime.recall import Recall, content
+from diptych.student.sampler import Reference, Seed
 from diptych.student.settings import Conditioning, Settings, adopt, register
 from diptych.student.settings import of as settings_of
 from diptych.student.weights.fold import BiasSplit, student_channels
@@ -231,7 +231,7 @@ class DiptychPipeline(FluxControlPipeline):
         return torch.cat([known[id(reference)].float() for reference in references])
 
     def _condition(self, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-        pixels = condition_canvas(inputs.panel(reference, canvas, fit), canvas.panels)
+        pixels = condition_canvas(sampler.panel(reference, canvas, fit), canvas.panels)
         if not self.recall.limit:
             return self.encode_canvas(pixels)
         key = ("reference", content(pixels), id(self.vae), self.vae.dtype, str(self._execution_device))
@@ -348,12 +348,12 @@ class DiptychPipeline(FluxControlPipeline):
         device = self._execution_device
 
         # Text: one row for each prompt, then for each image.
-        prompts, references = inputs.match(prompt, prompt_embeds, reference)
+        prompts, references = sampler.match(prompt, prompt_embeds, reference)
         count = len(references)
         embeds, pooled = self._text(
             "prompt",
             prompts,
-            inputs.texts(prompt_2, count),
+            sampler.texts(prompt_2, count),
             prompt_embeds,
             pooled_prompt_embeds,
             count,
@@ -376,8 +376,8 @@ class DiptychPipeline(FluxControlPipeline):
             given = negative_prompt if negative_prompt is not None or negative_prompt_embeds is not None else ""
             negative = self._text(
                 "negative_prompt",
-                inputs.texts(given, count),
-                inputs.texts(negative_prompt_2, count),
+                sampler.texts(given, count),
+                sampler.texts(negative_prompt_2, count),
                 negative_prompt_embeds,
                 negative_pooled_prompt_embeds,
                 count,
@@ -391,7 +391,7 @@ class DiptychPipeline(FluxControlPipeline):
             negative = tuple(x.repeat_interleave(repeats, dim=0) for x in negative)
         total = count * repeats
         if latents is None:
-            latents = self.noise(inputs.seeds(generator, count, repeats), canvas)
+            latents = self.noise(sampler.seeds(generator, count, repeats), canvas)
         if tuple(latents.shape) != (total, canvas.tokens, condition.shape[-1]):
             raise UsageError(
                 f"latents are packed noise of the whole canvas, {(total, canvas.tokens, condition.shape[-1])} here, "

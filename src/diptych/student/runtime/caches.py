@@ -1,6 +1,6 @@
-"""Step caches: neighbouring sampling steps are alike, so some of their work is skipped. Lossy; diffusers ModelHooks.
+"""Caches: of work between sampling steps (`StepCache`, lossy), and of embeddings between calls (`Recall`, exact).
 
-Three rules, each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel,
+Neighboring sampling steps are alike, so a step cache skips some of their work, by diffusers' ModelHooks. Three rules, each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel,
 whose path is known and would only dilute what the right panel's tokens (*columns* of the canvas) say:
 
 - `first_block`: the first block always runs; where the change it makes to a row's right panel is near that of the step
@@ -17,8 +17,10 @@ whose path is known and would only dilute what the right panel's tokens (*column
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,3 +318,59 @@ class _BlockHook(ModelHook):
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.state_manager.reset()
         return module
+
+
+# Embeddings, between calls -------------------------------------------------------------------------------------------
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Recall:
+    """Embeddings of prompts and references by key, at most `megabytes` of them, the least recently used dropped; 0
+    remembers nothing. `hits` and `misses` count the look-ups.
+
+    Keys are contents (texts, pixels, sizes, dtype), never file names or objects: a changed image is another image.
+    """
+
+    def __init__(self, megabytes: float = 0) -> None:
+        self.limit = int(megabytes * 2**20)
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[Hashable, Tensors] = OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` gave for this key before, or gives now. The tensors are shared: callers do not write to them."""
+        if key in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self.misses += 1
+        made = make()
+        if _bytes(made) <= self.limit:
+            self._kept[key] = made
+            while self.size > self.limit:
+                self._kept.popitem(last=False)
+        return made
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return sum(_bytes(tensors) for tensors in self._kept.values())
+
+    def clear(self) -> None:
+        """Forgets everything; needed after a text encoder or the VAE was changed in place."""
+        self._kept.clear()
+
+
+def content(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's shape, dtype and numbers."""
+    array = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(array.shape)} {array.dtype}".encode())
+    digest.update(array.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.runtime.caches import Recall
     from diptych.student.runtime.modulation import Modulation
-    from diptych.student.runtime.recall import Recall
 
 log = logging.getLogger("diptych.student")
 GIB = 2**30
@@ -267,7 +267,7 @@ class Memory:
 
     def remember(self, key: Hashable, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         """What the text encoders made of a text before, or make of it now, on the CPU."""
-        from diptych.student.runtime.recall import Recall
+        from diptych.student.runtime.caches import Recall
 
         if self._texts is None:
             self._texts = Recall(REMEMBERED)

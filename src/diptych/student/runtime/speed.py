@@ -174,7 +174,7 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     Fusing LoRAs is for good; everything else `remove` takes back.
     Raises UsageError for combinations that cannot work, before anything is changed.
     """
-    from diptych.student.runtime import caches, recall
+    from diptych.student.runtime import caches
     from diptych.student.weights import lora
 
     transformer: Any = pipe.transformer
@@ -201,7 +201,7 @@ def apply(pipe: DiptychPipeline, speed: Speed) -> list[str]:
     if speed.cache != "none":
         pipe.step_cache = caches.enable(transformer, speed, _ratios(pipe))
     left_out += apply_compile(transformer, speed)
-    pipe.recall = recall.Recall(speed.remember)
+    pipe.recall = caches.Recall(speed.remember)
     pipe.speed = speed
     for reason in left_out:
         log.info("left out: %s", reason)
@@ -246,7 +246,7 @@ def apply_compile(transformer: Any, speed: Speed) -> list[str]:
 
 def remove(pipe: DiptychPipeline) -> None:
     """Takes a speed setting off: the transformer is stock again, LoRAs that were fused stay so."""
-    from diptych.student.runtime import caches, recall
+    from diptych.student.runtime import caches
     from diptych.student.runtime import modulation as packed
 
     transformer: Any = pipe.transformer
@@ -259,7 +259,7 @@ def remove(pipe: DiptychPipeline) -> None:
     transformer.unfuse_qkv_projections()
     if pipe.speed.attention:
         transformer.reset_attention_backend()
-    pipe.recall = recall.Recall()
+    pipe.recall = caches.Recall()
     pipe.speed = PLAIN
 
 

@@ -1,8 +1,13 @@
-"""Live previews: what a picture is becoming, from the latents alone, at almost no cost.
+"""Callbacks of the sampler, as diffusers' `callback_on_step_end` takes them: live previews, and held parts.
 
-Flow matching's clean latents follow from two consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last
-step, x_0 = x_s − σ_s·v. A linear map takes their C channels to RGB. It is fitted once, by least squares, to what the
-model's own VAE makes of random colours, soft to fine; a preview then costs one small matrix product, and no decoder.
+`Preview` shows what an image is becoming, from the latents alone. Flow matching's clean latents follow from two
+consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last step, x_0 = x_s − σ_s·v. A linear map takes
+their C channels to RGB. It is fitted once, by least squares, to what the model's own VAE makes of random colors, soft to
+fine; a preview then costs one small matrix product, and no decoder.
+
+`Hold` holds a part of the right panel to a known image while the rest is generated: inpainting without training. After
+each step the held part is put where rectified flow's path to the image has it, so that what is generated beside it fits
+it from the first step on.
 """
 
 from __future__ import annotations
@@ -13,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from diptych.student.canvas import Canvas, split_panels, unpack
+from diptych.student.canvas import Canvas, join_panels, pack, split_panels, to_pixels, unpack
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from diptych.student.pipeline import DiptychPipeline
@@ -83,3 +89,28 @@ def _with_one(latents: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) to (B, h, w, C + 1), the last a constant 1."""
     last = latents.movedim(1, -1)
     return torch.cat([last, torch.ones_like(last[..., :1])], dim=-1)
+
+
+class Hold:
+    """For one picture. `picture` is of the panel's size; `kept` (H, W) is true where it is held."""
+
+    def __init__(self, pipeline: DiptychPipeline, picture: Image, kept: np.ndarray, canvas: Canvas, seed: int) -> None:
+        pixels = to_pixels(picture)[None]
+        self.clean = pipeline.encode_canvas(join_panels(pixels, pixels))  # (1, tokens, 4C)
+        self.noise = pipeline.noise([seed], canvas)
+        self.held = held_latents(kept, canvas, self.clean.shape[-1] // 4)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The latents after step number `step`, the held part put in place."""
+        x_t = tensors["latents"]
+        clean, noise, held = (x.to(x_t.device) for x in (self.clean, self.noise, self.held))
+        sigma = pipe.scheduler.sigmas[step + 1].to(x_t.device)
+        return {"latents": torch.where(held, ((1 - sigma) * clean + sigma * noise).to(x_t.dtype), x_t)}
+
+
+def held_latents(kept: np.ndarray, canvas: Canvas, channels: int) -> torch.Tensor:
+    """Boolean packed latents (1, tokens, 4C): those of the right panel of which every pixel is kept."""
+    free = torch.from_numpy(~kept)[None, None].float()
+    held = torch.nn.functional.max_pool2d(free, canvas.factor) == 0  # (1, 1, 2R, K)
+    both = join_panels(torch.zeros_like(held), held)
+    return pack(both.expand(-1, channels, -1, -1))
