@@ -2,8 +2,8 @@
 
 `Preview` shows what an image is becoming, from the latents alone. Flow matching's clean latents follow from two
 consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last step, x_0 = x_s − σ_s·v. A linear map takes
-their C channels to RGB. It is fitted once, by least squares, to what the model's own VAE makes of random colors, soft to
-fine; a preview then costs one small matrix product, and no decoder.
+their C channels to RGB. It is fitted once, by least squares, to what the model's own VAE makes of random colors, soft
+to fine; a preview then costs one small matrix product, and no decoder.
 
 `Hold` holds a part of the right panel to a known image while the rest is generated: inpainting without training. After
 each step the held part is put where rectified flow's path to the image has it, so that what is generated beside it fits
