@@ -1,7 +1,8 @@
 """Caches: of work between sampling steps (`StepCache`, lossy), and of embeddings between calls (`Recall`, exact).
 
 Neighboring sampling steps are alike, so a step cache skips some of their work, by diffusers' ModelHooks. Three rules,
-each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel, is known and would only dilute what the right panel's tokens (*columns* of the canvas) say:
+each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel, whose path is
+known and would only dilute what the right panel's tokens (*columns* of the canvas) say:
 
 - `first_block`: the first block always runs; where the change it makes to a row's right panel is near that of the step
   last computed, the other blocks' sum is taken from there. Decided for each row of the batch, so an image of a batch
