@@ -17,7 +17,7 @@ import measuring
 
 from diptych.evaluate import ablations
 from diptych.run.ablate import ablate
-from diptych.student.weights.loading import pick_device
+from diptych.utils.machine import pick_device
 
 
 def main() -> None:

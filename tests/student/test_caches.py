@@ -15,6 +15,7 @@ from diptych.student.canvas import Canvas, pack
 from diptych.student.runtime import caches, speed
 from diptych.student.runtime.modulation import precomputed
 from diptych.student.runtime.speed import Speed
+from diptych.student.weights.files import RATIOS_FILE
 from student.conftest import tiny_transformer
 
 STEPS = 8
@@ -156,7 +157,7 @@ def test_magnitude_learns_from_the_first_picture_and_skips_in_the_next(quick, pi
     latents(quick, reference=pictures[0], num_inference_steps=6)
     assert counts(quick)[1] == 0  # another number of steps is another calibration
     # Kept in the model's folder, the ratios serve the first picture of a later session.
-    path = tmp_path / caches.RATIOS_FILE
+    path = tmp_path / RATIOS_FILE
     path.write_text(json.dumps({"kept": "too"}))
     caches.write_ratios(quick.step_cache, path)
     assert json.loads(path.read_text())["kept"] == "too"
@@ -173,7 +174,7 @@ def test_magnitude_learns_from_the_first_picture_and_skips_in_the_next(quick, pi
     "text", ["[]", "{", '{"magnitude_ratios": {"3": [1.0]}}', '{"magnitude_ratios": {"1": ["x"]}}']
 )
 def test_a_damaged_ratios_file_is_named(tmp_path, text):
-    path = tmp_path / caches.RATIOS_FILE
+    path = tmp_path / RATIOS_FILE
     path.write_text(text)
     with pytest.raises(UserError, match=r"speed\.json.*calibrate again"):
         caches.read_ratios(path)

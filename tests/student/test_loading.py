@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from diptych import student
 from diptych.errors import UsageError, UserError
+from diptych.student.loading import pick_dtype
 from diptych.student.weights import files
 from diptych.student.weights.convert import convert
-from diptych.student.weights.loading import pick_dtype
 from diptych.student.weights.lora import apply_lora
 from layouts import write_gguf
 

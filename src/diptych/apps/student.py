@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from diptych.apps.story import Captions, Page, Panel
     from diptych.student.callbacks import Show
     from diptych.student.canvas import Canvas
+    from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.runtime.memory import Preset
     from diptych.student.runtime.speed import Speed
-    from diptych.student.weights.loading import Loras
 
     Reference = Image.Image | str | Path | None
 
@@ -125,9 +125,9 @@ class Student:
         Raises UserError, UsageError: one line that says what is missing, damaged or unknown, and what to do.
         """
         from diptych.student import load
+        from diptych.student.loading import scaled
         from diptych.student.runtime import parallel as gpus
         from diptych.student.runtime import speed as speeds
-        from diptych.student.weights.loading import scaled
         from diptych.utils.console import quiet_bars
 
         _check_device(device)
@@ -571,7 +571,7 @@ def _check_device(device: str | torch.device | None) -> None:
     """UsageError for an accelerator that this machine does not have, before a model is read for it."""
     import torch
 
-    from diptych.student.weights.loading import pick_device
+    from diptych.utils.machine import pick_device
 
     kind = pick_device(device).type
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}

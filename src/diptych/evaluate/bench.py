@@ -112,7 +112,7 @@ def settled(asked: Job, out: Path) -> Job:
         return asked
     kept = job.read(out).get("device", "auto")
     if kept == "auto":
-        from diptych.student.weights.loading import pick_device
+        from diptych.utils.machine import pick_device
 
         kept = str(pick_device("auto"))
     return asked.model_copy(update={"device": kept})

@@ -88,8 +88,7 @@ def paint(recipe: Recipe) -> None:
 
     from diptych.stages.paint import doubts, memory_for
     from diptych.student.runtime import stock
-    from diptych.student.weights.loading import pick_device
-    from diptych.utils.machine import pick_precision
+    from diptych.utils.machine import pick_device, pick_precision
 
     folder, device = teacher(recipe), pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
@@ -118,12 +117,12 @@ def distill(recipe: Recipe) -> None:
     import torch
 
     from diptych.student.runtime import quantize
-    from diptych.student.weights.loading import pick_device
     from diptych.student.weights.sources import open_source
     from diptych.train import buckets, metrics, parts
     from diptych.train.distill import check_init
     from diptych.train.job import Material
     from diptych.train.options import Options
+    from diptych.utils.machine import pick_device
 
     settings = recipe.distill
     metrics.check(settings.trackers)

@@ -496,8 +496,8 @@ def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool, source: So
                 bring(folder, "student")
             yield frozen
         return
-    from diptych.student.weights.loading import pick_device
     from diptych.train.processes import join
+    from diptych.utils.machine import pick_device
 
     processes, _ = join(pick_device(recipe.device))
     with ExitStack() as held:

@@ -47,8 +47,7 @@ class Paint:
         import torch
 
         from diptych.student.runtime import stock
-        from diptych.student.weights.loading import pick_device
-        from diptych.utils.machine import pick_precision
+        from diptych.utils.machine import pick_device, pick_precision
 
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)

@@ -74,9 +74,9 @@ def distill(
     Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
     training, a step-distilled teacher). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
     """
-    from diptych.student.weights.loading import pick_device
     from diptych.train.loop import train
     from diptych.train.processes import join
+    from diptych.utils.machine import pick_device
 
     teachers.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     out, recipe = Path(out), tasks.resolve(recipe)
@@ -103,12 +103,11 @@ def prepare(
     """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
     import torch
 
-    from diptych.student.weights.loading import pick_device
     from diptych.train import buckets, cached, checkpoint, latents, preference
     from diptych.train.job import Job
     from diptych.train.options import Options
     from diptych.train.processes import ALONE
-    from diptych.utils.machine import pick_precision
+    from diptych.utils.machine import pick_device, pick_precision
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -227,10 +226,10 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     """The student before its first step: the teacher widened, or, in mode full, the student that `distill.init` names;
     its frozen weights quantized as the recipe has it. A LoRA to go on from is put on by `parts.select`."""
     from diptych import student
+    from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.settings import resolve
     from diptych.student.weights.fold import widen
-    from diptych.student.weights.loading import pick_dtype
 
     teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
     dtype = pick_dtype(teacher / "transformer", device)

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from diptych.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -102,6 +104,20 @@ def alone(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
 
 # What the forward pass computes in, and how, on the machine at hand. Every automatic choice says why it was made.
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; for None or "auto" the accelerator this machine has, else the CPU."""
+    import torch
+
+    if device is not None and str(device) != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(f"unknown device '{device}': auto, cpu, cuda, cuda:0, mps, …") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:

@@ -288,8 +288,7 @@ def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
     import torch
 
     from diptych.student.settings import Settings
-    from diptych.student.weights.loading import pick_device
-    from diptych.utils.machine import pick_precision
+    from diptych.utils.machine import pick_device, pick_precision
 
     folder = models.resolve(recipe.teacher, "teacher")
     keys = ("evaluate.steps", "evaluate.true_guidance")

@@ -57,8 +57,7 @@ def canvas(pipe: Any, height: int, width: int) -> Canvas:
 
 def teacher(recipe: Recipe) -> tuple[Any, str]:
     """The recipe's teacher to train on, whole and frozen in what training computes in; and that, by name."""
-    from diptych.student.weights.loading import pick_device
-    from diptych.utils.machine import pick_precision
+    from diptych.utils.machine import pick_device, pick_precision
 
     precision, _ = pick_precision(recipe.distill.precision, pick_device(recipe.device))
     pipe = open_teacher(recipe, precision)

@@ -62,8 +62,7 @@ class Stock(Base):
     def _open(self) -> Any:
         import torch
 
-        from diptych.student.weights.loading import pick_device
-        from diptych.utils.machine import pick_precision
+        from diptych.utils.machine import pick_device, pick_precision
 
         folder = models.resolve(model_of(self.recipe), "teacher")
         device = pick_device(self.recipe.device)

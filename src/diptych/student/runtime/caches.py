@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from diptych.student.runtime.speed import Speed
 
 HOOK = "diptych_step_cache"
-RATIOS_FILE = "speed.json"
 Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), as FLUX's blocks return them
 
 

@@ -410,7 +410,8 @@ def _attention_backends() -> list[str]:
 
 def _ratios(pipe: DiptychPipeline) -> dict[int, list[float]]:
     """Calibrated magnitude ratios by number of steps, from `speed.json` in the model's folder; empty: none."""
-    from diptych.student.runtime.caches import RATIOS_FILE, read_ratios
+    from diptych.student.runtime.caches import read_ratios
+    from diptych.student.weights.files import RATIOS_FILE
 
     for folder in pipe.loaded_from:
         if (folder / RATIOS_FILE).is_file():

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from diptych.errors import UsageError, UserError, nearest
-from diptych.student.runtime.caches import RATIOS_FILE
 from diptych.student.settings import KEY, Settings, of
 from diptych.student.weights import deltas as lora_styles
 from diptych.student.weights import directions, files, original
@@ -27,10 +26,9 @@ from diptych.student.weights.components import INDEX, NEEDED, copy_parts, find_p
 from diptych.student.weights.delta import Delta
 from diptych.student.weights.deltas import as_lora, difference, fuse, lora_deltas, read_deltas
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
-from diptych.student.weights.loading import resolve
 from diptych.student.weights.lora_file import RELEASED_LORA, lora_file
 from diptych.student.weights.modelspec import modelspec
-from diptych.student.weights.sources import Source, lora_alone, open_source, read_settings, teacher_state
+from diptych.student.weights.sources import Source, lora_alone, open_source, read_settings, resolve, teacher_state
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
 
@@ -191,7 +189,7 @@ def _job(
         split = BiasSplit(split.x.to(dtype), split.c.to(dtype))
         tensors[INPUT_BIAS] = held(split.x + split.c)
     roots = [root for root in (path, base) if root is not None and root.is_dir()]
-    extras = [place for root in roots if (place := root / RATIOS_FILE).is_file()][:1]
+    extras = [place for root in roots if (place := root / files.RATIOS_FILE).is_file()][:1]
     return Job(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
 
 

@@ -26,6 +26,7 @@ from diptych.utils.opening import variant_names, variant_of
 from diptych.utils.paths import files_inside, plain_name
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+RATIOS_FILE = "speed.json"  # a student's step-cache calibration (`runtime.caches`)
 SPLIT_FILE = "released_biases.safetensors"
 HEADER_KEY = "diptych"  # in a single file's metadata: JSON with its `config` and, if there is one, its bias `split`
 _SPLIT_KEYS = ("x_embedder.bias", "c_embedder.bias")

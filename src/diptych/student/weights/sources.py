@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError
 from diptych.student import settings
 from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
@@ -21,6 +22,7 @@ from diptych.student.weights.fold import INPUT, INPUT_LAYERS, Folded, stock_conf
 from diptych.student.weights.lora_file import RELEASED_LORA, SUFFIXES
 from diptych.student.weights.lora_keys import account, is_lora
 from diptych.student.weights.tensors import Stored, held, open_safetensors
+from diptych.utils import models
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class Source:
     @property
     def tensors(self) -> dict[str, Stored]:
         return self.folded.state_dict
+
+
+def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
+    """(path, base's folder) of a model by name; a built-in model brings its own base, and a run's LoRA its teacher."""
+    name = str(model)
+    path = models.resolve(name, "student")
+    if base is None and (run := models.run_of(name)) is not None and lora_alone(path) is not None:
+        base = recipes.load(run / "recipe.yaml").teacher
+    if base is None:
+        return path, models.resolve(name, "teacher") if name in models.BUILT_IN else None
+    base_folder = models.resolve(str(base), "teacher")
+    if not base_folder.is_dir():
+        raise UsageError(
+            f"the base {base} is a file; give the teacher's folder: it also brings the VAE and the scheduler"
+        )
+    return path, base_folder
 
 
 def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None) -> Source:

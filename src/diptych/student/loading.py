@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
@@ -23,10 +22,10 @@ from diptych.student.weights.components import check_family, check_parts, find_p
 from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_file import lora_file
-from diptych.student.weights.sources import Source, locate, lora_alone, open_source
+from diptych.student.weights.sources import Source, locate, open_source, resolve
 from diptych.student.weights.tensors import open_safetensors
 from diptych.utils import models
-from diptych.utils.machine import alone
+from diptych.utils.machine import alone, pick_device
 
 RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them alone
 Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
@@ -44,7 +43,25 @@ def load(
     fuse: bool = False,
     memory: str | int | Preset | None = None,
 ) -> DiptychPipeline:
-    """See `diptych.student.load`."""
+    """Opens a student as a pipeline.
+
+    Args:
+        model: `pocket`, a hub name, or a path. A folder: a whole diffusers pipeline; one with only `transformer/`; the
+            released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly;
+            or one with only a control-LoRA, which goes on the base's transformer, widened. A file: a transformer in
+            .safetensors or .gguf, in diffusers' or Black Forest Labs' keys, or a control-LoRA.
+        base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
+            encoders the pipeline takes prompts as embeddings only.
+        dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.
+        device: `cpu`, `cuda`, …; None or `auto` takes the accelerator if there is one.
+        lora: more LoRA files on top: a path, a (path, scale), or a list of those.
+        released_lora: also load the folder's own `pytorch_lora_weights.safetensors`, as the release does.
+        fuse: add the LoRAs into the weights (faster; needed before `save`). Quantized weights (GGUF) keep them beside.
+        memory: GiB to fit into (8, 12, 16, 24, 48, 80), `auto`, or a `memory.Preset`; see `memory`.
+
+    Raises:
+        UserError, UsageError: what is missing, damaged or of another family, and what to do. Nothing is half loaded.
+    """
     device = pick_device(device)
     preset = prepare(memory, device) if memory is not None else None
     path, base_folder = resolve(model, base)
@@ -95,22 +112,6 @@ def load(
     return pipe
 
 
-def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
-    """(path, base's folder) of a model by name; a built-in model brings its own base, and a run's LoRA its teacher."""
-    name = str(model)
-    path = models.resolve(name, "student")
-    if base is None and (run := models.run_of(name)) is not None and lora_alone(path) is not None:
-        base = recipes.load(run / "recipe.yaml").teacher
-    if base is None:
-        return path, models.resolve(name, "teacher") if name in models.BUILT_IN else None
-    base_folder = models.resolve(str(base), "teacher")
-    if not base_folder.is_dir():
-        raise UsageError(
-            f"the base {base} is a file; give the teacher's folder: it also brings the VAE and the scheduler"
-        )
-    return path, base_folder
-
-
 def _read(source: Source, dtype: torch.dtype) -> Any:
     """The transformer, its tensors read; a GGUF file's quantized matrices stay quantized."""
     if source.layout == "gguf" and any(tensor.dtype == torch.uint8 for tensor in source.tensors.values()):
@@ -119,7 +120,14 @@ def _read(source: Source, dtype: torch.dtype) -> Any:
 
 
 def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """See `diptych.student.save`."""
+    """Writes the student as an ordinary diffusers folder that stock `FluxControlPipeline.from_pretrained` opens.
+
+    Written under a temporary name and renamed, so a cut save is never taken for a student. A pipeline without text
+    encoders is saved without them; stock diffusers then needs `text_encoder=None, …` passed explicitly.
+
+    Raises:
+        UserError: `folder` exists (and not `overwrite`), or a LoRA is still unfused.
+    """
     folder = Path(folder)
     files.check_free(folder, overwrite, "pass overwrite=True")
     with files.publish(folder) as partial:
@@ -131,18 +139,6 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
         if split is not None and split.of(pipe.transformer.x_embedder.bias.detach().cpu()):
             files.write_split(split, partial / "transformer")
     return folder
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; for None or "auto" the accelerator this machine has, else the CPU."""
-    if device is not None and str(device) != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise UsageError(f"unknown device '{device}': auto, cpu, cuda, cuda:0, mps, …") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_dtype(weights: Path, device: torch.device) -> torch.dtype:
