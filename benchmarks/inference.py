@@ -403,7 +403,8 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych.data.images import open_image
     from diptych.data.store import Dataset
     from diptych.evaluate import run_suite, suites
-    from diptych.evaluate.methods import baselines
+    from diptych.evaluate.methods.base import Context
+    from diptych.evaluate.methods.students import StudentShipped
     from diptych.evaluate.scoring import metrics, scores, truth
 
     recipe = recipes.load(
@@ -420,7 +421,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     settings |= {name: replace(exact, **change) for name, change in LOSSY_ALONE.items()}
     settings = {"exact": exact} | {n: s for n, s in settings.items() if not arguments.only or n in arguments.only}
 
-    class Sped(baselines.StudentShipped):
+    class Sped(StudentShipped):
         """The shipped student in one setting."""
 
         def __init__(self, context: Any, label: str, setting: Speed) -> None:
@@ -440,7 +441,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(arguments.run or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         suite = suites.load(recipe.evaluate.suite)
-        context = baselines.Context(recipe, folder, suite)
+        context = Context(recipe, folder, suite)
         samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
         places = {re.sub(r"[^\w.]+", "_", name): name for name in settings}
         methods: Any = {place: Sped(context, place, settings[name]) for place, name in places.items()}

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diptych.errors import UserError
-from diptych.evaluate.methods import baselines
-from diptych.evaluate.methods.baselines import Context
+from diptych.evaluate.methods import base, baselines, named, students
+from diptych.evaluate.methods.base import Context
 from diptych.pocket.world import PANEL
 from diptych.student.canvas import Canvas, split_tokens
 
@@ -49,7 +49,7 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
     prompts = [s.grid_prompt for s in samples]
     latents = method.grids(references, prompts, [3, 4], output_type="latent")
     left, right = split_tokens(torch.stack(latents), Canvas(PANEL, PANEL, 4))
-    z = baselines.encode(context.teacher(), references)
+    z = base.encode(context.teacher(), references)
     assert torch.equal(left, z) and (right - z).abs().mean() > 0.1
     grids = method.grids(references, prompts, [3, 4])
     assert grids[0].size == (2 * PANEL, PANEL)
@@ -66,7 +66,7 @@ def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite:
 
 @pytest.mark.parametrize("name", ["text_only", "inpaint", "student"])
 def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
-    method = baselines.named(name, context)[name]
+    method = named(name, context)[name]
     references = [suite.picture(s) for s in samples]
     together = method.generate(references, samples, [3, 4])
     alone = [method.generate([r], [s], [n])[0] for r, s, n in zip(references, samples, (3, 4), strict=True)]
@@ -78,7 +78,7 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
     from diptych.apps.student import Student
 
     references = [suite.picture(s) for s in samples]
-    drawn = baselines.Student(context).generate(references, samples, [3, 4])
+    drawn = students.Student(context).generate(references, samples, [3, 4])
     student = Student.load(context.run_dir / "student", base=teacher, device="cpu")
     settings = context.recipe.evaluate
     again = student.generate(
@@ -106,7 +106,7 @@ def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: 
     folder = context.run_dir / "lora"
     folder.mkdir()
     save_lora(pipe.transformer, trained, options, folder, {})
-    opened = baselines.open_student(folder, str(teacher), context.recipe)
+    opened = students.open_student(folder, str(teacher), context.recipe)
     assert opened.transformer.config.in_channels == 64
     assert not getattr(opened.transformer, "peft_config", None)
 
@@ -121,4 +121,4 @@ def test_copy_and_anchors_need_no_model(context: Context, samples: Any, suite: A
 def test_a_run_without_a_student_says_how_to_get_one(context: Context, tmp_path: Path) -> None:
     empty = Context(context.recipe, tmp_path / "empty", context.suite)
     with pytest.raises(UserError, match="diptych distill"):
-        baselines.Student(empty).fingerprint()
+        students.Student(empty).fingerprint()

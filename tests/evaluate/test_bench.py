@@ -13,11 +13,10 @@ import yaml
 
 from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench
-from diptych.evaluate import job as jobs
+from diptych.evaluate import bench, config
 from diptych.evaluate.compare import compare
-from diptych.evaluate.job import Job, Judge
-from diptych.evaluate.methods import contenders
+from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.methods import students
 from diptych.evaluate.report import page
 from diptych.evaluate.scoring import judging
 
@@ -40,9 +39,9 @@ def put_oracle(oracle: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def job(run: Path, teacher: Path, judge_folders: Path) -> Job:
+def job(run: Path, teacher: Path, judge_folders: Path) -> Evaluation:
     scorer, reader = (str(judge_folders / name) for name in ("scorer", "reader"))
-    return Job(
+    return Evaluation(
         models={"mine": str(run)},
         base=str(teacher),
         baselines=BASELINES,
@@ -57,7 +56,7 @@ def job(run: Path, teacher: Path, judge_folders: Path) -> Job:
 
 
 @pytest.fixture(scope="session")
-def scored(job: Job, suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(job: Evaluation, suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation's folder; to be copied, not changed."""
     out = tmp_path_factory.mktemp("scored") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -95,16 +94,16 @@ def test_the_metrics_keep_the_contract_and_the_headline_sees_copies_and_stranger
 
 
 def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
-    out: Path, job: Job, suite: Any, monkeypatch: pytest.MonkeyPatch
+    out: Path, job: Evaluation, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read(out)
-    monkeypatch.setattr(contenders.Model, "generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(students.Model, "generate", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(judging.PocketJudge, "score", lambda *_: pytest.fail("looked at again"))
     assert bench.evaluate(job, out, suite=suite) == before
 
 
 def test_interrupted_scoring_goes_on_with_what_is_missing(
-    out: Path, job: Job, suite: Any, monkeypatch: pytest.MonkeyPatch
+    out: Path, job: Evaluation, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (out / "samples" / "scores.jsonl").read_bytes()
     shutil.rmtree(out / "scores" / "text_only")
@@ -125,13 +124,13 @@ def test_interrupted_scoring_goes_on_with_what_is_missing(
     assert (out / "samples" / "scores.jsonl").read_bytes() == before
 
 
-def test_pictures_that_were_not_drawn_cannot_be_scored(job: Job, suite: Any, tmp_path: Path) -> None:
+def test_pictures_that_were_not_drawn_cannot_be_scored(job: Evaluation, suite: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"by nobody yet.*draw it first"):
         bench.evaluate(job, tmp_path / "new", "score", suite=suite)
 
 
 def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
-    out: Path, job: Job, suite: Any, judge_folders: Path, tmp_path: Path
+    out: Path, job: Evaluation, suite: Any, judge_folders: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
     own = job.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(tmp_path / "renamed")})})
@@ -155,21 +154,21 @@ def test_a_vision_language_judge_is_known_by_its_name(run: Path, tmp_path: Path)
     recipe["distill"]["data"] = [{"path": str(curated)}]
     (merged / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for folder in (curated, curated / "student", merged):
-        job = Job(models={"m": str(folder)}, judge=Judge.model_validate({"kind": "vlm", "endpoint": endpoint}))
-        known = contenders.curators_of(job, tmp_path)
+        job = Evaluation(models={"m": str(folder)}, judge=Judge.model_validate({"kind": "vlm", "endpoint": endpoint}))
+        known = students.curators_of(job, tmp_path)
         with pytest.raises(UsageError, match="the judge some-vlm curated"):
-            contenders.refuse_own_judge(known, "some-vlm", frozenset(), force=False)
-        assert not contenders.refuse_own_judge(known, "another", frozenset(), force=False)
-    assert contenders.curators("owner/name") is None
+            students.refuse_own_judge(known, "some-vlm", frozenset(), force=False)
+        assert not students.refuse_own_judge(known, "another", frozenset(), force=False)
+    assert students.curators("owner/name") is None
 
 
 def test_pictures_are_scored_where_the_models_are_not_and_their_curator_is_still_known(
-    out: Path, job: Job, suite: Any, judge_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, job: Evaluation, suite: Any, judge_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read(out)
     gone = job.model_copy(update={"models": {"mine": str(tmp_path / "gone")}})
-    told = (out / contenders.CURATORS).read_text().replace(str(job.models["mine"]), str(tmp_path / "gone"))
-    (out / contenders.CURATORS).write_text(told)
+    told = (out / students.CURATORS).read_text().replace(str(job.models["mine"]), str(tmp_path / "gone"))
+    (out / students.CURATORS).write_text(told)
     found = bench.evaluate(gone, out, "score", suite=suite)
     assert found["methods"] == before["methods"] and found["judges"] == before["judges"]
     own = gone.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(judge_folders / "curator")})})
@@ -204,23 +203,23 @@ def test_the_page_shows_every_part_and_loads_nothing(out: Path) -> None:
 
 
 def test_models_get_names_of_their_own() -> None:
-    found = jobs.named(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
+    found = config.named(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
     assert list(found) == ["first", "pocket", "name_v1", "x"] and found["x"] == "some/where.safetensors"
     with pytest.raises(UsageError, match="two models are called first"):
-        jobs.named(["runs/first", "old/first/student"])
+        config.named(["runs/first", "old/first/student"])
 
 
 def test_a_folder_remembers_its_job_and_wrong_keys_are_named(tmp_path: Path) -> None:
-    made = jobs.make({"suite": "folder", "data": "d", "seeds": [1, 2]}, tmp_path, ["judge.repeats=5"])
-    (tmp_path / jobs.FILE).write_bytes(jobs.dump(made))
-    assert jobs.make({"steps": 9}, tmp_path) == made.model_copy(update={"steps": 9})
+    made = config.make({"suite": "folder", "data": "d", "seeds": [1, 2]}, tmp_path, ["judge.repeats=5"])
+    (tmp_path / config.FILE).write_bytes(config.dump(made))
+    assert config.make({"steps": 9}, tmp_path) == made.model_copy(update={"steps": 9})
     for text, said in (
         ("judge.repeat=5", "did you mean 'repeats'"),
         ("stepps=5", "did you mean 'steps'"),
         ("x", "KEY"),
     ):
         with pytest.raises(UsageError, match=f"(?i){said}"):
-            jobs.make({}, tmp_path, [text])
+            config.make({}, tmp_path, [text])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from diptych.cli import app
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.evaluate import bench
-from diptych.evaluate.job import Job, Judge
-from diptych.evaluate.methods.baselines import METHODS
+from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.methods import METHODS
 from diptych.evaluate.report import page
 from diptych.llm.endpoint import Endpoint
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
@@ -36,12 +36,12 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "ignores", toy.Ignores)
 
 
-def job(folder: Path, server: ChatServer, *names: str, **more: Any) -> Job:
+def job(folder: Path, server: ChatServer, *names: str, **more: Any) -> Evaluation:
     settings: dict[str, Any] = {"retries": 0, "backoff": 0.01, "concurrency": 2, "stop_after": 1, "temperature": 1.0}
     endpoint = Endpoint(base_url=server.url, model="toy-judge", input_price=2.0, output_price=10.0, **settings)
     values: dict[str, Any] = {"judge": Judge(endpoint=endpoint), "metrics": [], "size": toy.SIDE, "device": "cpu"}
     values |= {"suite": "dreambench++", "data": str(folder), "baselines": list(names), "batch_size": 9, "bootstrap": 50}
-    return Job(**(values | more))
+    return Evaluation(**(values | more))
 
 
 def steady(found: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from PIL import Image
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import bench
-from diptych.evaluate.job import Job, Judge
-from diptych.evaluate.methods.baselines import METHODS
+from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.methods import METHODS
 from diptych.evaluate.scoring import judging
 from diptych.judges.embedding import Clip, EmbeddingJudge
 
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def job(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
     monkeypatch.setitem(METHODS, "ignores", toy.Ignores)
     monkeypatch.setitem(METHODS, "good", toy.Good)
     metrics = [
@@ -68,7 +68,7 @@ def job(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         f"dino={models['dino']}",
         f"dinov2={models['dinov2']}",
     ]
-    return Job(
+    return Evaluation(
         suite="dreambench++",
         data=str(toy.make_folder(tmp_path / "data")),
         baselines=["copy", "ignores", "good"],
@@ -89,7 +89,7 @@ def eye(images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judge(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Models, "embed", lambda *_: eye)
     found = bench.evaluate(job.model_copy(update={"references": 3, "metrics": []}), tmp_path / "out")
@@ -100,7 +100,7 @@ def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judg
     assert ignores["cp"] < 0.3 and ignores["cp_pf"] < 0.3
 
 
-def test_metrics_are_the_plain_cosines_of_the_models(job: Job, models: dict[str, str], tmp_path: Path) -> None:
+def test_metrics_are_the_plain_cosines_of_the_models(job: Evaluation, models: dict[str, str], tmp_path: Path) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 1, "seeds": [0, 1], "baselines": ["good"]})
     found = bench.evaluate(few, tmp_path / "out")
     from diptych.data.images import open_image
@@ -145,7 +145,7 @@ def test_a_text_is_embedded_alone_or_among_others_alike(models: dict[str, str]) 
 
 
 def test_another_model_in_a_metrics_place_is_another_number_and_is_looked_at_anew(
-    job: Job, models: dict[str, str], tmp_path: Path
+    job: Evaluation, models: dict[str, str], tmp_path: Path
 ) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"]})
     first = bench.evaluate(few, tmp_path / "out")
@@ -155,7 +155,7 @@ def test_another_model_in_a_metrics_place_is_another_number_and_is_looked_at_ane
     assert "clip_i" not in second["methods"]["good"]
 
 
-def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Job, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Evaluation, tmp_path: Path) -> None:
     for change, said in (
         ({"metrics": ["dine"]}, "did you mean 'dino'"),
         ({"metrics": ["dino=/nowhere"]}, "unknown scorer model"),
@@ -169,7 +169,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Job, tmp_pa
     assert not (tmp_path / "out" / "samples").exists()
 
 
-def test_references_that_changed_are_not_mixed_with_pictures_of_the_old_ones(job: Job, tmp_path: Path) -> None:
+def test_references_that_changed_are_not_mixed_with_pictures_of_the_old_ones(job: Evaluation, tmp_path: Path) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"], "metrics": []})
     bench.evaluate(few, tmp_path / "out", "generate")
     shutil.copy(*(Path(str(job.data)) / "data" / "images" / "object" / name for name in ("00.jpg", "01.jpg")))
@@ -177,7 +177,7 @@ def test_references_that_changed_are_not_mixed_with_pictures_of_the_old_ones(job
         bench.evaluate(few, tmp_path / "out", "score")
 
 
-def test_one_reference_alone_needs_another_judge(job: Job, tmp_path: Path) -> None:
+def test_one_reference_alone_needs_another_judge(job: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "own" / "references").mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(tmp_path / "own" / "references" / "a.png")
     (tmp_path / "own" / "prompts.txt").write_text("a {} in snow\n")

@@ -30,7 +30,8 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """Anchors and `copy`, drawn and scored as a run does it."""
     from diptych.data.engine import LocalEngine
     from diptych.evaluate import run_suite
-    from diptych.evaluate.methods.baselines import Context, named
+    from diptych.evaluate.methods import named
+    from diptych.evaluate.methods.base import Context
     from diptych.evaluate.scoring import scores
 
     folder = tmp_path_factory.mktemp("scored")

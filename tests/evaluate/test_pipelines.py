@@ -12,8 +12,8 @@ import tiny_world as tiny
 from PIL import Image
 
 from diptych.errors import UsageError
-from diptych.evaluate.methods import pipelines
-from diptych.evaluate.methods.baselines import Context
+from diptych.evaluate.methods import baselines
+from diptych.evaluate.methods.base import Context
 from diptych.pocket.world import PANEL
 
 
@@ -113,7 +113,7 @@ def test_a_stock_pipeline_answers_samples_from_their_references(
 ) -> None:
     size = 64 if name == "flux2" else None  # it refuses smaller references
     recipe = settings(teacher, judge_folders, folders[name], options=OPTIONS[name], size=size)
-    method = pipelines.Stock(Context(recipe, tmp_path, suite))
+    method = baselines.Stock(Context(recipe, tmp_path, suite))
     samples = suite.samples(2, 1)[:2]
     references = [suite.picture(s) for s in samples]
     drawn = method.generate(references, samples, [3, 4])
@@ -141,9 +141,9 @@ def test_the_reference_goes_where_the_pipeline_takes_it(name: str, argument: str
     import inspect
 
     pipe = bare(name)
-    assert pipelines.reference_argument(pipe) == argument
+    assert baselines.reference_argument(pipe) == argument
     picture = Image.new("RGB", (64, 48))
-    given = pipelines.arguments(pipe, argument, picture, "a cat", 7, 48, 64, 4, {"guidance_scale": 2.0})
+    given = baselines.arguments(pipe, argument, picture, "a cat", 7, 48, 64, 4, {"guidance_scale": 2.0})
     call = inspect.signature(type(pipe).__call__)
     call.bind(pipe, **given)  # all of it is taken
     assert given["prompt"] == "a cat" and given["num_inference_steps"] == 4 and given["guidance_scale"] == 2.0
@@ -158,18 +158,18 @@ def test_the_reference_goes_where_the_pipeline_takes_it(name: str, argument: str
 @pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline", "FluxFillPipeline", "QwenImagePipeline"])
 def test_a_pipeline_without_a_reference_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} takes no reference picture"):
-        pipelines.reference_argument(bare(name))
+        baselines.reference_argument(bare(name))
 
 
 def test_misspelt_options_are_told_with_the_nearest() -> None:
     pipe = bare("FluxKontextPipeline")
     picture = Image.new("RGB", (32, 32))
     with pytest.raises(UsageError, match="takes no 'guidance_scal'; did you mean 'guidance_scale'"):
-        pipelines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"guidance_scal": 1})
+        baselines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"guidance_scal": 1})
     with pytest.raises(UsageError, match="height follow from the suite"):
-        pipelines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"height": 1})
+        baselines.arguments(pipe, "image", picture, "a", 0, 32, 32, None, {"height": 1})
     with pytest.raises(UsageError, match="takes no argument 'imag'; did you mean 'image'"):
-        pipelines.reference_argument(pipe, "imag")
+        baselines.reference_argument(pipe, "imag")
 
 
 def test_the_prompt_can_be_wrapped_and_no_model_is_no_method(
@@ -177,7 +177,7 @@ def test_the_prompt_can_be_wrapped_and_no_model_is_no_method(
 ) -> None:
     seen: list[str] = []
     recipe = settings(teacher, judge_folders, folders["kontext"], prompt="draw this subject: {prompt}")
-    method = pipelines.Stock(Context(recipe, tmp_path, suite))
+    method = baselines.Stock(Context(recipe, tmp_path, suite))
 
     class Pipe:
         def __call__(self, image: Any, prompt: str, generator: Any) -> Any:
@@ -190,4 +190,4 @@ def test_the_prompt_can_be_wrapped_and_no_model_is_no_method(
     assert seen == [f"draw this subject: {sample.prompt}"]
     empty = tiny.make_recipe(teacher, judge_folders, methods=["pipeline"])
     with pytest.raises(UsageError, match=r"evaluate\.pipeline\.model names none"):
-        pipelines.Stock(Context(empty, tmp_path, suite)).fingerprint()
+        baselines.Stock(Context(empty, tmp_path, suite)).fingerprint()

@@ -13,7 +13,7 @@ import tiny_world as tiny
 from PIL import Image
 
 from diptych.evaluate import relight, run_suite
-from diptych.evaluate.methods.baselines import Context
+from diptych.evaluate.methods.base import Context
 from diptych.evaluate.report import relight_sheet, run_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.suites import relight as relight_suite

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diptych.cli.app import call
 from diptych.errors import UserError
-from diptych.evaluate.methods.contenders import locate
+from diptych.evaluate.methods.students import locate
 from diptych.utils import models
 
 

@@ -176,15 +176,15 @@ def _suite(
 ) -> None:
     from diptych.data.engine import open_engine
     from diptych.data.places import lock
-    from diptych.evaluate import bench, job
+    from diptych.evaluate import bench, config
     from diptych.evaluate.report import page
     from diptych.utils.console import Display
 
     if only not in (None, "generate", "score"):
         raise UsageError(f"--only {only}: is generate or score")
     metrics = asked.pop("metrics")
-    whole = asked | {"models": job.named(models or ()) or None}
-    made = job.make(whole, out, sets or ())
+    whole = asked | {"models": config.named(models or ()) or None}
+    made = config.make(whole, out, sets or ())
     if metrics is not None:
         made = made.model_copy(update={"metrics": [] if metrics == ["none"] else metrics})
     display = Display(quiet=as_json)

@@ -1,7 +1,7 @@
 """`diptych evaluate --suite`: models and baselines on a suite, drawn, scored, compared, and shown.
 
-    job = Job(suite="pocket", models={"pocket": "pocket"}, baselines=["text_only", "copy"])
-    evaluate(job, Path("evaluations/first"))
+    evaluation = Evaluation(suite="pocket", models={"pocket": "pocket"}, baselines=["text_only", "copy"])
+    evaluate(evaluation, Path("evaluations/first"))
 
 Drawing and scoring both go on where they were killed, and can run apart (`only`): drawing needs the models, scoring
 the pictures alone, which `OUT/samples/METHOD/` holds. A folder that is scored by another judge keeps its pictures.
@@ -20,10 +20,10 @@ from diptych.data import places
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import job, run_suite
-from diptych.evaluate.job import Job
-from diptych.evaluate.methods import contenders
-from diptych.evaluate.methods.baselines import Context, Method
+from diptych.evaluate import config, run_suite
+from diptych.evaluate.config import Evaluation
+from diptych.evaluate.methods import gather, students
+from diptych.evaluate.methods.base import Context, Method
 from diptych.evaluate.scoring import judging, scorers, summary, truth
 from diptych.evaluate.scoring.scorers import Scorer
 from diptych.evaluate.scoring.scores import SAID
@@ -42,7 +42,7 @@ Only = Literal["generate", "score"]
 class Plan:
     """What is to be done: the suite, its samples, the methods by name, and the fingerprint of each one's pictures."""
 
-    job: Job
+    evaluation: Evaluation
     out: Path
     suite: Suite | Pictures
     samples: list[Sample]
@@ -52,7 +52,7 @@ class Plan:
 
 
 def evaluate(
-    job_: Job,
+    evaluation: Evaluation,
     out: Path,
     only: Only | None = None,
     force: bool = False,
@@ -63,27 +63,27 @@ def evaluate(
     """Draws what is missing, scores what is missing, and returns (and writes) the metrics; with `only="generate"` what
     was drawn.
 
-    UsageError for a job that cannot be, a judge that curated a model's data (unless `force`), or a folder whose
+    UsageError for an evaluation that cannot be, a judge that curated a model's data (unless `force`), or a folder whose
     pictures other settings made; UserError for a model that cannot be opened, or pictures that are not there yet.
     """
     display = display or Display(quiet=True)
-    if not job_.models and not job_.baselines:
+    if not evaluation.models and not evaluation.baselines:
         raise UsageError("nothing to evaluate: name a --model, a --baseline, or both")
-    job_ = settled(job_, out)
-    suite = suite or pictures.open_suite(job_.suite, job_.data, job_.size)
-    scorers_ = [] if only == "generate" else choose(job_, suite, out)
+    evaluation = settled(evaluation, out)
+    suite = suite or pictures.open_suite(evaluation.suite, evaluation.data, evaluation.size)
+    scorers_ = [] if only == "generate" else choose(evaluation, suite, out)
     identities = {scorer.name: scorer.identity() for scorer in scorers_}
-    known = contenders.curators_of(job_, out)
-    judge = own_weights(job_, suite) if scorers_ else ("", frozenset())
-    forced = contenders.refuse_own_judge(known, *judge, force) if scorers_ else False
-    plan = make_plan(job_, suite, out, only)
+    known = students.curators_of(evaluation, out)
+    judge = own_weights(evaluation, suite) if scorers_ else ("", frozenset())
+    forced = students.refuse_own_judge(known, *judge, force) if scorers_ else False
+    plan = make_plan(evaluation, suite, out, only)
     out.mkdir(parents=True, exist_ok=True)
-    contenders.remember(known, job_, out)
-    write_atomic(out / job.FILE, job.dump(job_))
-    if job_.threads is not None:
+    students.remember(known, evaluation, out)
+    write_atomic(out / config.FILE, config.dump(evaluation))
+    if evaluation.threads is not None:
         import torch
 
-        torch.set_num_threads(job_.threads)
+        torch.set_num_threads(evaluation.threads)
     if only != "score":
         with display.stage("generate", "pictures") as report:
             run_suite.generate(plan.context, plan.samples, plan.methods, plan.prints, engine or LocalEngine(), report)
@@ -91,14 +91,18 @@ def evaluate(
         return {"out": str(out), "drawn": {name: len(Dataset(out / "samples" / name)) for name in plan.methods}}
     with display.stage("score", "pictures") as report:
         lines = look(plan, scorers_, report)
-    result = summary.summarise(plan.job, plan.suite, plan.samples, lines, list(plan.methods))
+    result = summary.summarise(plan.evaluation, plan.suite, plan.samples, lines, list(plan.methods))
     speed, memory = drawing_costs(out)
     for name, found in result["methods"].items():
         found |= {"seconds_per_image": speed.get(name), "peak_memory_bytes": memory.get(name)}
-    summary.add_costs(result, plan.job, lines)
+    summary.add_costs(result, plan.evaluation, lines)
     curated = {name: None if by is None else [c.name for c in by] for name, by in known.items()}
     result |= {"judges": identities | {"curated_by": curated, "forced": forced}}
-    result |= {"settings": job_.model_dump(mode="json"), "seeds": list(job_.seeds), "machine": where(job_.device)}
+    result |= {
+        "settings": evaluation.model_dump(mode="json"),
+        "seeds": list(evaluation.seeds),
+        "machine": where(evaluation.device),
+    }
     result |= {"versions": versions(), "fingerprints": plan.prints}
     (out / "report").mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -106,11 +110,11 @@ def evaluate(
     return result
 
 
-def settled(asked: Job, out: Path) -> Job:
-    """The job with its device decided: by its folder, else by this machine. Scoring elsewhere needs no such device."""
+def settled(asked: Evaluation, out: Path) -> Evaluation:
+    """The evaluation with its device decided: by its folder, else by this machine. Scoring elsewhere needs no such device."""
     if asked.device != "auto":
         return asked
-    kept = job.read(out).get("device", "auto")
+    kept = config.read(out).get("device", "auto")
     if kept == "auto":
         from diptych.utils.machine import pick_device
 
@@ -125,18 +129,18 @@ def where(device: str) -> dict[str, Any]:
     return machine() | {"threads": torch.get_num_threads(), "device": device_name(device)}
 
 
-def make_plan(job_: Job, suite: Suite | Pictures, out: Path, only: Only | None = None) -> Plan:
+def make_plan(evaluation: Evaluation, suite: Suite | Pictures, out: Path, only: Only | None = None) -> Plan:
     """Everything but the work. UserError for weights that are not there, unless there is nothing to draw with them."""
-    context = Context(job_.recipe(), out, suite)  # pyright: ignore[reportArgumentType]
+    context = Context(evaluation.recipe(), out, suite)  # pyright: ignore[reportArgumentType]
     most = POCKET_SIZE if isinstance(suite, Suite) else (None, None)
-    samples = suite.samples(job_.references or most[0], job_.prompts or most[1])  # pyright: ignore[reportArgumentType]
-    methods = contenders.gather(job_, context, isinstance(suite, Suite))
+    samples = suite.samples(evaluation.references or most[0], evaluation.prompts or most[1])  # pyright: ignore[reportArgumentType]
+    methods = gather(evaluation, context, isinstance(suite, Suite))
     if only == "score":
-        prints = drawn(out, list(methods), run_suite.asked(suite, samples, job_.seeds))  # pyright: ignore[reportArgumentType]
+        prints = drawn(out, list(methods), run_suite.asked(suite, samples, evaluation.seeds))  # pyright: ignore[reportArgumentType]
     else:
         recipe = context.recipe
         prints = {name: run_suite.fingerprint(recipe, suite, samples, m) for name, m in methods.items()}  # pyright: ignore[reportArgumentType]
-    return Plan(job_, out, suite, samples, methods, prints, context)
+    return Plan(evaluation, out, suite, samples, methods, prints, context)
 
 
 def drawn(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
@@ -155,43 +159,43 @@ def drawn(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
 # ---- scoring
 
 
-def choose(job_: Job, suite: Suite | Pictures, out: Path) -> list[Scorer]:
-    """The scorers of a job: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
-    kind, judge = job_.judge_kind(), job_.judge
-    models = judging.Models(job_.device)
+def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[Scorer]:
+    """The scorers of a evaluation: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
+    kind, judge = evaluation.judge_kind(), evaluation.judge
+    models = judging.Models(evaluation.device)
     found: list[Scorer] = []
     if kind == "vlm":
-        found.append(vlm(job_, out))
+        found.append(vlm(evaluation, out))
     elif kind == "pocket":
         if isinstance(suite, Pictures):
             raise UsageError("the pocket judge knows the pocket world alone; judge pictures with vlm or embedding")
-        found.append(judging.PocketJudge(suite, judge.scorer or job.POCKET, judge.reader, models))
+        found.append(judging.PocketJudge(suite, judge.scorer or config.POCKET, judge.reader, models))
     elif isinstance(suite, Pictures):
-        found.append(judging.EmbeddingJudge(suite, judge.scorer or job.METRICS["dinov2"], judge.text, models))
+        found.append(judging.EmbeddingJudge(suite, judge.scorer or config.METRICS["dinov2"], judge.text, models))
     else:
         raise UsageError("the embedding judge is for suites of pictures; the pocket suite has judges of its own")
     if kind != "pocket":
         found.append(copies(suite))
     default = () if isinstance(suite, Suite) else suite.spec.metrics
-    asked = job_.metric_models(default)
+    asked = evaluation.metric_models(default)
     found += [judging.Similarity(name, model, models) for name, model in asked.items()]
-    if len(job_.seeds) > 1:
-        usual = job.POCKET if isinstance(suite, Suite) else job.METRICS["dinov2"]
+    if len(evaluation.seeds) > 1:
+        usual = config.POCKET if isinstance(suite, Suite) else config.METRICS["dinov2"]
         eyes = judge.scorer or next((m for n, m in asked.items() if n != "clip-t"), usual)
         found.append(judging.Diversity(eyes, models))
     return found
 
 
-def vlm(job_: Job, out: Path) -> Scorer:
+def vlm(evaluation: Evaluation, out: Path) -> Scorer:
     """The vision-language judge, its answers kept in the folder."""
     from diptych.evaluate.scoring.scorers import VlmScorer
     from diptych.llm.client import open_model
 
-    judge = job_.judge
+    judge = evaluation.judge
     about: dict[str, Any] = {"model": str(judge.model), "sampling": judge.asked.sampling() if judge.asked else {}}
 
     def open_judge() -> Any:
-        return open_model(judge.endpoint, judge.local, judge.vllm, cache=out / ANSWERS, device=job_.device)
+        return open_model(judge.endpoint, judge.local, judge.vllm, cache=out / ANSWERS, device=evaluation.device)
 
     return VlmScorer(open_judge, about, judge.repeats, judge.debiased)
 
@@ -205,14 +209,14 @@ def copies(suite: Suite | Pictures) -> Scorer:
     return scorers.CopyScorer(lambda: truth.copy_thresholds(suite), {"kind": "copy", "suite": suite.fingerprint()})
 
 
-def own_weights(job_: Job, suite: Suite | Pictures) -> tuple[str, frozenset[str]]:
+def own_weights(evaluation: Evaluation, suite: Suite | Pictures) -> tuple[str, frozenset[str]]:
     """The judge's name and the sha256 of its weights; a vision-language model goes by its name."""
 
-    judge = job_.judge
-    kind = job_.judge_kind()
+    judge = evaluation.judge
+    kind = evaluation.judge_kind()
     if kind == "vlm":
         return judge.model or "", frozenset()
-    name = judge.scorer or (job.POCKET if kind == "pocket" else job.METRICS["dinov2"])
+    name = judge.scorer or (config.POCKET if kind == "pocket" else config.METRICS["dinov2"])
     return name, models.weights(models.resolve(name, "scorer"))
 
 

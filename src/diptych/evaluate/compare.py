@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
-from diptych.evaluate.job import FILE
+from diptych.evaluate.config import FILE
 from diptych.evaluate.scoring import metrics, summary
 from diptych.utils.documents import parse_json
 

@@ -33,7 +33,9 @@ from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
 from diptych.evaluate import run_suite
-from diptych.evaluate.methods.baselines import Context, Copy, Method, Student, StudentShipped, TextOnly
+from diptych.evaluate.methods.base import Context, Method
+from diptych.evaluate.methods.baselines import Copy, TextOnly
+from diptych.evaluate.methods.students import Student, StudentShipped
 from diptych.evaluate.scoring import metrics, truth
 from diptych.evaluate.scoring import metrics as likeness
 from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish

@@ -23,7 +23,8 @@ from diptych.data.places import share
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import suites
-from diptych.evaluate.methods.baselines import Context, Method, drawn, named
+from diptych.evaluate.methods import drawn, named
+from diptych.evaluate.methods.base import Context, Method
 from diptych.evaluate.scoring import scores as scoring
 from diptych.evaluate.scoring.scores import Judges
 from diptych.evaluate.suites import Sample, Suite

@@ -205,7 +205,7 @@ def evaluate(recipe: Recipe) -> None:
         return
     suites.load(settings.suite)
     if "pipeline" in settings.methods:
-        from diptych.evaluate.methods.pipelines import model_of
+        from diptych.evaluate.methods.baselines import model_of
 
         check_pipeline(models.resolve(model_of(recipe), "teacher"), "pipeline")
     if "adapter" in settings.methods:

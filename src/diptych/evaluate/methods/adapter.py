@@ -26,8 +26,8 @@ import torch
 from diptych.data.records import COLUMNS, schema, seed_of
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError, UserError
-from diptych.evaluate.methods import panel
-from diptych.evaluate.methods.baselines import Base, draw, noise, open_teacher, size_of
+from diptych.evaluate.methods import base
+from diptych.evaluate.methods.base import Base, draw, noise, open_teacher, size_of
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.judges.vision import Vision, open_vision, refuse_missing
 from diptych.recipe import tasks
@@ -234,7 +234,7 @@ class AdapterTrainer(Trainer):
         seen = {"ip_adapter_image_embeds": [batch.condition]}
         cached = (batch.prompt_embeds, batch.pooled)
         with computing(self.options.precision, self.job.device):
-            right = panel.loss(
+            right = base.loss(
                 model or self.transformer,
                 batch.clean,
                 batch.noise,
@@ -298,16 +298,16 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     settings, folder = recipe.evaluate.adapter, place(run_dir)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    pipe, precision = panel.teacher(recipe)
+    pipe, precision = base.frozen_teacher(recipe)
     encoder = Encoder.load(settings.encoder, recipe.device)
-    size = panel.panel_size(pipe, recipe.paint.panel_size)
-    canvas = panel.canvas(pipe, size, size)
+    size = base.panel_size(pipe, recipe.paint.panel_size)
+    canvas = base.canvas(pipe, size, size)
     own = {"steps": settings.steps, "learning_rate": settings.learning_rate}
     options = Options.of(
         recipe.distill,
         seed=recipe.training_seed,
         precision=precision,
-        shift=panel.shift(pipe, canvas, recipe.distill.shift),
+        shift=base.shift(pipe, canvas, recipe.distill.shift),
         mode="full",
         quantize="none",
         left_weight=0.0,
@@ -320,7 +320,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     def encode(reference: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         levels = ((reference + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         seen = encoder.embed([Image.fromarray(each) for each in levels])
-        return panel.encode_pixels(pipe, target).cpu(), seen[:, None]
+        return base.encode_pixels(pipe, target).cpu(), seen[:, None]
 
     def preparing(done: int, total: int, what: str) -> None:
         report(progress, 0, options.steps, f"{what} {done}/{total}")
@@ -334,7 +334,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     cache = latents.Latents(*files)
     captions = [sample.told(False) for sample in cache.samples]
     captions += [sample.instruction for sample in cache.samples if options.instructions and sample.instruction]
-    table = cached.prepare(lambda texts: panel.encode_text(pipe, texts), captions, preparing)
+    table = cached.prepare(lambda texts: base.encode_text(pipe, texts), captions, preparing)
     _, seen = cache.gather([0])
     put(pipe, start(pipe, seen.shape[-1], seed_of(options.seed, KEY, "start")))
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)

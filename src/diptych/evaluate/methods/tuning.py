@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.data import places as log
 from diptych.data.records import seed_of
-from diptych.evaluate.methods.baselines import Base, Context, Method, draw, noise, size_of
+from diptych.evaluate.methods import base
+from diptych.evaluate.methods.base import Base, Context, Method, draw, noise, size_of
 from diptych.utils import models
 
 if TYPE_CHECKING:
@@ -119,12 +120,11 @@ class Tuner:
         import torch
         from peft import LoraConfig
 
-        from diptych.evaluate.methods import panel
         from diptych.train import parts
 
         self.recipe = context.recipe
         self.settings = self.recipe.evaluate.tuning
-        self.pipe, self.precision = panel.teacher(self.recipe)
+        self.pipe, self.precision = base.frozen_teacher(self.recipe)
         self.device = self.pipe.device
         transformer = self.transformer = self.pipe.transformer
         targets = parts.lora_targets(transformer, self.settings.lora_targets, "evaluate.tuning.lora_targets")
@@ -144,16 +144,15 @@ class Tuner:
         with the weights in place. The time that the caller takes in between is not counted."""
         import torch
 
-        from diptych.evaluate.methods import panel
         from diptych.train.objective import image_ids
         from diptych.utils.machine import computing
 
         settings, spent, started = self.settings, 0.0, time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
-        canvas = panel.canvas(self.pipe, reference.height, reference.width)
-        clean = panel.encode_pixels(self.pipe, views(reference, settings.crops, generator)).float()
+        canvas = base.canvas(self.pipe, reference.height, reference.width)
+        clean = base.encode_pixels(self.pipe, views(reference, settings.crops, generator)).float()
         kept = self._prior(caption, canvas, seed) if settings.prior else None
-        text = panel.encode_text(self.pipe, [caption])
+        text = base.encode_text(self.pipe, [caption])
         ids = image_ids(canvas).to(self.device)
         guidance = self.recipe.distill.guidance if self.transformer.config.guidance_embeds else None
         self.trained.put(self.start)
@@ -167,7 +166,7 @@ class Tuner:
             noise = torch.randn(batch.shape, generator=generator).to(self.device)
             words = (text[0].expand(len(batch), -1, -1), text[1].expand(len(batch), -1))
             with computing(self.precision, self.device):
-                error = panel.loss(self.transformer, batch, noise, sigma.to(self.device), words, ids, guidance)
+                error = base.loss(self.transformer, batch, noise, sigma.to(self.device), words, ids, guidance)
             error.mean().backward()
             torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
             optimizer.step()
@@ -181,7 +180,6 @@ class Tuner:
         """Noise levels (B,), drawn as `distill` draws them."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
-        from diptych.evaluate.methods import panel
         from diptych.train.objective import shifted
 
         asked = self.recipe.distill
@@ -189,7 +187,7 @@ class Tuner:
         level = compute_density_for_timestep_sampling(
             scheme, count, asked.logit_mean, asked.logit_std, generator=generator
         )
-        return shifted(level, panel.shift(self.pipe, canvas, asked.shift))
+        return shifted(level, base.shift(self.pipe, canvas, asked.shift))
 
     def _prior(self, caption: str, canvas: Any, seed: int) -> torch.Tensor:
         """Latents (prior, N, C) of pictures that the teacher, without any subject, draws for the caption."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
-from diptych.evaluate.job import Job
+from diptych.evaluate.config import Evaluation
 from diptych.evaluate.report import page_tables, scoresheet
 from diptych.evaluate.report import page_tables as page_pictures
 from diptych.evaluate.report.gather import Run
@@ -24,7 +24,7 @@ from diptych.utils.models import BUILT_IN
 
 def write(out: Path) -> Path:
     """Writes the report of a scored evaluation and returns the page's path. UserError if it is not scored."""
-    run = Run(Job().recipe(), out)
+    run = Run(Evaluation().recipe(), out)
     found = run.metrics
     if not found:
         raise UserError(f"{out} is not scored yet; first: diptych evaluate --out {out} --only score")

@@ -17,8 +17,8 @@ import numpy as np
 from diptych.data import places
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
-from diptych.evaluate.methods import tuning
-from diptych.evaluate.methods.baselines import ANCHORS, Context
+from diptych.evaluate.methods import ANCHORS, tuning
+from diptych.evaluate.methods.base import Context
 from diptych.evaluate.scoring import curation, metrics, truth
 from diptych.evaluate.suites import MAIN, Sample
 from diptych.recipe import tasks

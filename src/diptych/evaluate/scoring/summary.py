@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from diptych.errors import UserError
-from diptych.evaluate.job import Job
-from diptych.evaluate.methods.baselines import ANCHORS
+from diptych.evaluate.config import Evaluation
+from diptych.evaluate.methods import ANCHORS
 from diptych.evaluate.scoring import metrics, scores
 from diptych.evaluate.suites import MAIN, Sample
 
@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 
 def summarise(
-    job: Job, suite: Any, samples: Sequence[Sample], lines: Sequence[Line], names: Sequence[str]
+    evaluation: Evaluation, suite: Any, samples: Sequence[Sample], lines: Sequence[Line], names: Sequence[str]
 ) -> dict[str, Any]:
     """The metrics of scored lines: the contract's keys, then ours."""
     judged = [line for line in lines if line.get("cp") is not None and line.get("pf") is not None]
@@ -31,7 +31,7 @@ def summarise(
             raise UserError(f"{name}: the judge has scored none of its pictures; run the same command again")
     splits = list(dict.fromkeys(line["split"] for line in judged))
     by_split = {
-        split: {name: _summary(judged, lines, name, split, job.bootstrap) for name in names} for split in splits
+        split: {name: _summary(judged, lines, name, split, evaluation.bootstrap) for name in names} for split in splits
     }
     methods = [name for name in names if name not in ANCHORS]
     anchors = [name for name in names if name in ANCHORS]
@@ -54,11 +54,11 @@ def summarise(
         "attributes": {name: scores.attribute_rates([x for x in judged if "met" in x], name) for name in names},
         "comparisons": {
             name: {
-                other: compare(judged, judged, name, other, job.bootstrap)["cp_pf"]
+                other: compare(judged, judged, name, other, evaluation.bootstrap)["cp_pf"]
                 for other in methods
                 if other != name
             }
-            for name in job.models
+            for name in evaluation.models
         },
         "unjudged": {name: sum(x["method"] == name and x.get("cp") is None for x in lines) for name in names},
     }
@@ -97,14 +97,18 @@ def compare(a: Sequence[Line], b: Sequence[Line], first: str, second: str, times
     return {name: metrics.compare(one, other, times, name) for name in metrics.NAMES}
 
 
-def add_costs(result: dict[str, Any], job: Job, lines: Sequence[Line]) -> None:
+def add_costs(result: dict[str, Any], evaluation: Evaluation, lines: Sequence[Line]) -> None:
     """To each method what a picture of it costs: the machine's time, and what the judge was paid for looking at it."""
-    price: Callable[[int, int], float | None] | None = job.judge.endpoint.cost if job.judge.endpoint else None
+    price: Callable[[int, int], float | None] | None = (
+        evaluation.judge.endpoint.cost if evaluation.judge.endpoint else None
+    )
     for name, found in result["methods"].items():
         tokens = [line["judge_tokens"] for line in lines if line["method"] == name and "judge_tokens" in line]
         seconds = found.get("seconds_per_image")
         found["drawing_cost"] = (
-            None if job.hour_price is None or seconds is None else round(seconds / 3600 * job.hour_price, 6)
+            None
+            if evaluation.hour_price is None or seconds is None
+            else round(seconds / 3600 * evaluation.hour_price, 6)
         )
         if tokens:
             mean = [round(float(value), 1) for value in np.mean(tokens, axis=0)]

@@ -182,10 +182,10 @@ def evaluate(job: Job) -> dict[str, Any]:
     if settings.suite == "none":
         return {"suite": "none", "pictures": 0}
     from diptych.evaluate import suites
-    from diptych.evaluate.methods import baselines
+    from diptych.evaluate.methods import drawn
 
     references = sum(suites.load(settings.suite).references(settings.samples).values())
-    methods = len(baselines.drawn(settings))
+    methods = len(drawn(settings))
     return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 

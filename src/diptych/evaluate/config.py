@@ -80,7 +80,7 @@ class Judge(Section):
         return self
 
 
-class Job(Section):
+class Evaluation(Section):
     """An evaluation."""
 
     suite: str = Field(default=POCKET, min_length=1)
@@ -173,8 +173,8 @@ class Job(Section):
         )
 
 
-def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
-    """The job of `asked`, over what `out/evaluation.yaml` says, under `KEY=VALUE`s. UsageError names a wrong key."""
+def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluation:
+    """The evaluation of `asked`, over what `out/evaluation.yaml` says, under `KEY=VALUE`s. UsageError names a wrong key."""
     from diptych.recipe import parse_set
 
     values: dict[str, Any] = read(out)
@@ -185,14 +185,14 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Job:
     for text in sets:
         merge(values, parse_set(text))
     try:
-        return Job.model_validate(values)
+        return Evaluation.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             parts = [str(part) for part in problem["loc"]]
             said = documents.said(problem)
             if problem["type"] == "extra_forbidden":
-                known = Judge if parts[0] == "judge" and len(parts) > 1 else Job
+                known = Judge if parts[0] == "judge" and len(parts) > 1 else Evaluation
                 known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)
                 said = f"no such key{nearest(parts[-1], known.model_fields)}; keys: {', '.join(known.model_fields)}"
             lines.append(f"{'.'.join(parts)}: {said}")
@@ -208,11 +208,11 @@ def read(out: Path) -> dict[str, Any]:
     return values
 
 
-def dump(job: Job) -> bytes:
-    """A job as its file: what differs from the defaults."""
+def dump(evaluation: Evaluation) -> bytes:
+    """An evaluation as its file: what differs from the defaults."""
     import yaml
 
-    values = job.model_dump(mode="json", exclude_defaults=True) | {"suite": job.suite}
+    values = evaluation.model_dump(mode="json", exclude_defaults=True) | {"suite": evaluation.suite}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 

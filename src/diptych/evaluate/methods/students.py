@@ -1,4 +1,4 @@
-"""The models that an evaluation is about, as methods; and who curated what they learnt from.
+"""The students as methods: a run's own, the one in the package, any other; and who curated what they learnt from.
 
 `--model` takes what `diptych generate` takes, and a run's folder besides. The judge that chose a model's training data
 has seen to it that its own taste is met; so it may not score that model.
@@ -11,35 +11,111 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diptych import recipe as recipes
+from diptych.data.places import bring
 from diptych.data.store import write_atomic
-from diptych.errors import UsageError, UserError, nearest
-from diptych.evaluate.job import POCKET, Job
-from diptych.evaluate.methods import baselines
-from diptych.evaluate.methods.baselines import ANCHORS, METHODS, PARTS, Context, Method
+from diptych.errors import UsageError, UserError
+from diptych.evaluate.config import POCKET, Evaluation
+from diptych.evaluate.methods.base import Base, Context, Method, size_of
 from diptych.utils import models
+from diptych.utils.console import quiet_bars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.evaluate.suites import Sample
+    from diptych.recipe.schema import Recipe
 
+PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder
 CURATORS = "curators.json"
-TRAINED = ("tuned", "adapter")  # baselines that train the teacher
-OF_A_RUN = ("student", "student_shipped")  # methods that are --model here
+
+
+class Student(Base):
+    """The student this run has trained."""
+
+    name: ClassVar[str] = "student"
+
+    def place(self) -> Path:
+        folder = bring(self.context.run_dir, "student")
+        # The summary is what distill writes last.
+        if not any((folder / name).exists() for name in ("training/summary.json", *PARTS)):
+            run = self.context.run_dir
+            raise UserError(f"{folder} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
+        return folder
+
+    def base(self) -> str:
+        return self.recipe.teacher
+
+    def fingerprint(self) -> str:
+        folder = self.place()
+        own = "+".join(models.fingerprint(folder / part) for part in PARTS if (folder / part).exists())
+        base, settings = models.resolve(self.base(), "teacher"), self.recipe.evaluate
+        if None in (settings.steps, settings.image_guidance, settings.text_guidance, settings.null_panel):
+            from diptych.student.weights.sources import read_settings
+
+            own += f" sampled {read_settings(folder, base).values()}"
+        return f"{own} on {models.fingerprint(base)}"
+
+    def open(self) -> Any:
+        return open_student(self.place(), self.base(), self.recipe)
+
+    def opened(self) -> Any:
+        """Its pipeline, which stays open."""
+        return self.context.opened(self.name, self.open)
+
+    def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
+        return self.drawn(references, samples, seeds, {})
+
+    def drawn(
+        self,
+        references: Sequence[Image],
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        otherwise: Mapping[str, Any],
+    ) -> Sequence[Image]:
+        """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`; what neither sets is the
+        student's own setting."""
+        pipe = self.opened()
+        height, width = size_of(references)
+        settings = self.recipe.evaluate.model_copy(update=dict(otherwise))
+        drawn = pipe(
+            prompt=[s.prompt for s in samples],
+            reference=list(references),
+            height=height,
+            width=width,
+            num_inference_steps=settings.steps,
+            guidance_scale=self.recipe.paint.guidance,
+            image_guidance_scale=settings.image_guidance,
+            text_guidance_scale=settings.text_guidance,
+            null_panel=pipe.speed.null_panel or settings.null_panel,
+            generator=list(seeds),
+        )
+        return drawn.images
+
+
+class StudentShipped(Student):
+    """The student in the package, on the package's own teacher."""
+
+    name: ClassVar[str] = "student_shipped"
+
+    def place(self) -> Path:
+        return models.resolve("pocket", "student")
+
+    def base(self) -> str:
+        return "pocket"
 
 
 @dataclass(frozen=True)
 class Model(Method):
-    """A student somewhere, as a method. What the job does not say of sampling, the model's own settings do."""
+    """A student somewhere, as a method. What the evaluation does not say of sampling, the model's own settings do."""
 
     name: str
     place: Path | str
     base: str | None
     context: Context
-    job: Job
+    evaluation: Evaluation
 
     def fingerprint(self) -> str:
         """sha256 of its weights and of its base's, and its sampling. UserError if they are not there."""
@@ -56,9 +132,9 @@ class Model(Method):
         return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
 
     def asked(self) -> dict[str, float]:
-        """What the job says of sampling."""
+        """What the evaluation says of sampling."""
         names = ("steps", "guidance", "image_guidance", "text_guidance")
-        return {name: value for name in names if (value := getattr(self.job, name)) is not None}
+        return {name: value for name in names if (value := getattr(self.evaluation, name)) is not None}
 
     def open(self) -> Any:
         """Its pipeline."""
@@ -88,33 +164,14 @@ class Model(Method):
         return drawn.images
 
 
-def gather(job: Job, context: Context, anchors: bool) -> dict[str, Method]:
-    """The job's models and baselines by name, then the anchors of a suite that has the truth.
+def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
+    """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
+    from diptych import student
 
-    UsageError for a baseline that is none, or that needs a teacher that is not named.
-    """
-    found: dict[str, Method] = {}
-    for name, place in job.models.items():
-        where, run = locate(place)
-        base = job.base or (recipes.load(run / "recipe.yaml").teacher if run else None)
-        found[name] = Model(name, where, base, context, job)
-    known = [name for name in METHODS if name not in (*ANCHORS, *OF_A_RUN)]
-    for name in job.baselines:
-        if name not in known:
-            if name in OF_A_RUN:
-                raise UsageError(f"--baseline {name}: is a model here; write --model RUN, or --model {POCKET}")
-            raise UsageError(f"unknown baseline '{name}'; known: {', '.join(known)}{nearest(name, known)}")
-        if name in found:
-            raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
-        found |= baselines.named(name, context)
-        drawn_by_it = name in TRAINED or isinstance(found.get(name), baselines.TextOnly)
-        if drawn_by_it and job.base is None and job.data is not None:
-            raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
-    for name in ANCHORS if anchors else ():
-        if name in found:
-            raise UsageError(f"a model is called {name}, as an anchor is; name it: --model NAME=MODEL")
-        found |= baselines.named(name, context)
-    return found
+    with quiet_bars():
+        pipe = student.load(folder, base=base, device=recipe.device, fuse=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def locate(place: str) -> tuple[str, Path | None]:
@@ -171,7 +228,7 @@ def _embedding(name: str) -> Curator:
         return Curator(name, frozenset())  # gone from this machine: its name is what is left of it
 
 
-def curators_of(job: Job, out: Path) -> dict[str, list[Curator] | None]:
+def curators_of(evaluation: Evaluation, out: Path) -> dict[str, list[Curator] | None]:
     """Who curated what each model learnt from. Where a model is not on this machine, what drawing wrote down holds."""
     path = out / CURATORS
     try:
@@ -179,18 +236,18 @@ def curators_of(job: Job, out: Path) -> dict[str, list[Curator] | None]:
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); remove it, and draw again where the models are") from error
     found: dict[str, list[Curator] | None] = {}
-    for name, place in job.models.items():
+    for name, place in evaluation.models.items():
         found[name] = curators(place)
         if found[name] is None and kept.get(name, {}).get("model") == place and kept[name]["curators"] is not None:
             found[name] = [Curator(c["name"], frozenset(c["weights"])) for c in kept[name]["curators"]]
     return found
 
 
-def remember(known: Mapping[str, list[Curator] | None], job: Job, out: Path) -> None:
+def remember(known: Mapping[str, list[Curator] | None], evaluation: Evaluation, out: Path) -> None:
     """Writes down who curated, for a machine that has the pictures alone."""
     told = {
         name: {
-            "model": job.models[name],
+            "model": evaluation.models[name],
             "curators": None if by is None else [{"name": c.name, "weights": sorted(c.weights)} for c in by],
         }
         for name, by in known.items()
