@@ -111,7 +111,7 @@ def evaluate(
 
 
 def settled(asked: Evaluation, out: Path) -> Evaluation:
-    """The evaluation with its device decided: by its folder, else by this machine. Scoring elsewhere needs no such device."""
+    """The evaluation with its device: its folder's, else this machine's. Scoring elsewhere needs no such device."""
     if asked.device != "auto":
         return asked
     kept = config.read(out).get("device", "auto")

@@ -174,7 +174,7 @@ class Evaluation(Section):
 
 
 def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluation:
-    """The evaluation of `asked`, over what `out/evaluation.yaml` says, under `KEY=VALUE`s. UsageError names a wrong key."""
+    """`asked` over what `out/evaluation.yaml` says, under `KEY=VALUE`s. UsageError names a wrong key."""
     from diptych.recipe import parse_set
 
     values: dict[str, Any] = read(out)
