@@ -160,7 +160,7 @@ def drawn(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
 
 
 def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[Scorer]:
-    """The scorers of a evaluation: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
+    """The scorers: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
     kind, judge = evaluation.judge_kind(), evaluation.judge
     models = judging.Models(evaluation.device)
     found: list[Scorer] = []
