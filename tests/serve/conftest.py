@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from diptych import Student
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from serve.running import CAT, TOKENS, Running
 
 
@@ -19,14 +19,14 @@ def student() -> Student:
 
 @pytest.fixture(scope="module")
 def server(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(Settings(folder=tmp_path_factory.mktemp("local")), student)
+    running = Running(ServerSettings(folder=tmp_path_factory.mktemp("local")), student)
     yield running
     running.close()
 
 
 @pytest.fixture(scope="module")
 def guarded(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(Settings(folder=tmp_path_factory.mktemp("guarded"), tokens=TOKENS), student)
+    running = Running(ServerSettings(folder=tmp_path_factory.mktemp("guarded"), tokens=TOKENS), student)
     yield running
     running.close()
 

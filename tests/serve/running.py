@@ -10,8 +10,8 @@ import uvicorn
 
 from diptych import Student
 from diptych.serve import server
+from diptych.serve.config import ServerSettings
 from diptych.serve.service import Service
-from diptych.serve.settings import Settings
 from diptych.utils.paths import packaged
 
 CAT = packaged("examples/references") / "cat.png"
@@ -22,7 +22,7 @@ class Running:
     """`url` is where it answers; `service` what is behind it. Draws with `student`, which is loaded already; without
     one each worker loads its own."""
 
-    def __init__(self, settings: Settings, student: Student | None, web_app: bool = False) -> None:
+    def __init__(self, settings: ServerSettings, student: Student | None, web_app: bool = False) -> None:
         self.service = Service(settings)
         for worker in self.service.workers if student is not None else ():
             worker.load = lambda: student

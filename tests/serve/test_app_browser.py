@@ -17,7 +17,7 @@ import plain_stages
 from diptych import Student
 from diptych.data import records
 from diptych.data.store import Dataset
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from serve.browsing import (
     CHROMIUM,
     LIMIT,
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 def app(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder, runs = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("runs")
     with within(LIMIT):
-        running = Running(Settings(folder=folder, tokens=TOKENS, runs=runs), student, web_app=True)
+        running = Running(ServerSettings(folder=folder, tokens=TOKENS, runs=runs), student, web_app=True)
     yield running
     with within(LIMIT):
         running.close()

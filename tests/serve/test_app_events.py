@@ -14,7 +14,7 @@ import pytest
 
 from diptych import Student
 from diptych.serve import app as web_app
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from serve.running import Running
 
 
@@ -28,7 +28,7 @@ def app(student: Student, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(cache))
         patch.setattr(web_app, "SESSIONS", 8)
-        running = Running(Settings(folder=tmp_path_factory.mktemp("app")), student, web_app=True)
+        running = Running(ServerSettings(folder=tmp_path_factory.mktemp("app")), student, web_app=True)
         yield running
         running.close()
 

@@ -10,7 +10,7 @@ import pytest
 
 from diptych import Student
 from diptych.apps import enhance
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from llm.chat_server import Act, Call, ChatServer, refuse, say
 from serve.browsing import (
     CHROMIUM,
@@ -50,7 +50,9 @@ def app(student: Student, model: ChatServer, tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ((enhance.URL, model.url), (enhance.MODEL, "tiny"), ("NO_PROXY", "127.0.0.1")):
             patch.setenv(name, value)
-        running = Running(Settings(folder=tmp_path_factory.mktemp("helped"), tokens=TOKENS), student, web_app=True)
+        running = Running(
+            ServerSettings(folder=tmp_path_factory.mktemp("helped"), tokens=TOKENS), student, web_app=True
+        )
         yield running
         running.close()
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from diptych import Student
-from diptych.serve.disk import Clock
+from diptych.serve.config import ServerSettings
+from diptych.serve.database import Clock
 from diptych.serve.service import Service
-from diptych.serve.settings import Settings
 from serve.running import Running
 
 SOON = 5.0  # seconds
@@ -57,7 +57,7 @@ def fill(file: Path) -> None:
 def test_a_full_disk_is_said_with_its_reason_and_drawing_goes_on_once_there_is_room(
     student: Student, small_disk: Path, cat: bytes
 ) -> None:
-    running = Running(Settings(folder=small_disk / "data", batch=1), student)
+    running = Running(ServerSettings(folder=small_disk / "data", batch=1), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
             done = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1}).json()["job"]
@@ -88,7 +88,7 @@ def test_a_full_disk_is_said_with_its_reason_and_drawing_goes_on_once_there_is_r
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_is_seen_and_started_again_and_its_job_is_drawn(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path), student)
+    running = Running(ServerSettings(folder=tmp_path), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
             asked = {"prompt": "a cat", "steps": 60, "wait": False, "job": "in-its-hands"}
@@ -106,7 +106,7 @@ def test_a_worker_that_dies_is_seen_and_started_again_and_its_job_is_drawn(stude
 def test_an_error_outside_of_drawing_ends_no_worker(
     student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = Running(Settings(folder=tmp_path), student)
+    running = Running(ServerSettings(folder=tmp_path), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
             with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_an_error_outside_of_drawing_ends_no_worker(
 
 @pytest.mark.parametrize("name", ["jobs.sqlite", "jobs.sqlite-wal"])
 def test_a_file_that_is_removed_or_replaced_is_noticed(student: Student, tmp_path: Path, name: str) -> None:
-    running = Running(Settings(folder=tmp_path / "data"), student)
+    running = Running(ServerSettings(folder=tmp_path / "data"), student)
     file, away = tmp_path / "data" / name, tmp_path / "away"
     asked = {"prompt": "a cat", "steps": 1}
     try:
@@ -143,7 +143,7 @@ def test_a_file_that_is_removed_or_replaced_is_noticed(student: Student, tmp_pat
 
 def test_a_clock_that_is_a_day_ahead_for_a_minute_deletes_no_job(tmp_path: Path) -> None:
     wall, steady = [10 * DAY], [5.0]
-    service = Service(Settings(folder=tmp_path))
+    service = Service(ServerSettings(folder=tmp_path))
     service.clock = service.store.clock = clock = Clock(600, lambda: wall[0], lambda: steady[0])
     request = {"kind": "images", "texts": ["a cat"], "reference": None, "mask": None, "options": {}}
 

@@ -16,8 +16,8 @@ import pytest
 
 from diptych import Student
 from diptych.errors import UsageError
-from diptych.serve.settings import Limits, Settings
-from diptych.serve.tokens import Gate
+from diptych.serve.auth import Authenticator
+from diptych.serve.config import Limits, ServerSettings
 from serve.running import TOKENS, Running
 
 ANA, BEN = ({"Authorization": f"Bearer {TOKENS[name]}"} for name in ("ana", "ben"))
@@ -28,7 +28,7 @@ WRONG = {"Authorization": "Bearer nobody-knows-this"}
 def shared(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with the app, and few guesses for everybody behind one address."""
     folder = tmp_path_factory.mktemp("shared")
-    running = Running(Settings(folder=folder, tokens=TOKENS, limits=Limits(guesses=5)), student, web_app=True)
+    running = Running(ServerSettings(folder=folder, tokens=TOKENS, limits=Limits(guesses=5)), student, web_app=True)
     yield running
     running.close()
 
@@ -49,7 +49,7 @@ def test_wrong_tokens_lock_out_nobody_who_has_a_right_one(shared: Running) -> No
 
 def test_proxies_that_are_named_are_believed(student: Student, tmp_path: Path) -> None:
     limits = Limits(guesses=2)
-    settings = Settings(folder=tmp_path, tokens=TOKENS, limits=limits, proxies=("127.0.0.1", "10.1.0.0/16"))
+    settings = ServerSettings(folder=tmp_path, tokens=TOKENS, limits=limits, proxies=("127.0.0.1", "10.1.0.0/16"))
     running = Running(settings, student)
 
     def guess(forwarded: str) -> int:
@@ -70,17 +70,17 @@ def test_proxies_that_are_named_are_believed(student: Student, tmp_path: Path) -
 @pytest.mark.parametrize("proxy", ["*", "proxy.example.org", "", "10.0.0.0/99"])
 def test_a_proxy_is_an_address(tmp_path: Path, proxy: str) -> None:
     with pytest.raises(UsageError, match="--trusted-proxy"):
-        Settings(folder=tmp_path, proxies=(proxy,))
+        ServerSettings(folder=tmp_path, proxies=(proxy,))
 
 
 def test_addresses_of_one_ipv6_network_are_one_client() -> None:
-    gate = Gate(TOKENS, guesses=1)
+    gate = Authenticator(TOKENS, guesses=1)
     assert gate.guessed("2001:db8::1") == 0 and gate.guessed("2001:db8::2") > 0
     assert gate.guessed("2001:db8:0:1::1") == 0 and gate.guessed("192.0.2.1") == 0 and gate.guessed("192.0.2.2") == 0
 
 
 def test_logging_out_ends_the_session_everywhere_and_after_a_restart(student: Student, tmp_path: Path) -> None:
-    settings = Settings(folder=tmp_path, tokens=TOKENS)
+    settings = ServerSettings(folder=tmp_path, tokens=TOKENS)
     running = Running(settings, student)
     ended, open_ = (httpx.post(f"{running.url}/login", data={"token": TOKENS["ana"]}).cookies for _ in range(2))
     try:

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from diptych import Student
-from diptych.serve.board import Busy, Lane
-from diptych.serve.disk import Shares
-from diptych.serve.settings import Limits, Settings
-from diptych.serve.store import Store
+from diptych.serve.config import Limits, ServerSettings
+from diptych.serve.database import FairShares
+from diptych.serve.job_store import JobStore
+from diptych.serve.progress import Busy, Lane
 from diptych.utils.documents import parse_request
 from serve.running import TOKENS, Running
 
@@ -30,7 +30,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def crowded(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     limits = Limits(rate=1000, queue=40, kept_bytes=400_000)
-    running = Running(Settings(folder=tmp_path_factory.mktemp("crowded"), tokens=TOKENS, limits=limits), student)
+    running = Running(ServerSettings(folder=tmp_path_factory.mktemp("crowded"), tokens=TOKENS, limits=limits), student)
     yield running
     running.close()
 
@@ -94,7 +94,7 @@ def test_texts_may_be_full_of_commas() -> None:
 
 
 def test_the_rate_is_counted_before_the_body_is_read(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path, tokens=TOKENS, limits=Limits(rate=1)), student)
+    running = Running(ServerSettings(folder=tmp_path, tokens=TOKENS, limits=Limits(rate=1)), student)
     try:
         url = f"{running.url}/v1/images/generations"
         found = [httpx.post(url, content=b"{", headers=ANA | JSON).status_code for _ in range(2)]
@@ -158,7 +158,7 @@ def test_what_is_kept_for_one_token_is_limited_by_what_is_stored(crowded: Runnin
 
 
 def test_what_is_kept_is_counted_over_a_restart_and_less_once_it_expires(tmp_path: Path) -> None:
-    store = Store(tmp_path / "jobs.sqlite")
+    store = JobStore(tmp_path / "jobs.sqlite")
     request = {"texts": ["a cat"], "reference": None, "mask": None}
     for _ in range(2):  # the same picture is kept once
         store.put_reference("ana", "ref", b"x" * 1000, (1, 1))
@@ -168,7 +168,7 @@ def test_what_is_kept_is_counted_over_a_restart_and_less_once_it_expires(tmp_pat
     kept = store.kept("ana")
     assert 1500 < kept < 1700 and store.kept("ben") == 0
     store.close()
-    store = Store(tmp_path / "jobs.sqlite")
+    store = JobStore(tmp_path / "jobs.sqlite")
     assert store.kept("ana") == kept
     store.forget(time.time() + 10)
     assert store.kept("ana") == 0
@@ -176,11 +176,11 @@ def test_what_is_kept_is_counted_over_a_restart_and_less_once_it_expires(tmp_pat
 
 
 def test_owners_take_turns_and_dear_pictures_count_more() -> None:
-    shares = Shares()
+    shares = FairShares()
     waiting = {"ana": [(f"a{n}", 1.0) for n in range(9)], "ben": [(f"b{n}", 3.0) for n in range(9)]}
     turns = [owner for owner, _ in shares.choose(waiting, 8)]
     assert turns.count("ana") == 6 and turns.count("ben") == 2
-    again = Shares()
+    again = FairShares()
     assert [item for _, item in again.choose({"ana": [(n, 1.0) for n in range(100)]}, 100)] == list(range(100))
     # Who comes now has waited for nothing yet, and is next.
     both = {"ana": [("old", 1.0)], "ben": [("new", 1.0)]}
@@ -188,7 +188,7 @@ def test_owners_take_turns_and_dear_pictures_count_more() -> None:
 
 
 def test_a_long_queue_of_one_comes_after_the_first_of_another(student: Student, tmp_path: Path) -> None:
-    settings = Settings(folder=tmp_path, tokens=TOKENS, batch=2, limits=Limits(queue=40))
+    settings = ServerSettings(folder=tmp_path, tokens=TOKENS, batch=2, limits=Limits(queue=40))
     running = Running(settings, student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
@@ -231,7 +231,7 @@ def test_strangers_send_little(guarded: Running) -> None:
 
 
 def test_many_requests_of_one_are_refused_to_that_one_alone(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path, tokens=TOKENS, limits=Limits(requests=3)), student)
+    running = Running(ServerSettings(folder=tmp_path, tokens=TOKENS, limits=Limits(requests=3)), student)
     head = "POST /v1/references HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n"
     slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(3)]
     try:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diptych import Student
 from diptych.errors import UsageError
-from diptych.serve.settings import Limits, Settings
+from diptych.serve.config import Limits, ServerSettings
 from serve.running import TOKENS, Running
 
 PATHS = ("/v1/models", "/v1/jobs", "/metrics", "/docs", "/openapi.json", "/", "/app/", "/nothing", "/v1/jobs/12345678")
@@ -50,7 +50,7 @@ def test_a_browser_logs_in_once_for_app_and_api(guarded: Running) -> None:
 
 
 def test_guessing_tokens_is_slowed_down(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path, tokens=TOKENS, limits=Limits(guesses=5)), student)
+    running = Running(ServerSettings(folder=tmp_path, tokens=TOKENS, limits=Limits(guesses=5)), student)
     try:
         found = [
             httpx.get(f"{running.url}/v1/jobs", headers={"Authorization": f"Bearer guess-{n}"}).status_code
@@ -120,7 +120,7 @@ def test_an_avif_that_breaks_its_decoder_is_refused_like_any_broken_picture(clie
 
 
 def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path, limits=Limits(upload_bytes=50_000, body_seconds=3)), student)
+    running = Running(ServerSettings(folder=tmp_path, limits=Limits(upload_bytes=50_000, body_seconds=3)), student)
     try:
         answer = httpx.post(f"{running.url}/v1/references", content=b"x" * 60_000)
         assert answer.status_code == 413 and answer.json()["error"]["type"] == "request_too_large"
@@ -137,7 +137,7 @@ def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: St
 def test_who_sends_no_request_is_hung_up_on_and_who_waits_for_an_answer_is_not(
     student: Student, tmp_path: Path
 ) -> None:
-    running = Running(Settings(folder=tmp_path, limits=Limits(head_seconds=1)), student)
+    running = Running(ServerSettings(folder=tmp_path, limits=Limits(head_seconds=1)), student)
     head, rest = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"\r\n"
 
     def hung_up(*sent: bytes) -> float:
@@ -170,7 +170,7 @@ def test_nothing_but_the_jobs_file_is_written(server: Running, client: httpx.Cli
 
 
 def test_a_key_that_asks_too_often_waits(student: Student, tmp_path: Path, cat: bytes) -> None:
-    running = Running(Settings(folder=tmp_path, tokens=TOKENS, limits=Limits(rate=3)), student)
+    running = Running(ServerSettings(folder=tmp_path, tokens=TOKENS, limits=Limits(rate=3)), student)
     try:
         found = [httpx.post(f"{running.url}/v1/references", content=cat, headers=BEARER) for _ in range(4)]
         assert [answer.status_code for answer in found] == [201, 201, 201, 429]
@@ -193,8 +193,8 @@ def test_tokens_are_in_no_log(guarded: Running, caplog: pytest.LogCaptureFixture
 
 def test_other_machines_are_let_in_only_with_tokens(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--token-file"):
-        Settings(folder=tmp_path, host="0.0.0.0")
-    Settings(folder=tmp_path, host="0.0.0.0", tokens=TOKENS)
+        ServerSettings(folder=tmp_path, host="0.0.0.0")
+    ServerSettings(folder=tmp_path, host="0.0.0.0", tokens=TOKENS)
 
 
 def test_an_upright_picture_passes(client: httpx.Client) -> None:

@@ -14,7 +14,7 @@ import openai
 from PIL import Image
 
 from diptych import Student
-from diptych.serve.settings import Limits, Settings
+from diptych.serve.config import Limits, ServerSettings
 from serve.running import CAT, TOKENS, Running
 
 LONG = {"prompt": "a cat", "steps": 60, "wait": False}
@@ -79,7 +79,7 @@ def test_a_request_sent_again_under_its_name_finds_its_job(client: httpx.Client)
 
 
 def test_a_full_queue_says_when_to_come_again(student: Student, tmp_path: Any) -> None:
-    running = Running(Settings(folder=tmp_path, batch=1, limits=Limits(queue=3)), student)
+    running = Running(ServerSettings(folder=tmp_path, batch=1, limits=Limits(queue=3)), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
             answers = [client.post("/v1/images/generations", json={**LONG, "seed": n}) for n in range(8)]
@@ -94,7 +94,7 @@ def test_a_full_queue_says_when_to_come_again(student: Student, tmp_path: Any) -
 
 
 def test_each_device_has_a_worker_and_they_share_what_waits(student: Student, tmp_path: Any) -> None:
-    running = Running(Settings(folder=tmp_path, devices=("cpu", "cpu"), batch=1), None)
+    running = Running(ServerSettings(folder=tmp_path, devices=("cpu", "cpu"), batch=1), None)
     try:
         first, second = running.service.workers
         assert first.student is not second.student and first.student is not None
@@ -113,7 +113,7 @@ def test_each_device_has_a_worker_and_they_share_what_waits(student: Student, tm
 def test_a_request_that_waits_too_long_is_told_so_and_given_up_unless_it_has_a_name(
     student: Student, tmp_path: Any
 ) -> None:
-    running = Running(Settings(folder=tmp_path, limits=Limits(wait_seconds=0.2)), student)
+    running = Running(ServerSettings(folder=tmp_path, limits=Limits(wait_seconds=0.2)), student)
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client:
             late = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 90})

@@ -11,8 +11,8 @@ import pytest
 
 from diptych import Student
 from diptych.cli import app
-from diptych.serve import fields
-from diptych.serve.settings import Limits, Settings
+from diptych.serve.config import Limits, ServerSettings
+from diptych.serve.http import openapi
 from serve.running import TOKENS, Running
 
 
@@ -39,7 +39,7 @@ def test_the_api_is_described_with_types_ranges_and_examples(client: httpx.Clien
     schema = client.get("/openapi.json").json()
     for path, methods in schema["paths"].items():
         for method in methods:
-            for field in fields.of_route(schema, path, method):
+            for field in openapi.of_route(schema, path, method):
                 assert field.allowed not in ("", "a value") and field.name, (path, method, field.name)
                 assert "^" not in field.allowed, (path, field.name)  # no pattern that people would have to read
 
@@ -82,7 +82,7 @@ def test_an_unknown_log_level_names_the_nearest(capsys: pytest.CaptureFixture[st
 
 
 def test_a_small_limit_is_said_in_a_unit_that_shows_it(student: Student, tmp_path: Path) -> None:
-    running = Running(Settings(folder=tmp_path, limits=Limits(upload_bytes=10_240)), student)
+    running = Running(ServerSettings(folder=tmp_path, limits=Limits(upload_bytes=10_240)), student)
     try:
         answer = httpx.post(f"{running.url}/v1/references", content=b"x" * 20_000, timeout=60)
         assert answer.status_code == 413 and "at most 10 KiB are allowed" in answer.json()["error"]["message"]

@@ -12,25 +12,25 @@ import pytest
 from PIL import Image
 
 from diptych.errors import UsageError, UserError
-from diptych.serve import tokens, worker
+from diptych.serve import auth, worker
+from diptych.serve.auth import RateLimit
+from diptych.serve.job_store import TRIES, JobStore
 from diptych.serve.runs import Runs
-from diptych.serve.store import TRIES, Store
-from diptych.serve.tokens import Rate
 
 REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "jobs.sqlite")
+def store(tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path / "jobs.sqlite")
 
 
-def add(store: Store, id: str, settings: str = "s", pictures: int = 1) -> None:
+def add(store: JobStore, id: str, settings: str = "s", pictures: int = 1) -> None:
     names = [f"{id}-{n}" for n in range(pictures)]
     store.add("ana", id, REQUEST, settings, list(range(pictures)), names)
 
 
-def test_equal_settings_are_taken_together_the_oldest_first(store: Store) -> None:
+def test_equal_settings_are_taken_together_the_oldest_first(store: JobStore) -> None:
     for id, settings in (("a", "s"), ("b", "other"), ("c", "s"), ("d", "s")):
         add(store, id, settings, 2)
     assert [task.picture for task in store.take(3)] == ["a-0", "a-1", "c-0"]
@@ -39,7 +39,7 @@ def test_equal_settings_are_taken_together_the_oldest_first(store: Store) -> Non
 
 
 def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_path: Path) -> None:
-    store = Store(tmp_path / "jobs.sqlite")
+    store = JobStore(tmp_path / "jobs.sqlite")
     add(store, "a", pictures=2)
     store.take(1)
     store.finish("a-0", "PNG", b"drawn", {"seed": 0})
@@ -47,7 +47,7 @@ def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_
     for _ in range(TRIES):
         assert [task.picture for task in store.take(1)] == ["a-1"]
         store.close()  # as a kill leaves it: nothing is said of what runs
-        store = Store(tmp_path / "jobs.sqlite")
+        store = JobStore(tmp_path / "jobs.sqlite")
         found.append(store.recover())
     assert found == [(1, 0)] * (TRIES - 1) + [(0, 1)]
     job = store.job("ana", "a")
@@ -55,16 +55,16 @@ def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_
     assert store.picture("a-0") == ("ana", "PNG", b"drawn")
 
 
-def test_one_server_a_file(store: Store) -> None:
+def test_one_server_a_file(store: JobStore) -> None:
     other = sqlite3.connect(store.path, timeout=0)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("SELECT * FROM jobs")
     other.close()
     with pytest.raises(UserError, match="choose another --data"):
-        Store(store.path.parent)
+        JobStore(store.path.parent)
 
 
-def test_old_jobs_and_references_are_forgotten_but_not_what_is_needed(store: Store) -> None:
+def test_old_jobs_and_references_are_forgotten_but_not_what_is_needed(store: JobStore) -> None:
     store.put_reference("ana", "ref_used", b"png", (1, 1))
     store.put_reference("ana", "ref_mask", b"png", (1, 1))
     store.put_reference("ana", "ref_old", b"png", (1, 1))
@@ -82,33 +82,33 @@ def test_tokens_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch
     file = tmp_path / "tokens"
     file.write_text("# people\nana ana-0123456789abcdef  # first\n\nben-0123456789abcdef\n")
     file.chmod(0o600)
-    monkeypatch.setenv(tokens.VARIABLE, "cid-0123456789abcdef,dora dora-123456789abcdef")
-    found = tokens.read(str(file))
+    monkeypatch.setenv(auth.VARIABLE, "cid-0123456789abcdef,dora dora-123456789abcdef")
+    found = auth.read(str(file))
     assert list(found) == ["ana", "key2", "key3", "dora"] and found["key2"] == "ben-0123456789abcdef"
-    gate = tokens.Gate(found)
+    gate = auth.Authenticator(found)
     assert gate.owner("dora-123456789abcdef") == "dora" and gate.owner("dora-123456789abcde") is None
     assert gate.of_session(gate.session("ana")) == "ana"
-    assert tokens.Gate({"ana": "another-token-of-ana"}).of_session(gate.session("ana")) is None
-    monkeypatch.delenv(tokens.VARIABLE)
+    assert auth.Authenticator({"ana": "another-token-of-ana"}).of_session(gate.session("ana")) is None
+    monkeypatch.delenv(auth.VARIABLE)
     for text in ("short", "a b c", "ana x y", "", "ana ana-0123456789abcdef\nana ben-0123456789abcdef"):
         file.write_text(text)
         with pytest.raises(UsageError) as error:
-            tokens.read(str(file))
+            auth.read(str(file))
         assert "0123456789abcdef" not in str(error.value)
 
 
 def test_signed_addresses_end() -> None:
-    signer = tokens.Signer(b"secret")
+    signer = auth.AddressSigner(b"secret")
     until, signature = (part.partition("=")[2] for part in signer.sign("img_1").split("&"))
     assert signer.fits("img_1", int(until), signature)
     assert not signer.fits("img_2", int(until), signature) and not signer.fits("img_1", int(until) + 1, signature)
-    old = tokens.Signer(b"secret", seconds=-1).sign("img_1").split("&")
+    old = auth.AddressSigner(b"secret", seconds=-1).sign("img_1").split("&")
     assert not signer.fits("img_1", int(old[0].partition("=")[2]), old[1].partition("=")[2])
 
 
 def test_tries_come_back_over_a_minute() -> None:
     now = [0.0]
-    rate = Rate(60, clock=lambda: now[0])
+    rate = RateLimit(60, clock=lambda: now[0])
     assert [rate.take("a") for _ in range(60)] == [0.0] * 60 and rate.take("a") == pytest.approx(1)
     assert rate.take("b") == 0.0
     now[0] = 2.0

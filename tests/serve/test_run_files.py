@@ -13,7 +13,7 @@ from PIL import Image
 import plain_stages
 from diptych import Student
 from diptych.data.store import Dataset
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from serve.running import TOKENS, Running
 
 SECRET = "a file of this machine"
@@ -29,7 +29,7 @@ def ana(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for step in (10, 20):
         Image.new("RGB", (step, 8), "red").save(samples / f"step-{step:06d}.png")
     plain_stages.write_report(None, run)
-    running = Running(Settings(folder=tmp_path / "serve", tokens=TOKENS, runs=tmp_path), student)
+    running = Running(ServerSettings(folder=tmp_path / "serve", tokens=TOKENS, runs=tmp_path), student)
     with httpx.Client(base_url=running.url, headers=BEARER, timeout=60) as client:
         yield client
     running.close()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from diptych import Student
-from diptych.serve.settings import Limits, Settings
+from diptych.serve.config import Limits, ServerSettings
 from serve.running import TOKENS, Running
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -30,7 +30,7 @@ def fuzzed(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     quick = Student(student.pipeline, "pocket", sampling={"steps": 1})
     folder, runs = tmp_path_factory.mktemp("fuzzed"), tmp_path_factory.mktemp("runs")
     limits = Limits(steps=2, pictures=2, queue=10_000, guesses=0)
-    running = Running(Settings(folder=folder, tokens=TOKENS, runs=runs, limits=limits), quick)
+    running = Running(ServerSettings(folder=folder, tokens=TOKENS, runs=runs, limits=limits), quick)
     yield running
     running.close()
 

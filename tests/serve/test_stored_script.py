@@ -15,7 +15,7 @@ from diptych import Student
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.serve.app import job
-from diptych.serve.settings import Settings
+from diptych.serve.config import ServerSettings
 from hostile_text import EVIL, FILE, check
 from serve.browsing import CHROMIUM, LIMIT, choose, chromium, open_tab, playwright, visiting, within
 from serve.running import TOKENS, Running
@@ -46,7 +46,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def app(run: Path, student: Student, tmp_path: Path) -> Iterator[Running]:
     with within(LIMIT):
-        running = Running(Settings(folder=tmp_path / "serve", tokens=TOKENS, runs=run.parent), student, web_app=True)
+        running = Running(
+            ServerSettings(folder=tmp_path / "serve", tokens=TOKENS, runs=run.parent), student, web_app=True
+        )
     yield running
     with within(LIMIT):
         running.close()

@@ -24,7 +24,7 @@ from diptych.evaluate import ablations, config, suites
 from diptych.evaluate.scoring import agreement
 from diptych.evaluate.suites import pictures
 from diptych.recipe import tasks
-from diptych.serve import tokens
+from diptych.serve import auth
 from diptych.stages.write import seeds, vocabulary
 from diptych.utils.documents import decode, read_lines, stream_lines
 
@@ -197,10 +197,10 @@ def test_a_token_file_with_a_mark_and_a_study_with_another_encoding(tmp_path: Pa
     file = tmp_path / "tokens"
     file.write_bytes("anna 0123456789abcdef\n".encode("utf-8-sig"))
     file.chmod(0o600)
-    assert tokens.read(str(file)) == {"anna": "0123456789abcdef"}
+    assert auth.read(str(file)) == {"anna": "0123456789abcdef"}
     file.write_bytes("anna 0123456789abcdef\n".encode("utf-16"))
     with pytest.raises(UsageError, match="UTF-16") as caught:
-        tokens.read(str(file))
+        auth.read(str(file))
     assert "0123" not in str(caught.value)
     (tmp_path / "study.yaml").write_bytes("name: é".encode("latin-1"))
     with pytest.raises(UsageError, match="Latin-1"):

@@ -94,11 +94,11 @@ def serve(
         raise UsageError(f"--log-level {log_level}: choose {', '.join(levels)}{nearest(log_level, levels)}")
     speeds.parse(speed, switch or ())
     try:
-        from diptych.serve import server, tokens
-        from diptych.serve.settings import MIB, Limits, Settings
+        from diptych.serve import auth, server
+        from diptych.serve.config import MIB, Limits, ServerSettings
     except ImportError as error:
         raise UsageError(f"{EXTRA} ({error.name} is missing)") from error
-    known = tokens.read(token_file)
+    known = auth.read(token_file)
     loading: dict[str, Any] = {"model": model, "base": base, "memory": memory}
     if lora:
         loading["lora"] = [with_scale(given) for given in lora]
@@ -111,7 +111,7 @@ def serve(
         upload_bytes=int(max_upload * MIB),
         rate=rate if rate is not None else 120.0 if known else 0.0,
     )
-    settings = Settings(
+    settings = ServerSettings(
         folder=Path(data).expanduser(),
         loading=loading,
         devices=tuple(device) if device else (None,),

@@ -1,6 +1,6 @@
 """The HTTP server: the API's routes, health and metrics, login and pages, the web app, and the guard around it all.
 
-run(Settings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
+run(ServerSettings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 from diptych.errors import UserError
-from diptych.serve.http import errors, guard, images, jobs, own, pages
+from diptych.serve.auth import COOKIE, SESSION_SECONDS, Authenticator
+from diptych.serve.config import Limits, ServerSettings
+from diptych.serve.http import error_responses, guard, image_routes, job_routes, pages, relight_routes
 from diptych.serve.http import pages as run_files
-from diptych.serve.http.guard import APP, Guard, client_of, cookie_of
+from diptych.serve.http.guard import APP, RequestGuard, client_of, cookie_of
 from diptych.serve.service import Service
-from diptych.serve.settings import Limits, Settings
-from diptych.serve.tokens import COOKIE, SESSION_SECONDS, Gate
 from diptych.utils.machine import VERSION
 
 TITLE = "diptych"
 
 
-def create(service: Service, web_app: bool = True) -> Guard:
+def create(service: Service, web_app: bool = True) -> RequestGuard:
     """The ASGI app of a service. The service itself is started and stopped with it."""
 
     @asynccontextmanager
@@ -46,11 +46,11 @@ def create(service: Service, web_app: bool = True) -> Guard:
         description="Pictures of your subject, in OpenAI's format.",
     )  # fmt: skip
     app.state.service = service
-    gate = Gate(service.settings.tokens, service.settings.limits.guesses, service.store)
-    errors.install(app)
-    app.include_router(images.router)
-    app.include_router(jobs.router)
-    app.include_router(own.router)
+    gate = Authenticator(service.settings.tokens, service.settings.limits.guesses, service.store)
+    error_responses.install(app)
+    app.include_router(image_routes.router)
+    app.include_router(job_routes.router)
+    app.include_router(relight_routes.router)
     if service.runs is not None:
         app.include_router(run_files.router)
     _add_health(app, service)
@@ -61,7 +61,7 @@ def create(service: Service, web_app: bool = True) -> Guard:
         from diptych.serve.app import mount
 
         inside = mount(app, service)
-    return Guard(inside, service.settings, gate, service.metrics)
+    return RequestGuard(inside, service.settings, gate, service.metrics)
 
 
 def _within(schema: dict[str, Any], limits: Limits) -> None:
@@ -80,7 +80,7 @@ def _within(schema: dict[str, Any], limits: Limits) -> None:
                     kind[key] = min(kind[key], value)
 
 
-def _schema(app: FastAPI, gate: Gate, limits: Limits) -> dict[str, Any]:
+def _schema(app: FastAPI, gate: Authenticator, limits: Limits) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         if not gate.open:
@@ -99,25 +99,25 @@ def icon() -> bytes:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["health"], responses=errors.documented())
+    @app.get("/healthz", tags=["health"], responses=error_responses.documented())
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], responses=errors.documented())
+    @app.get("/readyz", tags=["health"], responses=error_responses.documented())
     async def readyz() -> dict[str, str]:
         """Whether jobs are taken, stored and drawn; 503 with the reason if not."""
         if (reason := service.unready()) is not None:
-            return errors.answer(503, reason)  # pyright: ignore
+            return error_responses.answer(503, reason)  # pyright: ignore
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=errors.documented())
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=error_responses.documented())
     def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_pages(app: FastAPI, gate: Gate) -> None:
+def _add_pages(app: FastAPI, gate: Authenticator) -> None:
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse(f"{APP}/", 303)
@@ -145,7 +145,7 @@ def _add_pages(app: FastAPI, gate: Gate) -> None:
         if owner is None:
             if seconds := gate.guessed(client_of(request.scope)):
                 again = {"Retry-After": str(round(seconds + 0.5))}
-                return errors.answer(429, "too many wrong tokens", headers=again)
+                return error_responses.answer(429, "too many wrong tokens", headers=again)
             return HTMLResponse(pages.login(wrong=True), 401)
         response = RedirectResponse(f"{APP}/", 303)
         secure = request.url.scheme == "https"
@@ -162,11 +162,11 @@ def _add_pages(app: FastAPI, gate: Gate) -> None:
         return response
 
 
-def config(app: Any, settings: Settings, **more: Any) -> Any:
+def config(app: Any, settings: ServerSettings, **more: Any) -> Any:
     """How uvicorn serves the app; `more` are settings of its own."""
     import uvicorn
 
-    from diptych.serve.http.heads import impatient
+    from diptych.serve.http.connections import impatient
 
     given: dict[str, Any] = {
         "http": impatient(settings.limits.head_seconds, settings.limits.connections),
@@ -183,7 +183,9 @@ def config(app: Any, settings: Settings, **more: Any) -> Any:
     return uvicorn.Config(app, **given | more)
 
 
-def run(settings: Settings, say: Callable[[str], None] = print, web_app: bool = True, log_level: str = "info") -> None:
+def run(
+    settings: ServerSettings, say: Callable[[str], None] = print, web_app: bool = True, log_level: str = "info"
+) -> None:
     """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails.
 
     `log_level` is of `diptych.access`, a line for each request, and of all other logs of diptych's and uvicorn's.

@@ -2,7 +2,7 @@
 
 service = Service(settings)
 service.start()
-job = service.submit(owner, Asked(prompt="a cat on the moon"), png)
+job = service.submit(owner, ImageRequest(prompt="a cat on the moon"), png)
 …
 service.stop()
 """
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 from diptych.data.formats import open_header
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
-from diptych.serve import asked as asking
-from diptych.serve.asked import Common, Relit
-from diptych.serve.board import Board, Busy, Lanes, Metrics, OverQuota
-from diptych.serve.disk import SETTLE, Clock, Unwritable
+from diptych.serve import request_models as asking
+from diptych.serve.auth import AddressSigner, RateLimit
+from diptych.serve.config import ServerSettings
+from diptych.serve.database import SETTLE, Clock, Unwritable
+from diptych.serve.job_store import OPEN, JobStore
+from diptych.serve.progress import Busy, Lanes, OverQuota, ProgressBoard, ServerMetrics
+from diptych.serve.request_models import JobRequest, RelightRequest
 from diptych.serve.runs import Runs
-from diptych.serve.settings import Settings
-from diptych.serve.store import OPEN, Store
-from diptych.serve.tokens import Rate, Signer
 from diptych.serve.worker import Worker
 from diptych.utils import documents
 
@@ -48,17 +48,17 @@ log = logging.getLogger("diptych.serve")
 class Service:
     """Jobs and those who draw them; see the module."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.clock = Clock(min(SETTLE, 3600 * settings.keep_hours))
-        self.store = Store(settings.folder / FILE, self.clock)
+        self.store = JobStore(settings.folder / FILE, self.clock)
         waiting, failed = self.store.recover()
         if waiting or failed:
             log.warning("%d pictures of an earlier start wait; %d jobs were given up", waiting, failed)
-        self.board = Board()
-        self.metrics = Metrics(self.store.waiting)
-        self.signer = Signer(self.store.secret("addresses", secrets.token_bytes(32)))
-        self.rate = Rate(settings.limits.rate)
+        self.board = ProgressBoard()
+        self.metrics = ServerMetrics(self.store.waiting)
+        self.signer = AddressSigner(self.store.secret("addresses", secrets.token_bytes(32)))
+        self.rate = RateLimit(settings.limits.rate)
         self.workers = [
             Worker(self._loader(device), self.store, self.board, self.metrics, settings.batch, settings.watermark)
             for device in settings.devices
@@ -205,7 +205,7 @@ class Service:
             raise trouble
 
     def submit(
-        self, owner: str, asked: Common, reference: str | None = None, mask: str | None = None
+        self, owner: str, asked: JobRequest, reference: str | None = None, mask: str | None = None
     ) -> dict[str, Any]:
         """The job of a request, new or, for a repeated `asked.job`, the one that is there. `reference` and `mask` (of
         what may change when relighting) are ids.
@@ -217,7 +217,7 @@ class Service:
         remarks = asked.remarks()
         asked = asked.resolved(student.sampling, self.settings.limits)
         canvas = student.canvas(asked.pixels())
-        if isinstance(asked, Relit):
+        if isinstance(asked, RelightRequest):
             self._check_relit(owner, asked, reference, mask, canvas)
         texts = asked.texts()
         request = {
@@ -264,7 +264,9 @@ class Service:
         assert job is not None
         return job
 
-    def _check_relit(self, owner: str, asked: Relit, reference: str | None, mask: str | None, canvas: Any) -> None:
+    def _check_relit(
+        self, owner: str, asked: RelightRequest, reference: str | None, mask: str | None, canvas: Any
+    ) -> None:
         """UsageError for a picture or a mask that is missing or does not fit."""
         from PIL import Image
 
@@ -357,11 +359,11 @@ def _pixels(data: bytes) -> int:
     return width * height
 
 
-def _warnings(student: Student, asked: Common, referenced: bool) -> list[list[str]]:
+def _warnings(student: Student, asked: JobRequest, referenced: bool) -> list[list[str]]:
     """What the log would say of each picture of a request, in order."""
     texts, options = asked.texts(), asked.options()
     prompts = dict(zip(texts, texts, strict=True))
-    if isinstance(asked, Relit):
+    if isinstance(asked, RelightRequest):
         from diptych.apps.relight import prompt_of
 
         prompts = {text: prompt_of(text, asked.scene) for text in texts}

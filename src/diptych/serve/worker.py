@@ -22,9 +22,9 @@ import numpy as np
 from diptych.data.images import encode, encode_png
 from diptych.errors import UserError
 from diptych.provenance.sign import source_type
-from diptych.serve.board import Board, Metrics
-from diptych.serve.disk import Unwritable
-from diptych.serve.store import Store, Task
+from diptych.serve.database import Unwritable
+from diptych.serve.job_store import JobStore, QueuedImage
+from diptych.serve.progress import ProgressBoard, ServerMetrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,9 +47,9 @@ class Worker:
     def __init__(
         self,
         load: Callable[[], Student],
-        store: Store,
-        board: Board,
-        metrics: Metrics,
+        store: JobStore,
+        board: ProgressBoard,
+        metrics: ServerMetrics,
         batch: int,
         watermark: str | None,
     ) -> None:
@@ -159,7 +159,7 @@ class Worker:
                 self.trouble = None
                 return written
 
-    def _draw(self, tasks: Sequence[Task]) -> None:
+    def _draw(self, tasks: Sequence[QueuedImage]) -> None:
         started = time.monotonic()
         try:
             images = self._generate(tasks)
@@ -185,7 +185,7 @@ class Worker:
         for task, image in zip(tasks, images, strict=True):
             self._keep(task, image)
 
-    def _generate(self, tasks: Sequence[Task]) -> list[Image]:
+    def _generate(self, tasks: Sequence[QueuedImage]) -> list[Image]:
         from PIL import Image
 
         assert self.student is not None
@@ -240,7 +240,7 @@ class Worker:
             speeds.apply(self.student.pipeline, wanted)
             self._speed = wanted
 
-    def _keep(self, task: Task, image: Image) -> None:
+    def _keep(self, task: QueuedImage, image: Image) -> None:
         made_by = {**image.info, "job": task.job_id, "digital_source_type": source_type(image.info)}
         if self.watermark is not None:
             pass
@@ -262,7 +262,7 @@ class Worker:
         else:
             self.board.tell(task.job)
 
-    def _fail(self, task: Task, reason: str) -> None:
+    def _fail(self, task: QueuedImage, reason: str) -> None:
         self._stored(lambda: self.store.fail(task.job, reason))
         self.metrics.jobs.labels("failed").inc()
         self.board.end(task.job)

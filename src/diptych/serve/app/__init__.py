@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-from diptych.serve.app.plain import Plain
+from diptych.serve.app.event_filter import EventFilter
 from diptych.serve.http.guard import APP
 from diptych.serve.service import Service
 
@@ -22,11 +22,11 @@ Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 def tabs(service: Service) -> dict[str, Tab]:
     """The tabs by name, in order."""
-    from diptych.serve.app import create, data, relight, runs, story
+    from diptych.serve.app import image_tabs, relight, run_tabs, runs, story
 
-    found: dict[str, Tab] = {"Create": create.add, "Relight": relight.add, "Story": story.add}
+    found: dict[str, Tab] = {"Create": image_tabs.add, "Relight": relight.add, "Story": story.add}
     if service.runs is not None:
-        found |= {"Data": data.add, "Runs": runs.add}
+        found |= {"Data": run_tabs.add, "Runs": runs.add}
     return found
 
 
@@ -61,7 +61,7 @@ def mount(app: Any, service: Service) -> Any:
         show_error=False,
         max_file_size=1,
     )
-    return Plain(mounted, blocks)
+    return EventFilter(mounted, blocks)
 
 
 def _asset(name: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from diptych.errors import UserError
-from diptych.serve.asked import Common
-from diptych.serve.board import Busy
-from diptych.serve.fields import of_schema
-from diptych.serve.http.errors import wrong as wrong_field
+from diptych.serve.http.error_responses import wrong as wrong_field
+from diptych.serve.http.openapi import of_schema
+from diptych.serve.progress import Busy
+from diptych.serve.request_models import JobRequest
 from diptych.serve.service import Service
 from diptych.utils.markup import Html, html, tag
 
@@ -48,7 +48,7 @@ def note(service: Service, small: str, always: str = "") -> Html:
 def drawn(
     service: Service,
     owner: str,
-    model: type[Common],
+    model: type[JobRequest],
     given: Mapping[str, Any],
     reference: str | None = None,
     mask: str | None = None,
@@ -84,7 +84,7 @@ def drawn(
         time.sleep(EVERY)
 
 
-def _said(error: ValidationError, model: type[Common]) -> str:
+def _said(error: ValidationError, model: type[JobRequest]) -> str:
     """The first of pydantic's findings, for somebody who sees the page's labels and not our names."""
     first = error.errors()[0]
     field = str(first["loc"][0])

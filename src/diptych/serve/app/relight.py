@@ -10,7 +10,7 @@ import gradio as gr
 from diptych.apps.relight import DETAIL
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
-from diptych.serve.asked import Relit
+from diptych.serve.request_models import RelightRequest
 from diptych.serve.service import Service
 
 # Words that the pocket student knows, and any other understands.
@@ -70,7 +70,9 @@ def add(blocks: Any, service: Service) -> None:
         if not sent:
             yield "", jobs.wrong("Give the picture that is to be relit.")
             return
-        yield from jobs.drawn(service, owner_of(request), Relit, asked, sent, kept, unread=unread(blocks, request))
+        yield from jobs.drawn(
+            service, owner_of(request), RelightRequest, asked, sent, kept, unread=unread(blocks, request)
+        )
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)

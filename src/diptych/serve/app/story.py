@@ -12,7 +12,7 @@ from diptych.apps.story import CAPTIONS, FEWEST, MOST
 from diptych.errors import UserError
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
-from diptych.serve.asked import Story
+from diptych.serve.request_models import StoryRequest
 from diptych.serve.service import Service
 from diptych.utils.markup import escape, tag
 
@@ -85,7 +85,7 @@ def add(blocks: Any, service: Service) -> None:
         asked["panel"] = [line.strip() for line in (lines or "").splitlines() if line.strip()]
         numbers = (seeds or "").replace(",", " ").split()
         asked |= {"seed": numbers[0]} if len(numbers) == 1 else {"panel_seed": numbers or None}
-        yield from jobs.drawn(service, owner_of(request), Story, asked, sent, unread=unread(blocks, request))
+        yield from jobs.drawn(service, owner_of(request), StoryRequest, asked, sent, unread=unread(blocks, request))
 
     def on_stop(request: gr.Request, id: str) -> None:
         service.cancel(owner_of(request), id)

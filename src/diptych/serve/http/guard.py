@@ -22,10 +22,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 
-from diptych.serve.board import Metrics
-from diptych.serve.http import errors
-from diptych.serve.settings import Settings
-from diptych.serve.tokens import COOKIE, LOCAL, Gate
+from diptych.serve.auth import COOKIE, LOCAL, Authenticator
+from diptych.serve.config import ServerSettings
+from diptych.serve.http import error_responses
+from diptych.serve.progress import ServerMetrics
 from diptych.utils import documents
 
 Scope = MutableMapping[str, Any]
@@ -79,9 +79,9 @@ def _ambiguous(headers: Headers) -> Any:
     """A refusal for a body whose end two servers could see at two places, so that one reads the rest as a request."""
     lengths = headers.getlist("content-length")
     if lengths and "transfer-encoding" in headers:
-        return errors.answer(400, "send Content-Length or Transfer-Encoding, not both")
+        return error_responses.answer(400, "send Content-Length or Transfer-Encoding, not both")
     if len(set(lengths)) > 1 or not all(length.isascii() and length.isdecimal() for length in lengths):
-        return errors.answer(400, "the header Content-Length must be a whole number of bytes")
+        return error_responses.answer(400, "the header Content-Length must be a whole number of bytes")
     return None
 
 
@@ -97,10 +97,10 @@ class _Body:
     count: int = 0
 
 
-class Guard:
+class RequestGuard:
     """See the module."""
 
-    def __init__(self, app: Any, settings: Settings, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, gate: Authenticator, metrics: ServerMetrics) -> None:
         self.app, self.gate, self.metrics = app, gate, metrics
         self.hosts, self.limits = settings.hosts, settings.limits
         self.most = settings.limits.local_requests if gate.open else settings.limits.requests
@@ -125,17 +125,17 @@ class Guard:
         if refusal is None and path.startswith(f"{APP}/gradio_api/"):
             name = path.removeprefix(f"{APP}/gradio_api/").strip("/")
             if not any(name == known or name.startswith(f"{known}/") for known in GRADIO):
-                refusal = errors.answer(404, "there is no such page")
+                refusal = error_responses.answer(404, "there is no such page")
         if refusal is None and any(len(part.encode("utf8", "replace")) > LONGEST for part in path.split("/")):
-            refusal = errors.answer(404, "there is no such page")
+            refusal = error_responses.answer(404, "there is no such page")
         owner = state["owner"]
         most = self.limits.upload_bytes if owner else min(STRANGERS, self.limits.upload_bytes)
         if refusal is None and int(headers.get("content-length", "0")) > most:
-            refusal = errors.answer(413, _too_large(most))
+            refusal = error_responses.answer(413, _too_large(most))
         if refusal is None and self.active[owner] >= self.most and path not in HEALTH:
             self.metrics.refused.labels("requests").inc()
             said = f"{self.most} requests are being answered already" + (" for this key" if owner else "")
-            refusal = errors.answer(503, said, code="unavailable", headers={"Retry-After": "5"})
+            refusal = error_responses.answer(503, said, code="unavailable", headers={"Retry-After": "5"})
         if refusal is not None:
             refusal.headers["Connection"] = "close"  # what is left of a body must not be read as the next request
             await refusal(scope, receive, send)
@@ -158,12 +158,12 @@ class Guard:
         except ValueError:
             name = ""
         if not name or (self.hosts is not None and name not in self.hosts):
-            return errors.answer(421, "this server does not go by that name (--name adds one)")
+            return error_responses.answer(421, "this server does not go by that name (--name adds one)")
         origin = headers.get("origin")
         if origin is None or method in ("GET", "HEAD"):
             return None
         if urlsplit(origin).netloc.lower() != host.lower():
-            return errors.answer(403, "pages of other sites may not ask this server")
+            return error_responses.answer(403, "pages of other sites may not ask this server")
         return None
 
     def _owner(self, scope: Scope, headers: Headers) -> tuple[str | None, Any]:
@@ -179,7 +179,7 @@ class Guard:
             if owner is None and (seconds := self.gate.guessed(client_of(scope))):
                 self.metrics.refused.labels("guesses").inc()
                 again = {"Retry-After": str(round(seconds + 0.5))}
-                return None, errors.answer(429, "too many wrong tokens", headers=again)
+                return None, error_responses.answer(429, "too many wrong tokens", headers=again)
         else:
             owner = self.gate.of_session(cookie_of(headers))
         if owner is not None or path.startswith(SIGNED):
@@ -188,7 +188,7 @@ class Guard:
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
             return None, RedirectResponse("/login", 303)
         said = "this token is not known here" if kind else "a token is needed: Authorization: Bearer TOKEN"
-        return None, errors.answer(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return None, error_responses.answer(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def _limited(self, receive: Receive, owner: str | None, body: _Body) -> Receive:
         """The body, counted and timed as it comes."""

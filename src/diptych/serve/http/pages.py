@@ -8,10 +8,10 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
 from diptych.apps.audit_page import media_type
-from diptych.serve import fields
-from diptych.serve.fields import WORDS
-from diptych.serve.http.errors import answer, documented
-from diptych.serve.http.images import Of
+from diptych.serve.http import openapi
+from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.image_routes import ServiceDep
+from diptych.serve.http.openapi import WORDS
 from diptych.utils.markup import escape
 
 ICON = "/favicon.ico"
@@ -49,7 +49,7 @@ def description(schema: dict[str, Any]) -> str:
     parts = []
     for path, methods in schema["paths"].items():
         for method, route in methods.items():
-            rows = "".join(_row(field) for field in fields.of_route(schema, path, method))
+            rows = "".join(_row(field) for field in openapi.of_route(schema, path, method))
             parts.append(
                 f"<details><summary><code>{method.upper()} {escape(path)}</code></summary>"
                 f"<p>{escape(route.get('description', ''))}</p><table>{rows}</table></details>"
@@ -58,7 +58,7 @@ def description(schema: dict[str, Any]) -> str:
     return page("diptych: API", f"<body><h1>diptych API</h1>{intro}{''.join(parts)}</body>")
 
 
-def _row(field: fields.Field) -> str:
+def _row(field: openapi.Field) -> str:
     beside = ["required" if field.required else field.where if field.where != "body" else ""]
     beside += [f"{word} <code>{escape(value)}</code>" for word, value in _values(field) if value]
     said = f"{escape(field.allowed)}{''.join(f'; {part}' for part in beside if part)}"
@@ -68,7 +68,7 @@ def _row(field: fields.Field) -> str:
     )
 
 
-def _values(field: fields.Field) -> tuple[tuple[str, str], ...]:
+def _values(field: openapi.Field) -> tuple[tuple[str, str], ...]:
     return ("default", field.default), ("for instance", field.example)
 
 
@@ -82,7 +82,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(500))
 
 
 @router.get("/{run}/pairs/{id}/{side}", response_class=Response)
-def picture(run: RunName, id: PairId, side: Literal["reference", "target"], service: Of) -> Response:
+def picture(run: RunName, id: PairId, side: Literal["reference", "target"], service: ServiceDep) -> Response:
     """A panel of a candidate pair."""
     assert service.runs is not None  # these routes are there only with a folder of runs
     data = service.runs.picture(run, id, side)
@@ -90,7 +90,7 @@ def picture(run: RunName, id: PairId, side: Literal["reference", "target"], serv
 
 
 @router.get("/{run}/sheets/{number}", response_class=Response)
-def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service: Of) -> Response:
+def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service: ServiceDep) -> Response:
     """A sample sheet of the training, counted from 0."""
     assert service.runs is not None
     sheets = service.runs.sheets(run)
@@ -100,7 +100,7 @@ def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service:
 
 
 @router.get("/{run}/report", response_class=Response)
-def report(run: RunName, service: Of) -> Response:
+def report(run: RunName, service: ServiceDep) -> Response:
     """The run's report."""
     assert service.runs is not None
     path = service.runs.report(run)

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from diptych.serve.asked import JOB_ID, JOB_WORDS
-from diptych.serve.fields import WORDS
-from diptych.serve.http import stream
-from diptych.serve.http.errors import answer, documented
-from diptych.serve.http.images import Of, Owner, Pictures, result
+from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.events import job_events
+from diptych.serve.http.image_routes import Owner, Pictures, ServiceDep, result
+from diptych.serve.http.openapi import WORDS
+from diptych.serve.request_models import JOB_ID, JOB_WORDS
 from diptych.serve.service import Service
 
 router = APIRouter(prefix="/v1", responses=documented(500))
@@ -105,13 +105,13 @@ def _model(service: Service) -> Model:
 
 
 @router.get("/models", tags=["models"])
-def models(service: Of) -> Models:
+def models(service: ServiceDep) -> Models:
     """The model: its picture's side in pixels, its own settings, and, if it has one, the list of words it knows."""
     return Models(data=[_model(service)])
 
 
 @router.get("/models/{id:path}", tags=["models"])
-def model(id: Annotated[str, Path(max_length=500)], service: Of) -> Model:
+def model(id: Annotated[str, Path(max_length=500)], service: ServiceDep) -> Model:
     """The model by its name, as `/v1/models` gives it; 404 for any other."""
     found = _model(service)
     if id != found.id:
@@ -121,14 +121,14 @@ def model(id: Annotated[str, Path(max_length=500)], service: Of) -> Model:
 
 
 @router.get("/jobs", tags=["jobs"])
-def jobs(service: Of, owner: Owner, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Jobs:
+def jobs(service: ServiceDep, owner: Owner, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Jobs:
     """Your latest jobs."""
     states = [service.state(owner, id) for id in service.store.jobs(owner, limit)]
     return Jobs(data=[Job(**state) for state in states if state is not None])
 
 
 @router.get("/jobs/{id}", tags=["jobs"])
-def job(id: JobId, service: Of, owner: Owner) -> Job:
+def job(id: JobId, service: ServiceDep, owner: Owner) -> Job:
     """A job and how far it is."""
     state = service.state(owner, id)
     if state is None:
@@ -137,18 +137,18 @@ def job(id: JobId, service: Of, owner: Owner) -> Job:
 
 
 @router.get("/jobs/{id}/events", tags=["jobs"], response_class=StreamingResponse, responses=STREAM)
-async def events(id: JobId, service: Of, owner: Owner, previews: bool = False) -> Response:
+async def events(id: JobId, service: ServiceDep, owner: Owner, previews: bool = False) -> Response:
     """Server-sent events: `progress`, with `previews` also `preview`; the last is `done`, `failed` or `cancelled`."""
     if service.store.job(owner, id) is None:
         return _no_job()
-    return StreamingResponse(stream.events(service, owner, id, previews), media_type="text/event-stream")
+    return StreamingResponse(job_events(service, owner, id, previews), media_type="text/event-stream")
 
 
 @router.get("/jobs/{id}/images", tags=["jobs"], response_model=Pictures, responses=documented(409, 500))
 def job_images(
     id: JobId,
     request: Request,
-    service: Of,
+    service: ServiceDep,
     owner: Owner,
     response_format: Literal["b64_json", "url"] = "b64_json",
 ) -> Response | Pictures:
@@ -162,7 +162,7 @@ def job_images(
 
 
 @router.delete("/jobs/{id}", tags=["jobs"], responses=documented(409, 500))
-def cancel(id: JobId, service: Of, owner: Owner) -> Job:
+def cancel(id: JobId, service: ServiceDep, owner: Owner) -> Job:
     """Gives a job up: what waits is dropped, what is drawn alone stops at its next step."""
     stopped = service.cancel(owner, id)
     state = service.state(owner, id)
@@ -180,7 +180,7 @@ def cancel(id: JobId, service: Of, owner: Owner) -> Job:
     response_model=Reference,
     openapi_extra={"requestBody": {"required": True, "content": BODY}},
 )
-async def add_reference(request: Request, service: Of, owner: Owner) -> Reference:
+async def add_reference(request: Request, service: ServiceDep, owner: Owner) -> Reference:
     """Keeps a picture, the body of the request, for the web app."""
     service.limit(owner)
     data = await request.body()
@@ -188,7 +188,7 @@ async def add_reference(request: Request, service: Of, owner: Owner) -> Referenc
 
 
 @router.get("/references/{id}", tags=["references"], response_class=Response, responses=IMAGE)
-def reference(id: ReferenceId, service: Of, owner: Owner) -> Response:
+def reference(id: ReferenceId, service: ServiceDep, owner: Owner) -> Response:
     """A reference of yours."""
     data = service.store.reference(owner, id)
     return answer(404, "there is no such reference") if data is None else Response(data, media_type="image/png")
@@ -198,7 +198,7 @@ def reference(id: ReferenceId, service: Of, owner: Owner) -> Response:
 def picture(
     id: PictureId,
     request: Request,
-    service: Of,
+    service: ServiceDep,
     until: Annotated[int | None, Query(ge=0, lt=2**53)] = None,
     signature: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:

@@ -13,7 +13,7 @@ from diptych.apps import enhance
 from diptych.errors import UserError
 from diptych.serve.app import job as jobs
 from diptych.serve.app import owner_of, unread
-from diptych.serve.asked import Asked
+from diptych.serve.request_models import ImageRequest
 from diptych.serve.service import Service
 from diptych.utils.markup import Html, escape, tag
 
@@ -57,7 +57,7 @@ def add(blocks: Any, service: Service) -> None:
         names = ("reference", "prompt", "seed", "n", "steps", "image_guidance", "text_guidance", "negative_prompt")
         asked: dict[str, Any] = dict(zip((*names, "size", "fit"), given, strict=True))
         yield from jobs.drawn(
-            service, owner_of(request), Asked, asked, asked.pop("reference"), unread=unread(blocks, request)
+            service, owner_of(request), ImageRequest, asked, asked.pop("reference"), unread=unread(blocks, request)
         )
 
     def on_stop(request: gr.Request, id: str) -> None:

@@ -13,11 +13,11 @@ from diptych.apps import relight, story
 from diptych.data.images import encode_png
 from diptych.errors import UsageError
 from diptych.serve import worker
-from diptych.serve.asked import Relit, Story
-from diptych.serve.http import images
-from diptych.serve.http.errors import answer, documented
-from diptych.serve.http.images import ACCEPTED, Of, Owner, Pictures, draw
-from diptych.serve.http.jobs import JobId
+from diptych.serve.http import image_routes
+from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.image_routes import ACCEPTED, Owner, Pictures, ServiceDep, draw
+from diptych.serve.http.job_routes import JobId
+from diptych.serve.request_models import RelightRequest, StoryRequest
 from diptych.serve.service import Service
 
 MEDIA = {"png": "image/png", "pdf": "application/pdf"}
@@ -33,12 +33,12 @@ PAGES: dict[int | str, dict[str, Any]] = {
     "/relights",
     response_model=Pictures,
     responses={**documented(415, 500, 504), **ACCEPTED},
-    openapi_extra=images.described(Relit, LIT),
+    openapi_extra=image_routes.described(RelightRequest, LIT),
 )
-async def relights(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+async def relights(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """The scene of `image` under each `light`, everything in its place; a `mask` says what may change."""
     service.limit(owner)
-    asked, files = await images.read(request, Relit, LIT)
+    asked, files = await image_routes.read(request, RelightRequest, LIT)
     return await draw(service, owner, asked, files["image"], request, "relight", files["mask"])
 
 
@@ -46,19 +46,19 @@ async def relights(request: Request, service: Of, owner: Owner) -> Response | Pi
     "/stories",
     response_model=Pictures,
     responses={**documented(415, 500, 504), **ACCEPTED},
-    openapi_extra=images.described(Story, TOLD),
+    openapi_extra=image_routes.described(StoryRequest, TOLD),
 )
-async def stories(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+async def stories(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """Draws the panels of a story of the character in `image`; `/v1/jobs/ID/page` is then the laid-out page."""
     service.limit(owner)
-    asked, files = await images.read(request, Story, TOLD)
+    asked, files = await image_routes.read(request, StoryRequest, TOLD)
     return await draw(service, owner, asked, files["image"], request, "story")
 
 
 @router.get("/jobs/{id}/page", response_class=Response, responses={**PAGES, **documented(409, 500)})
 async def page(
     id: JobId,
-    service: Of,
+    service: ServiceDep,
     owner: Owner,
     kind: Annotated[Literal["png", "pdf"], Query(alias="format")] = "png",
 ) -> Response:

@@ -20,9 +20,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from diptych.errors import UsageError
-from diptych.serve.asked import Asked, Common, Edit, Generation
-from diptych.serve.http import stream
-from diptych.serve.http.errors import answer, documented
+from diptych.serve.http import events
+from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.request_models import EditRequest, GenerationRequest, ImageRequest, JobRequest
 from diptych.serve.service import Service, from_base64, warnings_of
 from diptych.utils.documents import parse_request
 
@@ -75,7 +75,7 @@ PICTURES = {
     "mask": "Of the picture's size: white may change, black stays.",
 }
 MASKLESS = "; the whole picture is drawn anew, so a mask has no meaning here"
-Wanted = TypeVar("Wanted", bound=Common)
+Wanted = TypeVar("Wanted", bound=JobRequest)
 
 
 async def read(request: Request, model: type[Wanted], files: Mapping[str, bool]) -> tuple[Wanted, dict[str, Any]]:
@@ -131,7 +131,9 @@ def is_json(request: Request) -> bool:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON
 
 
-def described(model: type[Common], files: Mapping[str, bool], as_json: type[Common] | None = None) -> dict[str, Any]:
+def described(
+    model: type[JobRequest], files: Mapping[str, bool], as_json: type[JobRequest] | None = None
+) -> dict[str, Any]:
     """The OpenAPI entry of such a request's body; `as_json` describes the body of one that may also be JSON."""
     pictures = {name: {"type": "string", "format": "binary", "description": PICTURES[name]} for name in files}
     schema = {**model.model_json_schema(), "properties": {**_fields(model), **pictures}}
@@ -140,12 +142,12 @@ def described(model: type[Common], files: Mapping[str, bool], as_json: type[Comm
     return {"requestBody": {"required": True, "content": content}}
 
 
-def described_json(model: type[Common]) -> dict[str, Any]:
+def described_json(model: type[JobRequest]) -> dict[str, Any]:
     """The OpenAPI entry of a body that is JSON alone."""
     return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
 
 
-def _fields(model: type[Common]) -> dict[str, Any]:
+def _fields(model: type[JobRequest]) -> dict[str, Any]:
     """The model's fields as JSON schema, without null: a form leaves a field out instead."""
     fields = {}
     for name, field in model.model_json_schema()["properties"].items():
@@ -155,45 +157,49 @@ def _fields(model: type[Common]) -> dict[str, Any]:
     return fields
 
 
-def _required(model: type[Common], files: Mapping[str, bool]) -> list[str]:
+def _required(model: type[JobRequest], files: Mapping[str, bool]) -> list[str]:
     needed = [name for name, field in model.model_fields.items() if field.is_required()]
     return [*needed, *(name for name, must in files.items() if must)]
 
 
 Owner = Annotated[str, Depends(owner_of)]
-Of = Annotated[Service, Depends(service_of)]
+ServiceDep = Annotated[Service, Depends(service_of)]
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=documented(500, 504))
 ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"description": "With `wait` false: the job.", "model": dict[str, Any]}
 }
 
 
-@router.post("/generations", response_model=Pictures, responses=ACCEPTED, openapi_extra=described_json(Generation))
-async def generations(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+@router.post(
+    "/generations", response_model=Pictures, responses=ACCEPTED, openapi_extra=described_json(GenerationRequest)
+)
+async def generations(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """Draws pictures from a prompt and, with `reference`, of its subject. Without one, from the text alone."""
     service.limit(owner)  # before the body is read
-    asked = await read_json(request, Generation)
+    asked = await read_json(request, GenerationRequest)
     data = None
     if asked.reference is not None:
         limit = service.settings.limits.upload_bytes
         data = await service.lanes.small.run(owner, from_base64, asked.reference, limit)
-    return await draw(service, owner, Asked(**asked.model_dump(exclude={"reference"})), data, request, GENERATION)
+    return await draw(
+        service, owner, ImageRequest(**asked.model_dump(exclude={"reference"})), data, request, GENERATION
+    )
 
 
 @router.post(
     "/edits",
     response_model=Pictures,
     responses={**documented(415), **ACCEPTED},
-    openapi_extra=described(Asked, {"image": True}, Edit),
+    openapi_extra=described(ImageRequest, {"image": True}, EditRequest),
 )
-async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictures:
+async def edits(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """Draws the subject of `image` as the prompt asks, sent as a form or as JSON. The whole picture is new, so a mask
     has no meaning here."""
     service.limit(owner)
     if not is_json(request):
-        asked, files = await read(request, Asked, {"image": True})
+        asked, files = await read(request, ImageRequest, {"image": True})
         return await draw(service, owner, asked, files["image"], request, EDIT)
-    edit = await read_json(request, Edit)
+    edit = await read_json(request, EditRequest)
     limit = service.settings.limits.upload_bytes
     data = await service.lanes.small.run(owner, from_base64, edit.source(), limit, "image")
     return await draw(service, owner, edit.asked(), data, request, EDIT)
@@ -202,7 +208,7 @@ async def edits(request: Request, service: Of, owner: Owner) -> Response | Pictu
 async def draw(
     service: Service,
     owner: str,
-    asked: Common,
+    asked: JobRequest,
     data: bytes | None,
     request: Request,
     kind: str,
@@ -216,12 +222,12 @@ async def draw(
     ]
     job = await run_in_threadpool(service.submit, owner, asked, *kept)
     if asked.stream:
-        told = stream.openai_events(service, owner, job["id"], asked, kind)
+        told = events.openai_events(service, owner, job["id"], asked, kind)
         return StreamingResponse(told, media_type="text/event-stream")
     if not asked.wait:
         return JSONResponse(service.state(owner, job["id"]), 202)
     try:
-        ended = await stream.finished(service, owner, job["id"], request, keep=asked.job is not None)
+        ended = await events.finished_job(service, owner, job["id"], request, keep=asked.job is not None)
     except TimeoutError:
         return answer(504, f"the pictures took longer than {service.settings.limits.wait_seconds:g} s", code="timeout")
     if ended is None:

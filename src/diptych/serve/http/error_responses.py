@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from diptych.errors import UserError, nearest
-from diptych.serve.board import Busy, OverQuota
-from diptych.serve.disk import FULL, FULL_STATUS, Unwritable
-from diptych.serve.fields import Field, of_route, of_schema, shown, words
+from diptych.serve.database import FULL, FULL_STATUS, Unwritable
+from diptych.serve.http.openapi import Field, of_route, of_schema, shown, words
+from diptych.serve.progress import Busy, OverQuota
 from diptych.utils import documents
 
 log = logging.getLogger("diptych.serve")

@@ -9,8 +9,8 @@ from typing import Any
 
 from starlette.requests import Request
 
-from diptych.serve.asked import Common
-from diptych.serve.board import Busy
+from diptych.serve.progress import Busy
+from diptych.serve.request_models import JobRequest
 from diptych.serve.service import Service, as_json, warnings_of
 
 PULSE = 1.0  # seconds between looks when nothing happens
@@ -22,7 +22,7 @@ def event(name: str, data: Any) -> str:
     return f"event: {name}\ndata: {as_json(data)}\n\n"
 
 
-async def finished(service: Service, owner: str, id: str, request: Request, keep: bool) -> dict[str, Any] | None:
+async def finished_job(service: Service, owner: str, id: str, request: Request, keep: bool) -> dict[str, Any] | None:
     """A job once it has ended; None if its client left. Then it is given up too, unless `keep`.
 
     Busy if the server stops first, TimeoutError after `wait_seconds`, with the job given up unless `keep`.
@@ -48,7 +48,7 @@ def _refuse_if_stopping(service: Service, job: dict[str, Any]) -> None:
         raise Busy(f"the server is stopping; job {job['id']} goes on when it starts again", 5, 503)
 
 
-async def events(service: Service, owner: str, id: str, previews: bool) -> AsyncIterator[str]:
+async def job_events(service: Service, owner: str, id: str, previews: bool) -> AsyncIterator[str]:
     """`progress` events with a job's state, each new preview if asked for, and at the end `done`, `failed` or
     `cancelled`; `stopping` if the server stops first."""
     last, shown, spoke = "", {}, time.monotonic()
@@ -78,7 +78,7 @@ async def events(service: Service, owner: str, id: str, previews: bool) -> Async
         await service.board.changed(job["number"], PULSE)
 
 
-async def openai_events(service: Service, owner: str, id: str, asked: Common, kind: str) -> AsyncIterator[str]:
+async def openai_events(service: Service, owner: str, id: str, asked: JobRequest, kind: str) -> AsyncIterator[str]:
     """OpenAI's stream of a request: `image_generation.partial_image` and `image_generation.completed`, or
     `image_edit.…`; an `error` event if it fails."""
     shown: dict[int, bytes] = {}

@@ -66,13 +66,13 @@ def read(file: str | None) -> dict[str, str]:
     return found
 
 
-class Gate:
+class Authenticator:
     """Who a request is from. Without tokens everybody is `LOCAL`. `guesses` is the number of wrong tokens a minute that
     one address may try; `sessions` keeps what was logged out of, over a restart."""
 
     def __init__(self, tokens: Mapping[str, str], guesses: float = 0, sessions: Sessions | None = None) -> None:
         self._digests = {name: _digest(token) for name, token in tokens.items()}
-        self._guesses = Rate(guesses)
+        self._guesses = RateLimit(guesses)
         self._sessions = sessions
         self._revoked = set(sessions.revoked()) if sessions is not None else set()
 
@@ -144,7 +144,7 @@ def _network(address: str) -> str:
     return address
 
 
-class Signer:
+class AddressSigner:
     """Addresses that a browser may open without a header, for a while."""
 
     def __init__(self, secret: bytes, seconds: int = 3600) -> None:
@@ -172,7 +172,7 @@ def _digest(token: str) -> bytes:
 MOST_NAMES = 10_000
 
 
-class Rate:
+class RateLimit:
     """At most `per_minute` tries a minute for each name, all at once if need be. 0 or less: no limit."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:

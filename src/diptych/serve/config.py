@@ -36,7 +36,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """A server. `loading` holds arguments of `Student.load` beside the device; `tokens` maps names to tokens."""
 
     folder: Path  # where `jobs.sqlite` is; nothing else is written

@@ -20,9 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from diptych.errors import UsageError
-from diptych.serve.http import errors
+from diptych.serve.auth import LOCAL
+from diptych.serve.http import error_responses
 from diptych.serve.http.guard import APP, Receive, Scope, Send
-from diptych.serve.tokens import LOCAL
 from diptych.utils.documents import parse_request
 
 PREFIX = f"{APP}/gradio_api/"
@@ -31,7 +31,7 @@ UNREAD = 32  # messages that may wait for a page that does not read them
 MAY = "event_data"  # where Gradio says what was clicked on; never taken for a file
 
 
-class Plain:
+class EventFilter:
     """An ASGI middleware around the app; see the module. `blocks` is Gradio's page: its events and sessions."""
 
     def __init__(self, app: Any, blocks: Any) -> None:
@@ -51,7 +51,10 @@ class Plain:
         try:
             body, refusal = self._as_event(await Request(scope, receive).body(), scope, owner)
         except HTTPException as error:  # too large or too slow
-            body, refusal = b"", errors.answer(error.status_code, str(error.detail), headers={"Connection": "close"})
+            body, refusal = (
+                b"",
+                error_responses.answer(error.status_code, str(error.detail), headers={"Connection": "close"}),
+            )
         except ClientDisconnect:
             return
         if refusal is not None:
@@ -76,14 +79,14 @@ class Plain:
             event = read(body)
             check(event, self.known)
         except ValueError as error:
-            return b"", errors.answer(400, str(error))
+            return b"", error_responses.answer(400, str(error))
         if isinstance(event.get("session_hash"), str):
             event["session_hash"] = _of(owner, event["session_hash"])
             if scope["path"].removeprefix(PREFIX).startswith("queue/join"):
                 waiting = self.queue.pending_messages_per_session.get(event["session_hash"])
                 if waiting is not None and waiting.qsize() > UNREAD:
                     said = "this page does not read what it is sent; load it again"
-                    return b"", errors.answer(429, said, headers={"Retry-After": "5"})
+                    return b"", error_responses.answer(429, said, headers={"Retry-After": "5"})
                 self._let_go()
         return json.dumps(event).encode(), None
 
@@ -107,7 +110,7 @@ class Plain:
             ]
             scope["query_string"] = urlencode(query).encode()
             if dict(query).get("session_hash") not in self.queue.pending_messages_per_session:
-                return errors.answer(404, "there is no such session")
+                return error_responses.answer(404, "there is no such session")
         return None
 
 

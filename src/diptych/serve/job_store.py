@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.serve import disk
-from diptych.serve.disk import ROOM, Clock, Disk, Shares
+from diptych.serve import database
+from diptych.serve.database import ROOM, Clock, DatabaseFile, FairShares
 from diptych.utils.paths import private_file
 
 TRIES = 3  # of a picture whose server was killed while it was drawn
@@ -28,7 +28,7 @@ OPEN = ("queued", "running")
 
 
 @dataclass(frozen=True)
-class Task:
+class QueuedImage:
     """One picture to draw, of `text`. `reference` and `mask` are PNGs; `request` is all that its job asked for."""
 
     picture: str
@@ -43,14 +43,14 @@ class Task:
     mask: bytes | None
 
 
-class Store:
+class JobStore:
     """The file, made if need be. Any thread may call; a method that writes has committed when it returns, or raised
     Unwritable and changed nothing."""
 
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
-        self.path, self.clock, self.disk = path, clock or Clock(), Disk(path)
+        self.path, self.clock, self.disk = path, clock or Clock(), DatabaseFile(path)
         self._lock = threading.RLock()
-        self._shares = Shares()
+        self._shares = FairShares()
         try:
             private_file(path)
         except UserError as error:
@@ -60,7 +60,7 @@ class Store:
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
-            disk.prepare(self._connection, path)
+            database.prepare(self._connection, path)
             self.disk.opened()
             self._kept = self._count_kept()
         except sqlite3.Error as error:
@@ -86,7 +86,7 @@ class Store:
     def probe(self) -> None:
         """Writes something that means nothing. Unwritable if that is not possible."""
         with self._writing() as connection:
-            connection.execute(f"PRAGMA user_version = {disk.VERSION}")
+            connection.execute(f"PRAGMA user_version = {database.VERSION}")
         self.disk.worked()
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ class Store:
 
     # ---- drawing
 
-    def take(self, most: int) -> list[Task]:
+    def take(self, most: int) -> list[QueuedImage]:
         """Up to `most` pictures of equal settings in all, which are now running. Owners take turns, each with what has
         waited longest of theirs; whose turn it is says which settings."""
         with self._writing() as connection:
@@ -232,7 +232,7 @@ class Store:
             connection.executemany("UPDATE pictures SET status = 'running', tries = tries + 1 WHERE id = ?", ids)
             jobs = [(number,) for number in {row["job"] for row in rows}]
             connection.executemany("UPDATE jobs SET status = 'running' WHERE number = ?", jobs)
-        tasks: list[Task] = []
+        tasks: list[QueuedImage] = []
         known: dict[str | None, bytes | None] = {None: None}
         for row in rows:
             request = json.loads(row["request"])
@@ -242,7 +242,7 @@ class Store:
                     known[name] = self.reference(row["owner"], name)
             text = request["texts"][row["place"]]
             given = {**dict(row), "request": request}
-            tasks.append(Task(**given, text=text, reference=known[names[0]], mask=known[names[1]]))
+            tasks.append(QueuedImage(**given, text=text, reference=known[names[0]], mask=known[names[1]]))
         return tasks
 
     def finish(self, picture: str, kind: str, data: bytes, made_by: dict[str, Any]) -> bool:

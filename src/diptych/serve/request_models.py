@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from diptych.errors import UsageError
-from diptych.serve.fields import WORDS
-from diptych.serve.settings import Limits
+from diptych.serve.config import Limits
+from diptych.serve.http.openapi import WORDS
 
 if TYPE_CHECKING:
     from diptych.apps.story import Panel
@@ -35,10 +35,10 @@ ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to answe
 OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
 
 
-class Common(BaseModel):
+class JobRequest(BaseModel):
     """What every request may say: OpenAI's fields, and diptych's own."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)  # `title` below: the name in the API's schema
     kind: ClassVar[str] = "images"  # of the job: images, relight, story
 
     model: str | None = Field(None, max_length=200, description="Any name: the server has one model.")
@@ -163,10 +163,12 @@ class Common(BaseModel):
 
     def settings(self, with_reference: bool) -> str:
         """What must be equal for pictures to be drawn together."""
-        return json.dumps([self.kind == Relit.kind, self.options(), self.speed, with_reference], sort_keys=True)
+        return json.dumps(
+            [self.kind == RelightRequest.kind, self.options(), self.speed, with_reference], sort_keys=True
+        )
 
 
-class Asked(Common):
+class ImageRequest(JobRequest, title="Asked"):
     """A request for pictures of a prompt."""
 
     prompt: str = Field(
@@ -181,7 +183,7 @@ class Asked(Common):
         return [self.prompt] * self.n
 
 
-class Generation(Asked):
+class GenerationRequest(ImageRequest, title="Generation"):
     """`POST /v1/images/generations`: JSON."""
 
     reference: str | None = Field(
@@ -192,7 +194,7 @@ class Generation(Asked):
     )
 
 
-class Edit(Asked):
+class EditRequest(ImageRequest, title="Edit"):
     """`POST /v1/images/edits` as JSON: the picture as base64 or a `data:` URL, in `image` or, as OpenAI has it,
     in `images`."""
 
@@ -215,15 +217,15 @@ class Edit(Asked):
             raise UsageError(f"image: send one picture, not {len(given)}")
         return given[0]
 
-    def asked(self) -> Asked:
+    def asked(self) -> ImageRequest:
         """The request without its picture."""
-        return Asked(**self.model_dump(exclude={"image", "images"}))
+        return ImageRequest(**self.model_dump(exclude={"image", "images"}))
 
 
 Line = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class Relit(Common):
+class RelightRequest(JobRequest, title="Relit"):
     """`POST /v1/relights`: a picture under one or several lights, each with `n` seeds."""
 
     kind: ClassVar[str] = "relight"
@@ -253,7 +255,7 @@ class Relit(Common):
         return {"scene": self.scene, "detail": self.detail}
 
 
-class Story(Common):
+class StoryRequest(JobRequest, title="Story"):
     """`POST /v1/stories`: a page of 4 to 10 panels of one character; `diptych.apps.story` says which."""
 
     kind: ClassVar[str] = "story"
@@ -291,7 +293,7 @@ class Story(Common):
         return {"panels": self.panel, "title": self.title, "captions": self.captions}
 
 
-def check(asked: Common, limits: Limits, default_side: int) -> None:
+def check(asked: JobRequest, limits: Limits, default_side: int) -> None:
     """UsageError, which names the field, for what a server with these limits and this model does not do."""
     from diptych.apps.student import check_options, check_prompt
 
@@ -306,7 +308,7 @@ def check(asked: Common, limits: Limits, default_side: int) -> None:
             raise UsageError("prompt: it has characters that are no text (null, or half of a surrogate pair)")
     if len(shown) > limits.pictures:
         raise UsageError(f"n: at most {limits.pictures} pictures are allowed at once, not {len(shown)}")
-    if isinstance(asked, Story):
+    if isinstance(asked, StoryRequest):
         from diptych.apps.story import font_for
 
         asked.seeds(0)

@@ -31,7 +31,7 @@ class Unwritable(UserError):
         self.status = status
 
 
-class Disk:
+class DatabaseFile:
     """The files of an open database. `failed` remembers an error of SQLite until `worked`."""
 
     def __init__(self, path: Path) -> None:
@@ -137,7 +137,7 @@ class Clock:
 Item = TypeVar("Item")
 
 
-class Shares:
+class FairShares:
     """The work done for each owner so far, as far as it still matters."""
 
     def __init__(self) -> None:

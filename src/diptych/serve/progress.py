@@ -19,7 +19,7 @@ from diptych.errors import UserError
 
 
 @dataclass
-class Live:
+class JobProgress:
     """A job as it stands. `version` grows with every change."""
 
     version: int = 0
@@ -28,12 +28,12 @@ class Live:
     previews: dict[int, bytes] = field(default_factory=dict)  # by the picture's place: a small PNG
 
 
-class Board:
+class ProgressBoard:
     """Live jobs by number, and a bell for each that rings in the event loop when it changes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._live: dict[int, Live] = {}
+        self._live: dict[int, JobProgress] = {}
         self._bells: dict[int, set[asyncio.Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -44,7 +44,7 @@ class Board:
     def tell(self, job: int, step: int = 0, steps: int = 0, previews: dict[int, bytes] | None = None) -> None:
         """News of a job, from any thread."""
         with self._lock:
-            live = self._live.setdefault(job, Live())
+            live = self._live.setdefault(job, JobProgress())
             live.version += 1
             live.step, live.steps = step, steps
             live.previews |= previews or {}
@@ -56,11 +56,13 @@ class Board:
             self._live.pop(job, None)
         self._ring(job)
 
-    def live(self, job: int) -> Live:
+    def live(self, job: int) -> JobProgress:
         """A job as it stands; empty if nothing is drawn of it now."""
         with self._lock:
             live = self._live.get(job)
-            return Live() if live is None else Live(live.version, live.step, live.steps, dict(live.previews))
+            return (
+                JobProgress() if live is None else JobProgress(live.version, live.step, live.steps, dict(live.previews))
+            )
 
     async def changed(self, job: int, timeout: float) -> None:
         """Returns when a job has news, or after `timeout` seconds."""
@@ -163,7 +165,7 @@ class Lanes:
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
+class ServerMetrics:
     """The counters of one server, in a registry of its own."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
