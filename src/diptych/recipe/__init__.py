@@ -1,7 +1,7 @@
 """What a run is: one YAML file, checked by one model, frozen beside the results.
 
 recipe = load("recipes/pocket.yaml", sets=["distill.steps=2000"])
-recipe.distill.steps         # typed, in range, documented in sections.py
+recipe.distill.steps         # typed, in range, documented in `schema`
 print(recipe.dump())         # every key, defaults included, always the same text
 """
 
