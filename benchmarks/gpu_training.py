@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from diptych.train.buckets import choose
 from diptych.train.job import Job
 from diptych.train.latents import Sample
 from diptych.train.loop import Trainer
-from diptych.train.options import Options
 from diptych.train.running import ahead
 from diptych.utils import models
 
@@ -75,7 +73,7 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
             trainer: Trainer = kept["trainer"]
             was = trainer.optimizer
             was.state.clear()
-            eight = replace(trainer.options, optimizer="adamw8bit")
+            eight = trainer.options.model_copy(update={"optimizer": "adamw8bit"})
             trainer.optimizer = parts.optimizer(trainer.trained.parameters, eight)
             try:
                 return timed(trainer, "none", rate, small, optimizer="adamw8bit")
@@ -135,7 +133,7 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
     from diptych.student.weights.fold import widen
 
     recipe = recipe_of(quantize, small)
-    options = Options.of(recipe.distill, seed=0)
+    options = recipe.distill.model_copy(update={"seed": 0})
     dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
     configs = FULL
     if small:

@@ -94,18 +94,18 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
 
 
 def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
+    from diptych.recipe.schema import Distill
     from diptych.train import parts
     from diptych.train.distill import start
     from diptych.train.lora import save_lora
-    from diptych.train.options import Options
 
     cpu = torch.device("cpu")
     pipe = start(context.recipe, cpu)
-    options = Options(mode="lora", rank=2)
+    options = Distill(mode="lora", rank=2)
     trained = parts.select(pipe.transformer, options, "float32", cpu)
     folder = context.run_dir / "lora"
     folder.mkdir()
-    save_lora(pipe.transformer, trained, options, folder, {})
+    save_lora(pipe.transformer, trained, 2, folder, {})
     opened = students.open_student(folder, str(teacher), context.recipe)
     assert opened.transformer.config.in_channels == 64
     assert not getattr(opened.transformer, "peft_config", None)

@@ -89,13 +89,13 @@ def test_the_adapters_are_those_that_training_makes(tmp_path: Path, targets: str
     import torch
     from diffusers import FluxTransformer2DModel
 
+    from diptych.recipe.schema import Distill
     from diptych.train import parts
-    from diptych.train.options import Options
 
     config = json.loads((packaged("pocket/weights") / "teacher/transformer/config.json").read_text())
     channels = config["in_channels"]
     model = FluxTransformer2DModel.from_config({**config, "in_channels": 2 * channels, "out_channels": channels})
-    options = Options(mode="lora", rank=8, lora_targets=targets)
+    options = Distill(mode="lora", rank=8, lora_targets=targets)
     real = parts.select(model, options, "float32", torch.device("cpu")).count
     found = plan("pocket", tmp_path, "distill.rank=8", f"distill.lora_targets={targets}")
     assert found["stages"]["distill"]["trained_parameters"] == real

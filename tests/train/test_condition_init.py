@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from diptych import student
-from diptych.recipe.schema import Recipe
+from diptych.recipe.schema import Distill, Recipe
 from diptych.student.weights.fold import picture_columns
+from diptych.train.checkpoint import identity
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer
-from diptych.train.options import Options, identity
 
 
 def columns(transformer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +66,8 @@ def test_a_lora_of_such_a_student_goes_on_the_plain_widened_teacher(world: Any, 
 
 
 def test_what_was_begun_before_there_was_a_choice_goes_on() -> None:
-    assert "condition_init" not in identity(Options())
-    assert identity(Options(condition_init="teacher"))["condition_init"] == "teacher"
+    assert "condition_init" not in identity(Distill(), 0)
+    assert identity(Distill(condition_init="teacher"), 0)["condition_init"] == "teacher"
     base = {"name": "a", "task": "subject", "teacher": "pocket"}
     plain, chosen = (
         Recipe.model_validate({**base, "distill": {"condition_init": each}}) for each in ("zeros", "teacher")

@@ -8,7 +8,6 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load as load_recipe
+from diptych.recipe.schema import Distill, Preference
 from diptych.run.runner import run
 from diptych.train import cached as texts
 from diptych.train import checkpoint, latents, processes
+from diptych.train.checkpoint import identity, may_change
 from diptych.train.distill import distill, finish
 from diptych.train.loop import Trainer, train
-from diptych.train.options import Options, Preference, identity, may_change
 from diptych.utils.console import Display
 
 
@@ -533,9 +533,9 @@ def test_a_run_goes_on_with_keys_that_change_no_weight_and_refuses_others(world:
 
 
 def test_sampling_is_not_harmless_where_negatives_are_drawn() -> None:
-    plain, wish = Options(), Options(preference=Preference())
+    plain, wish = Distill(), Distill(preference=Preference(), init="student")
     assert "sample_steps" in may_change(plain, plain) and "sample_steps" not in may_change(wish, wish)
-    assert "sample_steps" not in identity(plain) and "sample_steps" in identity(wish)
-    assert "steps" in may_change(plain, replace(plain, steps=2000)) - may_change(plain, replace(plain, steps=1))
-    cosine = replace(plain, schedule="cosine")
-    assert "steps" not in may_change(cosine, replace(cosine, steps=2000))
+    assert "sample_steps" not in identity(plain, 0) and "sample_steps" in identity(wish, 0)
+    assert "steps" in may_change(plain, Distill(steps=9000)) - may_change(plain, Distill(steps=1))
+    cosine, longer = (Distill(schedule="cosine", steps=steps) for steps in (4000, 9000))
+    assert "steps" not in may_change(cosine, longer)

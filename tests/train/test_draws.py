@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 
+from diptych.recipe.schema import Distill
 from diptych.train.draws import Order, draw, fixed_noise
-from diptych.train.options import Options
 
-OPTIONS = Options(seed=3)
+OPTIONS = Distill(seed=3, instructions=0.0)
 SHAPE = (6, 4)
 
 
@@ -27,13 +26,17 @@ def test_a_draw_does_not_depend_on_the_global_generator_or_on_other_draws() -> N
 
 def test_another_epoch_sample_or_seed_is_another_draw() -> None:
     noise = draw(OPTIONS, "a", 0, SHAPE).noise
-    others = [draw(OPTIONS, "a", 1, SHAPE), draw(OPTIONS, "b", 0, SHAPE), draw(replace(OPTIONS, seed=4), "a", 0, SHAPE)]
+    others = [
+        draw(OPTIONS, "a", 1, SHAPE),
+        draw(OPTIONS, "b", 0, SHAPE),
+        draw(OPTIONS.model_copy(update={"seed": 4}), "a", 0, SHAPE),
+    ]
     assert all(not torch.equal(noise, other.noise) for other in others)
     assert not torch.equal(fixed_noise(3, "a", 0.1, SHAPE), fixed_noise(3, "a", 0.3, SHAPE))
 
 
 def test_dropout_shares_are_the_recipes() -> None:
-    options = replace(OPTIONS, reference_dropout=0.1, text_dropout=0.2, both_dropout=0.3)
+    options = OPTIONS.model_copy(update={"reference_dropout": 0.1, "text_dropout": 0.2, "both_dropout": 0.3})
     draws = [draw(options, f"c-{i}", 0, (1, 1)) for i in range(4000)]
     share = {
         pair: sum((d.drop_reference, d.drop_text) == pair for d in draws) / len(draws)
@@ -46,17 +49,17 @@ def test_dropout_shares_are_the_recipes() -> None:
 
 @pytest.mark.parametrize("dropped", ["reference_dropout", "text_dropout", "both_dropout"])
 def test_a_share_of_one_drops_always(dropped: str) -> None:
-    none = replace(OPTIONS, reference_dropout=0.0, text_dropout=0.0, both_dropout=0.0)
+    none = OPTIONS.model_copy(update={"reference_dropout": 0.0, "text_dropout": 0.0, "both_dropout": 0.0})
     found = {(d.drop_reference, d.drop_text) for d in (draw(none, f"{i}", 0, (1, 1)) for i in range(50))}
     assert found == {(False, False)}
-    options = replace(none, **{dropped: 1.0})
+    options = none.model_copy(update=dict(**{dropped: 1.0}))
     found = {(d.drop_reference, d.drop_text) for d in (draw(options, f"{i}", 0, (1, 1)) for i in range(50))}
     assert found == {(dropped != "text_dropout", dropped != "reference_dropout")}
 
 
 def test_noise_levels_follow_the_density_and_the_shift() -> None:
     def mean(**changes: float | str) -> float:
-        options = replace(OPTIONS, **changes)  # pyright: ignore[reportArgumentType]
+        options = OPTIONS.model_copy(update=changes)
         return sum(draw(options, f"{i}", 0, (1, 1)).sigma for i in range(2000)) / 2000
 
     assert mean() == pytest.approx(0.5, abs=0.02)

@@ -12,14 +12,14 @@ import torch
 from live_bytes import LiveBytes, fake, live
 
 from diptych.recipe import load
+from diptych.recipe.schema import Distill
 from diptych.run.plan import make
 from diptych.run.plan.teacher import KNOWN
 from diptych.student.canvas import Canvas
 from diptych.student.weights import shapes
-from diptych.train import parts
+from diptych.train import canvases_at_once, captions_at_once, parts
 from diptych.train.lora import as_loaded
 from diptych.train.objective import Batch, image_ids, panel_losses
-from diptych.train.options import Options, canvases_at_once, captions_at_once
 from diptych.utils.machine import computing
 
 DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def planned(folder: Path, blocks: tuple[int, int], keys: dict[str, Any]) -> tuple[dict[str, int], Options]:
+def planned(folder: Path, blocks: tuple[int, int], keys: dict[str, Any]) -> tuple[dict[str, int], Distill]:
     """The plan's bytes of each phase for FLUX.1-dev with so many blocks, few enough captions to be encoded once."""
     config = {**DEV["transformer"], "num_layers": blocks[0], "num_single_layers": blocks[1]}
     for part, values in {**DEV, "transformer": config}.items():
@@ -53,7 +53,7 @@ def planned(folder: Path, blocks: tuple[int, int], keys: dict[str, Any]) -> tupl
         (folder / part / "config.json").write_text(json.dumps(values))
     sets = [f"distill.{key}={json.dumps(value)}" for key, value in keys.items()]
     recipe = load("flux-subject", [f"teacher={folder}", "write.count=500", "distill.batch_size=8", *sets])
-    return make(recipe, run_dir=folder)["stages"]["distill"]["memory_phases"], Options.of(recipe.distill)
+    return make(recipe, run_dir=folder)["stages"]["distill"]["memory_phases"], recipe.distill
 
 
 def batch(rows: int, number: torch.dtype) -> Batch:
@@ -68,7 +68,7 @@ def losses(transformer: Any, part: Batch, precision: str) -> torch.Tensor:
     return left.mean() + right.mean()
 
 
-def build(options: Options, blocks: tuple[int, int]) -> dict[str, Any]:
+def build(options: Distill, blocks: tuple[int, int]) -> dict[str, Any]:
     """FLUX.1-dev's parts on the meta device, the transformer as `parts.select` readies it for a GPU."""
     config = {**DEV["transformer"], "num_layers": blocks[0], "num_single_layers": blocks[1]}
     config |= {"in_channels": 128, "out_channels": 64}
@@ -82,7 +82,7 @@ def build(options: Options, blocks: tuple[int, int]) -> dict[str, Any]:
     return found
 
 
-def measured(models: dict[str, Any], options: Options, counted: LiveBytes, towers: bool) -> dict[str, int]:
+def measured(models: dict[str, Any], options: Distill, counted: LiveBytes, towers: bool) -> dict[str, int]:
     """Bytes of each phase at its most, by running it."""
     found: dict[str, int] = {}
     transformer, vae = models["transformer"], models["vae"]

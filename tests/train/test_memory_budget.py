@@ -12,10 +12,9 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.train import cached, checkpoint, validate
+from diptych.train import cached, canvases_at_once, captions_at_once, checkpoint, validate
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer, train
-from diptych.train.options import canvases_at_once, captions_at_once
 from diptych.train.processes import Processes
 
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_run
 import torch
 
+from diptych.recipe.schema import Distill
 from diptych.student.weights.fold import widen
 from diptych.train import parts
 from diptych.train.distill import distill
 from diptych.train.offload import Offload
-from diptych.train.options import Options
 
 LORA = {"mode": "lora", "rank": 4, "gradient_checkpointing": True}
 
@@ -39,7 +39,7 @@ def test_one_block_visits_at_a_time_in_both_passes(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Offload, "_bring", counted)
     transformer: Any = widen(tiny_run.make_transformer())
-    options = Options(mode="lora", rank=2, gradient_checkpointing=True, offload="blocks")
+    options = Distill(mode="lora", rank=2, gradient_checkpointing=True, offload="blocks")
     trained = parts.select(transformer, options, "float32", torch.device("cpu"))
     text, tokens = torch.randn(1, 5, 24), torch.randn(1, 8, 32)
     (out,) = transformer(

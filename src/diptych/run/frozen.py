@@ -26,7 +26,7 @@ from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UsageError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
-from diptych.train.options import Options, identity
+from diptych.train.checkpoint import identity, may_change
 from diptych.utils.paths import inside, is_remote, place, private_file
 
 # Keys whose `auto` is settled by the machine that starts a run, besides `device` and `threads`; the last by the task.
@@ -56,12 +56,10 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None, source: R
 
     What is left open (`settle`) becomes what the machine that paints has, and on a later call what the folder says;
     what is asked of a cluster (`ray`) is this call's, and so are the keys of training that change none of its weights
-    so far (`train.options.may_change`). Raises OtherRecipe with the keys that differ.
+    so far (`train.checkpoint.may_change`). Raises OtherRecipe with the keys that differ.
 
     `source` is the frozen recipe of a run whose stages this one takes over: its machine's decisions hold here as well.
     """
-    from diptych.train.options import may_change
-
     path = folder / "recipe.yaml"
     if not path.exists():
         recipe = tasks.resolve(recipe)
@@ -227,7 +225,7 @@ class Source:
         keys = ("teacher", "task", "paint.panel_size", "distill.data", "distill.buckets")
         if before.fingerprint(*keys) != recipe.fingerprint(*keys) or before.distill.steps > recipe.distill.steps:
             return False
-        there, here = (identity(Options.of(each.distill, seed=each.training_seed)) for each in (before, recipe))
+        there, here = (identity(each.distill, each.training_seed) for each in (before, recipe))
         if there != here:
             return False
         if not recipe.draws_pairs():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +120,6 @@ def distill(recipe: Recipe) -> None:
     from diptych.train import buckets, metrics, parts
     from diptych.train.distill import check_init
     from diptych.train.job import Material
-    from diptych.train.options import Options
     from diptych.utils.machine import pick_device
 
     settings = recipe.distill
@@ -133,7 +131,7 @@ def distill(recipe: Recipe) -> None:
         open_source(models.resolve(settings.init, "student"), folder)
     if problem := quantize.problem(settings.quantize, pick_device(recipe.device).type):
         raise UsageError(f"distill.quantize: {problem}")
-    options = replace(Options.of(settings, seed=recipe.training_seed), offload="none")
+    options = settings.model_copy(update={"offload": "none"})
     parts.optimizer(parts.Trained(["weight"], [torch.nn.Parameter(torch.zeros(1))], {}), options)
     pipe = student(recipe, folder)
     buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)

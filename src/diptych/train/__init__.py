@@ -1,6 +1,21 @@
 """Training a student: the two-panel objective, its data, and a loop that can be killed at any moment.
 
-objective (the loss) · draws (keyed noise, order) · latents, text (what goes in) · parts (what is trained, AdamW, EMA) ·
-checkpoint, metrics (what survives a kill) · validate, loop. Everything here takes tensors, modules and folders;
-`stages/distill.py` ties it to a recipe.
+distill (front door) · loop (the steps) · objective (the loss) · draws, buckets (what a step sees) · latents, cached
+(what is encoded once) · parts, lora (what is trained and saved) · checkpoint, metrics (what survives a kill) ·
+processes (several GPUs) · preference · validate · card.
 """
+
+from __future__ import annotations
+
+# Batch sizes where nothing is learnt. They depend on sizes alone, and so do the bytes; `run.plan` reads them too.
+
+
+def canvases_at_once(height: int, width: int) -> int:
+    """How many canvases of this size in pixels are encoded, decoded or drawn together where nothing is learnt from
+    them: as many as one of FLUX's is large, and at most 16. Fixed, so that the bytes depend on the size alone."""
+    return max(1, min(16, 512 * 1024 // (height * width)))
+
+
+def captions_at_once(tokens: int) -> int:
+    """How many captions of N tokens are encoded together: four of FLUX's, and at most 64."""
+    return max(1, min(64, 2048 // tokens))

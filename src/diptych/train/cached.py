@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 
 from diptych.errors import UserError
+from diptych.train import captions_at_once
 from diptych.train.metrics import Progress, report
-from diptych.train.options import captions_at_once
 
 HASH = "sha256"  # the header's key for the hash of the rest
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.T
 
 
 # Text embeddings for training: one pass over the distinct captions, or, when they would not fit, batch by batch. T5's
-# embeddings of 400k captions are 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step (facts.md
-# 4): so a small table is kept in memory and a large one is not made at all.
+# embeddings of 400k captions are 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step: so a small
+# table is kept in memory and a large one is not made at all.
 
 # Captions to (B, L, D) and (B, P); no gradient.
 EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]

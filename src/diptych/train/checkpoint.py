@@ -4,6 +4,8 @@ A checkpoint is a folder `step-000300` of safetensors and JSON files and a `mani
 is written under a temporary name, flushed to the disk and renamed; the pointer file `latest` (and `best`) is replaced
 last. Loading believes nothing: it takes the pointer's checkpoint, compares every hash, and falls back to the one before
 it.
+
+A checkpoint is continued only by a training with the same identity: every setting that a weight depends on.
 """
 
 from __future__ import annotations
@@ -17,18 +19,68 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from diptych.data.store import write_atomic
 from diptych.errors import UserError
 from diptych.utils.paths import inside
 
+if TYPE_CHECKING:
+    import torch
+
+    from diptych.recipe.schema import Distill
+
 LATEST, BEST, MANIFEST, STATE = "latest", "best", "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".writing-"
 log = logging.getLogger(__name__)
+
+# Keys of `distill` that no weight depends on up to the step that training was stopped at. `offload`, `micro_batch` and
+# `sharding` change no more than the order in which floats are added.
+HARMLESS = frozenset(
+    {
+        "allow_distilled_teacher",
+        "checkpoint_every",
+        "keep",
+        "micro_batch",
+        "offload",
+        "sample_every",
+        "sample_guidance",
+        "sample_pairs",
+        "sample_steps",
+        "sharding",
+        "trackers",
+        "validate_every",
+    }
+)
+# Keys of `distill` that a checkpoint records as fingerprints of data and sizes, or that only export reads.
+APART = frozenset({"buckets", "data", "export"})
+
+
+def harmless(settings: Distill) -> frozenset[str]:
+    """The keys of `HARMLESS` that apply to these settings."""
+    # Negatives are generated with the settings of the sample sheets.
+    return HARMLESS if settings.preference is None else HARMLESS - {"sample_steps", "sample_guidance"}
+
+
+def may_change(before: Distill, after: Distill) -> set[str]:
+    """The keys that may change from `before` to `after` when a training is resumed.
+
+    `steps` may be raised while the learning rate does not depend on it.
+    """
+    longer = before.schedule == "constant" and after.steps > before.steps
+    return {*harmless(before), "export", *(["steps"] if longer else [])}
+
+
+def identity(settings: Distill, seed: int) -> dict[str, Any]:
+    """The settings that a checkpoint must agree with to be continued exactly, as plain values."""
+    skip = harmless(settings) | APART | ({"steps"} if settings.schedule == "constant" else set())
+    values = settings.model_dump(mode="json", exclude=set(skip)) | {"seed": seed}
+    # Keys at these values are left out, so that checkpoints without them can be continued.
+    for key, default in (("preference", None), ("condition_init", "zeros")):
+        if values[key] == default:
+            del values[key]
+    return values
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.student.families import teachers
 from diptych.train.card import model_card
+from diptych.train.checkpoint import harmless
 from diptych.train.job import Material
 from diptych.train.metrics import Progress, report
-from diptych.train.options import harmless
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.opening import open_pipeline
@@ -35,13 +35,12 @@ from diptych.utils.opening import open_pipeline
 if TYPE_CHECKING:
     import torch
 
-    from diptych.recipe.schema import Recipe
+    from diptych.recipe.schema import Distill, Recipe
     from diptych.student.canvas import Canvas
     from diptych.student.pipeline import DiptychPipeline
     from diptych.student.settings import Settings
     from diptych.train.job import Job
     from diptych.train.loop import Trainer
-    from diptych.train.options import Options
     from diptych.train.parts import Trained
     from diptych.train.processes import Processes
 
@@ -105,28 +104,27 @@ def prepare(
 
     from diptych.train import buckets, cached, checkpoint, latents, preference
     from diptych.train.job import Job
-    from diptych.train.options import Options
     from diptych.train.processes import ALONE
     from diptych.utils.machine import pick_device, pick_precision
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device, processes, recipe = device or pick_device(recipe.device), processes or ALONE, tasks.resolve(recipe)
-    options = Options.of(recipe.distill, seed=recipe.training_seed)
-    precision, reason = pick_precision(options.precision, device)
+    settings = recipe.distill
+    precision, reason = pick_precision(settings.precision, device)
     log.info("training on %s in %s: %s", device, precision, reason)
 
     folder = out / TRAINING
     made_from = sources(recipe, material)
     pipe = start(recipe, device)
-    settings = recipe.distill
     places = buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
-    options = replace(options, precision=precision, shift=places[0].shift)  # pyright: ignore[reportArgumentType]
+    decided = {"seed": recipe.training_seed, "precision": precision, "shift": places[0].shift}
+    options = settings.model_copy(update=decided)
     at = checkpoint.pointer(folder, checkpoint.LATEST)
     step = int(at.removeprefix("step-")) if at else 0
 
     def preparing(done: int, total: int, what: str) -> None:
-        report(progress, step, options.steps, f"{what} {done}/{total}")
+        report(progress, step, settings.steps, f"{what} {done}/{total}")
 
     canvases = [place.canvas for place in places]
     pipe.settings = replace(
@@ -176,7 +174,7 @@ def prepare(
     )
 
 
-def _columns(pipe: DiptychPipeline, options: Options, canvas: Canvas) -> torch.Tensor | None:
+def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.Tensor | None:
     """Where the input layer's columns for the condition begin (`distill.condition_init`); None leaves them at zero."""
     from PIL import Image
 
@@ -289,11 +287,7 @@ def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | 
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
         return None
-    made_by = stored.get("made_by") or {"distill": {}}
-    # Summaries of before name harmless keys too, and lack newer ones, which are then as they are by default.
-    told = type(recipe.distill)().model_dump(mode="json") | made_by["distill"]
-    made_by["distill"] = {key: told[key] for key in told if key not in harmless(recipe.distill)}
-    return stored["summary"] if made_by == _made_by(recipe, material) else None
+    return stored["summary"] if stored.get("made_by") == _made_by(recipe, material) else None
 
 
 def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
@@ -334,7 +328,7 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | Non
     return numbers
 
 
-def _assembled(recipe: Recipe, options: Options, weights: dict[str, torch.Tensor]) -> tuple[DiptychPipeline, Trained]:
+def _assembled(recipe: Recipe, options: Distill, weights: dict[str, torch.Tensor]) -> tuple[DiptychPipeline, Trained]:
     """A student on the CPU with these trained weights: what several processes held in parts."""
     import torch
 
@@ -362,7 +356,6 @@ def _export(
     from diptych.student.settings import KEY
     from diptych.train import parts
     from diptych.train.lora import save_lora
-    from diptych.train.options import Options
 
     temporary = out / TRAINING / ".export"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -374,9 +367,8 @@ def _export(
                 with quiet_bars():
                     student.save(pipe, temporary)
             else:
-                options = Options.of(recipe.distill, seed=recipe.training_seed)
                 registered = {"config": {KEY: pipe.settings.values()}}
-                save_lora(pipe.transformer, trained, options, temporary, provenance | registered)
+                save_lora(pipe.transformer, trained, recipe.distill.rank, temporary, provenance | registered)
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")
         _publish(temporary, out)

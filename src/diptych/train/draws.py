@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from diptych.data.records import seed_of
 from diptych.train.objective import shifted
-from diptych.train.options import Options
+
+if TYPE_CHECKING:
+    from diptych.recipe.schema import Distill
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class Draw:
     instruct: bool  # told the instruction in place of the caption
 
 
-def draw(options: Options, sample_id: str, epoch: int, shape: tuple[int, int]) -> Draw:
+def draw(options: Distill, sample_id: str, epoch: int, shape: tuple[int, int]) -> Draw:
     """Noise level, dropout and noise (of `shape`) of a sample in an epoch; always on the CPU.
 
-    `options.shift` is a number.
+    `options` are resolved: `shift` and `instructions` are numbers.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
-    generator = torch.Generator().manual_seed(seed_of(options.seed, sample_id, f"train {epoch}"))
+    generator = torch.Generator().manual_seed(seed_of(options.seed or 0, sample_id, f"train {epoch}"))
     density = compute_density_for_timestep_sampling(
         "logit_normal" if options.timestep_density == "logit_normal" else "none",
         1,
@@ -52,7 +55,7 @@ def draw(options: Options, sample_id: str, epoch: int, shape: tuple[int, int]) -
         drop_reference=chance < reference,
         drop_text=chance < both or reference <= chance < reference + options.text_dropout,
         noise=torch.randn(shape, generator=generator),
-        instruct=torch.rand(1, generator=generator).item() < options.instructions,
+        instruct=torch.rand(1, generator=generator).item() < float(options.instructions),
     )
 
 

@@ -18,13 +18,13 @@ from diptych.recipe.schema import OWN, Data
 from diptych.student.canvas import Canvas
 from diptych.train.buckets import Bucket
 from diptych.train.cached import Text
+from diptych.train.checkpoint import identity
 from diptych.train.latents import Latents
-from diptych.train.options import Options, identity
 from diptych.train.preference import Negatives
 from diptych.train.processes import ALONE, Processes
 
 if TYPE_CHECKING:
-    from diptych.recipe.schema import Recipe
+    from diptych.recipe.schema import Distill, Recipe
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Job:
 
     pipe: Any  # DiptychPipeline
     buckets: Sequence[Bucket]  # one, unless the recipe has more
-    options: Options  # with `precision` and `shift` decided
+    options: Distill  # resolved: no key is `auto`, and `seed` is set
     device: torch.device
     latents: Latents
     text: Text
@@ -62,7 +62,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this job."""
-        return {**identity(self.options), **self.made_from}
+        return {**identity(self.options, self.options.seed or 0), **self.made_from}
 
 
 # What a training is made from: its data sets, opened once, with their weights and their fingerprint.

@@ -3,7 +3,7 @@
 One safetensors file for each shard of the pairs, in a folder named after the VAE, the panel size and the pairs it came
 from, so that a cache is never read for other data. A file is published by renaming, so a killed build continues where
 it was. The VAE sees whole canvases, [reference | target] and [reference | black], because its convolutions and its
-attention cross the seam (facts.md 2). The posterior's mode is taken: nothing is sampled.
+attention cross the seam. The posterior's mode is taken: nothing is sampled.
 
 Where pairs are trained at several sizes (`buckets`), each goes through at the one nearest to its target's shape.
 """
@@ -27,9 +27,8 @@ from diptych.data.records import prompt_of
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
-from diptych.train import cached
+from diptych.train import cached, canvases_at_once
 from diptych.train.metrics import Progress, report
-from diptych.train.options import canvases_at_once
 from diptych.train.processes import ALONE, Processes
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -31,7 +31,6 @@ from diptych.train.job import Job
 from diptych.train.lora import as_loaded
 from diptych.train.metrics import Guard, Metrics, Progress, Trackers, read, report
 from diptych.train.objective import Batch, image_ids, panel_losses
-from diptych.train.options import Options, identity
 from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
 from diptych.train.running import Interrupts, ahead
@@ -61,7 +60,7 @@ class Trainer:
         self.optimizer = parts.optimizer(self.trained, job.options)
         self.ema = parts.moving_average(self.trained, job.options)
         self.order = Schedule(
-            job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed
+            job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed or 0
         )
         self.img_ids = {bucket.canvas: image_ids(bucket.canvas).to(job.device) for bucket in job.buckets}
         self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
@@ -117,7 +116,7 @@ class Trainer:
         clean, condition = job.latents.gather([row for row, _ in places])
         samples = [job.latents.samples[row] for row, _ in places]
         bucket = job.buckets[samples[0].bucket]
-        options = replace(self.options, shift=bucket.shift)
+        options = self.options.model_copy(update={"shift": bucket.shift})
         shape = job.latents.shape(places[0][0])
         draws = [draw(options, s.id, epoch, shape) for s, (_, epoch) in zip(samples, places, strict=True)]
         captions = ["" if d.drop_text else s.told(d.instruct) for s, d in zip(samples, draws, strict=True)]
@@ -305,8 +304,7 @@ class Trainer:
         found = checkpoints.load(self.job.folder)
         if found is None:
             return
-        # What a key was that did not exist yet is its default.
-        theirs, mine = identity(Options()) | found.state["identity"], self.job.identity()
+        theirs, mine = found.state["identity"], self.job.identity()
         differ = sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
         if differ:
             changes = "; ".join(f"{_key(k)} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in differ)
@@ -324,8 +322,8 @@ class Trainer:
         self.step = found.step
         self.seconds = found.state["seconds"]
         self.best = found.state["best"]
-        self.line = found.state.get("line")  # checkpoints of before validated first
-        self.guard = Guard(found.state["guard"], found.state.get("spikes", 0))
+        self.line = found.state["line"]
+        self.guard = Guard(found.state["guard"], found.state["spikes"])
         log.info("going on from step %d of %d", self.step, self.options.steps)
 
     def take_best(self) -> None:

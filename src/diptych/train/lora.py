@@ -1,8 +1,8 @@
 """The LoRA file of a training, and the model as that file gives it back.
 
-Stock diffusers takes a trained input layer only as an adapter (facts.md 3.5), so the file holds its change as one of
-rank 2C: A is the identity, B the change of the weight, B's bias the change of the bias. That is exact; but two products
-in the place of one round otherwise, so pictures drawn while training lasts are drawn in that form too (`as_loaded`).
+Stock diffusers takes a trained input layer only as an adapter, so the file holds its change as one of rank 2C: A is the
+identity, B the change of the weight, B's bias the change of the bias. That is exact; but two products in the place of
+one round otherwise, so pictures drawn while training lasts are drawn in that form too (`as_loaded`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diptych.train.options import Options
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
 from diptych.utils.documents import parse_json
 
 
-def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path, metadata: dict[str, Any]) -> Path:
+def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metadata: dict[str, Any]) -> Path:
     """The control-LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
 
     Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
@@ -40,16 +39,16 @@ def save_lora(transformer: Any, trained: Trained, options: Options, folder: Path
     for layer in layers:
         state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
     change = _change(transformer.get_submodule(INPUT_LAYER), trained)
-    rank = change["weight"].shape[1]
-    state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(rank)
+    columns = change["weight"].shape[1]
+    state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(columns)
     state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"].cpu()
     state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"].cpu()
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank,
+        r=rank,
+        lora_alpha=rank,
         target_modules=[*layers, INPUT_LAYER],
-        rank_pattern={INPUT_LAYER: rank},
-        alpha_pattern={INPUT_LAYER: rank},
+        rank_pattern={INPUT_LAYER: columns},
+        alpha_pattern={INPUT_LAYER: columns},
         lora_bias=True,
     ).to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -1,4 +1,4 @@
-"""The two-panel flow-matching loss: the heart of Diffusion Self-Distillation (paper section 3.2; facts.md 1.5 and 2).
+"""The two-panel flow-matching loss: the heart of Diffusion Self-Distillation (paper section 3.2).
 
 Both panels of the canvas are noised and both are learnt. On the left the model sees its reference and learns the
 identity mapping; on the right it learns the edit. With clean latents x_0, noise ε and noise level σ:

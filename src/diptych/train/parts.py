@@ -9,18 +9,21 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
+from diptych.recipe.schema.distill import LORA_TARGETS
 from diptych.student.weights.deltas import read_deltas
 from diptych.student.weights.lora_file import lora_file
 from diptych.train import processes
 from diptych.train.offload import Offload
-from diptych.train.options import TARGETS, Options
 from diptych.utils import models
+
+if TYPE_CHECKING:
+    from diptych.recipe.schema import Distill
 
 ADAPTER = "default"
 INPUT_LAYER = "x_embedder"
@@ -62,7 +65,7 @@ class Trained:
 
 def select(
     transformer: Any,
-    options: Options,
+    options: Distill,
     precision: str,
     device: torch.device,
     shard: bool = False,
@@ -109,14 +112,14 @@ def select(
     return Trained([name for name, _ in named], [p for _, p in named], start)
 
 
-def _add_adapter(transformer: Any, options: Options) -> None:
+def _add_adapter(transformer: Any, options: Distill) -> None:
     from peft import LoraConfig
 
     targets = lora_targets(transformer, options.lora_targets)
     if INPUT_LAYER in targets:
         raise UsageError(f"distill.lora_targets: {INPUT_LAYER} is trained whole; leave it out")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seed, "adapters", "start"))
+        torch.manual_seed(seed_of(options.seed or 0, "adapters", "start"))
         transformer.add_adapter(
             LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets), adapter_name=ADAPTER
         )
@@ -125,9 +128,9 @@ def _add_adapter(transformer: Any, options: Options) -> None:
 def lora_targets(transformer: Any, asked: list[str] | str, key: str = "distill.lora_targets") -> list[str]:
     """The linears that get adapters, of a named set or as they are listed; UsageError for what the model has not."""
     if isinstance(asked, str):
-        if asked not in TARGETS:
-            raise UsageError(f"{key}: no set '{asked}'; sets: {', '.join(TARGETS)}{nearest(asked, TARGETS)}")
-        asked = TARGETS[asked]
+        if asked not in LORA_TARGETS:
+            raise UsageError(f"{key}: no set '{asked}'; sets: {', '.join(LORA_TARGETS)}{nearest(asked, LORA_TARGETS)}")
+        asked = LORA_TARGETS[asked]
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in asked:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -180,7 +183,7 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
             layer.bias += whole.bias.to(layer.bias.device)
 
 
-def optimizer(trained: Trained, options: Options) -> torch.optim.Optimizer:
+def optimizer(trained: Trained, options: Distill) -> torch.optim.Optimizer:
     """The recipe's optimizer; AdamW is fused where torch has it for the device. UsageError if it is not installed.
 
     In LoRA mode the base's input layer does not decay: that would wear the teacher's own weights away.
@@ -213,7 +216,7 @@ def optimizer(trained: Trained, options: Options) -> torch.optim.Optimizer:
         ) from error
 
 
-def learning_rate(step: int, options: Options) -> float:
+def learning_rate(step: int, options: Distill) -> float:
     """The rate of step `step` (the first is 1): linear warm-up, then constant, or a cosine down to 0."""
     rate = options.learning_rate
     if step <= options.warmup:
@@ -223,7 +226,7 @@ def learning_rate(step: int, options: Options) -> float:
     return rate * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup))) / 2
 
 
-def moving_average(trained: Trained, options: Options) -> Any | None:
+def moving_average(trained: Trained, options: Distill) -> Any | None:
     """diffusers' EMAModel over exactly the trained parameters; None when the recipe switches it off."""
     from diffusers.training_utils import EMAModel
 

@@ -26,15 +26,15 @@ import torch.nn.functional as F
 
 from diptych.data.records import seed_of
 from diptych.student.canvas import Canvas, join_tokens, split_tokens
-from diptych.train import cached
+from diptych.train import cached, canvases_at_once
 from diptych.train.buckets import Bucket
 from diptych.train.cached import Text
 from diptych.train.latents import Latents, panels_of
 from diptych.train.metrics import Progress, report
-from diptych.train.options import Options, Preference, canvases_at_once
 from diptych.train.processes import ALONE, Processes
 
 if TYPE_CHECKING:
+    from diptych.recipe.schema import Distill, Preference
     from diptych.student.pipeline import DiptychPipeline
 
 FORMAT = 3  # raised when the files say something else
@@ -84,7 +84,7 @@ class Drawing:
     buckets: Sequence[Bucket]
     latents: Latents
     text: Text
-    options: Options
+    options: Distill
 
     @property
     def wish(self) -> Preference:
@@ -104,7 +104,7 @@ class Drawing:
         `key` names what draws: the student's weights and the data. A file is published whole, so a killed run goes on.
         """
         options, wish = self.options, self.wish
-        sampled = [options.seed, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
+        sampled = [options.seed or 0, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
         sizes = [(bucket.canvas.panel_height, bucket.canvas.panel_width) for bucket in self.buckets]
         ids = [self.latents.samples[row].id for row in rows]
         name = hashlib.sha256(json.dumps([FORMAT, key, sizes, sampled, ids]).encode()).hexdigest()[:16]
@@ -138,7 +138,7 @@ class Drawing:
         device, dtype = pipe.transformer.device, pipe.transformer.dtype
         reference, _ = panels_of(pipe, self.latents, rows, canvas)
         samples = [self.latents.samples[row] for row in rows]
-        seeds = [seed_of(options.seed, sample.id, "negative") for sample in samples]
+        seeds = [seed_of(options.seed or 0, sample.id, "negative") for sample in samples]
         silent = [seed / 2**63 < wish.drop_text for seed in seeds]
         told = ["" if quiet else s.told(options.instructions == 1) for s, quiet in zip(samples, silent, strict=True)]
         embeds, pooled = self.text.gather(told)

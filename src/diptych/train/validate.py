@@ -18,11 +18,14 @@ from diptych.train.cached import Text
 from diptych.train.draws import fixed_noise
 from diptych.train.latents import Latents, panels_of
 from diptych.train.objective import Batch
-from diptych.train.options import SIGMAS, Options
 from diptych.train.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from diptych.recipe.schema import Distill
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Pairs:
 def validation_loss(
     losses: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
     pairs: Pairs,
-    options: Options,
+    options: Distill,
     size: int,
     device: torch.device,
     processes: Processes = ALONE,
@@ -69,7 +72,7 @@ def validation_loss(
     return {"loss": options.left_weight * left + options.right_weight * right, **means}
 
 
-def _batch(pairs: Pairs, part: Sequence[tuple[int, float]], options: Options) -> Batch:
+def _batch(pairs: Pairs, part: Sequence[tuple[int, float]], options: Distill) -> Batch:
     """Samples of (row, noise level), on the CPU."""
     latents = pairs.latents
     clean, condition = latents.gather([row for row, _ in part])
@@ -77,7 +80,7 @@ def _batch(pairs: Pairs, part: Sequence[tuple[int, float]], options: Options) ->
     embeds, pooled = pairs.text.gather([sample.told(options.instructions == 1) for sample in samples])
     ids = [(sample.id, sigma) for sample, (_, sigma) in zip(samples, part, strict=True)]
     shape = latents.shape(part[0][0])
-    noise = torch.stack([fixed_noise(options.seed, name, sigma, shape) for name, sigma in ids])
+    noise = torch.stack([fixed_noise(options.seed or 0, name, sigma, shape) for name, sigma in ids])
     sigmas = torch.tensor([sigma for _, sigma in part])
     canvas = pairs.buckets[samples[0].bucket].canvas
     return Batch(clean, condition, noise, sigmas, embeds, pooled, canvas=canvas)
@@ -95,7 +98,7 @@ def _batches(latents: Latents, rows: Sequence[int], size: int) -> list[list[tupl
 
 @torch.no_grad()
 def sample_sheet(
-    pipe: Any, buckets: Sequence[Bucket], latents: Latents, text: Text, rows: Sequence[int], options: Options
+    pipe: Any, buckets: Sequence[Bucket], latents: Latents, text: Text, rows: Sequence[int], options: Distill
 ) -> Image:
     """One line for each row: reference | target | what the student draws for the target's caption.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -292,7 +292,6 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     from diptych.train import cached, latents
     from diptych.train.buckets import Bucket
     from diptych.train.metrics import report
-    from diptych.train.options import Options
 
     recipe = tasks.resolve(recipe)
     settings, folder = recipe.evaluate.adapter, place(run_dir)
@@ -303,18 +302,21 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     size = base.panel_size(pipe, recipe.paint.panel_size)
     canvas = base.canvas(pipe, size, size)
     own = {"steps": settings.steps, "learning_rate": settings.learning_rate}
-    options = Options.of(
-        recipe.distill,
-        seed=recipe.training_seed,
-        precision=precision,
-        shift=base.shift(pipe, canvas, recipe.distill.shift),
-        mode="full",
-        quantize="none",
-        left_weight=0.0,
-        right_weight=1.0,
-        init=None,
-        preference=None,
-        **{key: value for key, value in own.items() if value is not None},
+    shift = base.shift(pipe, canvas, recipe.distill.shift)
+    options = recipe.distill.model_copy(
+        update={
+            "seed": recipe.training_seed,
+            "precision": precision,
+            "shift": shift,
+            "mode": "full",
+            "quantize": "none",
+            "left_weight": 0.0,
+            "right_weight": 1.0,
+            "init": None,
+            "preference": None,
+            "sample_every": 0,
+            **{key: value for key, value in own.items() if value is not None},
+        }
     )
 
     def encode(reference: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,12 +338,12 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     captions += [sample.instruction for sample in cache.samples if options.instructions and sample.instruction]
     table = cached.prepare(lambda texts: base.encode_text(pipe, texts), captions, preparing)
     _, seen = cache.gather([0])
-    put(pipe, start(pipe, seen.shape[-1], seed_of(options.seed, KEY, "start")))
+    put(pipe, start(pipe, seen.shape[-1], seed_of(recipe.training_seed, KEY, "start")))
     train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
     return Job(
         pipe=pipe,
-        buckets=[Bucket(canvas, float(options.shift))],
-        options=replace(options, sample_every=0),
+        buckets=[Bucket(canvas, shift)],
+        options=options,
         device=pipe.device,
         latents=cache,
         text=table,
@@ -372,13 +374,13 @@ def own_pairs(run_dir: Path) -> Dataset:
 
 def made_by(recipe: Recipe, run_dir: Path) -> str:
     """What decides an adapter's weights: sha256 of teacher, encoder, pairs and settings."""
-    from diptych.train.options import HARMLESS, Options
+    from diptych.train.checkpoint import APART, HARMLESS
 
     recipe = tasks.resolve(recipe)
     settings = recipe.evaluate.adapter
-    skip = {*HARMLESS, "seed", "rank", "lora_targets", "left_weight", "right_weight", "init", "preference", "mode"}
-    skip |= {"conditioning"}
-    said = {key: value for key, value in asdict(Options.of(recipe.distill)).items() if key not in skip}
+    skip = {*HARMLESS, *APART, "seed", "rank", "lora_targets", "left_weight", "right_weight", "init", "preference"}
+    skip |= {"mode", "conditioning"}
+    said = recipe.distill.model_dump(mode="json", exclude=skip)
     pairs = learnt_from(recipe, run_dir).fingerprint()
     encoder = models.fingerprint(models.resolve(settings.encoder, "curator"))
     parts = [VERSION, said, settings.steps, settings.learning_rate, recipe.training_seed, pairs, encoder]

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from diptych.recipe.schema.base import Section
 
 OWN = "own"
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
+# Named sets of linears for `lora_targets`. The paper's release adapts the attention's.
+LORA_TARGETS = {"attention": _ATTENTION, "attention+mlp": [*_ATTENTION, *_FEED_FORWARD]}
 
 
 class Data(Section):

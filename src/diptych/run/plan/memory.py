@@ -9,7 +9,7 @@ from diptych.run.plan import arithmetic
 from diptych.run.plan.job import Job
 from diptych.run.plan.teacher import frozen_bytes, memory_shapes
 from diptych.student.runtime import presets
-from diptych.train.options import canvases_at_once, captions_at_once
+from diptych.train import canvases_at_once, captions_at_once
 
 
 @dataclass(frozen=True)

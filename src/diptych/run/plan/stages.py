@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 from diptych.errors import UsageError, nearest
+from diptych.recipe.schema.distill import LORA_TARGETS
 from diptych.run.plan import arithmetic
 from diptych.run.plan.job import Job
 from diptych.run.plan.memory import Training
 from diptych.run.plan.teacher import painting_memory
 
 TEXT_IN_MEMORY = 2 * 2**30  # bytes: train/text.py encodes captions once if they fit, else in every step
-LEVELS = 5  # noise levels of a validation, train/options.py
+LEVELS = 5  # noise levels of a validation, `train.validate.SIGMAS`
 
 
 def write(job: Job) -> dict[str, Any]:
@@ -211,12 +212,10 @@ def _trained(job: Job, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> 
         return arithmetic.Trained(job.counts.transformer + out * channels, 0.0, whole=True)
     targets = settings.lora_targets
     if isinstance(targets, str):
-        from diptych.train.options import TARGETS
-
-        if targets not in TARGETS:
-            hint = nearest(targets, TARGETS)
-            raise UsageError(f"distill.lora_targets: no set '{targets}'; sets: {', '.join(TARGETS)}{hint}")
-        targets = TARGETS[targets]
+        if targets not in LORA_TARGETS:
+            hint = nearest(targets, LORA_TARGETS)
+            raise UsageError(f"distill.lora_targets: no set '{targets}'; sets: {', '.join(LORA_TARGETS)}{hint}")
+        targets = LORA_TARGETS[targets]
     names = list(arithmetic.linears(shapes))
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
