@@ -315,3 +315,13 @@ def test_generate_relight_and_story_are_typed_and_listed(student, pictures):
         assert signature.return_annotation == "Image.Image | list[Image.Image]"
     page = student.story(pictures[0], ["a cat", "a dog", "a cat", "the moon"], seed=2, steps=1)
     assert page.seeds == [2, 3, 4, 5] and len(page.panels) == 4
+
+
+def test_diffusers_names_are_taken_and_refused_beside_ours(student, pictures):
+    ours = student.generate(pictures[0], "a cat", steps=2, text_guidance=2.0)
+    theirs = student.generate(pictures[0], "a cat", num_inference_steps=2, text_guidance_scale=2.0)
+    assert ours.tobytes() == theirs.tobytes() and ours.info == theirs.info
+    with pytest.raises(UsageError, match="num_inference_steps and steps are one option"):
+        student.generate(pictures[0], "a cat", steps=2, num_inference_steps=2)
+    with pytest.raises(TypeError, match="unknown option 'stepz'; did you mean 'steps'"):
+        student.relight(pictures[0], "soft light", stepz=2)

@@ -18,7 +18,8 @@ from diptych.data.images import read_provenance
 from diptych.errors import UsageError
 from diptych.pocket import world
 from diptych.student.callbacks import Hold, held_latents
-from diptych.student.canvas import FITS, Canvas, fit_image, split_tokens
+from diptych.student.canvas import Canvas, fit_image, split_tokens
+from diptych.student.sampling import FITS
 
 LIGHT = "dim blue light from above"
 SIDE = world.PANEL

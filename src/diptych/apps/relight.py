@@ -10,13 +10,14 @@ aligned works the same: `task="season.yaml"`, and "in winter" for a light.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from diptych.errors import UsageError
+from diptych.student.sampling import RelightOptions, given
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,17 +38,9 @@ def relight(
     reference: Image | str | Path,
     light: str | Sequence[str],
     *,
-    scene: str = "",
-    task: str = "relight",
-    mask: Image | str | Path | None = None,
-    detail: float = DETAIL,
     seed: int | Sequence[int] = 0,
-    size: int | tuple[int, int] | None = None,
-    fit: str | None = None,
-    background: str = "white",
-    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-    **options: Any,
-) -> Any:
+    **options: Unpack[RelightOptions],
+) -> Image | list[Image]:
     """The reference under each light with each seed; one picture, or a list if `light` or `seed` is one.
 
     Args:
@@ -64,12 +57,16 @@ def relight(
             `detail=0`, which takes nothing from the reference, as large as the model's image).
         fit: how to fit the reference to the model's size: `crop`, `pad` or `contain`. None: `contain` where `size` is
             None, so that the whole reference is relit, else `crop`.
-        seed, background, options: of `Student.generate`.
+        options: those above from `scene` on, and others of `student.sampling.RelightOptions`.
 
     Raises UsageError for what does not fit together, UserError for a picture that cannot be read.
     """
-    from diptych.apps.student import in_turn
+    from diptych.student.callbacks import in_turn
 
+    asked = given(options, RelightOptions)
+    scene, task, mask = asked.pop("scene", ""), asked.pop("task", "relight"), asked.pop("mask", None)
+    detail, callback = asked.pop("detail", DETAIL), asked.pop("callback_on_step_end", None)
+    size, background = asked.get("size"), asked.get("background", "white")
     found = aligned(task)
     if not 0 <= detail <= 1:
         raise UsageError(f"detail {detail!r} is a number from 0 to 1")
@@ -81,7 +78,7 @@ def relight(
         raise UsageError("missing a reference, the picture that is to be relit")
     opened, canvas = student.opened(reference, background), student.canvas(size)
     assert opened is not None
-    fit = fit or default_fit(size)
+    asked["fit"] = fit = asked.get("fit") or default_fit(size)
     panel = original = _fitted(opened, canvas, fit)
     stays = masked = None if mask is None else kept(mask, opened.size, canvas, fit)
     inside = (0, 0, *panel.size)
@@ -94,25 +91,17 @@ def relight(
         told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
     switched = bool(student.pipeline.speed.null_panel)
     for key, value in student.pipeline.settings.relight.items():  # the model's own, where nothing else is said
-        if options.get(key) is None and not (key == "null_panel" and switched):
-            options[key] = value
+        if key not in asked and not (key == "null_panel" and switched):
+            asked[key] = value
     pictures = []
     for text in lights:
         words = prompt_of(text, scene, task)
         for number in seeds:
-            calls = [callback_on_step_end] if callback_on_step_end is not None else []
+            calls = [callback] if callback is not None else []
             if stays is not None:
                 calls.insert(0, _hold(student, panel, stays, canvas, number))
-            image = student.generate(
-                opened,
-                words,
-                seed=number,
-                size=size,
-                fit=fit,
-                background=background,
-                callback_on_step_end=in_turn(calls) if calls else None,
-                **options,
-            )
+            calling = in_turn(calls) if calls else None
+            image = student.generate(opened, words, seed=number, callback_on_step_end=calling, **asked)
             done = keep_detail(image.crop(inside), original, detail)
             if masked is not None:
                 done = keep_part(done, original, masked)

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
@@ -23,6 +23,7 @@ from diptych.errors import UsageError, UserError
 from diptych.llm.client import Client
 from diptych.llm.question import Question, clean, quoted, system, user
 from diptych.stages.write import diversity
+from diptych.student.sampling import GenerateOptions, check_prompt, check_seed
 from diptych.utils.documents import read_lines
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 4, 10
 Captions = Literal["below", "inside", "none"]
-CAPTIONS: tuple[str, ...] = ("below", "inside", "none")
+CAPTIONS: tuple[str, ...] = get_args(Captions)
 # Panels in each row of the page: rows of two have larger ones than rows of three.
 ROWS = {4: (2, 2), 5: (2, 3), 6: (3, 3), 7: (2, 3, 2), 8: (3, 2, 3), 9: (3, 3, 3), 10: (3, 2, 3, 2)}
 WIDTH = 1240  # pixels of a page: A4 at 150 dpi, which is what a PDF says
@@ -100,7 +101,7 @@ def story(
     captions: Captions = "below",
     font: str | Path | None = None,
     on_panel: Callable[[int, int], object] | None = None,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> Page:
     """Draws the panels of a story and lays them out on a page.
 
@@ -165,8 +166,6 @@ def read_panels(path: str | Path) -> list[Panel]:
 
 def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> list[int]:
     """The panels' seeds. UsageError if there are too few or too many of anything. Needs no model."""
-    from diptych.apps.student import check_prompt, check_seed
-
     if not FEWEST <= len(panels) <= MOST:
         raise UsageError(f"a story has {FEWEST} to {MOST} panels, not {len(panels)}")
     if captions not in CAPTIONS:

@@ -11,18 +11,27 @@ on `student.pipeline`.
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from diptych.errors import UsageError, UserError
+from diptych.student.sampling import (
+    SCALES,
+    GenerateOptions,
+    RelightOptions,
+    check_options,
+    check_prompt,
+    check_seed,
+    given,
+    lists,
+)
 from diptych.utils.models import with_scale
 
 if TYPE_CHECKING:
@@ -30,7 +39,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diptych.apps.story import Captions, Page, Panel
-    from diptych.student.callbacks import Show
     from diptych.student.canvas import Canvas
     from diptych.student.loading import Loras
     from diptych.student.pipeline import DiptychPipeline
@@ -42,39 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("diptych.apps.student")
 HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
 _T = TypeVar("_T")
-
-
-class _Options(TypedDict, total=False):
-    steps: int | None
-    guidance: float | None
-    image_guidance: float | None
-    text_guidance: float | None
-    null_panel: str | None
-    negative_prompt: str | None
-    size: int | tuple[int, int] | None
-    background: str
-    on_preview: Show | None
-    preview_every: int
-    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
-
-
-class GenerateOptions(_Options, total=False):
-    """The options of `Student.generate` that are the same for all images of a call."""
-
-    fit: str
-    batch_size: int
-    pairwise: bool
-    callback_on_step_end_tensor_inputs: Sequence[str]
-
-
-class RelightOptions(_Options, total=False):
-    """The options of `Student.relight` that are the same for all images of a call."""
-
-    scene: str
-    task: str
-    mask: Image.Image | str | Path | None
-    detail: float
-    fit: str | None
 
 
 class Student:
@@ -172,27 +147,14 @@ class Student:
         **options: Unpack[GenerateOptions],
     ) -> list[Image.Image]: ...
 
+    @lists(GenerateOptions)
     def generate(
         self,
         reference: Reference | Sequence[Reference],
         prompt: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
-        text_guidance: float | None = None,
-        null_panel: str | None = None,
-        negative_prompt: str | None = None,
-        size: int | tuple[int, int] | None = None,
-        fit: str = "crop",
-        background: str = "white",
-        batch_size: int = 1,
-        pairwise: bool = False,
-        on_preview: Show | None = None,
-        preview_every: int = 1,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **options: Unpack[GenerateOptions],
     ) -> Image.Image | list[Image.Image]:
         """Draws the reference's subject as the prompt asks; one picture, or a list if any argument is a list.
 
@@ -203,23 +165,8 @@ class Student:
         Args:
             reference: a PIL image or an image file; None draws from the text alone.
             prompt: what the new picture shows, the whole of it.
-            steps: sampling steps.
-            guidance: distilled guidance, for models that have it (FLUX.1-dev).
-            image_guidance, text_guidance: true guidance, 1 is off; see `student.pipeline`. Up to three times the work.
-                None, for each of these four: the model's own setting (`pipeline.settings`); a model without any is
-                sampled as the release (28, 3.5, 1, 1).
-            null_panel: the left panel that guidance's null pass sees, `shared` or `own`; see `student.guidance`.
-                None: the model's own setting.
-            negative_prompt: what the picture should not show; it acts only where true guidance is on.
-            size: side of the square picture, or (width, height), in pixels, multiples of 2 × the VAE factor; default
-                the model's own.
-            fit: how the reference meets that size: crop, pad or contain.
-            background: the colour that a reference's transparent parts are laid over: a name or `#rrggbb`.
-            batch_size: pictures drawn together.
-            pairwise: the lists go together instead, one reference, prompt and seed for each picture.
-            on_preview: called as `on_preview(done, steps, images)` with small previews of the batch that is being
-                drawn, every `preview_every` steps; see `student.preview`. It changes nothing.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: diffusers', called after every step of a batch.
+            seed: 0 to 2^63 - 1.
+            options: of `student.sampling.GenerateOptions`: steps, guidance, size, fit, batch_size, …
 
         Returns:
             An RGB image, or a list of them; `image.info` says what made each (model, prompt, seed, options, versions).
@@ -227,10 +174,9 @@ class Student:
         Raises:
             UsageError for arguments that do not fit, UserError for a reference that cannot be read.
         """
-        listed = [isinstance(x, (list, tuple)) for x in (reference, prompt, seed)]
-        prompts, seeds = _as_list(prompt), _as_list(seed)
-        asked = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "text_guidance": text_guidance}
-        check_options({**asked, "negative_prompt": negative_prompt, "size": size, "fit": fit, "background": background})
+        asked = given(options, GenerateOptions)
+        check_options(asked)
+        prompts, seeds, batch_size = _as_list(prompt), _as_list(seed), asked.get("batch_size", 1)
         for text in prompts:
             check_prompt(text)
             self._warn_of_words(text)
@@ -238,27 +184,24 @@ class Student:
             check_seed(number)
         if batch_size < 1:
             raise UsageError(f"batch_size is at least 1, not {batch_size}")
-        canvas = self.canvas(size)
+        fit, background = asked.get("fit", "crop"), asked.get("background", "white")
+        negative_prompt, null_panel = asked.get("negative_prompt"), asked.get("null_panel")
+        canvas = self.canvas(asked.get("size"))
         references = [self.opened(r, background) for r in _as_list(reference)]
-        sampling = self.sampling | {key: value for key, value in asked.items() if value is not None}
-        referenced = any(r is not None for r in references)
-        for line in self._remarks(canvas, negative_prompt, sampling, referenced):
+        sampling = self.sampling | {name: asked[name] for name in SCALES if name in asked}
+        for line in self._remarks(canvas, negative_prompt, sampling, any(r is not None for r in references)):
             log.warning(line)
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
         seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.settings.null_panel
         settings |= {"null_panel": seen} if seen != "shared" else {}
-        callbacks = _Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if on_preview is not None:
-            callbacks.before(self._preview(on_preview, canvas, preview_every))
+        callbacks = self._callbacks(canvas, asked)
         images: list[Image.Image] = []
         # One PIL object per reference, so that the pipeline can tell a repeated one.
+        pairwise = asked.get("pairwise", False)
         if pairwise and not len(references) == len(prompts) == len(seeds):
             raise UsageError(f"{len(references)} references, {len(prompts)} prompts and {len(seeds)} seeds: pairwise")
-        jobs = list(
-            zip(references, prompts, seeds, strict=True) if pairwise else itertools.product(references, prompts, seeds)
-        )
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
+        together = zip(references, prompts, seeds, strict=True) if pairwise else product(references, prompts, seeds)
+        for batch in _batched(together, batch_size):
             with _memory_said(*self._too_much(canvas, len(batch))):
                 drawn = self.pipeline(
                     prompt=[text for _, text, _ in batch],
@@ -273,13 +216,13 @@ class Student:
                     null_panel=null_panel,
                     negative_prompt=negative_prompt,
                     fit=fit,
-                    **callbacks.arguments(),
+                    **callbacks,
                 )
             assert not isinstance(drawn, tuple)
             for image, (_, text, number) in zip(drawn.images, batch, strict=True):
                 image.info = {"prompt": text, "seed": number, **settings, **self._provenance(image)}
                 images.append(image)
-        return images if any(listed) else images[0]
+        return images if any(isinstance(x, (list, tuple)) for x in (reference, prompt, seed)) else images[0]
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text` that this model was never taught, in order, each once; empty if it has no word list."""
@@ -349,59 +292,23 @@ class Student:
         **options: Unpack[RelightOptions],
     ) -> list[Image.Image]: ...
 
+    @lists(RelightOptions)
     def relight(
         self,
         reference: Image.Image | str | Path,
         light: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
-        scene: str = "",
-        task: str = "relight",
-        mask: Image.Image | str | Path | None = None,
-        detail: float = 1.0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
-        text_guidance: float | None = None,
-        null_panel: str | None = None,
-        negative_prompt: str | None = None,
-        size: int | tuple[int, int] | None = None,
-        fit: str | None = None,
-        background: str = "white",
-        on_preview: Show | None = None,
-        preview_every: int = 1,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        **options: Unpack[RelightOptions],
     ) -> Image.Image | list[Image.Image]:
         """The reference's scene under another light ("soft golden light from the left"), everything in its place.
 
-        Returns one image, or a list if `light` or `seed` is a list. The arguments are those of `relight.relight` and,
-        from `steps` on, of `generate`. Raises UsageError for what does not fit together, UserError for an image that
-        cannot be read.
+        Returns one image, or a list if `light` or `seed` is a list; for the arguments see `apps.relight.relight`.
+        Raises UsageError for what does not fit together, UserError for an image that cannot be read.
         """
         from diptych.apps.relight import relight
 
-        return relight(
-            self,
-            reference,
-            light,
-            seed=seed,
-            scene=scene,
-            task=task,
-            mask=mask,
-            detail=detail,
-            size=size,
-            fit=fit,
-            background=background,
-            callback_on_step_end=callback_on_step_end,
-            steps=steps,
-            guidance=guidance,
-            image_guidance=image_guidance,
-            text_guidance=text_guidance,
-            null_panel=null_panel,
-            negative_prompt=negative_prompt,
-            on_preview=on_preview,
-            preview_every=preview_every,
-        )
+        return relight(self, reference, light, seed=seed, **options)
 
     def story(
         self,
@@ -422,15 +329,7 @@ class Student:
         from diptych.apps.story import story
 
         return story(
-            self,
-            reference,
-            panels,
-            seed=seed,
-            title=title,
-            captions=captions,
-            font=font,
-            on_panel=on_panel,
-            **options,
+            self, reference, panels, seed=seed, title=title, captions=captions, font=font, on_panel=on_panel, **options
         )
 
     def opened(self, reference: Reference, background: str = "white") -> Image.Image | None:
@@ -456,12 +355,20 @@ class Student:
         check(self.pipeline, canvas)
         return canvas
 
-    def _preview(self, show: Show, canvas: Canvas, every: int) -> Callable[..., dict[str, Any]]:
-        from diptych.student.callbacks import Preview, fit_projection
+    def _callbacks(self, canvas: Canvas, asked: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments for what is called after each step: previews first, which change nothing."""
+        from diptych.student.callbacks import Preview, fit_projection, in_turn
 
-        if self._projection is None:
-            self._projection = fit_projection(self.pipeline)
-        return Preview(show, canvas, self._projection, every)
+        given, inputs = asked.get("callback_on_step_end"), asked.get("callback_on_step_end_tensor_inputs", ("latents",))
+        each = [given] if given is not None else []
+        if "on_preview" in asked:
+            if self._projection is None:
+                self._projection = fit_projection(self.pipeline)
+            each.insert(0, Preview(asked["on_preview"], canvas, self._projection, asked.get("preview_every", 1)))
+            inputs = (*inputs, *({"latents"} - set(inputs)))
+        if not each:
+            return {}
+        return {"callback_on_step_end": in_turn(each), "callback_on_step_end_tensor_inputs": list(inputs)}
 
     def _too_much(self, canvas: Canvas, count: int) -> tuple[str, str]:
         """What was being drawn when memory ran out, and what to do."""
@@ -495,76 +402,6 @@ class Student:
             "speed": pipeline.speed.changed(),
             "versions": {"diptych": VERSION, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
-
-
-class _Callbacks:
-    """Several `callback_on_step_end`s as the one that diffusers takes."""
-
-    def __init__(self, given: Callable[..., dict[str, Any] | None] | None, inputs: Sequence[str]) -> None:
-        self.each = [given] if given is not None else []
-        self.inputs = tuple(inputs)
-
-    def before(self, callback: Callable[..., dict[str, Any] | None]) -> None:
-        """Adds one that sees the latents first, and changes nothing."""
-        self.each.insert(0, callback)
-        self.inputs = (*self.inputs, *({"latents"} - set(self.inputs)))
-
-    def arguments(self) -> dict[str, Any]:
-        if not self.each:
-            return {}
-        return {"callback_on_step_end": in_turn(self.each), "callback_on_step_end_tensor_inputs": list(self.inputs)}
-
-
-def in_turn(callbacks: Sequence[Callable[..., dict[str, Any] | None]]) -> Callable[..., dict[str, Any]]:
-    """Several `callback_on_step_end`s as one: each sees what those before it changed."""
-
-    def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        changed: dict[str, Any] = {}
-        for callback in callbacks:
-            changed |= callback(pipe, step, timestep, tensors | changed) or {}
-        return changed
-
-    return call
-
-
-def check_prompt(text: object) -> None:
-    """UsageError unless it is a text that says something."""
-    if not isinstance(text, str) or not text.strip():
-        raise UsageError("the prompt is empty; say what the new picture shows")
-
-
-def check_seed(number: object) -> None:
-    """UsageError unless it is a whole number that a generator takes."""
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
-        raise UsageError(f"seed {number!r} is not a whole number from 0 to 2^63 - 1")
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """UsageError for options of `Student.generate` that no model could take; None is always fine. Needs no model."""
-    from diptych.data.formats import colour
-    from diptych.student.settings import MAX_STEPS
-
-    for name, value in options.items():
-        if value is None:
-            continue
-        if name == "steps" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_STEPS):
-            raise UsageError(f"steps {value!r} is not a whole number of at least 1 and at most {MAX_STEPS}")
-        if name.endswith("guidance") and not (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-        ):
-            raise UsageError(f"{name} {value!r} is not a number of at least 0")
-        if name == "negative_prompt" and not isinstance(value, str):
-            raise UsageError(f"a negative prompt is a text, not {type(value).__name__}")
-        if name == "size":
-            sides = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
-            if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-                raise UsageError(f"size {value!r}: give pixels, one number or (width, height)")
-        if name == "fit":
-            from diptych.student.canvas import check_fit
-
-            check_fit(str(value))
-        if name == "background":
-            colour(str(value))
 
 
 def _check_device(device: str | torch.device | None) -> None:
@@ -604,6 +441,12 @@ def _bytes(folder: Path) -> int:
     if folder.is_file():
         return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _batched(each: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    rest = iter(each)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _as_list(value: _T | Sequence[_T]) -> list[_T]:

@@ -270,7 +270,7 @@ def _options(
 
 
 def _size(text: str | None) -> Any:
-    from diptych.apps.batch.requests import read_size
+    from diptych.student.sampling import read_size
 
     return None if text is None else read_size(text)
 

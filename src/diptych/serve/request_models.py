@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diptych.errors import UsageError
 from diptych.serve.config import Limits
 from diptych.serve.http.openapi import WORDS
+from diptych.student.sampling import SCALES, SEED, Fit, check_options, check_prompt, field
 
 if TYPE_CHECKING:
     from diptych.apps.story import Panel
@@ -32,7 +33,7 @@ NEUTRAL = {
 }
 STEPS = {"low": 0.5, "high": 2.0}  # of the model's own, by quality
 ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to answer, not what to draw
-OPTIONS = ("steps", "guidance", "image_guidance", "text_guidance", "negative_prompt", "fit")
+OPTIONS = (*SCALES, "negative_prompt", "fit")
 
 
 class JobRequest(BaseModel):
@@ -80,15 +81,15 @@ class JobRequest(BaseModel):
     )
     output_compression: int | None = Field(None, ge=0, le=100, description="Only 100.")
 
-    seed: int | None = Field(
-        None, ge=0, lt=2**63 - 100, description="The same seed gives the same picture.", examples=[7]
+    seed: int | None = Field(None, ge=0, lt=2**63 - 100, description=SEED, examples=[7])
+    steps: int | None = field("steps", examples=[20])
+    guidance: float | None = field("guidance", le=1000)
+    image_guidance: float | None = field("image_guidance", le=1000)
+    text_guidance: float | None = field("text_guidance", le=1000)
+    negative_prompt: str | None = field(
+        "negative_prompt", max_length=32_000, description="Needs image or text guidance above 1."
     )
-    steps: int | None = Field(None, ge=1, le=1000, description="Sampling steps.", examples=[20])
-    guidance: float | None = Field(None, ge=0, le=1000, description="Distilled guidance, for models that have it.")
-    image_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the reference; 1 is off.")
-    text_guidance: float | None = Field(None, ge=0, le=1000, description="Strength of the prompt; 1 is off.")
-    negative_prompt: str | None = Field(None, max_length=32_000, description="Needs image or text guidance above 1.")
-    fit: Literal["crop", "pad", "contain"] | None = Field(None, description="How the reference meets the size.")
+    fit: Fit | None = field("fit")
     speed: Literal["plain", "exact", "fast", "fastest"] | None = Field(None, description="See docs/speed.md.")
     job: str | None = Field(
         None,
@@ -295,8 +296,6 @@ class StoryRequest(JobRequest, title="Story"):
 
 def check(asked: JobRequest, limits: Limits, default_side: int) -> None:
     """UsageError, which names the field, for what a server with these limits and this model does not do."""
-    from diptych.apps.student import check_options, check_prompt
-
     shown, said = asked.texts(), asked.words()
     for text in shown:
         check_prompt(text)

@@ -12,7 +12,7 @@ it from the first step on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from diptych.student.pipeline import DiptychPipeline
 
+Callback = Callable[
+    ["DiptychPipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
+]  # diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to the tensors that it changes
 Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
 FIT_COLOURS = (4, 8, 16, 32)  # random colours along a side of the fitting pictures: detail has channels of its own
 FIT_PICTURES = 4  # of each
@@ -83,6 +86,20 @@ class Preview:
         arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
         size = (self.canvas.panel_width, self.canvas.panel_height)
         return [Image.fromarray(array).resize(size, Image.Resampling.BILINEAR) for array in arrays]
+
+
+def in_turn(callbacks: Sequence[Callback]) -> Callback:
+    """Several `callback_on_step_end`s as one: each sees what those before it changed."""
+
+    def call(
+        pipe: DiptychPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        changed: dict[str, torch.Tensor] = {}
+        for callback in callbacks:
+            changed |= callback(pipe, step, timestep, tensors | changed) or {}
+        return changed
+
+    return call
 
 
 def _with_one(latents: torch.Tensor) -> torch.Tensor:

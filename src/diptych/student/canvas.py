@@ -12,18 +12,17 @@ condition channels, pixel on pixel, as stock FLUX-Control has it. Its left panel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
 from diptych.data.images import to_rgb
-from diptych.errors import UsageError, nearest
+from diptych.errors import UsageError
+from diptych.student.sampling import check_fit
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Fit = Literal["crop", "pad", "contain"]
-FITS: tuple[str, ...] = get_args(Fit)
 BLACK = -1.0  # the right half of the condition canvas, in the VAE's range [-1, 1]
 
 
@@ -135,12 +134,6 @@ def condition_canvas(reference: torch.Tensor, panels: int = 2) -> torch.Tensor:
     """[reference | black]: pixels (B, 3, H, w) in [-1, 1] to the condition canvas (B, 3, H, 2w); the reference itself
     on a canvas of one panel."""
     return join_panels(reference, torch.full_like(reference, BLACK)) if panels == 2 else reference
-
-
-def check_fit(fit: str) -> None:
-    """Raises UsageError unless `fit` is one of `FITS`."""
-    if fit not in FITS:
-        raise UsageError(f"unknown fit '{fit}': one of {', '.join(FITS)}{nearest(str(fit), FITS)}")
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:

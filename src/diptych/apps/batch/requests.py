@@ -18,19 +18,12 @@ from typing import Any
 from diptych.data.formats import READ, pictures_in
 from diptych.data.images import KINDS, kind_of
 from diptych.errors import UsageError, nearest
+from diptych.student import sampling
+from diptych.student.sampling import check_options, check_prompt, check_seed, read_size
 from diptych.utils.documents import parse_json, read_lines
 from diptych.utils.paths import here_or_packaged, refuse_special
 
-OPTIONS = (
-    "steps",
-    "guidance",
-    "image_guidance",
-    "text_guidance",
-    "negative_prompt",
-    "size",
-    "fit",
-    "background",
-)
+OPTIONS = tuple(name for name in sampling.OPTIONS if name != "null_panel")
 """Arguments of `Student.generate` that a row may give."""
 KEYS = ("reference", "prompt", "seed", "out", *OPTIONS)
 
@@ -78,8 +71,6 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def check_row(row: dict[str, Any], where: str) -> None:
     """UsageError, `where` before it, for unknown keys, missing ones, and values that no model could take."""
-    from diptych.apps.student import check_options, check_prompt, check_seed
-
     for key in row:
         if key not in KEYS:
             raise UsageError(f"{where}unknown key '{key}'{nearest(key, KEYS)}; known are {', '.join(KEYS)}")
@@ -128,18 +119,6 @@ def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | N
 
 def _options(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in OPTIONS if row.get(key) is not None}
-
-
-def read_size(value: Any) -> Any:
-    """`64`, `"64"`, `"512x768"` (width first) or `[512, 768]` as a number or a pair."""
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, str):
-        return value
-    parts = value.lower().replace("×", "x").split("x")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"size {value}: give pixels, for instance 512 or 512x768")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
 def _listed(value: Any) -> list[Any]:
