@@ -399,13 +399,13 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     absolute difference from exact's pictures, 0 to 1.
     """
     from diptych import recipe as recipes
-    from diptych.data.engine import LocalEngine
     from diptych.data.images import open_image
     from diptych.data.store import Dataset
-    from diptych.evaluate import run_suite, suites
+    from diptych.evaluate import drawing, harness, suites
+    from diptych.evaluate.config import Evaluation
     from diptych.evaluate.methods.base import Context
     from diptych.evaluate.methods.students import StudentShipped
-    from diptych.evaluate.scoring import metrics, scores, truth
+    from diptych.evaluate.scoring import judging, metrics, summary
 
     recipe = recipes.load(
         "pocket",
@@ -445,14 +445,13 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
         places = {re.sub(r"[^\w.]+", "_", name): name for name in settings}
         methods: Any = {place: Sped(context, place, settings[name]) for place, name in places.items()}
-        prints = {place: run_suite.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
-        run_suite.generate(context, samples, methods, prints, LocalEngine(), say)
-        judges = run_suite.load_judges(recipe, run_suite.judges_about(recipe))
-        scales = {split: truth.scale(suite, split, judges.scorer.embed) for split in suite.splits}
+        prints = {place: drawing.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
+        plan = harness.Plan(Evaluation.of_run(recipe, folder), context, samples, methods, prints)
+        plan.generate(None, say)
+        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.Models(recipe.device))])
         outcomes, pictures = {}, {}
         for place, name in places.items():
-            lines = scores.score_method(folder, place, scales, judges.scorer.embed, judges.reader.read)
-            outcomes[name] = scores.outcome(lines, place, suites.MAIN)
+            outcomes[name] = summary.outcome(lines, place, suites.MAIN)
             data = Dataset(folder / "samples" / place)
             rows = sorted((row for shard in data.shards() for row in data.read_shard(shard)), key=lambda row: row["id"])
             pictures[name] = np.stack([np.asarray(open_image(row["image"]), dtype=np.float32) / 255 for row in rows])

@@ -44,7 +44,7 @@ LONG = (
     "serve/test_command.py",
     "integrations/test_space.py",
     "student/test_convert.py",
-    "evaluate/test_bench.py",
+    "evaluate/test_suite_evaluation.py",
     "recipe/test_third_task.py",
     "provenance/test_sign.py",
 )

@@ -149,7 +149,7 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
     """Modules to put into sys.modules in place of the real stages."""
     DELAY[0] = delay
     report = module("diptych.evaluate.report.run_report", write=write_report)
-    suite = module("diptych.evaluate.run_suite", evaluate=evaluate)
+    suite = module("diptych.evaluate.harness", evaluate_run=evaluate)
     writing = module("diptych.stages.write.stage", Write=Write, words_digest=lambda recipe: "")
     curating = module("diptych.stages.curate.stage", Curate=Curate)
     distilling = module("diptych.train.distill", distill=distill)
@@ -157,7 +157,7 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
         package("diptych.stages.write", stage=writing),
         package("diptych.stages.curate", stage=curating),
         package("diptych.train", distill=distilling),
-        package("diptych.evaluate", run_suite=suite),
+        package("diptych.evaluate", harness=suite),
         package("diptych.evaluate.report", run_report=report),
         module("diptych.stages.paint", Paint=Paint),
         module("diptych.run.ready", check=lambda *_: None),

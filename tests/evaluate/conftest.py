@@ -42,13 +42,10 @@ def judge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _put(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diptych.evaluate import run_suite
-    from diptych.evaluate.scoring.scores import Judges
+    from diptych.evaluate.scoring import judging
 
-    def load(recipe: Any, about: Any) -> Judges:
-        return Judges(scorer=oracle, curator=oracle, reader=oracle, about=about)
-
-    monkeypatch.setattr(run_suite, "load_judges", load)
+    monkeypatch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
+    monkeypatch.setattr(judging.Models, "reader", lambda *_: oracle)
 
 
 @pytest.fixture
@@ -70,11 +67,11 @@ def evaluated(
     teacher: Path, judge_folders: Path, suite: Any, oracle: Oracle, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run folder that has been evaluated; to be copied, not changed."""
-    from diptych.evaluate import run_suite
+    from diptych.evaluate import harness
 
     folder = tmp_path_factory.mktemp("evaluated")
     tiny.make_student(teacher, folder / "student")
     with pytest.MonkeyPatch.context() as patch:
         _put(oracle, patch)
-        run_suite.evaluate(tiny.make_recipe(teacher, judge_folders), folder, suite=suite)
+        harness.evaluate_run(tiny.make_recipe(teacher, judge_folders), folder, suite=suite)
     return folder

@@ -13,7 +13,7 @@ import toy_pictures as toy
 from diptych.cli import app
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.evaluate import bench
+from diptych.evaluate import harness
 from diptych.evaluate.config import Evaluation, Judge
 from diptych.evaluate.methods import METHODS
 from diptych.evaluate.report import page
@@ -61,7 +61,7 @@ def test_copying_and_ignoring_score_nothing_and_the_published_aggregation_is_our
     folder: Path, serve: Serve, tmp_path: Path
 ) -> None:
     server = serve(toy.honest)
-    found = bench.evaluate(job(folder, server, "good", "copy", "ignores", references=3, prompts=3), tmp_path / "out")
+    found = harness.evaluate(job(folder, server, "good", "copy", "ignores", references=3, prompts=3), tmp_path / "out")
     good, copy, ignores = (found["methods"][name] for name in ("good", "copy", "ignores"))
     assert (good["cp"], good["pf"], good["cp_pf"], good["cp_pf_debiased"]) == (1, 1, 1, 1)
     assert (copy["cp"], copy["pf"], copy["cp_pf"]) == (1, 0, 0)
@@ -73,7 +73,7 @@ def test_copying_and_ignoring_score_nothing_and_the_published_aggregation_is_our
 
 def test_names_with_hyphens_stay_whole_and_styles_are_left_out(folder: Path, serve: Serve, tmp_path: Path) -> None:
     server = serve(toy.honest)
-    drawn = bench.evaluate(job(folder, server, "good"), tmp_path / "out", "generate")
+    drawn = harness.evaluate(job(folder, server, "good"), tmp_path / "out", "generate")
     assert drawn["drawn"] == {"good": REFERENCES * PROMPTS} and not server.calls
     rows = Dataset(tmp_path / "out" / "samples" / "good").columns("sample", "level", "kind")
     ids = {row["sample"].rpartition("-")[0] for row in rows}
@@ -87,7 +87,7 @@ def test_the_judge_sees_what_it_should_and_is_asked_three_times(
     folder: Path, serve: Serve, tmp_path: Path, small: dict[str, Any]
 ) -> None:
     server = serve(toy.honest)
-    bench.evaluate(job(folder, server, "good", **small), tmp_path / "out")
+    harness.evaluate(job(folder, server, "good", **small), tmp_path / "out")
     pictures = 3 * 2
     assert len(server.calls) == pictures * 9  # CP, PF, CP debiased; three times each
     kinds: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def test_repeats_are_averaged_and_an_answer_outside_0_to_4_is_repaired(
     server = serve(act)
     quick = job(folder, server, "good", references=1, prompts=1)
     quick = quick.model_copy(update={"judge": quick.judge.model_copy(update={"debiased": False})})
-    found = bench.evaluate(quick, tmp_path / "out")["methods"]["good"]
+    found = harness.evaluate(quick, tmp_path / "out")["methods"]["good"]
     assert found["cp"] == pytest.approx(10 / 12, abs=1e-4) and found["pf"] == 0.25 and "cp_debiased" not in found
 
 
@@ -142,19 +142,19 @@ def test_scoring_goes_on_where_the_server_went_down_and_asks_nothing_twice(
     server = serve(act)
     asked = job(folder, server, "good", **small)
     with pytest.raises(UserError, match="401"):
-        bench.evaluate(asked, tmp_path / "out")
+        harness.evaluate(asked, tmp_path / "out")
     assert len(answered) == 20
     drawn = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "samples" / "good").glob("*.parquet")}
     state["left"] = 1000
-    found = bench.evaluate(asked, tmp_path / "out")
+    found = harness.evaluate(asked, tmp_path / "out")
     assert len(answered) == 6 * 9, "each question was paid for once"
     assert drawn == {p: p.stat().st_mtime_ns for p in drawn}
-    whole = bench.evaluate(job(folder, serve(toy.honest), "good", **small), tmp_path / "other")
+    whole = harness.evaluate(job(folder, serve(toy.honest), "good", **small), tmp_path / "other")
     for each in (found, whole):
         each.pop("settings")
     assert steady(found) == steady(whole), "the same inputs give the same numbers"
     again = len(answered)
-    bench.evaluate(asked, tmp_path / "out")
+    harness.evaluate(asked, tmp_path / "out")
     assert len(answered) == again
 
 
@@ -163,12 +163,12 @@ def test_a_cut_line_of_scores_is_looked_at_again_from_the_cache(
 ) -> None:
     server = serve(toy.honest)
     asked = job(folder, server, "good", **small)
-    first = bench.evaluate(asked, tmp_path / "out")
+    first = harness.evaluate(asked, tmp_path / "out")
     path = tmp_path / "out" / "scores" / "good" / "judge.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
     calls = len(server.calls)
-    assert steady(bench.evaluate(asked, tmp_path / "out")) == steady(first)
+    assert steady(harness.evaluate(asked, tmp_path / "out")) == steady(first)
     assert path.read_bytes() == whole and len(server.calls) == calls
 
 

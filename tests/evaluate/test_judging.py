@@ -14,7 +14,7 @@ from PIL import Image
 
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench
+from diptych.evaluate import harness
 from diptych.evaluate.config import Evaluation, Judge
 from diptych.evaluate.methods import METHODS
 from diptych.evaluate.scoring import judging
@@ -92,7 +92,7 @@ def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judg
     job: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging.Models, "embed", lambda *_: eye)
-    found = bench.evaluate(job.model_copy(update={"references": 3, "metrics": []}), tmp_path / "out")
+    found = harness.evaluate(job.model_copy(update={"references": 3, "metrics": []}), tmp_path / "out")
     copy, ignores, good = (found["methods"][name] for name in ("copy", "ignores", "good"))
     assert good["cp"] > 0.95 and copy["cp"] > 0.95 and copy["copy_rate"] == 1
     # However random CLIP is: one picture fits each of nine prompts as well as the others, on the whole.
@@ -102,9 +102,9 @@ def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judg
 
 def test_metrics_are_the_plain_cosines_of_the_models(job: Evaluation, models: dict[str, str], tmp_path: Path) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 1, "seeds": [0, 1], "baselines": ["good"]})
-    found = bench.evaluate(few, tmp_path / "out")
+    found = harness.evaluate(few, tmp_path / "out")
     from diptych.data.images import open_image
-    from diptych.evaluate.compare import _lines
+    from diptych.evaluate.scoring.summary import _lines
 
     rows = list(Dataset(tmp_path / "out" / "samples" / "good"))
     lines = {line["id"]: line for line in _lines(tmp_path / "out")}
@@ -148,9 +148,9 @@ def test_another_model_in_a_metrics_place_is_another_number_and_is_looked_at_ane
     job: Evaluation, models: dict[str, str], tmp_path: Path
 ) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"]})
-    first = bench.evaluate(few, tmp_path / "out")
+    first = harness.evaluate(few, tmp_path / "out")
     other = few.model_copy(update={"metrics": [f"dino={models['dinov2']}"]})
-    second = bench.evaluate(other, tmp_path / "out", "score")
+    second = harness.evaluate(other, tmp_path / "out", "score")
     assert second["methods"]["good"]["dino"] == first["methods"]["good"]["dinov2"] != first["methods"]["good"]["dino"]
     assert "clip_i" not in second["methods"]["good"]
 
@@ -165,16 +165,16 @@ def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Evaluation,
         ({"baselines": []}, "nothing to evaluate"),
     ):
         with pytest.raises(UserError, match=said):
-            bench.evaluate(job.model_copy(update=change), tmp_path / "out")
+            harness.evaluate(job.model_copy(update=change), tmp_path / "out")
     assert not (tmp_path / "out" / "samples").exists()
 
 
 def test_references_that_changed_are_not_mixed_with_pictures_of_the_old_ones(job: Evaluation, tmp_path: Path) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"], "metrics": []})
-    bench.evaluate(few, tmp_path / "out", "generate")
+    harness.evaluate(few, tmp_path / "out", "generate")
     shutil.copy(*(Path(str(job.data)) / "data" / "images" / "object" / name for name in ("00.jpg", "01.jpg")))
     with pytest.raises(UserError, match="other samples, seeds or references"):
-        bench.evaluate(few, tmp_path / "out", "score")
+        harness.evaluate(few, tmp_path / "out", "score")
 
 
 def test_one_reference_alone_needs_another_judge(job: Evaluation, tmp_path: Path) -> None:
@@ -183,4 +183,4 @@ def test_one_reference_alone_needs_another_judge(job: Evaluation, tmp_path: Path
     (tmp_path / "own" / "prompts.txt").write_text("a {} in snow\n")
     alone: dict[str, Any] = {"suite": "folder", "data": str(tmp_path / "own"), "baselines": ["copy"]}
     with pytest.raises(UsageError, match="use a VLM judge"):
-        bench.evaluate(job.model_copy(update=alone), tmp_path / "out")
+        harness.evaluate(job.model_copy(update=alone), tmp_path / "out")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diptych.evaluate.scoring import metrics, truth
+from diptych.evaluate.scoring import metrics
 from diptych.evaluate.scoring.metrics import Outcome
 
 
@@ -28,11 +28,11 @@ def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) ->
 @pytest.fixture(scope="module")
 def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Anchors and `copy`, drawn and scored as a run does it."""
-    from diptych.data.engine import LocalEngine
-    from diptych.evaluate import run_suite
+    from diptych.evaluate import harness
+    from diptych.evaluate.config import Evaluation
     from diptych.evaluate.methods import named
     from diptych.evaluate.methods.base import Context
-    from diptych.evaluate.scoring import scores
+    from diptych.evaluate.scoring import judging, summary
 
     folder = tmp_path_factory.mktemp("scored")
     recipe = tiny.make_recipe(Path("none"), Path("none"))
@@ -40,10 +40,13 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     names = ("truth", "other", "copy")
     samples = suite.samples(4, 2)
     methods = {own: method for name in names for own, method in named(name, context).items()}
-    run_suite.generate(context, samples, methods, dict.fromkeys(names, "x"), LocalEngine())
-    scales: dict[Any, metrics.Scale] = {split: truth.scale(suite, split, oracle.embed) for split in suite.splits}
-    lines = [x for n in names for x in scores.score_method(folder, n, scales, oracle.embed, oracle.read)]
-    return {n: scores.outcome(lines, n, "identities") for n in names}
+    plan = harness.Plan(Evaluation.of_run(recipe, folder), context, samples, methods, dict.fromkeys(names, "x"))
+    plan.generate(None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
+        patch.setattr(judging.Models, "reader", lambda *_: oracle)
+        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.Models("cpu"))])
+    return {n: summary.outcome(lines, n, "identities") for n in names}
 
 
 def test_drawing_the_truth_scores_high(scored: dict[str, Outcome]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.evaluate import relight, run_suite
+from diptych.evaluate import drawing, relight
 from diptych.evaluate.methods.base import Context
 from diptych.evaluate.report import relight_sheet, run_report
 from diptych.evaluate.report.gather import Run
@@ -139,7 +139,7 @@ def test_a_finished_one_is_not_done_again_and_an_interrupted_one_goes_on(
     recipe, folder = relit
     before = (folder / "report" / "relight.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(run_suite, "generate", lambda *_: pytest.fail("drawn again"))
+        patch.setattr(drawing, "generate", lambda *_: pytest.fail("drawn again"))
         assert relight.evaluate(recipe, folder) == json.loads(before)
     (folder / "report" / "relight.json").unlink()
     kept = {p: p.read_bytes() for p in (folder / "samples" / "relight").rglob("*.parquet")}

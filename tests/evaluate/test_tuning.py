@@ -140,9 +140,9 @@ def test_views_begin_with_the_picture_and_its_mirror_image(suite: Any, samples: 
 
 
 def test_a_sweep_is_several_methods_of_an_evaluation(teacher: Path, judge_folders: Path, suite: Any) -> None:
-    from diptych.evaluate import run_suite
+    from diptych.evaluate import harness
 
     here = context(teacher, judge_folders, Path("nowhere"), suite)
-    methods, skipped = run_suite.choose(here)
+    methods, skipped = harness.choose(here)
     assert list(methods) == ["tuned-0.01-1", "tuned-0.01-3", "truth", "other"] and not skipped
     assert all(isinstance(methods[name], Tuned) for name in list(methods)[:2])

@@ -21,8 +21,9 @@ from diptych import recipe as recipes
 from diptych.cli.app import call
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench, config
+from diptych.evaluate import config
 from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.scoring import judging
 from diptych.evaluate.scoring.scorers import Rating
 from diptych.judges.vlm import answer_type
 from diptych.llm import schema, vllm
@@ -334,7 +335,7 @@ def test_a_writer_drafts_with_it(installed: list[LLM], folder: Path, tmp_path: P
 
 def test_a_judge_of_pictures_asks_it_too(installed: list[LLM], folder: Path, tmp_path: Path) -> None:
     judge = Judge(vllm=Vllm(model=str(folder), temperature=1.0, max_model_len=20_000), repeats=2)
-    scorer = bench.vlm(Evaluation(suite="folder", data="d", judge=judge), tmp_path)
+    scorer = judging.vlm(Evaluation(suite="folder", data="d", judge=judge), tmp_path)
     assert scorer.identity()["model"] == str(folder) and scorer.identity()["sampling"]["temperature"] == 1.0
     cells = [image_cell(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue")]
     (found,) = scorer.score([{"image": cells[0], "reference": cells[1], "prompt": "a cat"}])

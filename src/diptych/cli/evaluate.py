@@ -176,7 +176,7 @@ def _suite(
 ) -> None:
     from diptych.data.engine import open_engine
     from diptych.data.places import lock
-    from diptych.evaluate import bench, config
+    from diptych.evaluate import config, harness
     from diptych.evaluate.report import page
     from diptych.utils.console import Display
 
@@ -190,18 +190,18 @@ def _suite(
     display = Display(quiet=as_json)
     with open_engine(engine, address) as machines, lock(out):
         workers = machines.of(made.recipe())
-        found = bench.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
+        found = harness.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
         report = None if only == "generate" else page.write(out)
     if as_json:
         show(printable_json(found))
         return
-    for line in bench.lines(found):
+    for line in harness.format_result(found):
         show(line)
     show(report or out)
 
 
 def _compare(pair: tuple[str, str], out: str | None, as_json: bool) -> None:
-    from diptych.evaluate.compare import compare, lines
+    from diptych.evaluate.scoring.summary import compare_folders, format_comparison
 
-    found = compare(*pair, Path(out) if out is not None else None)
-    show(printable_json(found) if as_json else "\n".join(lines(found)))
+    found = compare_folders(*pair, Path(out) if out is not None else None)
+    show(printable_json(found) if as_json else "\n".join(format_comparison(found)))

@@ -128,6 +128,27 @@ class Evaluation(Section):
     bootstrap: int = Field(default=1000, ge=10)
     """Resamplings for the 95 % intervals, over references."""
 
+    @classmethod
+    def of_run(cls, recipe: Recipe, run_dir: Path) -> Evaluation:
+        """What the last stage of a run evaluates: its students are the models, judged by the pocket world's judges."""
+        settings = recipe.evaluate
+        students = {"student": str(run_dir), "student_shipped": POCKET}
+        return cls(
+            suite=settings.suite,
+            models={name: model for name, model in students.items() if name in settings.methods},
+            base=recipe.teacher,
+            baselines=[name for name in settings.methods if name not in students],
+            references=settings.samples,
+            prompts=settings.prompts,
+            seeds=settings.seeds,
+            batch_size=settings.batch_size,
+            device=recipe.device,
+            threads=recipe.threads,
+            judge=Judge(kind="pocket", scorer=settings.scorer, reader=settings.reader),
+            metrics=[],
+            bootstrap=settings.bootstrap,
+        )
+
     def judge_kind(self) -> str:
         """`auto`, decided."""
         if self.judge.kind != "auto":

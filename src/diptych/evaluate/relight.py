@@ -2,8 +2,8 @@
 
     evaluate(recipe, Path("runs/pocket-relight"))
 
-Every method answers the same wishes (`relight_suite`) with the same noise. Drawing resumes: pictures are data sets,
-`samples/relight/METHOD/`, made by `run_suite`'s engine. What is scored, picture by picture, against the true relit one:
+Every method answers the same wishes (`suites.relight`) with the same noise. Drawing resumes: pictures are data sets,
+`samples/relight/METHOD/`, made by `drawing`. What is scored, picture by picture, against the true relit one:
 
 - `psnr` (decibels) and `ssim`, higher is nearer; `features`, a distance in the scoring judge's feature maps, lower is;
 - `structure`: how well the outlines lie where the reference has them, 0 to 1 (`stages.alignment.structural_shift`);
@@ -18,7 +18,6 @@ and `…_told` was also told what the scene is. A student that never learnt to r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -32,12 +31,11 @@ from diptych.apps.relight import DETAIL, keep_detail
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset, write_atomic
 from diptych.errors import UserError
-from diptych.evaluate import run_suite
+from diptych.evaluate import drawing, harness
 from diptych.evaluate.methods.base import Context, Method
 from diptych.evaluate.methods.baselines import Copy, TextOnly
 from diptych.evaluate.methods.students import Student, StudentShipped
-from diptych.evaluate.scoring import metrics, truth
-from diptych.evaluate.scoring import metrics as likeness
+from diptych.evaluate.scoring import judging, metrics, truth
 from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.recipe import tasks
 from diptych.stages.curate import alignment
@@ -91,7 +89,7 @@ class Relit(Method):
 def evaluate(
     recipe: Recipe,
     run_dir: Path,
-    progress: run_suite.Progress | None = None,
+    progress: drawing.Progress | None = None,
     engine: Engine | None = None,
     source: Path | None = None,
 ) -> dict[str, Any]:
@@ -101,32 +99,30 @@ def evaluate(
     UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model cannot
     be opened. A packaged student that is not installed is skipped.
     """
-    import torch
-
     run_dir, suite = place(run_dir), Scenes()
-    run_suite.refuse_one_judge(recipe)
+    harness.refuse_one_judge(recipe)
     wishes = suite.samples(recipe.evaluate.relight)
     context = Context(recipe, run_dir, suite, source)  # pyright: ignore[reportArgumentType] (it gives what methods ask for)
     methods, skipped = choose(context, suite)
-    prints = {name: run_suite.fingerprint(recipe, suite, wishes, method) for name, method in methods.items()}  # pyright: ignore[reportArgumentType]
-    about = {role: known for role, known in run_suite.judges_about(recipe).items() if role != "curator"}
+    prints = {name: drawing.fingerprint(recipe, suite, wishes, method) for name, method in methods.items()}  # pyright: ignore[reportArgumentType]
+    about = {role: known for role, known in harness.judges_about(recipe).items() if role != "curator"}
     decided = [SCORING, DETAIL, prints, about, skipped, recipe.fingerprint("evaluate")]
-    whole = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+    whole = drawing.digest(decided)
     path = run_dir / "report" / "relight.json"
     if (found := read(path)) is not None and found.get("fingerprint") == whole:
         return found
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+    drawing.use_threads(recipe)
     started = time.monotonic()
-    run_suite.generate(context, wishes, methods, prints, engine or LocalEngine(), progress)
-    judges = run_suite.load_judges(recipe, run_suite.judges_about(recipe))
-    lines = score(run_dir, suite, wishes, list(methods), judges, context.teacher().vae)
+    drawing.generate(context, wishes, methods, prints, engine or LocalEngine(), progress)
+    judges = judging.Models(recipe.device)
+    scorer, reader = judges.judge(recipe.evaluate.scorer), judges.reader(recipe.evaluate.reader)
+    lines = score(run_dir, suite, wishes, list(methods), scorer, reader, context.teacher().vae)
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     write_atomic(run_dir / "samples" / FOLDER / "scores.jsonl", text.encode())
     result = summary(lines, recipe.evaluate.bootstrap)
     result |= {"suite": suite.name, "version": suite.version, "scenes": recipe.evaluate.relight, "skipped": skipped}
     result |= {"seeds": list(recipe.evaluate.seeds), "detail": DETAIL, "judges": about}
-    result |= {"settings": recipe.evaluate.model_dump(mode="json"), "machine": run_suite.where(recipe)}
+    result |= {"settings": recipe.evaluate.model_dump(mode="json"), "machine": harness.where(recipe.device)}
     result |= {"versions": versions(), "fingerprints": prints, "fingerprint": whole}
     result["seconds"] = round(time.monotonic() - started, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +167,7 @@ def choose(context: Context, suite: Scenes) -> tuple[dict[str, Method], dict[str
 
 
 def score(
-    run_dir: Path, suite: Scenes, wishes: Sequence[Wish], names: Sequence[str], judges: run_suite.Judges, vae: Any
+    run_dir: Path, suite: Scenes, wishes: Sequence[Wish], names: Sequence[str], scorer: Any, reader: Any, vae: Any
 ) -> list[dict[str, Any]]:
     """One line for each picture of each method, those of students with and without the reference's detail."""
     from diptych.data.images import open_image
@@ -187,23 +183,29 @@ def score(
         drawn = [open_image(row["image"]) for row in rows]
         if short.startswith("student"):
             detailed = [keep_detail(image, suite.picture(wish), DETAIL) for image, wish in zip(drawn, own, strict=True)]
-            lines += _lines(short, suite, own, rows, detailed, judges)
+            lines += _lines(short, suite, own, rows, detailed, scorer, reader)
             short = f"{short}_drawn"
-        lines += _lines(short, suite, own, rows, drawn, judges)
+        lines += _lines(short, suite, own, rows, drawn, scorer, reader)
     trip = truth.round_trip(vae)([suite.truth(wish) for wish in wishes])
     rows = [{"id": f"{wish.id}-0", "seed": 0} for wish in wishes]
-    return lines + _lines(ROUND_TRIP, suite, list(wishes), rows, trip, judges)
+    return lines + _lines(ROUND_TRIP, suite, list(wishes), rows, trip, scorer, reader)
 
 
 def _lines(
-    method: str, suite: Scenes, wishes: Sequence[Wish], rows: Sequence[Any], images: Sequence[Image], judges: Any
+    method: str,
+    suite: Scenes,
+    wishes: Sequence[Wish],
+    rows: Sequence[Any],
+    images: Sequence[Image],
+    scorer: Any,
+    reader: Any,
 ) -> list[dict[str, Any]]:
     truths = [suite.truth(wish) for wish in wishes]
-    a, b = likeness.arrays(images), likeness.arrays(truths)
-    near = {"psnr": likeness.psnr(a, b), "ssim": likeness.ssim(a, b)}
-    near["features"] = likeness.feature_distance(judges.scorer, images, truths)
+    a, b = metrics.arrays(images), metrics.arrays(truths)
+    near = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
+    near["features"] = metrics.feature_distance(scorer, images, truths)
     found = []
-    for number, (wish, row, reading) in enumerate(zip(wishes, rows, judges.reader.read(list(images)), strict=True)):
+    for number, (wish, row, reading) in enumerate(zip(wishes, rows, reader.read(list(images)), strict=True)):
         met = metrics.following(wish.asked, reading.values)
         line = {"id": row["id"], "method": method, "scene": wish.identity, "level": wish.level, "seed": row["seed"]}
         line |= {key: round(float(values[number]), 5) for key, values in near.items()}

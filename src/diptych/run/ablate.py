@@ -195,7 +195,7 @@ def _row(
 ) -> dict[str, Any]:
     """A variant's row on one split; compared with the full method, and with what it stands beside, on the seeds that
     both have and the pictures that the variant was asked for."""
-    from diptych.evaluate.scoring.scores import outcome
+    from diptych.evaluate.scoring.summary import outcome
 
     one = next(iter(own.values()))
     asked = {line["id"] for line in one.lines}

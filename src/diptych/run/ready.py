@@ -21,7 +21,7 @@ from diptych.data.places import desk
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import suites
-from diptych.evaluate.run_suite import refuse_one_judge
+from diptych.evaluate.harness import refuse_one_judge
 from diptych.utils import models
 from diptych.utils.opening import INDEX, check_pipeline
 

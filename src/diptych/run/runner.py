@@ -349,10 +349,10 @@ class Pipeline:
     def evaluate(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if self.recipe.evaluate.suite != "none":
-            from diptych.evaluate.run_suite import evaluate
+            from diptych.evaluate.harness import evaluate_run
 
             with self.display.stage("evaluate", "images") as report:
-                evaluate(self.recipe, self.folder, report, engine=self.engine, **self._drawn_before())
+                evaluate_run(self.recipe, self.folder, report, engine=self.engine, **self._drawn_before())
             result["suite"] = self.recipe.evaluate.suite
         if self.recipe.evaluate.relight:
             from diptych.evaluate import relight

@@ -12,21 +12,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diptych.errors import UsageError
-from diptych.evaluate.scoring import curation, metrics, scores, truth
-from diptych.evaluate.scoring.scorers import Row, Values, pictures_of
+from diptych.evaluate.config import METRICS, POCKET, Evaluation
+from diptych.evaluate.scoring import curation, metrics, truth
+from diptych.evaluate.scoring.scorers import CopyScorer, Row, Scorer, Values, VlmScorer, pictures_of
+from diptych.evaluate.suites import Suite
 from diptych.evaluate.suites.pictures import Pictures, square
 from diptych.judges import vision
+from diptych.utils import models
 
-if TYPE_CHECKING:
-    from diptych.evaluate.suites import Suite
-
+ANSWERS = "answers.sqlite"
 Embed = curation.Embed
 
 
@@ -37,11 +40,15 @@ class Models:
         self.device = device
         self._opened: dict[tuple[str, str], Any] = {}
 
-    def embed(self, name: str, role: str = "scorer") -> Embed:
-        """What embeds pictures."""
+    def judge(self, name: str, role: str = "scorer") -> Any:
+        """A judge of identity."""
         from diptych.judges.embedding import EmbeddingJudge
 
-        return self._open("embed", name, lambda: EmbeddingJudge.load(name, role, self.device)).embed
+        return self._open(role, name, lambda: EmbeddingJudge.load(name, role, self.device))
+
+    def embed(self, name: str, role: str = "scorer") -> Embed:
+        """What embeds pictures."""
+        return self.judge(name, role).embed
 
     def clip(self, name: str) -> Any:
         """A dual encoder."""
@@ -81,8 +88,26 @@ class PocketJudge:
 
     def score(self, rows: Sequence[Row]) -> list[Values | None]:
         embed, read = self.models.embed(self.scorer), self.models.reader(self.reader).read
-        lines = scores.score_rows(rows, self.scales, embed, read)
-        return list(lines)
+        images, references = pictures_of(rows, "image"), pictures_of(rows, "reference")
+        similarity = curation.similarities(references, images, embed)
+        distances = metrics.copy_distances(references, images)
+        found: list[Values | None] = []
+        for row, alike, distance, reading in zip(rows, similarity, distances, read(images), strict=True):
+            scale, asked = self.scales[row["split"]], json.loads(row["asked"])
+            met = metrics.following(asked, reading.values)
+            found.append(
+                {
+                    "similarity": round(float(alike), 5),
+                    "cp": round(float(scale.concept(np.array([alike]))[0]), 5),
+                    "pf": round(sum(met.values()) / len(met), 5),
+                    "copy_distance": round(float(distance), 5),
+                    "copied": bool(distance < scale.copy_distance),
+                    "asked": asked,
+                    "read": {group: reading.values.get(group) for group in asked},
+                    "met": met,
+                }
+            )
+        return found
 
 
 class EmbeddingJudge:
@@ -191,3 +216,70 @@ class Diversity:
             apart = 1 - embedded[others] @ embedded[number]
             found.append({"diversity": round(float(apart.mean()), 5) if others else None})
         return found
+
+
+# ---- which scorers an evaluation has
+
+
+def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[Scorer]:
+    """The scorers: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
+    kind, judge = evaluation.judge_kind(), evaluation.judge
+    opened = Models(evaluation.device)
+    found: list[Scorer] = []
+    if kind == "vlm":
+        found.append(vlm(evaluation, out))
+    elif kind == "pocket":
+        if isinstance(suite, Pictures):
+            raise UsageError("the pocket judge knows the pocket world alone; judge pictures with vlm or embedding")
+        found.append(pocket(evaluation, suite, opened))
+    elif isinstance(suite, Pictures):
+        found.append(EmbeddingJudge(suite, judge.scorer or METRICS["dinov2"], judge.text, opened))
+    else:
+        raise UsageError("the embedding judge is for suites of pictures; the pocket suite has judges of its own")
+    if kind != "pocket":
+        found.append(copies(suite))
+    default = () if isinstance(suite, Suite) else suite.spec.metrics
+    asked = evaluation.metric_models(default)
+    found += [Similarity(name, model, opened) for name, model in asked.items()]
+    if len(evaluation.seeds) > 1:
+        usual = POCKET if isinstance(suite, Suite) else METRICS["dinov2"]
+        eyes = judge.scorer or next((m for n, m in asked.items() if n != "clip-t"), usual)
+        found.append(Diversity(eyes, opened))
+    return found
+
+
+def pocket(evaluation: Evaluation, suite: Suite, opened: Models) -> PocketJudge:
+    """The pocket world's own judges."""
+    return PocketJudge(suite, evaluation.judge.scorer or POCKET, evaluation.judge.reader, opened)
+
+
+def vlm(evaluation: Evaluation, out: Path) -> Scorer:
+    """The vision-language judge, its answers kept in the folder."""
+    from diptych.llm.client import open_model
+
+    judge = evaluation.judge
+    about: dict[str, Any] = {"model": str(judge.model), "sampling": judge.asked.sampling() if judge.asked else {}}
+
+    def open_judge() -> Any:
+        return open_model(judge.endpoint, judge.local, judge.vllm, cache=out / ANSWERS, device=evaluation.device)
+
+    return VlmScorer(open_judge, about, judge.repeats, judge.debiased)
+
+
+def copies(suite: Suite | Pictures) -> Scorer:
+    """What finds copies: below the nearest 1 % of true re-renders, or, for pictures, below the suite's distance."""
+    if isinstance(suite, Pictures):
+        limit = suite.spec.copy_distance
+        about = {"kind": "copy", "copy_distance": limit}
+        return CopyScorer(lambda: dict.fromkeys(("identities", "kinds"), limit), about)
+    return CopyScorer(lambda: truth.copy_thresholds(suite), {"kind": "copy", "suite": suite.fingerprint()})
+
+
+def weights(evaluation: Evaluation) -> tuple[str, frozenset[str]]:
+    """The judge's name and the sha256 of its weights; a vision-language model goes by its name."""
+    judge = evaluation.judge
+    kind = evaluation.judge_kind()
+    if kind == "vlm":
+        return judge.model or "", frozenset()
+    name = judge.scorer or (POCKET if kind == "pocket" else METRICS["dinov2"])
+    return name, models.weights(models.resolve(name, "scorer"))

@@ -99,21 +99,21 @@ def file_of(out: Path, method: str, scorer: Scorer, drawn: str) -> ScoreFile:
     return ScoreFile(out / "scores" / method / f"{scorer.name}.jsonl", hashlib.sha256(whole.encode()).hexdigest())
 
 
-def score(out: Path, method: str, scorer: Scorer, drawn: str, report: Report) -> dict[str, Values]:
-    """The values of a scorer for a method's pictures, by id: what is missing is looked at first."""
-    pictures = Dataset(out / "samples" / method)
-    file = file_of(out, method, scorer, drawn)
-    done = file.read()
+def score(pictures: Dataset, scorer: Scorer, file: ScoreFile | None, report: Report) -> dict[str, Values]:
+    """The values of a scorer for a method's pictures, by id. What `file` holds is not looked at again, and what is new
+    is added to it."""
+    done = file.read() if file is not None else {}
     ids = pictures.columns("id", "sample")
     missing = {row["sample"] for row in ids if row["id"] not in done}
     report(sum(row["sample"] not in missing for row in ids))
-    if not missing:
-        return done
-    for batch in batches(row for row in pictures if row["sample"] in missing):
-        found = scorer.score(batch)
-        file.add((row["id"], values) for row, values in zip(batch, found, strict=True) if values is not None)
+    for batch in batches(row for row in pictures if row["sample"] in missing) if missing else ():
+        found = zip(batch, scorer.score(batch), strict=True)
+        new = {row["id"]: values for row, values in found if values is not None}
+        if file is not None:
+            file.add(new.items())
+        done |= new
         report(len(batch))
-    return file.read()
+    return done
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

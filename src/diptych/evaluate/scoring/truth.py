@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych.evaluate.scoring import metrics
+from diptych.evaluate.scoring import curation, metrics
 from diptych.evaluate.scoring.curation import Embed, Pairs, weigh
 from diptych.evaluate.suites import Known, Split, Suite, render
+from diptych.recipe import tasks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from diptych.evaluate.methods.base import Context
+    from diptych.evaluate.scoring.judging import Models
 
 Read = Callable[[Sequence["Image"]], list[Any]]
 RoundTrip = Callable[[Sequence["Image"]], list["Image"]]
@@ -180,3 +184,28 @@ def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
         return decoded
 
     return through
+
+
+def yardsticks(context: Context, opened: Models, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The judges' own errors on renders, and what they say about curation. `about` says who the judges are."""
+    suite, recipe = context.suite, context.recipe
+    through = round_trip(context.teacher().vae)
+    scorer, curator = opened.embed(recipe.evaluate.scorer), opened.embed(recipe.curate.judge, "curator")
+    read = opened.reader(recipe.evaluate.reader).read
+    judges: dict[str, dict[str, Any]] = {role: dict(known) for role, known in about.items()}
+    judges["scorer"]["auc"] = judge_auc(suite, scorer)
+    judges["curator"]["auc"] = judge_auc(suite, curator)
+    judges["reader"]["accuracy"] = reader_accuracy(suite, read)
+    judges["reader"]["accuracy_through_vae"] = reader_accuracy(suite, read, through)
+    pairs = check_pairs(suite, through)
+
+    def identify(images: Sequence[Any]) -> np.ndarray:
+        return np.stack([reading.identity for reading in read(list(images))])
+
+    witness = curation.witness(pairs, identify)
+    limits = tasks.load(recipe.task).thresholds(recipe.curate.thresholds)
+    curated = curation.on_renders(pairs, curator, limits)
+    return {
+        "judges": judges,
+        "curation": {"renders": curated, "grids": curation.on_grids(context.run_dir, identify, witness)},
+    }

@@ -55,7 +55,7 @@ class Known:
 
 
 class Scenes:
-    """The suite: what `run_suite.generate` draws for."""
+    """The suite: what `drawing.generate` draws for."""
 
     name = "relight"
     version = VERSION

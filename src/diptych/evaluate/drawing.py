@@ -1,17 +1,13 @@
-"""Draw, then score: every method on every sample of a suite, and `report/metrics.json`.
+"""Drawing: every method answers every sample of a suite, and each method's pictures are a data set, `samples/METHOD/`.
 
-    evaluate(recipe, Path("runs/demo"))
-
-Drawing resumes: each method's pictures are a data set of their own, `samples/METHOD/`, shard by shard through the
-engine. Scoring is apart and reads only what was drawn: `samples/scores.jsonl` has one line for each picture, and the
-metrics follow from those lines. A finished evaluation is recognised by its fingerprint and not done again.
+Pictures are made shard by shard through the engine, so a killed evaluation resumes. The fingerprint of a data set
+covers suite, samples, weights and settings; what drawing took goes to the run's log.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,23 +16,16 @@ from typing import TYPE_CHECKING, Any
 from diptych.data import places, records
 from diptych.data.engine import Engine, LocalEngine, Row, Work
 from diptych.data.places import share
-from diptych.data.store import Dataset, write_atomic
-from diptych.errors import UsageError, UserError
+from diptych.data.store import Dataset
 from diptych.evaluate import suites
-from diptych.evaluate.methods import drawn, named
 from diptych.evaluate.methods.base import Context, Method
-from diptych.evaluate.scoring import scores as scoring
-from diptych.evaluate.scoring.scores import Judges
 from diptych.evaluate.suites import Sample, Suite
-from diptych.utils import models
-from diptych.utils.machine import device_name, machine, peak, reset_peak, versions
-from diptych.utils.paths import place
+from diptych.utils.machine import peak, reset_peak
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
 
 DRAWING = 1  # raised when equal settings would give other pictures
-SCORING = 3  # raised when equal pictures would get other numbers
 SHARD = 2  # batches
 SAMPLE = {
     "image": records.IMAGE,
@@ -55,57 +44,6 @@ SAMPLE = {
 Progress = Callable[..., None]  # (images done, images in all, note="")
 
 
-def evaluate(
-    recipe: Recipe,
-    run_dir: Path,
-    progress: Progress | None = None,
-    suite: Suite | None = None,
-    engine: Engine | None = None,
-    source: Path | None = None,
-) -> dict[str, Any]:
-    """Draws what is missing, scores it, and returns (and writes) the metrics. On a cluster, one worker scores. Pictures
-    that the run `source` has drawn by the same settings are taken over from it.
-
-    Raises UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model
-    cannot be opened. A packaged student that is not installed is skipped, and the metrics say so.
-    """
-    run_dir = place(run_dir)
-    engine = engine or LocalEngine()
-    suite = suite or suites.load(recipe.evaluate.suite)
-    refuse_one_judge(recipe)
-    context = Context(recipe, run_dir, suite, source)
-    samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
-    methods, skipped = choose(context)
-    prints = {name: fingerprint(recipe, suite, samples, method) for name, method in methods.items()}
-    about = judges_about(recipe)
-    candidates = Dataset(run_dir / "candidates")
-    curated = candidates.manifest_hash() if candidates.manifest else None
-    settings = recipe.fingerprint("task", "evaluate", "curate.thresholds")
-    whole = _hash([SCORING, prints, about, skipped, curated, settings])
-    if (found := finished(run_dir, whole)) is not None:
-        return found
-    run_dir.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    generate(context, samples, methods, prints, engine, progress)
-    result = engine.there("evaluate", judged, context, samples, list(methods), about)
-    result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json")}
-    result |= {"fingerprints": prints, "fingerprint": whole}
-    result["seconds"] = round(time.monotonic() - started, 1)
-    folder = run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "metrics.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-    return result
-
-
-def judged(
-    context: Context, samples: Sequence[Sample], methods: list[str], about: dict[str, dict[str, str]]
-) -> dict[str, Any]:
-    """The scores of what was drawn, and where they were made."""
-    use_threads(context.recipe)
-    scores = scoring.score(context, samples, methods, load_judges(context.recipe, about))
-    return {**scores, "machine": where(context.recipe), "versions": versions()}
-
-
 def use_threads(recipe: Recipe) -> None:
     """Lets torch use as many CPU threads as the recipe says."""
     import torch
@@ -114,75 +52,25 @@ def use_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.threads)
 
 
-def where(recipe: Recipe) -> dict[str, Any]:
-    """The machine, and what of it this evaluation used."""
-    import torch
-
-    return machine() | {"threads": torch.get_num_threads(), "device": device_name(recipe.device)}
-
-
-def finished(run_dir: Path, whole: str) -> dict[str, Any] | None:
-    """The metrics of an evaluation that these very settings, weights and suite made before; None otherwise."""
-    try:
-        found = json.loads((run_dir / "report" / "metrics.json").read_text("utf8"))
-    except (OSError, ValueError):
-        return None
-    return found if found.get("fingerprint") == whole else None
-
-
-# ---- what is compared
-
-
-def refuse_one_judge(recipe: Recipe) -> None:
-    """UsageError if any weights file of the scoring judge is also one of the curating judge."""
-    curator = models.resolve(recipe.curate.judge, "curator")
-    scorer = models.resolve(recipe.evaluate.scorer, "scorer")
-    if models.weights(curator) & models.weights(scorer):
-        raise UsageError(
-            f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the data (curate.judge: "
-            f"{recipe.curate.judge}): a student is not scored by the judge that chose what it learnt from; "
-            "choose another evaluate.scorer"
-        )
-
-
-def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
-    """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
-    methods: dict[str, Method] = {}
-    skipped: dict[str, str] = {}
-    asked = drawn(context.recipe.evaluate)
-    for name, method in ((own, method) for each in asked for own, method in named(each, context).items()):
-        try:
-            method.fingerprint()
-        except UserError as error:
-            if name != "student_shipped":
-                raise
-            skipped[name] = str(error)
-            continue
-        methods[name] = method
-    return methods, skipped
-
-
 def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method: Method) -> str:
     """What decides a method's pictures: suite, samples, weights and settings."""
     settings = recipe.evaluate
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
     drawing += [settings.null_panel] if settings.null_panel != "shared" else []
-    return _hash([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
+    return digest([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
 
 
 def asked(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
     """What decides a method's pictures apart from the method: sha256 over suite, samples and seeds."""
     # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
     told = [asdict(sample) for sample in samples]
-    return _hash([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
+    return digest([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
 
 
-def _hash(values: Any) -> str:
+def digest(values: Any) -> str:
+    """sha256 of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-# ---- drawing
 
 
 class _Drawing:
@@ -288,29 +176,3 @@ def take(source: Path, run_dir: Path, name: str, fingerprint: str) -> None:
         places.append(
             run_dir, "drawn", **{key: took[key] for key in took.keys() - {"event", "time"}}, source=str(source)
         )
-
-
-# ---- judges
-
-
-def judges_about(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Name and fingerprint of each judge."""
-    names = {"scorer": recipe.evaluate.scorer, "curator": recipe.curate.judge, "reader": recipe.evaluate.reader}
-    return {
-        role: {"name": name, "fingerprint": models.fingerprint(models.resolve(name, role))}
-        for role, name in names.items()
-    }
-
-
-def load_judges(recipe: Recipe, about: dict[str, dict[str, str]]) -> Judges:
-    """Opens scorer, curator and reader."""
-    from diptych.judges.attributes import AttributeReader
-    from diptych.judges.embedding import EmbeddingJudge
-
-    device = recipe.device
-    return Judges(
-        scorer=EmbeddingJudge.load(recipe.evaluate.scorer, role="scorer", device=device),
-        curator=EmbeddingJudge.load(recipe.curate.judge, role="curator", device=device),
-        reader=AttributeReader.load(recipe.evaluate.reader, device=device),
-        about=about,
-    )

@@ -13,12 +13,12 @@ import yaml
 
 from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import bench, config
-from diptych.evaluate.compare import compare
+from diptych.evaluate import config, harness
 from diptych.evaluate.config import Evaluation, Judge
 from diptych.evaluate.methods import students
 from diptych.evaluate.report import page
 from diptych.evaluate.scoring import judging
+from diptych.evaluate.scoring.summary import compare_folders as compare
 
 BASELINES = ["copy", "text_only"]
 
@@ -61,7 +61,7 @@ def scored(job: Evaluation, suite: Any, oracle: Any, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("scored") / "out"
     with pytest.MonkeyPatch.context() as patch:
         put_oracle(oracle, patch)
-        bench.evaluate(job, out, suite=suite)
+        harness.evaluate(job, out, suite=suite)
     return out
 
 
@@ -99,7 +99,7 @@ def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
     before = read(out)
     monkeypatch.setattr(students.Model, "generate", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(judging.PocketJudge, "score", lambda *_: pytest.fail("looked at again"))
-    assert bench.evaluate(job, out, suite=suite) == before
+    assert harness.evaluate(job, out, suite=suite) == before
 
 
 def test_interrupted_scoring_goes_on_with_what_is_missing(
@@ -118,15 +118,15 @@ def test_interrupted_scoring_goes_on_with_what_is_missing(
 
     monkeypatch.setattr(judging.PocketJudge, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench.evaluate(job, out, "score", suite=suite)
-    bench.evaluate(job, out, "score", suite=suite)
+        harness.evaluate(job, out, "score", suite=suite)
+    harness.evaluate(job, out, "score", suite=suite)
     assert set(looked) == {"text_only"} and len(looked) == 2 * 12
     assert (out / "samples" / "scores.jsonl").read_bytes() == before
 
 
 def test_pictures_that_were_not_drawn_cannot_be_scored(job: Evaluation, suite: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"by nobody yet.*draw it first"):
-        bench.evaluate(job, tmp_path / "new", "score", suite=suite)
+        harness.evaluate(job, tmp_path / "new", "score", suite=suite)
 
 
 def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
@@ -135,8 +135,8 @@ def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
     own = job.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(tmp_path / "renamed")})})
     with pytest.raises(UsageError, match="curated what mine learnt from"):
-        bench.evaluate(own, out, suite=suite)
-    forced = bench.evaluate(own, out, "score", force=True, suite=suite)
+        harness.evaluate(own, out, suite=suite)
+    forced = harness.evaluate(own, out, "score", force=True, suite=suite)
     assert forced["judges"]["forced"] is True
     assert "flatter that model" in page.write(out).read_text("utf8")
 
@@ -169,11 +169,11 @@ def test_pictures_are_scored_where_the_models_are_not_and_their_curator_is_still
     gone = job.model_copy(update={"models": {"mine": str(tmp_path / "gone")}})
     told = (out / students.CURATORS).read_text().replace(str(job.models["mine"]), str(tmp_path / "gone"))
     (out / students.CURATORS).write_text(told)
-    found = bench.evaluate(gone, out, "score", suite=suite)
+    found = harness.evaluate(gone, out, "score", suite=suite)
     assert found["methods"] == before["methods"] and found["judges"] == before["judges"]
     own = gone.model_copy(update={"judge": job.judge.model_copy(update={"scorer": str(judge_folders / "curator")})})
     with pytest.raises(UsageError, match="curated what mine learnt from"):
-        bench.evaluate(own, out, "score", suite=suite)
+        harness.evaluate(own, out, "score", suite=suite)
 
 
 def test_two_evaluations_are_compared_on_what_both_have(out: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import tiny_world as tiny
 
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import run_suite
-from diptych.evaluate.compare import compare
+from diptych.evaluate import drawing, harness
+from diptych.evaluate.scoring.summary import compare_folders as compare
 from diptych.run import plan
 
 METHODS = ["student", "text_only", "copy", "inpaint"]
@@ -68,8 +68,8 @@ def test_a_plan_counts_the_pictures_that_are_drawn(done: dict[str, Any], recipe:
 def test_a_finished_evaluation_is_not_done_again(
     done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_suite, "generate", lambda *_: pytest.fail("drawn again"))
-    assert run_suite.evaluate(recipe, run_dir, suite=suite) == done
+    monkeypatch.setattr(drawing, "generate", lambda *_: pytest.fail("drawn again"))
+    assert harness.evaluate_run(recipe, run_dir, suite=suite) == done
 
 
 def test_what_is_missing_is_drawn_again_and_nothing_else(
@@ -80,9 +80,9 @@ def test_what_is_missing_is_drawn_again_and_nothing_else(
     part.unlink()
     (run_dir / "report" / "metrics.json").unlink()
     log_before = (run_dir / "log.jsonl").read_text().count('"drawn"')
-    again = run_suite.evaluate(recipe, run_dir, suite=suite)
+    again = harness.evaluate_run(recipe, run_dir, suite=suite)
     assert part.read_bytes() == before and kept.stat().st_mtime_ns == untouched
-    assert (run_dir / "log.jsonl").read_text().count('"drawn"') - log_before == run_suite.SHARD
+    assert (run_dir / "log.jsonl").read_text().count('"drawn"') - log_before == drawing.SHARD
     varying = {"seconds"}
     for found in (done, again):
         for scores in (*found["methods"].values(), *found["splits"]["kinds"]["methods"].values()):
@@ -101,14 +101,14 @@ def test_pictures_of_another_student_are_not_mixed_in(
     state["proj_out.bias"] = torch.ones_like(state["proj_out.bias"])
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="made by other settings"):
-        run_suite.evaluate(recipe, run_dir, suite=suite)
+        harness.evaluate_run(recipe, run_dir, suite=suite)
 
 
 def test_the_judge_that_curated_may_not_score(recipe: Any, judge_folders: Path, run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
     same = tiny.make_recipe(Path(recipe.teacher), judge_folders, scorer=str(tmp_path / "renamed"))
     with pytest.raises(UsageError, match="is the judge that curated"):
-        run_suite.evaluate(same, run_dir)
+        harness.evaluate_run(same, run_dir)
 
 
 def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, run_dir: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, ru
         (tmp_path / name / "model.safetensors").write_bytes(b"the same weights")
     same = tiny.make_recipe(Path(recipe.teacher), tmp_path)
     with pytest.raises(UsageError, match="is the judge that curated"):
-        run_suite.evaluate(same, run_dir)
+        harness.evaluate_run(same, run_dir)
 
 
 def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
@@ -139,7 +139,7 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
     asked = tiny.make_recipe(
         Path(recipe.teacher), Path(recipe.curate.judge).parent, methods=["student_shipped", "copy"]
     )
-    found = run_suite.evaluate(asked, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
+    found = harness.evaluate_run(asked, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
     assert "not in this installation" in found["skipped"]["student_shipped"] and list(found["methods"]) == ["copy"]
     # Progress counts what is left to draw: two anchors and one method, twelve pictures each.
     assert seen[-1][:2] == (36, 36) and {note for _, _, note in seen} == {"copy", "truth", "other"}
@@ -150,7 +150,7 @@ def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
     recipe: Any, tmp_path: Path, suite: Any, oracles: Any
 ) -> None:
     with pytest.raises(UserError, match="holds no student yet"):
-        run_suite.evaluate(recipe, tmp_path / "new", suite=suite)
+        harness.evaluate_run(recipe, tmp_path / "new", suite=suite)
     assert not (tmp_path / "new" / "samples").exists()
 
 
@@ -174,11 +174,11 @@ def test_pictures_that_another_run_has_drawn_alike_are_taken_over(
     before = json.loads((evaluated / "report" / "metrics.json").read_text())
     shutil.copytree(evaluated / "student", tmp_path / "run" / "student")
     recipe = tiny.make_recipe(teacher, judge_folders, bootstrap=200)
-    found = run_suite.evaluate(recipe, tmp_path / "run", suite=suite, source=evaluated)
+    found = harness.evaluate_run(recipe, tmp_path / "run", suite=suite, source=evaluated)
     for name in METHODS:
         parts = list((evaluated / "samples" / name).glob("part-*.parquet"))
         assert parts and all(path.samefile(tmp_path / "run" / path.relative_to(evaluated)) for path in parts)
         assert found["methods"][name]["cp_pf"] == before["methods"][name]["cp_pf"]
         assert found["methods"][name]["seconds_per_image"] == before["methods"][name]["seconds_per_image"]
-    run_suite.take(evaluated, tmp_path / "other", "student", "made otherwise")
+    drawing.take(evaluated, tmp_path / "other", "student", "made otherwise")
     assert not (tmp_path / "other").exists()
