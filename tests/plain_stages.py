@@ -20,7 +20,8 @@ import diptych
 from diptych.data import records
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
+from diptych.utils.io import write_atomic
 
 DELAY = [0.0]
 CALLS: list[str] = []

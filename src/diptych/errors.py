@@ -27,6 +27,15 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def describe(error: BaseException, limit: int | None = 300, kind: bool = False) -> str:
+    """What an exception says, in one line of at most `limit` characters; its class where it says nothing.
+
+    With `kind`, the class comes first in any case.
+    """
+    name, message = type(error).__name__, " ".join(str(error).split())
+    return (f"{name}: {message or 'no message'}" if kind else message or name)[:limit]
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint to append to a message, `"; did you mean 'steps'?"`, or `""` when nothing is near."""
     by_lower = {choice.lower(): choice for choice in choices}

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from diptych.data import records
 from diptych.data.images import open_image
-from diptych.data.store import Dataset, encode, is_temporary
+from diptych.data.store import Dataset, encode
 from diptych.errors import UserError
+from diptych.utils.io import is_temporary
 
 PROMPTS = records.schema(records.PROMPT)
 PAIRS = records.schema(records.PAIR)

@@ -20,7 +20,7 @@ from diptych.data.interop.importing import import_data
 from diptych.data.interop.rows import Options
 from diptych.data.places import desk, link_all, share
 from diptych.data.sources import open_pairs
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.provenance.publishable import material
 from diptych.provenance.push import push
@@ -28,6 +28,7 @@ from diptych.provenance.trace import links, trace
 from diptych.student.weights import files
 from diptych.train import checkpoint
 from diptych.utils import models
+from diptych.utils.io import write_atomic
 from diptych.utils.models import check_folder
 from diptych.utils.paths import inside, private_file
 

@@ -17,9 +17,9 @@ from urllib.parse import unquote
 
 from diptych.apps.audit import Sample
 from diptych.data.labels import LABELS, Labels, write_sheet
-from diptych.data.store import write_atomic
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json
+from diptych.utils.io import write_atomic
 
 HOST = "127.0.0.1"
 MOST = 10_000  # bytes of a request's body

@@ -67,7 +67,7 @@ class Page:
     def save(self, path: str | Path) -> Path:
         """Writes the page as PDF, PNG, WebP or JPEG, by how the name ends, its provenance inside."""
         from diptych.data.images import save_image
-        from diptych.data.store import write_atomic
+        from diptych.utils.io import write_atomic
 
         path = Path(path)
         if path.suffix.lower() != ".pdf":

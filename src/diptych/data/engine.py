@@ -25,7 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
@@ -261,7 +261,7 @@ def attempt(work: Work, batch: list[Row]) -> list[Sequence[Row] | Failure]:
         if error.stops:
             raise
         if len(batch) == 1:
-            return [Failure(one_line(error))]
+            return [Failure(describe(error, limit=None))]
         return [result for row in batch for result in attempt(work, [row])]
     assert len(results) == len(batch), f"a stage gave {len(results)} results for {len(batch)} rows"
     return results
@@ -277,8 +277,3 @@ def failed_row(stage: str, row: Row, reason: str) -> Row:
 def _lost(failures: Sequence[Row]) -> bool:
     """Whether one of these rows of `failed/` was lost."""
     return any(row["reason"].startswith(LOST) for row in failures)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,6 @@ of an animation, the first frame. What goes out is PNG, lossless WebP or JPEG, i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import warnings
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.data import seal
 from diptych.data.formats import WHITE, open_header, to_rgb
-from diptych.data.store import write_atomic
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.utils import documents
 from diptych.utils.documents import parse_json
+from diptych.utils.io import sha256, write_atomic
 from diptych.utils.paths import here_or_packaged
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def open_image(
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise anything on broken files, AVIF's a RuntimeError
-        raise UserError(f"{label}: the image is broken or cut short ({_short(error)})") from error
+        raise UserError(f"{label}: the image is broken or cut short ({describe(error)})") from error
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
@@ -129,10 +128,10 @@ def check_image(path: str | Path) -> str:
     except UserError:
         raise
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not an image that can be opened ({_short(error)})") from error
+        raise UserError(f"{path}: not an image that can be opened ({describe(error)})") from error
     if width * height > MAX_PIXELS:
         raise UserError(f"{path}: {width}×{height} is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data)
 
 
 def encode_png(image: Image, provenance: dict[str, Any] | None = None) -> bytes:
@@ -265,7 +264,7 @@ def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         chunk = seal.broken_chunk(data) if data.startswith(b"\x89PNG") else None
         damaged = "cut short" if chunk == "end" else f"its {chunk} chunk is damaged"
-        reason = damaged if chunk else _short(error)
+        reason = damaged if chunk else describe(error)
         raise UserError(f"{path}: not a readable image ({reason})") from error
     if text is None:
         return _from_comment(comment)
@@ -285,7 +284,3 @@ def _from_comment(comment: object) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found.get(PROVENANCE) if isinstance(found, dict) else None
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from diptych.data import records
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
 from diptych.utils.documents import decode, parse_json, read_text
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import place, refuse_link
 
 LABELS = ("same", "different", "unsure")
@@ -97,15 +98,10 @@ def write_sheet(path: Path, rows: Iterable[Sequence[str]]) -> None:
     """A spreadsheet to fill in, with the columns of `SHEET`."""
     # What a spreadsheet would run as a formula gets the apostrophe that makes it text.
     safe = ([f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell for cell in row] for row in rows)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # With a byte order mark: without one Excel takes the file for Latin letters.
-        with temporary.open("w", encoding="utf-8-sig", newline="") as stream:
-            csv.writer(stream).writerows([SHEET, *safe])
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([SHEET, *safe])
+    # With a byte order mark: without one Excel takes the file for Latin letters.
+    write_atomic(path, text.getvalue().encode("utf-8-sig"))
 
 
 def read_sheet(path: Path) -> dict[str, str]:

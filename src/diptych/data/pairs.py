@@ -6,7 +6,6 @@ becomes one of `records.PAIR` in `pair`, which refuses a row that is not a pair 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.data.images import open_image
 from diptych.data.records import IMAGE, PAIR
 from diptych.errors import UsageError, UserError, nearest
+from diptych.utils.io import sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,7 +152,7 @@ def pair(values: Mapping[str, Any], number: int, task: str = TASK, decode: bool 
         raise UserError("there is no text, neither a caption nor an instruction")
     row["id"] = row["id"] or f"i-{number:06d}"
     # Pairs of one reference are held out of training together.
-    row["grid_id"] = row["grid_id"] or hashlib.sha256(row["conditioning"]["bytes"]).hexdigest()[:16]
+    row["grid_id"] = row["grid_id"] or sha256(row["conditioning"]["bytes"])[:16]
     row["task"] = row["task"] or task
     row["evidence"] = row["evidence"] or "{}"
     return row

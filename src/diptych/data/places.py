@@ -6,8 +6,6 @@ open, locks and answers of language models have a folder of this machine for eac
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from diptych.data.store import MANIFEST, Dataset
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json
+from diptych.utils.io import publish, sha256
 from diptych.utils.paths import files_inside, inside, is_remote, place, refuse_link
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def answers(run: str | Path | UPath, everywhere: bool) -> Path:
 
 
 def _kept(run: str | Path | UPath) -> Path:
-    return CACHE / hashlib.sha256(str(run).rstrip("/").encode()).hexdigest()[:16]
+    return CACHE / sha256(str(run).rstrip("/"))[:16]
 
 
 def bring(run: str | Path | UPath, name: str) -> Path:
@@ -185,7 +184,7 @@ def _take(descriptor: int) -> bool:
 
 
 # Files of one run under a second name in another: hard links where the disk allows, else copies. What is shared is
-# never changed in place, only replaced (`store.write_atomic`), so neither folder can change the other. Between
+# never changed in place, only replaced (`io.publish`), so neither folder can change the other. Between
 # addresses, or between an address and a disk, parts are copied.
 
 
@@ -224,14 +223,11 @@ def link(path: Path, goal: Path) -> None:
         # A name in the hub's cache is a link, and relative: the file behind it is taken.
         os.link(os.path.realpath(path), goal)
     except OSError:
-        # Another disk, or a file system without links. The name is one of a killed writer, see store.is_temporary.
-        copy = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
+        # Another disk, or a file system without links.
         try:
-            shutil.copyfile(path, copy)
-            copy.replace(goal)
+            with publish(goal) as copy:
+                shutil.copyfile(path, copy)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                copy.unlink()
             raise UserError(f"cannot write {goal}: {error.strerror or error}") from error
 
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diptych.data.engine import Engine, Job, Row, Setup, Timed, Work, idle, one_line
+from diptych.data.engine import Engine, Job, Row, Setup, Timed, Work, idle
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.llm.vllm import IN_WORKERS
 from diptych.recipe.schema import Pool, Recipe
 from diptych.utils.machine import thread_variables
@@ -47,7 +47,9 @@ def connect(address: str | None = None) -> Iterator[RayEngine]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"at {address} " if address else ""
-        raise UserError(f"no Ray cluster {where}can be used ({one_line(error)[:200]}); see `ray status`") from error
+        raise UserError(
+            f"no Ray cluster {where}can be used ({describe(error, limit=200)}); see `ray status`"
+        ) from error
     try:
         yield RayEngine()
     finally:
@@ -193,7 +195,7 @@ class _Worker:
         except UserError as error:
             return _Raised(str(error), UsageError if isinstance(error, UsageError) else UserError)
         except Exception as error:
-            return _Raised(f"{type(error).__name__}: {one_line(error)}"[:500], None)
+            return _Raised(describe(error, limit=500, kind=True), None)
 
 
 @dataclass
@@ -284,7 +286,7 @@ class _Workers:
         try:
             value = ray.get(call)
         except ray.exceptions.RayError as error:  # the worker died, or its whole node
-            self._lost(member, f"{type(error).__name__}: {one_line(error)}"[:500])
+            self._lost(member, describe(error, limit=500, kind=True))
             return
         if isinstance(value, _Raised):
             if value.fatal is not None:

@@ -8,12 +8,13 @@ may forge both. `diptych sign` adds one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from diptych.utils.io import sha256, sha256_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,7 @@ _EXIF_SEGMENT = 0xE1
 def pixels_hash(image: Image) -> str:
     """sha256 of an RGB picture's size and pixels."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return hashlib.sha256(f"{rgb.width}x{rgb.height}\0".encode() + rgb.tobytes()).hexdigest()
+    return sha256(f"{rgb.width}x{rgb.height}\0".encode() + rgb.tobytes())
 
 
 def coded_hash(data: bytes) -> str:
@@ -36,13 +37,13 @@ def coded_hash(data: bytes) -> str:
         if data[start + 1] != _EXIF_SEGMENT and not is_manifest:
             kept += data[start:end]
         at = end
-    return hashlib.sha256(bytes(kept) + data[at : jpeg_end(data)]).hexdigest()
+    return sha256(bytes(kept) + data[at : jpeg_end(data)])
 
 
 def text_hash(provenance: dict[str, Any]) -> str:
     """sha256 of what a picture says, the seal left out."""
     told = {key: value for key, value in provenance.items() if key != KEY}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_json(told, ensure_ascii=False)
 
 
 def sealed(provenance: dict[str, Any], picture: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diptych.data.pairs import check_types, find_columns, named, pair
 from diptych.data.store import MANIFEST, Dataset, reading
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 from diptych.utils.paths import inside, refuse_special
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{url}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{url}: {describe(error)}") from error
 
 
 # Which files of a data set are read: those to train on, unless a split is named. Data sets on the hub come with test

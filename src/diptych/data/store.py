@@ -17,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.utils.documents import parse_json
+from diptych.utils.io import clean, sha256, sha256_file, sha256_json, write_atomic
 from diptych.utils.paths import inside, is_remote, plain_name
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Dataset:
         assert self.schema is not None, "a data set that is written needs its schema"
         data = encode(rows, self.schema, fingerprint)
         self._files.put(self.part_name(shard), data)
-        self._hashes[shard] = hashlib.sha256(data).hexdigest()
+        self._hashes[shard] = sha256(data)
 
     def drop_shard(self, shard: int) -> None:
         """Removes a shard if it is there."""
@@ -176,7 +176,7 @@ class Dataset:
     def manifest_hash(self) -> str:
         """sha256 of the manifest file: names the data set's whole content. Raises UserError while unfinished."""
         try:
-            return hashlib.sha256(self._files.read(MANIFEST)).hexdigest()
+            return sha256(self._files.read(MANIFEST))
         except FileNotFoundError:
             raise UserError(f"{self.url} is not complete; run the stage that makes it first") from None
 
@@ -185,14 +185,14 @@ class Dataset:
         manifest = self.manifest
         if manifest is None or not self.is_complete():
             raise UserError(f"{self.url} is not complete; run the stage that makes it first")
-        return hashlib.sha256(json.dumps([part["sha256"] for part in manifest["parts"]]).encode()).hexdigest()
+        return sha256_json([part["sha256"] for part in manifest["parts"]])
 
     def publish(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes the manifest, last: `manifest`'s own keys, then counts and the sha256 of every part."""
         parts = []
         for shard in self.shards():
             if shard not in self._hashes:
-                self._hashes[shard] = hashlib.sha256(self._files.read(self.part_name(shard))).hexdigest()
+                self._hashes[shard] = sha256(self._files.read(self.part_name(shard)))
             parts.append({"name": self.part_name(shard), "rows": self.rows_in(shard), "sha256": self._hashes[shard]})
         whole = {"format": FORMAT, **(manifest or {}), "rows": sum(p["rows"] for p in parts), "parts": parts}
         self._files.put(MANIFEST, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
@@ -278,10 +278,6 @@ def part_name(name: Any) -> str:
     return name
 
 
-def _short(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
 class _Local:
     """A folder on a local disk: a write is a temporary name, a flush to the disk and a rename."""
 
@@ -303,8 +299,7 @@ class _Local:
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def sha256(self, name: str) -> str:
-        with inside(self.folder, name).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_file(inside(self.folder, name))
 
     def put(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -314,9 +309,7 @@ class _Local:
         (self.folder / name).unlink()
 
     def clean(self) -> None:
-        for name in self.names():
-            if is_temporary(name):
-                (self.folder / name).unlink()
+        clean(self.folder)
 
 
 class _Remote:
@@ -376,35 +369,4 @@ def reading(place: str, if_missing: str = "", if_damaged: str = "") -> Iterator[
     except FileNotFoundError:
         raise UserError(f"{place} is missing{if_missing}") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{place} is not a readable parquet file ({_short(error)}){if_damaged}") from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: on this machine a temporary name beside it, flushed to the disk, then renamed;
-    at an address (`places.place`) one put."""
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link of that name would be followed
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def check_writable(folder: Path) -> None:
-    """UserError where a folder, or the nearest one above it that exists, cannot be written by this user."""
-    above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if not is_remote(folder) and not os.access(above, os.W_OK):
-        raise UserError(f"{above}: cannot be written by this user; choose another folder or change its permissions")
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file name is one of `write_atomic`'s, left by a writer that was killed."""
-    return name.startswith(".") and name.endswith(".tmp")
+        raise UserError(f"{place} is not a readable parquet file ({describe(error)}){if_damaged}") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diptych.data.engine import Engine, LocalEngine
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import config, drawing, suites
 from diptych.evaluate.config import Evaluation
@@ -31,6 +31,7 @@ from diptych.evaluate.suites import MAIN, Sample, Suite, pictures
 from diptych.evaluate.suites.pictures import Pictures
 from diptych.utils import models
 from diptych.utils.console import Display, Report
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import device_name, machine, pick_device, versions
 from diptych.utils.paths import place
 

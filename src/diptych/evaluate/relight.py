@@ -29,7 +29,7 @@ import numpy as np
 
 from diptych.apps.relight import DETAIL, keep_detail
 from diptych.data.engine import Engine, LocalEngine
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.evaluate import drawing, harness
 from diptych.evaluate.methods.base import Context, Method
@@ -40,6 +40,7 @@ from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.recipe import tasks
 from diptych.stages.curate import alignment
 from diptych.stages.write import grammar
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import versions
 from diptych.utils.paths import place
 

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.provenance.publishable import Material, material, ordered, stale
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside
 
 if TYPE_CHECKING:

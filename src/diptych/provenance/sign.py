@@ -21,9 +21,9 @@ from typing import Any
 
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import holds_manifest
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError, nearest
 from diptych.provenance.manifest import LABEL, MIME, PURPOSES, context, library, name
+from diptych.utils.io import write_atomic
 
 _SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 Report = Callable[[int, int], None]

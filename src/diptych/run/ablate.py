@@ -19,7 +19,6 @@ from diptych import recipe as recipes
 from diptych.data import places
 from diptych.data.places import link_all
 from diptych.data.scan import open_run
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
 from diptych.evaluate.ablations import Study, Variant
@@ -28,6 +27,7 @@ from diptych.run.recurate import derive
 from diptych.run.runner import run
 from diptych.utils.console import Display
 from diptych.utils.documents import parse_json
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import machine, versions
 
 ROWS = ("write", "paint", "curate")

@@ -22,11 +22,12 @@ from diptych import recipe as recipes
 from diptych.data import labels
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.places import answers, bring, desk, link_all, share
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.train.checkpoint import identity, may_change
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside, is_remote, place, private_file
 
 # Keys whose `auto` is settled by the machine that starts a run, besides `device` and `threads`; the last by the task.

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.data.store import write_atomic
 from diptych.errors import UserError
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.data.seal import text_hash
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.student.families import teachers
@@ -30,6 +30,7 @@ from diptych.train.job import Material
 from diptych.train.metrics import Progress, report
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
+from diptych.utils.io import write_atomic
 from diptych.utils.opening import open_pipeline
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from diptych.data.images import save_image
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.train import checkpoint as checkpoints
 from diptych.train import parts, processes, validate
@@ -34,6 +33,7 @@ from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.parts import Trained
 from diptych.train.preference import Anchor
 from diptych.train.running import Interrupts, ahead
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import attending, computing
 
 METRICS = "metrics.jsonl"

@@ -15,8 +15,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import refuse_special
 
 log = logging.getLogger(__name__)

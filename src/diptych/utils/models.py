@@ -16,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 from diptych.utils.documents import parse_json, parse_yaml, read_text
+from diptych.utils.io import sha256_file
 from diptych.utils.paths import packaged, refuse_special
 
 ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
@@ -160,16 +161,12 @@ def _download(name: str, role: str) -> Path:
         # and has changed that library before.
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        raise UserError(f"{wanted} it cannot be downloaded from the hub ({_first_line(error)}); {instead}") from error
+        raise UserError(f"{wanted} it cannot be downloaded from the hub ({describe(error)}); {instead}") from error
     return Path(found)
 
 
 def _size_of(repo: str) -> str:
     return f" ({HUB_SIZES[repo]:.1f} GB)" if repo in HUB_SIZES else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def note_licence(name: str, path: Path) -> str | None:
@@ -243,8 +240,7 @@ def fingerprint(path: str | Path, training: bool = False) -> str:
         entries = []
         for p, s in zip(found, stats, strict=True):
             name = p.relative_to(path).as_posix() if path.is_dir() else p.name
-            with p.open("rb") as stream:
-                entries.append((name, s.st_size, hashlib.file_digest(stream, "sha256").hexdigest()))
+            entries.append((name, s.st_size, sha256_file(p)))
         _fingerprints[key] = fingerprint_of(entries)
     return _fingerprints[key]
 
@@ -280,8 +276,7 @@ def files(folder: Path) -> dict[str, str]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if not name.startswith((f"{TRAINING}/", ".")):
-            with path.open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[name] = sha256_file(path)
     return found
 
 
@@ -290,11 +285,7 @@ def weights(path: Path) -> frozenset[str]:
     the same model. The fingerprint where there is none."""
     inner = path.rglob("*") if path.is_dir() else [refuse_special(path)]
     files = sorted(p for p in inner if p.is_file() and (p == path or p.suffix in (".safetensors", ".bin")))
-    hashes = set()
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return frozenset(hashes or {fingerprint(path)})
+    return frozenset(map(sha256_file, files)) or frozenset({fingerprint(path)})
 
 
 # Refuses configs that name more layers than their files have tensors, before anything is built of them. A config of a

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.documents import parse_json
@@ -57,8 +57,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, what: str = "teacher", kind:
         with quiet_bars():
             return getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the {what} in {folder} cannot be opened as a {name} ({line})") from error
+        raise UserError(f"the {what} in {folder} cannot be opened as a {name} ({describe(error)})") from error
 
 
 def check_pipeline(folder: Path, what: str = "teacher") -> dict[str, Any]:
@@ -169,8 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {_LARGEST >> 20} MiB")
         found = parse_json(path.read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as JSON ({reason})") from error
+        raise UserError(f"{path}: cannot be read as JSON ({describe(error)})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
     return found

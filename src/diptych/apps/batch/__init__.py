@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from diptych.apps.batch.requests import Plan, Request, check_row, multiply, name_all, read_rows
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
-from diptych.data.store import check_writable, write_atomic
 from diptych.errors import UsageError, UserError
+from diptych.utils.io import check_writable, write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image

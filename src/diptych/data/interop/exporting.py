@@ -21,6 +21,7 @@ from diptych.data.places import lock
 from diptych.data.sources import Pairs, open_pairs
 from diptych.errors import UsageError, UserError
 from diptych.utils.console import Report
+from diptych.utils.io import sha256, sha256_json
 
 VERSION = 1
 NOTES = ".export"
@@ -48,7 +49,7 @@ def export_data(
     out = Path(out)
     data = open_pairs(source)
     asked = ["export", VERSION, format, data.fingerprint(), options.text]
-    fingerprint = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    fingerprint = sha256_json(asked, sort_keys=False)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
     _check_free(out, fingerprint)
@@ -156,7 +157,7 @@ def _verified(kind: Format, options: Options, out: Path, report: Report | None) 
 
 def _whole(digests: dict[str, str]) -> str:
     """One hash of all rows' hashes, whatever order they were read in."""
-    return hashlib.sha256("".join(digests[id] for id in sorted(digests)).encode()).hexdigest()
+    return sha256("".join(digests[id] for id in sorted(digests)))
 
 
 def _digest(row: dict[str, Any], kind: Format, options: Options) -> str:
@@ -165,4 +166,4 @@ def _digest(row: dict[str, Any], kind: Format, options: Options) -> str:
     for side in SIDES:
         digest.update(hashlib.sha256(row[side]["bytes"]).digest())
     kept = columns_of(row) if kind.whole else {"text": told(row, options.text)}
-    return digest.hexdigest() + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return digest.hexdigest() + sha256_json(kept)

@@ -15,10 +15,10 @@ from diptych.data.formats import pictures_in
 from diptych.data.images import MAX_BYTES
 from diptych.data.interop.rows import Entry, Options, extension
 from diptych.data.pairs import SIDES
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.utils import paths
 from diptych.utils.documents import decode, parse_json, read_text
+from diptych.utils.io import write_atomic
 
 MAX_TEXT = 2**20  # bytes of a caption file
 

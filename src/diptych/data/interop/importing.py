@@ -6,8 +6,6 @@ A row that is no pair stops the import with its number and the reason, or, with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from diptych.data.interop import card, find
 from diptych.data.interop.rows import Options
 from diptych.data.pairs import pair
 from diptych.data.places import lock
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.utils.console import Report
+from diptych.utils.io import sha256_json, write_atomic
 
 SHARD = 256  # rows of theirs to a part
 VERSION = 2  # raised when the rows made of equal inputs change
@@ -57,7 +56,7 @@ def import_data(
         options.task,
         skip,
     ]
-    fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    fingerprint = sha256_json(told, sort_keys=False)
     target = Dataset(out, records.schema(records.PAIR))
     failed = Dataset(out / "failed" / NAME, records.schema(records.FAILED))
     _check_free(out, target)

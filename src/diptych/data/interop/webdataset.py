@@ -6,7 +6,6 @@ they may be compressed; nothing is unpacked onto the disk.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -22,6 +21,7 @@ from diptych.data.pairs import SIDES, find_columns, named
 from diptych.data.sources import choose
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json
+from diptych.utils.io import sha256
 from diptych.utils.paths import inside, refuse_special
 
 _TEXT = {"txt": "caption", "caption": "caption", "text": "caption", "instruction.txt": "instruction"}
@@ -51,7 +51,7 @@ class Reader:
 
     def fingerprint(self) -> str:
         told = [(file.name, file.stat().st_size) for file in self.files]
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        return sha256(repr(told))
 
     def entries(self, start: int) -> Iterator[Entry]:
         for file, count in zip(self.files, self._counts, strict=True):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diptych.data.records import COLUMNS, schema, seed_of
-from diptych.data.store import Dataset, write_atomic
+from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate.methods import base
 from diptych.evaluate.methods.base import Base, draw, noise, open_teacher, size_of
@@ -37,6 +37,7 @@ from diptych.train.objective import Batch
 from diptych.train.parts import Trained
 from diptych.utils import models
 from diptych.utils.documents import parse_json
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import computing
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diptych import recipe as recipes
 from diptych.data.places import bring
-from diptych.data.store import write_atomic
 from diptych.errors import UsageError, UserError
 from diptych.evaluate.config import POCKET, Evaluation
 from diptych.evaluate.methods.base import Base, Context, Method, size_of
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
+from diptych.utils.io import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.data.store import write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.config import Evaluation
 from diptych.evaluate.report import page_tables, scoresheet
@@ -18,6 +17,7 @@ from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.html import missing, number, page, paragraph, percent, plural, signed, tag, text
 from diptych.evaluate.report.page_tables import COLUMNS, everyone, measured, models, p_text, published
 from diptych.evaluate.scoring import metrics
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import VERSION
 from diptych.utils.models import BUILT_IN
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diptych.data.store import write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.report import relight_sheet, scoresheet, stages
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.html import count, details, missing, page, paragraph, table, tag, text
+from diptych.utils.io import write_atomic
 from diptych.utils.machine import VERSION
 from diptych.utils.models import FLUX_DEV_NOTE
 

@@ -1,0 +1,94 @@
+"""Files that appear whole or not at all, and the sha256 that names what was made.
+
+A reader never sees half a file, however the writer ended: everything is made under a temporary name beside its place,
+and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UserError
+from diptych.utils.paths import is_remote
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """A temporary path of the same name, where the block makes a file or a folder. It takes the place of `path` when
+    the block ends well; if the block or the renaming fails, `path` is as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    partial, old = around / path.name, around / ".old"
+    try:
+        yield partial
+        if not path.is_dir() and not (path.exists() and partial.is_dir()):
+            os.replace(partial, path)
+            return
+        path.rename(old)  # a folder cannot be replaced in one step
+        try:
+            partial.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file with `publish`, flushed to the disk; at an address (`paths.place`), with one put.
+
+    UserError if it cannot be written.
+    """
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    try:
+        with publish(path) as partial, partial.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that `publish` gives, left by a writer that was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed writers left in a folder. Only the folder's one writer may call it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """UserError where a folder, or the nearest one above it that exists, cannot be written by this user."""
+    above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not is_remote(folder) and not os.access(above, os.W_OK):
+        raise UserError(f"{above}: cannot be written by this user; choose another folder or change its permissions")
+
+
+def sha256(data: bytes | str) -> str:
+    """The sha256 of bytes, or of a text in UTF-8, as hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def sha256_json(value: Any, **options: Any) -> str:
+    """The sha256 of a value as JSON with sorted keys; `options` are those of `json.dumps`."""
+    return sha256(json.dumps(value, **{"sort_keys": True, **options}))
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, which is read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
