@@ -20,7 +20,7 @@ from diptych import recipe as recipes
 from diptych.evaluate import relight
 from diptych.evaluate.report import relight_sheet
 from diptych.evaluate.report.gather import Run
-from diptych.run.runner import settle
+from diptych.run.resolve import settle
 from diptych.utils.console import Display
 
 

@@ -124,7 +124,7 @@ def test_what_one_machine_has_trained_another_one_fetches(
 
 
 def test_two_processes_of_one_machine_do_not_write_one_address(bucket: str, recipe_file: Path) -> None:
-    from diptych.run.runner import lock
+    from diptych.data.places import lock
 
     url = place(f"{bucket}/small")
     with lock(url), pytest.raises(UserError, match=r"another diptych .* is writing s3://"), lock(url):

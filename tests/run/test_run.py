@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(recipe_file: Path, tmp_path: P
 
 
 def test_threads_are_set_whether_or_not_torch_is_loaded_yet() -> None:
-    code = "from diptych.run.runner import use_threads; use_threads(3); import torch; print(torch.get_num_threads()); "
+    code = "from diptych.run.resolve import use_threads; use_threads(3); import torch; print(torch.get_num_threads()); "
     code += "use_threads(2); print(torch.get_num_threads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "2"]

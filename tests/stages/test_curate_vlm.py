@@ -22,13 +22,13 @@ from diptych import recipe as recipes
 from diptych.data import funnel, records
 from diptych.data.engine import Failure
 from diptych.data.images import open_image
+from diptych.data.records import judged_again
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.cache import Cache
 from diptych.llm.client import NobodyAnswers, open_model
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Thresholds, Vlm
-from diptych.run.recurate import judged_again
 from diptych.stages.curate.stage import Curate
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 

@@ -13,7 +13,7 @@ import pytest
 from diptych.cli import app, doctor
 from diptych.errors import UsageError
 from diptych.recipe import load
-from diptych.run import frozen, plan, runner
+from diptych.run import plan, resolve, runner
 from diptych.stages import paint
 from diptych.student.families import teachers
 from diptych.train import distill
@@ -111,8 +111,8 @@ def test_a_run_that_would_train_from_one_stops_before_anything_is_written(
 
 def test_forcing_it_is_a_key_that_may_change_and_trains_the_same_student(few: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    frozen.freeze(few, tmp_path / "run")
-    assert frozen.freeze(allowed(few), tmp_path / "run").distill.allow_distilled_teacher
+    resolve.freeze(few, tmp_path / "run")
+    assert resolve.freeze(allowed(few), tmp_path / "run").distill.allow_distilled_teacher
     path = tmp_path / "few.yaml"
     path.write_text(allowed(few).dump())
     assert load(path).distill.allow_distilled_teacher

@@ -198,15 +198,15 @@ def test_a_preset_that_cannot_work_on_the_device_is_refused_by_the_key(folders: 
 
 
 def test_auto_is_settled_when_a_run_is_frozen_and_agrees_with_what_was(recipe: Any, tmp_path: Path) -> None:
-    from diptych.run import runner
+    from diptych.run import resolve
 
     asked = with_paint(recipe, memory="auto", dtype="auto")
-    frozen = runner.freeze(asked, tmp_path)
+    frozen = resolve.freeze(asked, tmp_path)
     assert frozen.paint.memory in memory.PRESETS and frozen.paint.dtype != "auto"
     assert load(tmp_path / "recipe.yaml").paint.memory == frozen.paint.memory
-    assert runner.freeze(asked, tmp_path) == frozen
+    assert resolve.freeze(asked, tmp_path) == frozen
     with pytest.raises(UsageError, match=r"paint\.memory"):
-        runner.freeze(with_paint(recipe, memory="12"), tmp_path)
+        resolve.freeze(with_paint(recipe, memory="12"), tmp_path)
 
 
 def test_grids_painted_before_there_were_presets_are_not_painted_anew(recipe: Any) -> None:

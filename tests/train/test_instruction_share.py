@@ -10,7 +10,7 @@ import tiny_run
 import yaml
 
 from diptych.recipe import load, tasks
-from diptych.run.frozen import OtherRecipe, freeze
+from diptych.run.resolve import OtherRecipe, freeze
 from diptych.train.metrics import read
 
 
@@ -34,12 +34,11 @@ def test_what_the_recipe_says_is_taken_and_a_run_keeps_what_it_was_frozen_with(t
 
 
 def test_no_row_of_a_run_depends_on_it(tmp_path: Path) -> None:
-    from diptych.run.runner import Pipeline
-    from diptych.utils.console import Display
+    from diptych.run.fingerprint import Fingerprints
 
     recipe, task = load("demo", ["device=cpu", "threads=1"]), tasks.load("subject")
     other = task.model_copy(update={"captions": task.captions.model_copy(update={"instructions": 0.7})})
-    prints = [Pipeline(recipe, each, tmp_path, Display(quiet=True)).fingerprints("write") for each in (task, other)]
+    prints = [Fingerprints(recipe, each, tmp_path).of("write") for each in (task, other)]
     assert prints[0] == prints[1]
 
 

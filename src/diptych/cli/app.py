@@ -79,7 +79,7 @@ def _run(
     source: str | None = None,
 ) -> None:
     from diptych import recipe as recipes
-    from diptych.run.frozen import OtherRecipe
+    from diptych.run.resolve import OtherRecipe
     from diptych.run.runner import STAGES, run
     from diptych.student.runtime import parallel
     from diptych.utils.console import Display, duration

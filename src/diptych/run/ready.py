@@ -63,7 +63,7 @@ def _complete(pipeline: Pipeline, stage: str, earlier: Path | None) -> bool:
     here = [Dataset(run / ROWS[stage]) for run in (folder, earlier) if run is not None]
     if not any(data.is_complete() for data in here):
         return False
-    fingerprint = pipeline.fingerprints(stage)
+    fingerprint = pipeline.fingerprints.of(stage)
     return any(data.is_complete(fingerprint) for data in here)
 
 

@@ -26,21 +26,22 @@ from typing import Any
 
 from diptych import recipe as recipes
 from diptych.data import labels, places, records
-from diptych.data.engine import Row
 from diptych.data.places import lock, share
-from diptych.data.records import judged_again
 from diptych.data.scan import batches, open_run
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Screens, Thresholds
-from diptych.run.runner import Pipeline, freeze
-from diptych.stages.curate import duplicates
+from diptych.run.fingerprint import Fingerprints
+from diptych.run.resolve import freeze
+from diptych.run.runner import Pipeline
+from diptych.run.select import limits, reconsidered, repeats
 from diptych.utils.console import Display, Report
 from diptych.utils.machine import versions
 
 SECTION = "curate.thresholds"
 EXAMPLES = 5
+QUIET = Display(quiet=True)
 
 
 def recurate(
@@ -57,14 +58,15 @@ def recurate(
     alone = not sets and out is not None and decided != labels.applied(folder)
     new = old if alone else with_thresholds(old, task, folder, sets)
     candidates = Dataset(folder / "candidates")
-    found = compare(candidates, task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate))
+    found = compare(candidates, *limits(new, task))
     if not found["candidates"]:
         raise UserError(f"{folder} has no candidates yet; first: diptych curate {folder}/recipe.yaml --out {folder}")
     before, after = (settable(recipe, task) for recipe in (old, new))
     result: dict[str, Any] = {"run": str(folder), "thresholds": {"before": before, "after": after}}
     result |= {"complete": candidates.is_complete(), **found, "decided": labels.counts(decided)}
     if old.curate.duplicates is not None:
-        result["duplicates"] = {"before": _repeats(candidates, old, task), "after": _repeats(candidates, new, task)}
+        before, after = (len(repeats(candidates, recipe, task)) for recipe in (old, new))
+        result["duplicates"] = {"before": before, "after": after}
     if out is not None:
         with display.stage("recurate", "pairs") as report:
             result |= {"out": str(out), "pairs": _write(folder, old, new, task, Path(out), decided, found, report)}
@@ -115,15 +117,7 @@ def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
     return {**task.thresholds(recipe.curate.thresholds).model_dump(), **recipe.curate.further()}
 
 
-def _repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> int:
-    """How many of the pairs that a recipe keeps would show again what an earlier one shows."""
-    if recipe.curate.duplicates is None:
-        return 0
-    thresholds = task.thresholds(recipe.curate.thresholds)
-    return len(duplicates.find(candidates, recipe.curate.duplicates, thresholds, records.Bounds.of(recipe.curate)))
-
-
-def compare(candidates: Dataset, limits: records.Thresholds, bounds: records.Bounds = records.NONE) -> dict[str, Any]:
+def compare(candidates: Dataset, thresholds: records.Thresholds, bounds: records.Bounds) -> dict[str, Any]:
     """How many pairs come and go, from which reason to which, with a few ids. Reads small columns; where something is
     bounded also the evidence."""
     moves: Counter[tuple[str, str]] = Counter()
@@ -134,7 +128,7 @@ def compare(candidates: Dataset, limits: records.Thresholds, bounds: records.Bou
     for _, _, batch in batches(candidates, *columns):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            keep, reason = judged_again(row, limits, bounds)
+            keep, reason = records.judged_again(row, thresholds, bounds)
             total, kept_before, kept_after = total + 1, kept_before + row["kept"], kept_after + keep
             if reason != row["reason"]:
                 moves[row["reason"], reason] += 1
@@ -153,21 +147,6 @@ def compare(candidates: Dataset, limits: records.Thresholds, bounds: records.Bou
     }
 
 
-class _Judged(Pipeline):
-    """A run whose models need not be on this machine: their hashes are in its manifests."""
-
-    def __init__(self, recipe: Recipe, task: tasks.Task, folder: Path, hashes: dict[str, str]) -> None:
-        super().__init__(recipe, task, folder, Display(quiet=True))
-        self.hashes = hashes
-
-    def _model(self, name: str, role: str) -> str:
-        return self.hashes[role]
-
-    def _screens(self) -> dict[str, str]:
-        screens = self.recipe.curate.screens
-        return {c.name: self.hashes[f"screen {c.name}"] for c in screens.classifiers} if screens else {}
-
-
 def _write(
     folder: Path,
     old: Recipe,
@@ -180,8 +159,13 @@ def _write(
 ) -> int:
     if out.resolve() == folder.resolve():
         raise UsageError(f"{folder} belongs to its own thresholds; choose another --out")
-    hashes = _hashes(folder)
-    source = _judged(folder, old, task, hashes)
+    source, weights = _judged(
+        folder,
+        old,
+        task,
+        ": parts are missing, or the task or diptych's own stages changed since; thresholds can be compared (leave out "
+        "--out), but nothing be selected from it",
+    )
     if not found["kept_after"] and True not in decided.values():
         raise UserError(f"these thresholds keep none of {found['candidates']} candidate pairs; nothing was written")
     with lock(out):
@@ -189,57 +173,42 @@ def _write(
         labels.fix(out, decided)
         made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
         places.append(out, "recurate", **made_from, decided=labels.counts(decided), versions=versions())
-        return _derive(source, folder, out, new, task, hashes, report)
+        return _derive(source, folder, Pipeline(new, task, out, QUIET, weights=weights), report)
 
 
 def derive(folder: Path, recipe: Recipe, out: Path, display: Display) -> None:
     """Makes `out` a run of `recipe` with the prompts, grids and judgements of the run `folder`, ready to be distilled;
     `recipe` may differ from that run's in its thresholds, `distill` and `evaluate`. What is there already is left."""
     _, old, task = open_run(folder)
-    hashes = _hashes(folder)
-    source = Dataset(folder / "candidates", records.schema(records.PAIR))
-    if not source.is_complete(_fingerprint(old, task, folder, hashes)):
-        raise UserError(f"{source.url} is not what {folder}/recipe.yaml makes today; curate that run anew")
+    source, weights = _judged(folder, old, task, "; curate that run anew")
     with lock(out):
-        recipe = freeze(recipe, out)
+        run = Pipeline(freeze(recipe, out), task, out, QUIET, weights=weights)
         labels.fix(out, labels.applied(folder))
-        if Dataset(out / "pairs").is_complete(_Judged(recipe, task, out, hashes).fingerprints("select")):
+        if Dataset(out / "pairs").is_complete(run.fingerprints.of("select")):
             return
         made_from = {"source": str(folder), "candidates_sha256": source.manifest_hash()}
         places.append(out, "derive", **made_from, versions=versions())
         with display.stage("derive", "parts") as report:
-            _derive(source, folder, out, recipe, task, hashes, report)
+            _derive(source, folder, run, report)
 
 
-def _derive(
-    source: Dataset, folder: Path, out: Path, new: Recipe, task: tasks.Task, hashes: dict[str, str], report: Report
-) -> int:
-    """Everything up to `pairs/` of `out`, which is locked; how many pairs there are."""
+def _derive(source: Dataset, folder: Path, run: Pipeline, report: Report) -> int:
+    """Everything up to `pairs/` of a run, whose folder is locked; how many pairs there are."""
     for name in ("prompts", "grids", "failed/write", "failed/paint"):
-        share(folder / name, out / name)
-    labels.copy(folder, out)
-    if source.is_complete(_fingerprint(new, task, out, hashes)):
+        share(folder / name, run.folder / name)
+    labels.copy(folder, run.folder)
+    if source.is_complete(run.fingerprints.of("curate")):
         for name in ("candidates", "failed/curate"):
-            share(folder / name, out / name)
+            share(folder / name, run.folder / name)
     else:
-        _candidates(source, folder, out, new, task, hashes, report)
-    return _Judged(new, task, out, hashes).select()
+        _candidates(source, folder, run, report)
+    return run.select()
 
 
-def _judged(folder: Path, recipe: Recipe, task: tasks.Task, hashes: dict[str, str]) -> Dataset:
-    """A run's candidates; UserError unless they are whole and what its recipe makes."""
-    source = Dataset(folder / "candidates", records.schema(records.PAIR))
-    if not source.is_complete(_fingerprint(recipe, task, folder, hashes)):
-        raise UserError(
-            f"{source.url} is not what {folder}/recipe.yaml makes today: parts are missing, or the task or diptych's "
-            "own stages changed since; thresholds can be compared (leave out --out), but nothing be selected from it"
-        )
-    return source
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """The weights that painted and judged, as the run's manifests name them."""
-    found = {}
+def _judged(folder: Path, recipe: Recipe, task: tasks.Task, why: str) -> tuple[Dataset, dict[str, str]]:
+    """A run's candidates, and the hashes of the weights that painted and judged, as its manifests name them; UserError
+    unless the candidates are whole and what its recipe makes."""
+    weights = {}
     for role, name, key in (("teacher", "grids", "teacher_sha256"), ("curator", "candidates", "judge_sha256")):
         manifest = Dataset(folder / name).manifest
         if manifest is None:
@@ -247,30 +216,21 @@ def _hashes(folder: Path) -> dict[str, str]:
                 f"{folder / name} is not complete, and --out needs a run curated to its end; "
                 f"first: diptych curate {folder}/recipe.yaml --out {folder}"
             )
-        found[role] = str(manifest.get(key, ""))
-        found |= {f"screen {screen}": str(sha) for screen, sha in manifest.get("screens_sha256", {}).items()}
-    return found
+        weights[role] = str(manifest.get(key, ""))
+        weights |= {f"screen {screen}": str(sha) for screen, sha in manifest.get("screens_sha256", {}).items()}
+    source = Dataset(folder / "candidates", records.schema(records.PAIR))
+    if not source.is_complete(Fingerprints(recipe, task, folder, weights).of("curate")):
+        raise UserError(f"{source.url} is not what {folder}/recipe.yaml makes today{why}")
+    return source, weights
 
 
-def _fingerprint(recipe: Recipe, task: tasks.Task, folder: Path, hashes: dict[str, str]) -> str:
-    return _Judged(recipe, task, folder, hashes).fingerprints("curate")
-
-
-def _candidates(
-    source: Dataset,
-    folder: Path,
-    out: Path,
-    new: Recipe,
-    task: tasks.Task,
-    hashes: dict[str, str],
-    report: Report,
-) -> None:
-    """The candidates and failures of `folder` under new verdicts; shards that are there already are left."""
-    thresholds, bounds = task.thresholds(new.curate.thresholds), records.Bounds.of(new.curate)
-    fingerprint = _fingerprint(new, task, out, hashes)
-    target = Dataset(out / "candidates", records.schema(records.PAIR))
+def _candidates(source: Dataset, folder: Path, run: Pipeline, report: Report) -> None:
+    """The candidates and failures of `folder` under the run's verdicts; shards that are there already are left."""
+    thresholds, bounds = limits(run.recipe, run.task)
+    fingerprint = run.fingerprints.of("curate")
+    target = Dataset(run.folder / "candidates", records.schema(records.PAIR))
     failed_there = Dataset(folder / "failed" / "curate", records.schema(records.FAILED))
-    failed = Dataset(out / "failed" / "curate", records.schema(records.FAILED))
+    failed = Dataset(run.folder / "failed" / "curate", records.schema(records.FAILED))
     target.clean()
     failed.clean()
     done, shards = target.shards_done(fingerprint), source.shards()
@@ -281,25 +241,12 @@ def _candidates(
             continue
         if shard in failed_shards:
             failed.write_shard(shard, failed_there.read_shard(shard), fingerprint)
-        target.write_shard(shard, [_updated(row, thresholds, bounds) for row in source.read_shard(shard)], fingerprint)
+        rows = [reconsidered(row, thresholds, bounds) for row in source.read_shard(shard)]
+        target.write_shard(shard, rows, fingerprint)
     if not target.is_complete(fingerprint):
         manifest = {key: value for key, value in (source.manifest or {}).items() if key not in ("rows", "parts")}
         target.publish({**manifest, "fingerprint": fingerprint})
     report(len(shards), len(shards))
-
-
-def _updated(row: Row, limits: Thresholds, bounds: records.Bounds) -> Row:
-    """A candidate as curation writes it under `limits`: its verdict, and the thresholds that its evidence names."""
-    kept, reason = judged_again(row, limits, bounds)
-    evidence = json.loads(row["evidence"])
-    if "thresholds" in evidence:
-        evidence["thresholds"] = {name: getattr(limits, name) for name in evidence["thresholds"]}
-    if "screens" in evidence:
-        evidence["screens"]["limits"] = bounds.screens
-    if "copies" in evidence:
-        evidence["copies"]["limits"] = bounds.copies
-    text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
-    return {**row, "kept": kept, "reason": reason, "evidence": text}
 
 
 def _number(value: float | None) -> str:

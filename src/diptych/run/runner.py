@@ -10,11 +10,8 @@ is missing. Started again after a kill, a run ends with the rows it would have h
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,28 +20,24 @@ from typing import Any
 from diptych import recipe as recipes
 from diptych.data import bill as bills
 from diptych.data import labels, places, records
-from diptych.data.engine import Engine, Failure, LocalEngine, Result, Row, Work, open_engine
-from diptych.data.places import answers, bring, desk, lock, send
+from diptych.data.engine import Engine, LocalEngine, Result, Row, open_engine
+from diptych.data.places import answers, desk, send
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
-from diptych.recipe.schema import Duplicates, Recipe, Thresholds
-from diptych.run.frozen import Source, decided, free_name, freeze
-from diptych.stages.curate import duplicates
+from diptych.recipe.schema import Recipe
+from diptych.run.fingerprint import Fingerprints
+from diptych.run.resolve import decided, enter, use_threads
+from diptych.run.select import Select, refuse_none
+from diptych.run.takeover import Source
 from diptych.student.families import teachers
 from diptych.student.runtime import parallel
-from diptych.utils import models
 from diptych.utils.console import Display
-from diptych.utils.machine import machine, thread_variables, versions
+from diptych.utils.machine import machine, versions
 from diptych.utils.paths import place
 
 STAGES = ("write", "paint", "curate", "distill", "evaluate")
-# Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
-TRAINING_KEYS = {"captions": {"instructions"}}  # of a task: no row depends on them
-VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
-ALIGNED = 2  # the same, for what curation does with aligned panels alone
-WORDED = 2  # the same, for what is written by a language model or from a vocabulary, whose captions name the style
 
 
 def run(
@@ -94,7 +87,7 @@ def run(
         workers = held.enter_context(open_engine(engine, address)).of(recipe)
         if number == 1:
             _look_ahead(Pipeline(_as_decided(recipe, folder, earlier), task, folder, display), stages, workers, earlier)
-        recipe = held.enter_context(enter(recipe, folder, workers, trains, earlier))
+        recipe = held.enter_context(enter(recipe, folder, workers, trains, earlier.recipe if earlier else None))
         use_threads(recipe.threads)
         if first:
             told = {"source": str(earlier.folder)} if earlier is not None else {}
@@ -132,7 +125,7 @@ def _look_ahead(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earli
     from diptych.run.ready import check
 
     if earlier is not None and pipeline.recipe.draws_pairs():
-        earlier.refuse_unlike(pipeline.fingerprints("write"), pipeline.recipe)
+        earlier.refuse_unlike(pipeline.fingerprints.of("write"), pipeline.recipe)
     use_threads(pipeline.recipe.threads)
     check(
         pipeline, [name for name in STAGES if name in stages], engine, earlier.folder if earlier is not None else None
@@ -150,7 +143,10 @@ class Pipeline:
         display: Display,
         engine: Engine | None = None,
         source: Source | None = None,
+        weights: Mapping[str, str] | None = None,
     ) -> None:
+        """`weights` are the models' hashes, where the models need not be here (`Fingerprints`)."""
+        self.fingerprints = Fingerprints(recipe, task, folder, weights)
         self.recipe, self.task, self.folder, self.display, self.source = recipe, task, folder, display, source
         self.engine = engine = engine or LocalEngine()
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
@@ -161,22 +157,17 @@ class Pipeline:
             )
 
     def stage(self, name: str) -> dict[str, Any]:
-        return {
-            "write": self.write,
-            "paint": self.paint,
-            "curate": self.curate,
-            "distill": self.distill,
-            "evaluate": self.evaluate,
-        }[name]()
+        """Runs the stage of this name."""
+        return getattr(self, name)()
 
     def take_over(self, source: Source) -> None:
         """Takes over from an earlier run what holds under this recipe, the training included, and says what that is."""
         taken: dict[str, int] = {}
         if self.recipe.draws_pairs():
             for output, stage in (("prompts", "write"), ("grids", "paint"), ("candidates", "curate")):
-                taken[output] = source.rows(output, stage, self.folder, self.fingerprints(stage))
+                taken[output] = source.rows(output, stage, self.folder, self.fingerprints.of(stage))
             source.decisions(self.folder)
-            taken["pairs"] = source.rows("pairs", _Select.name, self.folder, self.fingerprints("select"))
+            taken["pairs"] = source.rows("pairs", Select.name, self.folder, self.fingerprints.of("select"))
             source.answers(self.folder, everywhere=not isinstance(self.engine, LocalEngine))
         said = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
         trained = source.student(self.recipe, self.folder)
@@ -190,14 +181,13 @@ class Pipeline:
 
         shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
         stage = Write(self.recipe, self.answers)
-        print_ = self.fingerprints("write")
+        print_ = self.fingerprints.of("write")
         if self.recipe.write.writer != "llm":
             return self._rows(stage, shards, "prompts", "prompts", print_, {})
         from diptych.stages.write import diversity  # a language model may repeat itself; a grammar cannot
-        from diptych.stages.write import diversity as repeats
 
         def finish(output: Dataset, failed: Dataset) -> None:
-            repeats.take_out(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
+            diversity.take_out(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
 
         painted = bool(Dataset(self.folder / "grids").shards())
         with self._billed("write"):
@@ -211,19 +201,18 @@ class Pipeline:
     def paint(self) -> dict[str, Any]:
         from diptych.stages.paint import Paint
 
-        prompts = self._input("prompts", "write", self.fingerprints("write"))
-        teacher = {"teacher": self.recipe.teacher, "teacher_sha256": self._model(self.recipe.teacher, "teacher")}
-        return self._rows(Paint(self.recipe), prompts, "grids", "grids", self.fingerprints("paint"), teacher)
+        prompts = self._input("prompts", "write", self.fingerprints.of("write"))
+        teacher = {"teacher": self.recipe.teacher, "teacher_sha256": self.fingerprints.teacher()}
+        return self._rows(Paint(self.recipe), prompts, "grids", "grids", self.fingerprints.of("paint"), teacher)
 
     def curate(self) -> dict[str, Any]:
         from diptych.stages.curate.stage import Curate
 
-        grids = self._input("grids", "paint", self.fingerprints("paint"))
-        judge = self.recipe.curate.judge
-        made_by: dict[str, Any] = {"judge": judge, "judge_sha256": self._model(judge, "curator")}
-        if classifiers := self._screens():
+        grids = self._input("grids", "paint", self.fingerprints.of("paint"))
+        made_by: dict[str, Any] = {"judge": self.recipe.curate.judge, "judge_sha256": self.fingerprints.judge()}
+        if classifiers := self.fingerprints.screens():
             made_by["screens_sha256"] = classifiers
-        print_ = self.fingerprints("curate")
+        print_ = self.fingerprints.of("curate")
         stage = Curate(self.recipe, self.answers)
         trained = (self.folder / "student").exists()
         with self._billed("curate") if self.recipe.curate.vlm else nullcontext():
@@ -232,12 +221,12 @@ class Pipeline:
                 self._drop_pairs()
             result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
-            result["duplicates"] = len(Dataset(self.folder / "failed" / _Select.name))
+            result["duplicates"] = len(Dataset(self.folder / "failed" / Select.name))
         return result | ({"asked": self._bill()} if self.recipe.curate.vlm else {})
 
     def _drop_pairs(self) -> None:
         """Removes what was selected among candidates of which some were made again since."""
-        for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / _Select.name)):
+        for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / Select.name)):
             data.unpublish()
             for shard in data.shards():
                 data.drop_shard(shard)
@@ -257,34 +246,17 @@ class Pipeline:
     def select(self) -> int:
         """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
         are in `failed/select/`. Reads stored numbers only."""
-        candidates = self._input("candidates", "curate", self.fingerprints("curate"))
-        settings = self.recipe.curate
-        thresholds = self.task.thresholds(settings.thresholds)
-        bounds = records.Bounds.of(settings)
-        made_by: dict[str, Any] = {"thresholds": thresholds.model_dump()}
-        if bounds.screens is not None:
-            made_by["screens"] = bounds.screens
-        if bounds.copies is not None:
-            made_by["copies"] = bounds.copies
-        if settings.duplicates:
-            made_by["duplicates"] = settings.duplicates.model_dump()
-        decided = labels.applied(self.folder)
-        if decided:
-            made_by["decided"] = labels.counts(decided)
-        stage = _Select(candidates, thresholds, bounds, settings.duplicates, labels.both_ways(decided))
-        print_ = self.fingerprints("select")
-        result = self._rows(stage, candidates, "pairs", "pairs", print_, made_by, quiet=True, engine=LocalEngine())
+        candidates = self._input("candidates", "curate", self.fingerprints.of("curate"))
+        stage = Select(candidates, self.recipe, self.task, labels.applied(self.folder))
+        print_ = self.fingerprints.of("select")
+        result = self._rows(
+            stage, candidates, "pairs", "pairs", print_, stage.made_by(), quiet=True, engine=LocalEngine()
+        )
         if result["failed"]:
             again = f"select: {result['failed']} pairs show again what an earlier one shows, or people rejected them"
             self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
         if not result["rows"]:
-            reasons = count(reason for _, _, batch in batches(candidates, "reason") for reason in batch["reason"])
-            raise UserError(
-                f"curation kept none of {len(candidates)} candidate pairs "
-                f"({', '.join(f'{reason}: {n}' for reason, n in reasons.items()) or 'there were none'}); "
-                f"see {candidates.url}. Another threshold needs no new grids and no judge: diptych data recurate "
-                f"{self.folder} --set same=NUMBER --out {free_name(self.folder)}"
-            )
+            refuse_none(candidates, self.folder)
         return result["rows"]
 
     def _rows(
@@ -334,7 +306,7 @@ class Pipeline:
     def distill(self) -> dict[str, Any]:
         from diptych.train.distill import distill
 
-        own = self._input("pairs", "curate", self.fingerprints("select")) if self.recipe.draws_pairs() else None
+        own = self._input("pairs", "curate", self.fingerprints.of("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
             recipe = hashlib.sha256((self.folder / "recipe.yaml").read_bytes()).hexdigest()
             numbers = distill(self.recipe, own, desk(self.folder) / "student", report, recipe_sha256=recipe)
@@ -360,84 +332,16 @@ class Pipeline:
             with self.display.stage("relight", "images") as report:
                 relight.evaluate(self.recipe, self.folder, report, self.engine, **self._drawn_before())
             result["relight"] = self.recipe.evaluate.relight
-        from diptych.evaluate.report import run_report as page
+        from diptych.evaluate.report import run_report
 
         with self.display.stage("report", "pages") as progress:
-            page.write(self.recipe, self.folder)
+            run_report.write(self.recipe, self.folder)
             progress(1, 1)
         return result
 
     def _drawn_before(self) -> dict[str, Any]:
         """Where else pictures of this evaluation may have been drawn already."""
         return {"source": self.source.folder} if self.source is not None else {}
-
-    # ---- identity
-
-    def _model(self, name: str, role: str) -> str:
-        return models.fingerprint(models.resolve(name, role))
-
-    def _screens(self) -> dict[str, str]:
-        """The weights of the classifiers that screen panels, by the screen's name."""
-        screens = self.recipe.curate.screens
-        return {c.name: self._model(c.model, "screen") for c in screens.classifiers} if screens else {}
-
-    def fingerprints(self, stage: str) -> str:
-        """What makes a stage's rows: its settings, its models, and, through its input's own fingerprint, all before."""
-        recipe = self.recipe
-        settings: list[str]
-        if stage == "write":
-            from diptych.stages.write.stage import words_digest
-
-            task = hashlib.sha256(self.task.model_dump_json(exclude=TRAINING_KEYS).encode()).hexdigest()
-            words = words_digest(recipe)
-            settings = [recipe.fingerprint("seed", "write"), task, words]
-            settings += [f"worded {WORDED}"] if words or recipe.write.writer == "llm" else []
-        elif stage == "paint":
-            teacher = self._model(recipe.teacher, "teacher")
-            settings = [self.fingerprints("write"), recipe.fingerprint("paint", "device", "threads"), teacher]
-        elif stage == "curate":
-            judge = self._model(recipe.curate.judge, "curator")
-            settings = [self.fingerprints("paint"), recipe.fingerprint("curate"), judge, *self._screens().values()]
-            settings += [f"aligned {ALIGNED}"] if self.task.geometry == "aligned" else []
-        else:
-            settings = [self.fingerprints("curate"), recipe.fingerprint("curate.thresholds")]
-            if decided := labels.applied(self.folder):
-                settings.append(json.dumps(sorted(labels.both_ways(decided).items())))
-        return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
-
-
-class _Select:
-    """The stage that makes `pairs/` of `candidates/`."""
-
-    name = "select"
-    batch_size = 256
-
-    def __init__(
-        self,
-        candidates: Dataset,
-        thresholds: Thresholds,
-        bounds: records.Bounds,
-        repeats: Duplicates | None,
-        decided: dict[str, bool],
-    ) -> None:
-        self.candidates, self.thresholds, self.bounds, self.repeats = candidates, thresholds, bounds, repeats
-        self.decided = decided  # by people, whatever the numbers say
-
-    def load(self) -> Work:
-        """Rows to the same rows, or to nothing; a row that repeats an earlier one or was rejected by hand fails."""
-        again: dict[str, duplicates.Repeat] = {}
-        if self.repeats is not None:
-            again = duplicates.find(self.candidates, self.repeats, self.thresholds, self.bounds)
-
-        def one(row: Row) -> list[Row] | Failure:
-            accepted = self.decided.get(row["id"])
-            if accepted is not None:
-                return [{**row, "kept": True, "reason": records.ACCEPTED}] if accepted else Failure(records.REJECTED)
-            if row["id"] in again:
-                return Failure(again[row["id"]].reason)
-            return records.select([row], self.thresholds, self.bounds)
-
-        return lambda rows: [one(row) for row in rows]
 
 
 class PromptShards(Sequence[list[Row]]):
@@ -460,51 +364,3 @@ class PromptShards(Sequence[list[Row]]):
             {"id": name, "index": start + i, "seed": records.seed_of(self.seed, name, "write")}
             for i, name in enumerate(names)
         ]
-
-
-def count(values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, most frequent first."""
-    from collections import Counter
-
-    return dict(Counter(values).most_common())
-
-
-def use_threads(threads: int | None) -> None:
-    """Tells torch how many CPU threads to use; if it is not loaded yet, it will read so when it is.
-
-    So a call that has nothing to compute does not wait seconds for torch.
-    """
-    if threads is None:
-        return
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-    else:
-        os.environ |= thread_variables(threads)
-
-
-@contextmanager
-def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool, source: Source | None = None) -> Iterator[Recipe]:
-    """The folder is this run's alone inside; gives the recipe as it is frozen there. To train, what another machine has
-    trained is fetched. What the recipe leaves to the machine is as `source` has it, if there is one.
-
-    Of several processes the first locks and freezes, and the others read what it froze.
-    """
-    if parallel.processes() == 1:
-        with lock(folder):
-            frozen = freeze(recipe, folder, engine, source.recipe if source is not None else None)
-            if trains:
-                bring(folder, "student")
-            yield frozen
-        return
-    from diptych.train.processes import join
-    from diptych.utils.machine import pick_device
-
-    processes, _ = join(pick_device(recipe.device))
-    with ExitStack() as held:
-        held.callback(parallel.leave)  # also when stopped: torch's threads must not outlive Python
-        with processes.together() as first:
-            if first:
-                held.enter_context(lock(folder))
-                freeze(recipe, folder, engine)
-                bring(folder, "student")
-        yield recipes.load(folder / "recipe.yaml")
