@@ -24,7 +24,7 @@ from diptych.cli import app
 from diptych.errors import UsageError, UserError
 from diptych.student.weights import directions, files
 from diptych.student.weights.convert import convert
-from diptych.student.weights.deltas import low_rank
+from diptych.student.weights.lora_delta import low_rank
 from diptych.student.weights.original import from_original
 from diptych.student.weights.sources import read_settings
 from diptych.student.weights.tensors import held, open_safetensors, write_safetensors

@@ -16,9 +16,9 @@ from diptych.student.runtime.speed import Speed
 from diptych.student.runtime.speed import apply as hurry
 from diptych.student.weights import files
 from diptych.student.weights.convert import convert
-from diptych.student.weights.delta import Delta
-from diptych.student.weights.deltas import as_lora, lora_deltas
 from diptych.student.weights.lora import apply_lora, fuse_loras
+from diptych.student.weights.lora_delta import Delta, as_lora
+from diptych.student.weights.lora_file import lora_deltas
 from diptych.student.weights.tensors import write_safetensors
 from layouts import dora, write_gguf
 

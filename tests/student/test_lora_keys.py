@@ -14,8 +14,9 @@ from diptych.cli import app
 from diptych.errors import UserError
 from diptych.student.weights import original
 from diptych.student.weights.convert import convert
-from diptych.student.weights.deltas import Delta, as_lora, lora_deltas, read_deltas
 from diptych.student.weights.fold import shapes_of
+from diptych.student.weights.lora_delta import Delta, as_lora
+from diptych.student.weights.lora_file import lora_deltas, read_deltas
 from diptych.student.weights.tensors import held, open_safetensors, write_safetensors
 from student.conftest import TINY
 

@@ -17,7 +17,7 @@ from diptych.errors import UsageError, UserError
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
-from diptych.student.weights import files, original
+from diptych.student.weights import files, single_file
 from diptych.student.weights.components import check_family, check_parts, find_parts, look_at, open_part
 from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
@@ -115,7 +115,7 @@ def load(
 def _read(source: Source, dtype: torch.dtype) -> Any:
     """The transformer, its tensors read; a GGUF file's quantized matrices stay quantized."""
     if source.layout == "gguf" and any(tensor.dtype == torch.uint8 for tensor in source.tensors.values()):
-        return original.build_quantized(source.folded.config, source.tensors, dtype, source.place)
+        return single_file.build_quantized(source.folded.config, source.tensors, dtype, source.place)
     return build(source.folded.config, {key: tensor.read() for key, tensor in source.tensors.items()})
 
 

@@ -16,8 +16,7 @@ import torch
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
 from diptych.recipe.schema.distill import LORA_TARGETS
-from diptych.student.weights.deltas import read_deltas
-from diptych.student.weights.lora_file import lora_file
+from diptych.student.weights.lora_file import lora_file, read_deltas
 from diptych.train import processes
 from diptych.train.offload import Offload
 from diptych.utils import models

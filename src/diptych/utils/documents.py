@@ -99,6 +99,14 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: {' '.join(str(error).split())[:200]}") from None
 
 
+def facts(module: str) -> Any:
+    """The table of facts in the YAML file that ships beside a module (its `__file__`), under the module's name."""
+    import yaml
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(Path(module).with_suffix(".yaml").read_text("utf8"), Loader=loader)
+
+
 class _Refused(Exception):
     """What is wrong with a document that YAML itself allows."""
 

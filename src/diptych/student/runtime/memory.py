@@ -203,7 +203,7 @@ class Memory:
                         f"file's weights it cannot be fused; convert the file to folded, or use {self.asked} 48"
                     )
         if self._places:
-            from diptych.student.weights.lora_keys import account
+            from diptych.student.weights.lora_file import account
             from diptych.student.weights.tensors import open_safetensors
 
             for path in loras:

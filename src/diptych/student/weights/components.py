@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 
 from diptych.errors import UsageError, UserError
 from diptych.student.weights import files
-from diptych.student.weights.all_in_one import build_part
 from diptych.student.weights.fold import some
 from diptych.student.weights.tensors import Stored
 from diptych.utils.opening import refuse_code, variant_of
@@ -31,6 +31,8 @@ PARTS = {
     "tokenizer_2": ("transformers", "T5TokenizerFast"),
 }
 NEEDED = ("scheduler", "vae")
+# What the text encoders' part of an all-in-one file holds beside what FLUX uses of them.
+_UNUSED = re.compile(r"^(transformer\.)?(logit_scale|text_projection(\.weight)?|spiece_model)$|position_ids$")
 WEIGHTS = {"diffusers": files.WEIGHTS_FILE, "transformers": "model.safetensors"}
 
 
@@ -75,7 +77,7 @@ def open_part(part: str, place: Path, dtype: torch.dtype, file: Mapping[str, Sto
     cls = getattr(importlib.import_module(library), name)
     refuse_code(place)
     if file is not None:
-        return build_part(part, cls, place, file, dtype)
+        return _from_file(part, cls, place, file, dtype)
     is_model = part in ("vae", "text_encoder", "text_encoder_2")
     options: dict[str, Any] = {"local_files_only": True}
     if is_model:
@@ -96,6 +98,54 @@ def open_part(part: str, place: Path, dtype: torch.dtype, file: Mapping[str, Sto
     if missing := sorted(info.get("missing_keys", ())):
         raise UserError(f"the {part} in {place} lacks {some(missing)}; fetch that folder again")
     return opened.eval()
+
+
+def _from_file(part: str, cls: Any, place: Path, state: Mapping[str, Stored], dtype: torch.dtype) -> Any:
+    """A part with the file's weights and the config of the base's folder `place`; UserError unless they fit whole."""
+    tensors = {key: tensor.to(dtype).read() for key, tensor in state.items()}
+    if part == "vae":
+        return _vae(cls, place, tensors).to(dtype).eval()
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items() if not _UNUSED.search(key)}
+    model, info = cls.from_pretrained(
+        None,
+        config=cls.config_class.from_pretrained(str(place)),
+        state_dict=tensors,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    faults = [*info.get("missing_keys", ()), *info.get("unexpected_keys", ())]
+    _check_fit(part, place, [*faults, *(key for key, *_ in info.get("mismatched_keys", ()))])
+    return model.eval()
+
+
+def _vae(cls: Any, place: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    model = cls.from_config(files.read_json(place / "config.json"))
+    expected = model.state_dict()
+    if tensors.keys() != expected.keys():  # the latent diffusion code's keys
+        try:
+            renamed = convert_ldm_vae_checkpoint(dict(tensors), model.config)
+        except (KeyError, AttributeError, RuntimeError, IndexError) as error:
+            raise UserError(
+                f"the file's VAE has keys that are not known ({error}); give the transformer alone"
+            ) from error
+        if len(renamed) != len(tensors):
+            _check_fit("vae", place, [f"{len(tensors) - len(renamed)} keys that have no counterpart"])
+        tensors = renamed
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    got = {key: tensor.shape for key, tensor in tensors.items()}
+    _check_fit("vae", place, [key for key in shapes | got if shapes.get(key) != got.get(key)])
+    model.load_state_dict(tensors)
+    return model
+
+
+def _check_fit(part: str, place: Path, odd: list[str]) -> None:
+    if odd:
+        raise UserError(
+            f"the file's {part} does not fit {place / 'config.json'}: {some(sorted(odd))}. Nothing was loaded; give "
+            "the base that this file was made from, or the transformer alone"
+        )
 
 
 def class_of(part: str, place: Path) -> tuple[str, str]:

@@ -11,7 +11,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,27 @@ import torch
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student.settings import KEY, Settings, of
-from diptych.student.weights import deltas as lora_styles
-from diptych.student.weights import directions, files, original
-from diptych.student.weights import original as gguf_file
+from diptych.student.weights import directions, files, lora_delta, original, single_file
 from diptych.student.weights.components import INDEX, NEEDED, copy_parts, find_parts
-from diptych.student.weights.delta import Delta
-from diptych.student.weights.deltas import as_lora, difference, fuse, lora_deltas, read_deltas
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
-from diptych.student.weights.lora_file import RELEASED_LORA, lora_file
-from diptych.student.weights.modelspec import modelspec
+from diptych.student.weights.lora_delta import Delta, as_lora, difference, fuse
+from diptych.student.weights.lora_file import RELEASED_LORA, lora_deltas, lora_file, read_deltas
 from diptych.student.weights.sources import Source, lora_alone, open_source, read_settings, resolve, teacher_state
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
+from diptych.utils.machine import VERSION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INPUT_BIAS = f"{INPUT}.bias"
 Report = Callable[[int, int], None]
 _CONTROL = "control-lora"
 _LORAS = (_CONTROL, *directions.STYLES)
+_FLUX = 3072  # width of FLUX.1
+_IMPLEMENTATIONS = {
+    "diffusers": "diffusers",
+    "comfyui": "https://github.com/black-forest-labs/flux",
+    "kohya": "https://github.com/black-forest-labs/flux",
+}
 _READERS = {  # where a target keeps a student's settings, and who reads them
     "folded": ("transformer's config", "diptych reads them; pass them to stock diffusers"),
     "released": ("transformer's config", "diptych reads them; pass them to the authors' code"),
@@ -48,7 +53,7 @@ _READERS = {  # where a target keeps a student's settings, and who reads them
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """Everything a writer needs."""
 
     source: Source
@@ -60,6 +65,11 @@ class Job:
     base: Path | None
     dtype: torch.dtype | None
     report: Report | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The transformer's config, as diffusers saves it."""
+        return {"_class_name": "FluxTransformer2DModel", **self.source.folded.config}
 
 
 def convert(
@@ -115,7 +125,10 @@ def convert(
             "runs every student as a diptych; --to folded or file keeps it"
         )
     if to in directions.STYLES and (lora := lora_alone(path)) is not None:
-        return _rewritten(lora, out, to, dtype, settings, started)
+        with _publish(out) as temporary:
+            whole = _rewrite_lora(lora, temporary, directions.STYLES[to], DTYPES.get(dtype or ""), settings)
+        kept = "cast" if dtype else "function"
+        return _result(_CONTROL, to, out, started, equality=kept, settings=settings.values() if whole else {})
     source = open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
@@ -129,24 +142,45 @@ def convert(
         )
     job = _job(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
     _check_room(job, to, out)
-    with files.publish(out) as partial:
+    with _publish(out) as temporary:
+        _WRITERS[to](job, temporary)
+    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to in _LORAS else "kept"
+    return _result(
+        source.layout,
+        to,
+        out,
+        started,
+        equality=_equality(direction, job, fuse_lora, dtype),
+        lora=lora,
+        split=job.split is not None,
+        settings=settings.values(),
+        # Of an all-in-one file only the transformer is converted.
+        left_out=[*sorted(source.parts), *(extra.name for extra in job.extras if out.is_file())],
+        complete=to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
+        ignored_adapter_tensors=len(source.folded.adapters),
+    )
+
+
+@contextmanager
+def _publish(out: Path) -> Iterator[Path]:
+    with files.publish(out) as temporary:
         try:
-            _WRITERS[to](job, partial)
+            yield temporary
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    lora = "none" if source.lora is None else "fused" if job.lora is None else "joined" if to in _LORAS else "kept"
+
+
+def _result(source: str, to: str, out: Path, started: float, **found: Any) -> dict[str, Any]:
+    """What was done."""
+    usual = {"lora": "none", "split": False, "settings": {}, "left_out": [], "complete": False}
     return {
-        "source": source.layout,
+        "source": source,
         "target": to,
         "out": str(out),
-        "equality": _equality(direction, job, fuse_lora, dtype),
-        "lora": lora,
-        "split": job.split is not None,
-        "settings": settings.values(),
-        # Of an all-in-one file only the transformer is converted.
-        "left_out": [*sorted(source.parts), *(extra.name for extra in job.extras if out.is_file())],
-        "complete": to == "folded" and (out / INDEX).is_file(),  # whether it opens without a base
-        "ignored_adapter_tensors": len(source.folded.adapters),
+        "equality": found["equality"],
+        **usual,
+        "ignored_adapter_tensors": 0,
+        **found,
         "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -160,8 +194,8 @@ def _job(
     to: str,
     fuse_lora: bool,
     report: Report | None,
-) -> Job:
-    tensors = {key: gguf_file.dequantized(tensor) for key, tensor in source.tensors.items()}
+) -> Conversion:
+    tensors = {key: single_file.dequantized(tensor) for key, tensor in source.tensors.items()}
     lora = source.lora
     if lora is not None:
         lora_file(lora)
@@ -190,19 +224,18 @@ def _job(
         tensors[INPUT_BIAS] = held(split.x + split.c)
     roots = [root for root in (path, base) if root is not None and root.is_dir()]
     extras = [place for root in roots if (place := root / files.RATIOS_FILE).is_file()][:1]
-    return Job(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
+    return Conversion(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
 
 
-def _write_folded(job: Job, folder: Path) -> None:
-    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
-    files.write_transformer(folder / "transformer", job.tensors, config, job.report)
+def _write_folded(job: Conversion, folder: Path) -> None:
+    files.write_transformer(folder / "transformer", job.tensors, job.config, job.report)
     if job.split is not None:
         files.write_split(job.split, folder / "transformer")
     _copy_beside(job, folder)
     copy_parts(job.parts, folder)
 
 
-def _write_released(job: Job, folder: Path) -> None:
+def _write_released(job: Conversion, folder: Path) -> None:
     state = {k: t.read() if k.rpartition(".")[0] in INPUT_LAYERS else t for k, t in job.tensors.items()}
     released, config = unfold(state, job.source.folded.config, job.split)
     stored = {key: tensor if isinstance(tensor, Stored) else held(tensor) for key, tensor in released.items()}
@@ -210,37 +243,48 @@ def _write_released(job: Job, folder: Path) -> None:
     _copy_beside(job, folder)
 
 
-def _write_file(job: Job, path: Path) -> None:
-    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
-    write_safetensors(path, job.tensors, _header(job, config, path, "diffusers"), job.report)
+def _write_file(job: Conversion, path: Path) -> None:
+    write_safetensors(path, job.tensors, _file_header(job, path, "diffusers"), job.report)
 
 
-def _write_original(job: Job, path: Path) -> None:
-    config = {"_class_name": "FluxTransformer2DModel", **job.source.folded.config}
-    write_safetensors(path, original.to_original(job.tensors), _header(job, config, path, "comfyui"), job.report)
+def _write_original(job: Conversion, path: Path) -> None:
+    write_safetensors(path, original.to_original(job.tensors), _file_header(job, path, "comfyui"), job.report)
 
 
-def _header(job: Job, config: dict[str, Any], path: Path, style: str) -> dict[str, str]:
-    width = job.tensors[f"{INPUT}.weight"].shape[0]
-    spec = modelspec(path.stem, style, lora=False, width=width, guidance=config.get("guidance_embeds"))
-    return {**files.header_of(config, job.split), **spec}
+def _file_header(job: Conversion, path: Path, style: str) -> dict[str, str]:
+    width, guidance = job.tensors[f"{INPUT}.weight"].shape[0], job.config.get("guidance_embeds")
+    spec = modelspec(path.stem, style, lora=False, width=width, guidance=guidance)
+    return {**files.header_of(job.config, job.split), **spec}
 
 
-def _write_exported(job: Job, path: Path) -> None:
+def _write_exported(job: Conversion, path: Path) -> None:
     from diptych.student.weights.exported import export
 
     export({key: tensor.read().float() for key, tensor in job.tensors.items()}, job.source.folded.config, path)
 
 
-def _write_style(style: str) -> Callable[[Job, Path], None]:
-    def write(job: Job, path: Path) -> None:
-        deltas = _deltas(job)
-        tensors, metadata = lora_styles.write(deltas, style)
-        spec = modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
-        metadata |= spec | _settings_header(of(job.source.folded.config))
-        write_safetensors(path, {k: t.to(job.dtype) for k, t in tensors.items()}, metadata)
+def _write_style(style: str, job: Conversion, path: Path) -> None:
+    deltas = _deltas(job)
+    tensors, metadata = lora_delta.write(deltas, style)
+    metadata |= modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
+    metadata |= _settings_header(of(job.source.folded.config))
+    write_safetensors(path, {key: tensor.to(job.dtype) for key, tensor in tensors.items()}, metadata)
 
-    return write
+
+def _rewrite_lora(lora: Path, path: Path, style: str, dtype: torch.dtype | None, settings: Settings) -> bool:
+    """Writes a LoRA file in another style of keys; no base is needed for that. Whether it is a student's, and not one
+    to be put on a student."""
+    deltas, header = lora_deltas(lora), open_safetensors(lora)[1]
+    width = next((delta.a.shape[1] for name, delta in deltas.items() if name.endswith("attn.to_q")), 0)
+    width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
+    tensors, metadata = lora_delta.write(deltas, style)
+    metadata |= modelspec(path.stem, style, lora=True, width=width)
+    if INPUT in deltas:
+        metadata |= _settings_header(settings, header)
+    elif files.HEADER_KEY in header:
+        metadata[files.HEADER_KEY] = header[files.HEADER_KEY]
+    write_safetensors(path, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
+    return INPUT in deltas
 
 
 def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -250,34 +294,25 @@ def _settings_header(settings: Settings, header: Mapping[str, str] | None = None
     return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
 
 
-def _rewritten(lora: Path, out: Path, to: str, dtype: str | None, settings: Settings, started: float) -> dict[str, Any]:
-    """A LoRA file in another style of keys; no base is needed for that."""
-    deltas = lora_deltas(lora)
-    width = next((d.a.shape[1] for name, d in deltas.items() if name.endswith("attn.to_q")), 0)
-    width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
-    style = directions.STYLES[to]
-    with files.publish(out) as partial:
-        spec = modelspec(out.stem, style, lora=True, width=width)
-        if INPUT in deltas:  # a student's, and not a LoRA to be put on one
-            spec |= _settings_header(settings, open_safetensors(lora)[1])
-        lora_styles.rewrite(lora, partial, style, DTYPES.get(dtype or ""), spec)
-    return {
-        "source": _CONTROL,
-        "target": to,
-        "out": str(out),
-        "equality": "cast" if dtype else "function",
-        "lora": "none",
-        "split": False,
-        "settings": settings.values() if INPUT in deltas else {},
-        "left_out": [],
-        "complete": False,
-        "ignored_adapter_tensors": 0,
-        "bytes": out.stat().st_size,
-        "seconds": round(time.monotonic() - started, 2),
+def modelspec(title: str, style: str, *, lora: bool, width: int, guidance: bool | None = None) -> dict[str, str]:
+    """The header that model managers read: https://github.com/Stability-AI/ModelSpec, version 1.0.1. Without its
+    `date`: equal weights make equal bytes here.
+
+    `width` is the model's, `guidance` whether it has FLUX.1-dev's embedding, if that is known.
+    """
+    family = "flux-1" if width != _FLUX else "flux-1-schnell" if guidance is False else "flux-1-dev"
+    fields: dict[str, Any] = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family}/{'lora' if lora else 'control'}",
+        "implementation": _IMPLEMENTATIONS[style],
+        "title": title,
+        "description": f"Diffusion Self-Distillation (arXiv 2411.18616), written by diptych {VERSION}",
+        "usage_hint": "the input has twice the channels: the noisy canvas, and the latents of [reference | black]",
     }
+    return {f"modelspec.{key}": value for key, value in fields.items()}
 
 
-def _write_control_lora(job: Job, folder: Path) -> None:
+def _write_control_lora(job: Conversion, folder: Path) -> None:
     """The student minus its teacher, and the LoRA beside it, as one LoRA file."""
     tensors, metadata = as_lora(_deltas(job))
     folder.mkdir()
@@ -287,7 +322,7 @@ def _write_control_lora(job: Job, folder: Path) -> None:
         shutil.copyfile(extra, folder / extra.name)
 
 
-def _deltas(job: Job) -> dict[str, Delta]:
+def _deltas(job: Conversion) -> dict[str, Delta]:
     """What a student adds to its teacher, the LoRA beside it included."""
     assert job.base is not None
     teacher, config = teacher_state(job.base)
@@ -313,18 +348,18 @@ def _deltas(job: Job) -> dict[str, Delta]:
     return deltas
 
 
-_WRITERS: Mapping[str, Callable[[Job, Path], None]] = {
+_WRITERS: Mapping[str, Callable[[Conversion, Path], None]] = {
     "folded": _write_folded,
     "released": _write_released,
     "file": _write_file,
     "control-lora": _write_control_lora,
     "original": _write_original,
     "exported": _write_exported,
-    **{target: _write_style(style) for target, style in directions.STYLES.items()},
+    **{target: partial(_write_style, style) for target, style in directions.STYLES.items()},
 }
 
 
-def _copy_beside(job: Job, folder: Path) -> None:
+def _copy_beside(job: Conversion, folder: Path) -> None:
     """The LoRA beside the weights, if they do not hold it, and the other small files."""
     if job.lora is not None:
         shutil.copyfile(job.lora, folder / RELEASED_LORA)
@@ -332,7 +367,7 @@ def _copy_beside(job: Job, folder: Path) -> None:
         shutil.copyfile(extra, folder / extra.name)
 
 
-def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype: str | None) -> str:
+def _equality(direction: directions.Direction, job: Conversion, fuse_lora: bool, dtype: str | None) -> str:
     """What this conversion kept: `cast` where the precision changed, `function` where bits could not be kept."""
     if dtype is not None:
         return "cast"
@@ -341,7 +376,7 @@ def _equality(direction: directions.Direction, job: Job, fuse_lora: bool, dtype:
     return "function" if fused or lost_split or job.source.scaled else direction.equality
 
 
-def _check_room(job: Job, to: str, out: Path) -> None:
+def _check_room(job: Conversion, to: str, out: Path) -> None:
     """UserError unless the disk has room for what will be written."""
     if to in _LORAS:
         return  # small, and known only after the comparison

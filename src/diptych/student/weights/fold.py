@@ -205,16 +205,22 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
     """UserError unless the weights have as many blocks as their config says: before such a model is built."""
-    found = dict.fromkeys(_BLOCKS, 0)
-    for key in keys:
-        if match := _BLOCK_KEY.match(key):
-            found[match[1]] = max(found[match[1]], int(match[2]) + 1)
-    for name, kind in _BLOCKS.items():
-        if (said := config.get(kind)) is not None and said != found[name]:
+    for kind, found in count_blocks(keys).items():
+        if (said := config.get(kind)) is not None and said != found:
             raise UserError(
-                f"{where} does not fit its config: {kind} is {said}, and the weights have {found[name]} such blocks. "
+                f"{where} does not fit its config: {kind} is {said}, and the weights have {found} such blocks. "
                 "Nothing was loaded; fetch weights and config again, both from one place"
             )
+
+
+def count_blocks(keys: Iterable[str]) -> dict[str, int]:
+    """The number of blocks of each kind that have weights, under its name in a config."""
+    found = dict.fromkeys(_BLOCKS.values(), 0)
+    for key in keys:
+        if match := _BLOCK_KEY.match(key):
+            kind = _BLOCKS[match[1]]
+            found[kind] = max(found[kind], int(match[2]) + 1)
+    return found
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

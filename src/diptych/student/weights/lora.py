@@ -4,7 +4,9 @@
 `unload_lora_weights`) work on them. Alpha is the rank in each of them (the file's own scale is inside B), because peft
 computes `alpha / r` again whenever a scale is set: it then is the scale that was given and nothing else.
 
-Several LoRAs add up: each adds to the weights what it adds alone, a DoRA too, whatever their order.
+Several LoRAs add up: each adds to the weights what it adds alone, a DoRA too, whatever their order. For that a DoRA
+(Liu et al. 2024) has a variant of peft's LoRA layer here: peft's own computes the norm of every adapted weight again in
+each forward, has it of rows only, and multiplies what earlier adapters added.
 
 The released LoRA was trained beside two input layers. One on `x_embedder` sees the noisy canvas only, so for the folded
 layer its input side is padded with zero columns: exact. One on `c_embedder` has no counterpart and is refused by name.
@@ -18,15 +20,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+
 from diptych.errors import UserError
-from diptych.student.weights.lora_file import check_widths, lora_file, ranks_of, read_lora
-from diptych.student.weights.lora_keys import COMPONENTS
+from diptych.student.weights.lora_delta import Delta, factor, ranks_of
+from diptych.student.weights.lora_file import COMPONENTS, check_widths, lora_file, read_lora
 
 if TYPE_CHECKING:
-    import torch
-
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.weights.delta import Delta
 
 
 def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: str | None = None) -> str:
@@ -59,8 +64,6 @@ def fuse_loras(pipe: DiptychPipeline) -> None:
     Weights that are quantized already (GGUF) cannot take them; there they stay beside the weights, which computes the
     same.
     """
-    import torch
-
     for component in COMPONENTS:
         model: Any = getattr(pipe, component, None)
         if not getattr(model, "peft_config", None) or getattr(model, "hf_quantizer", None) is not None:
@@ -72,8 +75,6 @@ def fuse_loras(pipe: DiptychPipeline) -> None:
 
 
 def _fuse_layer(layer: Any) -> None:
-    from diptych.student.weights.delta import Delta
-
     base: Any = layer.get_base_layer()
     start = base.weight.data.float()
     weight, bias = start.clone(), None if base.bias is None else base.bias.data.float()
@@ -92,11 +93,6 @@ def _fuse_layer(layer: Any) -> None:
 
 def _add(model: Any, deltas: Mapping[str, Delta], name: str, scale: float) -> None:
     """Puts adapter layers around the named linears of `model` and makes them active beside those that are."""
-    import torch
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from diptych.student.weights.delta import put_magnitude
-
     active = next((list(layer.active_adapters) for layer in _adapted(model)), [])
     names = "|".join(map(re.escape, deltas))  # whole: in a list, `proj_out` would be that of every block, too
     config = LoraConfig(**ranks_of(deltas), target_modules=names, inference_mode=True)
@@ -117,15 +113,14 @@ def _add(model: Any, deltas: Mapping[str, Delta], name: str, scale: float) -> No
         if delta.bias is not None:
             layer.lora_B[name].bias, layer.lora_bias[name] = held(delta.bias), True
         if delta.magnitude is not None:
-            put_magnitude(layer, name, held(delta.magnitude.float(), dtype=torch.float32))
+            layer.lora_magnitude_vector[name] = Magnitude(held(delta.magnitude.float(), dtype=torch.float32))
+            layer.lora_variant[name], layer.use_dora[name] = Dora(), True
     for layer in _adapted(model):
         layer.set_adapter([*active, name], inference_mode=True)
         layer.set_scale(name, scale)
 
 
 def _adapted(model: Any) -> Iterator[Any]:
-    from peft.tuners.lora import LoraLayer
-
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
@@ -162,3 +157,71 @@ def _free_name(pipe: DiptychPipeline, path: Path) -> str:
     taken = {name for component in COMPONENTS for name in getattr(getattr(pipe, component, None), "peft_config", ())}
     names = [stem, *(f"{stem}_{i}" for i in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)
+
+
+class Magnitude(torch.nn.Module):
+    """The magnitudes of one adapter of one layer, (out, 1) or (1, in)."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self._factor: torch.Tensor | None = None
+        self._scale: float | None = None
+
+    def factor(self, layer: Any, name: str) -> torch.Tensor:
+        """m / ||W + s B A||, float32, for the scale that is set now."""
+        scale = layer.scaling[name]
+        if self._factor is None or self._scale != scale:
+            a, b = (x.weight.float() for x in (layer.lora_A[name], layer.lora_B[name]))
+            weight = _dense(layer.get_base_layer())[:, : a.shape[1]].to(a.device)
+            self._factor, self._scale = factor(weight + scale * (b @ a), self.weight.to(a.device)), scale
+        return self._factor
+
+
+class Dora(LoraVariant):
+    """peft's hook for a layer's forward."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        a, b, scale = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
+        scaled = module.lora_magnitude_vector[active_adapter].factor(module, active_adapter).to(x.device)
+        x = x[..., : a.weight.shape[1]]  # the release's x_embedder saw no condition
+        base = module.get_base_layer()
+        if scaled.shape[1] == 1:
+            rows = scaled[:, 0]
+            added = (rows - 1).to(x) * _product(base, x, result.dtype) + rows.to(x) * F.linear(a(x), b.weight) * scale
+        else:
+            columns = scaled[0]
+            added = F.linear(a(columns.to(x) * x), b.weight) * scale
+            added = added + _product(base, (columns - 1).to(x) * x, result.dtype)
+        if b.bias is not None:
+            added = added + b.bias * scale
+        return result + added.to(result.dtype)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        raise UserError(
+            f"{active_adapter} is a DoRA; load it with fuse=True, or call diptych.student.weights.lora.fuse_loras(pipe)"
+        )
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        Dora.merge_safe(module, active_adapter, orig_weight)
+
+    unmerge = merge_safe
+
+
+def _product(base: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """W x, by the layer itself, which may hold W quantized; of the first columns of W where x has no more."""
+    y = base(F.pad(x, (0, base.in_features - x.shape[-1])).to(dtype))
+    return y if base.bias is None else y - base.bias.to(y.dtype)
+
+
+def _dense(base: Any) -> torch.Tensor:
+    """A layer's weight, float32, dequantized where it is not plain."""
+    weight = base.weight.data if base.weight.dtype.is_floating_point else base.weight
+    if hasattr(weight, "quant_type"):
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        return dequantize_gguf_tensor(weight).float()
+    return weight.float()

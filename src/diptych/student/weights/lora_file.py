@@ -1,9 +1,27 @@
-"""A LoRA file, in any style of keys, read whole: what it does to each layer, or why it is refused."""
+"""A LoRA file, in any style of keys, read whole: what it does to each layer, or why it is refused.
+
+A key is a prefix, the name of a layer, and a part:
+
+    transformer.        transformer_blocks.0.attn.to_q      .lora_A.weight         diffusers
+    diffusion_model.    double_blocks.0.img_attn.qkv        .lora_A.weight         ComfyUI
+    lora_unet_          double_blocks_0_img_attn_qkv        .lora_down.weight      kohya
+    lora_transformer_   transformer_blocks_0_attn_to_q      .dora_scale            OneTrainer
+    transformer.        double_blocks.0.img_attn.qkv.0      .lora_down.weight      OneTrainer, its newer style
+    base_model.model.   transformer_blocks.0.attn.to_q      .lora_A.default.weight peft
+                        double_blocks.0.processor.qkv_lora1 .down.weight           XLabs
+    lora_te1_           text_model_encoder_layers_0_mlp_fc1 .alpha                 kohya, CLIP
+
+Prefixes, names and parts (`lora_file.yaml`) are read independently of each other, so every combination is understood.
+`account` places every key of a file or raises: no key is ever skipped. The scale of a file is alpha over rank, from its
+tensors, its header, or the `adapter_config.json` beside it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +29,33 @@ import torch
 
 from diptych.errors import UserError
 from diptych.student.weights import original
-from diptych.student.weights.delta import Delta, turned
 from diptych.student.weights.files import read_json
 from diptych.student.weights.fold import INPUT, some
-from diptych.student.weights.lora_keys import COMPONENTS, PEFT_PREFIX, Layer, account, no_layer
+from diptych.student.weights.lora_delta import Delta
 from diptych.student.weights.tensors import open_safetensors
-from diptych.utils.documents import parse_json
+from diptych.utils.documents import facts, parse_json
 
 RELEASED_LORA = "pytorch_lora_weights.safetensors"
 PEFT_LORA = "adapter_model.safetensors"
 SUFFIXES = (".safetensors", ".sft")
+COMPONENTS: tuple[str, ...] = ("transformer", "text_encoder", "text_encoder_2")  # text encoders: CLIP-L and T5
+HEADER = "lora_adapter_metadata"  # diffusers' key: JSON of one peft config for each component
+CONFIG_FILE = "adapter_config.json"  # what peft itself writes beside `adapter_model.safetensors`
+PEFT_PREFIX = "base_model.model."  # what peft itself puts before the names, alone or behind another prefix
+# How peft's settings say that more than B A is added: by how the adapters began, and by their kind.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config")
+
+_TABLE: Mapping[str, Any] = facts(__file__)
+_ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
+_PARTS = "|".join(f"(?P<{name}>{part.replace('ADAPTER', _ADAPTER)})" for name, part in _TABLE["parts"].items())
+_KEY = re.compile(rf"^(?P<layer>.+?)\.(?:{_PARTS})$")
+_XLABS = re.compile(r"^(?P<layer>.+\.processor\.\w+)\.(?:(?P<a>down)|(?P<b>up))\.weight$")
+_XLABS_QKV = "processor_qkv_lora"  # of a single block only the rows of q, k and v
+_MERGE = "merge them into the base with the program that trained them"
+_BLOCK = re.compile(r"^(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)_(\d+)_(.+)$")
+_CLIP_LAYER = re.compile(r"^(?:text_model_)?encoder_layers_(\d+)_(.+)$")
+_T5_LAYER = re.compile(r"^(?:text_model_)?encoder_block_(\d+)_layer_(\d)_(.+)$")
 # The (in, out) features of a linear, by `component.layer`, and whether it has a bias; None if there is none.
 Widths = Callable[[str], "tuple[int, int, bool] | None"]
 
@@ -40,7 +75,7 @@ def lora_file(path: Path) -> Path:
 
 
 def read_lora(path: Path) -> dict[str, Delta]:
-    """What a LoRA file does to each layer, by `component.layer` (`lora_keys.COMPONENTS`), at scale 1.
+    """What a LoRA file does to each layer, by `component.layer` (`COMPONENTS`), at scale 1.
 
     Every key of the file is in it. Raises UserError, naming the keys, when any of them has no place or does not fit the
     others.
@@ -49,7 +84,7 @@ def read_lora(path: Path) -> dict[str, Delta]:
     if not stored:
         raise UserError(f"{path} holds no LoRA tensors")
     layers = account(stored, path)
-    settings = LoraSettings.read(path, header, stored)
+    settings = _Settings.read(path, header, stored)
     deltas: dict[str, Delta] = {}
     for layer, keys in layers.items():
         parts = {part: stored[key].read() for part, key in keys.items()}
@@ -61,7 +96,7 @@ def read_lora(path: Path) -> dict[str, Delta]:
 
 
 def _assemble(
-    path: Path, layer: Layer, keys: Mapping[str, str], parts: Mapping[str, torch.Tensor], settings: LoraSettings
+    path: Path, layer: Layer, keys: Mapping[str, str], parts: Mapping[str, torch.Tensor], settings: _Settings
 ) -> Delta:
     """The delta of a layer as the file has it, from its parts."""
     a, b = parts["a"], parts["b"]
@@ -106,7 +141,7 @@ def _cut(layer: Layer, delta: Delta, path: Path) -> dict[str, Delta]:
             "output (LyCORIS: wd_on_output=True), or merge it into the base with the program that trained it"
         )
     if layer.name == original.MODULATION:
-        return {layer.targets[0]: turned(delta)}
+        return {layer.targets[0]: delta.turned()}
     # All parts but the MLP's of a single block are as high as the model is wide.
     equal = not layer.targets[-1].endswith("proj_mlp")
     if rows <= width * (len(layer.targets) - 1) or (equal and rows != width * len(layer.targets)):
@@ -130,7 +165,7 @@ def check_widths(deltas: Mapping[str, Delta], path: Path, widths: Widths) -> Non
         elif delta.bias is not None and not wide[2]:
             shapes.append(f"the bias of {layer} is adapted, and it has none")
     if strays:
-        raise UserError(no_layer(path, strays))
+        raise _refusal(path, strays, {})
     if shapes:
         raise UserError(
             f"{path} is for another model: {some(sorted(shapes))}. Nothing was loaded; give one that was trained on "
@@ -138,24 +173,172 @@ def check_widths(deltas: Mapping[str, Delta], path: Path, widths: Widths) -> Non
         )
 
 
-# The scale of a LoRA file: alpha over rank, from its header or from the `adapter_config.json` beside it.
+def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Delta]:
+    """What a LoRA file adds to each layer of a folded transformer with these `shapes`, at scale 1.
 
-HEADER = "lora_adapter_metadata"  # diffusers' key: JSON of one peft config for each component
-CONFIG_FILE = "adapter_config.json"  # what peft itself writes beside `adapter_model.safetensors`
-# How peft's settings say that more than B A is added: by how the adapters began, and by their kind.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-_VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config")
+    Raises UserError, naming the keys, when any of them finds no layer there.
+    """
+
+    def widths(layer: str) -> tuple[int, int, bool] | None:
+        name = layer.removeprefix("transformer.")
+        shape = shapes.get(f"{name}.weight", ())
+        return (shape[1], shape[0], f"{name}.bias" in shapes) if len(shape) == 2 else None
+
+    deltas = lora_deltas(path)
+    check_widths({f"transformer.{layer}": delta for layer, delta in deltas.items()}, path, widths)
+    return {layer: delta.padded(shapes[f"{layer}.weight"][1]) for layer, delta in deltas.items()}
+
+
+def lora_deltas(path: Path) -> dict[str, Delta]:
+    """What a LoRA file adds to each layer of a transformer, whatever transformer that is, at scale 1.
+
+    Raises UserError, naming the layers, for those that are no transformer's.
+    """
+    deltas = read_lora(path)
+    if odd := [layer for layer in deltas if not layer.startswith("transformer.")]:
+        raise UserError(
+            f"{path} adapts text encoders in {len(odd)} layers: {some(sorted(odd))}. Only layers of the transformer "
+            "can be used here; remove those layers from the file, or pass it as --lora when generating"
+        )
+    return {layer.removeprefix("transformer."): delta for layer, delta in deltas.items()}
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class Layer:
+    """A layer that a file names. `targets` are ours, `component.layer`, in the order of its rows: one, or the parts
+    that a fused layer of Black Forest Labs is cut into."""
+
+    name: str
+    targets: tuple[str, ...]
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are keys of a LoRA file (of any kind of adapter) and not of a transformer that carries adapters."""
+    keys = list(keys)
+    if any(key.endswith(("x_embedder.weight", f"{original.INPUT}.weight")) for key in keys):
+        return False
+    adapters = [other["keys"] for other in _TABLE["others"] if other.get("adapter")]
+    return any((match := _match(key)) and match[1] in ("a", "b") for key in keys) or any(
+        re.search(pattern, key) for key in keys for pattern in adapters
+    )
+
+
+def account(keys: Iterable[str], path: Path) -> dict[Layer, dict[str, str]]:
+    """The key of each part (`a`, `b`, `alpha`, …) of each layer; UserError, naming them, for keys without a place."""
+    found: dict[Layer, dict[str, str]] = {}
+    strays: list[str] = []
+    others: dict[str, list[str]] = {}
+    twice: list[str] = []
+    for key in keys:
+        kind = next((other["what"] for other in _TABLE["others"] if re.search(other["keys"], key)), None)
+        if kind is not None:
+            others.setdefault(kind, []).append(key)
+            continue
+        match = _match(key)
+        layer = match and layer_of(match[0])
+        if not match or not layer:
+            strays.append(key)
+        elif match[1] in (parts := found.setdefault(layer, {})):
+            twice += [parts[match[1]], key]
+        else:
+            parts[match[1]] = key
+    if any("c_embedder" in key for key in strays):
+        raise UserError(
+            f"{path} adapts c_embedder ({some([k for k in strays if 'c_embedder' in k])}), which a folded student does "
+            "not have; merge that LoRA into the released weights first. Nothing was loaded"
+        )
+    if strays or others:
+        raise _refusal(path, strays, others)
+    owners: dict[str, Layer] = {}
+    for layer, parts in found.items():
+        for target in layer.targets:
+            other = owners.setdefault(target, layer)
+            twice += [] if other == layer else [*found[other].values(), *parts.values()]
+    if twice:
+        raise UserError(
+            f"{path} adapts a layer twice, under several names: {some(sorted(dict.fromkeys(twice)))}. Nothing was "
+            "loaded; keep one adapter in a file"
+        )
+    return found
+
+
+def _refusal(path: Path, strays: list[str], others: Mapping[str, list[str]]) -> UserError:
+    """The error about keys that belong to no layer, and about those of `others` in the table, by what they are."""
+    faults, cures = [], []
+    if strays:
+        faults.append(f"{len(strays)} keys match no layer: {some(sorted(strays))}")
+        cures.append("give a LoRA that is made for FLUX.1")
+    known = {other["what"]: other.get("cure", _MERGE) for other in _TABLE["others"]}
+    for what, keys in others.items():
+        faults.append(f"{len(keys)} keys are {what}, which is not supported: {some(sorted(keys))}")
+        cures.append(known[what])
+    return UserError(f"{path}: {'; '.join(faults)}. Nothing was loaded; {'; '.join(dict.fromkeys(cures))}")
+
+
+def _match(key: str) -> tuple[str, str] | None:
+    """(prefix and name, part) of a key; None if it ends in no part that is known."""
+    match = _KEY.match(key) or _XLABS.match(key)
+    return (match["layer"], str(match.lastgroup)) if match else None
+
+
+def layer_of(name: str) -> Layer | None:
+    """The layer with this prefix and name; None if there is none."""
+    name = name.removeprefix(PEFT_PREFIX)
+    prefix, components = next((p, c) for p, c in _TABLE["prefixes"].items() if name.startswith(p))
+    flat = name.removeprefix(prefix).removeprefix(PEFT_PREFIX).replace(".", "_")
+    layer = _transformer_layer(flat) or _text_layer(flat)
+    return layer if layer and layer.targets[0].partition(".")[0] in components else None
+
+
+def _transformer_layer(flat: str) -> Layer | None:
+    """A layer of the transformer, by its name with underscores in the place of dots."""
+    block = _BLOCK.match(flat)
+    inner = _names(block[1] if block else "").get(block[3] if block else flat)
+    if inner is None:
+        return None
+    name = inner
+    if block:  # a part of a fused layer has diffusers' name, and their folder
+        ours = inner not in original.layer_names(block[1])
+        name = f"{original.folder_of(block[1]) if ours else block[1]}.{block[2]}.{inner}"
+    targets = [f"transformer.{target}" for target in original.layers_of(name) or (name,)]
+    if block and block[3] == _XLABS_QKV:
+        targets = targets[:3]
+    return Layer(name, tuple(targets))
+
+
+@cache
+def _names(blocks: str) -> dict[str, str]:
+    """The layers of a kind of block, or of those outside of blocks (""), by their names with underscores."""
+    names = {name.replace(".", "_"): name for name in original.layer_names(blocks)}
+    for name in list(names.values()):  # OneTrainer's names of the parts of a fused layer: img_attn.qkv.0, linear1.3
+        parts = original.layers_of(f"{blocks}.0.{name}") if blocks else ()
+        if len(parts) > 1:
+            names |= {f"{name}.{i}".replace(".", "_"): part.split(".", 2)[2] for i, part in enumerate(parts)}
+    return names | _TABLE["names"].get(blocks, {})
+
+
+def _text_layer(flat: str) -> Layer | None:
+    """A linear of CLIP-L or of T5, by its name with underscores; CLIP's under the name that transformers 5 has."""
+    if match := _CLIP_LAYER.match(flat):
+        inner = next((name for name in _TABLE["clip"] if name.replace(".", "_") == match[2]), None)
+        name = inner and f"text_encoder.encoder.layers.{match[1]}.{inner}"
+    elif match := _T5_LAYER.match(flat):
+        inner = next((name for name in _TABLE["t5"] if name.replace(".", "_") == match[3]), None)
+        name = inner and f"text_encoder_2.encoder.block.{match[1]}.layer.{match[2]}.{inner}"
+    else:
+        return None
+    return Layer(name, (name,)) if name else None
+
+
+@dataclass(frozen=True)
+class _Settings:
     """peft's settings of each component that a file adapts; none where it says nothing, so that its scale is 1."""
 
     path: Path
     by_component: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def read(cls, path: Path, header: Mapping[str, str], keys: Iterable[str]) -> LoraSettings:
+    def read(cls, path: Path, header: Mapping[str, str], keys: Iterable[str]) -> _Settings:
         """The settings of a LoRA file with these keys; UserError if they are damaged, or say that it is no LoRA."""
         beside = path.parent / CONFIG_FILE
         try:
@@ -191,16 +374,6 @@ class LoraSettings:
     def is_dora(self, target: str) -> bool:
         """Whether the settings say that the layer has magnitudes."""
         return bool(self.by_component[target.partition(".")[0]].get("use_dora"))
-
-
-def ranks_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    """peft's settings of adapters with these ranks, whose scale is 1: alpha is the rank everywhere."""
-    ranks = {layer: delta.a.shape[0] for layer, delta in deltas.items()}
-    most = max(ranks.values(), key=list(ranks.values()).count)
-    # peft looks for the end of a name: `proj_out` would be that of every block, too.
-    ends = {layer for layer in ranks if any(other.endswith(f".{layer}") for other in ranks)}
-    pattern = {f"^{layer}" if layer in ends else layer: rank for layer, rank in ranks.items() if rank != most}
-    return {"r": most, "lora_alpha": most, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
 
 
 def _of(said: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -16,11 +16,9 @@ from diptych import recipe as recipes
 from diptych.errors import UsageError, UserError
 from diptych.student import settings
 from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
-from diptych.student.weights import all_in_one, files, original
-from diptych.student.weights import original as gguf_file
-from diptych.student.weights.fold import INPUT, INPUT_LAYERS, Folded, stock_config
-from diptych.student.weights.lora_file import RELEASED_LORA, SUFFIXES
-from diptych.student.weights.lora_keys import account, is_lora
+from diptych.student.weights import files, single_file
+from diptych.student.weights.fold import INPUT, Folded, stock_config
+from diptych.student.weights.lora_file import RELEASED_LORA, SUFFIXES, account, is_lora
 from diptych.student.weights.tensors import Stored, held, open_safetensors
 from diptych.utils import models
 
@@ -67,7 +65,7 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
     parts: dict[str, dict[str, Stored]] = {}
     scaled = False
     if layout in ("file", "gguf"):
-        folded, parts, scaled = _file(place, base, dtype)
+        folded, parts, scaled = single_file.open_file(place, base, dtype)
     elif layout == "control-lora":
         assert base is not None and lora is not None
         folded = _widened(place, lora, dtype)
@@ -172,32 +170,3 @@ def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
     channels = config["in_channels"]
     wide = {**config, "in_channels": 2 * channels, "out_channels": channels}
     return files.fold_stored(state, wide, None, str(place))
-
-
-def _file(
-    path: Path, base: Path | None, dtype: torch.dtype | None
-) -> tuple[Folded, dict[str, dict[str, Stored]], bool]:
-    """A single file of either kind, in diffusers', the released or Black Forest Labs' keys: its transformer, its other
-    parts, and whether it was in scaled fp8."""
-    tensors, metadata = (gguf_file.open_gguf(path), {}) if path.suffix == ".gguf" else open_safetensors(path)
-    written, split = files.read_header(metadata)
-    scaled = all_in_one.is_scaled(tensors)
-    parts = all_in_one.split(tensors, path)
-    tensors = parts.pop("transformer", {})
-    if original.is_original(tensors):
-        tensors = original.from_original(tensors)
-    state = {key: _usable(key, tensor).to(dtype) for key, tensor in tensors.items()}
-    config = original.infer_config(state, _hints(written, path, base), str(path))
-    return files.fold_stored(state, config, split, str(path)), parts, scaled
-
-
-def _usable(key: str, tensor: Stored) -> Stored:
-    """Input layers of a quantized file dequantized: folding joins them, and quantizing them costs most quality."""
-    return gguf_file.dequantized(tensor) if key.rpartition(".")[0] in INPUT_LAYERS else tensor
-
-
-def _hints(written: Mapping[str, Any], path: Path, base: Path | None) -> list[Mapping[str, Any]]:
-    """Configs that may say what shapes do not: the file's own, one beside it, the base's transformer's."""
-    roots = [path.parent] + [base / name for name in TRANSFORMER_FOLDERS if base is not None] + ([base] if base else [])
-    found = [files.read_json(root / "config.json") for root in roots if (root / "config.json").is_file()]
-    return [written, *found]

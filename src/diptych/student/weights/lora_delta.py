@@ -1,56 +1,109 @@
-"""LoRA as arithmetic: a LoRA file added to a transformer's weights, and a control-LoRA found as the difference of two.
+"""LoRA as arithmetic: what a LoRA does to a linear layer, a student minus its teacher, and writing LoRA files.
+
+The weight gets `scale · B A` and the bias `scale · b` (Hu et al. 2021, section 4.1). A DoRA also sets the norm of every
+row or column: the weight becomes `m · (W + scale · B A) / ‖W + scale · B A‖` (Liu et al. 2024, equation 5), so what it
+adds depends on the weight that it goes on.
 
 The trained input layer of a control-LoRA is kept the one way that stock diffusers loads it: as a LoRA on `x_embedder`
 of rank 2C, A the identity, B the change of the weight, `lora_B.bias` the change of the bias. That is exact.
+
+Files are written in the three key styles that people exchange:
+
+    transformer.transformer_blocks.0.attn.to_q.lora_A.weight        diffusers
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight      ComfyUI
+    lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight         kohya
+
+The last two name Black Forest Labs' layers (`original`), in which q, k and v are one. Cutting such a layer apart is
+exact: all parts share A. Putting several together is too: the ranks add up, unless they share A. The change of a bias
+is `diff_b`, the magnitudes of a DoRA `dora_scale`; the input layer, which a student has widened, says its shape in
+`reshape_weight`, as ComfyUI's own control-LoRAs do.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from diptych.errors import UserError
 from diptych.student.weights import original
-from diptych.student.weights.delta import Delta, turned
-from diptych.student.weights.files import HEADER_KEY
 from diptych.student.weights.fold import INPUT, some
-from diptych.student.weights.lora_file import check_widths, ranks_of, read_lora
-from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
+from diptych.student.weights.tensors import Stored, held
 
 ROUNDING = 1e-6  # a change this much smaller than the weights, in spectral norm, is float32 rounding
+_PREFIX = {"comfyui": "diffusion_model.", "kohya": "lora_unet_"}
+_WRITTEN = {"comfyui": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
+_MLP = 4  # FLUX's MLPs are four times as wide as the model
 
 
-def read_deltas(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Delta]:
-    """What a LoRA file adds to each layer of a folded transformer with these `shapes`, at scale 1.
+@dataclass(frozen=True)
+class Delta:
+    """What a LoRA does to one linear (out, in): A (rank, in), B (out, rank) with its scale inside, what it adds to the
+    bias (out,), and, of a DoRA, the magnitudes: (out, 1) for each row, or (1, in) for each column."""
 
-    Raises UserError, naming the keys, when any of them finds no layer there.
-    """
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
-    def widths(layer: str) -> tuple[int, int, bool] | None:
-        name = layer.removeprefix("transformer.")
-        shape = shapes.get(f"{name}.weight", ())
-        return (shape[1], shape[0], f"{name}.bias" in shapes) if len(shape) == 2 else None
+    def weight(self) -> torch.Tensor:
+        """B A, float32."""
+        return self.b.float() @ self.a.float()
 
-    deltas = lora_deltas(path)
-    check_widths({f"transformer.{layer}": delta for layer, delta in deltas.items()}, path, widths)
-    return {layer: delta.padded(shapes[f"{layer}.weight"][1]) for layer, delta in deltas.items()}
+    def change(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """What is added to `weight` (out, in) at a scale, float32. Columns that A does not have stay as they are."""
+        width = self.a.shape[1]
+        added = self.weight().to(weight.device) * scale
+        if self.magnitude is not None:
+            start = weight[:, :width].float()
+            added = factor(start + added, self.magnitude.to(weight.device)) * (start + added) - start
+        return torch.nn.functional.pad(added, (0, weight.shape[1] - width))
 
+    def padded(self, width: int) -> Delta:
+        """The same with zero columns in A, up to `width`: the release's x_embedder saw no condition. Not of a DoRA,
+        whose norms are those of the columns that A has."""
+        if self.magnitude is not None or width == self.a.shape[1]:
+            return self
+        return replace(self, a=torch.nn.functional.pad(self.a, (0, width - self.a.shape[1])))
 
-def lora_deltas(path: Path) -> dict[str, Delta]:
-    """What a LoRA file adds to each layer of a transformer, whatever transformer that is, at scale 1.
+    def joined(self, other: Delta) -> Delta:
+        """Both at once: ranks add up."""
+        assert self.magnitude is None and other.magnitude is None
+        parts = [bias for bias in (self.bias, other.bias) if bias is not None]
+        bias = sum(parts[1:], parts[0]) if parts else None
+        pairs = ((self.a, other.a, 0), (self.b, other.b, 1))
+        a, b = (torch.cat([x.float(), y.float()], dim=dim) for x, y, dim in pairs)
+        return Delta(a, b, bias)
 
-    Raises UserError, naming the layers, for those that are no transformer's.
-    """
-    deltas = read_lora(path)
-    if odd := [layer for layer in deltas if not layer.startswith("transformer.")]:
-        raise UserError(
-            f"{path} adapts text encoders in {len(odd)} layers: {some(sorted(odd))}. Only layers of the transformer "
-            "can be used here; remove those layers from the file, or pass it as --lora when generating"
+    def whole(self) -> Delta:
+        """The same with A the identity: rank `in`, exact."""
+        assert self.magnitude is None
+        return Delta(torch.eye(self.a.shape[1]), self.weight(), self.bias)
+
+    def rows(self, start: int, stop: int) -> Delta:
+        """Rows `start` to `stop`, exclusive; not of a DoRA whose magnitudes are of columns, which span all rows."""
+        assert self.magnitude is None or self.magnitude.shape[1] == 1
+        bias, magnitude = (None if x is None else x[start:stop] for x in (self.bias, self.magnitude))
+        return Delta(self.a, self.b[start:stop], bias, magnitude)
+
+    def turned(self) -> Delta:
+        """The halves of the rows in the other order: the last modulation's shift and scale."""
+        half = self.b.shape[0] // 2
+        b, bias, magnitude = (
+            None if x is None else torch.cat([x[half:], x[:half]]) for x in (self.b, self.bias, self.magnitude)
         )
-    return {layer.removeprefix("transformer."): delta for layer, delta in deltas.items()}
+        assert b is not None
+        return Delta(self.a, b, bias, magnitude)
+
+
+def factor(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """m / ||W||, in the shape of `magnitude`: what a DoRA multiplies the rows or the columns of W = W0 + B A by
+    (Liu et al. 2024, equation 5). A row or column of zeros stays one."""
+    norm = torch.linalg.vector_norm(weight, dim=1 if magnitude.shape[1] == 1 else 0, keepdim=True)
+    return torch.where(norm > 0, magnitude.float() / norm, torch.zeros_like(norm))
 
 
 def fuse(
@@ -134,6 +187,16 @@ def low_rank(change: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, 
     return (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
 
 
+def ranks_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    """peft's settings of adapters with these ranks, whose scale is 1: alpha is the rank everywhere."""
+    ranks = {layer: delta.a.shape[0] for layer, delta in deltas.items()}
+    most = max(ranks.values(), key=list(ranks.values()).count)
+    # peft looks for the end of a name: `proj_out` would be that of every block, too.
+    ends = {layer for layer in ranks if any(other.endswith(f".{layer}") for other in ranks)}
+    pattern = {f"^{layer}" if layer in ends else layer: rank for layer, rank in ranks.items() if rank != most}
+    return {"r": most, "lora_alpha": most, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+
+
 def as_lora(deltas: Mapping[str, Delta]) -> tuple[dict[str, Stored], dict[str, str]]:
     """(tensors, metadata) of a LoRA file in diffusers' keys; alpha is rank everywhere, so its scale is 1.
 
@@ -165,36 +228,13 @@ def as_lora(deltas: Mapping[str, Delta]) -> tuple[dict[str, Stored], dict[str, s
     return {key: held(tensor.contiguous()) for key, tensor in tensors.items()}, metadata
 
 
-# LoRA files written in the three key styles that people exchange: diffusers', ComfyUI's and kohya's.
-# transformer.transformer_blocks.0.attn.to_q.lora_A.weight diffusers
-# diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight ComfyUI
-# lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight kohya The last two name Black Forest Labs' layers
-# (`original`), in which q, k and v are one. Cutting such a layer apart is exact: all parts share A. Putting several
-# together is too: the ranks add up, unless they share A. The change of a bias is `diff_b`, the magnitudes of a DoRA
-# `dora_scale`; the input layer, which a student has widened, says its shape in `reshape_weight`, as ComfyUI's own
-# control-LoRAs do.
-
-STYLES = ("diffusers", "comfyui", "kohya")
-_PREFIX = {"comfyui": "diffusion_model.", "kohya": "lora_unet_"}
-_WRITTEN = {"comfyui": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
-_MLP = 4  # FLUX's MLPs are four times as wide as the model
-
-
-def rewrite(path: Path, out: Path, style: str, dtype: torch.dtype | None, extra: Mapping[str, str]) -> None:
-    """A LoRA file in another style of keys; `extra` goes into its header, beside what the file said of itself."""
-    _, said = open_safetensors(path)
-    tensors, metadata = write(lora_deltas(path), style)
-    kept = {HEADER_KEY: said[HEADER_KEY]} if HEADER_KEY in said else {}
-    write_safetensors(out, {key: t.to(dtype) for key, t in tensors.items()}, {**metadata, **kept, **extra})
-
-
 def write(deltas: Mapping[str, Delta], style: str) -> tuple[dict[str, Stored], dict[str, str]]:
     """(tensors, metadata) of a LoRA file in a style; its scale is 1: alpha is the rank everywhere."""
     if style == "diffusers":
         return as_lora(deltas)
     tensors: dict[str, torch.Tensor] = {}
     down, up = _WRITTEN[style]
-    for layer, delta in _joined(deltas).items():
+    for layer, delta in _merged(deltas).items():
         name = _PREFIX[style] + (layer.replace(".", "_") if style == "kohya" else layer)
         tensors |= {f"{name}.{down}": delta.a, f"{name}.{up}": delta.b}
         tensors[f"{name}.alpha"] = torch.tensor(float(delta.a.shape[0]))
@@ -207,7 +247,7 @@ def write(deltas: Mapping[str, Delta], style: str) -> tuple[dict[str, Stored], d
     return {key: held(tensor.contiguous()) for key, tensor in tensors.items()}, {}
 
 
-def _joined(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+def _merged(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
     """The same by their layers. UserError that lists the layers that theirs have no name for."""
     groups: dict[str, dict[str, Delta]] = {}
     strays = []
@@ -223,9 +263,10 @@ def _joined(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
 
 
 def _together(layer: str, parts: Mapping[str, Delta]) -> Delta:
+    """One of their layers from those of ours that are there; rows of the others stay zero."""
     names = original.layers_of(layer)
     if layer == original.MODULATION:
-        return turned(parts[names[0]])  # turning halves twice gives them back
+        return parts[names[0]].turned()  # turning halves twice gives them back
     if len(names) == 1:
         return parts[names[0]]
     there = [parts[name] for name in names if name in parts]  # in the order of the rows
@@ -235,23 +276,15 @@ def _together(layer: str, parts: Mapping[str, Delta]) -> Delta:
             f"{layer} is one layer in this style, and a DoRA must have magnitudes for all its rows; here "
             f"{len(dora)} of {', '.join(names)} have them. Write lora-diffusers, or fuse it into the weights"
         )
-    first = there[0]
-    width = first.a.shape[1]
-    heights = [width] * (len(names) - 1) + [width if len(names) == 3 else _MLP * width]
-    heights = [parts[name].b.shape[0] if name in parts else height for name, height in zip(names, heights, strict=True)]
-    shared = all(torch.equal(delta.a, first.a) for delta in there)
-    a = first.a if shared else torch.cat([delta.a.float() for delta in there])
-    b = torch.zeros(sum(heights), a.shape[0])
+    rank, width = there[0].a.shape
+    shared = all(torch.equal(delta.a, there[0].a) for delta in there)
     biased = any(delta.bias is not None for delta in there)
-    bias = torch.zeros(sum(heights)) if biased else None
-    row = column = 0
-    for name, height in zip(names, heights, strict=True):
-        if (delta := parts.get(name)) is not None:
-            rank = delta.a.shape[0]
-            start = 0 if shared else column
-            b[row : row + height, start : start + rank] = delta.b.float()
-            column += rank
-            if bias is not None and delta.bias is not None:
-                bias[row : row + height] = delta.bias.float()
-        row += height
-    return Delta(a, b, bias, torch.cat(dora) if dora else None)
+    blocks, biases = [], []
+    for name in names:
+        delta, height = parts.get(name), _MLP * width if name.endswith("proj_mlp") else width
+        b = torch.zeros(height, rank if shared else 0) if delta is None else delta.b.float()
+        blocks.append(b)
+        biases.append(torch.zeros(len(b)) if delta is None or delta.bias is None else delta.bias.float())
+    a = there[0].a if shared else torch.cat([delta.a.float() for delta in there])
+    b = torch.cat(blocks) if shared else torch.block_diag(*blocks)
+    return Delta(a, b, torch.cat(biases) if biased else None, torch.cat(dora) if dora else None)
