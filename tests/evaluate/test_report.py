@@ -267,7 +267,7 @@ def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
     assert said == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
     assert "seam" not in bars["pairs kept"][1]
     pytest.importorskip("gradio", reason="the extra `serve` is not installed")
-    from diptych.serve.app.runs import described
+    from diptych.serve.app.run_tabs import described
     from diptych.serve.runs import Runs
 
     shown = described(Runs(full.parent), full.name)

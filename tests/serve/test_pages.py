@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ def row(page: str, route: str, name: str) -> str:
     part = page.partition(f"{route}</code>")[2].partition("</details>")[0]
     found = re.search(rf"<tr><td><code>{name}</code></td>(.*?)</tr>", part, re.DOTALL)
     assert found is not None, f"{route} has no {name}"
-    return re.sub(r"<[^>]+>", "", found[1].replace("<br>", " "))
+    return html.unescape(re.sub(r"<[^>]+>", "", found[1].replace("<br>", " ")))
 
 
 def test_the_api_is_described_with_types_ranges_and_examples(client: httpx.Client) -> None:
@@ -30,7 +31,7 @@ def test_the_api_is_described_with_types_ranges_and_examples(client: httpx.Clien
     prompt = row(page, generation, "prompt")
     assert "text of at most 4,000 characters" in prompt and "required" in prompt and "a cat on a beach" in prompt
     assert "a whole number from 1 to 100" in row(page, generation, "steps")
-    assert "png, webp or jpeg; default &quot;png&quot;" in row(page, generation, "output_format")
+    assert 'png, webp or jpeg; default "png"' in row(page, generation, "output_format")
     assert "WIDTHxHEIGHT" in row(page, generation, "size") and "64x64" in row(page, generation, "size")
     assert "an image file; required" in row(page, "POST /v1/images/edits", "image")
     assert "image_url" in row(page, "POST /v1/images/edits", "images")

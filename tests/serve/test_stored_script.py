@@ -14,7 +14,8 @@ import plain_stages
 from diptych import Student
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.serve.app import job
+from diptych.serve import templates
+from diptych.serve.app import image_tabs
 from diptych.serve.config import ServerSettings
 from hostile_text import EVIL, FILE, check
 from serve.browsing import CHROMIUM, LIMIT, choose, chromium, open_tab, playwright, visiting, within
@@ -73,9 +74,9 @@ def test_the_app_shows_texts_of_a_run_and_runs_none(app: Running) -> None:
         assert page.evaluate("window.ran") is None and page.evaluate("self.origin") == "null"
         for state in jobs():
             page.goto("about:blank")
-            page.set_content(job.shown(state, {1: b"a preview"}, EVIL))
+            page.set_content(image_tabs.shown(state, {1: b"a preview"}, EVIL))
             check(page, EVIL)
-        page.set_content(job.wrong(UserError(EVIL)) + job.drop(EVIL, EVIL, EVIL))
+        page.set_content(templates.error(UserError(EVIL)) + image_tabs.drop(EVIL, EVIL, EVIL))
         check(page, EVIL)
 
 

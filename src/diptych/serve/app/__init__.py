@@ -22,11 +22,15 @@ Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 def tabs(service: Service) -> dict[str, Tab]:
     """The tabs by name, in order."""
-    from diptych.serve.app import image_tabs, relight, run_tabs, runs, story
+    from diptych.serve.app import image_tabs, run_tabs
 
-    found: dict[str, Tab] = {"Create": image_tabs.add, "Relight": relight.add, "Story": story.add}
+    found: dict[str, Tab] = {
+        "Create": image_tabs.add_create,
+        "Relight": image_tabs.add_relight,
+        "Story": image_tabs.add_story,
+    }
     if service.runs is not None:
-        found |= {"Data": run_tabs.add, "Runs": runs.add}
+        found |= {"Data": run_tabs.add_data, "Runs": run_tabs.add_runs}
     return found
 
 
@@ -51,7 +55,6 @@ def mount(app: Any, service: Service) -> Any:
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_asset("page.css"),
         head=f"<script>{_asset('page.js')}</script>",
-        favicon_path=str(files("diptych.serve.app") / "icon.svg"),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

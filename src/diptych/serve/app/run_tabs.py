@@ -1,4 +1,5 @@
-"""The Data tab: a run's pairs with their verdicts, people's own verdicts, and what other thresholds would keep."""
+"""The Data and Runs tabs: a run's pairs with their verdicts, people's own verdicts, and what other thresholds would
+keep; how far each stage of a run is, its losses, its sample sheets and its report."""
 
 from __future__ import annotations
 
@@ -8,32 +9,40 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from diptych.data import labels, records
+from diptych.data import funnel, labels, records
 from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.run import recurate
 from diptych.serve.app import owner_of
-from diptych.serve.app.job import wrong
-from diptych.serve.app.runs import NO_RUN, listing
 from diptych.serve.runs import NAME, Runs
 from diptych.serve.service import Service
+from diptych.serve.templates import error, render, status
 from diptych.utils.console import Display
-from diptych.utils.markup import Html, html, tag
 
 PAGE = 12  # pairs
 SHOWN = ["all", "kept", "refused", "decided"]
 NUMBERS = {"similarity": "similarity", "copy_distance": "distance from a copy", "seam": "seam"}
-RANGES = {"same": (-1.0, 1.0), "near_copy": (0.0, 1.0), "seam": (-1.0, 2.0)}
-# The thresholds that every run has, each with the words of its slider.
+# The thresholds that every run has: from, to, and the words of the slider.
 SLIDERS = {
-    "same": "same: similarity of at least",
-    "near_copy": "near_copy: distance of at least",
-    "seam": "seam of at least",
+    "same": (-1.0, 1.0, "same: similarity of at least"),
+    "near_copy": (0.0, 1.0, "near_copy: distance of at least"),
+    "seam": (-1.0, 2.0, "seam of at least"),
 }
+THRESHOLDS = (
+    "### Thresholds\nMove one and see what would be kept. The run itself stays as it is; a new run follows the "
+    "thresholds and the decisions."
+)
+WIDTH, HEIGHT = 640, 200  # of the loss curve
+POINTS = 400  # of the curve: more than its pixels tell nothing
+EVERY = 10.0  # seconds between looks at a run
+SHEETS = 3
+NO_RUN = "<p>There is no run yet: <code>diptych run demo</code> makes one.</p>"
+HIDDEN: Any = {"api_visibility": "private", "show_progress": "hidden"}
+ONE: Any = {"api_visibility": "private", "concurrency_limit": 1}
 
 
-def add(blocks: Any, service: Service) -> None:
-    """The tab's components and what they do."""
+def add_data(blocks: Any, service: Service) -> None:
+    """The Data tab's components and what they do."""
     runs = service.runs
     assert runs is not None
     names = runs.names()
@@ -49,43 +58,34 @@ def add(blocks: Any, service: Service) -> None:
     decided = gr.Textbox(elem_id="decide", elem_classes="dq-wire", label="decision", container=False)
     told = gr.HTML(elem_id="told")
     pairs = gr.HTML(elem_id="pairs")
-    gr.Markdown(
-        "### Thresholds\nMove one and see what would be kept. The run itself stays as it is; a new run follows the "
-        "thresholds and the decisions."
-    )
+    gr.Markdown(THRESHOLDS)
     with gr.Row():
         sliders = [
-            gr.Slider(*RANGES[name], value=0, step=0.01, label=label, elem_id=f"limit-{name}", min_width=200)
-            for name, label in SLIDERS.items()
+            gr.Slider(low, high, value=0, step=0.01, label=label, elem_id=f"limit-{name}", min_width=200)
+            for name, (low, high, label) in SLIDERS.items()
         ]
-    funnel = gr.HTML(elem_id="funnel")
+    kept = gr.HTML(elem_id="funnel")
     with gr.Row():
         other = gr.Textbox(label="Name of a new run with these thresholds", max_length=64, elem_id="new-run")
         make = gr.Button("Make it", elem_id="make-run")
 
-    def show(name: str, what: str, part: str, start: int) -> tuple[str, Any]:
-        return listed(runs, name, what, part, start)
+    def turn(name: str, what: str, part: str, start: int, way: int = 0) -> tuple[int, str, Any]:
+        first = max(0, start + way * PAGE)
+        page, choices, count = listed(runs, name, what, part, first)
+        if way > 0 and not count:
+            first = max(0, start)
+            page, choices, _ = listed(runs, name, what, part, first)
+        return first, page, choices
 
-    def turn(way: int) -> Any:
-        def turned(name: str, what: str, part: str, start: int) -> tuple[int, str, Any]:
-            first = max(0, start + way * PAGE)
-            page, choices = listed(runs, name, what, part, first)
-            if way > 0 and 'class="dq-pair"' not in page:
-                first = max(0, start)
-                page, choices = listed(runs, name, what, part, first)
-            return first, page, choices
-
-        return turned
-
-    def decide(request: gr.Request, said: str, name: str, what: str, part: str, start: int) -> tuple[str, str, Any]:
-        words = said.split()
-        if len(words) < 2:
-            return "", *show(name, what, part, start)
-        try:
-            runs.decide(name, words[1], words[0], owner_of(request))
-        except UserError as error:
-            return wrong(error), *show(name, what, part, start)
-        return _count(runs, name), *show(name, what, part, start)
+    def decide(request: gr.Request, said: str, name: str, *seen: Any) -> tuple[str, str, Any]:
+        words, answer = said.split(), ""
+        if len(words) >= 2:
+            try:
+                runs.decide(name, words[1], words[0], owner_of(request))
+                answer = decisions(runs, name)
+            except UserError as refusal:
+                answer = error(refusal)
+        return answer, *listed(runs, name, *seen)[:2]
 
     def on_apply(name: str) -> tuple[str, Any]:
         return applied(runs, name), listing(runs, name)
@@ -94,64 +94,62 @@ def add(blocks: Any, service: Service) -> None:
         return made(runs, name, new, lambda: _sets(runs, name, values)), listing(runs, name)
 
     seen = [run, shown, subject, at]
-    hidden: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    first: Any = [lambda name, what, part: (0, *show(name, what, part, 0)), [run, shown, subject], [at, pairs, shown]]
-    gr.on([run.change, shown.input, subject.submit], *first, **hidden)
-    back.click(turn(-1), seen, [at, pairs, shown], **hidden)
-    on.click(turn(1), seen, [at, pairs, shown], **hidden)
-    decided.change(decide, [decided, *seen], [told, pairs, shown], **hidden)
-    apply.click(on_apply, run, [told, run], api_visibility="private", concurrency_limit=1)
+    page = [at, pairs, shown]
+    first: Any = [lambda name, what, part: turn(name, what, part, 0), [run, shown, subject], page]
+    gr.on([run.change, shown.input, subject.submit], *first, **HIDDEN)
+    back.click(lambda *seen: turn(*seen, way=-1), seen, page, **HIDDEN)
+    on.click(lambda *seen: turn(*seen, way=1), seen, page, **HIDDEN)
+    decided.change(decide, [decided, *seen], [told, pairs, shown], **HIDDEN)
+    apply.click(on_apply, run, [told, run], **ONE)
     gr.on(
         [slider.input for slider in sliders],
-        lambda name, *values: funnel_of(runs, name, values),
+        lambda name, *values: thresholds(runs, name, values),
         [run, *sliders],
-        funnel,
+        kept,
         trigger_mode="always_last",
-        **hidden,
+        **HIDDEN,
     )
-    make.click(on_make, [run, other, *sliders], [funnel, run], api_visibility="private", concurrency_limit=1)
-    run.change(lambda name: _limits(runs, name), run, sliders, **hidden)
-    blocks.load(lambda name: listing(runs, name), run, run, **hidden)
-    blocks.load(*first, **hidden)
-    blocks.load(lambda name: _limits(runs, name), run, sliders, **hidden)
+    make.click(on_make, [run, other, *sliders], [kept, run], **ONE)
+    run.change(lambda name: _limits(runs, name), run, sliders, **HIDDEN)
+    blocks.load(lambda name: listing(runs, name), run, run, **HIDDEN)
+    blocks.load(*first, **HIDDEN)
+    blocks.load(lambda name: _limits(runs, name), run, sliders, **HIDDEN)
 
 
-def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[Html, Any]:
-    """A page of pairs as HTML, and the choices of what to show."""
+def add_runs(blocks: Any, service: Service) -> None:
+    """The Runs tab's components and what they do."""
+    runs = service.runs
+    assert runs is not None
+    names = runs.names()
+    run = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="the-run")
+    shown = gr.HTML(elem_id="run-state")
+    timer = gr.Timer(EVERY)
+    gr.on([run.change, timer.tick, blocks.load], lambda name: described(runs, name), run, shown, **HIDDEN)
+    blocks.load(lambda name: listing(runs, name), run, run, **HIDDEN)
+
+
+def listing(runs: Runs, name: str | None) -> Any:
+    """The runs that there are now; the first is chosen if what was chosen is not among them."""
+    names = runs.names()
+    return gr.Dropdown(choices=names, value=name if name in names else next(iter(names), None))
+
+
+def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[str, Any, int]:
+    """A page of pairs as HTML, the choices of what to show, and how many pairs the page has."""
     if not name:
-        return NO_RUN, gr.Dropdown()
+        return NO_RUN, gr.Dropdown(), 0
     try:
-        rows, total, reasons = runs.page(name, shown, subject or "", start, PAGE)
-    except UserError as error:
-        return wrong(error), gr.Dropdown()
-    figures = [_pair(name, row) for row in rows]
-    upto = min(start + PAGE, total)
-    head = tag("p", f"{start + 1 if rows else 0} to {upto} of {total} pairs", role="status")
+        pairs, total, reasons = runs.page(name, shown, subject or "", start, PAGE)
+    except UserError as refusal:
+        return error(refusal), gr.Dropdown(), 0
+    for pair in pairs:
+        pair["address"] = quote(pair["id"], safe="")
+        measured = {words: pair[key] for key, words in NUMBERS.items()}
+        pair["numbers"] = ", ".join(f"{words} {n:.2f}" for words, n in measured.items() if n is not None)
+    verdicts = {True: records.ACCEPTED, False: records.REJECTED}
+    page = render("pairs.html", run=name, pairs=pairs, start=start, limit=PAGE, total=total, verdicts=verdicts)
     choices = [*SHOWN, *(reason for reason in reasons if reason not in SHOWN)]
-    return html(head, tag("div", *figures, class_="dq-gallery")), gr.Dropdown(choices=choices, value=shown)
-
-
-def _pair(run: str, row: dict[str, Any]) -> Html:
-    id = row["id"]
-    images = [
-        tag("img", loading="lazy", src=f"/v1/runs/{run}/pairs/{quote(id, safe='')}/{side}", alt=f"{side} of {id}")
-        for side in ("reference", "target")
-    ]
-    numbers = ", ".join(f"{words} {row[key]:.2f}" for key, words in NUMBERS.items() if row[key] is not None)
-    verdict = "kept" if row["kept"] else f"refused: {row['reason']}"
-    if row["decided"] is not None:
-        verdict = records.ACCEPTED if row["decided"] else records.REJECTED
-    buttons = []
-    for said, label, mine in (("accept", "Accept", True), ("reject", "Reject", False)):
-        pressed = row["decided"] is mine
-        value = f"{'judge' if pressed else said} {id}"  # pressed once more, it is left to the judge again
-        aloud = str(pressed).lower()
-        buttons.append(
-            tag("button", label, type="button", data_put="decide", data_once=1, data_value=value, aria_pressed=aloud)
-        )
-    words = tag("span", f"{row['subject']}: {row['caption']}")
-    caption = tag("figcaption", tag("b", verdict), words, tag("span", numbers, class_="dq-small"), *buttons)
-    return tag("figure", tag("div", *images, class_="dq-pair"), caption, data_pair=id)
+    return page, gr.Dropdown(choices=choices, value=shown), len(pairs)
 
 
 def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[str]]) -> str:
@@ -160,12 +158,13 @@ def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[
         if not NAME.fullmatch(new or ""):
             raise UserError("a run's name has letters, digits, dot, dash and underscore, at most 64")
         folder = runs.folder / str(new)
-        found = recurate.recurate(runs.of(name), sets(), folder, Display(quiet=True))
-    except UserError as error:
-        return wrong(error)
-    command = f"diptych distill {folder / 'recipe.yaml'} --out {folder}"
-    said = f"The run {new} has {found['pairs']} pairs to train on; {name} is as it was. To train it: "
-    return tag("p", said, tag("code", command), role="status")
+        result = recurate.recurate(runs.of(name), sets(), folder, Display(quiet=True))
+    except UserError as refusal:
+        return error(refusal)
+    return status(
+        f"The run {new} has {result['pairs']} pairs to train on; {name} is as it was. To train it: ",
+        f"diptych distill {folder / 'recipe.yaml'} --out {folder}",
+    )
 
 
 def applied(runs: Runs, name: str | None) -> str:
@@ -174,8 +173,8 @@ def applied(runs: Runs, name: str | None) -> str:
         source = runs.of(name)
         if labels.decided(source) == labels.applied(source):
             raise UserError(f"{name} follows all decisions already; accept or reject a pair first")
-    except UserError as error:
-        return wrong(error)
+    except UserError as refusal:
+        return error(refusal)
     names = (f"{str(name)[:52]}-decided{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     return made(runs, name, next(new for new in names if not (runs.folder / new).exists()), list)
 
@@ -195,32 +194,54 @@ def _sets(runs: Runs, name: str, values: Any) -> list[str]:
     return [f"{key}={value}" for key, value, old in zip(SLIDERS, values, now, strict=True) if abs(value - old) > 1e-9]
 
 
-def funnel_of(runs: Runs, name: str | None, values: Any) -> str:
+def thresholds(runs: Runs, name: str | None, values: Any) -> str:
     """What these thresholds would keep, and what would come and go, from the stored numbers."""
     try:
         if not name or not (sets := _sets(runs, name, values)):
-            return tag("p", "These are the run's own thresholds.", role="status")
-        found = recurate.recurate(runs.of(name), sets)
-    except UserError as error:
-        return wrong(error)
-    total = found["candidates"]
-    bars = [
-        tag("tr", tag("td", label), tag("td", n, class_="n"), tag("td", _bar(n / total), style="width:50%"))
-        for label, n in (("candidates", total), ("kept now", found["kept_before"]), ("kept then", found["kept_after"]))
-    ]
-    moves = [tag("li", f"{m['pairs']}: {m['from']} → {m['to']}") for m in found["moves"]]
-    said = f"{found['came']} would come, {found['went']} would go."
-    return html(tag("table", *bars, class_="dq-table"), tag("p", said, role="status"), tag("ul", *moves))
+            return status("These are the run's own thresholds.")
+        result = recurate.recurate(runs.of(name), sets)
+    except UserError as refusal:
+        return error(refusal)
+    return render("thresholds.html", result=result)
 
 
-def _bar(share: float) -> Html:
-    return tag("span", class_="dq-bar", style=f"width:{100 * share:.1f}%")
+def decisions(runs: Runs, name: str) -> str:
+    """How many pairs people decided on, and what to do next."""
+    counts = labels.counts(labels.decided(runs.of(name)))
+    return status(
+        f"{counts['accepted']} accepted and {counts['rejected']} rejected by hand; Apply makes a new run of them, and "
+        "this one stays as it is."
+    )
 
 
-def _said(runs: Runs, name: str) -> str:
-    decided = labels.counts(labels.decided(runs.of(name)))
-    return f"{decided['accepted']} accepted and {decided['rejected']} rejected by hand"
+def described(runs: Runs, name: str | None) -> str:
+    """A run as HTML."""
+    if not name:
+        return NO_RUN
+    try:
+        folder, stages, losses = runs.of(name), runs.stages(name), runs.losses(name)
+        steps = funnel.measure(folder)["steps"] if any(stage["rows"] for stage in stages) else []
+        sheets, report = runs.sheets(name), runs.report(name)
+    except UserError as refusal:
+        return error(refusal)
+    return render(
+        "run.html",
+        run=name,
+        stages=stages,
+        steps=steps,
+        curve=curve(losses) if losses else None,
+        sheets=[(number, path.stem) for number, path in enumerate(sheets)][-SHEETS:],
+        report=report is not None,
+    )
 
 
-def _count(runs: Runs, name: str) -> str:
-    return tag("p", f"{_said(runs, name)}; Apply makes a new run of them, and this one stays as it is.", role="status")
+def curve(losses: list[tuple[int, float]]) -> dict[str, Any]:
+    """(step, loss) as the points of an SVG, each the mean of what lies under it, and what to say of them."""
+    per = max(1, -(-len(losses) // POINTS))
+    groups = [losses[i : i + per] for i in range(0, len(losses), per)]
+    points = [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]
+    last, low, high = points[-1][0] or 1, min(y for _, y in points), max(y for _, y in points)
+    span = (high - low) or 1.0
+    path = " ".join(f"{WIDTH * x / last:.1f},{HEIGHT - (HEIGHT - 20) * (y - low) / span - 10:.1f}" for x, y in points)
+    summary = f"loss {points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {points[-1][0]}"
+    return {"points": path, "summary": summary, "low": low, "high": high, "width": WIDTH, "height": HEIGHT}
