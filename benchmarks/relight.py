@@ -18,7 +18,7 @@ import torch
 
 from diptych import recipe as recipes
 from diptych.evaluate import relight
-from diptych.evaluate.report import relight_sheet
+from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
 from diptych.run.resolve import settle
 from diptych.utils.console import Display
@@ -48,7 +48,7 @@ def main() -> None:
         "student": str(given.run.name) if given.run else "pocket",
         "about": measuring.about(torch.device(recipe.device)),
     }
-    print("\n".join(relight_sheet.lines(Run(recipe, folder))))
+    print(run_report.markdown_part("relight", Run(recipe, folder)))
     print(measuring.write("relight", result, given.out))
 
 

@@ -16,7 +16,7 @@ from diptych.errors import UserError
 from diptych.evaluate import harness
 from diptych.evaluate.config import Evaluation, Judge
 from diptych.evaluate.methods import METHODS
-from diptych.evaluate.report import page
+from diptych.evaluate.report import suite_report
 from diptych.llm.endpoint import Endpoint
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 
@@ -204,4 +204,4 @@ def test_the_command_line_draws_and_scores_apart_and_the_page_shows_it(
     assert "| good | 1.000 |" in markdown and "Published, not comparable" in markdown
     assert app.call(["evaluate", "--compare", "good", "copy", "--out", out]) == 0
     assert "CP·PF" in capsys.readouterr().out
-    assert page.write(tmp_path / "out").read_text("utf8") == html, "writing twice gives the same page"
+    assert suite_report.write(tmp_path / "out").read_text("utf8") == html, "writing twice gives the same page"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diptych.evaluate import drawing, relight
 from diptych.evaluate.methods.base import Context
-from diptych.evaluate.report import relight_sheet, run_report
+from diptych.evaluate.report import relight_report, render, run_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.suites import relight as relight_suite
 from diptych.evaluate.suites.relight import ColourTransfer, Scenes
@@ -92,11 +92,11 @@ def test_ahead_means_better_with_intervals_apart() -> None:
     assert against["psnr"]["ci95"] == pytest.approx([2, 2], abs=1e-3), "both are resampled together"
     low, high = found["methods"]["copy"]["ci95"]["psnr"]
     assert low < found["methods"]["copy"]["psnr"] < high < low + 1
-    assert "not clearly ahead on 8 counts" in relight_sheet.verdict(found)
+    assert "not clearly ahead on 8 counts" in relight_report.verdict(found)
     for one in lines:
         for key in ("following", "relit"):
             one[key] += one["method"] == "student"
-    assert "beats every baseline" in relight_sheet.verdict(relight.summary(lines, 200))
+    assert "beats every baseline" in relight_report.verdict(relight.summary(lines, 200))
 
 
 def test_structure_is_the_reference_s_outlines_in_their_place() -> None:
@@ -172,7 +172,7 @@ def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -
     assert "## Relighting" in text and "| student, told the scene |" in text and "| copy |" in text
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"relight": 0})})
     assert "Relighting" not in run_report.write(plain, folder).read_text()
-    empty = relight_sheet.table_and_pictures(Run(recipe, folder / "nowhere"))
+    empty = render.part("run.html.j2", "relight", **relight_report.view(Run(recipe, folder / "nowhere")))
     assert "Nothing has been relit yet" in empty
 
 

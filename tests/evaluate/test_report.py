@@ -21,9 +21,9 @@ from PIL import Image
 from diptych.data import funnel, places, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
-from diptych.evaluate.report import run_report, stages
+from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
-from diptych.evaluate.report.html import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers
+from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers
 from diptych.evaluate.scoring import curation
 from diptych.evaluate.scoring.curation import Reader
 from diptych.recipe.schema import Recipe
@@ -246,12 +246,12 @@ def test_the_run_s_own_student_is_the_headline_and_the_shipped_one_is_named_as_s
     found["methods"]["student"] |= {"cp_pf": 0.111}
     found["methods"]["student_shipped"] = found["methods"]["student"] | {"cp_pf": 0.577}
     path.write_text(json.dumps(found))
-    said = run_report.headline_lines(Run(recipe, full))[0]
+    said = run_report.headline(Run(recipe, full))
     first, _, rest = said.partition("**0.11**")
     assert "this run’s student" in first and "0.58" not in first and "shipped student" in rest and "0.58" in rest
     del found["methods"]["student"]
     path.write_text(json.dumps(found))
-    assert "shipped student (not this run’s)" in run_report.headline_lines(Run(recipe, full))[0]
+    assert "shipped student (not this run’s)" in run_report.headline(Run(recipe, full))
 
 
 def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
@@ -262,7 +262,7 @@ def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
     candidates.write_shard(0, [row | bad if row["grid_id"] in seamless else row for row in rows], "tiny")
     steps = {step["name"]: step for step in funnel.measure(with_recipe(recipe, full))["steps"]}
     assert (steps["cut"]["count"], steps["cut"]["unit"], steps["pre-filtered"]["unit"]) == (9, "grids", "pairs")
-    bars = {name: (said, note) for name, _, said, note in stages._funnel(Run(recipe, full), reasons_of(full))}
+    bars = {name: (said, note) for name, _, said, note in run_report.funnel(Run(recipe, full), reasons_of(full))}
     said, note = bars["grids cut, judged"]
     assert said == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
     assert "seam" not in bars["pairs kept"][1]

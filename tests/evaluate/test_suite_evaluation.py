@@ -16,7 +16,7 @@ from diptych.errors import UsageError, UserError
 from diptych.evaluate import config, harness
 from diptych.evaluate.config import Evaluation, Judge
 from diptych.evaluate.methods import students
-from diptych.evaluate.report import page
+from diptych.evaluate.report import suite_report
 from diptych.evaluate.scoring import judging
 from diptych.evaluate.scoring.summary import compare_folders as compare
 
@@ -138,7 +138,7 @@ def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
         harness.evaluate(own, out, suite=suite)
     forced = harness.evaluate(own, out, "score", force=True, suite=suite)
     assert forced["judges"]["forced"] is True
-    assert "flatter that model" in page.write(out).read_text("utf8")
+    assert "flatter that model" in suite_report.write(out).read_text("utf8")
 
 
 def test_a_vision_language_judge_is_known_by_its_name(run: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_two_evaluations_are_compared_on_what_both_have(out: Path, tmp_path: Pat
 
 
 def test_the_page_shows_every_part_and_loads_nothing(out: Path) -> None:
-    text = page.write(out).read_text("utf8")
+    text = suite_report.write(out).read_text("utf8")
     for words in ("Compared on the same samples", "By difficulty", "mine: the worst", "Side by side", "Kinds nobody"):
         assert words in text, words
     assert "<script" not in text and "url(" not in text and 'src="http' not in text

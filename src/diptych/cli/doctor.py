@@ -25,7 +25,6 @@ EXTRAS = {
     "ray": ("ray",),
     "s3": ("s3fs", "upath"),
     "serve": ("fastapi", "uvicorn", "gradio"),
-    "eval": ("torchmetrics", "imagehash"),
     "flux": ("sentencepiece",),
     "c2pa": ("c2pa", "cryptography"),
     "vllm": ("vllm",),

@@ -177,7 +177,7 @@ def _suite(
     from diptych.data.engine import open_engine
     from diptych.data.places import lock
     from diptych.evaluate import config, harness
-    from diptych.evaluate.report import page
+    from diptych.evaluate.report import suite_report
     from diptych.utils.console import Display
 
     if only not in (None, "generate", "score"):
@@ -191,7 +191,7 @@ def _suite(
     with open_engine(engine, address) as machines, lock(out):
         workers = machines.of(made.recipe())
         found = harness.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
-        report = None if only == "generate" else page.write(out)
+        report = None if only == "generate" else suite_report.write(out)
     if as_json:
         show(printable_json(found))
         return

@@ -1,1 +1,1 @@
-"""The reports: of a run, and of an evaluation of any models. Each is one file that loads nothing."""
+"""The reports: of a run (`run_report`) and of an evaluation on a suite (`suite_report`), from the same templates."""
