@@ -18,12 +18,12 @@ from jinja2 import TemplateError
 from markupsafe import Markup
 
 from diptych.data import records
-from diptych.utils.io import write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.report import relight_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Series, count, named, number, part, percent, plural, template, words
 from diptych.recipe import tasks
+from diptych.utils.io import write_atomic
 from diptych.utils.models import FLUX_DEV_NOTE
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diptych.utils.io import write_atomic
 from diptych.errors import UserError
 from diptych.evaluate.config import Evaluation
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import count, digits, named, number, part, percent, signed, template, words
 from diptych.evaluate.report.run_report import side_by_side
 from diptych.evaluate.scoring.metrics import p_said
+from diptych.utils.io import write_atomic
 from diptych.utils.models import BUILT_IN
 
 OWN_COLOURS = 6  # of models; baselines and anchors have colors by name
