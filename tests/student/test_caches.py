@@ -12,7 +12,8 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, pack
-from diptych.student.runtime import caches, speed
+from diptych.student.runtime import caches
+from diptych.student.runtime.applied import put_on, take_off
 from diptych.student.runtime.modulation import precomputed
 from diptych.student.runtime.speed import Speed
 from diptych.student.weights.files import RATIOS_FILE
@@ -25,7 +26,7 @@ GUIDED: Any = {"image_guidance_scale": 1.5, "text_guidance_scale": 2.0}
 @pytest.fixture
 def quick(pipe):
     yield pipe
-    speed.remove(pipe)
+    take_off(pipe)
 
 
 def latents(pipe, prompt: Any = "a red cat", **options):
@@ -33,7 +34,7 @@ def latents(pipe, prompt: Any = "a red cat", **options):
 
 
 def counts(pipe) -> tuple[int, int]:
-    return pipe.step_cache.computed, pipe.step_cache.skipped
+    return pipe.runtime.step_cache.computed, pipe.runtime.step_cache.skipped
 
 
 def same(a, b):
@@ -56,7 +57,7 @@ def differs(a, b):
 )
 def test_a_cache_that_tolerates_nothing_changes_nothing(quick, pictures, exact, batched):
     plain = latents(quick, reference=pictures[0], **GUIDED)
-    speed.apply(quick, exact)
+    put_on(quick, exact)
     for _ in range(2):
         same(latents(quick, reference=pictures[0], batched_guidance=batched, **GUIDED), plain)
     assert counts(quick) == (2 + 3 * (STEPS - 2), 0)
@@ -92,7 +93,7 @@ def test_image_of_a_cached_batch_is_the_image_made_alone(quick, pictures, batche
     prompts, seeds = ["a red cat", "the moon at night"], [3, 4]
     given: Any = {"batched_guidance": batched, **GUIDED}
     plain = latents(quick, prompts, reference=pictures[:2], generator=seeds, **given)
-    speed.apply(quick, Speed(cache="first_block", cache_threshold=0.5, modulation=True))
+    put_on(quick, Speed(cache="first_block", cache_threshold=0.5, modulation=True))
     alone, computed = [], []
     for prompt, seed, picture in zip(prompts, seeds, pictures, strict=False):
         alone.append(latents(quick, prompt, reference=picture, generator=seed, **given))
@@ -105,8 +106,8 @@ def test_image_of_a_cached_batch_is_the_image_made_alone(quick, pictures, batche
 
 
 def test_the_trigger_sees_the_right_panels_columns_only(quick, pictures):
-    speed.apply(quick, Speed(cache="first_block", cache_threshold=0.1))
-    cache, canvas = quick.step_cache, Canvas(16, 24, 4)
+    put_on(quick, Speed(cache="first_block", cache_threshold=0.1))
+    cache, canvas = quick.runtime.step_cache, Canvas(16, 24, 4)
     cache.begin(canvas, [1000.0, 500.0], torch.device("cpu"))
     panels = torch.zeros(1, 4, 2 * canvas.rows, 2 * canvas.columns)
     panels[..., canvas.columns :] = 1
@@ -134,7 +135,7 @@ def test_skip_follows_the_line_of_the_last_two_computed_velocities():
 
 
 def test_fixed_schedule_computes_warm_up_every_nth_and_the_last_step(quick, pictures):
-    speed.apply(quick, Speed(cache="skip", cache_interval=3, cache_warmup=3))
+    put_on(quick, Speed(cache="skip", cache_interval=3, cache_warmup=3))
     latents(quick, reference=pictures[0], num_inference_steps=12)
     assert counts(quick) == (6, 6)  # 0, 1, 2, 5, 8, 11
     latents(quick, reference=pictures[0], num_inference_steps=11)
@@ -146,10 +147,10 @@ def test_fixed_schedule_computes_warm_up_every_nth_and_the_last_step(quick, pict
 def test_magnitude_learns_from_the_first_picture_and_skips_in_the_next(quick, pictures, tmp_path):
     plain = latents(quick, reference=pictures[0], **GUIDED)
     setting = Speed(cache="magnitude", cache_threshold=0.5, cache_interval=3)
-    speed.apply(quick, setting)
+    put_on(quick, setting)
     same(latents(quick, reference=pictures[0], **GUIDED), plain)
     assert counts(quick)[1] == 0
-    ratios = quick.step_cache.ratios[STEPS]
+    ratios = quick.runtime.step_cache.ratios[STEPS]
     assert len(ratios) == STEPS and ratios[0] == 1.0 and all(x > 0 for x in ratios)
     differs(latents(quick, reference=pictures[0], **GUIDED), plain)
     skipped = counts(quick)[1]
@@ -159,11 +160,11 @@ def test_magnitude_learns_from_the_first_picture_and_skips_in_the_next(quick, pi
     # Kept in the model's folder, the ratios serve the first picture of a later session.
     path = tmp_path / RATIOS_FILE
     path.write_text(json.dumps({"kept": "too"}))
-    caches.write_ratios(quick.step_cache, path)
+    caches.write_ratios(quick.runtime.step_cache, path)
     assert json.loads(path.read_text())["kept"] == "too"
     before, quick.loaded_from = quick.loaded_from, (tmp_path, *quick.loaded_from)
     try:
-        speed.apply(quick, setting)
+        put_on(quick, setting)
         latents(quick, reference=pictures[0], **GUIDED)
     finally:
         quick.loaded_from = before
@@ -182,7 +183,7 @@ def test_a_damaged_ratios_file_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("cache", ["first_block", "skip"])
 def test_a_call_that_was_cut_short_leaves_nothing_behind(quick, pictures, cache):
-    speed.apply(quick, Speed(cache=cache, cache_threshold=0.2))
+    put_on(quick, Speed(cache=cache, cache_threshold=0.2))
     expected = latents(quick, reference=pictures[0])
 
     def stop(*_):
@@ -199,7 +200,7 @@ def test_two_caches_at_once_are_refused(quick):
     quick.transformer.enable_cache(FirstBlockCacheConfig())
     try:
         with pytest.raises(UserError, match="disable_cache"):
-            speed.apply(quick, Speed(cache="skip"))
+            put_on(quick, Speed(cache="skip"))
     finally:
         quick.transformer.disable_cache()
     with pytest.raises(UserError, match="two blocks"):

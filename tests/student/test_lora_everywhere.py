@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from diptych import student
 from diptych.errors import UserError
+from diptych.student.runtime.applied import put_on
 from diptych.student.runtime.speed import Speed
-from diptych.student.runtime.speed import apply as hurry
 from diptych.student.weights import files
 from diptych.student.weights.convert import convert
 from diptych.student.weights.lora import apply_lora, fuse_loras
@@ -154,7 +154,7 @@ def test_a_speed_preset_fuses_the_text_encoders_too(student_folder, teacher, tmp
     pipe: Any = student.load(student_folder, teacher, device="cpu")
     changed = text_lora(pipe, tmp_path / "text.safetensors")
     apply_lora(pipe, tmp_path / "text.safetensors", 0.5)
-    hurry(pipe, Speed(fused_lora=True))
+    put_on(pipe, Speed(fused_lora=True))
     for component, name in (("text_encoder", CLIP), ("text_encoder_2", T5)):
         layer = getattr(pipe, component).get_submodule(name)
         torch.testing.assert_close(layer.weight, changed[component], **CLOSE)

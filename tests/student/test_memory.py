@@ -17,6 +17,7 @@ from diptych import student
 from diptych.cli import app
 from diptych.errors import UsageError, UserError
 from diptych.student.runtime import memory, quantize, speed
+from diptych.student.runtime.applied import put_on
 from diptych.student.runtime.memory import GIB, PRESETS, Plan, Preset, choose, pick, plan, problems, shapes_in
 from student.conftest import GOLDEN, tiny_transformer
 
@@ -146,9 +147,9 @@ def test_staged_text_encoders_are_opened_for_new_prompts_only(load, pictures, mo
 
 def test_projections_are_not_fused_where_the_transformer_leaves_the_device_for_new_prompts(load):
     held = load(Preset(staged=True))
-    assert speed.apply(held, speed.Speed(fused_qkv=True)) == []  # on a CPU it stays where it is
-    held.memory.device = torch.device("cuda")  # nothing is moved before the next call
-    (reason,) = speed.apply(held, speed.Speed(fused_qkv=True))
+    assert put_on(held, speed.Speed(fused_qkv=True)) == []  # on a CPU it stays where it is
+    held.runtime.memory.device = torch.device("cuda")  # nothing is moved before the next call
+    (reason,) = put_on(held, speed.Speed(fused_qkv=True))
     assert "leaves the device" in reason
     assert not any(getattr(module, "fused_projections", False) for module in held.transformer.modules())
 
@@ -189,7 +190,7 @@ def test_saving_has_every_weight_and_quantized_ones_are_refused(pipe, load, tmp_
     for part in ("transformer", "text_encoder_2"):
         state = getattr(again, part).state_dict()
         assert all(torch.equal(state[key], value) for key, value in getattr(pipe, part).state_dict().items())
-    assert held.text_encoder_2 is None and held.memory.modulation.detached
+    assert held.text_encoder_2 is None and held.runtime.memory.modulation.detached
     with pytest.raises(UserError, match="without --memory"):
         student.save(load(Preset(transformer="fp8")), tmp_path / "quantized")
 
@@ -220,7 +221,7 @@ def test_gguf_keeps_its_weights_and_its_modulation_is_precomputed_from_them(teac
     path = write_gguf(tmp_path / "student.gguf", dict(pipe.transformer.state_dict()), "Q8_0")
     plain = student.load(path, teacher, device="cpu")
     held: Any = student.load(path, teacher, device="cpu", memory="24")
-    assert held.memory.preset.transformer == "none" and held.memory.modulation.detached
+    assert held.runtime.memory.preset.transformer == "none" and held.runtime.memory.modulation.detached
     torch.testing.assert_close(latents(held, pictures), latents(plain, pictures), rtol=1e-4, atol=1e-4)
     places = {part: teacher / part for part in ("vae", *memory.TEXT_PARTS)}
     packed = sum(p.nbytes for p in plain.transformer.parameters() if p.dtype == torch.uint8)
@@ -243,7 +244,7 @@ def test_a_lora_on_the_modulation_beside_a_gguf_file_is_refused_where_that_is_pr
         save_file(state, tmp_path / f"{layer}.safetensors")
     options: Any = {"device": "cpu", "memory": "24", "fuse": True}
     held: Any = student.load(path, teacher, lora=tmp_path / "attn.to_q.safetensors", **options)
-    assert held.memory.modulation.detached
+    assert held.runtime.memory.modulation.detached
     with pytest.raises(UsageError, match=r"norm1\.linear\.safetensors adapts the modulation.*or use --memory 48"):
         student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **options)
     student.load(path, teacher, lora=tmp_path / "norm1.linear.safetensors", **{**options, "memory": "48"})
@@ -266,7 +267,7 @@ def test_staged_text_encoders_take_no_lora_of_their_own(load, tmp_path):
     pairs = {"A": torch.zeros(2, 32), "B": torch.zeros(32, 2)}
     plain = {f"transformer.transformer_blocks.0.attn.to_q.lora_{key}.weight": value for key, value in pairs.items()}
     save_file(plain, tmp_path / "plain.safetensors")
-    assert load(Preset(staged=True), lora=tmp_path / "plain.safetensors", fuse=True).memory.waiting
+    assert load(Preset(staged=True), lora=tmp_path / "plain.safetensors", fuse=True).runtime.memory.waiting
     name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight"
     text = {name.format(key): value[:20, :20].clone() for key, value in pairs.items()}
     save_file(plain | text, tmp_path / "text.safetensors")
@@ -282,8 +283,8 @@ def test_auto_takes_the_largest_that_fits_and_says_so(load):
     with pytest.raises(UserError, match=r"no memory preset fits a card with 0\.2 GiB free \(80 needs"):
         choose(FLUX, GIB // 4, "a card", device="cuda")
     held = load("auto")
-    assert held.memory.reason.startswith("memory auto → 80: transformer as loaded")
-    assert "free on this machine" in held.memory.reason
+    assert held.runtime.memory.reason.startswith("memory auto → 80: transformer as loaded")
+    assert "free on this machine" in held.runtime.memory.reason
 
 
 def test_on_a_cpu_what_waits_counts_too():

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from diptych.errors import UserError
-from diptych.student.guidance import exact_timesteps
-from diptych.student.runtime.modulation import Lookup, Modulation, adaln_layers, precomputed
+from diptych.student.runtime.modulation import Lookup, Modulation, adaln_layers, exact_timesteps, precomputed
 from student.conftest import tiny_transformer
 
 TIMESTEPS = torch.tensor([1000.0, 751.3, 400.0, 33.3])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxControlPipeline
 
-from diptych import student
+from diptych import DiptychPipeline, student
 from diptych.errors import UsageError, UserError
 from diptych.student.canvas import Canvas, pack, split_panels, to_pixels
 
@@ -148,6 +148,44 @@ def test_tensor_reference_is_the_picture(pipe, pictures):
     same(latents(pipe, "a cat", reference=pixels), latents(pipe, "a cat", reference=pictures[:2]))
 
 
+def test_diffusers_image_is_the_reference_as_pil_array_or_tensor_of_any_size(pipe, pictures):
+    expected = latents(pipe, ["a cat", "a dog"], reference=pictures[:2])
+    assert torch.equal(latents(pipe, ["a cat", "a dog"], image=pictures[:2]), expected)
+    arrays = np.stack([np.asarray(picture) for picture in pictures[:2]]) / 255
+    assert torch.equal(latents(pipe, ["a cat", "a dog"], image=arrays), expected)
+    tensors = torch.from_numpy(arrays).movedim(-1, 1)
+    assert torch.equal(latents(pipe, ["a cat", "a dog"], image=tensors), expected)
+    assert torch.equal(latents(pipe, ["a cat", "a dog"], image=list(tensors)), expected)
+    wide = latents(pipe, "a cat", image=pictures[0].resize((40, 16)))
+    assert torch.equal(wide, latents(pipe, "a cat", image=np.asarray(pictures[0].resize((40, 16))) / 255))
+
+
+def test_a_callback_of_diffusers_says_which_tensors_it_is_given(pipe, pictures):
+    from diffusers.callbacks import PipelineCallback
+
+    class Look(PipelineCallback):
+        tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012 (diffusers' name)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            seen.append(sorted(callback_kwargs))
+            return callback_kwargs
+
+    seen: list[list[str]] = []
+    got = latents(pipe, reference=pictures[0], callback_on_step_end=Look(cutoff_step_ratio=None, cutoff_step_index=0))
+    assert seen == [["latents", "prompt_embeds"]] * STEPS
+    assert torch.equal(got, latents(pipe, reference=pictures[0]))
+
+
+def test_from_pretrained_needs_the_folder_alone(pipe, pictures, tmp_path):
+    student.save(pipe, tmp_path / "saved")
+    again = DiptychPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    given = {"prompt": "a red cat", "image": pictures[0], "generator": torch.Generator().manual_seed(0)}
+    assert (
+        again(**given).images[0].tobytes() == pipe("a red cat", reference=pictures[0], generator=0).images[0].tobytes()
+    )
+
+
 def test_callback_sees_and_changes_the_latents(pipe, pictures):
     seen = []
 
@@ -211,6 +249,11 @@ def test_long_prompts_warn_once_and_name_what_is_lost(pipe, pictures, caplog):
         ({"prompt_embeds": torch.zeros(1, 12, 24)}, "not both"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 24)}, "pooled_prompt_embeds"),
         ({"num_inference_steps": 0}, "at least 1"),
+        ({"image": torch.zeros(3, 16, 16)}, "image or reference, not both"),
+        ({"reference": None, "image": torch.full((3, 16, 16), -1.0)}, "values from 0 to 1"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale is text_guidance_scale here"),
+        ({"control_image": torch.zeros(3, 16, 32)}, "give the reference alone, as image"),
+        ({"num_inference_step": 2}, "no argument of this pipeline.*did you mean 'num_inference_steps'"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(pipe, pictures, wrong, says):

@@ -14,7 +14,8 @@ from diptych import Student, student
 from diptych.cli.app import call
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, split_tokens
-from diptych.student.runtime import modulation, speed
+from diptych.student.runtime import applied, speed
+from diptych.student.runtime.applied import put_on, take_off
 from diptych.student.runtime.caches import Recall, content
 from student.conftest import GOLDEN
 
@@ -27,7 +28,7 @@ GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 def quick(pipe):
     """The session's pipeline, on which a test may put a speed."""
     yield pipe
-    speed.remove(pipe)
+    take_off(pipe)
 
 
 def latents(pipe, prompt: Any = "a red cat", **options):
@@ -50,7 +51,7 @@ def differs(a, b):
 def test_exact_gives_what_the_released_code_gave(golden, name, packs):
     pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    speed.apply(pipe, replace(speed.PRESETS["exact"], packed=packs))
+    put_on(pipe, replace(speed.PRESETS["exact"], packed=packs))
     assert not getattr(pipe.transformer, "peft_config", None)
     image, text = GUIDANCE[name]
     within = {"plain": 1e-5, "guided": 2e-5}[name]  # sums in another order, which guidance multiplies
@@ -74,10 +75,10 @@ def test_presets_but_exact_change_pictures_and_come_off_again(quick, pictures):
     plain = latents(quick, **given)
     before = {key: value.clone() for key, value in quick.transformer.state_dict().items()}
     for name, preset in speed.PRESETS.items():
-        speed.apply(quick, preset)
+        put_on(quick, preset)
         got = latents(quick, **given)
         (same if name == "exact" else differs)(got, plain)
-    speed.remove(quick)
+    take_off(quick)
     assert torch.equal(latents(quick, **given), plain)
     after = quick.transformer.state_dict()
     assert before.keys() == after.keys()
@@ -89,16 +90,16 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
     plain = latents(quick, **given)
     before = {key: value.clone() for key, value in quick.transformer.state_dict().items()}
     linears = sum(type(module) is torch.nn.Linear for module in quick.transformer.modules())
-    left_out = speed.apply(quick, speed.PRESETS["exact"])
+    left_out = put_on(quick, speed.PRESETS["exact"])
     assert [reason.partition(":")[0] for reason in left_out] == ["fused_qkv", "compile"]
-    held = [module for module in quick.transformer.modules() if isinstance(module, modulation.PackedLinear)]
+    held = [module for module in quick.transformer.modules() if isinstance(module, applied.PackedLinear)]
     blocks = [*quick.transformer.transformer_blocks, *quick.transformer.single_transformer_blocks]
     assert len(held) > 5 * len(blocks) and all(module.original[0].weight.numel() == 0 for module in held)
     same(latents(quick, **given), plain)
     student.save(quick, tmp_path / "saved")
     assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)
-    assert sum(isinstance(module, modulation.PackedLinear) for module in quick.transformer.modules()) == len(held)
-    speed.remove(quick)
+    assert sum(isinstance(module, applied.PackedLinear) for module in quick.transformer.modules()) == len(held)
+    take_off(quick)
     after = quick.transformer.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
     assert sum(type(module) is torch.nn.Linear for module in quick.transformer.modules()) == linears
@@ -106,19 +107,19 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
 
 def test_what_cannot_be_packed_is_told():
     layer = torch.nn.Linear(2, 2)
-    assert modulation.cannot_pack(layer) == ""
-    assert modulation.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
-    assert modulation.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
+    assert applied.cannot_pack(layer) == ""
+    assert applied.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
+    assert applied.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
 
 
 def test_a_small_transformer_is_not_compiled_and_the_reason_is_given(quick):
-    left_out = speed.apply(quick, replace(speed.PRESETS["exact"], packed=False))
+    left_out = put_on(quick, replace(speed.PRESETS["exact"], packed=False))
     assert [reason for reason in left_out if reason.startswith("compile: a transformer of 0 M")]
     assert all(block._compiled_call_impl is None for block in quick.transformer.transformer_blocks)
 
 
 def test_fused_projections_hold_no_second_copy(quick):
-    speed.apply(quick, speed.Speed(fused_qkv=True))
+    put_on(quick, speed.Speed(fused_qkv=True))
     attn = quick.transformer.transformer_blocks[0].attn
     assert attn.to_k.weight.data_ptr() == attn.to_qkv.weight[attn.to_q.out_features :].data_ptr()
     assert attn.add_v_proj.bias.untyped_storage().data_ptr() == attn.to_added_qkv.bias.untyped_storage().data_ptr()
@@ -126,9 +127,9 @@ def test_fused_projections_hold_no_second_copy(quick):
 
 def test_saving_writes_a_stock_student_and_leaves_the_speed_on(quick, pictures, tmp_path):
     plain = latents(quick, reference=pictures[0])
-    speed.apply(quick, speed.Speed(fused_qkv=True, cache="skip", remember=1))
+    put_on(quick, speed.Speed(fused_qkv=True, cache="skip", remember=1))
     student.save(quick, tmp_path / "saved")
-    assert quick.speed.cache == "skip" and quick.step_cache is not None
+    assert quick.runtime.speed.cache == "skip" and quick.runtime.step_cache is not None
     again = student.load(tmp_path / "saved", device="cpu")
     again.set_progress_bar_config(disable=True)
     assert torch.equal(latents(again, reference=pictures[0]), plain)
@@ -139,7 +140,7 @@ def test_saving_writes_a_stock_student_and_leaves_the_speed_on(quick, pictures, 
 
 def test_prompts_and_references_are_encoded_once_for_several_calls(quick, pictures):
     plain = latents(quick, reference=pictures[0], **GUIDED)
-    speed.apply(quick, speed.Speed(remember=16))
+    put_on(quick, speed.Speed(remember=16))
     calls = {"text_encoder": 0, "text_encoder_2": 0, "encoder": 0}
     places = {"text_encoder": quick.text_encoder, "text_encoder_2": quick.text_encoder_2, "encoder": quick.vae.encoder}
 
@@ -197,7 +198,7 @@ def test_clamped_left_panel_ends_as_the_reference_and_moves_the_right_one(quick,
 
 def test_right_panel_alone_is_the_decoded_right_half(quick, pictures):
     modulation = latents(quick, reference=pictures[0])
-    speed.apply(quick, speed.Speed(decode="right"))
+    put_on(quick, speed.Speed(decode="right"))
     given: Any = {"reference": pictures[0], "generator": 0, "num_inference_steps": 5, "output_type": "pt"}
     out = quick("a red cat", return_reference=True, **given)
     left, right = split_tokens(modulation, CANVAS)
@@ -261,11 +262,11 @@ def test_wrong_words_say_what_is_right(preset, switches, says):
 
 def test_an_attention_backend_that_is_not_there_is_refused_and_nothing_changes(quick):
     with pytest.raises(UsageError, match="did you mean 'native'"):
-        speed.apply(quick, speed.Speed(attention="nativ"))
+        put_on(quick, speed.Speed(attention="nativ"))
     with pytest.raises(UsageError, match="does not work here"):
-        speed.apply(quick, speed.Speed(attention="flash"))
-    assert quick.speed == speed.PLAIN
-    speed.apply(quick, speed.Speed(attention="native"))
+        put_on(quick, speed.Speed(attention="flash"))
+    assert quick.runtime.speed == speed.PLAIN
+    put_on(quick, speed.Speed(attention="native"))
 
 
 def test_every_switch_is_explained_and_every_lossy_one_says_its_cost(tmp_path, monkeypatch):
@@ -285,7 +286,7 @@ def test_every_switch_is_explained_and_every_lossy_one_says_its_cost(tmp_path, m
 
 def test_student_is_loaded_with_a_speed_and_a_picture_names_it(student_folder, teacher, pictures):
     loaded = Student.load(student_folder, teacher, device="cpu", speed="fast", switches=["steps=3"], progress_bar=False)
-    assert loaded.pipeline.speed.cache == "skip" and loaded.sampling["steps"] == 3
+    assert loaded.pipeline.runtime.speed.cache == "skip" and loaded.sampling["steps"] == 3
     image = loaded.generate(pictures[0], "a red cat")
     assert image.info["steps"] == 3
     assert image.info["speed"]["cache"] == "skip" and "decode" not in image.info["speed"]

@@ -89,7 +89,7 @@ def relight(
     told: dict[str, Any] = {"task": found.name, "detail": detail}
     if stays is not None:
         told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
-    switched = bool(student.pipeline.speed.null_panel)
+    switched = bool(student.pipeline.runtime.speed.null_panel)
     for key, value in student.pipeline.settings.relight.items():  # the model's own, where nothing else is said
         if key not in asked and not (key == "null_panel" and switched):
             asked[key] = value

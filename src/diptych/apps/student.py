@@ -103,6 +103,7 @@ class Student:
         from diptych.student.loading import scaled
         from diptych.student.runtime import parallel as gpus
         from diptych.student.runtime import speed as speeds
+        from diptych.student.runtime.applied import put_on
         from diptych.utils.console import quiet_bars
 
         _check_device(device)
@@ -125,7 +126,7 @@ class Student:
                 fuse=fuse,
                 memory=memory,
             )
-        speeds.apply(pipeline, quick)
+        put_on(pipeline, quick)
         if parallel:
             gpus.split(pipeline)
         if not progress_bar:
@@ -192,7 +193,7 @@ class Student:
         for line in self._remarks(canvas, negative_prompt, sampling, any(r is not None for r in references)):
             log.warning(line)
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
-        seen = null_panel or self.pipeline.speed.null_panel or self.pipeline.settings.null_panel
+        seen = null_panel or self.pipeline.runtime.speed.null_panel or self.pipeline.settings.null_panel
         settings |= {"null_panel": seen} if seen != "shared" else {}
         callbacks = self._callbacks(canvas, asked)
         images: list[Image.Image] = []
@@ -374,7 +375,7 @@ class Student:
         """What was being drawn when memory ran out, and what to do."""
         what = f"{count} pictures" if count > 1 else "a picture"
         less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
-        instead = f"ask for {less}, or use {_less(self.pipeline.memory)}"
+        instead = f"ask for {less}, or use {_less(self.pipeline.runtime.memory)}"
         return f"drawing {what} of {canvas.panel_width}×{canvas.panel_height}", instead
 
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
@@ -389,7 +390,7 @@ class Student:
 
         pipeline = self.pipeline
         loras = [{"file": p.name, "scale": scale, "fingerprint": hashed(p)} for p, scale in pipeline.loras]
-        held = {} if pipeline.memory is None else {"memory": asdict(pipeline.memory.preset)}
+        held = {} if pipeline.runtime.memory is None else {"memory": asdict(pipeline.runtime.memory.preset)}
         return {
             "model": self.name,
             "fingerprints": [hashed(folder) for folder in pipeline.loaded_from],
@@ -399,7 +400,7 @@ class Student:
             "height": image.height,
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             "device": pipeline.device.type,
-            "speed": pipeline.speed.changed(),
+            "speed": pipeline.runtime.speed.changed(),
             "versions": {"diptych": VERSION, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
 

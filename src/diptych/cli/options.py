@@ -85,6 +85,6 @@ def opened(display: Any, loading: dict[str, Any], **more: Any) -> Any:
     from diptych.apps.student import Student
 
     student = Student.load(**loading, **more, progress_bar=False)
-    if student.pipeline.memory is not None:
-        display.say(student.pipeline.memory.reason)
+    if student.pipeline.runtime.memory is not None:
+        display.say(student.pipeline.runtime.memory.reason)
     return student

@@ -233,7 +233,7 @@ def run(
         if service.failure is not None:
             server.should_exit = True
         elif service.ready:
-            held = (worker.student.pipeline.memory for worker in service.workers if worker.student is not None)
+            held = (worker.student.pipeline.runtime.memory for worker in service.workers if worker.student is not None)
             for reason in dict.fromkeys(memory.reason for memory in held if memory is not None):
                 say(reason)
             say(

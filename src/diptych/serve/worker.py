@@ -103,7 +103,7 @@ class Worker:
         try:
             if self.student is None:
                 self.student = self.load()
-                self._own_speed = self._speed = self.student.pipeline.speed
+                self._own_speed = self._speed = self.student.pipeline.runtime.speed
         except UserError as error:
             self.failure = error
             return
@@ -233,11 +233,12 @@ class Worker:
     def _use_speed(self, name: str | None) -> None:
         """The speed that a request asked for by name, or the server's own."""
         from diptych.student.runtime import speed as speeds
+        from diptych.student.runtime.applied import put_on
 
         assert self.student is not None
         wanted = self._own_speed if name is None else speeds.parse(None if name == "plain" else name)
         if wanted != self._speed:
-            speeds.apply(self.student.pipeline, wanted)
+            put_on(self.student.pipeline, wanted)
             self._speed = wanted
 
     def _keep(self, task: QueuedImage, image: Image) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from diptych.student.canvas import Canvas, join_panels, pack, split_panels, to_pixels, unpack
+from diptych.student.sampler import on_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +123,7 @@ class Hold:
         x_t = tensors["latents"]
         clean, noise, held = (x.to(x_t.device) for x in (self.clean, self.noise, self.held))
         sigma = pipe.scheduler.sigmas[step + 1].to(x_t.device)
-        return {"latents": torch.where(held, ((1 - sigma) * clean + sigma * noise).to(x_t.dtype), x_t)}
+        return {"latents": torch.where(held, on_path(clean, noise, sigma).to(x_t.dtype), x_t)}
 
 
 def held_latents(kept: np.ndarray, canvas: Canvas, channels: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from diptych.errors import UsageError, UserError
 from diptych.student.pipeline import DiptychPipeline
+from diptych.student.runtime.applied import hold
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
 from diptych.student.weights import files, single_file
@@ -108,7 +109,7 @@ def load(
         fuse_loras(pipe)
     if preset is None:
         return pipe.to(device)
-    preset.apply(pipe)
+    hold(pipe, preset)
     return pipe
 
 

@@ -1,69 +1,210 @@
-"""What a call of the pipeline was given, matched up: a text, a reference and a seed for every row of the batch."""
+"""The sampler: rectified flow on the diptych canvas, as the paper's released code runs it.
+
+    call = prepare(canvas, ...)                               # what a call was given, one row for each image
+    timesteps = schedule(scheduler, canvas, steps)            # noise levels σ, shifted for the canvas's size
+    x_0 = denoise(pipe, call, timesteps, pipe.runtime)        # x_{i+1} = x_i + (σ_{i+1} − σ_i)·v(x_i)
+
+The canvas [reference | target] is denoised as one wide FLUX image with plain position ids. The condition, the VAE
+encoding of [reference | black], enters beside the noisy latents, channel by channel. v is guided (`guidance`):
+
+    v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
 import torch
-from PIL import Image
+from diffusers import FluxControlPipeline
+from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift, retrieve_timesteps
 
 from diptych.errors import UsageError
-from diptych.student.canvas import Canvas, fit_image, to_pixels
+from diptych.student import guidance
+from diptych.student.canvas import Canvas, right_tokens
+from diptych.student.guidance import Branch, Guidance
+from diptych.student.runtime.applied import Runtime
+from diptych.student.runtime.speed import Speed
 
-Reference = Image.Image | torch.Tensor | None
-Seed = int | torch.Generator
+Text = tuple[torch.Tensor, torch.Tensor]  # embeddings (B, L, D) and pooled embeddings (B, P)
+Callback = Callable[..., dict[str, Any] | None]
 
 
-def texts(value: str | list[str] | None, count: int) -> list[str] | None:
-    """One text for each of `count` rows."""
-    if value is None:
+@dataclass(frozen=True)
+class Call:
+    """What one call was given: B images, one row each."""
+
+    canvas: Canvas
+    noise: torch.Tensor  # (B, tokens, C), packed, of the whole canvas
+    branches: Mapping[str, Branch]  # (condition, text, pooled text) of `cond`, and of `reference` and `null` if guided
+    guides: Sequence[Guidance]  # of each row
+    image_ids: torch.Tensor  # (tokens, 3), positions on the canvas
+    guidance_scale: float  # distilled
+    switches: Speed
+    attention: dict[str, Any] | None = None  # diffusers' joint_attention_kwargs
+
+
+# Prepare -------------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    canvas: Canvas,
+    text: Text,
+    empty: Text | None,
+    condition: torch.Tensor,
+    noise: torch.Tensor,
+    guides: Sequence[Guidance],
+    **options: Any,
+) -> Call:
+    """A call from one row of `text`, `empty` (None: unguided) and `condition` for each prompt, and one of `noise` and
+    `guides` for each image; computed in the dtype of the text. UsageError for noise of another shape."""
+    embeds, pooled = text
+    wanted = (len(guides), canvas.tokens, condition.shape[-1])
+    if tuple(noise.shape) != wanted:
+        raise UsageError(f"latents are packed noise of the whole canvas, {wanted} here, not {tuple(noise.shape)}")
+    repeats = len(guides) // len(condition)
+    condition = condition.to(embeds.dtype)
+    given: dict[str, Branch] = {"cond": (condition, embeds, pooled)}
+    if empty is not None:
+        given |= {"reference": (condition, *empty), "null": (torch.zeros_like(condition), *empty)}
+    branches = {name: _repeat(branch, repeats) for name, branch in given.items()}
+    ids = FluxControlPipeline._prepare_latent_image_ids(1, canvas.rows, canvas.columns, embeds.device, embeds.dtype)
+    return Call(canvas, noise.to(device=embeds.device, dtype=embeds.dtype), branches, guides, ids, **options)
+
+
+def _repeat(branch: Branch, repeats: int) -> Branch:
+    condition, embeds, pooled = (x.repeat_interleave(repeats, dim=0) for x in branch)
+    return condition, embeds, pooled
+
+
+# Schedule ------------------------------------------------------------------------------------------------------------
+
+
+def schedule(
+    scheduler: Any, canvas: Canvas, steps: int, sigmas: Sequence[float] | None, device: torch.device
+) -> torch.Tensor:
+    """Sets the scheduler's noise levels, evenly spaced if not given, shifted for the canvas; timesteps, (S,), 0 to
+    1000."""
+    mu = shift_exponent(scheduler.config, canvas.tokens)
+    shift: Any = {} if mu is None else {"mu": mu}
+    given: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+    timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=given, **shift)
+    scheduler.set_begin_index(0)
+    return timesteps  # pyright: ignore[reportReturnType]
+
+
+def shift_exponent(scheduler: Mapping[str, Any], tokens: int) -> float | None:
+    """FLUX's μ for a canvas of `tokens`: timesteps are shifted by e^μ. None for a scheduler with one fixed shift.
+
+    `scheduler` is its config, with diffusers' keys and FLUX.1-dev's values for those that are missing.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
         return None
-    if not isinstance(value, (str, list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise UsageError(f"a prompt is a string or a list of strings, not {type(value).__name__}")
-    found = [value] if isinstance(value, str) else list(value)
-    if len(found) not in (1, count):
-        raise UsageError(f"{len(found)} texts for {count} images")
-    return found * count if len(found) == 1 else found
+    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return calculate_shift(tokens, *(scheduler.get(key, value) for key, value in known.items()))
 
 
-def match(prompt, prompt_embeds, reference) -> tuple[list[str] | None, list[Reference]]:
-    """Prompts and references, one of each for every row of the batch."""
-    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise UsageError(f"prompt is a string or a list of strings, not {type(prompt).__name__}")
-    if isinstance(reference, torch.Tensor) and reference.ndim == 4:
-        reference = [*reference]
-    references: list[Reference] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt is not None else None
-    rows = len(prompts) if prompts is not None else len(prompt_embeds) if prompt_embeds is not None else 0
-    if not rows:
-        raise UsageError("give prompt or prompt_embeds (at least one)")
-    count = max(rows, len(references))
-    if {rows, len(references)} - {1, count}:
-        raise UsageError(f"{rows} prompts and {len(references)} references: give one of either, or as many of both")
-    if prompts is not None and len(prompts) == 1:
-        prompts = prompts * count
-    return prompts, references * count if len(references) == 1 else references
+# Denoise -------------------------------------------------------------------------------------------------------------
 
 
-def seeds(generator, count: int, repeats: int) -> list[Seed | None]:
-    """One seed or generator for each image."""
-    total = count * repeats
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != total:
-            raise UsageError(f"{len(generator)} generators for {total} images: give one, or one for each image")
-        return list(generator)
-    if isinstance(generator, int) and not isinstance(generator, bool):
-        return [generator + j for _ in range(count) for j in range(repeats)]
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise UsageError(f"generator is a seed, a torch.Generator or a list of them, not {type(generator).__name__}")
-    return [generator] * total
+def denoise(
+    pipe: FluxControlPipeline,
+    call: Call,
+    timesteps: torch.Tensor,
+    runtime: Runtime,
+    callback: Callback | None = None,
+    shown: Sequence[str] = ("latents",),
+) -> torch.Tensor:
+    """x_0 (B, tokens, C), the packed latents of the whole canvas.
+
+    `callback` is diffusers' callback_on_step_end, which is given the tensors in `shown` and may return others.
+    """
+    x_t, canvas, sigmas, switches = call.noise, call.canvas, pipe.scheduler.sigmas, call.switches
+    groups = guidance.alike(call.guides)
+    if switches.null_panel == "own" and canvas.panels == 2:
+        for group in groups:
+            group.give_null_a_panel(x_t, canvas, sigmas)
+    pooled = [branch[2] for branch in call.branches.values()]
+    inside = runtime.sampling(pipe.transformer, canvas, timesteps, pooled, call.guidance_scale, switches.modulation)
+    bar: Any = pipe.progress_bar  # decorated in a way that hides its arguments from a type checker
+    with bar(total=len(timesteps)) as progress, inside:
+        for i, t in enumerate(timesteps):
+            if pipe.interrupt:
+                continue
+            runtime.step(i)
+            forward = partial(velocity, pipe.transformer, call, t)
+            v = guidance.velocity(groups, forward, x_t, call.branches, i, len(timesteps), switches.batched_guidance)
+            x_t = pipe.scheduler.step(v, t, x_t, return_dict=False)[0].to(x_t.dtype)
+            if switches.clamp_left:
+                x_t = clamp_left(x_t, call, sigmas[i + 1])
+            if callback is not None:
+                x_t, call = _called(callback, shown, pipe, i, t, x_t, call)
+            progress.update()
+    return x_t
 
 
-def panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-    """A reference as one panel of pixels (1, 3, h, w) in [-1, 1]."""
-    if isinstance(reference, Image.Image):
-        return to_pixels(fit_image(reference, canvas.panel_height, canvas.panel_width, fit))[None]
-    if isinstance(reference, torch.Tensor):
-        wanted = (3, canvas.panel_height, canvas.panel_width)
-        if tuple(reference.shape) != wanted:
-            raise UsageError(f"a reference tensor is {wanted} here (a panel in [-1, 1]), not {tuple(reference.shape)}")
-        return reference[None]
-    raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+def velocity(
+    transformer: Any,
+    call: Call,
+    t: torch.Tensor,
+    name: str,
+    x: torch.Tensor,
+    condition: torch.Tensor,
+    text: torch.Tensor,
+    pooled: torch.Tensor,
+) -> torch.Tensor:
+    """v(condition, text) at x (B, tokens, C) and time t, for any rows of the batch, from one forward.
+
+    `name` tells step caches the branches of guidance apart.
+    """
+    distilled = None
+    if transformer.config.guidance_embeds:
+        distilled = torch.full([len(x)], call.guidance_scale, device=x.device, dtype=torch.float32)
+    with transformer.cache_context(name):
+        return transformer(
+            hidden_states=torch.cat([x, condition], dim=2),
+            timestep=t.expand(len(x)).to(x.dtype) / 1000,
+            guidance=distilled,
+            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=call.image_ids,
+            joint_attention_kwargs=call.attention,
+            return_dict=False,
+        )[0]
+
+
+def on_path(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Rectified flow's path from noise ε to clean latents z, where its noise level is `sigma`: (1 − σ)·z + σ·ε."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def clamp_left(x_t: torch.Tensor, call: Call, sigma: torch.Tensor) -> torch.Tensor:
+    """x_t (B, tokens, C) at noise level `sigma` with its left panel on the known path from the noise to the condition.
+
+    Rows without a reference (an all-zero condition) go free.
+    """
+    condition = call.branches["cond"][0]
+    given = condition.flatten(1).any(dim=1).view(-1, 1, 1)
+    held = given & ~right_tokens(call.canvas).to(x_t.device).view(1, -1, 1)
+    return torch.where(held, on_path(condition, call.noise, sigma.to(x_t.device, x_t.dtype)), x_t)
+
+
+def _called(
+    callback: Callback,
+    shown: Sequence[str],
+    pipe: FluxControlPipeline,
+    step: int,
+    t: torch.Tensor,
+    x_t: torch.Tensor,
+    call: Call,
+) -> tuple[torch.Tensor, Call]:
+    """x_t and the call as a callback returned them."""
+    condition, embeds, pooled = call.branches["cond"]
+    tensors = {"latents": x_t, "prompt_embeds": embeds}
+    changed = callback(pipe, step, t, {key: tensors[key] for key in shown}) or {}
+    branches = {**call.branches, "cond": (condition, changed.get("prompt_embeds", embeds), pooled)}
+    return changed.get("latents", x_t), replace(call, branches=branches)

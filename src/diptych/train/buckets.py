@@ -49,7 +49,7 @@ def choose(
 
 def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
     """The shift s that the base samples a canvas of this size with (`distill.shift: auto`)."""
-    from diptych.student.guidance import shift_exponent
+    from diptych.student.sampler import shift_exponent
 
     config = pipe.scheduler.config
     mu = shift_exponent(config, canvas.tokens)

@@ -89,7 +89,7 @@ class Student(Base):
             guidance_scale=self.recipe.paint.guidance,
             image_guidance_scale=settings.image_guidance,
             text_guidance_scale=settings.text_guidance,
-            null_panel=pipe.speed.null_panel or settings.null_panel,
+            null_panel=pipe.runtime.speed.null_panel or settings.null_panel,
             generator=list(seeds),
         )
         return drawn.images

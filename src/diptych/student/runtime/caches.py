@@ -23,7 +23,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -32,9 +32,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, right_tokens
 from diptych.student.runtime.modulation import Slot
-
-if TYPE_CHECKING:
-    from diptych.student.runtime.speed import Speed
+from diptych.student.runtime.speed import Speed
 
 HOOK = "diptych_step_cache"
 Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), as FLUX's blocks return them
@@ -81,8 +79,8 @@ class StepCache:
         self._measured.setdefault(self.step, []).append(float((sizes[0] / (sizes[1] + 1e-8)).mean()))
 
     def end(self) -> None:
-        """The call is complete: what was measured is what later calls go by."""
-        if self.calibrating:
+        """After the loop: what was measured in a whole call is what later calls go by."""
+        if self.calibrating and self.step == self.steps - 1:
             found = [self._measured.get(step) for step in range(self.steps)]
             self.ratios[self.steps] = [sum(x) / len(x) if x else 1.0 for x in found]
 
@@ -330,10 +328,12 @@ class Recall:
     remembers nothing. `hits` and `misses` count the look-ups.
 
     Keys are contents (texts, pixels, sizes, dtype), never file names or objects: a changed image is another image.
+    `device` is where they are kept; None leaves them where they were made.
     """
 
-    def __init__(self, megabytes: float = 0) -> None:
+    def __init__(self, megabytes: float = 0, device: str | None = None) -> None:
         self.limit = int(megabytes * 2**20)
+        self.device = device
         self.hits = self.misses = 0
         self._kept: OrderedDict[Hashable, Tensors] = OrderedDict()
 
@@ -344,7 +344,7 @@ class Recall:
             self._kept.move_to_end(key)
             return self._kept[key]
         self.misses += 1
-        made = make()
+        made = tuple(tensor.to(device=self.device) for tensor in make())
         if _bytes(made) <= self.limit:
             self._kept[key] = made
             while self.size > self.limit:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +26,13 @@ from diptych.utils.machine import alone
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import FluxControlPipeline
 
-    from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.runtime.caches import Recall
     from diptych.student.runtime.modulation import Modulation
 
 log = logging.getLogger("diptych.student")
 GIB = 2**30
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
-REMEMBERED = 1024  # MiB of main memory: 250 of FLUX.1's prompts
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def free_bytes(device: str | torch.device) -> tuple[int, str]:
 
 
 class Memory:
-    """A preset for one pipeline, and what it has to do there while that draws: `pipe.memory`.
+    """A preset for one pipeline, and what it has to do there during a call: `pipe.runtime.memory`.
 
     In the order of loading: `prepare` makes one, `settle` once the configs are known, `check` once the LoRAs are,
     `apply` on the loaded pipeline; then the sampler calls `stage`.
@@ -151,7 +149,6 @@ class Memory:
         self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
         self._in_file = False  # the transformer's file is quantized (GGUF): LoRAs stay beside it
         self._open = False
-        self._texts: Recall | None = None  # what they made of the last prompts, in main memory
 
     @property
     def preset(self) -> Preset:
@@ -211,7 +208,7 @@ class Memory:
                 if any(layer.targets[0].startswith("text_encoder") for layer in layers):
                     raise UsageError(f"{path} adapts a text encoder, which --memory {self.name} opens anew for prompts")
 
-    def apply(self, pipe: DiptychPipeline) -> None:
+    def apply(self, pipe: FluxControlPipeline) -> None:
         """Quantizes, places and offloads the parts of `pipe`, which are on the CPU, its LoRAs fused."""
         self._pipe, transformer = pipe, pipe.transformer
         self.shrink(transformer)
@@ -224,7 +221,6 @@ class Memory:
             self.offload(transformer)
         elif not self._places:
             transformer.to(self.device)
-        pipe.memory = self
 
     def shrink(self, transformer: Any) -> None:
         """Takes the modulation out and quantizes the rest."""
@@ -264,14 +260,6 @@ class Memory:
             self._pipe.transformer.to(self.device)
         if self.preset.tile:
             self._pipe.vae.use_tiling = name == "decode"  # the reference is encoded whole
-
-    def remember(self, key: Hashable, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        """What the text encoders made of a text before, or make of it now, on the CPU."""
-        from diptych.student.runtime.caches import Recall
-
-        if self._texts is None:
-            self._texts = Recall(REMEMBERED)
-        return self._texts(key, lambda: tuple(tensor.cpu() for tensor in make()))
 
     @contextmanager
     def undone(self) -> Iterator[None]:

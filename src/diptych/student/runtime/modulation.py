@@ -14,19 +14,18 @@ The table has a row for each step and each distinct pooled text among the batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-from torch import nn
 from torch.nn import functional as F
 
 from diptych.errors import UserError
-from diptych.student.guidance import exact_timesteps
 
 ADALN = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
 
@@ -216,68 +215,6 @@ def _on(device: torch.device, module: torch.nn.Module, *inputs: torch.Tensor) ->
     return torch.func.functional_call(module, weights, inputs)
 
 
-# Linear layers by oneDNN on a CPU, their weights packed once: the switch `packed` of `speed`. PyTorch gives float32
-# products to MKL, which keeps its widest instructions for Intel's CPUs; oneDNN uses them on every x86 CPU that has
-# them, from weights that lie in blocks of its own. Packing moves values and changes none: `unpack` gives the same
-# bits back, and there is no second copy meanwhile. Results differ from MKL's by float rounding.
-
-ROWS = 128  # the layout is chosen for products of about so many rows; it serves others as well
-
-
-class PackedLinear(nn.Module):
-    """In the place of a float32 `nn.Linear`, whose weight it holds packed."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.original = [linear]  # a list, so that it is not a submodule: its weight is empty
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, ROWS)
-        linear.weight.data = linear.weight.data.new_empty(0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, in_features) → (…, out_features)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def unpacked(self) -> nn.Linear:
-        """The linear layer that was here, its weight as it was."""
-        linear = self.original[0]
-        linear.weight.data = self.weight.to_dense()
-        return linear
-
-
-def pack(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Packs the linear layers of `blocks`, modules of `transformer`, but those of AdaLN, which see a row or two."""
-    chosen = {id(module) for block in blocks for module in block.modules() if type(module) is nn.Linear}
-    chosen -= {id(module.linear) for module in transformer.modules() if isinstance(module, ADALN)}
-    for name, module in list(transformer.named_modules()):
-        if id(module) in chosen:
-            transformer.set_submodule(name, PackedLinear(module))  # pyright: ignore[reportArgumentType]
-
-
-def unpack(transformer: nn.Module) -> None:
-    """The layers as they were before `pack`, to the bit."""
-    for name, module in list(transformer.named_modules()):
-        if isinstance(module, PackedLinear):
-            transformer.set_submodule(name, module.unpacked())
-
-
-def cannot_pack(transformer: Any) -> str:
-    """Why there is nothing to pack, or no way to; empty if there is."""
-    weights = [weight for weight in transformer.parameters() if weight.dim() == 2]
-    if any(weight.device.type != "cpu" for weight in weights):
-        return "on CPUs alone"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "this PyTorch has no oneDNN"
-    if any(type(weight.data) is not torch.Tensor or weight.dtype != torch.float32 for weight in weights):
-        return "for float32 alone; others PyTorch gives to oneDNN anyhow"
-    if getattr(transformer, "peft_config", None):
-        return "an unfused LoRA sits on the layers (fused_lora=on)"
-    if hasattr(transformer, "_hf_hook") or _is_group_offload_enabled(transformer):
-        return "the transformer is offloaded"
-    return ""
-
-
 # Rotary position embeddings, computed once a call: they depend on the canvas and the text's length alone.
 
 
@@ -309,3 +246,44 @@ def rotary_once(transformer: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         transformer.pos_embed = stock
+
+
+# FLUX's timesteps: how far a resolution shifts them, and their frequencies correctly rounded. The rounding removes
+# the largest difference between two machines' pictures. The embedding takes sin and cos of `1000·sigma·f`, so one
+# unit in the last place of f (float32) becomes 6e-5 in the phase. f is an `exp`, which float32 libraries may round
+# either way. Measured on one CPU against the release's fixture (tests/fixtures): with torch's own exp, off there at 3
+# of 128 frequencies, final latents differ by 5e-5 (9e-5 guided); with correctly rounded ones by 8e-6 (1e-5 guided),
+# which is as near as a float64 run comes.
+
+
+class ExactTimesteps(torch.nn.Module):
+    """diffusers' `Timesteps` with `exp` evaluated in float64. (B,) to (B, num_channels), float32; no parameters."""
+
+    def __init__(self, stock: Timesteps):
+        super().__init__()
+        self.stock = stock
+        half = stock.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - stock.downscale_freq_shift)
+        # No buffer: casting the model to bfloat16 must leave the frequencies alone.
+        self.frequencies = [float(f) for f in torch.exp(exponent.double())]
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=timesteps.device)
+        phase = self.stock.scale * (timesteps[:, None].float() * frequencies)
+        parts = [torch.cos(phase), torch.sin(phase)]
+        return torch.cat(parts if self.stock.flip_sin_to_cos else parts[::-1], dim=-1)
+
+
+@contextmanager
+def exact_timesteps(transformer: torch.nn.Module) -> Iterator[None]:
+    """Within it, a stock FLUX transformer uses `ExactTimesteps`; afterwards it is as it was."""
+    embed = getattr(transformer, "time_text_embed", None)
+    stock = getattr(embed, "time_proj", None)
+    if embed is None or type(stock) is not Timesteps or stock.num_channels % 2:
+        yield  # something else was put there on purpose
+        return
+    embed.time_proj = ExactTimesteps(stock)
+    try:
+        yield
+    finally:
+        embed.time_proj = stock

@@ -26,6 +26,7 @@ from diffusers.hooks.hooks import CacheContext
 
 from diptych.errors import UsageError
 from diptych.student.runtime import caches, presets, speed
+from diptych.student.runtime.applied import transform
 from diptych.student.runtime.memory import Memory, prepare
 from diptych.student.runtime.presets import Shapes
 from diptych.student.runtime.speed import Speed
@@ -103,10 +104,8 @@ def apply(pipe: Any, held: Memory | None, wanted: Speed, device: torch.device) -
     if wanted.cache != "none":
         drawing.skip(wanted)  # before what moves the transformer, which goes around it and is put on anew each call
     left_out = _place(pipe, held, device)
-    # Fused and single projections share their bytes, which a move would end.
-    wanted, instead = speed.apply_packed(transformer, wanted)
-    left_out += instead + speed.apply_attention(transformer, wanted)
-    left_out += speed.apply_compile(transformer, wanted)
+    # After the move: fused and single projections share their bytes, which a move would end.
+    left_out += transform(transformer, wanted)[1]
     _tell(left_out)
     return drawing
 
