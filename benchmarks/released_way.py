@@ -4,7 +4,7 @@ Two input layers, `x_embedder(x) + c_embedder(c)`; the LoRA unfused on the atten
 above 1, three forwards one after another from the third step on; texts and the reference encoded in every call; the
 whole canvas decoded, its right half returned. Two things are ours, because without them no two runs could be compared,
 and they cost nothing: the condition is the posterior's mode (the release draws from it, unseeded), and timestep
-frequencies are correctly rounded (`student/runtime/modulation.py`). It reproduces the release's fixture: `inference.py golden`.
+frequencies are correctly rounded (`runtime.modulation`). It reproduces the release's fixture: `inference.py golden`.
 """
 
 from __future__ import annotations
