@@ -1,6 +1,6 @@
-"""Checks the language of the pages: `python docs/site/prose.py` lists words that the glossary replaces, and long sentences.
+"""Checks the language of the pages: words that the glossary replaces, and long sentences.
 
-`make lint` runs it. A page that is not revised yet is in `LATER`; do not add one.
+`make lint` runs `python docs/site/prose.py`. A page that is not revised yet is in `LATER`; do not add one.
 """
 
 from __future__ import annotations
