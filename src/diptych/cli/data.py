@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.cli.options import Json
+from diptych.cli.options import Json, add, command, tell
 from diptych.errors import UsageError, UserError, nearest
-from diptych.utils.console import printable_json, show
 
 app = typer.Typer(
     name="data",
@@ -22,7 +21,7 @@ app = typer.Typer(
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
-@app.command("stats", epilog="Example: diptych data stats runs/first")
+@command("diptych data stats runs/first")
 def stats(run: Run, as_json: Json = False) -> None:
     """The funnel: prompted, painted, cut, pre-filtered, judged, kept; why the rest was lost; how the numbers lie.
 
@@ -30,10 +29,10 @@ def stats(run: Run, as_json: Json = False) -> None:
     """
     from diptych.data import funnel
 
-    _print(funnel.measure(run), funnel.lines, as_json)
+    tell(funnel.measure(run), funnel.lines, as_json)
 
 
-@app.command("recurate", epilog="Example: diptych data recurate runs/first --set same=0.7 --out runs/stricter")
+@command("diptych data recurate runs/first --set same=0.7 --out runs/stricter")
 def recurate(
     run: Run,
     sets: Annotated[
@@ -60,13 +59,10 @@ def recurate(
 
     if out == "":
         raise UsageError("--out is empty; name a folder")
-    _print(again.recurate(run, sets or (), out, Display(quiet=as_json)), again.lines, as_json)
+    tell(again.recurate(run, sets or (), out, Display(quiet=as_json)), again.lines, as_json)
 
 
-@app.command(
-    "audit",
-    epilog="Example: diptych data audit runs/first --sample 200 --serve · or with --csv sheet.csv",
-)
+@command("diptych data audit runs/first --sample 200 --serve · or with --csv sheet.csv")
 def audit(
     run: Run,
     size: Annotated[int, typer.Option("--sample", min=1, max=100_000, help="Pairs to look at.")] = 200,
@@ -110,7 +106,7 @@ def audit(
     result = audits.report(sample, [files.read(path) for path in paths], wanted)
     if sample.pairs and not result["labels"]["used"]:
         display.say("no label of this sample says same or different yet (another --sample or --seed?)")
-    _print(result, audits.lines, as_json)
+    tell(result, audits.lines, as_json)
 
 
 FORMATS = "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner or uno"  # docs/interop.md
@@ -119,7 +115,7 @@ Folder = Annotated[str, typer.Option("--out", metavar="DIR", help="A new folder,
 Text = Annotated[str, typer.Option("--text", help="What a format's one text is: caption or instruction.")]
 
 
-@app.command("import", epilog="Example: diptych data import edits/ --format imagefolder --out edits-pairs")
+@command("diptych data import edits/ --format imagefolder --out edits-pairs")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder or file; parquet also by fsspec address.")],
     format: Format,
@@ -143,15 +139,16 @@ def import_(
     Interrupted or killed, the same command continues. A row that is no pair is refused with its number and the reason.
     """
     from diptych.data.interop.importing import import_data
+    from diptych.utils.console import Display
 
     options = _options(text, task, columns, split)
-    with _display(as_json).stage("import", "rows") as report:
+    with Display(quiet=as_json).stage("import", "rows") as report:
         done = import_data(source, out, format, options, skip=skip, licence=licence, report=report)
     failed = f"; {done['failed']} rows are no pair, see {done['out']}/failed" if done["failed"] else ""
-    _print(done, lambda found: [f"{found['rows']} pairs{failed}", found["out"]], as_json)
+    tell(done, lambda found: [f"{found['rows']} pairs{failed}", found["out"]], as_json)
 
 
-@app.command("export", epilog="Example: diptych data export runs/first --format uno --out for-uno")
+@command("diptych data export runs/first --format uno --out for-uno")
 def export(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run, an import, or parquet of pairs.")],
     format: Format,
@@ -165,12 +162,13 @@ def export(
     Interrupted or killed, the same command continues. Pairs that curation did not keep are left out.
     """
     from diptych.data.interop.exporting import export_data
+    from diptych.utils.console import Display
 
     options = _options(text, "subject", None)
-    with _display(as_json).stage("export", "rows") as report:
+    with Display(quiet=as_json).stage("export", "rows") as report:
         done = export_data(source, out, format, options, verify=verify, report=report)
     said = "read back and equal" if done["verified"] else "not read back"
-    _print(done, lambda found: [f"{found['rows']} pairs, {said}", found["out"]], as_json)
+    tell(done, lambda found: [f"{found['rows']} pairs, {said}", found["out"]], as_json)
 
 
 def _options(text: str, task: str, columns: list[str] | None, split: str | None = None) -> Any:
@@ -190,12 +188,6 @@ def _options(text: str, task: str, columns: list[str] | None, split: str | None 
     return Options(mapped, text, task, split)
 
 
-def _display(as_json: bool) -> Any:
-    from diptych.utils.console import Display
-
-    return Display(quiet=as_json)
-
-
 def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -> bool:
     """Writes the sheet, or takes its labels over; True if there is something to report."""
     from diptych.apps.audit_page import write
@@ -204,7 +196,7 @@ def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -
     if not sheet.exists():
         pictures = write(sample, sheet)
         made = {"sheet": str(sheet), "pictures": str(pictures), "pairs": len(sample.pairs)}
-        _print(
+        tell(
             made,
             lambda found: [
                 f"{found['sheet']}: {found['pairs']} pairs, pictures in {found['pictures']}",
@@ -239,10 +231,9 @@ def _serve(sample: Any, path: Path, labeller: str, port: int) -> None:
     serve(server)
 
 
-@app.command(
-    "judge-check",
-    epilog="Example: diptych data judge-check ratings.jsonl --scores evaluations/first --score cp · diptych data "
-    "judge-check runs/first/audit/labels.jsonl --run runs/first · diptych data judge-check --oracle pocket",
+@command(
+    "diptych data judge-check ratings.jsonl --scores evaluations/first --score cp · diptych data "
+    "judge-check runs/first/audit/labels.jsonl --run runs/first · diptych data judge-check --oracle pocket"
 )
 def judge_check(
     ratings: Annotated[
@@ -278,8 +269,7 @@ def judge_check(
         else:
             judged, name = agreement.read_similarities(Path(str(run))), f"the curating judge of {run}"
         found = agreement.check(agreement.read_ratings(Path(ratings)), judged, name)
-    _print(found, agreement.lines, as_json)
+    tell(found, agreement.lines, as_json)
 
 
-def _print(result: dict[str, Any], lines: Any, as_json: bool) -> None:
-    show(printable_json(result) if as_json else "\n".join(lines(result)))
+add(app, (stats, recurate, audit, import_, export, judge_check))

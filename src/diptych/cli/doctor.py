@@ -9,14 +9,13 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from diptych.llm import vllm
-from diptych.student.families import teachers
-from diptych.student.runtime import memory as presets
+import typer
+
+from diptych.cli.options import Json, command, tell
 from diptych.utils import models
 from diptych.utils.machine import processor, versions
-from diptych.utils.opening import INDEX, read
 from diptych.utils.paths import packaged
 
 # Extra → the modules it brings.
@@ -38,12 +37,34 @@ NEEDS = (
 GIB = 2**30
 
 
+@command("diptych doctor --json")
+def doctor(
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="MODEL", help="A teacher to examine: a folder or a hub name."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do: versions, devices, memory, extras, models that ship, what fits.
+
+    Teachers in the hub's cache, and the one of --teacher, are examined for step distillation.
+
+    Exit code 1 if something keeps diptych from working.
+    """
+    found = examine(teacher)
+    tell(found, lines, as_json, indent=2)
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
 def examine(teacher: str | None = None) -> dict[str, Any]:
     """Everything as plain values; `problems` lists what keeps diptych from working, each with what to do.
 
     Args:
         teacher: also examine this one, a folder or a hub name, beside those in the hub's cache.
     """
+    from diptych.llm import vllm
+
     problems: list[str] = []
     found: dict[str, Any] = {
         "system": platform.platform(),
@@ -55,7 +76,7 @@ def examine(teacher: str | None = None) -> dict[str, Any]:
         "pocket": _pocket(problems),
         "hub": {"offline": bool(os.environ.get("HF_HUB_OFFLINE")), "cache": _cache()},
     }
-    found["fits"] = {name: (found["memory"]["total"] or 0) >= need for name, need in NEEDS}
+    found["fits"] = {name: found["memory"]["total"] >= need for name, need in NEEDS}
     found["flux"] = _flux(found["devices"])
     found["vllm"] = vllm.problem()
     found["teachers"] = _teachers(teacher)
@@ -64,7 +85,9 @@ def examine(teacher: str | None = None) -> dict[str, Any]:
 
 
 def _cpu(problems: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count()}
+    import psutil
+
+    values: dict[str, Any] = {"processor": processor(), "cores": psutil.cpu_count()}
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -83,21 +106,12 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     return values
 
 
-def _memory() -> dict[str, float | None]:
-    """GiB, of the machine; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text("utf8").splitlines() if ":" in line)
-        kib = {key: float(value.split()[0]) for key, value in lines.items()}
-        return {
-            "total": round(kib["MemTotal"] / 2**20, 1),
-            "available": round(kib.get("MemAvailable", kib["MemTotal"]) / 2**20, 1),
-        }
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    except (AttributeError, ValueError, OSError):
-        return {"total": None, "available": None}
-    return {"total": round(total, 1), "available": None}
+def _memory() -> dict[str, float]:
+    """GiB, of the machine."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total": round(memory.total / GIB, 1), "available": round(memory.available / GIB, 1)}
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -149,11 +163,16 @@ def _cache() -> str:
 def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
     """Memory preset → why FLUX.1-dev cannot be drawn with it on the first CUDA card; empty if it can."""
     card = next((device for device in devices if device["device"].startswith("cuda")), None)
+    from diptych.student.runtime import memory as presets
+
     return {name: _why_not(name, card) for name in presets.PRESETS}
 
 
 def _teachers(named: str | None) -> list[dict[str, Any]]:
     """The pipelines in the hub's cache, and the one that was named: whether each is step-distilled."""
+    from diptych.student.families import teachers
+    from diptych.utils.opening import INDEX, read
+
     listed = list(teachers.cached())
     if named is not None:
         kind = str(read(named, INDEX).get("_class_name", ""))
@@ -162,6 +181,8 @@ def _teachers(named: str | None) -> list[dict[str, Any]]:
 
 
 def _why_not(name: str, card: dict[str, Any] | None) -> str:
+    from diptych.student.runtime import memory as presets
+
     if card is None:
         return "no CUDA card here; on a CPU, --memory auto plans with the machine's memory"
     if card["memory"] < presets.HEADROOM * int(name):

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from diptych.cli.options import Base, Lora, Memory, Model, Speed, Switch
+from diptych.cli.options import Loading, command
 from diptych.errors import UsageError, nearest
-from diptych.student.runtime import speed as speeds
 from diptych.utils.console import show
-from diptych.utils.models import with_scale
 
 EXTRA = "diptych serve needs more than the core: pip install 'diptych[serve]'"
 
 
+@command("diptych serve --model pocket --port 8000 --token-file tokens.txt")
 def serve(
-    model: Model = "pocket",
-    base: Base = None,
-    lora: Lora = None,
+    loading: Loading,
     host: Annotated[str, typer.Option("--host", help="Other than this machine only: needs tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -54,9 +51,6 @@ def serve(
     device: Annotated[
         list[str] | None, typer.Option("--device", help="cpu, cuda:0, … Repeated: one worker on each.")
     ] = None,
-    memory: Memory = None,
-    speed: Speed = None,
-    switch: Switch = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures of equal settings drawn together.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Images a token may have waiting.")] = 256,
     rate: Annotated[
@@ -92,18 +86,13 @@ def serve(
             raise UsageError(f"--{option} is empty")
     if log_level not in (levels := ("debug", "info", "warning", "error")):
         raise UsageError(f"--log-level {log_level}: choose {', '.join(levels)}{nearest(log_level, levels)}")
-    speeds.parse(speed, switch or ())
+    student = loading.arguments()
     try:
         from diptych.serve import auth, server
         from diptych.serve.config import MIB, Limits, ServerSettings
     except ImportError as error:
         raise UsageError(f"{EXTRA} ({error.name} is missing)") from error
     known = auth.read(token_file)
-    loading: dict[str, Any] = {"model": model, "base": base, "memory": memory}
-    if lora:
-        loading["lora"] = [with_scale(given) for given in lora]
-    if speed is not None or switch:
-        loading |= {"speed": speed, "switches": switch or []}
     key = os.environ.get("DIPTYCH_WATERMARK_KEY", "diptych") if watermark else None
     limits = Limits(
         queue=queue,
@@ -113,7 +102,7 @@ def serve(
     )
     settings = ServerSettings(
         folder=Path(data).expanduser(),
-        loading=loading,
+        loading=student,
         devices=tuple(device) if device else (None,),
         host=host,
         port=port,

@@ -1,4 +1,4 @@
-"""The command `diptych push`: a student or a data set, checked, to the hub or to a folder."""
+"""The commands for weights and images that are there: `convert`, `push`, `sign` and `trace`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,60 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli.options import Json
-from diptych.utils.console import printable_json, show
+from diptych.cli.options import Json, command, tell
+from diptych.student.weights import directions
+from diptych.utils.console import show
 
-PUSH_EXAMPLE = "Example: diptych push runs/demo OWNER/demo --private · diptych push runs/demo/pairs ./pairs --dry-run"
+
+def _print_directions(value: bool) -> None:
+    if value:
+        show(directions.table())
+        raise typer.Exit()
 
 
+@command("diptych convert dsd_model student --to folded --base FLUX.1-dev · diptych convert --table")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A student: folder, file, owner/name, or `pocket`.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder; for a single file, a name with its ending.")],
+    to: Annotated[str, typer.Option("--to", help=f"{', '.join(directions.TARGETS)}; see --table.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The teacher: for a control-LoRA, or to complete a folded folder.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 [default: as stored].")
+    ] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Add the LoRA beside the weights into them.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    table: Annotated[
+        bool,
+        typer.Option("--table", callback=_print_directions, is_eager=True, help="Print what can become what."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a student's weights between layouts, without loss; a lossy direction is refused, and why.
+
+    Tensor by tensor: a 24 GB file needs little memory. OUT appears when it is whole.
+    """
+    from diptych.student.weights import convert as conversion
+    from diptych.utils.console import Display
+
+    display = Display(quiet=as_json)
+    with display.stage("convert", "%") as report:
+        done = conversion.convert(
+            source,
+            out,
+            to,
+            base=base,
+            dtype=dtype,
+            fuse_lora=fuse,
+            overwrite=overwrite,
+            report=lambda done, total: report(100 * done // max(total, 1), 100),
+        )
+    display.say(conversion.summary(done))
+    tell(done, lambda done: [done["out"]], as_json)
+
+
+@command("diptych push runs/demo OWNER/demo --private · diptych push runs/demo/pairs ./pairs --dry-run")
 def push(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A run (its student), a student's folder, pairs, or an export.")
@@ -34,14 +82,10 @@ def push(
 
     report = None if as_json else lambda line: show(f"sending {line}", news=True)
     told = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
-    show(printable_json(told, indent=2) if as_json else "\n".join(pushing.lines(told)))
+    tell(told, pushing.lines, as_json, indent=2)
 
 
-# The command `diptych sign`: a C2PA manifest for pictures that diptych made.
-
-SIGN_EXAMPLE = "Example: diptych sign cat.png --certificate chain.pem --key key.pem"
-
-
+@command("diptych sign cat.png --certificate chain.pem --key key.pem")
 def sign(
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Pictures that diptych made.")],
     certificate: Annotated[
@@ -90,21 +134,14 @@ def sign(
             overwrite=overwrite,
             report=report,
         )
-    if as_json:
-        show(printable_json(told))
-        return
     for path in told["kept"]:
         display.say(f"{path} is signed already; --overwrite signs it anew")
     if told["signed"]:
         display.say(f"by {told['signer']}, whose certificate ends on {told['until']}")
-    show("\n".join(str(path) for path in (*told["signed"], *told["kept"])))
+    tell(told, lambda told: [str(path) for path in (*told["signed"], *told["kept"])], as_json)
 
 
-# The command `diptych trace`: from a picture back to the grids, every hash compared.
-
-TRACE_EXAMPLE = "Example: diptych trace cat.png --in runs/demo"
-
-
+@command("diptych trace cat.png --in runs/demo")
 def trace(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, a run or its data.")],
     places: Annotated[
@@ -128,6 +165,6 @@ def trace(
     from diptych.provenance import trace as tracing
 
     found = tracing.trace(file, places or (), trust or ())
-    show(printable_json(found, indent=2) if as_json else "\n".join(tracing.lines(found)))
+    tell(found, tracing.lines, as_json, indent=2)
     if not found["verified"]:
         raise typer.Exit(1)
