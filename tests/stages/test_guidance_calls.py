@@ -76,7 +76,7 @@ def draw(pipe: Any, true_guidance: float, images: int = 2, steps: int = 2) -> tu
 
 
 def test_one_is_off_for_every_family_and_two_costs_what_the_table_says(pipe: Any) -> None:
-    call = calls.CALLS[type(pipe).__name__]
+    call = calls.of(type(pipe).__name__)
     assert draw(pipe, 1.0)[0].rows == [2, 2]
     guided, config = draw(pipe, 2.0)[0].rows, dict(pipe.config)
     assert len(guided) * guided[0] == 4 * call.branches(2.0, config)
@@ -88,7 +88,7 @@ def test_guidance_is_the_same_mixture_for_every_family(pipe: Any) -> None:
         seen, _ = draw(pipe, w, images=1, steps=1)
         parts = torch.stack([part.flatten() for part in seen.predictions], dim=1)
         shares = torch.linalg.lstsq(parts, seen.stepped[0].flatten()[:, None]).solution.flatten().abs().sort().values
-        if calls.CALLS[type(pipe).__name__].scale is None:
+        if calls.of(type(pipe).__name__).scale is None:
             assert len(shares) == 1
         elif type(pipe).__name__ in RESCALED:
             assert (shares[1] / shares[0]).item() == pytest.approx(w / (w - 1), rel=0.3)
@@ -127,12 +127,12 @@ def test_every_class_of_the_table_has_the_arguments_that_it_names() -> None:
 
     import diffusers
 
-    found = {name: getattr(diffusers, name, None) for name in calls.CALLS}
+    found = {name: getattr(diffusers, name, None) for name, traits in calls.table().items() if traits.known}
     there = {name: cls for name, cls in found.items() if cls is not None and "Dummy" not in type(cls).__name__}
     # A diffusers may lack some, or a package that they need, but never the two that everybody has.
     assert {"FluxPipeline", "StableDiffusion3Pipeline"} <= there.keys()
     for name, cls in there.items():
-        call = calls.CALLS[name]
+        call = calls.of(name)
         asks = inspect.signature(cls.__call__).parameters
         named = {call.scale, call.embedded, *call.switches} - {None}
         assert named <= set(asks) and {"prompt", "height", "width", "generator"} <= set(asks), name

@@ -18,8 +18,9 @@ from diptych.data.records import grid_id, seed_of
 from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.student.families import teachers
+from diptych.student.families.teachers import open_teacher
 from diptych.utils import models
-from diptych.utils.opening import INDEX, class_of, open_pipeline, read_file
+from diptych.utils.opening import INDEX, class_of, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -126,20 +127,6 @@ def _grid(
     return {"id": name, "image": cell, "prompt_id": row["id"], **shared, "seed": seed, **place, "model": model}
 
 
-def open_teacher(folder: Path, dtype: torch.dtype) -> Any:
-    """The text-to-image pipeline in a diffusers folder, computing in `dtype` whatever its files hold. UserError if it
-    cannot be opened."""
-    pipe: Any = open_pipeline(folder, dtype)
-    asks = inspect.signature(pipe.__call__).parameters
-    if absent := [name for name in ("prompt", "height", "width", "generator") if name not in asks]:
-        raise UserError(
-            f"{folder} is a {type(pipe).__name__}, which takes no {', '.join(absent)}; "
-            "give a text-to-image pipeline as the teacher"
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def doubts(recipe: Recipe, folder: Path) -> list[str]:
     """What a recipe's owner should know before the teacher in `folder` paints. UsageError for what cannot work."""
     settings = recipe.paint
@@ -189,7 +176,7 @@ def panel_size(pipe: Any, asked: int | None) -> int:
 
 
 def call_options(pipe: Any, paint: Any, count: int) -> dict[str, Any]:
-    """What `paint` means to this pipeline, as arguments of its call for `count` prompts (`teachers.calls`)."""
+    """What `paint` means to this pipeline, as arguments of its call for `count` prompts (`teachers.Traits`)."""
     asks = inspect.signature(pipe.__call__).parameters
     call = teachers.guess(pipe)
     options: dict[str, Any] = {

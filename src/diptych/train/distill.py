@@ -31,7 +31,6 @@ from diptych.train.metrics import Progress, report
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.io import write_atomic
-from diptych.utils.opening import open_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -238,7 +237,7 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
             pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
         pipe.settings = _settings(recipe, pipe.settings.words)
         return pipe
-    stock = open_pipeline(teacher, dtype, kind="FluxPipeline")
+    stock = teachers.open_teacher(teacher, dtype, "FluxPipeline")
     names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     components = {name: stock.components[name] for name in names}
     pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)

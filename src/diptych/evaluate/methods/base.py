@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diptych.student.families import teachers
 from diptych.utils import models
-from diptych.utils.opening import open_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -102,9 +101,7 @@ def open_teacher(recipe: Recipe, precision: str | None = None) -> Any:
         log.warning("%s", found)
     device = pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
-    pipe = open_pipeline(folder, dtype, kind="FluxPipeline")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return teachers.open_teacher(folder, dtype, "FluxPipeline").to(device)
 
 
 def draw(

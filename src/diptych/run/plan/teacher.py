@@ -73,7 +73,7 @@ class Teacher:
     """Its model_index.json."""
 
     @property
-    def call(self) -> teachers.Call:
+    def call(self) -> teachers.Traits:
         """How its pipeline takes guidance."""
         return teachers.of(str(self.index["_class_name"]))
 

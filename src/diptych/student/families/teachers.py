@@ -1,14 +1,21 @@
-"""How each diffusers text-to-image pipeline takes guidance: a table by class, read from the pipelines' sources.
+"""Teachers: what is known of them before they are opened, and opening them.
 
-diptych has one convention, that of classifier-free guidance: v = u + w·(c − u), where c and u are the predictions with
-the prompt and with the empty one. `paint.true_guidance` is w, and 1 is off. Pipelines differ in four ways:
+A teacher is a diffusers text-to-image pipeline. What differs from one to the next follows from its class, in the table
+`teachers.yaml` (`Traits`), and from its name and configs (`examine`).
+
+How it takes guidance. diptych has one convention, that of classifier-free guidance: v = u + w·(c − u), where c and u
+are the predictions with the prompt and with the empty one. `paint.true_guidance` is w, and 1 is off. Pipelines differ
+in four ways:
 
 - The scale s of most means u + s·(c − u); Z-Image and Krea 2 compute c + s·(c − u), so s = w − 1 there.
 - Guidance runs for s > 1 or for s > 0, in some pipelines always, and in some never.
 - Both predictions are rows of one forward pass, or two passes.
 - Some let a language model rewrite the prompt unless they are called with a switch.
 
-`of` looks a class up; `guess` reads the signature of one that is not in the table.
+Whether it is step-distilled (FLUX.1-schnell, FLUX.2 klein, the Turbo models). Such a model draws in a few steps and
+without classifier-free guidance. It no longer predicts the velocity at every noise level, so a student that is trained
+from it with the ordinary loss draws gray or blocky images: train from the base model. Painting with one works with its
+few steps. Nothing is downloaded and no weight is read: a hub name is looked up in the hub's cache.
 """
 
 from __future__ import annotations
@@ -18,46 +25,68 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError
 from diptych.utils import models
-from diptych.utils.opening import INDEX, class_of, folder_of, read, read_file
+from diptych.utils.documents import facts
+from diptych.utils.opening import INDEX, class_of, folder_of, open_pipeline, read, read_file
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "distill.allow_distilled_teacher"
+MOST = 12  # a step-distilled teacher that is painted with more steps than this is not used as it is made
+SCHEDULERS = ("FlowMatchLCMScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler")
+"""Schedulers that only consistency models use."""
 
 _REWRITES = re.compile(r"(^use_pe$|rewrite|upsampl|enhanc|expan)")
+_WORDS = "schnell|turbo|lightning|hyper-?(?:sd|flux)|lcm|sprint|tcd|dmd2?|distill(?:ed)?"
+_COUNT = r"(?<![0-9])([1-9]|1[0-2])[-_ ]?steps?"
+_NAME = re.compile(rf"(?<![a-z])(?:{_WORDS}|{_COUNT})(?![a-z])")
+_NOT = re.compile(r"(un|non|de)[-_ ]?distill|not[-_ ]distill")
+_KLEIN = re.compile(r"flux\.?2[-_ ]klein(?!.*base)")
 
 
 @dataclass(frozen=True)
-class Call:
-    """How one pipeline class takes guidance.
+class Traits:
+    """What is known of a pipeline class.
 
     Attributes:
         scale: the argument of classifier-free guidance; None where the pipeline has none.
-        off: the scale that adds nothing to c. It is 1 for u + s·(c − u), 0 for c + s·(c − u).
+        neutral: the scale that adds nothing to c. It is 1 for u + s·(c − u), 0 for c + s·(c − u).
         above: the pipeline computes u for scales above this.
         always: it computes u for every scale, so that turning guidance off saves nothing.
         together: c and u are rows of one forward pass; otherwise a guided step takes two passes.
         embedded: the argument of distilled guidance, an input of the transformer; None where there is none.
         unless_distilled: it ignores the scale where model_index.json has `is_distilled`.
         switches: arguments that keep the prompt and the size as given.
+        distilled: only step-distilled models have this class.
+        steps: what its step-distilled checkpoints are made for.
+        unsuited: why it cannot paint; None where it can.
+        known: how it takes guidance is in the table.
     """
 
     scale: str | None = "guidance_scale"
-    off: float = 1.0
+    neutral: float = 1.0
     above: float = 1.0
     always: bool = False
     together: bool = False
     embedded: str | None = None
     unless_distilled: bool = False
     switches: Mapping[str, Any] = field(default_factory=dict)
+    distilled: bool = False
+    steps: int = 4
+    unsuited: str | None = None
     known: bool = True
 
     def guides(self, true_guidance: float, index: Mapping[str, Any]) -> bool:
         """Whether u is computed for this `true_guidance`. `index` is the pipeline's model_index.json."""
         if self.scale is None or (self.unless_distilled and index.get("is_distilled")):
             return False
-        return self.always or self.off + true_guidance - 1 > self.above
+        return self.always or self.neutral + true_guidance - 1 > self.above
 
     def branches(self, true_guidance: float, index: Mapping[str, Any]) -> int:
         """Predictions a step and image, each as expensive as a forward pass of one row."""
@@ -71,9 +100,9 @@ class Call:
         """The scale as this class takes it. UsageError for one that it cannot have."""
         if self.scale is None:
             return {}
-        scale = self.off + true_guidance - 1
+        scale = self.neutral + true_guidance - 1
         if true_guidance > 1 and not self.always and scale <= self.above:
-            least = self.above - self.off + 1
+            least = self.above - self.neutral + 1
             raise UsageError(
                 f"paint.true_guidance {true_guidance:g}: this pipeline guides only above {least:g}; "
                 f"give 1, which turns guidance off, or a value above {least:g}"
@@ -81,74 +110,21 @@ class Call:
         return {self.scale: scale}
 
 
-_SEPARATE = Call()
-_TOGETHER = Call(together=True)
-_BINNED = Call(together=True, switches={"use_resolution_binning": False})
-_FLUX = Call("true_cfg_scale", embedded="guidance_scale")
-_FROM_CONDITIONAL = Call(off=0.0, above=0.0)
-_EMBEDDED = Call(None, embedded="guidance_scale")
-
-CALLS: Mapping[str, Call] = {
-    "AuraFlowPipeline": _TOGETHER,
-    "BriaFibo2Pipeline": _SEPARATE,
-    "BriaFiboPipeline": _TOGETHER,
-    "BriaPipeline": _TOGETHER,
-    "ChromaPipeline": _SEPARATE,
-    "CogView3PlusPipeline": _TOGETHER,
-    "CogView4Pipeline": _SEPARATE,
-    "Cosmos2TextToImagePipeline": Call(off=0.0, above=1.0),
-    "ErnieImagePipeline": Call(together=True, switches={"use_pe": False}),
-    "Flux2KleinKVPipeline": Call(None),
-    "Flux2KleinPipeline": Call(unless_distilled=True),
-    "Flux2Pipeline": _EMBEDDED,
-    "FluxPipeline": _FLUX,
-    "HiDreamImagePipeline": _TOGETHER,
-    "HunyuanDiTPipeline": _BINNED,
-    "Ideogram4Pipeline": Call(always=True, switches={"guidance_schedule": None, "prompt_upsampling": False}),
-    "Kandinsky5T2IPipeline": _SEPARATE,
-    "KolorsPipeline": _TOGETHER,
-    "Krea2Pipeline": _FROM_CONDITIONAL,
-    "LatentConsistencyModelPipeline": _EMBEDDED,
-    "LongCatImagePipeline": Call(switches={"enable_prompt_rewrite": False}),
-    "Lumina2Pipeline": _SEPARATE,
-    "LuminaPipeline": _TOGETHER,
-    "NucleusMoEImagePipeline": _SEPARATE,
-    "OmniGenPipeline": Call(always=True, together=True),
-    "OvisImagePipeline": _SEPARATE,
-    "PRXPipeline": _BINNED,
-    "PRXPixelPipeline": _BINNED,
-    "PixArtAlphaPipeline": _BINNED,
-    "PixArtSigmaPipeline": _BINNED,
-    "QwenImage21Pipeline": Call("true_cfg_scale"),
-    "QwenImagePipeline": _FLUX,
-    "SanaPipeline": _BINNED,
-    "SanaSprintPipeline": Call(
-        None, embedded="guidance_scale", switches={"use_resolution_binning": False, "intermediate_timesteps": None}
-    ),
-    "StableDiffusion3Pipeline": _TOGETHER,
-    "StableDiffusionPipeline": _TOGETHER,
-    "StableDiffusionXLPipeline": _TOGETHER,
-    "ZImageOmniPipeline": Call(off=0.0, above=0.0, together=True),
-    "ZImagePipeline": Call(off=0.0, above=0.0, together=True),
-}
-# Pipelines that take a prompt and a size, and cannot paint a batch of grids all the same.
-_EDITS = "it edits an image, and chooses the size by it"
-UNSUITED: Mapping[str, str] = {
-    "DreamLiteMobilePipeline": "it draws one prompt a call",
-    "DreamLitePipeline": "it draws one prompt a call",
-    "FluxControlPipeline": _EDITS,
-    "FluxFillPipeline": _EDITS,
-    "FluxKontextPipeline": _EDITS,
-    "GlmImagePipeline": "its language model samples from one generator for the whole batch",
-    "QwenImageEditPipeline": _EDITS,
-    "QwenImageEditPlusPipeline": _EDITS,
-}
+@cache
+def table() -> Mapping[str, Traits]:
+    """`teachers.yaml`, by pipeline class."""
+    return {name: _unknown(**row) if "unsuited" in row else Traits(**row) for name, row in facts(__file__).items()}
 
 
-def of(name: str) -> Call:
-    """The row of a pipeline class. A class that is not in the table counts as u + s·(c − u) in one forward pass, which
-    takes the most memory."""
-    return CALLS.get(name, Call(together=True, known=False))
+def _unknown(**row: Any) -> Traits:
+    """A class whose guidance is not in the table counts as u + s·(c − u) in one forward pass, which takes the most
+    memory."""
+    return Traits(together=True, known=False, **row)
+
+
+def of(name: str) -> Traits:
+    """What is known of a pipeline class, also of one that is not in the table."""
+    return table().get(name) or _unknown()
 
 
 def rewrites(argument: str) -> bool:
@@ -156,28 +132,28 @@ def rewrites(argument: str) -> bool:
     return _REWRITES.search(argument) is not None
 
 
-def guess(pipe: Any) -> Call:
-    """The row of a pipeline's class, or, for a class that is not in the table, what its signature suggests."""
-    if found := CALLS.get(type(pipe).__name__):
+def guess(pipe: Any) -> Traits:
+    """What is known of a pipeline's class, or, for a class whose guidance is not in the table, what its signature
+    suggests."""
+    if (found := of(type(pipe).__name__)).known:
         return found
     asks = inspect.signature(pipe.__call__).parameters
     config = getattr(getattr(pipe, "transformer", None), "config", {})
     switches = {name: False for name, value in asks.items() if rewrites(name) and value.default is True}
     switches |= {"use_resolution_binning": False}
     if "true_cfg_scale" in asks:
-        return Call("true_cfg_scale", embedded="guidance_scale", switches=switches, known=False)
+        return Traits("true_cfg_scale", embedded="guidance_scale", switches=switches, known=False)
     if config.get("guidance_embeds") and "guidance_scale" in asks:
-        return Call(None, embedded="guidance_scale", switches=switches, known=False)
-    scale = "guidance_scale" if "guidance_scale" in asks else None
-    return Call(scale, together=True, switches=switches, known=False)
+        return Traits(None, embedded="guidance_scale", switches=switches, known=False)
+    return _unknown(scale="guidance_scale" if "guidance_scale" in asks else None, switches=switches)
 
 
 def doubt(name: str, true_guidance: float) -> str | None:
     """What to tell somebody who paints with a class whose guidance is unknown, or that has none; None otherwise.
     UsageError for a class that cannot paint."""
-    if name in UNSUITED:
-        raise UsageError(f"a {name} cannot paint: {UNSUITED[name]}; choose another teacher")
     call = of(name)
+    if call.unsuited:
+        raise UsageError(f"a {name} cannot paint: {call.unsuited}; choose another teacher")
     if not call.known:
         return (
             f"the pipeline class {name} is not in diptych's table, so how it takes guidance is not known: "
@@ -190,33 +166,18 @@ def doubt(name: str, true_guidance: float) -> str | None:
     return None
 
 
-# Finds step-distilled teachers (FLUX.1-schnell, FLUX.2 klein, the Turbo models) from names and configs. A step-
-# distilled model draws in a few steps and without classifier-free guidance. It no longer predicts the velocity at
-# every noise level, so a student that is trained from it with the ordinary loss draws gray or blocky images: train
-# from the base model. Painting with one works with its few steps. Nothing is downloaded and no weight is read: a hub
-# name is looked up in the hub's cache.
-
-KEY = "distill.allow_distilled_teacher"
-FEW = 4  # steps, where nothing says how many
-MOST = 12  # a step-distilled teacher that is painted with more steps than this is not used as it is made
-
-STEPS: Mapping[str, int] = {
-    "ErnieImagePipeline": 8,
-    "Krea2Pipeline": 8,
-    "SanaSprintPipeline": 2,
-    "ZImageOmniPipeline": 8,
-    "ZImagePipeline": 8,
-}
-"""Steps that a pipeline's distilled checkpoints are made for; the others' are `FEW`."""
-ALWAYS = ("DreamLiteMobilePipeline", "Flux2KleinKVPipeline", "LatentConsistencyModelPipeline", "SanaSprintPipeline")
-"""Pipelines that only distilled models have."""
-SCHEDULERS = ("FlowMatchLCMScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler")
-"""Schedulers that only consistency models use."""
-_WORDS = "schnell|turbo|lightning|hyper-?(?:sd|flux)|lcm|sprint|tcd|dmd2?|distill(?:ed)?"
-_COUNT = r"(?<![0-9])([1-9]|1[0-2])[-_ ]?steps?"
-_NAME = re.compile(rf"(?<![a-z])(?:{_WORDS}|{_COUNT})(?![a-z])")
-_NOT = re.compile(r"(un|non|de)[-_ ]?distill|not[-_ ]distill")
-_KLEIN = re.compile(r"flux\.?2[-_ ]klein(?!.*base)")
+def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None) -> Any:
+    """The text-to-image pipeline in a diffusers folder, on the CPU, computing in `dtype` whatever its files hold; as
+    the class `kind`, or as the one that the folder names. UserError if it cannot be opened."""
+    pipe: Any = open_pipeline(folder, dtype, kind=kind)
+    asks = inspect.signature(pipe.__call__).parameters
+    if absent := [name for name in ("prompt", "height", "width", "generator") if name not in asks]:
+        raise UserError(
+            f"{folder} is a {type(pipe).__name__}, which takes no {', '.join(absent)}; "
+            "give a text-to-image pipeline as the teacher"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @dataclass(frozen=True)
@@ -256,7 +217,9 @@ def refuse(name: str, allowed: bool) -> None:
     logging.getLogger("diptych").warning("%s; training from it all the same (%s)", text, KEY)
 
 
-def advice(name: str, steps: int, true_guidance: float, keys: tuple[str, str] = ("paint.steps", "")) -> str | None:
+def advice(
+    name: str, steps: int, true_guidance: float, keys: tuple[str, str] = ("paint.steps", "paint.true_guidance")
+) -> str | None:
     """What is wrong with how a teacher is to be painted with; None if nothing is.
 
     Args:
@@ -264,7 +227,7 @@ def advice(name: str, steps: int, true_guidance: float, keys: tuple[str, str] = 
     """
     if (found := examine(name)) is None:
         return None
-    of_steps, of_guidance = keys[0], keys[1] or "paint.true_guidance"
+    of_steps, of_guidance = keys
     changes = [f"{of_steps}={found.steps} instead of {steps}"] if steps > MOST else []
     changes += [f"{of_guidance}=1 instead of {true_guidance:g}"] if true_guidance > 1 else []
     if not changes:
@@ -287,22 +250,22 @@ def _of(name: str, config: Callable[[str], dict[str, Any]]) -> Distilled | None:
     index, transformer = config(INDEX), config("transformer/config.json")
     scheduler = config("scheduler/scheduler_config.json")
     kind = str(index.get("_class_name", ""))
-    steps = STEPS.get(kind, FEW)
+    traits = of(kind)
     if index.get("is_distilled") is True:
-        return Distilled(f"{INDEX} has is_distilled: true", steps)
-    if kind in ALWAYS:
-        return Distilled(f"a {kind} is made for such models", steps)
+        return Distilled(f"{INDEX} has is_distilled: true", traits.steps)
+    if traits.distilled:
+        return Distilled(f"a {kind} is made for such models", traits.steps)
     if (used := str(scheduler.get("_class_name", ""))) in SCHEDULERS:
-        return Distilled(f"its scheduler is a {used}", steps)
+        return Distilled(f"its scheduler is a {used}", traits.steps)
     origins = [str(config.get("_name_or_path", "")) for config in (index, transformer, scheduler)]
     for title in (name, *(part for origin in origins for part in _titles(origin))):
         if _named(title):
             number = re.search(rf"(?<![a-z]){_COUNT}(?![a-z])", title.lower())
-            return Distilled(f"'{title}' is the name of such a model", int(number[1]) if number else steps)
+            return Distilled(f"'{title}' is the name of such a model", int(number[1]) if number else traits.steps)
     if kind.startswith("ZImage") and scheduler.get("shift") == 3.0 and not scheduler.get("use_dynamic_shifting"):
-        return Distilled("the shift of its scheduler is 3, Z-Image-Turbo's; the base model's is 6", steps)
+        return Distilled("the shift of its scheduler is 3, Z-Image-Turbo's; the base model's is 6", traits.steps)
     if transformer.get("_class_name") == "FluxTransformer2DModel" and _is_schnell(transformer, scheduler):
-        return Distilled("a FLUX.1 transformer without guidance_embeds, as FLUX.1-schnell has it", steps)
+        return Distilled("a FLUX.1 transformer without guidance_embeds, as FLUX.1-schnell has it", traits.steps)
     return None
 
 
