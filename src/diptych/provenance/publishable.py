@@ -18,13 +18,13 @@ from diptych.data.interop import card, exporting
 from diptych.data.seal import text_hash
 from diptych.data.store import MANIFEST, Dataset, part_name
 from diptych.errors import UsageError, UserError
-from diptych.provenance import trace
+from diptych.provenance import chain, trace
 from diptych.utils import models
 from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import files_inside, inside
 
 CARD = "README.md"
-SUMMARY = trace.SUMMARY
+SUMMARY = chain.SUMMARY
 # Two pushes of one name must not be read as one data set or one model.
 _READ_TOGETHER = (".parquet", ".tar", ".safetensors")
 _LEGAL = "\n## Licence\n\n"
@@ -78,7 +78,7 @@ def material(source: str | Path, licence: str = "") -> Material:
         return _rows(path, licence)
     if (path / exporting.MADE).is_file():
         return _export(path, licence)
-    if trace.holds_weights(path):
+    if chain.holds_weights(path):
         return _student(path, licence)
     raise UsageError(
         f"{path}: no run, student, data set or export of diptych's (it has no recipe.yaml, weights, {MANIFEST} or "
@@ -87,9 +87,9 @@ def material(source: str | Path, licence: str = "") -> Material:
 
 
 def _student(path: Path, licence: str) -> Material:
-    edited = trace.changed(path) == [CARD]  # people write better cards than a training does
+    edited = chain.changed(path) == [CARD]  # people write better cards than a training does
     _verified(path, but_the_card=edited)
-    summary = trace.read_json(path, SUMMARY)
+    summary = chain.read_json(path, SUMMARY)
     if not summary or not summary.get("files"):
         raise UserError(
             f"{path}: no hashes of its files in {SUMMARY}, so nothing says what it was trained on; "
@@ -119,7 +119,7 @@ def _student(path: Path, licence: str) -> Material:
 
 
 def _rows(path: Path, licence: str) -> Material:
-    manifest = trace.read_json(path, MANIFEST)
+    manifest = chain.read_json(path, MANIFEST)
     try:
         names = [part_name(part["name"]) for part in (manifest or {})["parts"]]
     except (KeyError, TypeError, UserError) as error:
