@@ -90,6 +90,7 @@ def rendered_pairs(folder: Path, count: int, size: int) -> Dataset:
     from PIL import Image
 
     from diptych.pocket import captions, world
+    from diptych.pocket.render import render
 
     data = Dataset(folder, records.schema(records.PAIR))
     rows = []
@@ -97,7 +98,7 @@ def rendered_pairs(folder: Path, count: int, size: int) -> Dataset:
         rng = np.random.default_rng([77, number])
         subject = world.sample_identity(rng)
         scenes = [world.sample_scene(rng) for _ in range(2)]
-        panels = [Image.fromarray(world.render(subject, scene)).resize((size, size)) for scene in scenes]
+        panels = [Image.fromarray(render(subject, scene)).resize((size, size)) for scene in scenes]
         told = [captions.caption(subject.kind, scene, rng) for scene in scenes]
         grid = f"g-{number:06d}"
         values: dict[str, Any] = dict.fromkeys(records.PAIR, "")

@@ -35,25 +35,27 @@ def sheet(rows: Sequence[Sequence[Image.Image]], apart: int = 0) -> Image.Image:
 def world() -> Image.Image:
     """Renders: each row one subject in six scenes."""
     from diptych.pocket import world as pocket
+    from diptych.pocket.render import render
 
     rng = np.random.default_rng(5)
     rows = []
     for kind in ("cat", "robot", "car"):
         identity = pocket.sample_identity(rng, kind=kind)
-        rows.append([Image.fromarray(pocket.render(identity, pocket.sample_scene(rng))) for _ in range(6)])
+        rows.append([Image.fromarray(render(identity, pocket.sample_scene(rng))) for _ in range(6)])
     return sheet(rows)
 
 
 def lights() -> Image.Image:
     """Renders: the same scene under six lights."""
     from diptych.pocket import world as pocket
+    from diptych.pocket.render import render
 
     rng = np.random.default_rng(8)
     rows = []
     for kind in ("mushroom", "house"):
         identity, scene = pocket.sample_identity(rng, kind=kind), replace(pocket.sample_scene(rng), weather="clear")
         scenes = [scene, *(pocket.relight(rng, scene) for _ in range(5))]
-        rows.append([Image.fromarray(pocket.render(identity, scene)) for scene in scenes])
+        rows.append([Image.fromarray(render(identity, scene)) for scene in scenes])
     return sheet(rows)
 
 

@@ -10,13 +10,14 @@ from PIL import Image
 
 from diptych.evaluate.scoring import metrics
 from diptych.pocket import world
+from diptych.pocket.render import render
 from diptych.pocket.world import PANEL
 
 
 @pytest.fixture(scope="module")
 def renders() -> list[Image.Image]:
     rng = np.random.default_rng(3)
-    return [Image.fromarray(world.render(world.sample_identity(rng), world.sample_scene(rng))) for _ in range(6)]
+    return [Image.fromarray(render(world.sample_identity(rng), world.sample_scene(rng))) for _ in range(6)]
 
 
 def test_psnr_is_decibels_of_the_mean_squared_error() -> None:

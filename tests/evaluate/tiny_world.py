@@ -160,6 +160,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
     from diptych.data.store import Dataset
     from diptych.evaluate.scoring import metrics
     from diptych.pocket import captions, world
+    from diptych.pocket.render import render
     from diptych.recipe.schema import Thresholds
 
     rows: dict[str, list[dict[str, Any]]] = {"prompts": [], "grids": [], "candidates": []}
@@ -169,7 +170,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
         scenes = [world.sample_scene(rng), world.sample_scene(rng)]
         second = subject if i % 2 else world.drift(rng, subject, 1 + i % 6)
         prompt, said = captions.grid(subject.kind, scenes[0], scenes[1], rng)
-        panels = [Image.fromarray(world.render(*who)) for who in ((subject, scenes[0]), (second, scenes[1]))]
+        panels = [Image.fromarray(render(*who)) for who in ((subject, scenes[0]), (second, scenes[1]))]
         whole = Image.new("RGB", (64, 32))
         for place, panel in enumerate(panels):
             whole.paste(panel, (32 * place, 0))

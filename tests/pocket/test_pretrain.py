@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from diptych.pocket import world
-from diptych.pocket.pretrain import judges, renders, teacher, tokenizers, traits, vae
-from diptych.pocket.pretrain.loop import Trainer
+from diptych.pocket.pretrain import judges, renders, teacher, tokenizers, trainer, vae
+from diptych.pocket.pretrain.trainer import Trainer
 
 
 def test_rendering_continues_where_it_stopped(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_teacher_is_taught_every_rendered_pair_as_it_was_said_and_drawn(tmp_
         for place, name in enumerate(teacher.TEXTS):
             wanted = t5(row[name][-1], padding="max_length", max_length=tokenizers.MAX_LENGTH).input_ids
             assert prompts[n, place, 1, 1].tolist() == wanted
-        numbers, choices = traits.of(renders.plan(n)[0][1])
+        numbers, choices = trainer.traits_of(renders.plan(n)[0][1])
         assert np.allclose(np.load(tmp_path / "numbers.npy")[n, 1], numbers)
         assert np.load(tmp_path / "choices.npy")[n, 1].tolist() == choices
     assert len({latents[n].tobytes() for n in range(8)}) == 8
@@ -166,7 +166,7 @@ def test_a_judge_learns_from_its_own_third_with_the_truth_of_every_panel(tmp_pat
     for place, n in enumerate(own):
         subjects, scenes, row = renders.plan(n)
         assert scorer.same[place] == row["same"] == (subjects[0] is subjects[1])
-        numbers, choices = traits.of(subjects[1])
+        numbers, choices = trainer.traits_of(subjects[1])
         assert np.allclose(scorer.numbers[place, 1], numbers) and scorer.choices[place, 1].tolist() == choices
         assert scorer.labels[place, 0].tolist() == judges.truth(subjects[0], scenes[0])
     untouched = [
@@ -182,7 +182,8 @@ def test_a_judges_losses_fall_when_it_is_right():
     right = torch.where(same[:, None], a, torch.eye(8)[4:])
     assert head.pair_loss(a, right, same) < head.pair_loss(a, right.flip(0), same)
     torch.manual_seed(0)
-    vectors, numbers, choices = torch.randn(16, 8), torch.randn(16, traits.TRAITS), torch.zeros(16, 5, dtype=torch.long)
+    vectors, numbers = torch.randn(16, 8), torch.randn(16, trainer.TRAITS)
+    choices = torch.zeros(16, 5, dtype=torch.long)
     before = head.traits.loss(vectors, numbers, choices)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     for _ in range(20):

@@ -10,6 +10,7 @@ from diptych import Student
 from diptych.judges.attributes import AttributeReader
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.pocket import captions, world
+from diptych.pocket.render import render
 from diptych.utils.models import resolve
 from diptych.utils.paths import packaged
 
@@ -34,7 +35,7 @@ def renders(count: int, seed: int):
         rng = np.random.default_rng([seed, n])
         identity = world.sample_identity(rng)
         scenes = [world.sample_scene(rng) for _ in range(2)]
-        out.append((identity, scenes, [Image.fromarray(world.render(identity, scene)) for scene in scenes]))
+        out.append((identity, scenes, [Image.fromarray(render(identity, scene)) for scene in scenes]))
     return out
 
 
@@ -88,7 +89,7 @@ def test_judges_tell_subjects_of_one_kind_apart():
             from PIL import Image
 
             stranger = world.sample_identity(rng, kind=identity.kind)
-            third = Image.fromarray(world.render(stranger, scenes[1]))
+            third = Image.fromarray(render(stranger, scenes[1]))
             a, b, c = judge.embed([*images, third])
             same.append(float(a @ b))
             other.append(float(a @ c))

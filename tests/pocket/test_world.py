@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diptych.pocket import captions, draw, world
+from diptych.pocket.render import render
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def rng():
 
 def test_same_arguments_give_the_same_bytes(rng):
     identity, scene = world.sample_identity(rng), world.sample_scene(rng)
-    assert world.render(identity, scene).tobytes() == world.render(identity, scene).tobytes()
+    assert render(identity, scene).tobytes() == render(identity, scene).tobytes()
 
 
 def test_every_kind_place_weather_pose_and_prop_changes_the_picture(rng):
@@ -28,9 +29,9 @@ def test_every_kind_place_weather_pose_and_prop_changes_the_picture(rng):
         "framing": world.FRAMINGS,
         "weather": world.WEATHERS,
     }.items():
-        pictures = [world.render(identity, replace(scene, **{name: value})).tobytes() for value in values]
+        pictures = [render(identity, replace(scene, **{name: value})).tobytes() for value in values]
         assert len(set(pictures)) == len(values), name
-    kinds = [world.render(replace(identity, kind=kind), scene).tobytes() for kind in world.KINDS]
+    kinds = [render(replace(identity, kind=kind), scene).tobytes() for kind in world.KINDS]
     assert len(set(kinds)) == len(world.KINDS) >= 12
 
 
@@ -39,7 +40,7 @@ def test_relighting_moves_nothing_but_the_light(rng):
     other = world.relight(rng, scene)
     assert replace(other, light=scene.light) == scene
     assert draw.paint(identity, scene, 64)[0].tobytes() == draw.paint(identity, other, 64)[0].tobytes()
-    assert world.render(identity, scene).tobytes() != world.render(identity, other).tobytes()
+    assert render(identity, scene).tobytes() != render(identity, other).tobytes()
 
 
 def test_another_season_leaves_the_subject_where_and_as_it_is(rng):
@@ -47,7 +48,7 @@ def test_another_season_leaves_the_subject_where_and_as_it_is(rng):
     for weather in world.WEATHERS[1:]:
         other = replace(scene, weather=weather)
         assert draw.paint(identity, scene, 64)[0].tobytes() == draw.paint(identity, other, 64)[0].tobytes()
-        assert world.render(identity, scene).tobytes() != world.render(identity, other).tobytes()
+        assert render(identity, scene).tobytes() != render(identity, other).tobytes()
     other = world.reseason(rng, scene)
     assert other != scene and replace(other, weather=scene.weather) == scene
 
@@ -58,7 +59,7 @@ def test_light_from_the_left_brightens_the_left(rng):
     balance = {}
     for direction, azimuth in lights.items():
         light = world.Light(direction=direction, azimuth=azimuth, elevation=30.0)
-        picture = world.render(identity, replace(scene, light=light)).astype(float)
+        picture = render(identity, replace(scene, light=light)).astype(float)
         balance[direction] = picture[:, : world.PANEL // 2].mean() - picture[:, world.PANEL // 2 :].mean()
     assert balance["left"] > 15 + balance["right"]
 

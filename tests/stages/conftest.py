@@ -48,6 +48,7 @@ def recipe(teacher: Path, judge: Path, tmp_path: Path) -> Any:
 def subject_panels() -> list[tuple[np.ndarray, np.ndarray]]:
     """150 pairs of renders (64, 64, 3): one subject in two scenes in different places."""
     from diptych.pocket import world
+    from diptych.pocket.render import render
 
     pairs = []
     for index in range(150):
@@ -55,7 +56,7 @@ def subject_panels() -> list[tuple[np.ndarray, np.ndarray]]:
         who, left, right = world.sample_identity(rng), world.sample_scene(rng), world.sample_scene(rng)
         while right.place == left.place:
             right = world.sample_scene(rng)
-        pairs.append((world.render(who, left, 64), world.render(who, right, 64)))
+        pairs.append((render(who, left, 64), render(who, right, 64)))
     return pairs
 
 
@@ -63,12 +64,13 @@ def subject_panels() -> list[tuple[np.ndarray, np.ndarray]]:
 def relit_panels() -> list[tuple[np.ndarray, np.ndarray]]:
     """100 pairs of renders (64, 64, 3): one scene under two lights."""
     from diptych.pocket import world
+    from diptych.pocket.render import render
 
     pairs = []
     for index in range(100):
         rng = np.random.default_rng([8, index])
         who, scene = world.sample_identity(rng), world.sample_scene(rng)
-        pairs.append((world.render(who, scene, 64), world.render(who, world.relight(rng, scene), 64)))
+        pairs.append((render(who, scene, 64), render(who, world.relight(rng, scene), 64)))
     return pairs
 
 
@@ -76,10 +78,11 @@ def relit_panels() -> list[tuple[np.ndarray, np.ndarray]]:
 def drifted_panels() -> list[tuple[np.ndarray, np.ndarray]]:
     """100 pairs of renders (64, 64, 3): one scene in one light, the second with its subject's attributes drawn anew."""
     from diptych.pocket import world
+    from diptych.pocket.render import render
 
     pairs = []
     for index in range(100):
         rng = np.random.default_rng([9, index])
         who, scene = world.sample_identity(rng), world.sample_scene(rng)
-        pairs.append((world.render(who, scene, 64), world.render(world.drift(rng, who), scene, 64)))
+        pairs.append((render(who, scene, 64), render(world.drift(rng, who), scene, 64)))
     return pairs

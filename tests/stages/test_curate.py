@@ -70,9 +70,10 @@ def test_both_orders_of_a_grid_become_rows_with_all_they_rest_on(recipe: Any, su
 
 def test_the_reason_names_what_was_wrong(recipe: Any, subject_panels: Pairs) -> None:
     from diptych.pocket import world
+    from diptych.pocket.render import render
 
     rng = np.random.default_rng(1)
-    wide = world.render(world.sample_identity(rng), world.sample_scene(rng), 128)[32:96]
+    wide = render(world.sample_identity(rng), world.sample_scene(rng), 128)[32:96]
     shifted = np.pad(subject_panels[0][0], ((0, 0), (0, 2), (0, 0)), mode="edge")[:, 2:]
     copied = (subject_panels[0][0], shifted)
     rows = [grid(0, (wide[:, :64], wide[:, 64:])), grid(1, copied), grid(2, subject_panels[1])]

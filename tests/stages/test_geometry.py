@@ -24,15 +24,16 @@ def strength(pixels: np.ndarray) -> float:
 def singles(count: int, size: int = 64) -> list[np.ndarray]:
     """Single wide pictures (size, 2·size, 3): the middle of a large render, or a small one made wide."""
     from diptych.pocket import world
+    from diptych.pocket.render import render
 
     pictures = []
     for index in range(count):
         rng = np.random.default_rng([9, index])
         who, scene = world.sample_identity(rng), world.sample_scene(rng)
         if index % 2:
-            pictures.append(world.render(who, scene, 2 * size)[size // 2 : size // 2 + size])
+            pictures.append(render(who, scene, 2 * size)[size // 2 : size // 2 + size])
         else:
-            small = Image.fromarray(world.render(who, scene, size))
+            small = Image.fromarray(render(who, scene, size))
             pictures.append(np.asarray(small.resize((2 * size, size), Image.Resampling.BICUBIC)))
     return pictures
 

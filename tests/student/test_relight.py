@@ -16,6 +16,7 @@ from diptych.apps import relight
 from diptych.cli import app
 from diptych.data.images import read_provenance
 from diptych.errors import UsageError
+from diptych.pocket import render as renderer
 from diptych.pocket import world
 from diptych.student.callbacks import Hold, held_latents
 from diptych.student.canvas import Canvas, fit_image, split_tokens
@@ -33,7 +34,7 @@ def pocket() -> Student:
 @pytest.fixture(scope="module")
 def render() -> Image.Image:
     rng = np.random.default_rng(5)
-    return Image.fromarray(world.render(world.sample_identity(rng, "cat"), world.sample_scene(rng)))
+    return Image.fromarray(renderer.render(world.sample_identity(rng, "cat"), world.sample_scene(rng)))
 
 
 @pytest.fixture

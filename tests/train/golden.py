@@ -26,13 +26,14 @@ def rendered_pairs(folder: Path) -> Any:
     from diptych.data.images import image_cell
     from diptych.data.store import Dataset
     from diptych.pocket import captions, world
+    from diptych.pocket.render import render
 
     rows = []
     for number in range(GRIDS):
         rng = np.random.default_rng([50, number])
         subject = world.sample_identity(rng)
         scenes = [world.sample_scene(rng) for _ in range(2)]
-        panels = [image_cell(Image.fromarray(world.render(subject, scene))) for scene in scenes]
+        panels = [image_cell(Image.fromarray(render(subject, scene))) for scene in scenes]
         told = [captions.caption(subject.kind, scene, rng) for scene in scenes]
         grid = f"g-{number:06d}"
         for reference, target in ((0, 1), (1, 0)):

@@ -2,14 +2,9 @@
 and weather.
 
 An *identity* is a kind plus some forty continuous or categorical attributes (palette, shape, pattern, face,
-accessory): text names the kind and
-never the rest, so only a reference picture can tell who is meant. A *scene* is everything that is not the subject;
-all of it can be said in words.
-Both are plain frozen dataclasses, drawn from a `numpy` generator, so the renderer knows the truth about every
-picture it makes.
-
-    from diptych.pocket import world
-    picture = world.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
+accessory): text names the kind and never the rest, so only a reference picture can tell who is meant. A *scene* is
+everything that is not the subject; all of it can be said in words. Both are plain frozen dataclasses, drawn from a
+`numpy` generator, so the renderer (`render`) knows the truth about every picture it makes.
 """
 
 import colorsys
@@ -228,13 +223,3 @@ def reseason(rng: np.random.Generator, scene: Scene) -> Scene:
     if scene.place in INDOOR:
         raise ValueError(f"{scene.place!r} has no weather: choose an outdoor scene")
     return replace(scene, weather=_choice(rng, tuple(weather for weather in WEATHERS if weather != scene.weather)))
-
-
-def render(identity: Identity, scene: Scene, size: int = PANEL) -> np.ndarray:
-    """Draw `identity` in `scene`. Returns uint8 `[size, size, 3]`. The same arguments give the same bytes."""
-    from . import draw, light, places
-
-    background, horizon = places.paint(scene, size)
-    subject, ground = draw.paint(identity, scene, size)
-    picture = light.compose(background, horizon, subject, ground, scene)
-    return np.asarray(places.weather(picture, scene))

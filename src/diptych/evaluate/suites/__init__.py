@@ -232,12 +232,12 @@ def seed_of(sample_id: str, seed: int) -> int:
 
 @cache
 def render(subject: Identity, scene: Scene) -> Image:
-    """`world.render` as a PIL image; each is drawn once in a process."""
+    """`pocket.render` as a PIL image; each is drawn once in a process."""
     from PIL import Image
 
-    from diptych.pocket import world
+    from diptych.pocket import render as renderer
 
-    return Image.fromarray(world.render(subject, scene))
+    return Image.fromarray(renderer.render(subject, scene))
 
 
 def _grid_prompt(noun: str, known: Known, say: dict[str, float], rng: np.random.Generator) -> str:

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diptych.utils.io import publish
+
 from .. import world
-from . import renders, traits
+from ..render import render
+from . import renders
 from . import vae as vae_training
-from .loop import Trainer, mean, mixed, pick_device, resident
+from .trainer import Reading, Trainer, mean, mixed, pick_device, resident, traits_table
 
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
 HELD_OUT = 600
@@ -74,7 +77,7 @@ def triplet(index: int, seed: int):
     drifted = world.drift(rng, identity)
     scenes = [world.sample_scene(rng) for _ in range(3)]
     subjects = (identity, identity, drifted)
-    panels = [world.render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]
+    panels = [render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]
     return np.stack(panels), np.array(
         [truth(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)], dtype=np.int16
     )
@@ -90,15 +93,12 @@ def held_out(
     work: Path, role: str, count: int = HELD_OUT, processes: int = 1, report=print
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` triplets of subjects that nothing was trained on, rendered once into `work/judges/`."""
-    folder = work / "judges"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{role}-{count}.npz"
+    path = work / "judges" / f"{role}-{count}.npz"
     if not path.exists():
         todo = [(s, min(s + CHUNK, count), SEEDS[role]) for s in range(0, count, CHUNK)]
         panels, labels = zip(*renders.spread(_chunk, todo, processes), strict=True)
-        partial = folder / f"{role}.tmp.npz"
-        np.savez(partial, panels=np.concatenate(panels), labels=np.concatenate(labels))
-        partial.rename(path)
+        with publish(path) as partial:
+            np.savez(partial, panels=np.concatenate(panels), labels=np.concatenate(labels))
         report(f"rendered {count} triplets for the {role}")
     data = np.load(path)
     return data["panels"], data["labels"]
@@ -142,7 +142,7 @@ class Head(torch.nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.traits = traits.Reading(width)
+        self.traits = Reading(width)
         self.scale, self.offset = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-6.0))
 
     def pair_loss(self, a: torch.Tensor, b: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ def through_vae(
 def _truths(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plans = [renders.plan(n)[:2] for n in rows]
     labels = torch.tensor([[truth(*each) for each in zip(*plan, strict=True)] for plan in plans])
-    return labels, *traits.table(subjects for subjects, _ in plans)
+    return labels, *traits_table(subjects for subjects, _ in plans)
 
 
 class Pairs:
@@ -221,14 +221,12 @@ class Pairs:
         chosen = [n for n in own if rows[n]["task"] == "subject"][:count]
         path = work / "judges" / f"{role}-pairs-{len(chosen)}.npy"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             drawn = np.concatenate([panels[n] for n in chosen])
             rng = torch.Generator().manual_seed(SEEDS[role])
             softened = torch.rand(len(drawn), generator=rng).numpy() < 0.6
             drawn[softened] = through_vae(work, drawn[softened], rng, device)
-            partial = path.with_suffix(".tmp.npy")
-            np.save(partial, drawn.reshape(-1, 2, *drawn.shape[1:]))
-            partial.rename(path)
+            with publish(path) as partial:
+                np.save(partial, drawn.reshape(-1, 2, *drawn.shape[1:]))
             report(f"{len(chosen)} pairs for the {role}")
         self.panels = np.load(path, mmap_mode="r")
         self.same = torch.tensor([rows[n]["same"] for n in chosen])

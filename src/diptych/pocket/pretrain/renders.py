@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from diptych.utils.io import write_atomic
+
 from .. import captions, world
+from ..render import render
 
 CONSISTENT = 0.6
 """Share of subject pairs that keep the identity whole; the others drift, so that curation of what the teacher learns
@@ -56,7 +59,7 @@ def plan(index: int, seed: int = 0):
 def pair(index: int, seed: int = 0):
     """Row `index`: two panels uint8 `[2, H, W, 3]` and what is said of them."""
     subjects, scenes, row = plan(index, seed)
-    return np.stack([world.render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]), row
+    return np.stack([render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]), row
 
 
 def spread(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> list[Any]:
@@ -97,9 +100,7 @@ def make(folder: Path, count: int, seed: int = 0, processes: int = 2, report=pri
     with get_context("spawn").Pool(processes) as pool:
         for done, (start, block, rows) in enumerate(pool.imap(_chunk, todo), 1):
             panels[start : start + len(block)] = block
-            partial = folder / "rows" / f"{start:07d}.tmp"
-            partial.write_text(json.dumps(rows))
-            partial.rename(folder / "rows" / f"{start:07d}.json")
+            write_atomic(folder / "rows" / f"{start:07d}.json", json.dumps(rows).encode())
             if done % 20 == 0 or done == len(todo):
                 report(f"rendered {start + len(block)} of {count} pairs")
 

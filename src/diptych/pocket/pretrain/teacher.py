@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from diptych.utils.io import publish
 from diptych.utils.machine import computing
 
-from . import renders, tokenizers, traits
+from . import renders, tokenizers
 from . import vae as vae_training
-from .loop import Trainer, mean, pick_device, resident
+from .trainer import Reading, Trainer, mean, pick_device, resident, traits_table
 
 HEADS = 3
 HEAD = 64
@@ -75,17 +76,16 @@ def encode(work: Path, count: int, device: str = "auto", report=print) -> None:
     vae.eval().to(pick_device(device))
     panels, rows = renders.load(work / "pairs")
     count, side = min(count, len(rows)), panels.shape[2] // vae_training.FACTOR
-    array = np.lib.format.open_memmap(
-        work / "latents.tmp.npy", mode="w+", dtype=np.float16, shape=(count, vae_training.LATENTS, side, 2 * side)
-    )
-    for start in range(0, count, 250):
-        block = np.asarray(panels[start : min(start + 250, count)])
-        canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
-        array[start : start + len(block)] = vae_training.encode(vae, canvas).numpy()
-        if start % 10000 == 0:
-            report(f"encoded {start} of {count} pairs")
-    array.flush()
-    (work / "latents.tmp.npy").rename(work / "latents.npy")
+    shape = (count, vae_training.LATENTS, side, 2 * side)
+    with publish(work / "latents.npy") as partial:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        for start in range(0, count, 250):
+            block = np.asarray(panels[start : min(start + 250, count)])
+            canvas = block.transpose(0, 2, 1, 3, 4).reshape(len(block), block.shape[2], -1, 3)
+            array[start : start + len(block)] = vae_training.encode(vae, canvas).numpy()
+            if start % 10000 == 0:
+                report(f"encoded {start} of {count} pairs")
+        array.flush()
 
 
 TEXTS = ("grid", "left", "right")
@@ -107,13 +107,13 @@ def tokenize(both: Sequence[Any], rows: list[dict]) -> np.ndarray:
 
 def _told(given: tuple[Any, Any, range, list[dict]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     *both, numbers, rows = given
-    values, choices = traits.table(renders.plan(n)[0] for n in numbers)
+    values, choices = traits_table(renders.plan(n)[0] for n in numbers)
     return values.numpy(), choices.numpy(), tokenize(both, rows)
 
 
 def tables(work: Path, count: int, processes: int = 1) -> None:
     """What is known and said of the first `count` rendered pairs: the subjects' traits (`numbers.npy`, `choices.npy`;
-    see `traits.table`) and all captions as token ids (`prompts.npy`; see `tokenize`)."""
+    see `traits_table`) and all captions as token ids (`prompts.npy`; see `tokenize`)."""
     both = tokenizers.load_or_make(work / "teacher_training")
     _, rows = renders.load(work / "pairs")
     parts = [(*both, part, rows[part.start : part.stop]) for part in renders.chunks(min(count, len(rows)))]
@@ -211,7 +211,7 @@ def train(
     teacher.to(place)
     blocks = (teacher.transformer.transformer_blocks, teacher.transformer.single_transformer_blocks)
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    reading = traits.Reading(HEADS * HEAD).to(place)
+    reading = Reading(HEADS * HEAD).to(place)
     modules = {"teacher": teacher, "reading": reading}
     trainer = Trainer(work / "teacher_training", modules, rate, weight_decay=0.01, ema=0.9985, orthogonal=matrices)
     from diffusers import AutoencoderKL

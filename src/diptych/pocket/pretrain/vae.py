@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import world
 from . import renders
-from .loop import Trainer, mean, mixed, pick_device, resident
+from .trainer import Trainer, mean, mixed, pick_device, resident
 
 KL_WEIGHT = 2e-4
 WIDTHS = (24, 48, 64, 96)

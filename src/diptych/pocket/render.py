@@ -1,8 +1,11 @@
-"""Lights a scene: shading from a soft height field of the subject, a cast shadow, a rim when lit from behind, and
-the light's fall-off in the place.
+"""Renders a subject in a scene: the place (`places`) and the subject (`draw`), lit and put together here.
 
-A light changes only what is multiplied here, so the same scene under another light is the same geometry to the
-pixel: a true relit pair.
+    from diptych.pocket import render, world
+    picture = render.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
+
+Lighting is shading from a soft height field of the subject, a cast shadow, a rim when lit from behind, and the light's
+fall-off in the place. A light changes only what is multiplied here, so the same scene under another light is the same
+geometry to the pixel: a true relit pair.
 """
 
 import math
@@ -10,7 +13,8 @@ import math
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .world import INTENSITIES, LIGHT_COLOURS, Light, Scene
+from . import draw, places
+from .world import INTENSITIES, LIGHT_COLOURS, PANEL, Identity, Light, Scene
 
 
 def _blur(mask: np.ndarray, radius: float) -> np.ndarray:
@@ -92,3 +96,11 @@ def compose(
         lit = lit * 0.78 + (rim * 1.3 * hard)[..., None]
     picture = (lit + place * (1 - alpha)[..., None]) * tint * gain
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def render(identity: Identity, scene: Scene, size: int = PANEL) -> np.ndarray:
+    """Draw `identity` in `scene`. Returns uint8 `[size, size, 3]`. The same arguments give the same bytes."""
+    background, horizon = places.paint(scene, size)
+    subject, ground = draw.paint(identity, scene, size)
+    picture = compose(background, horizon, subject, ground, scene)
+    return np.asarray(places.weather(picture, scene))
