@@ -22,11 +22,10 @@ from training import FULL
 from diptych.recipe.schema import Recipe
 from diptych.run import plan
 from diptych.train import parts
-from diptych.train.buckets import choose
-from diptych.train.job import Job
-from diptych.train.latents import Sample
+from diptych.train.cache import Sample
 from diptych.train.loop import Trainer
-from diptych.train.running import ahead
+from diptych.train.prepare import Job
+from diptych.train.schedule import ahead, choose
 from diptych.utils import models
 
 PAIRS, STEPS = 32, 3

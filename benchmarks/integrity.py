@@ -24,7 +24,7 @@ from measuring import about, write
 from diptych import recipe as recipes
 from diptych.data.store import Dataset
 from diptych.run import runner
-from diptych.train import cached
+from diptych.train import cache
 from diptych.utils.console import Display
 
 RECIPE = """
@@ -72,7 +72,7 @@ def rate() -> float:
 def measure(grids: int, steps: int, out: Path | None = None) -> dict[str, Any]:
     clock = Clock()
     Dataset.check = clock.around(Dataset.check)  # pyright: ignore[reportAttributeAccessIssue]
-    cached.is_whole = clock.around(cached.is_whole)
+    cache.is_whole = clock.around(cache.is_whole)
     stages: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         path, folder = Path(scratch) / "recipe.yaml", Path(scratch) / "run"

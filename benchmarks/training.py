@@ -28,10 +28,9 @@ from diptych.data.store import Dataset
 from diptych.recipe.schema import Recipe
 from diptych.run.plan.teacher import KNOWN
 from diptych.student.canvas import condition_canvas, fit_image, join_panels, to_pixels
-from diptych.train.distill import prepare
-from diptych.train.job import Material
 from diptych.train.loop import Trainer
 from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.train.prepare import Material, prepare
 from diptych.utils.machine import pick_precision
 
 GOAL = 1.3  # times the plain loop's samples a second, on the CPU

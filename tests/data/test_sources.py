@@ -23,7 +23,7 @@ from diptych.data.sources import SHARD, open_pairs, split_of
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe.schema import Data, Distill, Recipe
-from diptych.train.job import Material
+from diptych.train.prepare import Material
 
 
 def png(value: int) -> bytes:

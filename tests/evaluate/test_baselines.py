@@ -96,8 +96,8 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
 def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
     from diptych.recipe.schema import Distill
     from diptych.train import parts
-    from diptych.train.distill import start
-    from diptych.train.lora import save_lora
+    from diptych.train.export import save_lora
+    from diptych.train.prepare import start
 
     cpu = torch.device("cpu")
     pipe = start(context.recipe, cpu)

@@ -16,7 +16,7 @@ from diptych.evaluate.methods import base, baselines, tuning
 from diptych.evaluate.methods.base import Context
 from diptych.evaluate.methods.tuning import Tuned
 from diptych.pocket.world import PANEL
-from diptych.train.objective import image_ids
+from diptych.train.objective import image_ids, velocity_error
 
 TUNING = {"learning_rates": [0.01], "steps": [1, 3], "rank": 4, "batch_size": 4, "crops": 4}
 
@@ -97,7 +97,7 @@ def test_training_brings_the_model_nearer_to_its_picture(
     @torch.no_grad()
     def error() -> float:
         sigma = torch.tensor([0.5, 0.7])
-        return base.loss(tuner.transformer, clean, noise, sigma, words, image_ids(canvas)).mean().item()
+        return velocity_error(tuner.transformer, clean, noise, sigma, words, image_ids(canvas)).mean().item()
 
     tuner.trained.put(tuner.start)
     before = error()

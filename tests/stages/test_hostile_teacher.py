@@ -22,7 +22,7 @@ from diptych.llm.local import LocalModel
 from diptych.stages import paint
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.weights.components import open_part
-from diptych.train import distill
+from diptych.train import prepare
 from diptych.utils.opening import check_pipeline, refuse_code
 
 
@@ -175,7 +175,7 @@ def doors(recipe: Any, folder: Path, tmp_path: Path) -> dict[str, Callable[[], A
         "paint": lambda: paint.open_teacher(folder, torch.float32),
         "baselines": lambda: base.open_teacher(of),
         "pipeline": lambda: Stock(context)._open(),
-        "distill": lambda: distill.start(of, torch.device("cpu")),
+        "distill": lambda: prepare.start(of, torch.device("cpu")),
         "student": lambda: DiptychPipeline.from_pretrained(folder),
     }
 

@@ -14,10 +14,10 @@ import tiny_run
 from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
-from diptych.train import buckets
-from diptych.train.buckets import Schedule
+from diptych.train import schedule
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer
+from diptych.train.schedule import Schedule
 
 SIZES = [[16, 16], [16, 24]]
 WIDE = {"buckets": SIZES, "validation_pairs": 4}
@@ -91,10 +91,10 @@ def test_each_size_has_the_shift_that_the_base_samples_it_with(world: Any, tmp_p
 
     job = tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
     job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    found = buckets.choose(job.pipe, [(16, 16), (32, 64)], None, "auto")
+    found = schedule.choose(job.pipe, [(16, 16), (32, 64)], None, "auto")
     assert found[0].shift < found[1].shift
-    assert [bucket.shift for bucket in buckets.choose(job.pipe, [(16, 16), (32, 64)], None, 3.0)] == [3.0, 3.0]
-    ladder = buckets.choose(job.pipe, "auto", 64, "auto")
+    assert [bucket.shift for bucket in schedule.choose(job.pipe, [(16, 16), (32, 64)], None, 3.0)] == [3.0, 3.0]
+    ladder = schedule.choose(job.pipe, "auto", 64, "auto")
     sizes = [(bucket.canvas.panel_height, bucket.canvas.panel_width) for bucket in ladder]
     assert sizes == generate_aspect_ratio_buckets(64, 8) and sizes[0] == (64, 64) and len(sizes) > 5
 

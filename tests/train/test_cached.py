@@ -11,7 +11,7 @@ import tiny_run
 import torch
 
 from diptych.errors import UserError
-from diptych.train.cached import is_whole, write
+from diptych.train.cache import is_whole, write
 from diptych.train.distill import distill
 
 

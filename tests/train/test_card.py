@@ -10,8 +10,8 @@ import tiny_run
 
 from diptych.data.records import in_force
 from diptych.recipe.schema import Recipe
-from diptych.train.card import model_card
-from diptych.train.job import Material
+from diptych.train.export import model_card
+from diptych.train.prepare import Material
 
 OFF = {"thresholds": {"same": -1, "near_copy": 0, "seam": -1}}
 NUMBERS: dict[str, Any] = {"parameters": 1, "pairs": 20, "validation_pairs": 4, "steps": 3, "epochs": 1.0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diptych.recipe.schema import Distill
-from diptych.train.draws import Order, draw, fixed_noise
+from diptych.train.schedule import Order, draw, fixed_noise
 
 OPTIONS = Distill(seed=3, instructions=0.0)
 SHAPE = (6, 4)

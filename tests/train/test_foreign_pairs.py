@@ -18,7 +18,7 @@ from diptych.data.sources import open_pairs
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas
-from diptych.train.latents import Latents, build
+from diptych.train.cache import Latents, build
 
 
 def png(value: int) -> bytes:

@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from diptych.data.records import grid_id, pair_id, prompt_id
-from diptych.train.latents import Sample, split
+from diptych.train.cache import Sample
+from diptych.train.schedule import split
 
 
 def samples(*groups: int) -> list[Sample]:

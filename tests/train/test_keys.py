@@ -20,10 +20,10 @@ import torch
 from diptych.errors import UsageError
 from diptych.recipe.schema import Distill
 from diptych.train import checkpoint, parts
-from diptych.train.buckets import timestep_shift
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer
 from diptych.train.metrics import read
+from diptych.train.schedule import timestep_shift
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:

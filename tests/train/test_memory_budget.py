@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.train import cached, canvases_at_once, captions_at_once, checkpoint, validate
+from diptych.train import cache, canvases_at_once, captions_at_once, checkpoint, validate
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer, train
 from diptych.train.processes import Processes
@@ -94,8 +94,8 @@ def test_latents_and_captions_go_through_in_batches_of_a_fixed_size() -> None:
         return values.view(-1, 1, 1).expand(-1, 512, 2), values.view(-1, 1)
 
     captions = ["a" * number for number in range(1, 11)]
-    table = cached.prepare(encode, captions)
-    online = cached.Online(encode, captions_at_once(512))
+    table = cache.embed_captions(encode, captions)
+    online = cache.Online(encode, captions_at_once(512))
     for one, other in zip(table.gather(captions), online.gather(captions), strict=True):
         assert torch.equal(one, other) and one[:, 0].flatten()[0] == 1
     assert max(sizes) == 4

@@ -14,7 +14,7 @@ from diptych.recipe.schema import Distill
 from diptych.student.weights.fold import widen
 from diptych.train import parts
 from diptych.train.distill import distill
-from diptych.train.offload import Offload
+from diptych.train.parts import Offload
 
 LORA = {"mode": "lora", "rank": 4, "gradient_checkpointing": True}
 

@@ -161,11 +161,10 @@ def make_recipe(teacher: Path, **distill: Any) -> Any:
 
 
 def prepare(recipe: Any, pairs: Any, out: Path, *rest: Any) -> Any:
-    """`distill.prepare` on these pairs and what else the recipe names."""
-    from diptych.train import distill
-    from diptych.train.job import Material
+    """`prepare.prepare` on these pairs and what else the recipe names."""
+    from diptych.train.prepare import Material, prepare
 
-    return distill.prepare(recipe, Material.open(recipe, pairs), out, *rest)
+    return prepare(recipe, Material.open(recipe, pairs), out, *rest)
 
 
 def main(work: str, out: str, *sets: str) -> None:

@@ -117,9 +117,8 @@ def distill(recipe: Recipe) -> None:
 
     from diptych.student.runtime import quantize
     from diptych.student.weights.sources import open_source
-    from diptych.train import buckets, metrics, parts
-    from diptych.train.distill import check_init
-    from diptych.train.job import Material
+    from diptych.train import metrics, parts, schedule
+    from diptych.train.prepare import Material, check_init
     from diptych.utils.machine import pick_device
 
     settings = recipe.distill
@@ -134,7 +133,7 @@ def distill(recipe: Recipe) -> None:
     options = settings.model_copy(update={"offload": "none"})
     parts.optimizer(parts.Trained(["weight"], [torch.nn.Parameter(torch.zeros(1))], {}), options)
     pipe = student(recipe, folder)
-    buckets.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
+    schedule.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
     parts.select(pipe.transformer, options, "float32", torch.device("meta"))
 
 

@@ -1,8 +1,8 @@
 """Training a student: the two-panel objective, its data, and a loop that can be killed at any moment.
 
-distill (front door) · loop (the steps) · objective (the loss) · draws, buckets (what a step sees) · latents, cached
-(what is encoded once) · parts, lora (what is trained and saved) · checkpoint, metrics (what survives a kill) ·
-processes (several GPUs) · preference · validate · card.
+distill (front door) · prepare (everything up to the first step) · loop (the steps) · objective (the loss) · schedule
+(what a step sees) · cache (what is encoded once) · parts (what is trained) · preference (a last stage) · validate ·
+checkpoint, metrics (what survives a kill) · processes (several GPUs) · export (the student's folder and card).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UserError
+from diptych.errors import UsageError, UserError
 from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside
 
@@ -155,6 +155,33 @@ def load(folder: Path) -> Checkpoint | None:
             f"none of the checkpoints in {folder} ({', '.join(names)}) is whole; remove that folder to start again"
         )
     return None
+
+
+def resume(folder: Path, wanted: dict[str, Any], steps: int) -> Checkpoint | None:
+    """The newest whole checkpoint of a training of this identity and of N steps, None if there is none at all.
+
+    UsageError where the folder holds another training's, or one that went further.
+    """
+    found = load(folder)
+    if found is None:
+        return None
+    stored = found.state["identity"]
+    if differ := sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key)):
+        changes = "; ".join(f"{_key(k)} was {stored.get(k)!r} and is {wanted.get(k)!r}" for k in differ)
+        raise UsageError(
+            f"{folder} holds a checkpoint of another training: {changes}. "
+            "Set them back, choose another --out, or remove that folder to start again"
+        )
+    if found.step > steps:
+        raise UsageError(
+            f"{folder} was trained for {found.step} steps already, and distill.steps is {steps}; raise it, or choose "
+            "another --out"
+        )
+    return found
+
+
+def _key(name: str) -> str:
+    return name if name in ("base", "pairs", "seed", "panel_size") else f"distill.{name}"
 
 
 def read(path: Path) -> Checkpoint:

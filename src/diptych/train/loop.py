@@ -13,7 +13,6 @@ import math
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,20 @@ import torch
 
 from diptych.data.images import save_image
 from diptych.errors import UsageError, UserError
-from diptych.train import checkpoint as checkpoints
-from diptych.train import parts, processes, validate
-from diptych.train import preference as preferences
-from diptych.train.buckets import Schedule
-from diptych.train.draws import draw
-from diptych.train.job import Job
-from diptych.train.lora import as_loaded
-from diptych.train.metrics import Guard, Metrics, Progress, Trackers, read, report
+from diptych.train import checkpoint, parts, preference, processes, validate
+from diptych.train.export import as_loaded
+from diptych.train.metrics import METRICS, Guard, Metrics, Progress, Trackers, report
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.train.parts import Trained
-from diptych.train.preference import Anchor
-from diptych.train.running import Interrupts, ahead
+from diptych.train.prepare import Job
+from diptych.train.processes import Interrupts
+from diptych.train.schedule import Schedule, ahead, draw
 from diptych.utils.io import write_atomic
 from diptych.utils.machine import attending, computing
 
-METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 TRACKED = "trackers"
 STOPPED = "stopped.json"
-SHOWN = 20  # steps that the summary's losses are the mean of
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +63,7 @@ class Trainer:
         self.line: dict[str, Any] | None = None  # metrics of the last step, as its checkpoint has them
         self.exported: int | None = None  # the step whose weights are there, if it is not the last
         self.guard = Guard([])
-        self.anchor = Anchor(self.trained.own) if job.negatives is not None else None
+        self.anchor = preference.Anchor(self.trained.own) if job.negatives is not None else None
         self._resume()
         if job.options.compile:
             self.transformer.compile()
@@ -170,22 +163,12 @@ class Trainer:
     def _terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Means over a batch: `loss`, which is descended, and what it is made of."""
         options, wish = self.options, self.options.preference
-        if wish is None or self.anchor is None or batch.negative is None:
+        if wish is None or self.anchor is None:
             left, right = (side.mean() for side in self.losses(batch, self.model))
             return {"loss": options.left_weight * left + options.right_weight * right, "left": left, "right": right}
-        # One forward pass for targets and negatives: several processes average gradients once a pass.
-        rows = len(batch.sigma)
-        both = batch.map(lambda tensor: torch.cat([tensor, tensor]))
-        both = replace(both, clean=torch.cat([batch.clean, batch.negative]), negative=None)
-        with self.anchor.inside():
-            _, before = self.losses(both)
-        left, right = self.losses(both, self.model)
-        (target, negative), (target_0, negative_0) = right.split(rows), before.split(rows)
-        preference = preferences.loss(target, negative, target_0, negative_0, wish.beta).mean()
-        preferred = ((target - target_0) < (negative - negative_0)).float().mean()
-        left, right = left[:rows].mean(), target.mean()
-        loss = options.left_weight * left + options.right_weight * right + wish.weight * preference
-        return {"loss": loss, "left": left, "right": right, "preference": preference, "preferred": preferred}
+        terms = preference.terms(batch, wish, self.anchor, self.losses, self.model)
+        loss = options.left_weight * terms["left"] + options.right_weight * terms["right"]
+        return {"loss": loss + wish.weight * terms["preference"], **terms}
 
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Gradients of the weighted loss; the means of its terms over this process's share."""
@@ -224,7 +207,7 @@ class Trainer:
             write_atomic(self.job.folder / STOPPED, (json.dumps(report, indent=1) + "\n").encode())
 
     def _advice(self) -> str:
-        last = checkpoints.pointer(self.job.folder, checkpoints.LATEST)
+        last = checkpoint.pointer(self.job.folder, checkpoint.LATEST)
         state = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         remedy = "lower distill.learning_rate, raise distill.warmup"
         if self.options.precision == "bfloat16":
@@ -251,7 +234,7 @@ class Trainer:
         self.best = {"step": self.step, "loss": loss}
         with self.processes.together() as first:
             if first and not marked:
-                checkpoints.mark_best(self.job.folder, self.step)
+                checkpoint.mark_best(self.job.folder, self.step)
 
     @property
     def sheet(self) -> Path:
@@ -295,28 +278,15 @@ class Trainer:
             "identity": self.job.identity(),
             "torch": torch.__version__,
         }
-        made = checkpoints.Checkpoint(self.step, state, tensors)
+        made = checkpoint.Checkpoint(self.step, state, tensors)
         with self.processes.together() as first:
             if first:
-                checkpoints.save(self.job.folder, made, self.options.keep)
+                checkpoint.save(self.job.folder, made, self.options.keep)
 
     def _resume(self) -> None:
-        found = checkpoints.load(self.job.folder)
+        found = checkpoint.resume(self.job.folder, self.job.identity(), self.options.steps)
         if found is None:
             return
-        theirs, mine = found.state["identity"], self.job.identity()
-        differ = sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k))
-        if differ:
-            changes = "; ".join(f"{_key(k)} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in differ)
-            raise UsageError(
-                f"{self.job.folder} holds a checkpoint of another training: {changes}. "
-                "Set them back, choose another --out, or remove that folder to start again"
-            )
-        if found.step > self.options.steps:
-            raise UsageError(
-                f"{self.job.folder} was trained for {found.step} steps already, and distill.steps is "
-                f"{self.options.steps}; raise it, or choose another --out"
-            )
         self._put(found)
         parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
         self.step = found.step
@@ -328,13 +298,13 @@ class Trainer:
 
     def take_best(self) -> None:
         """The weights with the best validation loss come in the place of the last ones, to be saved as the student."""
-        name = checkpoints.pointer(self.job.folder, checkpoints.BEST)
+        name = checkpoint.pointer(self.job.folder, checkpoint.BEST)
         if name is not None:
-            found = checkpoints.read(self.job.folder / name)
+            found = checkpoint.read(self.job.folder / name)
             self._put(found)
             self.exported = found.step
 
-    def _put(self, found: checkpoints.Checkpoint) -> None:
+    def _put(self, found: checkpoint.Checkpoint) -> None:
         """A checkpoint's weights and their average."""
         self.trained.put(dict(found.tensors["weights"]))
         if self.ema is not None:
@@ -406,32 +376,6 @@ def _judge(
         trainer.draw_samples()
 
 
-def summary(trainer: Trainer) -> dict[str, Any]:
-    """What a finished run is, in numbers; its losses are of the weights that are saved."""
-    exported = trainer.exported or trainer.step
-    lines = [line for line in read(trainer.job.folder / METRICS) if line["step"] <= exported][-SHOWN:]
-    validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
-    return {
-        "steps": trainer.step,
-        "samples_seen": trainer.step * trainer.options.batch_size,
-        "epochs": round(trainer.step * trainer.options.batch_size / trainer.order.epoch_size, 2),
-        "pairs": trainer.order.count,
-        "validation_pairs": len(trainer.job.validation_rows),
-        "pairs_skipped": trainer.job.latents.skipped,
-        "parameters": trainer.trained.count,
-        "precision": trainer.options.precision,
-        "loss": {key: sum(line[key] for line in lines) / len(lines) for key in ("loss", "left", "right")},
-        "validation": validation,
-        "best": trainer.best,
-        "exported": exported,
-        "seconds": round(trainer.seconds, 1),
-    }
-
-
 def _eager() -> Any:
     """Validation and sampling run uncompiled: another graph for a few forward passes costs more than it saves."""
     return torch.compiler.set_stance("force_eager")
-
-
-def _key(name: str) -> str:
-    return name if name in ("base", "pairs", "seed", "panel_size") else f"distill.{name}"

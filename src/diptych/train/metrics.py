@@ -19,6 +19,7 @@ from diptych.errors import UsageError, UserError
 from diptych.utils.io import write_atomic
 from diptych.utils.paths import refuse_special
 
+METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 

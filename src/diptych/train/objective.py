@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from diptych.student.canvas import Canvas, split_tokens
+
+Transformer = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,32 +54,50 @@ class Batch:
 
 
 def panel_losses(
-    transformer: Callable[..., tuple[torch.Tensor, ...]],
-    batch: Batch,
-    img_ids: torch.Tensor,
-    guidance: float | None = None,
+    transformer: Transformer, batch: Batch, img_ids: torch.Tensor, guidance: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32; on the left 0
-    where the canvas has no left panel.
-
-    `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas; `guidance` is what a guidance-distilled
-    transformer is told, None for one that is not.
-    """
-    sigma = batch.sigma[:, None, None]
-    x_t = (1 - sigma) * batch.clean + sigma * batch.noise
-    (velocity,) = transformer(
-        hidden_states=torch.cat([x_t, batch.condition], dim=-1),
-        timestep=batch.sigma,
-        guidance=None if guidance is None else torch.full_like(batch.sigma, guidance),
-        pooled_projections=batch.pooled,
-        encoder_hidden_states=batch.prompt_embeds,
-        txt_ids=img_ids.new_zeros(batch.prompt_embeds.shape[1], 3),
-        img_ids=img_ids,
-        return_dict=False,
+    where the canvas has no left panel. `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas."""
+    text = batch.prompt_embeds, batch.pooled
+    error = velocity_error(
+        transformer, batch.clean, batch.noise, batch.sigma, text, img_ids, guidance, condition=batch.condition
     )
-    error = (velocity.float() - (batch.noise - batch.clean)).square()
     left, right = (side.mean(dim=(1, 2)) for side in split_tokens(error, batch.canvas))
     return left if batch.canvas.panels == 2 else torch.zeros_like(right), right
+
+
+def velocity_error(
+    transformer: Transformer,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    img_ids: torch.Tensor,
+    guidance: float | None = None,
+    *,
+    condition: torch.Tensor | None = None,
+    attention: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """Squared error of each number of the velocity, (B, N, C) float32: flow matching, with or without a reference.
+
+    `clean`, `noise` and `condition` are (B, N, C), `sigma` (B,), `text` (B, L, D) and (B, P). `guidance` is passed to
+    guidance-distilled transformers, None to others; `attention` goes to the attention processors.
+    """
+    level = sigma[:, None, None]
+    x_t = (1 - level) * clean + level * noise
+    embeds, pooled = text
+    (velocity,) = transformer(
+        hidden_states=x_t if condition is None else torch.cat([x_t, condition], dim=-1),
+        timestep=sigma,
+        guidance=None if guidance is None else torch.full_like(sigma, guidance),
+        pooled_projections=pooled,
+        encoder_hidden_states=embeds,
+        txt_ids=img_ids.new_zeros(embeds.shape[1], 3),
+        img_ids=img_ids,
+        joint_attention_kwargs=attention,
+        return_dict=False,
+    )
+    return (velocity.float() - (noise - clean)).square()
 
 
 def image_ids(canvas: Canvas) -> torch.Tensor:

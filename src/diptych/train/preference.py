@@ -15,29 +15,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from diptych.data.records import seed_of
 from diptych.student.canvas import Canvas, join_tokens, split_tokens
-from diptych.train import cached, canvases_at_once
-from diptych.train.buckets import Bucket
-from diptych.train.cached import Text
-from diptych.train.latents import Latents, panels_of
+from diptych.train import cache, canvases_at_once
+from diptych.train.cache import Latents, Text, panels_of
 from diptych.train.metrics import Progress, report
+from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
+from diptych.train.schedule import Bucket
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Preference
     from diptych.student.pipeline import DiptychPipeline
 
 FORMAT = 3  # raised when the files say something else
+Losses = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # of a batch, by the model given: left and right, (B,)
 SHARD = 64  # negatives of a file: at most what a kill costs
 
 
@@ -46,6 +47,26 @@ def loss(
 ) -> torch.Tensor:
     """The preference loss of each sample, (B,), from errors (B,) of the student and (`_0`) of the one it started as."""
     return -F.logsigmoid(-beta * ((target - target_0) - (negative - negative_0)))
+
+
+def terms(batch: Batch, wish: Preference, anchor: Anchor, losses: Losses, model: Any) -> dict[str, torch.Tensor]:
+    """Means over a batch with negatives: the `left` and `right` losses of the true targets, the `preference` loss, and
+    the share of samples in which the target is `preferred`."""
+    assert batch.negative is not None
+    # One forward pass for targets and negatives: several processes average gradients once a pass.
+    rows = len(batch.sigma)
+    both = batch.map(lambda tensor: torch.cat([tensor, tensor]))
+    both = replace(both, clean=torch.cat([batch.clean, batch.negative]), negative=None)
+    with anchor.inside():
+        _, before = losses(both)
+    left, right = losses(both, model)
+    (target, negative), (target_0, negative_0) = right.split(rows), before.split(rows)
+    return {
+        "left": left[:rows].mean(),
+        "right": target.mean(),
+        "preference": loss(target, negative, target_0, negative_0, wish.beta).mean(),
+        "preferred": ((target - target_0) < (negative - negative_0)).float().mean(),
+    }
 
 
 def choose(rows: Sequence[int], latents: Latents, most: int) -> list[int]:
@@ -114,8 +135,8 @@ class Drawing:
         with processes.together():
             for number, path in enumerate(files):
                 part = rows[number * SHARD : (number + 1) * SHARD]
-                if number % processes.count == processes.rank and not cached.is_whole(path):
-                    cached.write(self._shard(part), path)
+                if number % processes.count == processes.rank and not cache.is_whole(path):
+                    cache.write(self._shard(part), path)
                 report(progress, number * SHARD + len(part), len(rows), "drawing negatives")
         return Negatives(rows, files)
 

@@ -1,4 +1,4 @@
-"""Training in several processes: each has its share of every batch, and all take the same step.
+"""The processes of a training: each has its share of every batch, all take the same step, and all stop after one.
 
 `torchrun` and `accelerate launch` start them and say so in the environment; alone, there is one process and nothing
 here does anything. Chance is keyed by sample (`draws`), so the losses are those of one process with the same batch.
@@ -9,7 +9,10 @@ Weights are whole in every process (DDP), or, with `distill.sharding: full`, eac
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from diptych.student.runtime import parallel
 
 PATIENCE = timedelta(hours=6)  # one process may encode or draw for long while the others wait
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,3 +191,27 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _spread(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM are answered between two steps, when the weights are whole; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = number
+        log.warning("stopping after this step; the run can be continued with the same command")

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diptych.train.buckets import Bucket
-from diptych.train.cached import Text
-from diptych.train.draws import fixed_noise
-from diptych.train.latents import Latents, panels_of
+from diptych.train.cache import Latents, Text, panels_of
 from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
+from diptych.train.schedule import Bucket, fixed_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image

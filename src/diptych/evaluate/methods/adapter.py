@@ -31,10 +31,10 @@ from diptych.evaluate.methods.base import Base, draw, noise, open_teacher, size_
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.judges.vision import Vision, open_vision, refuse_missing
 from diptych.recipe import tasks
-from diptych.train.job import Job, Material
 from diptych.train.loop import Trainer, train
-from diptych.train.objective import Batch
+from diptych.train.objective import Batch, velocity_error
 from diptych.train.parts import Trained
+from diptych.train.prepare import Job, Material
 from diptych.utils import models
 from diptych.utils.documents import parse_json
 from diptych.utils.io import write_atomic
@@ -233,18 +233,18 @@ class AdapterTrainer(Trainer):
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """0 for the left panel, which is not drawn, and the loss of the target; `batch.condition` is (B, 1, D)."""
         seen = {"ip_adapter_image_embeds": [batch.condition]}
-        cached = (batch.prompt_embeds, batch.pooled)
         with computing(self.options.precision, self.job.device):
-            right = base.loss(
+            error = velocity_error(
                 model or self.transformer,
                 batch.clean,
                 batch.noise,
                 batch.sigma,
-                cached,
+                (batch.prompt_embeds, batch.pooled),
                 self.img_ids[batch.canvas],
                 self.guidance,
-                seen,
+                attention=seen,
             )
+        right = error.mean(dim=(1, 2))
         return torch.zeros_like(right), right
 
     def draw_samples(self) -> None:
@@ -265,7 +265,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
         pass
     trainer = train(prepare(recipe, run_dir, progress), progress, AdapterTrainer)
     from diptych.train import parts
-    from diptych.train.cached import publish
+    from diptych.train.cache import publish
 
     with parts.averaged(trainer.ema, trainer.trained):
         tensors = collect(trainer.transformer)
@@ -290,9 +290,9 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     """Everything up to the first step: teacher and encoder opened, targets, references and captions encoded."""
     from PIL import Image
 
-    from diptych.train import cached, latents
-    from diptych.train.buckets import Bucket
+    from diptych.train import cache
     from diptych.train.metrics import report
+    from diptych.train.schedule import Bucket, split
 
     recipe = tasks.resolve(recipe)
     settings, folder = recipe.evaluate.adapter, place(run_dir)
@@ -331,22 +331,22 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     material = learnt_from(recipe, run_dir)
     key = f"{KEY} {_teacher(recipe)} {encoder.vision.fingerprint}"
     files = [
-        latents.build(each, folder / "latents", encode, [canvas], f"{key} {each.fingerprint()}", preparing)
+        cache.build(each, folder / "latents", encode, [canvas], f"{key} {each.fingerprint()}", preparing)
         for each in material.sets
     ]
-    cache = latents.Latents(*files)
-    captions = [sample.told(False) for sample in cache.samples]
-    captions += [sample.instruction for sample in cache.samples if options.instructions and sample.instruction]
-    table = cached.prepare(lambda texts: base.encode_text(pipe, texts), captions, preparing)
-    _, seen = cache.gather([0])
+    latents = cache.Latents(*files)
+    captions = [sample.told(False) for sample in latents.samples]
+    captions += [sample.instruction for sample in latents.samples if options.instructions and sample.instruction]
+    table = cache.embed_captions(lambda texts: base.encode_text(pipe, texts), captions, preparing)
+    _, seen = latents.gather([0])
     put(pipe, start(pipe, seen.shape[-1], seed_of(recipe.training_seed, KEY, "start")))
-    train_rows, validation_rows = latents.split(cache.samples, options.validation_pairs)
+    train_rows, validation_rows = split(latents.samples, options.validation_pairs)
     return Job(
         pipe=pipe,
         buckets=[Bucket(canvas, shift)],
         options=options,
         device=pipe.device,
-        latents=cache,
+        latents=latents,
         text=table,
         train_rows=train_rows,
         validation_rows=validation_rows,

@@ -149,39 +149,6 @@ def size_of(references: Sequence[Image]) -> tuple[int, int]:
 # ---- training the teacher on one panel
 
 
-def loss(
-    transformer: Any,
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    text: tuple[torch.Tensor, torch.Tensor],
-    ids: torch.Tensor,
-    guidance: float | None = None,
-    attention: dict[str, Any] | None = None,
-) -> torch.Tensor:
-    """Mean squared velocity error of each sample, (B,), float32.
-
-    `clean` and `noise` (B, N, C); `sigma` (B,); `text` is (B, L, D) and (B, P); `ids` (N, 3); `guidance` is what a
-    guidance-distilled transformer is told, None for another; `attention` goes to the attention processors.
-    """
-    import torch
-
-    level = sigma[:, None, None]
-    embeds, pooled = text
-    (velocity,) = transformer(
-        hidden_states=(1 - level) * clean + level * noise,
-        timestep=sigma,
-        guidance=None if guidance is None else torch.full_like(sigma, guidance),
-        pooled_projections=pooled,
-        encoder_hidden_states=embeds,
-        txt_ids=ids.new_zeros(embeds.shape[1], 3),
-        img_ids=ids,
-        joint_attention_kwargs=attention,
-        return_dict=False,
-    )
-    return (velocity.float() - (noise - clean)).square().mean(dim=(1, 2))
-
-
 def canvas(pipe: Any, height: int, width: int) -> Canvas:
     """One panel of this size in pixels, alone."""
     from diptych.student.canvas import Canvas
@@ -201,7 +168,7 @@ def frozen_teacher(recipe: Recipe) -> tuple[Any, str]:
 
 def shift(pipe: Any, canvas: Canvas, asked: float | str) -> float:
     """`distill.shift` as a number: for `auto`, what the teacher samples one panel with."""
-    from diptych.train.buckets import timestep_shift
+    from diptych.train.schedule import timestep_shift
 
     return timestep_shift(pipe, canvas) if asked == "auto" else float(asked)
 

@@ -144,7 +144,7 @@ class Tuner:
         with the weights in place. The time that the caller takes in between is not counted."""
         import torch
 
-        from diptych.train.objective import image_ids
+        from diptych.train.objective import image_ids, velocity_error
         from diptych.utils.machine import computing
 
         settings, spent, started = self.settings, 0.0, time.perf_counter()
@@ -166,8 +166,8 @@ class Tuner:
             noise = torch.randn(batch.shape, generator=generator).to(self.device)
             words = (text[0].expand(len(batch), -1, -1), text[1].expand(len(batch), -1))
             with computing(self.precision, self.device):
-                error = base.loss(self.transformer, batch, noise, sigma.to(self.device), words, ids, guidance)
-            error.mean().backward()
+                error = velocity_error(self.transformer, batch, noise, sigma.to(self.device), words, ids, guidance)
+            error.mean(dim=(1, 2)).mean().backward()
             torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

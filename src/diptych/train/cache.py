@@ -1,11 +1,15 @@
-"""The latent cache: every pair goes through the VAE once, before training, and lies on disk from then on.
+"""What training computes once and reads again: the latents of the pairs, the embeddings of their captions.
 
-One safetensors file for each shard of the pairs, in a folder named after the VAE, the panel size and the pairs it came
-from, so that a cache is never read for other data. A file is published by renaming, so a killed build continues where
-it was. The VAE sees whole canvases, [reference | target] and [reference | black], because its convolutions and its
-attention cross the seam. The posterior's mode is taken: nothing is sampled.
+Every pair goes through the VAE once, before training: one safetensors file for each shard of the pairs, in a folder
+named after the VAE, the panel size and the pairs it came from, so that a cache is never read for other data. A file is
+published by renaming, so a killed build continues where it was, and carries the hash of all it holds, so that a damaged
+or swapped one is found when training starts, and made again. The VAE sees whole canvases, [reference | target] and
+[reference | black], because its convolutions and its attention cross the seam. The posterior's mode is taken: nothing
+is sampled. Where pairs are trained at several sizes (`schedule.Bucket`), each goes through at the one nearest to its
+target's shape.
 
-Where pairs are trained at several sizes (`buckets`), each goes through at the one nearest to its target's shape.
+Captions are encoded in one pass and kept in memory, or, when they would not fit, batch by batch: T5's embeddings of
+400k captions are 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step.
 """
 
 from __future__ import annotations
@@ -13,26 +17,151 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from diptych.data.images import open_image
 from diptych.data.pairs import SIDES, pair
-from diptych.data.records import prompt_of
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
-from diptych.train import cached, canvases_at_once
+from diptych.train import canvases_at_once, captions_at_once
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 
+HASH = "sha256"  # the header's key for the hash of the rest
+log = logging.getLogger(__name__)
+
+
+def write(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """Writes a file of a cache, the hash of its header, tensors and place in the header. UserError if it cannot."""
+    header = header or {}
+    publish(tensors, path, header | {HASH: _digest(path, header, tensors)})
+
+
+def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all. UserError if it cannot."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `write` has made this very file; one that was damaged or swapped since is none, and a warning says so.
+
+    A process reads its bytes once while the file stays as it is.
+    """
+    from safetensors import SafetensorError
+
+    if not path.exists():
+        return False
+    stat = path.stat()
+    try:
+        _check(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    except (OSError, SafetensorError, ValueError) as error:
+        log.warning("%s is damaged (%s); it is made again", path, error)
+        return False
+    return True
+
+
+@lru_cache(maxsize=100_000)
+def _check(path: Path, state: tuple[int, ...]) -> None:
+    """ValueError where a file's hash is not that of what it holds; `state` tells its versions apart."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:  # the header's lengths are compared with the file's
+        header = dict(file.metadata() or {})
+        said = header.pop(HASH, "")
+        names = file.keys()
+        if said != _digest(path, header, {name: file.get_tensor(name) for name in names}):
+            raise ValueError("its sha256 differs")
+
+
+def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of a file's header and tensors and of its place in the cache, so that swapped files are found too."""
+    digest = hashlib.sha256(json.dumps([path.parent.name, path.name, sorted(header.items())]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Captions to (B, L, D) and (B, P); no gradient.
+EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+TEXT_IN_MEMORY = 2 * 2**30  # bytes
+
+
+class Text(Protocol):
+    """Where training gets its text from."""
+
+    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, L, D) and pooled embeddings (B, P) of these captions."""
+        ...
+
+
+class Table:
+    """All distinct captions and the empty prompt, encoded once. The encoders are not needed any more."""
+
+    def __init__(
+        self, encode: EncodeText, captions: Sequence[str], at_once: int, progress: Progress | None = None
+    ) -> None:
+        distinct = ["", *sorted(set(captions) - {""})]
+        self._row = {caption: row for row, caption in enumerate(distinct)}
+        parts = []
+        for first in range(0, len(distinct), at_once):
+            embeds, pooled = encode(distinct[first : first + at_once])
+            parts.append((embeds.cpu(), pooled.cpu()))
+            report(progress, min(first + at_once, len(distinct)), len(distinct), "encoding captions")
+        self._embeds, self._pooled = (torch.cat(side) for side in zip(*parts, strict=True))
+
+    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.tensor([self._row[caption] for caption in captions])
+        return self._embeds.index_select(0, index), self._pooled.index_select(0, index)
+
+
+class Online:
+    """Captions encoded as they come; the encoders stay where they are."""
+
+    def __init__(self, encode: EncodeText, at_once: int) -> None:
+        self._encode, self._at_once = encode, at_once
+
+    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        distinct = sorted(set(captions))
+        firsts = range(0, len(distinct), self._at_once)
+        # To main memory at once: the device has no room for a whole step's.
+        parts = [[each.cpu() for each in self._encode(distinct[first : first + self._at_once])] for first in firsts]
+        embeds, pooled = (torch.cat(side) for side in zip(*parts, strict=True))
+        index = torch.tensor([distinct.index(caption) for caption in captions])
+        return embeds.index_select(0, index), pooled.index_select(0, index)
+
+
+def embed_captions(encode: EncodeText, captions: Sequence[str], progress: Progress | None = None) -> Text:
+    """A table when all distinct captions' embeddings fit in memory, else an online encoder."""
+    embeds, pooled = encode([""])
+    size = (embeds.numel() * embeds.element_size() + pooled.numel() * pooled.element_size()) * (len(set(captions)) + 1)
+    at_once = captions_at_once(embeds.shape[1])
+    return Table(encode, captions, at_once, progress) if size <= TEXT_IN_MEMORY else Online(encode, at_once)
+
+
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-IN_MEMORY = 4 * 2**30  # bytes of latents that are read once and kept; more is read row by row from the mapped files
+LATENTS_IN_MEMORY = (
+    4 * 2**30
+)  # bytes of latents that are read once and kept; more is read row by row from the mapped files
 FORMAT = 4  # raised when the files say something else
 MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
 SAME_SHAPE = 0.02  # aspect ratios of an aligned pair may differ by this share: a pixel or two of rounding
@@ -84,7 +213,7 @@ class Latents:
             size += path.stat().st_size
         self._whole: dict[str, torch.Tensor] = {}  # a tensor of every row of a bucket
         self._index: list[int] = []  # of a row in it
-        if size <= IN_MEMORY:
+        if size <= LATENTS_IN_MEMORY:
             names = sorted({name for file in self._files for name in file.keys()})  # noqa: SIM118
             self._whole = {name: self._read(name) for name in names}
             seen = Counter()
@@ -161,7 +290,7 @@ def build(
         for number, shard in enumerate(shards):
             path = folder / f"part-{shard:05d}.safetensors"
             files.append(path)
-            if number % processes.count == processes.rank and not cached.is_whole(path):
+            if number % processes.count == processes.rank and not is_whole(path):
                 encode_shard(pairs.read_shard(shard), path, encode, canvases, aligned)
             done += pairs.rows_in(shard)
             report(progress, done, total, "encoding pairs")
@@ -218,7 +347,7 @@ def encode_shard(
             made.append(encode(reference, target))
         for kind, parts in zip(("clean", "condition"), zip(*made, strict=True), strict=True):
             tensors[tensor_name(kind, bucket)] = torch.cat(parts)
-    cached.write(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
+    write(tensors, path, {"diptych": json.dumps({"samples": samples, "skipped": skipped})})
 
 
 def _panels(
@@ -260,49 +389,3 @@ def canvas_encoder(encode_canvas: Callable[[torch.Tensor], torch.Tensor], panels
         return clean.cpu(), condition.cpu()
 
     return encode
-
-
-def split(samples: Sequence[Sample], held_out: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to validate on.
-
-    All grids of a prompt are held out together, those with the lowest hash of their id, until they make `held_out`
-    pairs, but never more than a fifth of all pairs; so no validation subject was trained on and the choice does not
-    move with the order. Where every prompt (or reference, in other people's data) has more pairs than `held_out`, one
-    whole prompt is held out; where it would be more than a fifth, single pairs are held out, and a warning says that
-    their references are trained on.
-    """
-    most = len(samples) // 5
-    wanted = min(held_out, most)
-    prompts = [prompt_of(sample.grid_id) for sample in samples]
-    validation = _lowest(prompts, wanted)
-    if not validation and wanted:
-        smallest = min(Counter(prompts).values())
-        validation = _lowest(prompts, smallest) if smallest <= most else []
-    if not validation and wanted:
-        validation = _lowest([sample.id for sample in samples], wanted)
-        log.warning(
-            "%d of %d pairs are held out for validation, and training sees their references with other targets: "
-            "every reference has more than %d pairs",
-            len(validation),
-            len(samples),
-            wanted,
-        )
-    elif held_out and not wanted:
-        log.warning("no pair is held out for validation: that takes at least 5 pairs, and there are %d", len(samples))
-    held = set(validation)
-    return [row for row in range(len(samples)) if row not in held], validation
-
-
-def _lowest(groups: Sequence[str], wanted: int) -> list[int]:
-    """The rows of whole groups, lowest hash first, up to the first that would make more than `wanted` rows; if that is
-    the very first group, of those that do fit."""
-    rows: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    found: list[int] = []
-    for group in sorted(rows, key=lambda g: hashlib.sha256(f"validation {g}".encode()).digest()):
-        if len(found) + len(rows[group]) <= wanted:
-            found += rows[group]
-        elif found:
-            break
-    return found

@@ -1,0 +1,304 @@
+"""Everything up to the first step of a training: models opened, pairs and captions encoded, some pairs held out.
+
+    trainer = loop.train(prepare(recipe, Material.open(recipe, pairs), folder))
+
+`Material` is what a student is trained on, `Job` all that the loop needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diptych.data.sources import Pairs, open_pairs
+from diptych.data.store import Dataset
+from diptych.errors import UsageError, UserError
+from diptych.recipe import tasks
+from diptych.recipe.schema import OWN, Data
+from diptych.student.canvas import Canvas
+from diptych.student.families import teachers
+from diptych.train import cache, checkpoint, preference, schedule
+from diptych.train.metrics import Progress, report
+from diptych.train.processes import ALONE, Processes
+from diptych.utils import models
+from diptych.utils.console import quiet_bars
+
+if TYPE_CHECKING:
+    from diptych.recipe.schema import Distill, Recipe
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.settings import Settings
+
+TRAINING = models.TRAINING
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data sets to train on. `own` are the run's own pairs, if there are any."""
+
+    own: Dataset | None
+    sets: Sequence[Pairs]
+    weights: Sequence[float]
+
+    @classmethod
+    def open(cls, recipe: Recipe, own: Dataset | None) -> Material:
+        """Those that `distill.data` names. UserError when one cannot be read or is empty."""
+        named = [data for data in recipe.distill.data or [Data(path=OWN)] if data.path != OWN or own is not None]
+        sets: list[Pairs] = []
+        for data in named:
+            found = own if data.path == OWN else open_pairs(data.path, {**data.columns}, data.split)
+            assert found is not None
+            if not len(found):
+                cure = "lower curate.thresholds or draw more grids (write.count)" if found is own else "give other data"
+                raise UserError(f"{found.url} holds no pairs, so there is nothing to train on; {cure}")
+            sets.append(found)
+        return cls(own, sets, [data.weight for data in named])
+
+    def fingerprint(self) -> str:
+        """Of the run's own pairs if there is nothing else; else of all data sets and their weights."""
+        prints = [each.fingerprint() for each in self.sets]
+        if list(self.sets) == [self.own] and self.weights == [1.0]:
+            return prints[0]
+        weighed = [[*both] for both in zip(prints, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(weighed).encode()).hexdigest()
+
+
+@dataclass
+class Job:
+    """All that a run of the loop needs. `pipe.transformer` is trained in place."""
+
+    pipe: Any  # DiptychPipeline
+    buckets: Sequence[schedule.Bucket]  # one, unless the recipe has more
+    options: Distill  # resolved: no key is `auto`, and `seed` is set
+    device: torch.device
+    latents: cache.Latents
+    text: cache.Text
+    train_rows: list[int]
+    validation_rows: list[int]
+    folder: Path  # checkpoints, metrics.jsonl, samples/
+    material: Material  # what the latents come from
+    made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
+    processes: Processes = ALONE
+    name: str = "student"  # what trackers call it
+    negatives: preference.Negatives | None = None  # with `options.preference`
+    columns: torch.Tensor | None = None  # (D, C) where the input layer's for the condition begin; None: as they are
+
+    def __post_init__(self) -> None:
+        if len(self.train_rows) < self.options.batch_size:
+            raise UserError(
+                f"{len(self.train_rows)} pairs to train on are fewer than one batch of {self.options.batch_size}"
+                f"{f' ({len(self.validation_rows)} more are held out)' if self.validation_rows else ''}: "
+                "lower curate.thresholds, draw more grids (write.count), or lower distill.batch_size"
+            )
+
+    @property
+    def canvas(self) -> Canvas:
+        """The first bucket's."""
+        return self.buckets[0].canvas
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with this job."""
+        return {**checkpoint.identity(self.options, self.options.seed or 0), **self.made_from}
+
+
+def prepare(
+    recipe: Recipe,
+    material: Material,
+    out: Path,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    device: torch.device | None = None,
+) -> Job:
+    """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
+    from diptych.utils.machine import pick_device, pick_precision
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device, processes, recipe = device or pick_device(recipe.device), processes or ALONE, tasks.resolve(recipe)
+    settings = recipe.distill
+    precision, reason = pick_precision(settings.precision, device)
+    log.info("training on %s in %s: %s", device, precision, reason)
+
+    folder = out / TRAINING
+    made_from = sources(recipe, material)
+    pipe = start(recipe, device)
+    places = schedule.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
+    decided = {"seed": recipe.training_seed, "precision": precision, "shift": places[0].shift}
+    options = settings.model_copy(update=decided)
+    at = checkpoint.pointer(folder, checkpoint.LATEST)
+    step = int(at.removeprefix("step-")) if at else 0
+
+    def preparing(done: int, total: int, what: str) -> None:
+        report(progress, step, settings.steps, f"{what} {done}/{total}")
+
+    canvases = [place.canvas for place in places]
+    pipe.settings = replace(
+        pipe.settings, sizes=tuple((canvas.panel_height, canvas.panel_width) for canvas in canvases)
+    )
+    encode = cache.canvas_encoder(pipe.encode_canvas, canvases[0].panels)
+    vae = cache.vae_fingerprint(pipe)
+    aligned = tasks.load(recipe.task).geometry == "aligned"
+    files = []
+    for each in material.sets:
+        key = f"{vae} {each.fingerprint()}"
+        files.append(
+            cache.build(each, folder / "latents", encode, canvases, key, preparing, processes, aligned=aligned)
+        )
+    encoded = cache.Latents(*files)
+    captions = [sample.caption for sample in encoded.samples]
+    if options.instructions:
+        captions += [sample.instruction for sample in encoded.samples if sample.instruction]
+    embeddings = cache.embed_captions(torch.no_grad()(pipe.encode_text), captions, preparing)
+    if isinstance(embeddings, cache.Table) and device.type != "cpu":
+        _set_aside(pipe)
+    train_rows, validation_rows = schedule.split(encoded.samples, options.validation_pairs)
+    negatives = None
+    if options.preference is not None:
+        train_rows = preference.choose(train_rows, encoded, options.preference.pairs)
+        drawing = preference.Drawing(pipe, places, encoded, embeddings, options)
+        with _as_it_starts(pipe, recipe):
+            key = f"{made_from['base']} {made_from['pairs']}"
+            negatives = drawing.draw(train_rows, folder, key, preparing, processes)
+    made_from["panel_size"] = schedule.named(places)
+    return Job(
+        pipe=pipe,
+        buckets=places,
+        options=options,
+        device=device,
+        latents=encoded,
+        text=embeddings,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        folder=folder,
+        material=material,
+        made_from=made_from,
+        processes=processes,
+        name=recipe.name,
+        negatives=negatives,
+        columns=_columns(pipe, options, canvases[0]),
+    )
+
+
+def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.Tensor | None:
+    """Where the input layer's columns for the condition begin (`distill.condition_init`); None leaves them at zero."""
+    from PIL import Image
+
+    from diptych.student.weights.fold import picture_columns
+
+    if options.condition_init == "zeros" or options.init:
+        return None
+    empty = None
+    if options.conditioning == "diptych":
+        black = Image.new("RGB", (canvas.panel_width, canvas.panel_height))
+        empty = pipe.encode_reference([black], canvas).mean((0, 1)).cpu()
+    return picture_columns(pipe.transformer.x_embedder.weight.detach().float().cpu(), empty)
+
+
+def _set_aside(pipe: DiptychPipeline) -> None:
+    """Text encoders go back to main memory: every caption is encoded, and the device has better uses for its own."""
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        if encoder is not None:
+            encoder.to("cpu")  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _as_it_starts(pipe: DiptychPipeline, recipe: Recipe) -> Iterator[None]:
+    """The pipeline with the LoRA that training goes on from, if it does; without it again afterwards."""
+    from diptych.student.weights.lora import apply_lora
+
+    if recipe.distill.mode == "full":
+        yield
+        return
+    apply_lora(pipe, models.resolve(recipe.distill.init or "", "student"))
+    try:
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+def sources(recipe: Recipe, material: Material) -> dict[str, str]:
+    """Fingerprints of what a student is made from: the weights it starts from, and its pairs."""
+    init = recipe.distill.init
+    places = [models.resolve(init, "student")] if init else []
+    if recipe.distill.mode == "lora" or not init:
+        places.insert(0, models.resolve(recipe.teacher, "teacher"))
+    return {"base": " ".join(map(models.fingerprint, places)), "pairs": material.fingerprint()}
+
+
+def start(recipe: Recipe, device: Any) -> DiptychPipeline:
+    """The student before its first step: the teacher widened, or, in mode full, the student that `distill.init` names;
+    its frozen weights quantized as the recipe has it. A LoRA to go on from is put on by `parts.select`."""
+    from diptych import student
+    from diptych.student.loading import pick_dtype
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.settings import resolve
+    from diptych.student.weights.fold import widen
+
+    teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
+    dtype = pick_dtype(teacher / "transformer", device)
+    check_init(recipe, teacher)
+    if settings.init and settings.mode == "full":
+        with quiet_bars():
+            pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
+        pipe.settings = _settings(recipe, pipe.settings.words)
+        return pipe
+    stock = teachers.open_teacher(teacher, dtype, "FluxPipeline")
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    components = {name: stock.components[name] for name in names}
+    pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
+    pipe.loaded_from = (teacher,)
+    pipe.settings = _settings(recipe, resolve(None, [teacher]).words)
+    pipe.set_progress_bar_config(disable=True)
+    if settings.offload == "blocks":  # `parts.select` moves the rest of it
+        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            if part is not None:
+                part.to(device)
+        return pipe
+    return _quantized(pipe, settings.quantize, device, dtype).to(device)
+
+
+def check_init(recipe: Recipe, teacher: Path) -> None:
+    """UsageError if the student that `distill.init` names cannot be trained on so; nothing where it names none."""
+    from diptych.student.weights.sources import locate, read_settings
+
+    settings = recipe.distill
+    if not settings.init:
+        return
+    place = models.resolve(settings.init, "student")
+    if (other := read_settings(place, teacher).conditioning) != settings.conditioning:
+        raise UsageError(
+            f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
+        )
+    if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
+        raise UsageError(
+            f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
+            "name a control-LoRA, or use mode: full"
+        )
+
+
+def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:
+    if name != "none":
+        from diptych.student.runtime.quantize import problem, quantize
+
+        if told := problem(name, device.type):
+            raise UsageError(f"distill.quantize: {told}")
+        quantize(pipe.transformer, name, device, dtype)
+    return pipe
+
+
+def _settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
+    """What the student registers: how the recipe evaluates it, where it says so, is how it is sampled by default."""
+    from diptych.student.settings import Settings
+
+    asked = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
+    said = {name: value for name, value in asked.items() if value is not None}
+    relight = recipe.evaluate.relighting.model_dump(exclude_none=True)
+    return Settings(conditioning=recipe.distill.conditioning, relight=relight, words=words, **said)
