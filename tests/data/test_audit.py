@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diptych.apps import audit
+from diptych.apps import audit, precision
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.errors import UserError
@@ -65,7 +65,7 @@ def test_allocation_grows_and_takes_no_more_than_there_is() -> None:
 
 def test_with_every_pair_labelled_the_numbers_are_exact(known: tuple[Path, dict[str, str]]) -> None:
     sample = audit.draw(known[0], 1000, 0)
-    found = audit.report(sample, [{"me": known[1]}], wanted=0.85)
+    found = precision.report(sample, [{"me": known[1]}], wanted=0.85)
     p, r = at(0.5)
     exact = {"value": round(p, 4), "ci95": [round(p, 4)] * 2}, {"value": round(r, 4), "ci95": [round(r, 4)] * 2}
     assert (found["threshold"]["precision"], found["threshold"]["recall"]) == exact
@@ -78,20 +78,20 @@ def test_with_every_pair_labelled_the_numbers_are_exact(known: tuple[Path, dict[
 
 
 def test_a_lower_threshold_is_found_when_less_precision_will_do(known: tuple[Path, dict[str, str]]) -> None:
-    found = audit.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=0.6)
+    found = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=0.6)
     least = min(s for s, _ in STEPS if at(s)[0] >= 0.6)
     assert found["wanted"]["threshold"]["same"] == pytest.approx(least, abs=1e-6) and least < 0.5
     # The very best: from 0.955 on not one is different. Nobody's labels, nobody's threshold.
-    found = audit.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=1)
+    found = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=1)
     assert found["wanted"]["threshold"]["same"] == pytest.approx(0.955, abs=1e-6)
-    assert audit.report(audit.draw(known[0], 1000, 0), [], wanted=0.5)["wanted"]["threshold"] is None
+    assert precision.report(audit.draw(known[0], 1000, 0), [], wanted=0.5)["wanted"]["threshold"] is None
 
 
 def test_two_labellers_are_compared_and_their_disputes_left_out(known: tuple[Path, dict[str, str]]) -> None:
     sample = audit.draw(known[0], 1000, 0)
     first, *rest = [pair.id for pair in sample.pairs]
     other = {**known[1], first: "different" if known[1][first] == "same" else "same", rest[0]: "unsure"}
-    found = audit.report(sample, [{"me": known[1]}, {"me": other}])
+    found = precision.report(sample, [{"me": known[1]}, {"me": other}])
     (agreed,) = found["agreement"]
     assert (agreed["a"], agreed["b"], agreed["pairs"]) == ("me", "me (file 2)", 200)
     assert agreed["agree"] == round(198 / 200, 4) and 0.9 < agreed["kappa"] < 1

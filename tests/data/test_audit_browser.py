@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from diptych.apps import audit
-from diptych.apps.audit_page import AuditServer, serve
+from diptych.apps.audit import AuditServer, serve
 from diptych.data import labels
 from hostile_text import EVIL, check
 

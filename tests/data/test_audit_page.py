@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from diptych.apps import audit
-from diptych.apps.audit_page import AuditServer, serve
+from diptych.apps.audit import AuditServer, serve
 from diptych.data import labels
 from diptych.data.store import Dataset
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych.apps import audit, audit_page
-from diptych.apps.audit_page import AuditServer
-from diptych.apps.audit_page import serve as serve_page
+from diptych.apps import audit
+from diptych.apps.audit import AuditServer
+from diptych.apps.audit import serve as serve_page
 from diptych.data import labels, records
 from diptych.data.engine import LocalEngine, Result
 from diptych.data.store import Dataset
@@ -267,7 +267,7 @@ def test_the_report_and_the_audit_show_such_words_and_run_none(serve: Serve, tmp
     sample = audit.draw(run, 100, 0)
     assert len(sample.pairs) == len(EVIL)
     before = set(tmp_path.parent.rglob("*"))
-    pictures = audit_page.write(sample, run / "sheet.csv")
+    pictures = audit.write(sample, run / "sheet.csv")
     new = set(tmp_path.parent.rglob("*")) - before
     assert len(list(pictures.iterdir())) == 2 * len(EVIL)
     assert new == {run / "sheet.csv", pictures, *pictures.iterdir()}

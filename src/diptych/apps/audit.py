@@ -1,33 +1,45 @@
-"""The audit of a run: people look at a sample of its pairs, and say how far the judge's decisions can be trusted.
+"""The audit of a run: a sample of its pairs, for people to label in a browser or a spreadsheet.
 
-    sample = draw("runs/first", 200, seed=0)
-    report(sample, [labels.read("runs/first/audit/labels.jsonl")], wanted=0.95)
+    sample = draw("runs/first", 200, seed=0)    # `precision.report` says what the labels mean
 
 The population is what reached the judge's decision: a pair refused as a copy or for its cut says nothing about the
 judge. Half of the sample comes from the kept and half from the refused pairs, on each side four times as densely in the
 quarter nearest to the threshold as in the farther half. The sizes of the strata are known, so estimates are weighted
 back. A pair is drawn by the hash of its id, so a larger sample holds the smaller one, and shards do not matter.
+
+The page is served to this machine only and shows one pair at a time. The labeller sees neither the judge's number nor
+its verdict. Pictures come from the run's parquet, by the id of a sampled pair and nothing else. A label is on the disk
+before the page goes on.
 """
 
 from __future__ import annotations
 
+import json
+import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
-from diptych.apps import precision
-from diptych.apps.precision import Estimate, Labelled, Measured, Stratum
 from diptych.data import records
 from diptych.data.funnel import UNDECIDED, reached_judge
-from diptych.data.labels import LABELS
+from diptych.data.labels import LABELS, Labels, write_sheet
 from diptych.data.scan import batches, open_run, row
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.utils.documents import parse_json
+from diptych.utils.io import write_atomic
 
+HOST = "127.0.0.1"
+MOST = 10_000  # bytes of a request's body
+POLICY = "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 # A side's quarter nearest to the threshold, the quarter after it, and the rest; and their shares of the side's sample.
 BANDS = {"near": (0.0, 0.25, 0.5), "middle": (0.25, 0.5, 0.25), "far": (0.5, 1.0, 0.25)}
 SMALL = ("id", "grid_id", "reference_panel", "target_panel", "similarity", "kept", "reason")
@@ -188,159 +200,176 @@ def allocate(size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[
     return counts
 
 
-# ---- what the labels say
+class AuditServer(ThreadingHTTPServer):
+    """Serves one sample to one labeller until somebody presses Finish."""
+
+    daemon_threads = True
+
+    def __init__(self, sample: Sample, labels: Labels, labeller: str, said: dict[str, str], port: int = 0) -> None:
+        """`said` is what the labeller answered before. Raises UserError if the port is taken."""
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            raise UserError(f"port {port} cannot be used ({error.strerror or error}); choose another --port") from error
+        self.sample, self.labels, self.labeller = sample, labels, labeller
+        self.said = {pair.id: said[pair.id] for pair in sample.pairs if pair.id in said}
+        self.ids = {pair.id for pair in sample.pairs}
+        self.lock = threading.Lock()
+        # A key press asks for the pair after next; it has been fetched before.
+        self.picture = lru_cache(maxsize=16)(sample.picture)
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{HOST}:{self.server_port}/"
+
+    def state(self) -> dict[str, Any]:
+        """What the page needs to begin: pairs in order, answers so far."""
+        with self.lock:
+            pairs = [{"id": pair.id, "subject": pair.subject} for pair in self.sample.pairs]
+            question = self.sample.question
+            return {"pairs": pairs, "said": self.said, "question": question, "labeller": self.labeller}
+
+    def put(self, id: str, label: str) -> int:
+        """Keeps a label and returns how many pairs have one."""
+        with self.lock:
+            self.labels.add(id, label, self.labeller)
+            self.said[id] = label
+            return len(self.said)
 
 
-def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: float = 0.95) -> dict[str, Any]:
-    """Precision and recall of the run's threshold, the threshold for a precision of `wanted`, agreement; plain values.
-
-    `given` is one `{labeller: {id: label}}` for each labels file; of several labellers the majority holds.
-    """
-    people = _people(given)
-    truth, unsure, disputed = _truth(sample, people)
-    strata = [
-        Stratum(
-            band.kept,
-            band.size,
-            band.low,
-            tuple(
-                Labelled(pair.similarity, truth[pair.id], pair.above)
-                for pair in sample.pairs
-                if pair.stratum == number and pair.id in truth
-            ),
-        )
-        for number, band in enumerate(sample.bands)
-    ]
-    drawn = {pair.id for pair in sample.pairs}
-    threshold = precision.threshold_for(strata, wanted)
-    return {
-        "run": str(sample.run),
-        "sample": {"asked": sample.asked, "drawn": len(sample.pairs), "seed": sample.seed},
-        "population": {"pairs": sample.population, "rows_left_out": sample.left_out},
-        "strata": [
-            {
-                "verdict": "kept" if band.kept else "refused",
-                "name": band.name,
-                "low": _round(band.low),
-                "high": _round(band.high),
-                "pairs": band.size,
-                "drawn": band.drawn,
-                "labelled": len(stratum.labelled),
-                "same": stratum.same,
-            }
-            for band, stratum in zip(sample.bands, strata, strict=True)
-        ],
-        "labels": {
-            "by": {who: {label: list(said.values()).count(label) for label in LABELS} for who, said in people.items()},
-            "used": len(truth),
-            "unsure": unsure,
-            "disputed": disputed,
-            "missing": len(drawn) - len(truth) - unsure - disputed,
-            "outside": len({id for said in people.values() for id in said} - drawn),
-        },
-        "threshold": {"same": sample.threshold, **_estimate(precision.estimate(strata, sample.seed))},
-        "wanted": {
-            "precision": wanted,
-            "threshold": None
-            if threshold is None
-            else {
-                # Down, so that the pair the threshold was taken from is kept.
-                "same": float(np.floor(threshold * 1e6) / 1e6),
-                **_estimate(precision.estimate(precision.at(strata, threshold), sample.seed)),
-            },
-        },
-        "agreement": _agreement(people, drawn),
-    }
+def serve(server: AuditServer) -> None:
+    """Answers until Finish or Ctrl-C, which mean the same: every label is on the disk already."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
 
 
-def _people(given: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
-    """`{name: {id: label}}`; one name in two files is two people."""
-    people: dict[str, dict[str, str]] = {}
-    for number, file in enumerate(given, 1):
-        for name, said in file.items():
-            people[name if name not in people else f"{name} (file {number})"] = said
-    return people
+def media_type(data: bytes) -> str:
+    """Of a stored picture, by its first bytes."""
+    if data.startswith(b"\x89PNG"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8"):
+        return "image/jpeg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/octet-stream"
 
 
-def _truth(sample: Sample, people: dict[str, dict[str, str]]) -> tuple[dict[str, bool], int, int]:
-    """`{id: same}` where a majority says one or the other; how many are unsure, how many disputed."""
-    truth, unsure, disputed = {}, 0, 0
-    for pair in sample.pairs:
-        said = [labels[pair.id] for labels in people.values() if pair.id in labels]
-        same, different = said.count("same"), said.count("different")
-        if same != different:
-            truth[pair.id] = same > different
-        elif same:
-            disputed += 1
-        elif said:
-            unsure += 1
-    return truth, unsure, disputed
+class _Handler(BaseHTTPRequestHandler):
+    server: AuditServer
+    protocol_version = "HTTP/1.1"
+    timeout = 60
 
-
-def _agreement(people: dict[str, dict[str, str]], drawn: set[str]) -> list[dict[str, Any]]:
-    """Every two labellers on the pairs of the sample that both labelled."""
-    names, found = list(people), []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            both = sorted(people[a].keys() & people[b].keys() & drawn)
-            if both:
-                agree, kappa = precision.kappa([people[a][id] for id in both], [people[b][id] for id in both])
-                rounded = None if kappa is None else round(kappa, 4)
-                found.append({"a": a, "b": b, "pairs": len(both), "agree": round(agree, 4), "kappa": rounded})
-    return found
-
-
-def _estimate(found: Estimate) -> dict[str, Any]:
-    def share(measured: Measured | None) -> dict[str, Any] | None:
-        if measured is None:
-            return None
-        return {"value": round(measured.value, 4), "ci95": [round(measured.low, 4), round(measured.high, 4)]}
-
-    return {"precision": share(found.precision), "recall": share(found.recall)}
-
-
-def _round(value: float) -> float | None:
-    return None if np.isnan(value) else round(value, 4)
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """What `report` found, for people."""
-    size, labels, wanted = found["population"], found["labels"], found["wanted"]
-    text = [
-        f"sample      {found['sample']['drawn']} of the {size['pairs']} pairs that reached the judge, seed "
-        f"{found['sample']['seed']} ({size['rows_left_out']} rows were refused before it)"
-    ]
-    for who, counts in labels["by"].items():
-        text.append(f"labels      {who}: " + ", ".join(f"{n} {label}" for label, n in counts.items()))
-    left = [f"{labels[key]} {key}" for key in ("unsure", "disputed", "missing", "outside") if labels[key]]
-    text.append(f"used        {labels['used']}" + (f" ({', '.join(left)})" if left else ""))
-    text.append(f"{'':<12}{'similarity':<20}{'pairs':>8}{'drawn':>8}{'labelled':>10}{'same':>6}")
-    for row_ in found["strata"]:
-        between = "–" if row_["low"] is None else f"{row_['low']:.3f} to {row_['high']:.3f}"
-        text.append(
-            f"  {row_['verdict']:<8}  {between:<20}{row_['pairs']:>8}{row_['drawn']:>8}"
-            f"{row_['labelled']:>10}{row_['same']:>6}  {row_['name']}"
-        )
-    text.append(f"now         same {found['threshold']['same']:g}: {_said(found['threshold'])}")
-    better = wanted["threshold"]
-    if better is None:
-        text.append(f"wanted      precision {wanted['precision']:g}: no threshold reaches it by these labels")
-    else:
-        text.append(f"wanted      precision {wanted['precision']:g}: same {better['same']}: {_said(better)}")
-    for row_ in found["agreement"]:
-        kappa = "not defined, both said one thing only" if row_["kappa"] is None else f"{row_['kappa']:.3f}"
-        text.append(
-            f"agreement   {row_['a']} and {row_['b']}: {100 * row_['agree']:.1f} % of {row_['pairs']}, kappa {kappa}"
-        )
-    return text
-
-
-def _said(estimate: dict[str, Any]) -> str:
-    parts = []
-    for name in ("precision", "recall"):
-        share = estimate[name]
-        if share is None:
-            parts.append(f"{name} not known yet")
+    def do_GET(self) -> None:
+        if not self._is_ours():
+            return
+        parts = [unquote(part) for part in self.path.partition("?")[0].split("/")[1:]]
+        if parts == [""]:
+            self._answer(Path(__file__).with_name("audit.html").read_bytes(), "text/html; charset=utf-8")
+        elif parts == ["state"]:
+            self._json(self.server.state())
+        elif len(parts) == 3 and parts[0] == "picture" and parts[2] in ("reference", "target"):
+            self._picture(parts[1], parts[2])
         else:
-            parts.append(f"{name} {share['value']:.3f} [{share['ci95'][0]:.3f}, {share['ci95'][1]:.3f}]")
-    return ", ".join(parts)
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def do_POST(self) -> None:
+        if not self._is_ours():
+            return
+        # Another site's form cannot send this type without asking first, and nobody answers that.
+        if self.headers.get_content_type() != "application/json":
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON")
+        elif self.path == "/label":
+            self._label()
+        elif self.path == "/finish":
+            self._json({"done": len(self.server.said)})
+            threading.Thread(target=self.server.shutdown).start()
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def _picture(self, id: str, side: str) -> None:
+        try:
+            data = self.server.picture(id, side)
+        except (KeyError, UserError):
+            data = b""
+        if data:
+            self._answer(data, media_type(data))
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such picture in this sample")
+
+    def _label(self) -> None:
+        try:
+            size = int(self.headers.get("Content-Length", ""))
+            given = parse_json(self.rfile.read(size)) if 0 < size <= MOST else None
+        except ValueError:
+            given = None
+        id, label = (given.get("id"), given.get("label")) if isinstance(given, dict) else (None, None)
+        if not isinstance(id, str) or id not in self.server.ids or label not in LABELS:
+            self._refuse(HTTPStatus.BAD_REQUEST, f"send {{id, label}}: an id of the sample, and {', '.join(LABELS)}")
+            return
+        try:
+            self._json({"done": self.server.put(id, label)})
+        except UserError as error:
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+
+    def _is_ours(self) -> bool:
+        """Refuses what comes by another name than this machine's: a page elsewhere whose name was pointed here."""
+        port = self.server.server_port
+        names = {f"{HOST}:{port}", f"localhost:{port}"}
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
+            return True
+        self._refuse(HTTPStatus.FORBIDDEN, "this page answers to this machine only")
+        return False
+
+    def _json(self, values: dict[str, Any]) -> None:
+        self._answer(json.dumps(values, ensure_ascii=False).encode(), "application/json")
+
+    def _refuse(self, status: HTTPStatus, why: str) -> None:
+        self.close_connection = True  # what is left of a body must not be read as the next request
+        self._answer(why.encode(), "text/plain; charset=utf-8", status)
+
+    def _answer(self, data: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: stderr belongs to news."""
+
+
+_ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
+
+
+def write(sample: Sample, sheet: Path) -> Path:
+    """Writes `sheet` and, beside it, a folder of the stored pictures, undecoded; returns the folder.
+
+    File names are the line's number: an id may hold anything. The sheet comes last.
+    """
+    folder = sheet.with_name(f"{sheet.stem}-pictures")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    rows = []
+    for number, pair in enumerate(sample.pairs, 2):  # as a spreadsheet counts its lines
+        names = []
+        for side in ("reference", "target"):
+            data = sample.picture(pair.id, side)
+            path = folder / f"{number:04d}-{side}{_ENDINGS.get(media_type(data), '.bin')}"
+            write_atomic(path, data)
+            names.append(f"{folder.name}/{path.name}")
+        rows.append([pair.id, "", pair.subject, *names])
+    write_sheet(sheet, rows)
+    return folder

@@ -1,4 +1,6 @@
-"""Precision and recall of a threshold from a stratified sample of human labels, with 95 % intervals; agreement of two.
+"""What the labels of an audit say: precision and recall of a threshold, with 95 % intervals; agreement of labellers.
+
+    report(sample, [labels.read("runs/first/audit/labels.jsonl")], wanted=0.95)
 
 The population is cut into strata by the judge's number, so its sizes are known exactly; only how many pairs of a
 stratum are the same subject is estimated, from the labelled share of it. Jeffreys' Beta(½, ½) prior for each stratum
@@ -9,8 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from diptych.data.labels import LABELS
+
+if TYPE_CHECKING:
+    from diptych.apps.audit import Sample
 
 DRAWS = 4000
 
@@ -137,3 +145,158 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> tuple[float, float | N
     agree = sum(a == b for a, b in zip(first, second, strict=True)) / n
     chance = sum((first.count(label) / n) * (second.count(label) / n) for label in set(first) | set(second))
     return agree, (agree - chance) / (1 - chance) if chance < 1 else None
+
+
+def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: float = 0.95) -> dict[str, Any]:
+    """Precision and recall of the run's threshold, the threshold for a precision of `wanted`, agreement; plain values.
+
+    `given` is one `{labeller: {id: label}}` for each labels file; of several labellers the majority holds.
+    """
+    people = _people(given)
+    truth, unsure, disputed = _truth(sample, people)
+    strata = [
+        Stratum(
+            band.kept,
+            band.size,
+            band.low,
+            tuple(
+                Labelled(pair.similarity, truth[pair.id], pair.above)
+                for pair in sample.pairs
+                if pair.stratum == number and pair.id in truth
+            ),
+        )
+        for number, band in enumerate(sample.bands)
+    ]
+    drawn = {pair.id for pair in sample.pairs}
+    threshold = threshold_for(strata, wanted)
+    return {
+        "run": str(sample.run),
+        "sample": {"asked": sample.asked, "drawn": len(sample.pairs), "seed": sample.seed},
+        "population": {"pairs": sample.population, "rows_left_out": sample.left_out},
+        "strata": [
+            {
+                "verdict": "kept" if band.kept else "refused",
+                "name": band.name,
+                "low": _round(band.low),
+                "high": _round(band.high),
+                "pairs": band.size,
+                "drawn": band.drawn,
+                "labelled": len(stratum.labelled),
+                "same": stratum.same,
+            }
+            for band, stratum in zip(sample.bands, strata, strict=True)
+        ],
+        "labels": {
+            "by": {who: {label: list(said.values()).count(label) for label in LABELS} for who, said in people.items()},
+            "used": len(truth),
+            "unsure": unsure,
+            "disputed": disputed,
+            "missing": len(drawn) - len(truth) - unsure - disputed,
+            "outside": len({id for said in people.values() for id in said} - drawn),
+        },
+        "threshold": {"same": sample.threshold, **_estimate(estimate(strata, sample.seed))},
+        "wanted": {
+            "precision": wanted,
+            "threshold": None
+            if threshold is None
+            else {
+                # Down, so that the pair the threshold was taken from is kept.
+                "same": float(np.floor(threshold * 1e6) / 1e6),
+                **_estimate(estimate(at(strata, threshold), sample.seed)),
+            },
+        },
+        "agreement": _agreement(people, drawn),
+    }
+
+
+def _people(given: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """`{name: {id: label}}`; one name in two files is two people."""
+    people: dict[str, dict[str, str]] = {}
+    for number, file in enumerate(given, 1):
+        for name, said in file.items():
+            people[name if name not in people else f"{name} (file {number})"] = said
+    return people
+
+
+def _truth(sample: Sample, people: dict[str, dict[str, str]]) -> tuple[dict[str, bool], int, int]:
+    """`{id: same}` where a majority says one or the other; how many are unsure, how many disputed."""
+    truth, unsure, disputed = {}, 0, 0
+    for pair in sample.pairs:
+        said = [labels[pair.id] for labels in people.values() if pair.id in labels]
+        same, different = said.count("same"), said.count("different")
+        if same != different:
+            truth[pair.id] = same > different
+        elif same:
+            disputed += 1
+        elif said:
+            unsure += 1
+    return truth, unsure, disputed
+
+
+def _agreement(people: dict[str, dict[str, str]], drawn: set[str]) -> list[dict[str, Any]]:
+    """Every two labellers on the pairs of the sample that both labelled."""
+    names, found = list(people), []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            both = sorted(people[a].keys() & people[b].keys() & drawn)
+            if both:
+                agree, corrected = kappa([people[a][id] for id in both], [people[b][id] for id in both])
+                rounded = None if corrected is None else round(corrected, 4)
+                found.append({"a": a, "b": b, "pairs": len(both), "agree": round(agree, 4), "kappa": rounded})
+    return found
+
+
+def _estimate(found: Estimate) -> dict[str, Any]:
+    def share(measured: Measured | None) -> dict[str, Any] | None:
+        if measured is None:
+            return None
+        return {"value": round(measured.value, 4), "ci95": [round(measured.low, 4), round(measured.high, 4)]}
+
+    return {"precision": share(found.precision), "recall": share(found.recall)}
+
+
+def _round(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """What `report` found, for people."""
+    size, labels, wanted = found["population"], found["labels"], found["wanted"]
+    text = [
+        f"sample      {found['sample']['drawn']} of the {size['pairs']} pairs that reached the judge, seed "
+        f"{found['sample']['seed']} ({size['rows_left_out']} rows were refused before it)"
+    ]
+    for who, counts in labels["by"].items():
+        text.append(f"labels      {who}: " + ", ".join(f"{n} {label}" for label, n in counts.items()))
+    left = [f"{labels[key]} {key}" for key in ("unsure", "disputed", "missing", "outside") if labels[key]]
+    text.append(f"used        {labels['used']}" + (f" ({', '.join(left)})" if left else ""))
+    text.append(f"{'':<12}{'similarity':<20}{'pairs':>8}{'drawn':>8}{'labelled':>10}{'same':>6}")
+    for row_ in found["strata"]:
+        between = "–" if row_["low"] is None else f"{row_['low']:.3f} to {row_['high']:.3f}"
+        text.append(
+            f"  {row_['verdict']:<8}  {between:<20}{row_['pairs']:>8}{row_['drawn']:>8}"
+            f"{row_['labelled']:>10}{row_['same']:>6}  {row_['name']}"
+        )
+    text.append(f"now         same {found['threshold']['same']:g}: {_said(found['threshold'])}")
+    better = wanted["threshold"]
+    if better is None:
+        text.append(f"wanted      precision {wanted['precision']:g}: no threshold reaches it by these labels")
+    else:
+        text.append(f"wanted      precision {wanted['precision']:g}: same {better['same']}: {_said(better)}")
+    for row_ in found["agreement"]:
+        shown = "not defined, both said one thing only" if row_["kappa"] is None else f"{row_['kappa']:.3f}"
+        text.append(
+            f"agreement   {row_['a']} and {row_['b']}: {100 * row_['agree']:.1f} % of {row_['pairs']}, kappa {shown}"
+        )
+    return text
+
+
+def _said(estimate: dict[str, Any]) -> str:
+    parts = []
+    for name in ("precision", "recall"):
+        share = estimate[name]
+        if share is None:
+            parts.append(f"{name} not known yet")
+        else:
+            parts.append(f"{name} {share['value']:.3f} [{share['ci95'][0]:.3f}, {share['ci95'][1]:.3f}]")
+    return ", ".join(parts)

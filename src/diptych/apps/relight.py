@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from diptych.errors import UsageError
-from diptych.student.sampling import RelightOptions, given
+from diptych.student.sampling import RelightOptions, as_list, given
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,7 +70,7 @@ def relight(
     found = aligned(task)
     if not 0 <= detail <= 1:
         raise UsageError(f"detail {detail!r} is a number from 0 to 1")
-    lights, seeds = _listed(light), _listed(seed)
+    lights, seeds = as_list(light, "light and seed"), as_list(seed, "light and seed")
     for text in lights:
         if not isinstance(text, str) or not text.strip():
             raise UsageError("the light is empty; say how the scene is lit, for instance 'soft light from the left'")
@@ -270,10 +270,3 @@ def _fitted(image: Image, canvas: Any, fit: str) -> Image:
     from diptych.student.canvas import fit_image
 
     return fit_image(image, canvas.panel_height, canvas.panel_width, fit)
-
-
-def _listed(value: Any) -> list[Any]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not values:
-        raise UsageError("an empty list was given; give at least one light and seed")
-    return values

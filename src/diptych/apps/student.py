@@ -14,25 +14,28 @@ import copy
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
+from diptych.student.runtime.memory import explains_exhaustion, less_than
 from diptych.student.sampling import (
     SCALES,
     GenerateOptions,
     RelightOptions,
+    as_list,
     check_options,
     check_prompt,
     check_seed,
     given,
     lists,
 )
-from diptych.utils.models import with_scale
+from diptych.utils.machine import VERSION, check_device
+from diptych.utils.models import quick_fingerprint, with_scale
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +51,6 @@ if TYPE_CHECKING:
     Reference = Image.Image | str | Path | None
 
 log = logging.getLogger("diptych.apps.student")
-HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first picture
-_T = TypeVar("_T")
 
 
 class Student:
@@ -106,7 +107,7 @@ class Student:
         from diptych.student.runtime.applied import put_on
         from diptych.utils.console import quiet_bars
 
-        _check_device(device)
+        check_device(device)
         quick = speeds.parse(speed, switches)
         if quick.few_step_lora:
             lora = [*scaled(lora), with_scale(quick.few_step_lora)]
@@ -114,7 +115,9 @@ class Student:
             raise UsageError("a memory preset moves weights about, and several GPUs need them in place; choose one")
         if parallel:
             device = gpus.join(device)
-        said = _memory_said(f"loading {model}", f"use {_less(memory)}; `diptych doctor` says what this machine can do")
+        said = explains_exhaustion(
+            f"loading {model}", f"use {less_than(memory)}; `diptych doctor` says what this machine can do"
+        )
         with nullcontext() if progress_bar else quiet_bars(), said:
             pipeline = load(
                 model,
@@ -177,7 +180,7 @@ class Student:
         """
         asked = given(options, GenerateOptions)
         check_options(asked)
-        prompts, seeds, batch_size = _as_list(prompt), _as_list(seed), asked.get("batch_size", 1)
+        prompts, seeds, batch_size = as_list(prompt), as_list(seed), asked.get("batch_size", 1)
         for text in prompts:
             check_prompt(text)
             self._warn_of_words(text)
@@ -188,7 +191,7 @@ class Student:
         fit, background = asked.get("fit", "crop"), asked.get("background", "white")
         negative_prompt, null_panel = asked.get("negative_prompt"), asked.get("null_panel")
         canvas = self.canvas(asked.get("size"))
-        references = [self.opened(r, background) for r in _as_list(reference)]
+        references = [self.opened(r, background) for r in as_list(reference)]
         sampling = self.sampling | {name: asked[name] for name in SCALES if name in asked}
         for line in self._remarks(canvas, negative_prompt, sampling, any(r is not None for r in references)):
             log.warning(line)
@@ -201,9 +204,10 @@ class Student:
         pairwise = asked.get("pairwise", False)
         if pairwise and not len(references) == len(prompts) == len(seeds):
             raise UsageError(f"{len(references)} references, {len(prompts)} prompts and {len(seeds)} seeds: pairwise")
-        together = zip(references, prompts, seeds, strict=True) if pairwise else product(references, prompts, seeds)
-        for batch in _batched(together, batch_size):
-            with _memory_said(*self._too_much(canvas, len(batch))):
+        wishes = list(zip(references, prompts, seeds, strict=True) if pairwise else product(references, prompts, seeds))
+        for start in range(0, len(wishes), batch_size):
+            batch = wishes[start : start + batch_size]
+            with explains_exhaustion(*self._too_much(canvas, len(batch))):
                 drawn = self.pipeline(
                     prompt=[text for _, text, _ in batch],
                     reference=[picture for picture, _, _ in batch],
@@ -375,25 +379,19 @@ class Student:
         """What was being drawn when memory ran out, and what to do."""
         what = f"{count} pictures" if count > 1 else "a picture"
         less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
-        instead = f"ask for {less}, or use {_less(self.pipeline.runtime.memory)}"
+        instead = f"ask for {less}, or use {less_than(self.pipeline.runtime.memory)}"
         return f"drawing {what} of {canvas.panel_width}×{canvas.panel_height}", instead
 
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
         import diffusers
         import torch
 
-        from diptych.utils.machine import VERSION
-        from diptych.utils.models import fingerprint
-
-        def hashed(place: Path) -> str | None:
-            return fingerprint(place) if _bytes(place) <= HASHED_BYTES else None
-
         pipeline = self.pipeline
-        loras = [{"file": p.name, "scale": scale, "fingerprint": hashed(p)} for p, scale in pipeline.loras]
+        loras = [{"file": p.name, "scale": scale, "fingerprint": quick_fingerprint(p)} for p, scale in pipeline.loras]
         held = {} if pipeline.runtime.memory is None else {"memory": asdict(pipeline.runtime.memory.preset)}
         return {
             "model": self.name,
-            "fingerprints": [hashed(folder) for folder in pipeline.loaded_from],
+            "fingerprints": [quick_fingerprint(folder) for folder in pipeline.loaded_from],
             **({"loras": loras} if loras else {}),
             **held,
             "width": image.width,
@@ -403,55 +401,3 @@ class Student:
             "speed": pipeline.runtime.speed.changed(),
             "versions": {"diptych": VERSION, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
-
-
-def _check_device(device: str | torch.device | None) -> None:
-    """UsageError for an accelerator that this machine does not have, before a model is read for it."""
-    import torch
-
-    from diptych.utils.machine import pick_device
-
-    kind = pick_device(device).type
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if kind in there and not there[kind]():
-        raise UsageError(
-            f"device '{device}': this machine, or this installation of torch, has none; leave the device out"
-        )
-
-
-def _less(memory: object) -> str:
-    """What needs less memory than a student with this preset."""
-    return "--memory auto (in Python memory='auto')" if memory is None else "a smaller --memory"
-
-
-@contextmanager
-def _memory_said(doing: str, instead: str) -> Iterator[None]:
-    """Says what to do when memory runs out."""
-    import torch
-
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
-            raise
-        raise UserError(f"memory ran out {doing}; {instead}") from error
-
-
-def _bytes(folder: Path) -> int:
-    if folder.is_file():
-        return folder.stat().st_size
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _batched(each: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    rest = iter(each)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-def _as_list(value: _T | Sequence[_T]) -> list[_T]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not values:
-        raise UsageError("an empty list was given; give at least one reference, prompt and seed")
-    return values  # pyright: ignore[reportReturnType]

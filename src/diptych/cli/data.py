@@ -85,6 +85,7 @@ def audit(
     Also the threshold that meets --precision and what it costs, and how well two labellers agree.
     """
     from diptych.apps import audit as audits
+    from diptych.apps import precision
     from diptych.data import labels as files
     from diptych.utils.console import Display
 
@@ -103,10 +104,10 @@ def audit(
         _serve(sample, paths[0], labeller, port)
     if not labels and not paths[0].is_file():
         raise UserError(f"{run} has no labels yet; first: diptych data audit {run} --serve, or --csv sheet.csv")
-    result = audits.report(sample, [files.read(path) for path in paths], wanted)
+    result = precision.report(sample, [files.read(path) for path in paths], wanted)
     if sample.pairs and not result["labels"]["used"]:
         display.say("no label of this sample says same or different yet (another --sample or --seed?)")
-    tell(result, audits.lines, as_json)
+    tell(result, precision.lines, as_json)
 
 
 FORMATS = "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner or uno"  # docs/interop.md
@@ -190,7 +191,7 @@ def _options(text: str, task: str, columns: list[str] | None, split: str | None 
 
 def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -> bool:
     """Writes the sheet, or takes its labels over; True if there is something to report."""
-    from diptych.apps.audit_page import write
+    from diptych.apps.audit import write
     from diptych.data import labels as files
 
     if not sheet.exists():
@@ -219,7 +220,7 @@ def _sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: bool) -
 
 
 def _serve(sample: Any, path: Path, labeller: str, port: int) -> None:
-    from diptych.apps.audit_page import AuditServer, serve
+    from diptych.apps.audit import AuditServer, serve
     from diptych.data import labels as files
     from diptych.utils.console import Display
 

@@ -28,6 +28,7 @@ Fit = Literal["crop", "pad", "contain"]
 FITS: tuple[str, ...] = get_args(Fit)
 MAX_SEED = 2**63 - 1
 SEED = "The same seed gives the same picture."
+_T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
@@ -190,6 +191,14 @@ def read_size(value: Any) -> Any:
     if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"size {value}: give pixels, for instance 512 or 512x768")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def as_list(value: _T | Sequence[_T], kinds: str = "reference, prompt and seed") -> list[_T]:
+    """A list or tuple as a list, anything else as a list of one. UsageError for an empty one."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise UsageError(f"an empty list was given; give at least one {kinds}")
+    return values  # pyright: ignore[reportReturnType]
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

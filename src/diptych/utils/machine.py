@@ -120,6 +120,18 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_device(device: str | torch.device | None) -> None:
+    """UsageError for an accelerator that this machine does not have, before a model is read for it."""
+    import torch
+
+    kind = pick_device(device).type
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind in there and not there[kind]():
+        raise UsageError(
+            f"device '{device}': this machine, or this installation of torch, has none; leave the device out"
+        )
+
+
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """`"float32"` or `"bfloat16"` for what a recipe asks (`"auto"` chooses), and the reason in words."""
     import torch

@@ -220,6 +220,9 @@ TRAINING = "training"
 """What a student's folder has beside the student: checkpoints, metrics, and what to go on training needs."""
 
 
+HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first image
+
+
 def fingerprint(path: str | Path, training: bool = False) -> str:
     """sha256 over the relative names, sizes and contents of a model's *.safetensors and *.json, in sorted order.
 
@@ -243,6 +246,12 @@ def fingerprint(path: str | Path, training: bool = False) -> str:
             entries.append((name, s.st_size, sha256_file(p)))
         _fingerprints[key] = fingerprint_of(entries)
     return _fingerprints[key]
+
+
+def quick_fingerprint(path: Path) -> str | None:
+    """The fingerprint of a model of at most `HASHED_BYTES`, else None."""
+    size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*.safetensors"))
+    return fingerprint(path) if size <= HASHED_BYTES else None
 
 
 def fingerprint_of(entries: Iterable[tuple[str, int, str]]) -> str:

@@ -88,8 +88,7 @@ def identify(loading: dict[str, Any]) -> dict[str, Any]:
 
 def _weights(value: Any, role: str | None) -> Any:
     """A digest of a model or LoRA file or folder; above 2 GiB of names, sizes and times, as hashing takes minutes."""
-    from diptych.apps.student import HASHED_BYTES
-    from diptych.utils.models import fingerprint, resolve
+    from diptych.utils.models import HASHED_BYTES, fingerprint, resolve
 
     if isinstance(value, (list, tuple)):
         return [_weights(item, role) for item in value]

@@ -19,7 +19,7 @@ from diptych.data.formats import READ, pictures_in
 from diptych.data.images import KINDS, kind_of
 from diptych.errors import UsageError, nearest
 from diptych.student import sampling
-from diptych.student.sampling import check_options, check_prompt, check_seed, read_size
+from diptych.student.sampling import as_list, check_options, check_prompt, check_seed, read_size
 from diptych.utils.documents import parse_json, read_lines
 from diptych.utils.paths import here_or_packaged, refuse_special
 
@@ -79,11 +79,11 @@ def check_row(row: dict[str, Any], where: str) -> None:
     if "prompt" not in row:
         raise UsageError(f"{where}missing a prompt: what the new picture shows")
     try:
-        for text in _listed(row["prompt"]):
+        for text in as_list(row["prompt"]):
             check_prompt(text)
-        for number in _listed(row.get("seed", 0)):
+        for number in as_list(row.get("seed", 0)):
             check_seed(number)
-        for place in _listed(row["reference"]):
+        for place in as_list(row["reference"]):
             if not isinstance(place, (str, Path, type(None))) or place == "":
                 raise UsageError(f"a reference is an image file or a folder of them, not {place!r}")
         out = row.get("out", "x")
@@ -97,8 +97,8 @@ def check_row(row: dict[str, Any], where: str) -> None:
 def multiply(row: dict[str, Any], number: int, here: Path, where: str = "") -> Iterator[Request]:
     """Every reference with every prompt with every seed, seeds running fastest."""
     options = {key: read_size(value) if key == "size" else value for key, value in _options(row).items()}
-    references = [path for place in _listed(row["reference"]) for path in _pictures(place, here, where)]
-    combined = itertools.product(references, _listed(row["prompt"]), _listed(row.get("seed", 0)))
+    references = [path for place in as_list(row["reference"]) for path in _pictures(place, here, where)]
+    combined = itertools.product(references, as_list(row["prompt"]), as_list(row.get("seed", 0)))
     out = Path(row.get("out", ""))
     for reference, prompt, seed in combined:
         yield Request(reference, prompt, seed, options, number, out)
@@ -119,13 +119,6 @@ def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | N
 
 def _options(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in OPTIONS if row.get(key) is not None}
-
-
-def _listed(value: Any) -> list[Any]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not values:
-        raise UsageError("an empty list was given; give at least one reference, prompt and seed")
-    return values
 
 
 # What each picture is called: the file that a request is drawn into, which no other request may share.

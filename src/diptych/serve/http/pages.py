@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
-from diptych.apps.audit_page import media_type
+from diptych.apps.audit import media_type
 from diptych.serve.http import openapi
 from diptych.serve.http.error_responses import answer, documented
 from diptych.serve.http.image_routes import ServiceDep

@@ -359,3 +359,22 @@ def shapes_in(config: Mapping[str, Any], places: Mapping[str, Path], quantized: 
 
     found = {part: read_json(places[part] / "config.json") for part in ("vae", *TEXT_PARTS) if part in places}
     return Shapes(config, **found, quantized=quantized)
+
+
+def less_than(memory: object) -> str:
+    """What needs less memory than a student with this preset."""
+    return "--memory auto (in Python memory='auto')" if memory is None else "a smaller --memory"
+
+
+@contextmanager
+def explains_exhaustion(doing: str, instead: str) -> Iterator[None]:
+    """Turns running out of memory into a UserError that says what was being done, and what to do instead."""
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
+            raise
+        raise UserError(f"memory ran out {doing}; {instead}") from error
