@@ -254,7 +254,7 @@ def default_fit(size: int | tuple[int, int] | None) -> str:
 
 
 def placed(size: tuple[int, int], panel: tuple[int, int], fit: str) -> tuple[Box, Box]:
-    """The part of an image of `size` that a `panel` shows (`geometry.fit_image`), and where on the panel it is."""
+    """The part of an image of `size` that a `panel` shows (`canvas.fit_image`), and where on the panel it is."""
     if fit == "crop":
         scale = max(panel[0] / size[0], panel[1] / size[1])
         wide, high = (min(whole, round(side / scale)) for whole, side in zip(size, panel, strict=True))

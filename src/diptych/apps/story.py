@@ -5,7 +5,8 @@
     page.save("story.png"); page.save("story.pdf")
 
 Every panel has a seed of its own, so one that went wrong is drawn again with another while the rest stays. A text is
-what the panel shows; after a bar may stand what is written below it, else that is the text itself.
+what the panel shows; after a bar may stand what is written below it, else that is the text itself. `write_panels` has a
+language model write the panels from one idea.
 """
 
 from __future__ import annotations
@@ -318,8 +319,8 @@ def _title_height(font: Any, title: str, width: int) -> int:
     return len(wrap(title, font, width)) * _line(font) + 20
 
 
-# Panel texts from one idea: a language model writes what each panel of a story shows, and what stands below it.
-# write_panels("a cat who wants to see the sea", 6, endpoint)
+# ---- panel texts from one idea, by a language model
+
 
 BRIEF = (
     "You write a comic of {count} panels about one character, from somebody's idea. A text-to-image model draws each "

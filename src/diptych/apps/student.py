@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     Reference = Image.Image | str | Path | None
 
 log = logging.getLogger("diptych.apps.student")
+UNKNOWN = "the model does not know %s; the picture will not show it"
 
 
 class Student:
@@ -240,11 +241,7 @@ class Student:
         unknown = [word for word in self.unknown_words(text) if word not in self._said]
         if unknown:
             self._said.update(unknown)
-            log.warning(
-                "the model does not know %s; the picture will not show it",
-                ", ".join(map(repr, unknown)),
-                extra={"quotes": True},
-            )
+            log.warning(UNKNOWN, ", ".join(map(repr, unknown)), extra={"quotes": True})
 
     def _remarks(
         self, canvas: Canvas, negative_prompt: str | None, sampling: Mapping[str, float], referenced: bool
@@ -271,7 +268,7 @@ class Student:
         """What the log says when `generate` makes a picture of these arguments: words that the model does not know,
         text that it does not read, options that do nothing. Makes nothing; any thread may call."""
         unknown = ", ".join(map(repr, self.unknown_words(prompt)))
-        found = [f"the model does not know {unknown}; the picture will not show it"] if unknown else []
+        found = [UNKNOWN % unknown] if unknown else []
         with self._reading:
             if self._tokenizer is None:  # another than the pipeline's, which may be in use in another thread
                 self._tokenizer = copy.deepcopy(self.pipeline.tokenizer_2)

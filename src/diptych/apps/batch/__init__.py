@@ -1,6 +1,6 @@
 """Many pictures from one command: which ones, what each is called, which are there already, and which failed.
 
-What is asked for is rows (`requests`), and each of their pictures has a file of its own (`names`). Every picture
+What is asked for is rows, and each of their pictures has a file of its own (`requests`). Every picture
 carries a digest of its request: weights, reference, prompt, seed, options. So the same command, interrupted or run
 again, draws only what is missing or was asked for differently. A request that fails is noted in `failed.jsonl`, and the
 rest goes on.
@@ -44,7 +44,7 @@ class Outcome:
 def plan(asked: dict[str, Any], jobs: str | Path | None, out: str | Path | None) -> Plan:
     """The requests of `asked` (a row), or of a JSONL file whose rows take from `asked` what they do not say.
 
-    `out` is a file for one picture, else a folder or a pattern with `names.FIELDS` in braces. Nothing is read but the
+    `out` is a file for one picture, else a folder or a pattern with `requests.FIELDS` in braces. Nothing is read but the
     JSONL file and the names in folders. UsageError for anything that no model could do.
     """
     said = {key: value for key, value in asked.items() if value is not None}

@@ -1,4 +1,5 @@
-"""What is asked for, as requests: one for every reference with every prompt with every seed of a row.
+"""What is asked for, as requests: one for every reference with every prompt with every seed of a row; and the file that
+each is drawn into, which no other request may share.
 
 The command's own words are one row, a JSONL file has one a line; a folder stands for the pictures in it.
 """
@@ -120,8 +121,6 @@ def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | N
 def _options(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in OPTIONS if row.get(key) is not None}
 
-
-# What each picture is called: the file that a request is drawn into, which no other request may share.
 
 PATTERN = "{reference}-{prompt}-{seed}.png"
 WIDTH = r"0?\d?\d?[dx]?"  # what may stand after a field's colon: the width of a number
