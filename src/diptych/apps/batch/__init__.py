@@ -44,8 +44,8 @@ class Outcome:
 def plan(asked: dict[str, Any], jobs: str | Path | None, out: str | Path | None) -> Plan:
     """The requests of `asked` (a row), or of a JSONL file whose rows take from `asked` what they do not say.
 
-    `out` is a file for one picture, else a folder or a pattern with `requests.FIELDS` in braces. Nothing is read but the
-    JSONL file and the names in folders. UsageError for anything that no model could do.
+    `out` is a file for one picture, else a folder or a pattern with `requests.FIELDS` in braces. Nothing is read but
+    the JSONL file and the names in folders. UsageError for anything that no model could do.
     """
     said = {key: value for key, value in asked.items() if value is not None}
     if jobs is None:
