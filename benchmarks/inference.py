@@ -403,8 +403,8 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych.data.images import open_image
     from diptych.data.store import Dataset
     from diptych.evaluate import drawing, harness, suites
-    from diptych.evaluate.config import Evaluation
-    from diptych.evaluate.methods.base import Context
+    from diptych.evaluate.evaluation import Evaluation
+    from diptych.evaluate.methods.common import Context
     from diptych.evaluate.methods.students import StudentShipped
     from diptych.evaluate.scoring import judging, metrics, summary
 
@@ -447,9 +447,9 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         places = {re.sub(r"[^\w.]+", "_", name): name for name in settings}
         methods: Any = {place: Sped(context, place, settings[name]) for place, name in places.items()}
         prints = {place: drawing.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
-        plan = harness.Plan(Evaluation.of_run(recipe, folder), context, samples, methods, prints)
+        plan = harness.EvaluationPlan(Evaluation.of_run(recipe, folder), context, samples, methods, prints)
         plan.generate(None, say)
-        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.Models(recipe.device))])
+        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels(recipe.device))])
         outcomes, pictures = {}, {}
         for place, name in places.items():
             outcomes[name] = summary.outcome(lines, place, suites.MAIN)

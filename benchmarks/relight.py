@@ -17,7 +17,7 @@ import measuring
 import torch
 
 from diptych import recipe as recipes
-from diptych.evaluate import relight
+from diptych.evaluate import relighting
 from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
 from diptych.run.resolve import settle
@@ -42,7 +42,7 @@ def main() -> None:
     recipe = settle(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
     folder = given.run or given.work
     with Display().stage("relight", "images") as report:
-        found = relight.evaluate(recipe, folder, report)
+        found = relighting.evaluate(recipe, folder, report)
     result = {
         **found,
         "student": str(given.run.name) if given.run else "pocket",

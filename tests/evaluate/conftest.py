@@ -44,8 +44,8 @@ def judge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _put(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     from diptych.evaluate.scoring import judging
 
-    monkeypatch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
-    monkeypatch.setattr(judging.Models, "reader", lambda *_: oracle)
+    monkeypatch.setattr(judging.VisionModels, "embed", lambda *_: oracle.embed)
+    monkeypatch.setattr(judging.VisionModels, "reader", lambda *_: oracle)
 
 
 @pytest.fixture

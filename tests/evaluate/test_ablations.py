@@ -13,7 +13,7 @@ from diptych import recipe as recipes
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
 from diptych.evaluate.scoring import metrics
-from diptych.evaluate.scoring.metrics import Outcome
+from diptych.evaluate.scoring.metrics import ScoreArrays
 from diptych.recipe.schema import Distill
 
 TIMES = 400
@@ -26,12 +26,12 @@ def write(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def outcome(cp: float, seed: int, subjects: int = 12) -> Outcome:
+def outcome(cp: float, seed: int, subjects: int = 12) -> ScoreArrays:
     rng = np.random.default_rng(seed)
     own = np.random.default_rng(99).normal(0, 0.1, subjects)  # an easy subject is easy for every method
     identity = np.repeat(np.arange(subjects), 4)
     values = cp + own[identity] + rng.normal(0, 0.02, len(identity))
-    return Outcome(identity, values, np.full(len(identity), 0.8), rng.uniform(size=len(identity)) < 0.1)
+    return ScoreArrays(identity, values, np.full(len(identity), 0.8), rng.uniform(size=len(identity)) < 0.1)
 
 
 @pytest.mark.parametrize("name", ablations.names())
@@ -115,8 +115,8 @@ def test_runs_that_were_asked_different_things_are_not_averaged() -> None:
 
 
 def test_a_study_of_two_subjects_gives_no_p_value() -> None:
-    def two(level: float) -> metrics.Outcome:
-        return metrics.Outcome(np.arange(2), np.array([level, level + 0.01]), np.ones(2), np.zeros(2, bool))
+    def two(level: float) -> metrics.ScoreArrays:
+        return metrics.ScoreArrays(np.arange(2), np.array([level, level + 0.01]), np.ones(2), np.zeros(2, bool))
 
     row = ablations.row([two(0.9)], [two(0.3)], 500)
     assert row["difference"]["p"] >= 0.5 and not row["difference"]["apart"]

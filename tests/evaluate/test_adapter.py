@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from diptych.errors import UsageError, UserError
-from diptych.evaluate.methods import adapter, base
-from diptych.evaluate.methods.base import Context
+from diptych.evaluate.methods import adapter, common
+from diptych.evaluate.methods.common import Context
 from diptych.pocket.world import PANEL
 
 DISTILL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 1, "ema": 0.5}
@@ -61,14 +61,14 @@ def trained(teacher: Path, judges: Path, clip: Path, tmp_path_factory: pytest.Te
 
 def test_a_new_adapter_changes_nothing(teacher: Path, judges: Path, clip: Path, suite: Any) -> None:
     recipe = make_recipe(teacher, judges, clip)
-    pipe = base.open_teacher(recipe)
+    pipe = common.open_teacher(recipe)
     sample = suite.samples(2, 1)[0]
-    noise = base.noise(pipe, [3], PANEL, PANEL)
-    (before,) = base.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe)
+    noise = common.noise(pipe, [3], PANEL, PANEL)
+    (before,) = common.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe)
     adapter.put(pipe, adapter.start(pipe, 12, 0))
     seen = [torch.randn(1, 1, 12)]
     more = {"ip_adapter_image_embeds": seen, "negative_ip_adapter_image_embeds": seen}
-    (after,) = base.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe, **more)
+    (after,) = common.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe, **more)
     assert np.abs(np.asarray(before, float) - np.asarray(after, float)).max() <= 1
 
 
@@ -91,7 +91,7 @@ def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any,
     samples = suite.samples(2, 1)[:2]
     references = [suite.picture(s) for s in samples]
     drawn = adapter.ImageAdapter(Context(recipe, folder, suite)).generate(references, samples, [3, 4])
-    pipe = base.open_teacher(recipe)
+    pipe = common.open_teacher(recipe)
     pipe.load_ip_adapter(
         str(adapter.place(folder)),
         weight_name=adapter.FILE,
@@ -99,12 +99,12 @@ def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any,
         image_encoder_dtype=torch.float32,
         local_files_only=True,
     )
-    (again,) = base.draw(
+    (again,) = common.draw(
         pipe,
         [samples[1].prompt],
         PANEL,
         PANEL,
-        base.noise(pipe, [4], PANEL, PANEL),
+        common.noise(pipe, [4], PANEL, PANEL),
         recipe,
         ip_adapter_image=references[1],
         negative_ip_adapter_image_embeds=[torch.zeros(1, 1, 12)],
@@ -167,7 +167,7 @@ def test_what_is_missing_or_does_not_fit_is_one_line(
     named = type(recipe).model_validate(values)
     with pytest.raises(UsageError, match=r"holds no ip_adapter\.safetensors"):
         adapter.ImageAdapter(Context(named, tmp_path, suite)).fingerprint()
-    pipe = base.open_teacher(recipe)
+    pipe = common.open_teacher(recipe)
     state = adapter.read(adapter.place(folder) / adapter.FILE)
     del state["ip_adapter"]["0.to_k_ip.bias"]
     with pytest.raises(UserError, match="does not fit the teacher"):

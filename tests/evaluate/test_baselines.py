@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diptych.errors import UserError
-from diptych.evaluate.methods import base, baselines, named, students
-from diptych.evaluate.methods.base import Context
+from diptych.evaluate.methods import baselines, common, named, students
+from diptych.evaluate.methods.common import Context
 from diptych.pocket.world import PANEL
 from diptych.student.canvas import Canvas, split_tokens
 
@@ -49,7 +49,7 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
     prompts = [s.grid_prompt for s in samples]
     latents = method.grids(references, prompts, [3, 4], output_type="latent")
     left, right = split_tokens(torch.stack(latents), Canvas(PANEL, PANEL, 4))
-    z = base.encode(context.teacher(), references)
+    z = common.encode(context.teacher(), references)
     assert torch.equal(left, z) and (right - z).abs().mean() > 0.1
     grids = method.grids(references, prompts, [3, 4])
     assert grids[0].size == (2 * PANEL, PANEL)
@@ -78,7 +78,7 @@ def test_the_student_is_what_generate_would_draw(context: Context, samples: Any,
     from diptych.apps.student import Student
 
     references = [suite.picture(s) for s in samples]
-    drawn = students.Student(context).generate(references, samples, [3, 4])
+    drawn = students.RunStudent(context).generate(references, samples, [3, 4])
     student = Student.load(context.run_dir / "student", base=teacher, device="cpu")
     settings = context.recipe.evaluate
     again = student.generate(
@@ -121,4 +121,4 @@ def test_copy_and_anchors_need_no_model(context: Context, samples: Any, suite: A
 def test_a_run_without_a_student_says_how_to_get_one(context: Context, tmp_path: Path) -> None:
     empty = Context(context.recipe, tmp_path / "empty", context.suite)
     with pytest.raises(UserError, match="diptych distill"):
-        students.Student(empty).fingerprint()
+        students.RunStudent(empty).fingerprint()

@@ -14,7 +14,7 @@ from PIL import Image
 from diptych.data import records
 from diptych.data.store import Dataset
 from diptych.evaluate.scoring import curation, truth
-from diptych.evaluate.scoring.curation import Pairs, Reader, curve
+from diptych.evaluate.scoring.curation import RenderedPairs, Witness, curve
 from diptych.evaluate.suites import Prior
 from diptych.recipe.schema import Thresholds
 
@@ -61,7 +61,7 @@ def plain(colour: tuple[int, int, int]) -> Image.Image:
     return Image.new("RGB", (8, 8), colour)
 
 
-def known_pairs(count: int = 60) -> Pairs:
+def known_pairs(count: int = 60) -> RenderedPairs:
     """Colours: the same, a near one, an opposite one."""
     rng = np.random.default_rng(0)
     first, second, label, identity = [], [], [], []
@@ -74,7 +74,7 @@ def known_pairs(count: int = 60) -> Pairs:
             label.append(name)
             identity.append(i)
     weight = curation.weigh(label, Prior(same=0.5, drifted=0.35, other=0.15))
-    return Pairs(first, second, label, weight, np.array(identity))
+    return RenderedPairs(first, second, label, weight, np.array(identity))
 
 
 def test_a_judge_is_measured_at_the_recipes_threshold() -> None:
@@ -92,10 +92,10 @@ def test_the_witness_finds_a_good_threshold_and_tells_its_errors_on_other_subjec
 
 
 def test_an_estimate_is_corrected_by_the_witness_errors() -> None:
-    reader = Reader(threshold=0.5, hit=0.8, false_alarm=0.1)
+    reader = Witness(threshold=0.5, hit=0.8, false_alarm=0.1)
     for true in (0.0, 0.3, 1.0):
         assert reader.corrected(true * 0.8 + (1 - true) * 0.1) == pytest.approx(true)
-    assert Reader(0.5, hit=0.5, false_alarm=0.45).corrected(0.5) is None
+    assert Witness(0.5, hit=0.5, false_alarm=0.45).corrected(0.5) is None
 
 
 def test_the_runs_own_pairs_are_counted_and_estimated(pair_rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_runs_own_pairs_are_counted_and_estimated(pair_rows: list[dict[str, 
         rows.append({**rows[-1], "id": f"c-{i:06d}-10", "reference_panel": 1, "target_panel": 0})
     data = Dataset(tmp_path / "candidates", records.schema(records.PAIR))
     data.write_shard(0, rows)
-    found = curation.on_grids(tmp_path, vectors, Reader(0.9, hit=1.0, false_alarm=0.0))
+    found = curation.on_grids(tmp_path, vectors, Witness(0.9, hit=1.0, false_alarm=0.0))
     assert found is not None
     assert found["candidates"] == 40 and found["keep_rate"] == 0.5 and found["reasons"] == {"kept": 20, "different": 20}
     assert found["reader"]["pairs"] == 20
@@ -119,7 +119,7 @@ def test_the_runs_own_pairs_are_counted_and_estimated(pair_rows: list[dict[str, 
 
 
 def test_a_run_without_candidates_has_nothing_to_estimate(tmp_path: Path) -> None:
-    assert curation.on_grids(tmp_path, vectors, Reader(0.5, 1.0, 0.0)) is None
+    assert curation.on_grids(tmp_path, vectors, Witness(0.5, 1.0, 0.0)) is None
 
 
 def test_check_pairs_hold_the_three_truths_and_go_through_the_vae(suite: Any) -> None:

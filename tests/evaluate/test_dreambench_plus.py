@@ -14,7 +14,7 @@ from diptych.cli import app
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.evaluate import harness
-from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.evaluation import Evaluation, Judge
 from diptych.evaluate.methods import METHODS
 from diptych.evaluate.report import suite_report
 from diptych.llm.endpoint import Endpoint

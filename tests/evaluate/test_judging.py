@@ -15,7 +15,7 @@ from PIL import Image
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import harness
-from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate.evaluation import Evaluation, Judge
 from diptych.evaluate.methods import METHODS
 from diptych.evaluate.scoring import judging
 from diptych.judges.embedding import Clip, EmbeddingJudge
@@ -91,7 +91,7 @@ def eye(images: Sequence[Image.Image]) -> np.ndarray:
 def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judge(
     job: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging.Models, "embed", lambda *_: eye)
+    monkeypatch.setattr(judging.VisionModels, "embed", lambda *_: eye)
     found = harness.evaluate(job.model_copy(update={"references": 3, "metrics": []}), tmp_path / "out")
     copy, ignores, good = (found["methods"][name] for name in ("copy", "ignores", "good"))
     assert good["cp"] > 0.95 and copy["cp"] > 0.95 and copy["copy_rate"] == 1

@@ -13,25 +13,27 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.evaluate.scoring import metrics
-from diptych.evaluate.scoring.metrics import Outcome
+from diptych.evaluate.scoring.metrics import ScoreArrays
 
 
-def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) -> Outcome:
+def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) -> ScoreArrays:
     cp = np.asarray(cp, dtype=float)
     identity = np.arange(len(cp)) // prompts
-    return Outcome(identity, cp, np.broadcast_to(np.asarray(pf, float), cp.shape), np.broadcast_to(copied, cp.shape))
+    return ScoreArrays(
+        identity, cp, np.broadcast_to(np.asarray(pf, float), cp.shape), np.broadcast_to(copied, cp.shape)
+    )
 
 
 # ---- the whole way, with judges that know the truth
 
 
 @pytest.fixture(scope="module")
-def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScoreArrays]:
     """Anchors and `copy`, drawn and scored as a run does it."""
     from diptych.evaluate import harness
-    from diptych.evaluate.config import Evaluation
+    from diptych.evaluate.evaluation import Evaluation
     from diptych.evaluate.methods import named
-    from diptych.evaluate.methods.base import Context
+    from diptych.evaluate.methods.common import Context
     from diptych.evaluate.scoring import judging, summary
 
     folder = tmp_path_factory.mktemp("scored")
@@ -40,26 +42,28 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     names = ("truth", "other", "copy")
     samples = suite.samples(4, 2)
     methods = {own: method for name in names for own, method in named(name, context).items()}
-    plan = harness.Plan(Evaluation.of_run(recipe, folder), context, samples, methods, dict.fromkeys(names, "x"))
+    plan = harness.EvaluationPlan(
+        Evaluation.of_run(recipe, folder), context, samples, methods, dict.fromkeys(names, "x")
+    )
     plan.generate(None, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
-        patch.setattr(judging.Models, "reader", lambda *_: oracle)
-        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.Models("cpu"))])
+        patch.setattr(judging.VisionModels, "embed", lambda *_: oracle.embed)
+        patch.setattr(judging.VisionModels, "reader", lambda *_: oracle)
+        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels("cpu"))])
     return {n: summary.outcome(lines, n, "identities") for n in names}
 
 
-def test_drawing_the_truth_scores_high(scored: dict[str, Outcome]) -> None:
+def test_drawing_the_truth_scores_high(scored: dict[str, ScoreArrays]) -> None:
     means = scored["truth"].means()
     assert means["cp"] > 0.95 and means["pf"] == 1 and means["cp_pf"] > 0.95 and means["copy_rate"] <= 0.25
 
 
-def test_ignoring_the_reference_scores_no_concept_preservation(scored: dict[str, Outcome]) -> None:
+def test_ignoring_the_reference_scores_no_concept_preservation(scored: dict[str, ScoreArrays]) -> None:
     means = scored["other"].means()
     assert means["cp"] < 0.15 and means["pf"] == 1 and means["cp_pf"] < 0.15
 
 
-def test_copying_the_reference_scores_no_prompt_following_and_is_called_copying(scored: dict[str, Outcome]) -> None:
+def test_copying_the_reference_scores_no_prompt_following_and_is_called_copying(scored: dict[str, ScoreArrays]) -> None:
     means = scored["copy"].means()
     assert means["copy_rate"] == 1 and means["cp"] > 0.95 and means["cp_pf"] < 0.1
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diptych.errors import UsageError
 from diptych.evaluate.methods import baselines
-from diptych.evaluate.methods.base import Context
+from diptych.evaluate.methods.common import Context
 from diptych.pocket.world import PANEL
 
 

@@ -12,12 +12,13 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.evaluate import drawing, relight
-from diptych.evaluate.methods.base import Context
+from diptych.evaluate import drawing
+from diptych.evaluate import relighting as relight
+from diptych.evaluate.methods.common import Context
 from diptych.evaluate.report import relight_report, render, run_report
 from diptych.evaluate.report.gather import Run
-from diptych.evaluate.suites import relight as relight_suite
-from diptych.evaluate.suites.relight import ColourTransfer, Scenes
+from diptych.evaluate.suites import scenes as relight_suite
+from diptych.evaluate.suites.scenes import ColourTransfer, Scenes
 from diptych.pocket import captions, world
 from diptych.recipe.schema import Recipe, Relighting
 

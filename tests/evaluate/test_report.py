@@ -25,7 +25,7 @@ from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers
 from diptych.evaluate.scoring import curation
-from diptych.evaluate.scoring.curation import Reader
+from diptych.evaluate.scoring.curation import Witness
 from diptych.recipe.schema import Recipe
 from hostile_text import EVIL, FILE, RAN, check
 
@@ -120,7 +120,7 @@ def test_a_pair_that_repeats_another_is_not_counted_as_kept(recipe: Recipe, full
     assert f"Of 24 candidates {kept} were kept, {percent(kept / 24)}" in page.words
     assert "2: both panels repeat an earlier pair’s, by their embeddings" in page.words
     assert page.words.count("Refused: both panels repeat") == 1  # one picture of it is shown
-    found = curation.on_grids(full, lambda images: np.ones((len(images), 2)), Reader(0.5, hit=1.0, false_alarm=0.0))
+    found = curation.on_grids(full, lambda images: np.ones((len(images), 2)), Witness(0.5, hit=1.0, false_alarm=0.0))
     assert found is not None and found["kept"] == kept and found["reasons"]["duplicate: embedding"] == 2
 
 

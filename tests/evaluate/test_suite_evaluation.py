@@ -13,8 +13,8 @@ import yaml
 
 from diptych.cli import app
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import config, harness
-from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate import evaluation, harness
+from diptych.evaluate.evaluation import Evaluation, Judge
 from diptych.evaluate.methods import students
 from diptych.evaluate.report import suite_report
 from diptych.evaluate.scoring import judging
@@ -34,8 +34,8 @@ def run(teacher: Path, judge_folders: Path, tmp_path_factory: pytest.TempPathFac
 
 def put_oracle(oracle: Any, patch: pytest.MonkeyPatch) -> None:
     """Judges that know the truth, in the place of vision models."""
-    patch.setattr(judging.Models, "embed", lambda *_: oracle.embed)
-    patch.setattr(judging.Models, "reader", lambda *_: oracle)
+    patch.setattr(judging.VisionModels, "embed", lambda *_: oracle.embed)
+    patch.setattr(judging.VisionModels, "reader", lambda *_: oracle)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
 ) -> None:
     before = read(out)
     monkeypatch.setattr(students.Model, "generate", lambda *_: pytest.fail("drawn again"))
-    monkeypatch.setattr(judging.PocketJudge, "score", lambda *_: pytest.fail("looked at again"))
+    monkeypatch.setattr(judging.PocketScorer, "score", lambda *_: pytest.fail("looked at again"))
     assert harness.evaluate(job, out, suite=suite) == before
 
 
@@ -108,7 +108,7 @@ def test_interrupted_scoring_goes_on_with_what_is_missing(
     before = (out / "samples" / "scores.jsonl").read_bytes()
     shutil.rmtree(out / "scores" / "text_only")
     looked: list[str] = []
-    real = judging.PocketJudge.score
+    real = judging.PocketScorer.score
 
     def interrupted(self: Any, rows: Any) -> Any:
         looked.extend(row["method"] for row in rows)
@@ -116,7 +116,7 @@ def test_interrupted_scoring_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
         return real(self, rows)
 
-    monkeypatch.setattr(judging.PocketJudge, "score", interrupted)
+    monkeypatch.setattr(judging.PocketScorer, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         harness.evaluate(job, out, "score", suite=suite)
     harness.evaluate(job, out, "score", suite=suite)
@@ -203,23 +203,23 @@ def test_the_page_shows_every_part_and_loads_nothing(out: Path) -> None:
 
 
 def test_models_get_names_of_their_own() -> None:
-    found = config.named(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
+    found = evaluation.named(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
     assert list(found) == ["first", "pocket", "name_v1", "x"] and found["x"] == "some/where.safetensors"
     with pytest.raises(UsageError, match="two models are called first"):
-        config.named(["runs/first", "old/first/student"])
+        evaluation.named(["runs/first", "old/first/student"])
 
 
 def test_a_folder_remembers_its_job_and_wrong_keys_are_named(tmp_path: Path) -> None:
-    made = config.make({"suite": "folder", "data": "d", "seeds": [1, 2]}, tmp_path, ["judge.repeats=5"])
-    (tmp_path / config.FILE).write_bytes(config.dump(made))
-    assert config.make({"steps": 9}, tmp_path) == made.model_copy(update={"steps": 9})
+    made = evaluation.make({"suite": "folder", "data": "d", "seeds": [1, 2]}, tmp_path, ["judge.repeats=5"])
+    (tmp_path / evaluation.FILE).write_bytes(evaluation.dump(made))
+    assert evaluation.make({"steps": 9}, tmp_path) == made.model_copy(update={"steps": 9})
     for text, said in (
         ("judge.repeat=5", "did you mean 'repeats'"),
         ("stepps=5", "did you mean 'steps'"),
         ("x", "KEY"),
     ):
         with pytest.raises(UsageError, match=f"(?i){said}"):
-            config.make({}, tmp_path, [text])
+            evaluation.make({}, tmp_path, [text])
 
 
 @pytest.mark.parametrize(

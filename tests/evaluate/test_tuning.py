@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from diptych.errors import UsageError
-from diptych.evaluate.methods import base, baselines, tuning
-from diptych.evaluate.methods.base import Context
+from diptych.evaluate.methods import baselines, common, tuning
+from diptych.evaluate.methods.common import Context
 from diptych.evaluate.methods.tuning import Tuned
 from diptych.pocket.world import PANEL
 from diptych.train.objective import image_ids, velocity_error
@@ -70,10 +70,10 @@ def test_the_files_are_what_stock_diffusers_opens_and_draws_with(
     references = [suite.picture(s) for s in samples]
     method.prepare(references, samples)
     drawn = method.generate(references, samples, [3, 4, 5])
-    pipe = base.open_teacher(here.recipe)
+    pipe = common.open_teacher(here.recipe)
     own = next(p for p in weights(tmp_path) if "0.01-3" in str(p) and "identities-001" in str(p))
     pipe.load_lora_weights(own.parent)
-    (again,) = base.draw(pipe, [samples[2].prompt], PANEL, PANEL, base.noise(pipe, [5], PANEL, PANEL), here.recipe)
+    (again,) = common.draw(pipe, [samples[2].prompt], PANEL, PANEL, common.noise(pipe, [5], PANEL, PANEL), here.recipe)
     assert np.abs(np.asarray(again, float) - np.asarray(drawn[2], float)).max() <= 2
     # The third sample's subject was not the others', and the teacher alone draws something else.
     swapped = method.generate([references[0]], [samples[0]], [5])[0]
@@ -87,11 +87,11 @@ def test_training_brings_the_model_nearer_to_its_picture(
 ) -> None:
     tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[30]))
     reference = suite.picture(samples[0])
-    canvas = base.canvas(tuner.pipe, PANEL, PANEL)
+    canvas = common.canvas(tuner.pipe, PANEL, PANEL)
     generator = torch.Generator().manual_seed(0)
-    clean = base.encode_pixels(tuner.pipe, tuning.views(reference, 2, generator))
+    clean = common.encode_pixels(tuner.pipe, tuning.views(reference, 2, generator))
     noise = torch.randn(clean.shape, generator=generator)
-    embeds, pooled = base.encode_text(tuner.pipe, ["a cat"])
+    embeds, pooled = common.encode_text(tuner.pipe, ["a cat"])
     words = (embeds.expand(2, -1, -1), pooled.expand(2, -1))
 
     @torch.no_grad()

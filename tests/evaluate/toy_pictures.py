@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from diptych.evaluate.methods.base import Method
+from diptych.evaluate.methods.common import Method
 from llm.chat_server import Act, Call, say
 
 SUBJECTS = {

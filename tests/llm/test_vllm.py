@@ -21,8 +21,8 @@ from diptych import recipe as recipes
 from diptych.cli.app import call
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import config
-from diptych.evaluate.config import Evaluation, Judge
+from diptych.evaluate import evaluation
+from diptych.evaluate.evaluation import Evaluation, Judge
 from diptych.evaluate.scoring import judging
 from diptych.evaluate.scoring.scorers import Rating
 from diptych.judges.vlm import answer_type
@@ -354,7 +354,7 @@ def test_a_judge_of_pictures_asks_it_too(installed: list[LLM], folder: Path, tmp
 )
 def test_a_judge_of_pictures_is_checked(sets: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as found:
-        config.make({"suite": "folder", "data": "d"}, tmp_path, sets)
+        evaluation.make({"suite": "folder", "data": "d"}, tmp_path, sets)
     assert message in str(found.value)
 
 

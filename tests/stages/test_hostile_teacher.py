@@ -15,7 +15,7 @@ import torch
 
 from diptych.apps.enhance import _counted
 from diptych.errors import UserError
-from diptych.evaluate.methods import base
+from diptych.evaluate.methods import common
 from diptych.evaluate.methods.baselines import Stock
 from diptych.judges.vision import check, open_vision
 from diptych.llm.local import LocalModel
@@ -173,7 +173,7 @@ def doors(recipe: Any, folder: Path, tmp_path: Path) -> dict[str, Callable[[], A
     context: Any = SimpleNamespace(recipe=of)
     return {
         "paint": lambda: paint.open_teacher(folder, torch.float32),
-        "baselines": lambda: base.open_teacher(of),
+        "baselines": lambda: common.open_teacher(of),
         "pipeline": lambda: Stock(context)._open(),
         "distill": lambda: prepare.start(of, torch.device("cpu")),
         "student": lambda: DiptychPipeline.from_pretrained(folder),

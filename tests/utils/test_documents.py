@@ -18,7 +18,7 @@ from diptych.cli import app
 from diptych.data.interop.importing import import_data
 from diptych.data.labels import Labels
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import ablations, config, suites
+from diptych.evaluate import ablations, evaluation, suites
 from diptych.evaluate.suites import pictures
 from diptych.recipe import tasks
 from diptych.stages.write import seeds, vocabulary
@@ -72,14 +72,14 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "vocabulary": lambda path: vocabulary.load(str(path)),
     "suite": lambda path: suites.read(str(path)),
     "ablation": lambda path: ablations.load(str(path)),
-    "evaluation": lambda path: config.read(path.parent),
+    "evaluation": lambda path: evaluation.read(path.parent),
 }
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("kind", ["aliases", "flow", "number"])
 def test_every_reader_of_yaml_refuses_it(reader: Callable[[Path], Any], kind: str, tmp_path: Path) -> None:
-    path = tmp_path / config.FILE
+    path = tmp_path / evaluation.FILE
     path.write_text(HOSTILE[kind])
     with pytest.raises(UsageError) as caught:
         reader(path)

@@ -20,7 +20,7 @@ from diptych.data.images import encode
 from diptych.data.interop import find
 from diptych.data.interop.rows import Options
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import ablations, config, suites
+from diptych.evaluate import ablations, evaluation, suites
 from diptych.evaluate.scoring import agreement
 from diptych.evaluate.suites import pictures
 from diptych.recipe import tasks
@@ -164,7 +164,7 @@ DOORS: dict[str, Any] = {
     ),
     "suite": _file("a.yaml", lambda text: f"name: {text}\n", lambda path: suites.read(str(path))["name"]),
     "evaluation": _file(
-        "evaluation.yaml", lambda text: f"suite: {text}\n", lambda path: config.read(path.parent)["suite"]
+        "evaluation.yaml", lambda text: f"suite: {text}\n", lambda path: evaluation.read(path.parent)["suite"]
     ),
     "prompts of a suite": _file("prompts.txt", _plain, _own),
     "sheet": _file("a.csv", _csv, lambda path: next(iter(labels.read_sheet(path)))),

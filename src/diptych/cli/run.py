@@ -325,13 +325,13 @@ def _suite(
 ) -> None:
     from diptych.data.engine import open_engine
     from diptych.data.places import lock
-    from diptych.evaluate import config, harness
+    from diptych.evaluate import evaluation, harness
     from diptych.evaluate.report import suite_report
     from diptych.utils.console import Display
 
     if only not in (None, "generate", "score"):
         raise UsageError(f"--only {only}: is generate or score")
-    made = config.make(asked | {"models": config.named(asked["models"] or ()) or None}, out, sets or ())
+    made = evaluation.make(asked | {"models": evaluation.named(asked["models"] or ()) or None}, out, sets or ())
     if metrics is not None:
         made = made.model_copy(update={"metrics": [] if metrics == ["none"] else metrics})
     display = Display(quiet=as_json)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diptych.errors import UsageError, nearest
 from diptych.evaluate.scoring import metrics
-from diptych.evaluate.scoring.metrics import Outcome
+from diptych.evaluate.scoring.metrics import ScoreArrays
 from diptych.utils import documents
 from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import packaged
@@ -140,7 +140,7 @@ def filled(value: Any, folders: Mapping[str, Path]) -> Any:
 # ---- the table
 
 
-def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int) -> dict[str, Any]:
+def row(outcomes: Sequence[ScoreArrays], full: Sequence[ScoreArrays] | None, times: int) -> dict[str, Any]:
     """One variant: `cp`, `pf`, `cp_pf`, `copy_rate` as means over its seeds, their `ci95`, the `cp_pf` of each seed,
     and its `difference` from `full` (the outcomes of the same seeds in the same order, or of all seeds), with whether
     the intervals of the two are `apart`."""
@@ -171,13 +171,13 @@ def row(outcomes: Sequence[Outcome], full: Sequence[Outcome] | None, times: int)
     return result
 
 
-def _averaged(outcomes: Sequence[Outcome]) -> Outcome:
+def _averaged(outcomes: Sequence[ScoreArrays]) -> ScoreArrays:
     """Each sample's scores as means over trainings."""
     cp, pf, copied = (np.mean([getattr(x, key) for x in outcomes], axis=0) for key in ("cp", "pf", "copied"))
-    return Outcome(outcomes[0].identity, cp, pf, copied)
+    return ScoreArrays(outcomes[0].identity, cp, pf, copied)
 
 
-def resampled(outcomes: Sequence[Outcome], times: int) -> dict[str, np.ndarray]:
+def resampled(outcomes: Sequence[ScoreArrays], times: int) -> dict[str, np.ndarray]:
     """The scores, (times,) each, with subjects and trainings drawn anew: the same draws for every variant."""
     draws = metrics.resample(outcomes[0].identity, times)
     picked = metrics.resample(np.arange(len(outcomes)), times, seed=1) / len(outcomes)

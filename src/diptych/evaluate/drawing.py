@@ -18,7 +18,7 @@ from diptych.data.engine import Engine, LocalEngine, Row, Work
 from diptych.data.places import share
 from diptych.data.store import Dataset
 from diptych.evaluate import suites
-from diptych.evaluate.methods.base import Context, Method
+from diptych.evaluate.methods.common import Context, Method
 from diptych.evaluate.suites import Sample, Suite
 from diptych.utils.machine import peak, reset_peak
 

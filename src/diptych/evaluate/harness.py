@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import config, drawing, suites
-from diptych.evaluate.config import Evaluation
+from diptych.evaluate import drawing, suites
 from diptych.evaluate.drawing import Progress, digest, use_threads
+from diptych.evaluate.evaluation import FILE, Evaluation, dump, read
 from diptych.evaluate.methods import drawn, gather, named, students
-from diptych.evaluate.methods.base import Context, Method
+from diptych.evaluate.methods.common import Context, Method
 from diptych.evaluate.scoring import judging, summary, truth
 from diptych.evaluate.scoring.scorers import Scorer, file_of, score
 from diptych.evaluate.suites import MAIN, Sample, Suite, pictures
@@ -45,7 +45,7 @@ Only = Literal["generate", "score"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is to be drawn and scored: samples, the methods by name, and the fingerprint of each one's pictures."""
 
     evaluation: Evaluation
@@ -65,7 +65,9 @@ class Plan:
         return found
 
 
-def make_plan(evaluation: Evaluation, context: Context, methods: dict[str, Method], only: Only | None = None) -> Plan:
+def make_plan(
+    evaluation: Evaluation, context: Context, methods: dict[str, Method], only: Only | None = None
+) -> EvaluationPlan:
     """Everything but the work. UserError for weights that are not there, unless there is nothing to draw with them."""
     suite: Any = context.suite
     most = POCKET_SIZE if isinstance(context.suite, Suite) else (None, None)
@@ -74,7 +76,7 @@ def make_plan(evaluation: Evaluation, context: Context, methods: dict[str, Metho
         prints = prints_of(context.run_dir, list(methods), drawing.asked(suite, samples, evaluation.seeds))
     else:
         prints = {name: drawing.fingerprint(context.recipe, suite, samples, m) for name, m in methods.items()}
-    return Plan(evaluation, context, samples, methods, prints)
+    return EvaluationPlan(evaluation, context, samples, methods, prints)
 
 
 def prints_of(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
@@ -90,7 +92,7 @@ def prints_of(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
     return found
 
 
-def look(plan: Plan, scorers: Sequence[Scorer], progress: Report | None = None) -> list[dict[str, Any]]:
+def look(plan: EvaluationPlan, scorers: Sequence[Scorer], progress: Report | None = None) -> list[dict[str, Any]]:
     """Every scorer at every method's pictures; one line for each picture, which `samples/scores.jsonl` holds.
 
     With `progress`, what a scorer has seen is also kept in `scores/METHOD/SCORER.jsonl`, so that scoring resumes.
@@ -171,7 +173,7 @@ def evaluate(
     plan = make_plan(evaluation, context, gather(evaluation, context, isinstance(suite, Suite)), only)
     out.mkdir(parents=True, exist_ok=True)
     students.remember(known, evaluation, out)
-    write_atomic(out / config.FILE, config.dump(evaluation))
+    write_atomic(out / FILE, dump(evaluation))
     use_threads(context.recipe)
     if only != "score":
         with display.stage("generate", "pictures") as report:
@@ -194,7 +196,7 @@ def settled(asked: Evaluation, out: Path) -> Evaluation:
     """The evaluation with its device: its folder's, else this machine's. Scoring elsewhere needs no such device."""
     if asked.device != "auto":
         return asked
-    kept = config.read(out).get("device", "auto")
+    kept = read(out).get("device", "auto")
     return asked.model_copy(update={"device": str(pick_device("auto")) if kept == "auto" else kept})
 
 
@@ -253,11 +255,11 @@ def evaluate_run(
     return result
 
 
-def score_run(plan: Plan, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def score_run(plan: EvaluationPlan, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The scores of what was drawn, how far its judges can be trusted, and where they were made."""
     recipe = plan.context.recipe
     use_threads(recipe)
-    opened = judging.Models(recipe.device)
+    opened = judging.VisionModels(recipe.device)
     judge = judging.pocket(plan.evaluation, plan.context.suite, opened)
     result = plan.summarize(look(plan, [judge]))
     result |= {"prompts": recipe.evaluate.prompts}

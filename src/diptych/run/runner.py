@@ -327,10 +327,10 @@ class Pipeline:
                 evaluate_run(self.recipe, self.folder, report, engine=self.engine, **self._drawn_before())
             result["suite"] = self.recipe.evaluate.suite
         if self.recipe.evaluate.relight:
-            from diptych.evaluate import relight
+            from diptych.evaluate import relighting
 
             with self.display.stage("relight", "images") as report:
-                relight.evaluate(self.recipe, self.folder, report, self.engine, **self._drawn_before())
+                relighting.evaluate(self.recipe, self.folder, report, self.engine, **self._drawn_before())
             result["relight"] = self.recipe.evaluate.relight
         from diptych.evaluate.report import run_report
 

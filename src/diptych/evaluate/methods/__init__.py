@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from diptych import recipe as recipes
 from diptych.errors import UsageError, nearest
-from diptych.evaluate.config import POCKET, Evaluation
-from diptych.evaluate.methods.base import Context, Method
+from diptych.evaluate.evaluation import POCKET, Evaluation
 from diptych.evaluate.methods.baselines import Copy, Inpaint, Other, Stock, TextOnly, Truth
-from diptych.evaluate.methods.students import Model, Student, StudentShipped, locate
+from diptych.evaluate.methods.common import Context, Method
+from diptych.evaluate.methods.students import OtherStudent, RunStudent, StudentShipped, locate
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Evaluate
@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[[Context], Method | dict[str, Method]]] = {
     "text_only": TextOnly,
     "copy": Copy,
     "inpaint": Inpaint,
-    "student": Student,
+    "student": RunStudent,
     "student_shipped": StudentShipped,
     "tuned": _tuned,
     "adapter": _adapter,
@@ -70,7 +70,7 @@ def gather(evaluation: Evaluation, context: Context, anchors: bool) -> dict[str,
     for name, place in evaluation.models.items():
         where, run = locate(place)
         base = evaluation.base or (recipes.load(run / "recipe.yaml").teacher if run else None)
-        found[name] = Model(name, where, base, context, evaluation)
+        found[name] = OtherStudent(name, where, base, context, evaluation)
     known = [name for name in METHODS if name not in (*ANCHORS, *STUDENTS)]
     for name in evaluation.baselines:
         if name not in known:

@@ -26,8 +26,8 @@ import torch
 from diptych.data.records import COLUMNS, schema, seed_of
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate.methods import base
-from diptych.evaluate.methods.base import Base, draw, noise, open_teacher, size_of
+from diptych.evaluate.methods import common
+from diptych.evaluate.methods.common import Base, draw, noise, open_teacher, size_of
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.judges.vision import Vision, open_vision, refuse_missing
 from diptych.recipe import tasks
@@ -298,12 +298,12 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     settings, folder = recipe.evaluate.adapter, place(run_dir)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    pipe, precision = base.frozen_teacher(recipe)
+    pipe, precision = common.frozen_teacher(recipe)
     encoder = Encoder.load(settings.encoder, recipe.device)
-    size = base.panel_size(pipe, recipe.paint.panel_size)
-    canvas = base.canvas(pipe, size, size)
+    size = common.panel_size(pipe, recipe.paint.panel_size)
+    canvas = common.canvas(pipe, size, size)
     own = {"steps": settings.steps, "learning_rate": settings.learning_rate}
-    shift = base.shift(pipe, canvas, recipe.distill.shift)
+    shift = common.shift(pipe, canvas, recipe.distill.shift)
     options = recipe.distill.model_copy(
         update={
             "seed": recipe.training_seed,
@@ -323,7 +323,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     def encode(reference: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         levels = ((reference + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         seen = encoder.embed([Image.fromarray(each) for each in levels])
-        return base.encode_pixels(pipe, target).cpu(), seen[:, None]
+        return common.encode_pixels(pipe, target).cpu(), seen[:, None]
 
     def preparing(done: int, total: int, what: str) -> None:
         report(progress, 0, options.steps, f"{what} {done}/{total}")
@@ -337,7 +337,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     latents = cache.Latents(*files)
     captions = [sample.told(False) for sample in latents.samples]
     captions += [sample.instruction for sample in latents.samples if options.instructions and sample.instruction]
-    table = cache.embed_captions(lambda texts: base.encode_text(pipe, texts), captions, preparing)
+    table = cache.embed_captions(lambda texts: common.encode_text(pipe, texts), captions, preparing)
     _, seen = latents.gather([0])
     put(pipe, start(pipe, seen.shape[-1], seed_of(recipe.training_seed, KEY, "start")))
     train_rows, validation_rows = split(latents.samples, options.validation_pairs)

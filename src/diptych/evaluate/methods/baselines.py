@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
-from diptych.evaluate.methods.base import Base, draw, encode, noise, size_of
+from diptych.evaluate.methods.common import Base, draw, encode, noise, size_of
 from diptych.student.families import teachers
 from diptych.utils import models
 from diptych.utils.opening import open_pipeline

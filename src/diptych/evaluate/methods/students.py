@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diptych import recipe as recipes
 from diptych.data.places import bring
 from diptych.errors import UsageError, UserError
-from diptych.evaluate.config import POCKET, Evaluation
-from diptych.evaluate.methods.base import Base, Context, Method, size_of
+from diptych.evaluate.evaluation import POCKET, Evaluation
+from diptych.evaluate.methods.common import Base, Context, Method, size_of
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.io import write_atomic
@@ -32,7 +32,7 @@ PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student
 CURATORS = "curators.json"
 
 
-class Student(Base):
+class RunStudent(Base):
     """The student this run has trained."""
 
     name: ClassVar[str] = "student"
@@ -95,7 +95,7 @@ class Student(Base):
         return drawn.images
 
 
-class StudentShipped(Student):
+class StudentShipped(RunStudent):
     """The student in the package, on the package's own teacher."""
 
     name: ClassVar[str] = "student_shipped"
@@ -108,7 +108,7 @@ class StudentShipped(Student):
 
 
 @dataclass(frozen=True)
-class Model(Method):
+class OtherStudent(Method):
     """A student somewhere, as a method. What the evaluation does not say of sampling, the model's own settings do."""
 
     name: str

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.data import places as log
 from diptych.data.records import seed_of
-from diptych.evaluate.methods import base
-from diptych.evaluate.methods.base import Base, Context, Method, draw, noise, size_of
+from diptych.evaluate.methods import common
+from diptych.evaluate.methods.common import Base, Context, Method, draw, noise, size_of
 from diptych.utils import models
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Tuner:
 
         self.recipe = context.recipe
         self.settings = self.recipe.evaluate.tuning
-        self.pipe, self.precision = base.frozen_teacher(self.recipe)
+        self.pipe, self.precision = common.frozen_teacher(self.recipe)
         self.device = self.pipe.device
         transformer = self.transformer = self.pipe.transformer
         targets = parts.lora_targets(transformer, self.settings.lora_targets, "evaluate.tuning.lora_targets")
@@ -149,10 +149,10 @@ class Tuner:
 
         settings, spent, started = self.settings, 0.0, time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
-        canvas = base.canvas(self.pipe, reference.height, reference.width)
-        clean = base.encode_pixels(self.pipe, views(reference, settings.crops, generator)).float()
+        canvas = common.canvas(self.pipe, reference.height, reference.width)
+        clean = common.encode_pixels(self.pipe, views(reference, settings.crops, generator)).float()
         kept = self._prior(caption, canvas, seed) if settings.prior else None
-        text = base.encode_text(self.pipe, [caption])
+        text = common.encode_text(self.pipe, [caption])
         ids = image_ids(canvas).to(self.device)
         guidance = self.recipe.distill.guidance if self.transformer.config.guidance_embeds else None
         self.trained.put(self.start)
@@ -187,7 +187,7 @@ class Tuner:
         level = compute_density_for_timestep_sampling(
             scheme, count, asked.logit_mean, asked.logit_std, generator=generator
         )
-        return shifted(level, base.shift(self.pipe, canvas, asked.shift))
+        return shifted(level, common.shift(self.pipe, canvas, asked.shift))
 
     def _prior(self, caption: str, canvas: Any, seed: int) -> torch.Tensor:
         """Latents (prior, N, C) of pictures that the teacher, without any subject, draws for the caption."""

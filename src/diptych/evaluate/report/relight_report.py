@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diptych.data.images import open_image
-from diptych.evaluate import relight
+from diptych.evaluate import relighting
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import plural, words
-from diptych.evaluate.suites.relight import Scenes
+from diptych.evaluate.suites.scenes import Scenes
 
 SHOWN = 4  # scenes
 
@@ -21,7 +21,7 @@ def view(run: Run) -> dict[str, Any]:
 
 def scores(run: Run) -> dict[str, Any]:
     """Scores against the true relit images, what they say, and what the methods are called."""
-    found = relight.read(run.folder / "report" / "relight.json") or {}
+    found = relighting.read(run.folder / "report" / "relight.json") or {}
     names = {m: name(m) for key in ("methods", "anchors") for m in found.get(key, {})}
     return {"found": found, "said": verdict(found) if found else "", "names": names}
 
@@ -44,12 +44,12 @@ def verdict(found: dict[str, Any]) -> str:
         short = [
             f"{columns[key]} of {name(rival)[0]}"
             for rival, by in found["comparisons"][student].items()
-            for key in relight.HEADLINE
+            for key in relighting.HEADLINE
             if not by[key]["ahead"]
         ]
         who = name(student)[0]
         if not short:
-            every = ", ".join(columns[key] for key in relight.HEADLINE)
+            every = ", ".join(columns[key] for key in relighting.HEADLINE)
             said.append(f"The {who} beats every baseline on each of {every}, with intervals apart.")
         else:
             some = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
@@ -62,7 +62,7 @@ def samples(run: Run, found: dict[str, Any]) -> list[tuple[str, list[dict[str, A
     suite, seed = Scenes(), found["seeds"][0]
     wishes = suite.samples(min(SHOWN, found["scenes"]))
     drawn = [m for m in found["methods"] if not m.endswith("_drawn")]
-    rows = {m: run.pictures(f"{relight.FOLDER}/{m}", {f"{wish.id}-{seed}" for wish in wishes}) for m in drawn}
+    rows = {m: run.pictures(f"{relighting.FOLDER}/{m}", {f"{wish.id}-{seed}" for wish in wishes}) for m in drawn}
     made = []
     for wish in wishes:
         reference = suite.picture(wish)
@@ -73,7 +73,7 @@ def samples(run: Run, found: dict[str, Any]) -> list[tuple[str, list[dict[str, A
                 continue
             image = open_image(row["image"])
             if method.startswith("student"):
-                image = relight.keep_detail(image, reference, found["detail"])
+                image = relighting.keep_detail(image, reference, found["detail"])
             shown[name(method)[0]] = image, f"{method}: {wish.light}"
         made.append((wish.light, [{"image": i, "alt": alt, "name": n, "line": None} for n, (i, alt) in shown.items()]))
     return made

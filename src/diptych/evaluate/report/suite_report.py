@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
-from diptych.evaluate.config import Evaluation
+from diptych.evaluate.evaluation import Evaluation
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import count, digits, named, number, part, percent, signed, template, words
 from diptych.evaluate.report.run_report import side_by_side

@@ -64,7 +64,7 @@ def curve(similarity: np.ndarray, same: np.ndarray, weight: np.ndarray) -> Curve
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RenderedPairs:
     """Rendered pairs, as a teacher would show them: first and second panel, the truth, and how much each counts."""
 
     first: list[Image]
@@ -85,7 +85,7 @@ def weigh(truth: Sequence[str], prior: Prior) -> np.ndarray:
     return np.array([shares[t] / count[t] for t in truth])
 
 
-def on_renders(pairs: Pairs, embed: Embed, thresholds: Thresholds) -> dict[str, Any]:
+def on_renders(pairs: RenderedPairs, embed: Embed, thresholds: Thresholds) -> dict[str, Any]:
     """The judge on pairs whose truth is known: precision and recall at the recipe's threshold, and the whole curve."""
     similarity = similarities(pairs.first, pairs.second, embed)
     found = curve(similarity, pairs.same, pairs.weight)
@@ -117,7 +117,7 @@ def similarities(first: Sequence[Image], second: Sequence[Image], embed: Embed) 
     return (embed(first) * embed(second)).sum(1)
 
 
-def _auc_of(pairs: Pairs, similarity: np.ndarray, against: str) -> float:
+def _auc_of(pairs: RenderedPairs, similarity: np.ndarray, against: str) -> float:
     return auc(similarity[pairs.same], similarity[[t == against for t in pairs.truth]])
 
 
@@ -126,7 +126,7 @@ def _quantiles(values: np.ndarray) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Reader:
+class Witness:
     """The attribute reader as a witness of identity: it says "same" from `threshold` on, with these errors."""
 
     threshold: float
@@ -140,7 +140,7 @@ class Reader:
         return float(np.clip((observed - self.false_alarm) / (self.hit - self.false_alarm), 0, 1))
 
 
-def witness(pairs: Pairs, identify: Embed) -> Reader:
+def witness(pairs: RenderedPairs, identify: Embed) -> Witness:
     """The reader's best threshold (hit rate minus false alarms) on half of the identities; its errors on the rest."""
     similarity = similarities(pairs.first, pairs.second, identify)
     same, weight = pairs.same, pairs.weight
@@ -157,10 +157,10 @@ def witness(pairs: Pairs, identify: Embed) -> Reader:
         return hit - alarm
 
     best = max(np.unique(similarity[chooses]).tolist(), key=gain)
-    return Reader(best, *rates(best, ~chooses))
+    return Witness(best, *rates(best, ~chooses))
 
 
-def on_grids(run_dir: Path, identify: Embed, reader: Reader) -> dict[str, Any] | None:
+def on_grids(run_dir: Path, identify: Embed, reader: Witness) -> dict[str, Any] | None:
     """The run's own candidates: keep rate, and the reader's estimate of how many kept pairs show one subject."""
     candidates = Dataset(run_dir / "candidates")
     if not candidates.shards():
@@ -191,7 +191,7 @@ def on_grids(run_dir: Path, identify: Embed, reader: Reader) -> dict[str, Any] |
     return result
 
 
-def _estimate(called: np.ndarray, reader: Reader) -> dict[str, Any] | None:
+def _estimate(called: np.ndarray, reader: Witness) -> dict[str, Any] | None:
     """Share called the same subject, as seen and corrected, with a 95 % interval of the correction."""
     if not len(called):
         return None

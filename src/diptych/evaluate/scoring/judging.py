@@ -1,7 +1,7 @@
 """The scorers that are vision models: the pocket judges, an embedding judge for any pictures, and the field's metrics.
 
-- `PocketJudge`: CP by the pocket scorer on a scale that renders fix, PF by the attribute reader (`metrics.py`).
-- `EmbeddingJudge`: CP by a vision model's similarity, 0 being the mean over references of different subjects (of one
+- `PocketScorer`: CP by the pocket scorer on a scale that renders fix, PF by the attribute reader (`metrics.py`).
+- `EmbeddingScorer`: CP by a vision model's similarity, 0 being the mean over references of different subjects (of one
   category, where it has several) and 1 the mean over two pictures of one subject, where the suite has them, else 1. PF
   by CLIP: the share of the reference's other prompts that the picture fits less than its own, on a scale where what
   ignores the prompt, a copy for instance, gets 0.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from diptych.errors import UsageError
-from diptych.evaluate.config import METRICS, POCKET, Evaluation
+from diptych.evaluate.evaluation import METRICS, POCKET, Evaluation
 from diptych.evaluate.scoring import curation, metrics, truth
 from diptych.evaluate.scoring.scorers import CopyScorer, Row, Scorer, Values, VlmScorer, pictures_of
 from diptych.evaluate.suites import Suite
@@ -33,7 +33,7 @@ ANSWERS = "answers.sqlite"
 Embed = curation.Embed
 
 
-class Models:
+class VisionModels:
     """Vision models, each opened once and when first needed."""
 
     def __init__(self, device: str) -> None:
@@ -68,12 +68,12 @@ class Models:
         return self._opened[kind, name]
 
 
-class PocketJudge:
+class PocketScorer:
     """The pocket world's own judges."""
 
     name = "judge"
 
-    def __init__(self, suite: Suite, scorer: str, reader: str, models: Models) -> None:
+    def __init__(self, suite: Suite, scorer: str, reader: str, models: VisionModels) -> None:
         self.suite, self.scorer, self.reader, self.models = suite, scorer, reader, models
 
     def identity(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ class PocketJudge:
         return found
 
 
-class EmbeddingJudge:
+class EmbeddingScorer:
     """A vision model and CLIP as the judge of any pictures."""
 
     name = "judge"
 
-    def __init__(self, suite: Pictures, scorer: str, text: str, models: Models) -> None:
+    def __init__(self, suite: Pictures, scorer: str, text: str, models: VisionModels) -> None:
         self.suite, self.scorer, self.text, self.models = suite, scorer, text, models
         self._texts: dict[tuple[str, ...], np.ndarray] = {}
 
@@ -180,7 +180,7 @@ class EmbeddingJudge:
 class Similarity:
     """One of the field's similarity metrics."""
 
-    def __init__(self, metric: str, model: str, models: Models) -> None:
+    def __init__(self, metric: str, model: str, models: VisionModels) -> None:
         self.name = metric.replace("-", "_")
         self.model, self.models = model, models
 
@@ -202,7 +202,7 @@ class Diversity:
 
     name = "diversity"
 
-    def __init__(self, model: str, models: Models) -> None:
+    def __init__(self, model: str, models: VisionModels) -> None:
         self.model, self.models = model, models
 
     def identity(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Diversity:
 def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[Scorer]:
     """The scorers: judge, copies, similarity metrics, diversity. UsageError for a judge that does not fit."""
     kind, judge = evaluation.judge_kind(), evaluation.judge
-    opened = Models(evaluation.device)
+    opened = VisionModels(evaluation.device)
     found: list[Scorer] = []
     if kind == "vlm":
         found.append(vlm(evaluation, out))
@@ -233,7 +233,7 @@ def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[S
             raise UsageError("the pocket judge knows the pocket world alone; judge pictures with vlm or embedding")
         found.append(pocket(evaluation, suite, opened))
     elif isinstance(suite, Pictures):
-        found.append(EmbeddingJudge(suite, judge.scorer or METRICS["dinov2"], judge.text, opened))
+        found.append(EmbeddingScorer(suite, judge.scorer or METRICS["dinov2"], judge.text, opened))
     else:
         raise UsageError("the embedding judge is for suites of pictures; the pocket suite has judges of its own")
     if kind != "pocket":
@@ -248,9 +248,9 @@ def choose(evaluation: Evaluation, suite: Suite | Pictures, out: Path) -> list[S
     return found
 
 
-def pocket(evaluation: Evaluation, suite: Suite, opened: Models) -> PocketJudge:
+def pocket(evaluation: Evaluation, suite: Suite, opened: VisionModels) -> PocketScorer:
     """The pocket world's own judges."""
-    return PocketJudge(suite, evaluation.judge.scorer or POCKET, evaluation.judge.reader, opened)
+    return PocketScorer(suite, evaluation.judge.scorer or POCKET, evaluation.judge.reader, opened)
 
 
 def vlm(evaluation: Evaluation, out: Path) -> Scorer:

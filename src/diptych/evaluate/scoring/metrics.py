@@ -78,7 +78,7 @@ def copy_threshold(distances: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScoreArrays:
     """One method's outputs, scored: arrays of (N,), `identity` says whose reference each was."""
 
     identity: np.ndarray
@@ -86,9 +86,9 @@ class Outcome:
     pf: np.ndarray
     copied: np.ndarray
 
-    def of(self, chosen: np.ndarray) -> Outcome:
+    def of(self, chosen: np.ndarray) -> ScoreArrays:
         """The outputs where `chosen` (N,) is true."""
-        return Outcome(self.identity[chosen], self.cp[chosen], self.pf[chosen], self.copied[chosen])
+        return ScoreArrays(self.identity[chosen], self.cp[chosen], self.pf[chosen], self.copied[chosen])
 
     def means(self) -> dict[str, float]:
         """The four scores of `NAMES`; a mean below 0 (worse than chance, where the scale begins) is 0."""
@@ -103,7 +103,7 @@ def resample(identities: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
     return rng.multinomial(count, np.full(count, 1 / count), size=times)
 
 
-def bootstrap(outcome: Outcome, draws: np.ndarray) -> dict[str, np.ndarray]:
+def bootstrap(outcome: ScoreArrays, draws: np.ndarray) -> dict[str, np.ndarray]:
     """The four scores in each resampling, (times,) each."""
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def share_interval(identity: np.ndarray, hits: np.ndarray) -> list[float]:
 
 
 def intervals(
-    outcomes: Sequence[Outcome], means: Mapping[str, float], spread: Mapping[str, np.ndarray]
+    outcomes: Sequence[ScoreArrays], means: Mapping[str, float], spread: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """The 95 % interval of each score of `NAMES` over outcomes of the same samples (trainings of several seeds, or
     one), whose scores are `means` and in each resampling `spread`."""
@@ -204,14 +204,14 @@ def difference_interval(
     return [round(float(gap - low), 4), round(float(gap + high), 4)]
 
 
-def summary(outcome: Outcome, times: int) -> dict[str, Any]:
+def summary(outcome: ScoreArrays, times: int) -> dict[str, Any]:
     """The four scores, `n` and `ci95`, as metrics.json holds them."""
     spread, means = bootstrap(outcome, resample(outcome.identity, times)), outcome.means()
     scores = {name: round(value, 4) for name, value in means.items()}
     return {**scores, "n": len(outcome.cp), "ci95": intervals([outcome], means, spread)}
 
 
-def compare(a: Outcome, b: Outcome, times: int, name: str = "cp_pf") -> dict[str, Any]:
+def compare(a: ScoreArrays, b: ScoreArrays, times: int, name: str = "cp_pf") -> dict[str, Any]:
     """`a` minus `b` on the same samples: difference, ratio, 95 % interval, two-sided p-value, whether intervals part,
     and the number of `identities`.
 
@@ -246,7 +246,7 @@ def p_said(found: Mapping[str, Any], digits: int = 3, identities: int | None = N
     return f"< {least:g}" if found["p"] < least else f"= {found['p']:.{digits}f}"
 
 
-def permuted(a: Outcome, b: Outcome, name: str, times: int, seed: int = 0) -> float:
+def permuted(a: ScoreArrays, b: ScoreArrays, name: str, times: int, seed: int = 0) -> float:
     """The two-sided p-value of `a` and `b` being exchangeable within each identity: the share of random exchanges, the
     true labels counted among them, whose difference of the score is at least as large."""
     _, place = np.unique(a.identity, return_inverse=True)
@@ -263,7 +263,7 @@ def permuted(a: Outcome, b: Outcome, name: str, times: int, seed: int = 0) -> fl
     return float((gaps >= gaps[0] - 1e-12).mean())
 
 
-def _columns(outcome: Outcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(outcome: ScoreArrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return outcome.cp, outcome.pf, outcome.copied
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from diptych.data import places
 from diptych.errors import UsageError, UserError, nearest
-from diptych.evaluate.config import FILE, Evaluation
+from diptych.evaluate.evaluation import FILE, Evaluation
 from diptych.evaluate.methods import ANCHORS, tuning
 from diptych.evaluate.scoring import metrics
 from diptych.evaluate.suites import MAIN, Sample
@@ -95,13 +95,13 @@ def _arrays(lines: Sequence[Line], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([line["identity"] for line in lines]), np.array([line[key] for line in lines], float)
 
 
-def outcome(lines: Sequence[dict[str, Any]], name: str, split: str) -> metrics.Outcome:
+def outcome(lines: Sequence[dict[str, Any]], name: str, split: str) -> metrics.ScoreArrays:
     """The arrays of one method on one split. UserError if it has no picture there."""
     own = sorted((x for x in lines if x["method"] == name and x["split"] == split), key=lambda x: x["id"])
     if not own:
         raise UserError(f"{name}: every picture of the split '{split}' failed; see failed/evaluate/{name}")
     columns = ([x[key] for x in own] for key in ("identity", "cp", "pf", "copied"))
-    return metrics.Outcome(*(np.array(column) for column in columns))
+    return metrics.ScoreArrays(*(np.array(column) for column in columns))
 
 
 def grouped(lines: Sequence[dict[str, Any]], name: str, key: str) -> dict[str, dict[str, float]]:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diptych.evaluate.scoring import curation, metrics
-from diptych.evaluate.scoring.curation import Embed, Pairs, weigh
+from diptych.evaluate.scoring.curation import Embed, RenderedPairs, weigh
 from diptych.evaluate.suites import Known, Split, Suite, render
 from diptych.recipe import tasks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.evaluate.methods.base import Context
-    from diptych.evaluate.scoring.judging import Models
+    from diptych.evaluate.methods.common import Context
+    from diptych.evaluate.scoring.judging import VisionModels
 
 Read = Callable[[Sequence["Image"]], list[Any]]
 RoundTrip = Callable[[Sequence["Image"]], list["Image"]]
@@ -81,7 +81,7 @@ def calibrating(suite: Suite, split: Split) -> int:
     return suite.calibration.identities if split == "identities" else suite.calibration.kinds
 
 
-def check_pairs(suite: Suite, through: RoundTrip | None) -> Pairs:
+def check_pairs(suite: Suite, through: RoundTrip | None) -> RenderedPairs:
     """Pairs whose truth is known, as a teacher would show them: through its VAE if one is given, then blurred."""
     from PIL import ImageFilter
 
@@ -106,7 +106,7 @@ def check_pairs(suite: Suite, through: RoundTrip | None) -> Pairs:
         if i != j:
             made.append((first[i], second[j], "other", i))
     left, right, truth, identity = (list(column) for column in zip(*made, strict=True))
-    return Pairs(left, right, truth, weigh(truth, suite.check.prior), np.array(identity))
+    return RenderedPairs(left, right, truth, weigh(truth, suite.check.prior), np.array(identity))
 
 
 def judge_auc(suite: Suite, embed: Embed) -> dict[str, float]:
@@ -186,7 +186,7 @@ def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
     return through
 
 
-def yardsticks(context: Context, opened: Models, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def yardsticks(context: Context, opened: VisionModels, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The judges' own errors on renders, and what they say about curation. `about` says who the judges are."""
     suite, recipe = context.suite, context.recipe
     through = round_trip(context.teacher().vae)

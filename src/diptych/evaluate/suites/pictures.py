@@ -35,7 +35,7 @@ PROMPTS_AND_CLASSES = "prompts_and_classes.txt"
 _T = TypeVar("_T")
 
 
-class Level(Part):
+class PromptLevel(Part):
     """A difficulty: the numbers of its prompts."""
 
     name: str = Field(min_length=1)
@@ -49,7 +49,7 @@ class Spec(Part):
     version: int = Field(ge=1)
     layout: Literal["dreambench++", "dreambench", "folder"]
     leave_out: tuple[str, ...] = ()  # folders whose pictures are no subjects
-    levels: tuple[Level, ...] = ()
+    levels: tuple[PromptLevel, ...] = ()
     live: tuple[str, ...] = ()
     size: int = Field(ge=8)
     fit: Literal["crop", "pad", "contain"]

@@ -32,11 +32,11 @@ from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.evaluate import drawing, harness
-from diptych.evaluate.methods.base import Context, Method
 from diptych.evaluate.methods.baselines import Copy, TextOnly
-from diptych.evaluate.methods.students import Student, StudentShipped
+from diptych.evaluate.methods.common import Context, Method
+from diptych.evaluate.methods.students import RunStudent, StudentShipped
 from diptych.evaluate.scoring import judging, metrics, truth
-from diptych.evaluate.suites.relight import LEVELS, ColourTransfer, Scenes, Wish
+from diptych.evaluate.suites.scenes import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.recipe import tasks
 from diptych.stages.curate import alignment
 from diptych.stages.write import grammar
@@ -55,7 +55,7 @@ BETTER_LOW = ("features",)
 SHARES = ("structure", "following", "relit")  # from 0 to 1
 HEADLINE = ("psnr", "ssim", "following", "relit")
 BASELINES = ("copy", "colour_transfer", "colour_shift", "text_only")
-STUDENTS = {"student": Student, "student_shipped": StudentShipped}
+STUDENTS = {"student": RunStudent, "student_shipped": StudentShipped}
 ROUND_TRIP = "truth_through_vae"
 SCORING = 5  # raised when equal pictures would get other numbers
 
@@ -63,7 +63,7 @@ SCORING = 5  # raised when equal pictures would get other numbers
 class Relit(Method):
     """A student, asked for a light: told what the scene is, or not."""
 
-    def __init__(self, student: Student, told: bool) -> None:
+    def __init__(self, student: RunStudent, told: bool) -> None:
         self.student, self.told = student, told
         self.task = tasks.load("relight")
 
@@ -115,7 +115,7 @@ def evaluate(
     drawing.use_threads(recipe)
     started = time.monotonic()
     drawing.generate(context, wishes, methods, prints, engine or LocalEngine(), progress)
-    judges = judging.Models(recipe.device)
+    judges = judging.VisionModels(recipe.device)
     scorer, reader = judges.judge(recipe.evaluate.scorer), judges.reader(recipe.evaluate.reader)
     lines = score(run_dir, suite, wishes, list(methods), scorer, reader, context.teacher().vae)
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diptych.evaluate import suites
-from diptych.evaluate.methods.base import Method
+from diptych.evaluate.methods.common import Method
 from diptych.evaluate.suites import MAIN, Sample
 
 if TYPE_CHECKING:
