@@ -187,79 +187,9 @@ def resampled(outcomes: Sequence[ScoreArrays], times: int) -> dict[str, np.ndarr
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table as a page."""
-    lines = [
-        f"# Ablations: {result['name']}",
-        "",
-        f"Suite `{result['suite']}` version {result['version']}; {result['subjects']} subjects × {result['prompts']} "
-        f"prompts; training seeds {', '.join(map(str, result['seeds']))}. Means over seeds, 95 % intervals over "
-        f"subjects and seeds; the difference is that from `{result['full']}`, paired, and *apart* says that the "
-        "intervals of the two do not meet. What is not trained on the pairs runs once.",
-        "",
-        *_table(result["variants"]),
-    ]
-    for name, found in result["variants"].items():
-        lines += [*_of_subjects(name, found, result), *_beside(name, found)]
-    lines += ["", *(f"- `{name}`: {found['about']}" for name, found in result["variants"].items() if found["about"])]
-    for split, variants in result["splits"].items():
-        lines += ["", f"## Held-out {split}", "", *_table(variants)]
-        for name, found in variants.items():
-            lines += _beside(name, found)
-    if result["missing"]:
-        lines += ["", f"Not run yet: {', '.join(result['missing'])}."]
-    machine = result["machine"]
-    took = f"{result['seconds'] / 60:.0f} minutes of {machine['cores']} cores ({machine['processor']})"
-    return "\n".join([*lines, "", f"All of it took {took}."]) + "\n"
+    from diptych.evaluate.report.render import template
 
+    def p(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+        return metrics.p_said(gap, identities=found.get("identities"))
 
-def _table(variants: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "| variant | CP·PF | CP | PF | copy rate | difference | p | apart | pictures | seeds | training |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in variants.items():
-        scores = [f"{found[key]:.3f} ({_interval(found['ci95'][key])})" for key in ("cp_pf", "cp", "pf")]
-        gap = found.get("difference")
-        tail = ["–"] * 3
-        if gap:
-            tail = [f"{gap['cp_pf']:+.3f} ({_interval(gap['ci95'], '+')})", _p(gap, found)]
-            tail.append("yes" if gap["apart"] else "no")
-        copied, trained = f"{100 * found['copy_rate']:.1f} %", f"{found['training_seconds']:.0f} s"
-        trained += " a subject" if "picked" in found else ""
-        lines.append(f"| {' | '.join([name, *scores, copied, *tail, str(found['n']), str(found['seeds']), trained])} |")
-    return lines
-
-
-def _p(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    return metrics.p_said(gap, identities=found.get("identities")).removeprefix("= ")
-
-
-def _of_subjects(name: str, found: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
-    """What per-subject tuning costs beside the full method, and its sweep, in words."""
-    full = result["variants"].get(result["full"])
-    if "picked" not in found or full is None or not full["seconds_per_image"]:
-        return []
-    tuning, picture = found["training_seconds"], full["seconds_per_image"]
-    sweep = ", ".join(f"{each} {score:.3f}" for each, score in found["sweep"].items())
-    return [
-        "",
-        f"`{name}` is `{found['picked']}`, the best of {sweep} (CP·PF). A new subject costs it {tuning:.1f} s before "
-        f"its first picture; `{result['full']}` needs nothing before, and {picture:.2f} s a picture: "
-        f"{tuning / picture:.0f} times less.",
-    ]
-
-
-def _beside(name: str, found: Mapping[str, Any]) -> list[str]:
-    """How a variant stands beside others than the full method, in words."""
-    lines: list[str] = []
-    for other, gap in found["beside"].items():
-        lines += [
-            "",
-            f"`{name}` beside `{other}`, paired, on the same {found['n']} pictures: {gap['cp_pf']:+.3f} "
-            f"({_interval(gap['ci95'], '+')}) CP·PF, p {metrics.p_said(gap, identities=found.get('identities'))}.",
-        ]
-    return lines
-
-
-def _interval(ends: Sequence[float], sign: str = "") -> str:
-    low, high = (f"{end:{sign}.3f}" for end in ends)
-    return f"{low} to {high}"
+    return template("ablations.md.j2").render(**result, p=p) + "\n"

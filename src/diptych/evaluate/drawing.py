@@ -6,7 +6,6 @@ covers suite, samples, weights and settings; what drawing took goes to the run's
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from diptych.data.store import Dataset
 from diptych.evaluate import suites
 from diptych.evaluate.methods.common import Context, Method
 from diptych.evaluate.suites import Sample, Suite
+from diptych.utils.io import sha256_json
 from diptych.utils.machine import peak, reset_peak
 
 if TYPE_CHECKING:
@@ -58,19 +58,14 @@ def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method:
     drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
     drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
     drawing += [settings.null_panel] if settings.null_panel != "shared" else []
-    return digest([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
+    return sha256_json([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
 
 
 def asked(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
     """What decides a method's pictures apart from the method: sha256 over suite, samples and seeds."""
     # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
     told = [asdict(sample) for sample in samples]
-    return digest([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
-
-
-def digest(values: Any) -> str:
-    """sha256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return sha256_json([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
 
 
 class _Drawing:

@@ -21,7 +21,7 @@ from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import drawing, suites
-from diptych.evaluate.drawing import Progress, digest, use_threads
+from diptych.evaluate.drawing import Progress, use_threads
 from diptych.evaluate.evaluation import FILE, Evaluation, dump, read
 from diptych.evaluate.methods import drawn, gather, named, students
 from diptych.evaluate.methods.common import Context, Method
@@ -31,7 +31,7 @@ from diptych.evaluate.suites import MAIN, Sample, Suite, pictures
 from diptych.evaluate.suites.pictures import Pictures
 from diptych.utils import models
 from diptych.utils.console import Display, Report
-from diptych.utils.io import write_atomic
+from diptych.utils.io import sha256_json, write_atomic
 from diptych.utils.machine import device_name, machine, pick_device, versions
 from diptych.utils.paths import place
 
@@ -241,7 +241,7 @@ def evaluate_run(
     candidates = Dataset(run_dir / "candidates")
     curated = candidates.manifest_hash() if candidates.manifest else None
     settings = recipe.fingerprint("task", "evaluate", "curate.thresholds")
-    whole = digest([SCORING, plan.prints, about, skipped, curated, settings])
+    whole = sha256_json([SCORING, plan.prints, about, skipped, curated, settings])
     if (found := finished(run_dir, whole)) is not None:
         return found
     run_dir.mkdir(parents=True, exist_ok=True)

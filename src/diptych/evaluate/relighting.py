@@ -40,7 +40,7 @@ from diptych.evaluate.suites.scenes import LEVELS, ColourTransfer, Scenes, Wish
 from diptych.recipe import tasks
 from diptych.stages.curate import alignment
 from diptych.stages.write import grammar
-from diptych.utils.io import write_atomic
+from diptych.utils.io import sha256_json, write_atomic
 from diptych.utils.machine import versions
 from diptych.utils.paths import place
 
@@ -108,7 +108,7 @@ def evaluate(
     prints = {name: drawing.fingerprint(recipe, suite, wishes, method) for name, method in methods.items()}  # pyright: ignore[reportArgumentType]
     about = {role: known for role, known in harness.judges_about(recipe).items() if role != "curator"}
     decided = [SCORING, DETAIL, prints, about, skipped, recipe.fingerprint("evaluate")]
-    whole = drawing.digest(decided)
+    whole = sha256_json(decided)
     path = run_dir / "report" / "relight.json"
     if (found := read(path)) is not None and found.get("fingerprint") == whole:
         return found

@@ -1,4 +1,5 @@
-"""A judge of identity: any transformers vision model whose embeddings of the same subject lie close together.
+"""Embeddings: a judge of identity, which is any transformers vision model whose embeddings of the same subject lie
+close together, and CLIP, which embeds texts, too.
 
     judge = EmbeddingJudge.load("facebook/dinov2-base")
     judge.similarity(judge.embed(references), judge.embed(targets))      # cosines, 1 = the same
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.judges.vision import Vision, check, open_vision, refuse_missing
 from diptych.utils import models
 
@@ -84,13 +85,13 @@ class EmbeddingJudge:
         return (a * b).sum(1)
 
 
-# CLIP, or any dual encoder of transformers: embeddings of pictures and of texts in one space. clip =
-# Clip.load("openai/clip-vit-base-patch32") (clip.images(pictures) * clip.texts(prompts)).sum(1) # CLIP-T
-
-
 @dataclass(frozen=True)
 class Clip:
-    """A dual encoder, its image processor and its tokenizer."""
+    """CLIP, or any dual encoder of transformers: embeddings of images and of texts in one space.
+
+    clip = Clip.load("openai/clip-vit-base-patch32")
+    (clip.images(pictures) * clip.texts(prompts)).sum(1)      # CLIP-T
+    """
 
     vision: Vision
     tokenizer: Any
@@ -110,8 +111,7 @@ class Clip:
             folder = models.resolve(name, "scorer")  # `open_vision` has looked at it
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"the tokenizer of '{name}' cannot be opened ({line})") from error
+            raise UserError(f"the tokenizer of '{name}' cannot be opened ({describe(error, 200)})") from error
         return cls(vision, tokenizer)
 
     def images(self, pictures: Sequence[Image]) -> np.ndarray:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UserError, describe
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.documents import parse_json
+from diptych.utils.machine import pick_device
 from diptych.utils.opening import refuse_code
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
     import transformers
 
     folder = models.resolve(name, role)
-    place = _device(device)
+    place = pick_device(device)
     with _opening(folder, role), quiet_bars():
         loader = getattr(transformers, auto)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
@@ -83,8 +84,8 @@ def _opening(folder: Path, role: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({line})") from error
+        said = describe(error)
+        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({said})") from error
 
 
 def pinned(name: str, role: str) -> dict[str, Any]:
@@ -119,14 +120,3 @@ def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, backend="pil")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device '{name}': auto, cpu, cuda, cuda:0, mps, …") from error

@@ -14,7 +14,6 @@ its embedding alone. The latent cache holds both, the embedding where a student'
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 
 from diptych.data.records import COLUMNS, schema, seed_of
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.evaluate.methods import common
 from diptych.evaluate.methods.common import Base, draw, noise, open_teacher, size_of
 from diptych.judges.embedding import EmbeddingJudge
@@ -37,7 +36,7 @@ from diptych.train.parts import Trained
 from diptych.train.prepare import Job, Material
 from diptych.utils import models
 from diptych.utils.documents import parse_json
-from diptych.utils.io import write_atomic
+from diptych.utils.io import sha256_json, write_atomic
 from diptych.utils.machine import computing
 
 if TYPE_CHECKING:
@@ -170,8 +169,7 @@ def put(pipe: Any, state: dict[str, dict[str, torch.Tensor]]) -> None:
         with quiet_bars():
             pipe.load_ip_adapter(state, weight_name="", image_encoder_pretrained_model_name_or_path=None)
     except (KeyError, ValueError, RuntimeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"this adapter does not fit the teacher ({line})") from error
+        raise UserError(f"this adapter does not fit the teacher ({describe(error, 200)})") from error
 
 
 def read(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -386,7 +384,7 @@ def made_by(recipe: Recipe, run_dir: Path) -> str:
     encoder = models.fingerprint(models.resolve(settings.encoder, "curator"))
     parts = [VERSION, said, settings.steps, settings.learning_rate, recipe.training_seed, pairs, encoder]
     parts += [_teacher(recipe), recipe.paint.panel_size, recipe.device, recipe.threads]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_json(parts)
 
 
 def _teacher(recipe: Recipe) -> str:

@@ -13,9 +13,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from diptych.errors import UsageError, nearest
 from diptych.evaluate.methods.common import Base, draw, encode, noise, size_of
 from diptych.student.families import teachers
 from diptych.utils import models
+from diptych.utils.io import sha256_json
 from diptych.utils.opening import open_pipeline
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ class Stock(Base):
 
     def fingerprint(self) -> str:
         settings = self.recipe.evaluate.pipeline
-        said = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        said = sha256_json(settings.model_dump(mode="json"))
         return f"{models.fingerprint(models.resolve(model_of(self.recipe), 'teacher'))} {said}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:

@@ -6,7 +6,6 @@ has seen to it that its own taste is met; so it may not score that model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from diptych.evaluate.evaluation import POCKET, Evaluation
 from diptych.evaluate.methods.common import Base, Context, Method, size_of
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
-from diptych.utils.io import write_atomic
+from diptych.utils.io import sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +127,7 @@ class OtherStudent(Method):
         base = POCKET if str(self.place) == POCKET else self.base
         beneath = identify({"base": base})["base"] if base else None
         sampling = (path if path.is_dir() else path.parent) / SAMPLING_FILE  # of folders of earlier versions
-        said = hashlib.sha256(sampling.read_bytes()).hexdigest() if sampling.is_file() else None
+        said = sha256_file(sampling) if sampling.is_file() else None
         return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
 
     def asked(self) -> dict[str, float]:

@@ -11,7 +11,6 @@ an ordinary LoRA, `baselines/tuned/SUBJECT/RATE-STEPS/pytorch_lora_weights.safet
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ from diptych.data.records import seed_of
 from diptych.evaluate.methods import common
 from diptych.evaluate.methods.common import Base, Context, Method, draw, noise, size_of
 from diptych.utils import models
+from diptych.utils.io import sha256, sha256_json
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Tuned(Base):
         teacher = models.fingerprint(models.resolve(recipe.teacher, "teacher"))
         drawing = [recipe.evaluate.steps, recipe.evaluate.true_guidance] if settings["prior"] else []
         parts = [VERSION, settings, noisy, teacher, drawing, recipe.training_seed, recipe.distill.precision]
-        return hashlib.sha256(json.dumps([*parts, recipe.device, recipe.threads]).encode()).hexdigest()[:16]
+        return sha256_json([*parts, recipe.device, recipe.threads], sort_keys=False)[:16]
 
     def prepare(self, references: Sequence[Image], samples: Sequence[Sample]) -> None:
         """Trains what is missing of these subjects, all steps of the sweep at this rate."""
@@ -98,7 +98,7 @@ class Tuned(Base):
 
     def _place(self, reference: Image, sample: Sample, steps: int) -> Path:
         """The folder of a subject's weights; another picture or another caption is another subject."""
-        digest = hashlib.sha256(f"{self._made_from()} {called(sample)}".encode() + reference.tobytes()).hexdigest()
+        digest = sha256(f"{self._made_from()} {called(sample)}".encode() + reference.tobytes())
         subject = f"{sample.split}-{sample.identity:03d}-{digest[:12]}"
         return self.context.run_dir / "baselines" / KEY / subject / f"{self.rate:g}-{steps}"
 

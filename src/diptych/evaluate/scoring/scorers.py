@@ -7,7 +7,6 @@ where it was killed, and a judge that is asked through an endpoint is asked noth
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from diptych.data.store import Dataset
 from diptych.evaluate.scoring import metrics
 from diptych.llm.client import Model, answers
 from diptych.llm.question import Message, Outcome, Picture, Question, picture, quoted, user
+from diptych.utils.io import sha256_json
 from diptych.utils.paths import refuse_link
 
 SCORING = 1  # raised when equal pictures would get other values
@@ -95,8 +95,7 @@ def _whole_lines(path: Path) -> list[Any]:
 
 def file_of(out: Path, method: str, scorer: Scorer, drawn: str) -> ScoreFile:
     """Where a scorer's values of a method are; `drawn` is the fingerprint of its pictures."""
-    whole = json.dumps([SCORING, scorer.identity(), drawn], sort_keys=True)
-    return ScoreFile(out / "scores" / method / f"{scorer.name}.jsonl", hashlib.sha256(whole.encode()).hexdigest())
+    return ScoreFile(out / "scores" / method / f"{scorer.name}.jsonl", sha256_json([SCORING, scorer.identity(), drawn]))
 
 
 def score(pictures: Dataset, scorer: Scorer, file: ScoreFile | None, report: Report) -> dict[str, Values]:
@@ -194,7 +193,7 @@ class VlmScorer:
 
     def identity(self) -> dict[str, Any]:
         words = wording()
-        digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+        digest = sha256_json(words)
         asked = list(self.questions)
         rubric = {"version": words["version"], "sha256": digest, "size": words["size"], "questions": asked}
         return {"kind": "vlm", **self._about, "rubric": rubric, "repeats": self.repeats}

@@ -7,7 +7,6 @@ pocket suite draws its references with the renderer, so it also knows what a per
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from diptych.data import records
 from diptych.errors import UsageError, nearest
 from diptych.utils import documents
 from diptych.utils.documents import parse_yaml, read_text
+from diptych.utils.io import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,7 +135,7 @@ class Suite(Part):
 
     def fingerprint(self) -> str:
         """sha256 over all that the suite says."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return sha256(self.model_dump_json())
 
     def samples(self, identities: int, prompts: int) -> list[Sample]:
         """References × prompts: `identities` of the main split and each other split's share of them (at least 2)."""

@@ -9,8 +9,6 @@ Sources: DreamBench++ (Peng et al., arXiv 2406.16855), DreamBooth (Ruiz et al., 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from diptych.evaluate import suites
 from diptych.evaluate.suites import MAIN, Part, Sample, Suite
 from diptych.recipe.tasks import check_fields
 from diptych.utils.documents import read_lines
+from diptych.utils.io import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,9 +100,9 @@ class Pictures:
         """sha256 over what the suite says and the bytes of its references; the folder may move."""
         said = [self.spec.model_dump(mode="json"), self.size]
         for s in self.subjects:
-            told = asdict(s) | {"picture": _hash(s.picture), "more": [_hash(path) for path in s.more]}
+            told = asdict(s) | {"picture": sha256_file(s.picture), "more": [sha256_file(path) for path in s.more]}
             said.append(told)
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return sha256_json(said)
 
     def samples(self, identities: int | None = None, prompts: int | None = None) -> list[Sample]:
         """References × prompts: all, or so many of each, spread evenly over the categories and the levels."""
@@ -279,7 +278,3 @@ def _prompts_and_classes(path: Path) -> tuple[dict[str, str], list[str], list[st
 def _id(*parts: str) -> str:
     """Parts as one name that is safe in files: `live_subject_animal_00_cotton-top_tamarin`."""
     return re.sub(r"[^\w.+-]+", "_", "_".join(parts).lower())
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

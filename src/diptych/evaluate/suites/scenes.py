@@ -13,8 +13,6 @@ Baselines beside `copy` and `text_only` (`baselines`):
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,12 +22,13 @@ import numpy as np
 
 from diptych.evaluate import suites
 from diptych.evaluate.methods.common import Method
-from diptych.evaluate.suites import MAIN, Sample
+from diptych.evaluate.suites import MAIN, Known, Sample
+from diptych.utils.io import sha256_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.pocket.world import Identity, Light, Scene
+    from diptych.pocket.world import Light
 
 NAMESPACE = 8112027  # of every random choice here; nothing else in diptych draws from it
 LEVELS = ("direction", "colour", "both")
@@ -45,15 +44,6 @@ class Wish(Sample):
     light: str = field(kw_only=True)
 
 
-@dataclass(frozen=True)
-class Known:
-    """A subject in a scene, and the same under the asked light."""
-
-    subject: Identity
-    reference: Scene
-    target: Scene
-
-
 class Scenes:
     """The suite: what `drawing.generate` draws for."""
 
@@ -62,7 +52,7 @@ class Scenes:
 
     def fingerprint(self) -> str:
         """sha256 over what decides the wishes."""
-        return hashlib.sha256(json.dumps([self.name, self.version, NAMESPACE, LEVELS, FITTED]).encode()).hexdigest()
+        return sha256_json([self.name, self.version, NAMESPACE, LEVELS, FITTED])
 
     def samples(self, scenes: int) -> list[Wish]:
         """`scenes` held-out scenes, each under three other lights."""
