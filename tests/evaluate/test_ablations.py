@@ -12,6 +12,7 @@ import yaml
 from diptych import recipe as recipes
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
+from diptych.evaluate.evaluation import overlay
 from diptych.evaluate.scoring import metrics
 from diptych.evaluate.scoring.metrics import ScoreArrays
 from diptych.recipe.schema import Distill
@@ -43,7 +44,7 @@ def test_every_variant_of_a_study_that_ships_is_a_recipe(name: str) -> None:
         if set(said) - set(Distill.model_fields):
             continue  # a key of distill that this version has not
         own = ablations.filled(variant.sets, dict.fromkeys(variant.needs(), Path("elsewhere")))
-        recipes.check(ablations.overlay(start, study.sets, own, {"name": label}), name)
+        recipes.check(overlay(start, study.sets, own, {"name": label}), name)
     assert {"full", "no-curation", "right-panel-only", "channel", "adapter", "sfo"} <= set(study.variants)
     assert {"text_only", "inpaint", "copy", "tuned"} <= {variant.method for variant in study.variants.values()}
     assert len(study.seeds) >= 3
@@ -77,7 +78,7 @@ def test_names_in_braces_become_folders() -> None:
     found = ablations.filled(sets, {"full": Path("/runs/full/seed-1")})
     assert found["distill"]["init"] == "/runs/full/seed-1/student" and found["distill"]["steps"] == 3
     assert found["distill"]["data"] == [{"path": "/runs/full/seed-1"}]
-    assert ablations.overlay({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
+    assert overlay({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
 
 
 def test_a_row_is_the_mean_of_its_seeds_and_its_difference_is_paired() -> None:
@@ -122,5 +123,7 @@ def test_a_study_of_two_subjects_gives_no_p_value() -> None:
     assert row["difference"]["p"] >= 0.5 and not row["difference"]["apart"]
     assert row["difference"]["ci95"][0] < 0 < row["difference"]["ci95"][1]
     shown = {**row, "training_seconds": 1.0, "about": "", "beside": {"full": row["difference"]}}
-    said = "\n".join([*ablations._table({"variant": shown}), *ablations._beside("variant", shown)])
+    study = {"name": "x", "suite": "pocket", "version": 1, "subjects": 2, "prompts": 1, "seeds": [0], "full": "full"}
+    ran = {"splits": {}, "missing": [], "machine": {"cores": 2, "processor": "x86"}, "seconds": 60.0}
+    said = ablations.markdown({**study, **ran, "variants": {"variant": shown}})
     assert said.count("too few subjects") == 2 and "p 0." not in said

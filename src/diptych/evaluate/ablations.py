@@ -118,16 +118,6 @@ def load(study: str) -> tuple[Study, Path]:
         raise UsageError(f"{path}: {where}{': ' if where else ''}{said}") from error
 
 
-def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys of several layers, the later over the earlier."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            below = merged.get(key)
-            merged[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def filled(value: Any, folders: Mapping[str, Path]) -> Any:
     """A value with the folders of other variants in the place of their names in braces."""
     if isinstance(value, str):

@@ -5,7 +5,7 @@ be drawn on one machine and scored on another.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,9 +202,8 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluati
     given = {key: value for key, value in asked.items() if value is not None and value != []}
     if given.get("suite", values.get("suite")) != values.get("suite"):
         values = {key: value for key, value in values.items() if key not in ("data", "size")}
-    merge(values, given)
-    for text in sets:
-        merge(values, parse_set(text))
+    for layer in (given, *map(parse_set, sets)):
+        values = overlay({key: value for key, value in values.items() if key != "models" or key not in layer}, layer)
     try:
         return Evaluation.model_validate(values)
     except ValidationError as error:
@@ -237,13 +236,14 @@ def dump(evaluation: Evaluation) -> bytes:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
-def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """Lays `values` over `into`; sections are merged, but a list or the models are replaced whole."""
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and key != "models":
-            merge(into[key], value)
-        else:
-            into[key] = value
+def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys of several layers, the later over the earlier."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            merged[key] = overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def named(given: Sequence[str]) -> dict[str, str]:

@@ -2,17 +2,17 @@
 
     evaluate(recipe, Path("runs/pocket-relight"))
 
-Every method answers the same wishes (`suites.relight`) with the same noise. Drawing resumes: pictures are data sets,
+Every method answers the same wishes (`suites.scenes`) with the same noise. Drawing resumes: pictures are data sets,
 `samples/relight/METHOD/`, made by `drawing`. What is scored, picture by picture, against the true relit one:
 
 - `psnr` (decibels) and `ssim`, higher is nearer; `features`, a distance in the scoring judge's feature maps, lower is;
-- `structure`: how well the outlines lie where the reference has them, 0 to 1 (`stages.alignment.structural_shift`);
+- `structure`: how well the outlines lie where the reference has them, 0 to 1 (`stages.curate.alignment`);
 - `following`: the share of what the words change (direction, colour, strength) that the attribute reader finds;
 - `relit`: structure × following of each picture, the light as asked *on the scene that was given*. A copy keeps the one
   and a new picture from the text alone has the other; neither has the product, as with CP·PF.
 
 Means with 95 % bootstrap intervals over scenes. A student is asked for the light alone, as `diptych relight` asks, and
-scored as that command draws (`relight.keep_detail`); `…_drawn` are the same pictures without the reference's detail,
+scored as that command draws (`apps.relight`); `…_drawn` are the same pictures without the reference's detail,
 and `…_told` was also told what the scene is. A student that never learnt to relight runs, and scores what it scores.
 """
 
@@ -247,10 +247,9 @@ def summary(lines: Sequence[dict[str, Any]], times: int) -> dict[str, Any]:
 
 def bootstrap(lines: Sequence[dict[str, Any]], times: int) -> dict[str, np.ndarray]:
     """Each score's mean in each resampling of the scenes, (times,)."""
-    scenes, place = np.unique([x["scene"] for x in lines], return_inverse=True)
+    scenes = np.array([x["scene"] for x in lines])
     draws = metrics.resample(scenes, times)
-    sizes = draws @ np.bincount(place)
-    return {key: (draws @ np.bincount(place, weights=[x[key] for x in lines])) / sizes for key in SCORES}
+    return {key: metrics.resampled_mean(scenes, np.array([x[key] for x in lines]), draws) for key in SCORES}
 
 
 def _means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:

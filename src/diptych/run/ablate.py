@@ -22,6 +22,7 @@ from diptych.data.scan import open_run
 from diptych.errors import UsageError
 from diptych.evaluate import ablations
 from diptych.evaluate.ablations import Study, Variant
+from diptych.evaluate.evaluation import overlay
 from diptych.recipe.schema import Recipe
 from diptych.run.recurate import derive
 from diptych.run.runner import run
@@ -62,11 +63,11 @@ def ablate(
         if name not in plan.variants:
             raise UsageError(f"--only {name}: the study has {', '.join(plan.variants)}")
     said = plan.sets if base is None else _later(plan.sets)
-    shared = ablations.overlay(said, *(recipes.parse_set(text) for text in sets))
+    shared = overlay(said, *(recipes.parse_set(text) for text in sets))
     if base is None:
         source, beside = out / "base", file.parent / plan.recipe
         start = recipes.load(beside if beside.is_file() else plan.recipe).values()
-        recipe = recipes.check(ablations.overlay(start, shared, {"name": f"{plan.name}-base"}), str(file))
+        recipe = recipes.check(overlay(start, shared, {"name": f"{plan.name}-base"}), str(file))
         _recipes(plan, recipe, shared, out, file)  # what is wrong with a variant is told before hours of painting
         display.say(f"base: {source}")
         run(recipe, source, ROWS, display)
@@ -108,7 +109,7 @@ def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, A
     # One run is enough to show what the scores can reach and how good the judges are.
     evaluate = {"methods": [variant.method], "yardsticks": (name, seed) == (plan.full, plan.seeds[0])}
     fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": evaluate}
-    recipe = recipes.check(ablations.overlay(base.values(), shared, own, fixed), f"{file}: variants.{name}")
+    recipe = recipes.check(overlay(base.values(), shared, own, fixed), f"{file}: variants.{name}")
     free = ("name", "distill.", "evaluate.", "curate.thresholds")
     if early := [key for key in base.differences(recipe) if not key.startswith(free)]:
         raise UsageError(

@@ -77,21 +77,18 @@ class RunStudent(Base):
         """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`; what neither sets is the
         student's own setting."""
         pipe = self.opened()
-        height, width = size_of(references)
         settings = self.recipe.evaluate.model_copy(update=dict(otherwise))
-        drawn = pipe(
-            prompt=[s.prompt for s in samples],
-            reference=list(references),
-            height=height,
-            width=width,
+        return answer(
+            pipe,
+            references,
+            samples,
+            seeds,
             num_inference_steps=settings.steps,
             guidance_scale=self.recipe.paint.guidance,
             image_guidance_scale=settings.image_guidance,
             text_guidance_scale=settings.text_guidance,
             null_panel=pipe.runtime.speed.null_panel or settings.null_panel,
-            generator=list(seeds),
         )
-        return drawn.images
 
 
 class StudentShipped(RunStudent):
@@ -135,35 +132,32 @@ class OtherStudent(Method):
         names = ("steps", "guidance", "image_guidance", "text_guidance")
         return {name: value for name in names if (value := getattr(self.evaluation, name)) is not None}
 
-    def open(self) -> Any:
-        """Its pipeline."""
-        from diptych import student
-        from diptych.utils.console import quiet_bars
-
-        with quiet_bars():
-            pipe = student.load(self.place, base=self.base, device=self.context.recipe.device, fuse=True)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         """One picture for each sample, of the reference's size."""
-        pipe = self.context.opened(self.name, self.open)
+        pipe = self.context.opened(self.name, lambda: open_student(self.place, self.base, self.context.recipe))
         sampling = pipe.settings.sampling | self.asked()
-        drawn = pipe(
-            prompt=[s.prompt for s in samples],
-            reference=list(references),
-            height=references[0].height,
-            width=references[0].width,
+        return answer(
+            pipe,
+            references,
+            samples,
+            seeds,
             num_inference_steps=sampling["steps"],
             guidance_scale=sampling["guidance"],
             image_guidance_scale=sampling["image_guidance"],
             text_guidance_scale=sampling["text_guidance"],
-            generator=list(seeds),
         )
-        return drawn.images
 
 
-def open_student(folder: Path, base: str, recipe: Recipe) -> Any:
+def answer(
+    pipe: Any, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int], **sampling: Any
+) -> Sequence[Image]:
+    """One image for each sample, of the reference's size."""
+    height, width = size_of(references)
+    given = {"prompt": [sample.prompt for sample in samples], "reference": list(references), "generator": list(seeds)}
+    return pipe(**given, height=height, width=width, **sampling).images
+
+
+def open_student(folder: Path | str, base: str | None, recipe: Recipe) -> Any:
     """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
     from diptych import student
 

@@ -157,10 +157,7 @@ def pictures_of(rows: Sequence[Row], key: str) -> list[Any]:
     return [open_image(row[key]) for row in rows]
 
 
-# A vision-language model as the scorer of pictures: CP and PF by the 0 to 4 rubric of DreamBench++ (rubric.yaml). For
-# CP it sees reference and picture, and never the prompt; for PF prompt and picture, and never the reference. Every
-# question is asked `repeats` times; a picture's score is the mean of the answers / 4, a method's the mean over its
-# pictures, and CP·PF the product of the two means: the published aggregation. Answers are cached by content.
+# ---- a vision-language model
 
 MOST = 4
 QUESTIONS = ("cp", "pf", "cp_debiased")
@@ -181,7 +178,12 @@ class Rating(BaseModel):
 
 
 class VlmScorer:
-    """CP, PF and debiased CP by a vision-language model."""
+    """CP, PF and debiased CP by a vision-language model and the 0 to 4 rubric of DreamBench++ (rubric.yaml).
+
+    For CP it sees reference and image, never the prompt; for PF prompt and image, never the reference. Every question
+    is asked `repeats` times; an image's score is the mean of the answers / 4, as published. Answers are cached by
+    content.
+    """
 
     name = "judge"
 
