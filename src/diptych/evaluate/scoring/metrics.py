@@ -60,8 +60,8 @@ def following(asked: Mapping[str, str], read: Mapping[str, str]) -> dict[str, bo
 def copy_distances(references: Sequence[Image], outputs: Sequence[Image]) -> np.ndarray:
     """Distance (N,) in [0, 1] of each output to its reference, at the best alignment; a mirrored copy is a copy too.
 
-    The distance is the one by which curation refuses near copies (`stages.curate.alignment`): mean absolute difference after
-    shift, scale and a little brightness are taken back.
+    The distance is the one by which curation refuses near copies (`stages.curate.alignment`): mean absolute difference
+    after shift, scale and a little brightness are taken back.
     """
     from PIL import ImageOps
 
