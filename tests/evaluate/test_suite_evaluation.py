@@ -97,7 +97,7 @@ def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
     out: Path, job: Evaluation, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read(out)
-    monkeypatch.setattr(students.Model, "generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(students.OtherStudent, "generate", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(judging.PocketScorer, "score", lambda *_: pytest.fail("looked at again"))
     assert harness.evaluate(job, out, suite=suite) == before
 

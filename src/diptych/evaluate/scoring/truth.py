@@ -15,7 +15,7 @@ import numpy as np
 
 from diptych.evaluate.scoring import curation, metrics
 from diptych.evaluate.scoring.curation import Embed, RenderedPairs, weigh
-from diptych.evaluate.suites import Known, Split, Suite, render
+from diptych.evaluate.suites import MAIN, Known, Split, Suite, render
 from diptych.recipe import tasks
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ def known(suite: Suite, purpose: str, split: Split, count: int) -> list[Known]:
     """`count` subjects of a purpose, each in a reference scene and in a scene of one of the suite's levels in turn."""
     levels = suite.levels
     return [suite.known(split, i, levels[i % len(levels)], purpose=purpose) for i in range(count)]
+
+
+def checked(suite: Suite, split: Split) -> list[Known]:
+    """The subjects of a split that judges and curation are measured on."""
+    return known(suite, "check", split, suite.check.identities if split == MAIN else suite.calibration.kinds)
 
 
 def others(subjects: Sequence[Known]) -> list[int]:
@@ -87,7 +92,7 @@ def check_pairs(suite: Suite, through: RoundTrip | None) -> RenderedPairs:
 
     from diptych.pocket import world
 
-    subjects = known(suite, "check", "identities", suite.check.identities)
+    subjects = checked(suite, MAIN)
     first, second = references(subjects), targets(subjects)
     drifted = []
     for i, k in enumerate(subjects):
@@ -113,8 +118,7 @@ def judge_auc(suite: Suite, embed: Embed) -> dict[str, float]:
     """How well a judge tells the same subject from another of its kind, on clean check renders; by split."""
     result = {}
     for split in suite.splits:
-        count = suite.check.identities if split == "identities" else suite.calibration.kinds
-        subjects = known(suite, "check", split, count)
+        subjects = checked(suite, split)
         a, b = embed(references(subjects)), embed(targets(subjects))
         other = [float(a[i] @ b[j]) for i, j in enumerate(others(subjects)) if i != j]
         if other:
@@ -124,7 +128,7 @@ def judge_auc(suite: Suite, embed: Embed) -> dict[str, float]:
 
 def copy_rate(suite: Suite, threshold: float) -> dict[str, Any]:
     """How often true re-renders count as copies, on renders that took no part in setting the threshold."""
-    subjects = known(suite, "check", "identities", suite.check.identities)
+    subjects = checked(suite, MAIN)
     copied = metrics.copy_distances(references(subjects), targets(subjects)) < threshold
     rate = float(copied.mean())
     return {"n": len(copied), "copy_rate": round(rate, 4), "ci95": metrics.wilson(rate, len(copied))}
@@ -134,8 +138,7 @@ def reader_accuracy(suite: Suite, read: Read, through: RoundTrip | None = None) 
     """How often the reader is right, by attribute group and split, on check renders (each through a VAE if given)."""
     result: dict[str, dict[str, float]] = {}
     for split in suite.splits:
-        count = suite.check.identities if split == "identities" else suite.calibration.kinds
-        subjects = known(suite, "check", split, count)
+        subjects = checked(suite, split)
         images = targets(subjects)
         readings = read(through(images) if through else images)
         hits: dict[str, list[bool]] = {}
