@@ -1,6 +1,6 @@
 """The training loop. Kill it at any step: the next call goes on from the last checkpoint as if nothing had happened.
 
-Exactness rests on three things: chance is keyed (`draws`), the position in the data is a function of the step, and a
+Exactness rests on three things: chance is keyed (`schedule`), the position in the data is a function of the step, and a
 checkpoint holds every number that the next step reads (weights, average, optimizer, the guard's memory). What is logged
 after the checkpoint is logged again, so `metrics.jsonl` has each step once.
 """

@@ -1,7 +1,7 @@
 """The processes of a training: each has its share of every batch, all take the same step, and all stop after one.
 
 `torchrun` and `accelerate launch` start them and say so in the environment; alone, there is one process and nothing
-here does anything. Chance is keyed by sample (`draws`), so the losses are those of one process with the same batch.
+here does anything. Chance is keyed by sample (`schedule`), so the losses are those of one process with the same batch.
 
 Weights are whole in every process (DDP), or, with `distill.sharding: full`, each holds a part of every matrix (torch's
 `fully_shard`, FSDP2): then 12 billion float32 weights and AdamW's state fit on eight 80 GB cards.

@@ -1,14 +1,21 @@
-"""Pairs that show again what an earlier pair of the run shows: a teacher with few ideas draws one picture many times.
+"""What shows the same again: the two panels of one pair (copies), or a pair and an earlier one (duplicates).
 
     find(candidates, Duplicates(hash=4, embedding=0.95), thresholds)
     # {"c-000731-01": Repeat("c-000012-10", "hash"), …}: the second shows the first again
+    measure(look(reference), look(target), similarity=0.93)
+    # {"hash": 22, "mirrored": 3, "embedding": 0.93}
 
-A pair repeats an earlier one if its reference lies near the other's reference, and its target near the other's target:
-within so many bits of a 64-bit perceptual hash, which finds a drawing again, or within a cosine of the embeddings of
-`curate.judge`, which finds what it shows. One pass in the order of the run, over what curation left in the evidence; no
-picture is read, no model asked. A pair is compared with earlier pairs that stay, never with one that is refused itself,
-so a slow drift of pictures is not swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid,
-and so the two orders of a pair, are never compared.
+Both are told by a 64-bit perceptual hash, which sees shapes in grey and no brightness, and by the cosine of the
+embeddings of `curate.judge`, which see what is shown.
+
+A copy is one picture in another brightness or tint, mirrored, or drawn again; `alignment.copy_distance` finds only
+those that lie pixel on pixel. A student that learns from such a pair learns to give its reference back.
+
+A pair repeats an earlier one if its reference lies near the other's reference, and its target near the other's target.
+One pass in the order of the run, over what curation left in the evidence; no picture is read, no model asked. A pair is
+compared with earlier pairs that stay, never with one that is refused itself, so a slow drift of pictures is not
+swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid, and so the two orders of a pair,
+are never compared.
 """
 
 from __future__ import annotations
@@ -48,6 +55,7 @@ def panel_hash(panel: Image) -> str:
 
     The lowest 8×8 frequencies (DCT-II) of the picture in grey at 32×32 pixels; a bit says whether one lies above their
     median. Size, compression, a little blur or brightness move few bits; half of them differ between two pictures.
+    `imagehash.phash` reduces with another filter and its median counts the mean, so its bits are others.
     """
     grey = np.asarray(panel.convert("L").resize((SIDE, SIDE), _BOX), dtype=np.float64)
     # Rounded, so that an even panel, whose frequencies are all nought, has not the hash of rounding errors.
@@ -201,12 +209,9 @@ class Table:
         return [(code >> low & mask) % BUCKETS for low, mask in self._bands]
 
 
-# Embeddings as a few bytes, and a table of earlier pairs that finds those whose two panels are both alike. text =
-# pack(embedding) # what evidence keeps table = Vectors(0.95) table.add(unpack(reference), unpack(target))
-# table.first(references, targets) # of each row the earliest pair in the table, -1 if none An embedding is kept as
-# whole numbers from -127 to 127, a byte each: cosines are off by less than 0.002 (in the tests), and a product of two
-# is a sum of whole numbers, exact in float32. So a verdict does not depend on the machine, its threads, or how many
-# rows are compared at once.
+# Embeddings are kept as whole numbers from -127 to 127, a byte each: cosines are off by less than 0.002 (in the tests),
+# and a product of two is a sum of whole numbers, exact in float32. So a verdict does not depend on the machine, its
+# threads, or how many rows are compared at once.
 
 LEVELS = 127
 ROWS = 4096  # of the table that are compared at once
@@ -264,12 +269,6 @@ class Vectors:
             found[left[hit]] = start + both[hit].argmax(1)
         return found
 
-
-# Copies that pixels do not show: panels that are one picture in another brightness or tint, mirrored, or drawn anew.
-# measure(look(reference), look(target), similarity=0.93) # {"hash": 22, "mirrored": 3, "embedding": 0.93}
-# `alignment.copy_distance` finds a copy that lies pixel on pixel. What is left over is found here, if a recipe asks
-# (`curate.copies`): by perceptual hashes, which see shapes in grey and no brightness, and by the judge's embeddings,
-# which see what is shown. A student that learns from such a pair learns to give its reference back.
 
 DIGITS = 6  # of the cosine: rounded before anybody looks at it, so that a verdict from the stored one is the same
 

@@ -28,26 +28,65 @@ from diptych.stages.curate.stripes import find as find_stripes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-WORK = 64  # pixels of a panel's side while searching
-NEAR = 5  # columns on either side that a seam is compared with
-REACH = 1 / 16  # of a panel: how far from its even place a seam is looked for
-OFF_CENTRE = 0.25  # an uneven cut must be this much stronger than the even one: renders have strong edges of their own
-SLACK = 0.8  # puts 0 halfway between grids and single pictures of the pocket world (docs/data.md)
-FLOOR = 1 / 255  # jumps below the last bit of 8 are none
-FLAT = 5  # levels: standard deviation of a gutter's pixels, at most …
-CLEAN, LEVEL = 1, 3  # … and what no painted thing has: that of its pixels, or the spread of its columns' means
-ENDS = 5  # bands at the top and bottom, at most, in which a thing's edge breaks off, as no seam does. There its
-GONE, FAINT, GONE_VOTE = 1 / 6, 2, 0.1  # jumps are a sixth of the others, twice what is usual, and vote no more,
-UNSEEN, UNSEEN_VOTE = 1.75, -0.1  # or, at one end, less than this of what is usual, and vote no more, and so
-BROKEN = -0.25  # is its strength
-RIVAL, AROUND = 4, 8  # bands in a row in which another edge is stronger, and columns in which it is looked for
-CLEAR, SURE = 12, 0.2  # bands in which a seam beside such an edge must stand out, and its strength then
-BEYOND, PAST = 4, 0.5  # columns past a rival that are looked at, and the share of the seam's jump still there
-SPAN = 20  # columns on either side of a seam's even place that are looked at
-_ABOVE, _BELOW = np.indices((ENDS + 1, ENDS + 1))  # bands that are taken together
+
+@dataclass(frozen=True)
+class SeamSearch:
+    """How seams are looked for. Lengths are pixels of the reduced image, at `work` pixels a panel, where not said."""
+
+    work: int = 64
+    """Pixels of a panel's side while searching."""
+    near: int = 5
+    """Columns on either side that a seam is compared with."""
+    reach: float = 1 / 16
+    """How far from its even place a seam is looked for, in panels."""
+    span: int = 20
+    """Columns on either side of a seam's even place that are looked at."""
+    off_centre: float = 0.25
+    """An uneven cut must be this much stronger than the even one: renders have strong edges of their own."""
+    slack: float = 0.8
+    """Share of the strongest jump near. It puts 0 halfway between grids and single pictures of the pocket world
+    (docs/data.md)."""
+    floor: float = 1 / 255
+    """Jumps below the last bit of 8 are none."""
+    flat: float = 5
+    """Levels of 255: the largest standard deviation of a gutter's pixels."""
+    clean: float = 1
+    """Levels: the standard deviation of pixels that no painted thing has, only a gutter."""
+    level: float = 3
+    """Levels: the spread of a stripe's column means that no painted thing has."""
+    ends: int = 5
+    """The most bands at the top and bottom in which a thing's edge breaks off, as no seam does."""
+    gone: float = 1 / 6
+    """There the edge has broken off where its jumps are at most this share of the others, …"""
+    faint: float = 2
+    """… at most so many times what is usual, …"""
+    gone_vote: float = 0.1
+    """… and vote no more than this."""
+    unseen: float = 1.75
+    """Or, at one end, where they are at most so many times what is usual, …"""
+    unseen_vote: float = -0.1
+    """… and vote no more than this."""
+    broken: float = -0.25
+    """The strength of an edge that breaks off."""
+    rival: int = 4
+    """Bands in a row in which another edge is stronger."""
+    around: int = 8
+    """Columns on either side in which such an edge is looked for."""
+    clear: int = 12
+    """Bands in which a seam beside such an edge must stand out."""
+    sure: float = 0.2
+    """The least strength of a seam beside such an edge."""
+    beyond: int = 4
+    """Columns past a rival that are looked at."""
+    past: float = 0.5
+    """The share of the seam's jump that is still there past a rival."""
+
+
+SEARCH = SeamSearch()
+_ABOVE, _BELOW = np.indices((SEARCH.ends + 1, SEARCH.ends + 1))  # bands that are taken together
 _COUNTS = np.maximum(1, _ABOVE + _BELOW)
 _ONE_END = _ABOVE * _BELOW == 0
-_ENOUGH = (np.where(_ONE_END, 3, 2) <= _COUNTS) & (_COUNTS <= ENDS)
+_ENOUGH = (np.where(_ONE_END, 3, 2) <= _COUNTS) & (SEARCH.ends >= _COUNTS)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -138,7 +177,7 @@ def _seams(pixels: np.ndarray, parts: int, axis: str, first: int) -> list[Seam]:
 def _seam(pixels: np.ndarray, even: int, panel: float, axis: str, least: float = EDGES) -> Seam:
     """As `find_seam`, past the stripes beside it; at one of them, a gutter, if that is where the seam is. Stripes stand
     apart in the share `least` of the bands."""
-    around = round(panel * (REACH + WIDEST + NEAR / WORK))
+    around = round(panel * (SEARCH.reach + WIDEST + SEARCH.near / SEARCH.work))
     low, high = max(0, even - around), min(pixels.shape[1], even + around)
     stripes = [(low + a, low + b) for a, b in find_stripes(rows_in_bands(pixels[:, low:high]), panel, least)]
     if not stripes:
@@ -149,14 +188,14 @@ def _seam(pixels: np.ndarray, even: int, panel: float, axis: str, least: float =
     joined, places = pixels[:, kept], np.flatnonzero(kept)
     seam = find_seam(joined, int(np.searchsorted(places, even)), panel, axis)
     best = replace(seam, at=int(places[seam.at]), offset=int(places[seam.at]) - even)
-    step = max(1, round(panel / WORK))
+    step = max(1, round(panel / SEARCH.work))
     for start, end in stripes:
         join, middle = int(kept[:start].sum()), start + (end - start) // 2
         small, first = _reduce(joined, join, step)
         strength = _apart(small, (join - first) // step, round((end - start) / step), pixels[:, start:end], panel)
         if abs(seam.at - join) <= step:
             best = replace(best, strength=min(best.strength, strength))  # the join itself
-        if abs(middle - even) <= panel * REACH and strength >= best.strength:
+        if abs(middle - even) <= panel * SEARCH.reach and strength >= best.strength:
             best = Seam(axis, middle, middle - even, strength, end - start)
     return best
 
@@ -174,9 +213,9 @@ def _apart(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: floa
     spread = middle.std(0).max()
     smeared = max(1, round(panel / 128)) + 1
     columns = stripe[:, smeared : stripe.shape[1] - smeared].mean(0)  # (W, 3): a pole is round, a gutter is not
-    level = len(columns) >= 3 and np.ptp(columns, axis=0).max() <= LEVEL
-    parted = behind[0].mean() >= UNSEEN_VOTE and behind[1].mean() > UNSEEN * behind[2].mean()
-    if spread > FLAT or not (spread <= CLEAN or level or parted):
+    level = len(columns) >= 3 and np.ptp(columns, axis=0).max() <= SEARCH.level
+    parted = behind[0].mean() >= SEARCH.unseen_vote and behind[1].mean() > SEARCH.unseen * behind[2].mean()
+    if spread > SEARCH.flat or not (spread <= SEARCH.clean or level or parted):
         return _strength(behind)
     beside = _joined(bands, at, lag, middle.mean(0) / 255)
     return -1.0 if beside is None else float(beside[0].mean())
@@ -189,10 +228,10 @@ def find_seam(pixels: np.ndarray, even: int, panel: float, axis: str = "x") -> S
     """The vertical seam of pixels (H, W, 3), uint8, near column `even`; `panel` is a panel's width in pixels."""
     if len(pixels) < BANDS:
         return Seam(axis, even, 0, -1.0)  # too small to look at: no grid
-    step = max(1, round(panel / WORK))
+    step = max(1, round(panel / SEARCH.work))
     small, first = _reduce(pixels, even, step)
     centre = (even - first) // step
-    reach = max(1, round(panel * REACH / step))
+    reach = max(1, round(panel * SEARCH.reach / step))
     votes = {at: v for at in range(centre - reach, centre + reach + 1) if (v := _votes(small, at)) is not None}
     if centre not in votes:
         return Seam(axis, even, 0, -1.0)
@@ -200,20 +239,20 @@ def find_seam(pixels: np.ndarray, even: int, panel: float, axis: str = "x") -> S
         votes[centre] = _past_rivals(small, centre, votes[centre])
     scores = {at: _strength(vote) for at, vote in votes.items()}
     best = max(scores, key=lambda at: (scores[at], -abs(at - centre)))
-    if best == centre or scores[best] - OFF_CENTRE <= scores[centre]:
+    if best == centre or scores[best] - SEARCH.off_centre <= scores[centre]:
         return Seam(axis, even, 0, float(scores[centre]))
     at = _sharpest(pixels, first + best * step, step)
     small, first = _reduce(pixels, at, step)  # columns that begin at the seam itself show it best
     exact = _votes(small, (at - first) // step)
     strength = scores[best] if exact is None else _strength(exact)
-    return Seam(axis, at, at - even, strength - OFF_CENTRE)
+    return Seam(axis, at, at - even, strength - SEARCH.off_centre)
 
 
 def _reduce(pixels: np.ndarray, even: int, step: int) -> tuple[np.ndarray, int]:
-    """Bands (BANDS, ≤ 2·SPAN, 3) in 0..1, `step` pixels to a column, one of them beginning at `even`; and where the
+    """Bands (BANDS, ≤ 2·span, 3) in 0..1, `step` pixels to a column, one of them beginning at `even`; and where the
     first begins."""
-    first = max(even % step, even - SPAN * step)
-    count = min(2 * SPAN, (pixels.shape[1] - first) // step)
+    first = max(even % step, even - SEARCH.span * step)
+    count = min(2 * SEARCH.span, (pixels.shape[1] - first) // step)
     bands = rows_in_bands(pixels[:, first : first + count * step]) / 255
     return bands.reshape(BANDS, count, step, 3).mean(2), first
 
@@ -222,22 +261,22 @@ def _strength(seen: np.ndarray) -> float:
     """Of a column as seen (3, BANDS), votes, jumps and usual jumps: the votes' mean; but what breaks off above or
     below, like a door's edge, is no seam."""
     mean = float(seen[0].mean())
-    return BROKEN if mean >= 0 and _breaks_off(seen) else mean
+    return SEARCH.broken if mean >= 0 and _breaks_off(seen) else mean
 
 
 def _breaks_off(seen: np.ndarray) -> bool:
     """Whether there is nothing of an edge left in the first few bands, the last few, or both."""
     sums = np.cumsum(np.pad(seen, ((0, 0), (1, 0))), axis=1)  # (3, BANDS + 1)
-    first, last = sums[:, : ENDS + 1], sums[:, -1:] - sums[:, BANDS - ENDS :][:, ::-1]
+    first, last = sums[:, : SEARCH.ends + 1], sums[:, -1:] - sums[:, BANDS - SEARCH.ends :][:, ::-1]
     ends = first[:, :, None] + last[:, None, :]  # (3, above, below): sums over so many bands above and below
     vote, jump, usual = ends / _COUNTS
     inner = (sums[1, -1] - ends[1]) / (BANDS - _COUNTS)
-    gone = (jump <= GONE * inner) & (jump <= FAINT * usual) & (vote <= GONE_VOTE)
-    unseen = (jump <= UNSEEN * usual) & (vote <= UNSEEN_VOTE) & _ONE_END
+    gone = (jump <= SEARCH.gone * inner) & (jump <= SEARCH.faint * usual) & (vote <= SEARCH.gone_vote)
+    unseen = (jump <= SEARCH.unseen * usual) & (vote <= SEARCH.unseen_vote) & _ONE_END
     return bool(((gone | unseen) & _ENOUGH).any())
 
 
-def _jumps(bands: np.ndarray, at: int, reach: int = NEAR) -> np.ndarray | None:
+def _jumps(bands: np.ndarray, at: int, reach: int) -> np.ndarray | None:
     """Those (BANDS, 2·reach + 1) around column `at`, its own in the middle; None if too few columns are beside it."""
     if at <= reach or at + reach >= bands.shape[1]:
         return None
@@ -248,16 +287,16 @@ def _jumps(bands: np.ndarray, at: int, reach: int = NEAR) -> np.ndarray | None:
 def _compared(jump: np.ndarray, others: np.ndarray) -> np.ndarray:
     """How each band votes on a jump (BANDS,), beside the others (BANDS, N); the jump; and what is usual among the
     others: (3, BANDS)."""
-    near = others.max(1) * SLACK
+    near, floor = others.max(1) * SEARCH.slack, SEARCH.floor
     middle = (others.shape[1] - 1) // 2
-    return np.stack([(jump - near - FLOOR) / (jump + near + FLOOR), jump, np.partition(others, middle, 1)[:, middle]])
+    return np.stack([(jump - near - floor) / (jump + near + floor), jump, np.partition(others, middle, 1)[:, middle]])
 
 
 def _votes(bands: np.ndarray, at: int) -> np.ndarray | None:
     """How much, band by band, the jump before column `at` stands out; None if too few columns are beside it."""
-    jumps = _jumps(bands, at)
+    jumps, own = _jumps(bands, at, SEARCH.near), SEARCH.near
     # The next column on either side is left out: a decoder smears a seam over two or three.
-    return None if jumps is None else _compared(jumps[:, NEAR], np.delete(jumps, (NEAR - 1, NEAR, NEAR + 1), axis=1))
+    return None if jumps is None else _compared(jumps[:, own], np.delete(jumps, (own - 1, own, own + 1), axis=1))
 
 
 def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
@@ -266,41 +305,46 @@ def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
     Taken only if the seam then stands out nearly everywhere, and most of its jump is still there between what lies on
     its one side and what lies past the edges on the other: behind a pole in one picture, the picture goes on.
     """
-    jumps = _jumps(bands, at, AROUND)
+    around = SEARCH.around
+    jumps = _jumps(bands, at, around)
     if jumps is None:
         return seen
-    own = jumps[:, AROUND]
-    stronger = np.asarray(jumps > SLACK * own[:, None])
-    stronger[:, AROUND - 1 : AROUND + 2] = False
-    windows = np.lib.stride_tricks.sliding_window_view(stronger, RIVAL, axis=0)
-    runs: Any = windows.all(-1)  # (BANDS - RIVAL + 1, columns)
+    own = jumps[:, around]
+    stronger = np.asarray(jumps > SEARCH.slack * own[:, None])
+    stronger[:, around - 1 : around + 2] = False
+    windows = np.lib.stride_tricks.sliding_window_view(stronger, SEARCH.rival, axis=0)
+    runs: Any = windows.all(-1)  # (BANDS - rival + 1, columns)
     rivals = np.zeros_like(stronger)
-    for shift in range(RIVAL):
+    for shift in range(SEARCH.rival):
         rivals[shift : shift + len(runs)] |= runs
     smeared = rivals.copy()
     smeared[:, 1:] |= rivals[:, :-1]
     smeared[:, :-1] |= rivals[:, 1:]
-    smeared[:, AROUND - 1 : AROUND + 2] = True
+    smeared[:, around - 1 : around + 2] = True
     if not rivals.any() or (~smeared).sum(1).min() < 2:
         return seen
     least = np.where(smeared, np.inf, jumps).min(1, keepdims=True)  # in the place of what is left out
-    others = np.delete(np.where(smeared, least, jumps), (AROUND - 1, AROUND, AROUND + 1), axis=1)
+    others = np.delete(np.where(smeared, least, jumps), (around - 1, around, around + 1), axis=1)
     found = _compared(own, others)
-    clear = (found[0] > 0).sum() >= CLEAR and found[0].mean() >= SURE
-    return found if clear and np.median(_past(bands, at, rivals) / (own + FLOOR)) >= PAST else seen
+    clear = (found[0] > 0).sum() >= SEARCH.clear and found[0].mean() >= SEARCH.sure
+    return found if clear and np.median(_past(bands, at, rivals) / (own + SEARCH.floor)) >= SEARCH.past else seen
 
 
 def _past(bands: np.ndarray, at: int, rivals: np.ndarray) -> np.ndarray:
     """The least difference (BANDS,) between the column on one side of `at` and those past the rivals of a band, (BANDS,
-    2·AROUND + 1), on the other."""
+    2·around + 1), on the other."""
     least = np.full(BANDS, np.inf)
     for way in (1, -1):
         here = bands[:, at - 1] if way > 0 else bands[:, at]
         for band in range(BANDS):
-            of_side = rivals[band, AROUND + 1 :] if way > 0 else rivals[band, AROUND - 1 :: -1]
+            of_side = rivals[band, SEARCH.around + 1 :] if way > 0 else rivals[band, SEARCH.around - 1 :: -1]
             if of_side.any():
                 edge = at + way * (int(np.flatnonzero(of_side)[-1]) + 2)
-                past = bands[band, edge : edge + BEYOND] if way > 0 else bands[band, max(0, edge - BEYOND) : edge]
+                past = (
+                    bands[band, edge : edge + SEARCH.beyond]
+                    if way > 0
+                    else bands[band, max(0, edge - SEARCH.beyond) : edge]
+                )
                 if len(past):
                     least[band] = min(least[band], np.sqrt(((past.mean(0) - here[band]) ** 2).sum()))
     return np.where(np.isfinite(least), least, np.sqrt(((bands[:, at] - bands[:, at - 1]) ** 2).sum(1)))
@@ -314,8 +358,8 @@ def _joined(bands: np.ndarray, at: int, lag: int, colour: np.ndarray | None) -> 
     the jump over it is compared with jumps near it over as many columns.
     """
     lag = 1 if colour is not None else lag + 1
-    sides = bands[:, max(0, at - NEAR - lag) : at], bands[:, at : at + NEAR + lag]
-    if any(side.shape[1] < NEAR + lag for side in sides):
+    sides = bands[:, max(0, at - SEARCH.near - lag) : at], bands[:, at : at + SEARCH.near + lag]
+    if any(side.shape[1] < SEARCH.near + lag for side in sides):
         return None
     others = np.concatenate([side[:, lag:] - side[:, :-lag] for side in sides], axis=1)
     left, right = bands[:, at - 1], bands[:, at]

@@ -1,6 +1,6 @@
 """Stage 3, curate: grids are cut into panels, the panels compared, and every ordered pair gets its verdict.
 
-For each grid: cut it where its seams are (`geometry`), look at each panel alone (`screens`), lay its panels over one
+For each grid: cut it where its seams are (`seams`), look at each panel alone (`screens`), lay its panels over one
 another (`alignment`), let the judge say how alike their subjects are, and put the pair into words. Nothing is thrown
 away: a refused pair is a row with its reason, and all numbers stay, so that other thresholds need no new look at any
 picture. docs/curation.md has all tests in their order.

@@ -1,7 +1,7 @@
 """Stripes of one colour that run from edge to edge of a canvas: borders, gutters between panels, and poles.
 
 They are looked for in sixteen bands of rows: a stripe's colour is the same in all of them, and in most of them another
-than what lies beside it. What a stripe is, and what that means for a seam, is `geometry`'s to say.
+than what lies beside it. What a stripe means for a seam is decided in `seams`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
-"""How much texts repeat each other: near duplicates among a shard's drafts, and the spread of a run's prompts.
+"""How much texts repeat each other: near duplicates in a shard and in a run, and the spread of a run's prompts.
 
     guard = Guard(limit=0.5)
     guard.near("p-000001", "a red fox asleep on a rock")  # None: nothing like it was let in; it is now
 
 Texts are compared by their shingles (pairs of neighbouring words): Broder, On the resemblance and containment of
 documents, 1997. A shard holds hundreds of drafts, so the overlap is counted exactly, and needs no MinHash.
+
+A language model's drafts are compared within their shard when they are written (`llm_writer`); two shards are written
+apart, on two machines perhaps, and may have the same idea. So all prompts of a run are compared once more before they
+are published (`take_out`): by their words without those of the task's own wordings, in row order, the earlier one
+stays. Done again, after a kill for instance, it ends with the same rows.
 """
 
 from __future__ import annotations
@@ -119,13 +124,6 @@ def spread(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Spread:
     steps = [2**power for power in range(20) if 2**power < len(sets)]
     apart = [1 - resemblance(one, sets[(place + step) % len(sets)]) for place, one in enumerate(sets) for step in steps]
     return Spread(count, distinct, sum(apart) / len(apart) if apart else 0.0)
-
-
-# Takes out of a run's prompts those that nearly repeat an earlier one, wherever in the run that is. A language
-# model's drafts are compared within their shard when they are written (`llm_writer`); two shards are written apart,
-# on two machines perhaps, and may have the same idea. So all of them are compared once more before the prompts are
-# published: by their words without those of the task's own wordings, in row order, the earlier one stays. Done again,
-# after a kill for instance, it ends with the same rows.
 
 
 def take_out(prompts: Dataset, failed: Dataset, task: Task, layout: Grid, limit: float, fingerprint: str) -> int:

@@ -1,11 +1,15 @@
-"""Grammars: what a grid shows, drawn from words, for a writer that needs no language model.
+"""How a grid is put into words: drafts drawn from a grammar, and the task's templates that make prompts of them.
 
 A grammar is a function from a grid's number and a generator to a `Draft`. Those of `GRAMMARS` speak in the pocket
 world's words (`diptych.pocket.captions`), the only ones its teacher knows; a task names the one that draws it
-(`grammar.pocket`). Teachers that know English get theirs from a vocabulary file (`compose`).
+(`grammar.pocket`). Teachers that know English get theirs from a vocabulary file (`vocabulary`).
 
 Kinds and places come even by construction: in each run of as many grids as there are of them, each occurs once, in an
 order of its own. So the first thousand grids of a run are as mixed as all of them.
+
+A draft is filled into the task's templates: a panel's caption, the prompt of a whole grid, and the instruction that
+turns one panel into another. A panel's caption follows its task's `panel_template`, so its parts can be read back from
+it: "a cat on the moon" is subject "cat" and scene "on the moon".
 """
 
 from __future__ import annotations
@@ -23,8 +27,6 @@ if TYPE_CHECKING:
 
     from diptych.pocket.world import Scene
     from diptych.recipe.tasks import Task
-
-    pass
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,6 @@ def _noun(kind: str, caption: str) -> str:
     words = caption.split()
     return next(noun for noun in (kind, *captions.GENERIC) if noun in words)
 
-
-# A task's templates, filled: a panel's caption, the prompt of a whole grid, and the instruction that turns one panel
-# into another. A panel's caption follows its task's `panel_template`, so its parts can be read back from it: "a cat
-# on the moon" is subject "cat" and scene "on the moon".
 
 PLACES = {(1, 2): ("left", "right"), (1, 3): ("left", "middle", "right")}
 ORDINALS = ("first", "second", "third", "fourth")

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from diptych.data.engine import Failure, Row, Work
 from diptych.errors import UsageError, nearest
 from diptych.recipe import tasks
-from diptych.stages.write import grammar as wording
-from diptych.stages.write.grammar import GRAMMARS, Draft, Turn
+from diptych.stages.write.grammar import GRAMMARS, Draft, Turn, grid_prompt, styled
 from diptych.utils.documents import parse_json
 
 if TYPE_CHECKING:
@@ -81,9 +80,9 @@ class Write:
             if found is None:
                 continue
             drawn = found
-            prompt = wording.grid_prompt(self.task, self.layout, drawn, rng)
+            prompt = grid_prompt(self.task, self.layout, drawn, rng)
             if captions.count_words(prompt) <= max_words:
-                panels = [wording.styled(panel, drawn.style) for panel in drawn.panels]
+                panels = [styled(panel, drawn.style) for panel in drawn.panels]
                 text = {"id": row["id"], "prompt": prompt, "panels": panels, "subject": drawn.subject}
                 return [{**text, "task": self.task.name, "seed": row["seed"]}]
         if drawn is None:
@@ -148,9 +147,8 @@ def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.
 
 def _composed(name: str, recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.Generator], Draft | None]:
     from diptych.stages.write import vocabulary
-    from diptych.stages.write import vocabulary as compose
 
-    return compose.grids(vocabulary.load(name), task, task.layout(recipe.write.layout).panels)
+    return vocabulary.grids(vocabulary.load(name), task, task.layout(recipe.write.layout).panels)
 
 
 WRITERS: dict[str, Callable[[Write], Writer]] = {"grammar": grammar, "llm": llm}

@@ -3,6 +3,13 @@
 A vocabulary is one YAML file, `photo.yaml` beside this one or any other: categories of subjects with what tells one
 individual from another, and lists of phrases (places, actions, lights, …) that a task's `grammar` names as fields.
 What a subject looks like and what a scene shows are kept apart, so that captions can leave the looks out.
+
+    draft = grids(load("photo"), tasks.load("subject"), panels=4)
+
+What stays and what changes in a grid is the task's to say (`grammar.scene`, `grammar.change`). The individual is
+described once, in detail, for all panels; a panel's caption knows only its kind: a draft in which a word of the looks
+also occurs in a caption is drawn again. Even by construction: categories have their turn, within a category its kinds,
+styles, and every phrase of a list.
 """
 
 from __future__ import annotations
@@ -27,8 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diptych.recipe.tasks import Task
-
-    pass
 
 Text = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Text], Field(min_length=1)]
@@ -176,12 +181,6 @@ def load(name: str) -> Vocabulary:
         keys = frozenset(key for part in (Vocabulary, Category, Phrases) for key in part.model_fields)
         raise UsageError(f"{path}: {documents.first(error, keys)}") from error
 
-
-# Grids composed from a vocabulary file: the grammar of teachers that know English, such as FLUX. draft =
-# grids(vocabulary.load("photo"), tasks.load("subject"), panels=4) What stays and what changes is the task's to say
-# (`grammar.scene`, `grammar.change`). The individual is described once, in detail, for all panels; a panel's caption
-# knows only its kind: a draft in which a word of the looks also occurs in a caption is drawn again. Even by
-# construction: categories have their turn, within a category its kinds, styles, and every phrase of a list.
 
 # Words that tell nothing of what somebody looks like, so a caption may share them with a description.
 _PLAIN = """
