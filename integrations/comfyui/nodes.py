@@ -16,11 +16,10 @@ from PIL import Image
 from diptych import Student
 from diptych.data.formats import to_rgb
 from diptych.errors import UserError
+from diptych.student.sampling import FITS, MAX_SEED, OPTIONS, SEED
 
 MEMORY = ["none", "auto", "8", "12", "16", "24", "48", "80"]
 SPEED = ["as released", "exact", "fast", "fastest"]
-FIT = ["crop", "pad", "contain"]
-MOST = 2**63 - 1
 
 
 def to_pictures(tensor: torch.Tensor) -> list[Image.Image]:
@@ -67,21 +66,19 @@ def progress(total: int) -> Callable[..., dict[str, Any]]:
     return step
 
 
-def _number(default: float, most: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    return ("FLOAT", {"default": default, "min": 0.0, "max": most, "step": 0.1, "tooltip": tooltip})
+def _scale(name: str) -> tuple[str, dict[str, Any]]:
+    tooltip = f"{OPTIONS[name].help} 0: the model's own."
+    return ("FLOAT", {"default": 0.0, "min": 0.0, "max": 20.0, "step": 0.1, "tooltip": tooltip})
 
 
 SAMPLING: dict[str, Any] = {
-    "seed": ("INT", {"default": 0, "min": 0, "max": MOST, "tooltip": "The same seed gives the same picture."}),
+    "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "tooltip": SEED}),
     "steps": ("INT", {"default": 0, "min": 0, "max": 200, "tooltip": "0: the model's own."}),
-    "guidance": _number(0.0, 20.0, "Distilled guidance, for models that have it (FLUX.1-dev). 0: the model's own."),
-    "image_guidance": _number(0.0, 20.0, "True guidance by the reference; 1 is off. 0: the model's own."),
-    "text_guidance": _number(0.0, 20.0, "True guidance by the words; 1 is off. 0: the model's own."),
-    "size": (
-        "INT",
-        {"default": 0, "max": 4096, "step": 16, "tooltip": "Pixels of a side. 0: the model's own."},
-    ),
-    "fit": (FIT, {"tooltip": "How a reference that is not square becomes a panel."}),
+    "guidance": _scale("guidance"),
+    "image_guidance": _scale("image_guidance"),
+    "text_guidance": _scale("text_guidance"),
+    "size": ("INT", {"default": 0, "max": 4096, "step": 16, "tooltip": "Pixels of a side. 0: the model's own."}),
+    "fit": (list(FITS), {"tooltip": "How a reference that is not square becomes a panel."}),
 }
 
 
