@@ -125,12 +125,12 @@ def test_metrics_are_the_plain_cosines_of_the_models(job: Evaluation, models: di
 
 def test_diversity_is_how_far_apart_the_seeds_pictures_are(models: dict[str, str]) -> None:
     from diptych.data.images import image_cell
-    from diptych.evaluate.scoring.judging import Diversity, Models
+    from diptych.evaluate.scoring.judging import Diversity, VisionModels
 
     images = [Image.new("RGB", (32, 32), c) for c in ("red", "blue", "red", "red", "green")]
     rows = [{"sample": "ab"[i > 1], "image": image_cell(image)} for i, image in enumerate(images)]
     rows[-1]["sample"] = "c"
-    found = [values["diversity"] for values in Diversity(models["dino"], Models("cpu")).score(rows) if values]
+    found = [values["diversity"] for values in Diversity(models["dino"], VisionModels("cpu")).score(rows) if values]
     assert found[0] == found[1] > 0.001 and found[2] == pytest.approx(found[3], abs=1e-6) == pytest.approx(0, abs=1e-6)
     assert found[4] is None
 
