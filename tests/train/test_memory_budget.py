@@ -67,7 +67,7 @@ def test_several_processes_share_a_validation_and_have_its_very_figures(
 ) -> None:
     one = trainer(micro_batch=3)
     job, rows = one.job, seen_rows(one)
-    pairs = validate.Pairs(job.buckets, job.latents, job.text, job.validation_rows)
+    pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows)
     alone = validate.validation_loss(one.losses, pairs, one.options, 3, job.device)
     passes = len(rows)
     assert passes == 7  # twenty samples, three at once

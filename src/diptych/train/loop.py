@@ -222,7 +222,7 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Validation loss of the averaged weights; each process computes a part of it."""
         job = self.job
-        pairs = validate.Pairs(job.buckets, job.latents, job.text, job.validation_rows)
+        pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows)
         with parts.averaged(self.ema, self.trained), _eager():
             return validate.validation_loss(self.losses, pairs, self.options, self.rows, job.device, self.processes)
 

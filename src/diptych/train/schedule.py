@@ -143,7 +143,7 @@ def choose(
     side: int | None,
     shift: float | Literal["auto"],
 ) -> list[Bucket]:
-    """The buckets of a recipe (`sections.Distill.buckets`, `shift`); where it names none, one square of this side."""
+    """The buckets of a recipe (`distill.buckets`, `distill.shift`); where it names none, one square of this side."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     side = side or pipe.default_panel_size

@@ -27,7 +27,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 
 @dataclass(frozen=True)
-class Pairs:
+class HeldOut:
     """Held-out pairs: `rows` of the latents and text that training reads."""
 
     buckets: Sequence[Bucket]
@@ -39,7 +39,7 @@ class Pairs:
 @torch.no_grad()
 def validation_loss(
     losses: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
-    pairs: Pairs,
+    pairs: HeldOut,
     options: Distill,
     size: int,
     device: torch.device,
@@ -70,7 +70,7 @@ def validation_loss(
     return {"loss": options.left_weight * left + options.right_weight * right, **means}
 
 
-def _batch(pairs: Pairs, part: Sequence[tuple[int, float]], options: Distill) -> Batch:
+def _batch(pairs: HeldOut, part: Sequence[tuple[int, float]], options: Distill) -> Batch:
     """Samples of (row, noise level), on the CPU."""
     latents = pairs.latents
     clean, condition = latents.gather([row for row, _ in part])
