@@ -63,7 +63,7 @@ def expected(base: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "row",
-    [row for row in directions.DIRECTIONS if row.target != "exported"],  # no weights: test_exported.py
+    [row for row in directions.rows() if row.target != "exported"],  # no weights: test_exported.py
     ids=lambda row: f"{row.source}-{row.target}",
 )
 def test_every_row_of_the_table_does_what_it_says(row, sources, base, expected, tmp_path):
@@ -361,5 +361,5 @@ def test_the_command_converts_tells_and_prints_the_table(tmp_path, capsys):
 
 def test_the_page_shows_the_table():
     page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text("utf8")
-    for row in directions.DIRECTIONS:
+    for row in directions.rows():
         assert f"| {row.source} | {row.target} | {row.equality} | {'yes' if row.base else ''} |" in page, row

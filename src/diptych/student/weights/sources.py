@@ -27,7 +27,7 @@ from diptych.utils import models
 class Source:
     """A student's weights as they lie on disk."""
 
-    layout: str  # a key of `directions.LAYOUTS`
+    layout: str  # a layout of `directions.yaml`
     folded: Folded  # `state_dict` holds `Stored`s; of a control-LoRA, the teacher's, widened. `config` has its settings
     lora: Path | None  # the LoRA file that belongs to it
     place: Path  # the folder or file that holds the transformer's weights
