@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ RELEASED = GOLDEN / "dsd_model"
 LORA = RELEASED / "pytorch_lora_weights.safetensors"
 
 
+def read_state(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a transformer folder, cast to `dtype` if given."""
+    return {key: tensor.to(dtype).read() for key, tensor in files.open_state(folder).items()}
+
+
+def read_student(folder: Path) -> fold.Folded:
+    """A student's weights from a transformer folder of either layout, folded and read."""
+    folded = files.fold_stored(
+        files.open_state(folder), files.read_config(folder), files.read_split(folder), str(folder)
+    )
+    return replace(folded, state_dict={key: tensor.read() for key, tensor in folded.state_dict.items()})
+
+
 def folded_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, config) of the golden student, folded, without its LoRA."""
-    folded = fold.fold(files.read_state(RELEASED / "transformer"), files.read_config(RELEASED / "transformer"))
+    folded = fold.fold(read_state(RELEASED / "transformer"), files.read_config(RELEASED / "transformer"))
     return folded.state_dict, folded.config
 
 
@@ -27,7 +41,7 @@ def make_base(folder: Path) -> Path:
     """The golden base with the teacher's transformer that the golden student was not trained from but might have been:
     the released weights without `c_embedder`."""
     shutil.copytree(GOLDEN / "base", folder)
-    state = files.read_state(RELEASED / "transformer")
+    state = read_state(RELEASED / "transformer")
     config = {**files.read_config(RELEASED / "transformer"), "_class_name": "FluxTransformer2DModel"}
     kept = {k: v.contiguous() for k, v in state.items() if not k.startswith("c_embedder.") and ".lora_" not in k}
     (folder / "transformer").mkdir()

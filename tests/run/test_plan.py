@@ -189,7 +189,7 @@ def test_planning_a_flux_training_imports_neither_torch_nor_diffusers(tmp_path: 
 def test_the_rules_for_a_model_s_tensors_give_the_model_s_own(name: str) -> None:
     import torch
 
-    from diptych.student.weights import shapes
+    from diptych.student.families import shapes
 
     configs = teacher.find(load("flux-subject", [f"teacher={name}"])).configs
     for part, (library, cls) in PARTS.items():

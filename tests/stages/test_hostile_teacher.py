@@ -21,7 +21,7 @@ from diptych.judges.vision import check, open_vision
 from diptych.llm.local import LocalModel
 from diptych.stages import paint
 from diptych.student.pipeline import DiptychPipeline
-from diptych.student.weights.components import open_part
+from diptych.student.weights.sources import open_part
 from diptych.train import prepare
 from diptych.utils.opening import check_pipeline, refuse_code
 

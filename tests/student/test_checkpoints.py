@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from diptych import student
 from diptych.errors import UsageError, UserError
 from diptych.stages.paint import open_teacher
-from diptych.student.weights import files
 from diptych.student.weights.convert import convert
 from diptych.student.weights.sources import teacher_state
-from layouts import latent_diffusion_keys, original_keys
+from layouts import latent_diffusion_keys, original_keys, read_state
 
 
 @pytest.fixture(scope="module")
 def state(student_folder: Path) -> dict[str, torch.Tensor]:
-    return files.read_state(student_folder / "transformer")
+    return read_state(student_folder / "transformer")
 
 
 def same(pipe: Any, other: Any) -> None:

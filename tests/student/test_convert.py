@@ -28,7 +28,7 @@ from diptych.student.weights.lora_delta import low_rank
 from diptych.student.weights.original import from_original
 from diptych.student.weights.sources import read_settings
 from diptych.student.weights.tensors import held, open_safetensors, write_safetensors
-from layouts import LORA, RELEASED, folded_state, make_base, original_keys, write_gguf
+from layouts import LORA, RELEASED, folded_state, make_base, original_keys, read_state, write_gguf
 
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -99,8 +99,8 @@ def test_released_comes_back_bit_for_bit(way, dtype, tmp_path):
         convert(place, tmp_path / name, to, dtype=dtype if i == 0 else None)
         place = tmp_path / name
     assert convert(place, tmp_path / "back", "released")["equality"] == "bits"
-    before = files.read_state(RELEASED / "transformer", getattr(torch, dtype or "float32"))
-    after = files.read_state(tmp_path / "back" / "transformer")
+    before = read_state(RELEASED / "transformer", getattr(torch, dtype or "float32"))
+    after = read_state(tmp_path / "back" / "transformer")
     assert after.keys() == {key for key in before if ".lora_" not in key}
     assert all(torch.equal(before[key], after[key]) for key in after)
 
@@ -116,7 +116,7 @@ def test_the_lora_is_copied_byte_for_byte_or_refused(tmp_path, sources):
 
 def test_without_a_split_the_whole_bias_goes_to_x_embedder(tmp_path, sources):
     done = convert(sources["gguf"], tmp_path / "out", "released", base=sources["folded"])
-    out = files.read_state(tmp_path / "out" / "transformer")
+    out = read_state(tmp_path / "out" / "transformer")
     assert done["equality"] == "function" and not out["c_embedder.bias"].any()
 
 
@@ -166,7 +166,7 @@ def test_a_folded_folder_with_a_base_is_complete(student_folder, teacher, tmp_pa
     stock = FluxControlPipeline.from_pretrained(tmp_path / "out")
     assert type(stock) is FluxControlPipeline
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == "FluxControlPipeline"
-    mine = files.read_state(student_folder / "transformer")
+    mine = read_state(student_folder / "transformer")
     assert all(torch.equal(tensor, mine[key]) for key, tensor in stock.transformer.state_dict().items())
     assert student.load(tmp_path / "out", device="cpu").text_length == 12
     assert not convert(student_folder, tmp_path / "bare", "folded", dtype="float16")["complete"]
@@ -208,7 +208,7 @@ def test_a_lora_is_not_rounded_into_half_precision_unasked(base, sources, expect
 
 
 def test_layers_trained_whole_do_not_become_a_control_lora(student_folder, teacher, tmp_path):
-    mine = files.read_state(student_folder / "transformer")
+    mine = read_state(student_folder / "transformer")
     layer = "transformer_blocks.0.ff.net.2.weight"
     mine[layer] = mine[layer] + 0.1 * torch.randn_like(mine[layer])
     norm = "single_transformer_blocks.0.attn.norm_q.weight"

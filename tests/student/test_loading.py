@@ -18,7 +18,7 @@ from diptych.student.loading import pick_dtype
 from diptych.student.weights import files
 from diptych.student.weights.convert import convert
 from diptych.student.weights.lora import apply_lora
-from layouts import write_gguf
+from layouts import read_state, write_gguf
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -58,8 +58,8 @@ def test_a_saved_released_student_keeps_its_bias_split(tmp_path):
     pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu", released_lora=False)
     student.save(pipe, tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "released", "released")
-    before = files.read_state(GOLDEN / "dsd_model" / "transformer")
-    after = files.read_state(tmp_path / "released" / "transformer")
+    before = read_state(GOLDEN / "dsd_model" / "transformer")
+    after = read_state(tmp_path / "released" / "transformer")
     assert all(torch.equal(before[key], after[key]) for key in after)
 
 
@@ -124,9 +124,9 @@ def test_alpha_in_the_header_scales(student_folder, teacher, tmp_path):
 
 def test_a_control_lora_goes_on_the_widened_teacher(student_folder, teacher, tmp_path):
     """A folder with only the LoRA file; the input layer as stock diffusers stores it, a full-rank adapter with bias."""
-    wide = files.read_state(student_folder / "transformer")["x_embedder.weight"]
+    wide = read_state(student_folder / "transformer")["x_embedder.weight"]
     start = torch.zeros_like(wide)
-    start[:, :16] = files.read_state(teacher / "transformer")["x_embedder.weight"]
+    start[:, :16] = read_state(teacher / "transformer")["x_embedder.weight"]
     bias = torch.randn(32)
     name = "transformer.x_embedder"
     state = {f"{name}.lora_A.weight": torch.eye(32), f"{name}.lora_B.weight": wide - start, f"{name}.lora_B.bias": bias}
@@ -276,7 +276,7 @@ def test_local_paths_need_no_network(student_folder, teacher, monkeypatch):
 def test_a_single_file_is_opened_with_its_header_or_its_base(student_folder, teacher, pipe, tmp_path):
     """The header of a converted file holds what shapes do not say; another's file asks the base's config."""
     convert(student_folder, tmp_path / "student.safetensors", "file")
-    state = files.read_state(student_folder / "transformer")
+    state = read_state(student_folder / "transformer")
     save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, tmp_path / "bare.safetensors")
     for name in ("student", "bare"):
         loaded = student.load(tmp_path / f"{name}.safetensors", teacher, device="cpu")
@@ -300,14 +300,14 @@ def test_a_control_lora_file_alone_is_a_model(student_folder, teacher, tmp_path)
     alone = tmp_path / "mine.safetensors"
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").rename(alone)
     loaded = student.load(alone, teacher, device="cpu", fuse=True).transformer
-    wide = files.read_state(student_folder / "transformer")["x_embedder.weight"]
+    wide = read_state(student_folder / "transformer")["x_embedder.weight"]
     torch.testing.assert_close(loaded.x_embedder.weight, wide)
     with pytest.raises(UsageError, match="is a LoRA, which needs the teacher"):
         student.load(alone, device="cpu")
 
 
 def test_gguf_stays_quantized_and_takes_a_lora_beside_it(student_folder, teacher, tmp_path, pictures):
-    state = files.read_state(student_folder / "transformer")
+    state = read_state(student_folder / "transformer")
     path = write_gguf(tmp_path / "student.gguf", state, "Q8_0")
     lora = (make_lora(tmp_path / "a.safetensors"), 0.25)
     exact = student.load(student_folder, teacher, device="cpu", lora=lora, fuse=True)
@@ -324,7 +324,7 @@ def test_gguf_stays_quantized_and_takes_a_lora_beside_it(student_folder, teacher
 
 
 def test_damaged_and_unreadable_files_are_named(teacher, tmp_path, student_folder):
-    state = files.read_state(student_folder / "transformer")
+    state = read_state(student_folder / "transformer")
     whole = write_gguf(tmp_path / "whole.gguf", state, "F16").read_bytes()
     for name, size in (("head.gguf", 200), ("tail.gguf", len(whole) - 500)):
         (tmp_path / name).write_bytes(whole[:size])

@@ -14,13 +14,12 @@ from diptych import student
 from diptych.errors import UserError
 from diptych.student.runtime.applied import put_on
 from diptych.student.runtime.speed import Speed
-from diptych.student.weights import files
 from diptych.student.weights.convert import convert
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_delta import Delta, as_lora
 from diptych.student.weights.lora_file import lora_deltas
 from diptych.student.weights.tensors import write_safetensors
-from layouts import dora, write_gguf
+from layouts import dora, read_state, write_gguf
 
 CLOSE: Any = {"rtol": 0, "atol": 2e-5}
 QKV = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
@@ -33,7 +32,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def state(student_folder: Path) -> dict[str, torch.Tensor]:
-    return files.read_state(student_folder / "transformer")
+    return read_state(student_folder / "transformer")
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_original_keys_go_there_and_back_bit_for_bit(shapes) -> None:
 def test_an_exported_program_takes_any_number_of_tokens(student_folder, tmp_path) -> None:
     from diptych.student.settings import Settings
     from diptych.student.weights.exported import SETTINGS_FILE, TOLERANCE, inputs
-    from diptych.student.weights.files import read_student
+    from layouts import read_student
 
     done = convert(student_folder, tmp_path / "student.pt2", "exported")
     assert done["bytes"] == (tmp_path / "student.pt2").stat().st_size

@@ -133,11 +133,11 @@ def test_staged_texts_and_precomputed_modulation_change_no_picture(pipe, load, p
 
 
 def test_staged_text_encoders_are_opened_for_new_prompts_only(load, pictures, monkeypatch):
-    from diptych.student.weights import components
+    from diptych.student.weights import sources
 
     opened, held = [], load(Preset(staged=True))
-    really = components.open_part
-    monkeypatch.setattr(components, "open_part", lambda part, *rest: opened.append(part) or really(part, *rest))
+    really = sources.open_part
+    monkeypatch.setattr(sources, "open_part", lambda part, *rest: opened.append(part) or really(part, *rest))
     first = latents(held, pictures)  # two prompts and "", in two calls of the encoders that are open by then
     assert opened == ["text_encoder", "text_encoder_2"]
     assert torch.equal(latents(held, pictures), first)

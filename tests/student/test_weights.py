@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from diptych.errors import UserError
 from diptych.student.weights import files, fold
 from diptych.student.weights.convert import convert
+from layouts import read_state, read_student
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 RELEASED = GOLDEN / "dsd_model" / "transformer"
@@ -116,7 +117,7 @@ def test_released_to_folded_to_released_is_bit_equal_on_disk(tmp_path):
     done = convert(RELEASED, tmp_path / "folded", "folded")
     convert(tmp_path / "folded", tmp_path / "out", "released")
     released = tmp_path / "out" / "transformer"
-    before, after = files.read_state(RELEASED), files.read_state(released)
+    before, after = read_state(RELEASED), read_state(released)
     dropped = before.keys() - after.keys()
     assert len(dropped) == done["ignored_adapter_tensors"] == 50 and all(".default." in key for key in dropped)
     assert all(torch.equal(before[key], after[key]) for key in after)
@@ -127,7 +128,7 @@ def test_released_to_folded_to_released_is_bit_equal_on_disk(tmp_path):
 
 
 def test_unfolding_a_trained_bias_ignores_the_old_split(tmp_path):
-    folded = fold.fold(files.read_state(RELEASED), files.read_config(RELEASED))
+    folded = fold.fold(read_state(RELEASED), files.read_config(RELEASED))
     folded.state_dict["x_embedder.bias"] = folded.state_dict["x_embedder.bias"] + 1
     state, _ = fold.unfold(folded.state_dict, folded.config, folded.split)
     assert torch.equal(state["x_embedder.bias"] + state["c_embedder.bias"], folded.state_dict["x_embedder.bias"])
@@ -144,7 +145,7 @@ def test_unfolding_a_trained_bias_ignores_the_old_split(tmp_path):
     ],
 )
 def test_keys_that_do_not_match_are_refused_by_name(change, named):
-    state = files.read_state(RELEASED)
+    state = read_state(RELEASED)
     change(state)
     with pytest.raises(UserError, match=named):
         fold.fold(state, files.read_config(RELEASED))
@@ -158,19 +159,19 @@ def test_a_plain_teacher_is_no_student(teacher):
 
 
 def test_a_missing_shard_and_a_broken_index_are_named(tmp_path):
-    state = files.read_state(RELEASED)
+    state = read_state(RELEASED)
     (tmp_path / "config.json").write_text((RELEASED / "config.json").read_text())
     index = {"weight_map": dict.fromkeys(state, "part-1.safetensors")}
     (tmp_path / f"{files.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"part-1.safetensors is missing"):
-        files.read_student(tmp_path)
+        read_student(tmp_path)
     from safetensors.torch import save_file
 
     save_file(state, tmp_path / "part-1.safetensors")
-    assert files.read_student(tmp_path).config["in_channels"] == 128
+    assert read_student(tmp_path).config["in_channels"] == 128
     save_file({k: v for k, v in state.items() if k != "proj_out.bias"}, tmp_path / "part-1.safetensors")
     with pytest.raises(UserError, match=r"proj_out\.bias"):
-        files.read_student(tmp_path)
+        read_student(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from diptych.recipe.schema import Distill
 from diptych.run.plan import make
 from diptych.run.plan.teacher import KNOWN
 from diptych.student.canvas import Canvas
-from diptych.student.weights import shapes
+from diptych.student.families import shapes
 from diptych.train import canvases_at_once, captions_at_once, parts
 from diptych.train.export import as_loaded
 from diptych.train.objective import Batch, image_ids, panel_losses

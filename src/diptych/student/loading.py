@@ -19,11 +19,20 @@ from diptych.student.runtime.applied import hold
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
 from diptych.student.weights import files, single_file
-from diptych.student.weights.components import check_family, check_parts, find_parts, look_at, open_part
 from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_file import lora_file
-from diptych.student.weights.sources import Source, locate, open_source, resolve
+from diptych.student.weights.sources import (
+    Source,
+    check_family,
+    check_parts,
+    find_parts,
+    locate,
+    look_at,
+    open_part,
+    open_source,
+    resolve,
+)
 from diptych.student.weights.tensors import open_safetensors
 from diptych.utils import models
 from diptych.utils.machine import alone, pick_device

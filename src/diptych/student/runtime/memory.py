@@ -289,7 +289,7 @@ class Memory:
 
     @alone
     def _open_text(self) -> None:
-        from diptych.student.weights.components import open_part
+        from diptych.student.weights.sources import open_part
         from diptych.utils.console import quiet_bars
 
         if self._open or not self._places:

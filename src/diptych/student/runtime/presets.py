@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diptych.errors import UsageError, nearest
+from diptych.student.families.shapes import Tensors, tensors
 from diptych.student.runtime import quantize
-from diptych.student.weights.shapes import Tensors, tensors
 
 HEADROOM = 0.92  # share of the free memory a plan may fill: allocators fragment, libraries keep workspaces
 

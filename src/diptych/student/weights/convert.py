@@ -22,33 +22,33 @@ import torch
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student.settings import KEY, Settings, of
 from diptych.student.weights import directions, files, lora_delta, original, single_file
-from diptych.student.weights.components import INDEX, NEEDED, copy_parts, find_parts
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
 from diptych.student.weights.lora_delta import Delta, as_lora, difference, fuse
 from diptych.student.weights.lora_file import RELEASED_LORA, lora_deltas, lora_file, read_deltas
-from diptych.student.weights.sources import Source, lora_alone, open_source, read_settings, resolve, teacher_state
+from diptych.student.weights.sources import (
+    NEEDED,
+    Source,
+    copy_parts,
+    find_parts,
+    lora_alone,
+    open_source,
+    read_settings,
+    resolve,
+    teacher_state,
+)
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
-from diptych.utils.machine import VERSION
+from diptych.utils.opening import INDEX
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INPUT_BIAS = f"{INPUT}.bias"
 Report = Callable[[int, int], None]
 _CONTROL = "control-lora"
 _LORAS = (_CONTROL, *directions.STYLES)
-_FLUX = 3072  # width of FLUX.1
-_IMPLEMENTATIONS = {
-    "diffusers": "diffusers",
-    "comfyui": "https://github.com/black-forest-labs/flux",
-    "kohya": "https://github.com/black-forest-labs/flux",
-}
 _READERS = {  # where a target keeps a student's settings, and who reads them
     "folded": ("transformer's config", "diptych reads them; pass them to stock diffusers"),
     "released": ("transformer's config", "diptych reads them; pass them to the authors' code"),
-    "exported": (
-        "program's extra file diptych.json",
-        "your sampler can follow them: the program is the transformer",
-    ),
+    "exported": ("program's extra file diptych.json", "your sampler can follow them: the program is the transformer"),
 }
 
 
@@ -253,7 +253,7 @@ def _write_original(job: Conversion, path: Path) -> None:
 
 def _file_header(job: Conversion, path: Path, style: str) -> dict[str, str]:
     width, guidance = job.tensors[f"{INPUT}.weight"].shape[0], job.config.get("guidance_embeds")
-    spec = modelspec(path.stem, style, lora=False, width=width, guidance=guidance)
+    spec = files.modelspec(path.stem, style, lora=False, width=width, guidance=guidance)
     return {**files.header_of(job.config, job.split), **spec}
 
 
@@ -266,7 +266,7 @@ def _write_exported(job: Conversion, path: Path) -> None:
 def _write_style(style: str, job: Conversion, path: Path) -> None:
     deltas = _deltas(job)
     tensors, metadata = lora_delta.write(deltas, style)
-    metadata |= modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
+    metadata |= files.modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
     metadata |= _settings_header(of(job.source.folded.config))
     write_safetensors(path, {key: tensor.to(job.dtype) for key, tensor in tensors.items()}, metadata)
 
@@ -278,7 +278,7 @@ def _rewrite_lora(lora: Path, path: Path, style: str, dtype: torch.dtype | None,
     width = next((delta.a.shape[1] for name, delta in deltas.items() if name.endswith("attn.to_q")), 0)
     width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
     tensors, metadata = lora_delta.write(deltas, style)
-    metadata |= modelspec(path.stem, style, lora=True, width=width)
+    metadata |= files.modelspec(path.stem, style, lora=True, width=width)
     if INPUT in deltas:
         metadata |= _settings_header(settings, header)
     elif files.HEADER_KEY in header:
@@ -292,24 +292,6 @@ def _settings_header(settings: Settings, header: Mapping[str, str] | None = None
     had before."""
     said = parse_json((header or {}).get(files.HEADER_KEY, "{}"))
     return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
-
-
-def modelspec(title: str, style: str, *, lora: bool, width: int, guidance: bool | None = None) -> dict[str, str]:
-    """The header that model managers read: https://github.com/Stability-AI/ModelSpec, version 1.0.1. Without its
-    `date`: equal weights make equal bytes here.
-
-    `width` is the model's, `guidance` whether it has FLUX.1-dev's embedding, if that is known.
-    """
-    family = "flux-1" if width != _FLUX else "flux-1-schnell" if guidance is False else "flux-1-dev"
-    fields: dict[str, Any] = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{family}/{'lora' if lora else 'control'}",
-        "implementation": _IMPLEMENTATIONS[style],
-        "title": title,
-        "description": f"Diffusion Self-Distillation (arXiv 2411.18616), written by diptych {VERSION}",
-        "usage_hint": "the input has twice the channels: the noisy canvas, and the latents of [reference | black]",
-    }
-    return {f"modelspec.{key}": value for key, value in fields.items()}
 
 
 def _write_control_lora(job: Conversion, folder: Path) -> None:

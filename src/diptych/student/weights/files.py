@@ -22,6 +22,7 @@ from diptych.student.weights import fold
 from diptych.student.weights.fold import INPUT_LAYERS, BiasSplit, Folded
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
+from diptych.utils.machine import VERSION
 from diptych.utils.opening import variant_names, variant_of
 from diptych.utils.paths import files_inside, plain_name
 
@@ -29,6 +30,12 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 RATIOS_FILE = "speed.json"  # a student's step-cache calibration (`runtime.caches`)
 SPLIT_FILE = "released_biases.safetensors"
 HEADER_KEY = "diptych"  # in a single file's metadata: JSON with its `config` and, if there is one, its bias `split`
+_FLUX = 3072  # width of FLUX.1
+_IMPLEMENTATIONS = {
+    "diffusers": "diffusers",
+    "comfyui": "https://github.com/black-forest-labs/flux",
+    "kohya": "https://github.com/black-forest-labs/flux",
+}
 _SPLIT_KEYS = ("x_embedder.bias", "c_embedder.bias")
 
 
@@ -101,11 +108,6 @@ def copy_plain(source: Path, target: Path, name: str) -> None:
                 (target / spelled).rename(target / plain)
 
 
-def read_state(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a transformer folder, cast to `dtype` if given."""
-    return {key: tensor.to(dtype).read() for key, tensor in open_state(folder).items()}
-
-
 def is_released(keys: Iterable[str]) -> bool:
     """Whether these are keys of the released layout: there is a `c_embedder`."""
     return any(key.startswith("c_embedder.") for key in keys)
@@ -124,17 +126,6 @@ def fold_stored(state: Mapping[str, Stored], config: Mapping[str, Any], split: B
     fold.check_layers(stock, state, where)
     fold.check_keys(state, fold.shapes_of(stock), where)
     return Folded(stock, dict(state), split)
-
-
-def read_student(folder: Path, dtype: torch.dtype | None = None) -> Folded:
-    """A student's weights from a transformer folder of either layout, folded and read, cast to `dtype` if given.
-
-    Cast before folding: bx + bc is then summed in that type.
-    """
-    state = {key: tensor.to(dtype) for key, tensor in open_state(folder).items()}
-    folded = fold_stored(state, read_config(folder), read_split(folder), str(folder))
-    read = {key: tensor.read() for key, tensor in folded.state_dict.items()}
-    return Folded(folded.config, read, folded.split, folded.adapters)
 
 
 def read_split(folder: Path) -> BiasSplit | None:
@@ -181,6 +172,24 @@ def read_header(metadata: Mapping[str, str]) -> tuple[dict[str, Any], BiasSplit 
 
 def _text(tensor: torch.Tensor) -> str:
     return base64.b64encode(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def modelspec(title: str, style: str, *, lora: bool, width: int, guidance: bool | None = None) -> dict[str, str]:
+    """The header that model managers read: https://github.com/Stability-AI/ModelSpec, version 1.0.1. Without its
+    `date`: equal weights make equal bytes here.
+
+    `width` is the model's, `guidance` whether it has FLUX.1-dev's embedding, if that is known.
+    """
+    family = "flux-1" if width != _FLUX else "flux-1-schnell" if guidance is False else "flux-1-dev"
+    fields: dict[str, Any] = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family}/{'lora' if lora else 'control'}",
+        "implementation": _IMPLEMENTATIONS[style],
+        "title": title,
+        "description": f"Diffusion Self-Distillation (arXiv 2411.18616), written by diptych {VERSION}",
+        "usage_hint": "the input has twice the channels: the noisy canvas, and the latents of [reference | black]",
+    }
+    return {f"modelspec.{key}": value for key, value in fields.items()}
 
 
 def write_transformer(
