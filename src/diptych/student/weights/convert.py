@@ -21,21 +21,11 @@ import torch
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.student.settings import KEY, Settings, of
-from diptych.student.weights import directions, files, lora_delta, original, single_file
+from diptych.student.weights import directions, files, lora_delta, original, single_file, sources
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
 from diptych.student.weights.lora_delta import Delta, as_lora, difference, fuse
 from diptych.student.weights.lora_file import RELEASED_LORA, lora_deltas, lora_file, read_deltas
-from diptych.student.weights.sources import (
-    NEEDED,
-    Source,
-    copy_parts,
-    find_parts,
-    lora_alone,
-    open_source,
-    read_settings,
-    resolve,
-    teacher_state,
-)
+from diptych.student.weights.sources import Source
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
 from diptych.utils.opening import INDEX
@@ -112,24 +102,24 @@ def convert(
     if ending != (out.suffix if ending or out.suffix in directions.FILES.values() else ""):
         what = f"a file: end its name in {ending}" if ending else f"a folder: give a name without {out.suffix}"
         raise UsageError(f"{out}: --to {to} writes {what}")
-    path, base_folder = resolve(model, base)
+    path, base_folder = sources.resolve(model, base)
     for read in (path, base_folder):
         if read is not None and out.resolve() in (read.resolve(), *read.resolve().parents):
             raise UsageError(f"{out} holds what is to be read; give another name")
     files.check_free(out, overwrite, "pass --overwrite")
 
-    settings = read_settings(path, base_folder)
+    settings = sources.read_settings(path, base_folder)
     if to == "released" and settings.conditioning != "diptych":
         raise UserError(
             f"{path} → {to} is refused: this student is of {settings.conditioning} conditioning, and the authors' code "
             "runs every student as a diptych; --to folded or file keeps it"
         )
-    if to in directions.STYLES and (lora := lora_alone(path)) is not None:
+    if to in directions.STYLES and (lora := sources.lora_alone(path)) is not None:
         with _publish(out) as temporary:
             whole = _rewrite_lora(lora, temporary, directions.STYLES[to], DTYPES.get(dtype or ""), settings)
         kept = "cast" if dtype else "function"
         return _result(_CONTROL, to, out, started, equality=kept, settings=settings.values() if whole else {})
-    source = open_source(path, base_folder)
+    source = sources.open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
         raise UsageError(f"{path} is {to} already; --dtype rewrites it in another precision, --fuse with its LoRA")
@@ -224,7 +214,7 @@ def _job(
         tensors[INPUT_BIAS] = held(split.x + split.c)
     roots = [root for root in (path, base) if root is not None and root.is_dir()]
     extras = [place for root in roots if (place := root / files.RATIOS_FILE).is_file()][:1]
-    return Conversion(source, tensors, split, lora, find_parts(path, base), extras, base, dtype, report)
+    return Conversion(source, tensors, split, lora, sources.find_parts(path, base), extras, base, dtype, report)
 
 
 def _write_folded(job: Conversion, folder: Path) -> None:
@@ -232,7 +222,7 @@ def _write_folded(job: Conversion, folder: Path) -> None:
     if job.split is not None:
         files.write_split(job.split, folder / "transformer")
     _copy_beside(job, folder)
-    copy_parts(job.parts, folder)
+    sources.copy_parts(job.parts, folder)
 
 
 def _write_released(job: Conversion, folder: Path) -> None:
@@ -307,7 +297,7 @@ def _write_control_lora(job: Conversion, folder: Path) -> None:
 def _deltas(job: Conversion) -> dict[str, Delta]:
     """What a student adds to its teacher, the LoRA beside it included."""
     assert job.base is not None
-    teacher, config = teacher_state(job.base)
+    teacher, config = sources.teacher_state(job.base)
     wide = {**config, "in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
     expected = shapes_of(wide)
     shapes = {key: tensor.shape for key, tensor in job.tensors.items()}
@@ -363,7 +353,7 @@ def _check_room(job: Conversion, to: str, out: Path) -> None:
     if to in _LORAS:
         return  # small, and known only after the comparison
     needed = sum(tensor.nbytes for tensor in job.tensors.values())
-    if to == "folded" and all(part in job.parts for part in NEEDED):
+    if to == "folded" and all(part in job.parts for part in sources.NEEDED):
         needed += sum(f.stat().st_size for place in job.parts.values() for f in place.rglob("*") if f.is_file())
     around = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(around).free
