@@ -27,7 +27,7 @@ def test_a_file_and_a_folder_take_the_place_of_either(tmp_path: Path) -> None:
     goal = tmp_path / "deep" / "goal"
     for made in ("file", "folder", "folder", "file", "file"):
         with publish(goal) as partial:
-            assert partial.name == goal.name and is_temporary(partial.parent.name)
+            assert partial.parent == goal.parent and is_temporary(partial.name)
             partial.mkdir() if made == "folder" else partial.write_text("new")
         assert goal.is_dir() if made == "folder" else goal.read_text() == "new"
     assert [path.name for path in goal.parent.iterdir()] == ["goal"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
@@ -127,8 +127,7 @@ def _counted(folder: Path) -> Length:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"the tokenizer in {folder} cannot be opened ({line})") from error
+        raise UserError(f"the tokenizer in {folder} cannot be opened ({describe(error)})") from error
     most = min(MAX_TOKENS, int(tokenizer.model_max_length))
     return Length(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), most)
 

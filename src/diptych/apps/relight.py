@@ -9,7 +9,6 @@ aligned works the same: `task="season.yaml"`, and "in winter" for a light.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,6 +17,7 @@ import numpy as np
 
 from diptych.errors import UsageError
 from diptych.student.sampling import RelightOptions, as_list, given
+from diptych.utils.io import sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,7 +88,7 @@ def relight(
         masked = None if mask is None else _stays(_part(_opened(mask), seen, inside))
     told: dict[str, Any] = {"task": found.name, "detail": detail}
     if stays is not None:
-        told["mask"] = hashlib.sha256(stays.tobytes()).hexdigest()
+        told["mask"] = sha256(stays.tobytes())
     switched = bool(student.pipeline.runtime.speed.null_panel)
     for key, value in student.pipeline.settings.relight.items():  # the model's own, where nothing else is said
         if key not in asked and not (key == "null_panel" and switched):

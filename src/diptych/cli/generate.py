@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from diptych.cli.options import Cluster, Device, Json, Loading, command, opened,
 from diptych.errors import UsageError, UserError
 from diptych.student.sampling import Sampling
 from diptych.utils.console import printable_json, show
+from diptych.utils.io import sha256
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def _written(idea: str, count: int, url: str | None, model: str | None, display:
 def _name(light: str, seed: int) -> str:
     """A file's name from its light; a digest tells apart what letters and digits alone do not."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in light).split())[:60] or "light"
-    return f"{slug}-{hashlib.sha256(light.encode()).hexdigest()[:6]}-{seed}.png"
+    return f"{slug}-{sha256(light)[:6]}-{seed}.png"
 
 
 def _tell(found: dict[str, Any], started: float, as_json: bool) -> None:

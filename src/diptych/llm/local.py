@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.llm.cache import Cache
 from diptych.llm.question import GaveUp, Message, Outcome, Picture, Question, Reply, Spent, Usage, body, clean
 from diptych.llm.replies import Streak
@@ -152,9 +152,8 @@ def _opening(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         kinds = "a vision-language model or a language model of transformers"
-        raise UserError(f"'{name}' cannot be opened as {kinds} ({line})") from error
+        raise UserError(f"'{name}' cannot be opened as {kinds} ({describe(error)})") from error
 
 
 def _refuse_no_template(processor: Any, name: str) -> None:
@@ -188,8 +187,7 @@ class _Generate:
                 tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens, **unused)
         except (RuntimeError, ValueError, TypeError, IndexError, TemplateError) as error:
             # Out of memory, a picture that the processor does not take, a template that knows no system turn.
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            return GaveUp(f"the model fails on it: {line}", passing=True)
+            return GaveUp(f"the model fails on it: {describe(error)}", passing=True)
         except GaveUp as error:
             return error
         new = tokens[0, told:]
@@ -253,7 +251,7 @@ def load(settings: Vllm, *, cache: Cache | None = None, keep_undecided: bool = F
         engine = vllm.LLM(**settings.arguments(folder))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(
-            f"vLLM cannot run '{settings.model}' ({_line(error, 300)}); see gpu_memory_utilization, max_model_len and "
+            f"vLLM cannot run '{settings.model}' ({describe(error)}); see gpu_memory_utilization, max_model_len and "
             "extra in the section vllm, and vLLM's own log above"
         ) from error
     return LocalModel(
@@ -285,7 +283,7 @@ class _Engine:
         except self.refusals as error:
             # One that it refuses (too long, a picture it cannot read) ends the whole call, before anything ran.
             if len(turns) == 1:
-                return [GaveUp(f"vLLM refuses this question ({_line(error, 200)})")]
+                return [GaveUp(f"vLLM refuses this question ({describe(error)})")]
             half = len(turns) // 2
             return [*self(turns[:half]), *self(turns[half:])]
 
@@ -312,7 +310,3 @@ class _Engine:
             return GaveUp(f"vLLM did not finish this question ({said.finish_reason})", passing=True)
         usage = Usage(1, len(output.prompt_token_ids or ()), len(said.token_ids))
         return Reply(clean(said.text), self.name, usage, cut=said.finish_reason == "length")
-
-
-def _line(error: Exception, most: int) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:most]

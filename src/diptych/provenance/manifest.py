@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.utils.documents import parse_json
 
 EXTRA = "pip install 'diptych[c2pa]'"
@@ -73,7 +73,7 @@ def library() -> Any:
     try:
         return importlib.import_module("c2pa")
     except (ImportError, OSError, RuntimeError) as error:
-        raise UsageError(f"the C2PA library does not load ({_short(error)}); reinstall it: {EXTRA}") from error
+        raise UsageError(f"the C2PA library does not load ({describe(error)}); reinstall it: {EXTRA}") from error
     finally:
         if named:
             os.environ.pop(_LIBRARY, None)
@@ -122,7 +122,7 @@ def read(data: bytes, kind: str, trust: str | None = None) -> Manifest:
         with c2pa.Reader(MIME[kind], io.BytesIO(data), context=context(trust)) as reader:
             store = parse_json(reader.json())
     except c2pa.C2paError as error:
-        raise UserError(_short(error)) from error
+        raise UserError(describe(error)) from error
     active = store.get("manifests", {}).get(store.get("active_manifest"))
     if active is None:
         raise UserError("the manifest that counts is not in it")
@@ -162,7 +162,3 @@ def _said(failure: dict[str, Any]) -> str:
     part = str(failure.get("url", "")).rpartition("/")[2]
     words = _WORDS.get(failure["code"])
     return words.format(part=part) if words else f"{failure.get('explanation') or part} ({failure['code']})"
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,7 +7,6 @@ as they were verified.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from diptych.errors import UsageError, UserError
 from diptych.provenance import chain, trace
 from diptych.utils import models
 from diptych.utils.documents import parse_yaml, read_text
+from diptych.utils.io import sha256
 from diptych.utils.paths import files_inside, inside
 
 CARD = "README.md"
@@ -107,7 +107,7 @@ def _student(path: Path, licence: str) -> Material:
     if changed:
         files |= changed
         # The copy's own record names the files that it has.
-        summary["files"] |= {name: hashlib.sha256(data).hexdigest() for name, data in changed.items()}
+        summary["files"] |= {name: sha256(data) for name, data in changed.items()}
         if changed.keys() - {CARD}:
             made = Material("model", files, text)
             names = sorted((name for name in summary["files"] if name.endswith((".safetensors", ".json"))), key=Path)

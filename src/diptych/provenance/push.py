@@ -11,7 +11,6 @@ one that was interrupted sends what is missing.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -20,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.provenance.publishable import Material, material, ordered, stale
-from diptych.utils.io import write_atomic
+from diptych.utils.io import publish, sha256, sha256_file, write_atomic
 from diptych.utils.paths import inside
 
 if TYPE_CHECKING:
@@ -109,13 +108,8 @@ def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> li
             if isinstance(held, bytes):
                 write_atomic(place, held)
             else:
-                temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-                try:
-                    temporary.unlink(missing_ok=True)  # a link of that name would be followed
-                    shutil.copyfile(held, temporary)
-                    os.replace(temporary, place)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                with publish(place) as partial:
+                    shutil.copyfile(held, partial)
             sent.append(name)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
@@ -124,9 +118,8 @@ def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> li
 
 def _sha(held: Path | bytes) -> str:
     if isinstance(held, bytes):
-        return hashlib.sha256(held).hexdigest()
-    with held.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(held)
+    return sha256_file(held)
 
 
 # Uploads to a repository of the Hugging Face Hub, or of whatever server `HF_ENDPOINT` names. The token is the one of
@@ -219,5 +212,4 @@ def _told(repo: str, token: str) -> Iterator[None]:
 
 
 def _line(error: Exception, token: str) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.replace(token, "…")[:160]
+    return describe(error, limit=None).replace(token, "…")[:160]

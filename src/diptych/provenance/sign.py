@@ -21,7 +21,7 @@ from typing import Any
 
 from diptych.data.images import KINDS, broken_seal, kind_of, read_provenance
 from diptych.data.seal import holds_manifest
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 from diptych.provenance.manifest import LABEL, MIME, PURPOSES, context, library, name
 from diptych.utils.io import write_atomic
 
@@ -105,7 +105,7 @@ def sign_bytes(data: bytes, kind: str, identity: Identity, *, title: str, timest
         ):
             builder.sign(signer, MIME[kind], io.BytesIO(data), signed)
     except c2pa.C2paError as error:
-        raise UserError(f"it could not be signed ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"it could not be signed ({describe(error)})") from error
     made = signed.getvalue()
     if read_provenance(made) != told or broken_seal(made) != broken_seal(data):
         raise UserError("the C2PA library changed more of the file than its manifest; nothing was written")

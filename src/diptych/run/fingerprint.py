@@ -7,7 +7,6 @@ Parts that were made by another fingerprint are made again, or refused; equal on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from diptych.data import labels
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.utils import models
+from diptych.utils.io import sha256, sha256_json
 
 # Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
@@ -57,7 +57,7 @@ class Fingerprints:
         if stage == "write":
             from diptych.stages.write.stage import words_digest
 
-            task = hashlib.sha256(self.task.model_dump_json(exclude=TRAINING_KEYS).encode()).hexdigest()
+            task = sha256(self.task.model_dump_json(exclude=TRAINING_KEYS))
             words = words_digest(recipe)
             settings = [recipe.fingerprint("seed", "write"), task, words]
             settings += [f"worded {WORDED}"] if words or recipe.write.writer == "llm" else []
@@ -70,4 +70,4 @@ class Fingerprints:
             settings = [self.of("curate"), recipe.fingerprint("curate.thresholds")]
             if decided := labels.applied(self.folder):
                 settings.append(json.dumps(sorted(labels.both_ways(decided).items())))
-        return hashlib.sha256(json.dumps([stage, VERSIONS[stage], *settings]).encode()).hexdigest()
+        return sha256_json([stage, VERSIONS[stage], *settings], sort_keys=False)

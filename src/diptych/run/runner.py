@@ -9,7 +9,6 @@ is missing. Started again after a kill, a run ends with the rows it would have h
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,6 +33,7 @@ from diptych.run.takeover import Source
 from diptych.student.families import teachers
 from diptych.student.runtime import parallel
 from diptych.utils.console import Display
+from diptych.utils.io import sha256_file
 from diptych.utils.machine import machine, versions
 from diptych.utils.paths import place
 
@@ -308,7 +308,7 @@ class Pipeline:
 
         own = self._input("pairs", "curate", self.fingerprints.of("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
-            recipe = hashlib.sha256((self.folder / "recipe.yaml").read_bytes()).hexdigest()
+            recipe = sha256_file(self.folder / "recipe.yaml")
             numbers = distill(self.recipe, own, desk(self.folder) / "student", report, recipe_sha256=recipe)
         if parallel.is_first():
             send(self.folder, "student")

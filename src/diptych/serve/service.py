@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import io
 import json
 import logging
@@ -35,6 +34,7 @@ from diptych.serve.request_models import JobRequest, RelightRequest
 from diptych.serve.runs import Runs
 from diptych.serve.worker import Worker
 from diptych.utils import documents
+from diptych.utils.io import sha256
 
 if TYPE_CHECKING:
     from diptych.apps.student import Student
@@ -175,7 +175,7 @@ class Service:
         )
         png = encode_png(image)
         self._check_quota(owner, len(png))
-        id = "ref_" + hashlib.sha256(f"{owner}\0".encode() + png).hexdigest()[:40]
+        id = "ref_" + sha256(f"{owner}\0".encode() + png)[:40]
         self.store.put_reference(owner, id, png, image.size)
         return id
 
@@ -235,7 +235,7 @@ class Service:
             "user": asked.safety_identifier or asked.user,
             "previews": asked.partial_images > 0 or not asked.wait,
             "cost": asked.cost(student.sampling, student.pipeline.default_panel_size),
-            "asked": hashlib.sha256(f"{asked.drawing()}{reference}{mask}".encode()).hexdigest(),
+            "asked": sha256(f"{asked.drawing()}{reference}{mask}"),
         }
         if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
             return self._same(there, request)

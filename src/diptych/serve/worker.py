@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from diptych.data.images import encode, encode_png
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.provenance.sign import source_type
 from diptych.serve.database import Unwritable
 from diptych.serve.job_store import JobStore, QueuedImage
@@ -109,7 +109,7 @@ class Worker:
             return
         except Exception as error:
             log.exception("the model could not be loaded")
-            self.failure = UserError(f"the model could not be loaded ({type(error).__name__}: {error})")
+            self.failure = UserError(f"the model could not be loaded ({describe(error, kind=True)})")
             return
         while not self._halt.is_set():
             try:
@@ -171,7 +171,7 @@ class Worker:
                 for task in tasks:
                     self._draw([task])
                 return
-            self._fail(tasks[0], " ".join(str(error).split()))
+            self._fail(tasks[0], describe(error, limit=None))
             return
         except Exception:
             log.exception("a batch of %d could not be drawn", len(tasks))

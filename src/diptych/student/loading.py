@@ -35,6 +35,7 @@ from diptych.student.weights.sources import (
 )
 from diptych.student.weights.tensors import open_safetensors
 from diptych.utils import models
+from diptych.utils.io import publish
 from diptych.utils.machine import alone, pick_device
 
 RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them alone
@@ -140,7 +141,7 @@ def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) 
     """
     folder = Path(folder)
     files.check_free(folder, overwrite, "pass overwrite=True")
-    with files.publish(folder) as partial:
+    with publish(folder) as partial:
         pipe.save_pretrained(partial)
         for path in partial.rglob("*.json"):
             if (clean := models.without_places(data := path.read_bytes())) != data:

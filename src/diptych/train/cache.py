@@ -35,6 +35,7 @@ from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_pan
 from diptych.train import canvases_at_once, captions_at_once
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
+from diptych.utils.io import sha256
 
 HASH = "sha256"  # the header's key for the hash of the rest
 log = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ def build(
     left out, counted and listed (`Latents.skipped`); UserError when they are more than a few, or a shard is missing.
     """
     sizes = [(canvas.panel_height, canvas.panel_width, canvas.panels) for canvas in canvases]
-    name = hashlib.sha256(f"{FORMAT} {key} {sizes} {aligned}".encode()).hexdigest()[:16]
+    name = sha256(f"{FORMAT} {key} {sizes} {aligned}")[:16]
     folder = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

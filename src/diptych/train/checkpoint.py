@@ -10,7 +10,6 @@ A checkpoint is continued only by a training with the same identity: every setti
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError, UserError
-from diptych.utils.io import write_atomic
+from diptych.errors import UsageError, UserError, describe
+from diptych.utils.io import sha256, sha256_file, write_atomic
 from diptych.utils.paths import inside
 
 if TYPE_CHECKING:
@@ -195,8 +194,7 @@ def read(path: Path) -> Checkpoint:
         manifest = json.loads(inside(path, MANIFEST).read_bytes())
         tensors, state = {}, {}
         for name, wanted in manifest["sha256"].items():
-            with inside(path, name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = sha256_file(inside(path, name))
             if found != wanted:
                 raise UserError(f"{path / name} is damaged (its hash is not the one in {MANIFEST})")
             if name == STATE:
@@ -205,7 +203,7 @@ def read(path: Path) -> Checkpoint:
                 tensors[name.removesuffix(".safetensors")] = load_file(path / name)
         return Checkpoint(state.pop("step"), state, tensors)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # the last: neither JSON nor UTF-8
-        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a whole checkpoint ({describe(error, kind=True)})") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -238,7 +236,7 @@ def _write(path: Path, data: bytes) -> str:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data)
 
 
 def _sync_folder(path: Path) -> None:

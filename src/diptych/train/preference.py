@@ -14,7 +14,6 @@ It is added to the supervised loss, which keeps the target's own error from risi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from diptych.train.metrics import Progress, report
 from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
 from diptych.train.schedule import Bucket
+from diptych.utils.io import sha256_json
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Preference
@@ -128,7 +128,7 @@ class Drawing:
         sampled = [options.seed or 0, options.sample_steps, options.sample_guidance, wish.shrink, wish.drop_text]
         sizes = [(bucket.canvas.panel_height, bucket.canvas.panel_width) for bucket in self.buckets]
         ids = [self.latents.samples[row].id for row in rows]
-        name = hashlib.sha256(json.dumps([FORMAT, key, sizes, sampled, ids]).encode()).hexdigest()[:16]
+        name = sha256_json([FORMAT, key, sizes, sampled, ids], sort_keys=False)[:16]
         folder = folder / f"negatives-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"part-{number:05d}.safetensors" for number in range((len(rows) + SHARD - 1) // SHARD)]

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
+from diptych.utils.io import sha256_json
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Recipe
@@ -68,7 +67,7 @@ class Material:
         if list(self.sets) == [self.own] and self.weights == [1.0]:
             return prints[0]
         weighed = [[*both] for both in zip(prints, self.weights, strict=True)]
-        return hashlib.sha256(json.dumps(weighed).encode()).hexdigest()
+        return sha256_json(weighed, sort_keys=False)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -96,7 +96,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise
     except (_Refused, ValueError, OverflowError, TypeError) as error:
         # A date that is none, a number of thousands of digits, a key that is a list.
-        raise UsageError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"{where}: {describe(error)}") from None
 
 
 def facts(module: str) -> Any:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +22,10 @@ from diptych.utils.paths import is_remote
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """A temporary path of the same name, where the block makes a file or a folder. It takes the place of `path` when
-    the block ends well; if the block or the renaming fails, `path` is as it was before."""
+    """A temporary path beside `path`, where the block makes a file or a folder. It takes the place of `path` when the
+    block ends well; if the block or the renaming fails, `path` is as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    around = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    partial, old = around / path.name, around / ".old"
+    partial, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     try:
         yield partial
         if not path.is_dir() and not (path.exists() and partial.is_dir()):
@@ -39,7 +38,15 @@ def publish(path: Path) -> Iterator[Path]:
             old.rename(path)
             raise
     finally:
-        shutil.rmtree(around, ignore_errors=True)
+        for leftover in (partial, old):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -68,7 +75,7 @@ def clean(folder: Path) -> None:
     """Removes what killed writers left in a folder. Only the folder's one writer may call it."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
 
 
 def check_writable(folder: Path) -> None:

@@ -8,7 +8,6 @@ rest goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from diptych.apps.batch.requests import Plan, Request, check_row, multiply, name
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
 from diptych.errors import UsageError, UserError
-from diptych.utils.io import check_writable, write_atomic
+from diptych.utils.io import check_writable, sha256_json, write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,14 +101,14 @@ def _weights(value: Any, role: str | None) -> Any:
         return fingerprint(path)
     stats = [(str(p.relative_to(path)) if path.is_dir() else p.name, p.stat()) for p in files]
     told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return sha256_json(told, sort_keys=False)
 
 
 def request_digest(request: Request, weights: dict[str, Any], reference: str | None) -> str:
     """sha256 over everything that was asked for, `reference` being the sha256 of that file."""
     asked = {"prompt": request.prompt, "seed": request.seed, **request.options}
     whole = {"weights": weights, "reference": reference, **asked}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_json(whole, default=str)
 
 
 def _is_there(request: Request, digest: str) -> bool:

@@ -6,9 +6,7 @@ The command's own words are one row, a JSONL file has one a line; a folder stand
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from diptych.errors import UsageError, nearest
 from diptych.student import sampling
 from diptych.student.sampling import as_list, check_options, check_prompt, check_seed, read_size
 from diptych.utils.documents import parse_json, read_lines
+from diptych.utils.io import sha256, sha256_json
 from diptych.utils.paths import here_or_packaged, refuse_special
 
 OPTIONS = tuple(name for name in sampling.OPTIONS if name != "null_panel")
@@ -172,7 +171,7 @@ def _same(first: Request, second: Request) -> bool:
 
 def _digest(request: Request) -> str:
     told = {key: value for key, value in request.told().items() if key not in ("row", "out")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return sha256_json(told)
 
 
 def _key(path: Path) -> str:
@@ -209,4 +208,4 @@ def _part(text: str) -> str:
     if len(slug.encode()) <= PART_BYTES:
         return slug
     cut = slug.encode()[: PART_BYTES - 7].decode(errors="ignore").rstrip("-")
-    return f"{cut}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return f"{cut}-{sha256(text)[:6]}"

@@ -49,7 +49,7 @@ def export_data(
     out = Path(out)
     data = open_pairs(source)
     asked = ["export", VERSION, format, data.fingerprint(), options.text]
-    fingerprint = sha256_json(asked, sort_keys=False)
+    fingerprint = sha256_json(asked)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
     _check_free(out, fingerprint)

@@ -56,7 +56,7 @@ def import_data(
         options.task,
         skip,
     ]
-    fingerprint = sha256_json(told, sort_keys=False)
+    fingerprint = sha256_json(told)
     target = Dataset(out, records.schema(records.PAIR))
     failed = Dataset(out / "failed" / NAME, records.schema(records.FAILED))
     _check_free(out, target)

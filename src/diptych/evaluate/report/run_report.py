@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from markupsafe import Markup
 
 from diptych.data import records
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.evaluate.report import relight_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Series, count, named, number, part, percent, plural, template, words
@@ -67,9 +67,9 @@ def guarded(macro: str, view: Callable[[Run], dict[str, Any]], run: Run, what: s
         said, why = "This part could not be read:", str(error)
     except (KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:
         # Files of another version, or edited by hand: the rest of the page is still worth having.
-        log.warning("the report's part '%s' is left out: %s: %s", what, type(error).__name__, error)
+        log.warning("the report's part '%s' is left out: %s", what, describe(error, kind=True))
         said = "This part could not be shown:"
-        why = f"its files are not as expected ({type(error).__name__}: {error})."
+        why = f"its files are not as expected ({describe(error, kind=True)})."
     return part("macros.html.j2", "missing", what=said, how=why)
 
 
@@ -82,7 +82,7 @@ def markdown(run: Run) -> str:
         try:
             said = markdown_part(name, run)
         except (UserError, KeyError, TypeError, IndexError, AttributeError, TemplateError) as error:
-            said = f"(A part could not be shown: {type(error).__name__}: {error})"
+            said = f"(A part could not be shown: {describe(error, limit=None, kind=True)})"
         parts += [said] if said else []
     return "\n\n".join(parts) + "\n"
 

@@ -97,8 +97,8 @@ def held_out(
     if not path.exists():
         todo = [(s, min(s + CHUNK, count), SEEDS[role]) for s in range(0, count, CHUNK)]
         panels, labels = zip(*renders.spread(_chunk, todo, processes), strict=True)
-        with publish(path) as partial:
-            np.savez(partial, panels=np.concatenate(panels), labels=np.concatenate(labels))
+        with publish(path) as partial, partial.open("wb") as stream:  # by its name, numpy would add an ending
+            np.savez(stream, panels=np.concatenate(panels), labels=np.concatenate(labels))
         report(f"rendered {count} triplets for the {role}")
     data = np.load(path)
     return data["panels"], data["labels"]
@@ -225,8 +225,8 @@ class Pairs:
             rng = torch.Generator().manual_seed(SEEDS[role])
             softened = torch.rand(len(drawn), generator=rng).numpy() < 0.6
             drawn[softened] = through_vae(work, drawn[softened], rng, device)
-            with publish(path) as partial:
-                np.save(partial, drawn.reshape(-1, 2, *drawn.shape[1:]))
+            with publish(path) as partial, partial.open("wb") as stream:
+                np.save(stream, drawn.reshape(-1, 2, *drawn.shape[1:]))
             report(f"{len(chosen)} pairs for the {role}")
         self.panels = np.load(path, mmap_mode="r")
         self.same = torch.tensor([rows[n]["same"] for n in chosen])

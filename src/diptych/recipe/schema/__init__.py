@@ -6,8 +6,6 @@ one that is).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -20,6 +18,7 @@ from diptych.recipe.schema.evaluate import Adapter, Evaluate, Method, Relighting
 from diptych.recipe.schema.paint import Paint
 from diptych.recipe.schema.ray import Pool, Ray
 from diptych.recipe.schema.write import Write
+from diptych.utils.io import sha256_json
 
 __all__ = [
     "OWN", "Adapter", "Classifier", "Copies", "Curate", "Data", "Distill", "Duplicates", "Evaluate", "Method", "Paint",
@@ -120,7 +119,7 @@ class Recipe(Section):
         del values["ray"]  # where it is made is not what is made
         if keys:
             values = {key: _at(values, key) for key in keys}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return sha256_json(values)
 
     def differences(self, other: Recipe) -> list[str]:
         """Keys with another value in `other`, with dots; those of `ray` decide no row and are left out."""

@@ -9,8 +9,6 @@ A text file (one caption a line), JSONL or parquet; a folder of those; or any fs
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diptych.errors import UsageError, UserError, nearest
+from diptych.errors import UsageError, UserError, describe, nearest
 from diptych.llm.question import clean
 from diptych.utils.documents import parse_json, stream_lines
+from diptych.utils.io import sha256_json
 
 KINDS = (".txt", ".jsonl", ".parquet")
 LONGEST = 1000  # characters of a caption
@@ -83,7 +82,7 @@ def _read(source: str, column: str, category_column: str | None, stamp: object) 
     if not texts:
         found = ", ".join(f"{number} {reason}" for reason, number in left_out.items()) or "it is empty"
         raise UserError(f"{source}: no seed captions there ({found})")
-    digest = hashlib.sha256(json.dumps([texts, categories]).encode()).hexdigest()
+    digest = sha256_json([texts, categories])
     return Captions(texts, categories, dict(left_out), digest)
 
 
@@ -118,8 +117,7 @@ def _rows(source: str, column: str, category_column: str | None) -> Iterator[tup
     except UserError:
         raise
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{source}: the seed captions cannot be read ({said})") from error
+        raise UserError(f"{source}: the seed captions cannot be read ({describe(error)})") from error
 
 
 def _parquet(stream: Any, name: str, column: str, category_column: str | None) -> Iterator[tuple[Any, Any]]:

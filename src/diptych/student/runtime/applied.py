@@ -23,7 +23,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, describe
 from diptych.student.canvas import Canvas
 from diptych.student.runtime import caches
 from diptych.student.runtime.caches import Recall, StepCache
@@ -289,8 +289,7 @@ def _set_attention(transformer: Any, name: str) -> None:
         transformer.set_attention_backend(name)
         registry.set_active_backend(elsewhere)  # diffusers sets it for the whole process, and never back
     except (RuntimeError, ValueError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UsageError(f"the attention back-end {name} does not work here: {line}") from error
+        raise UsageError(f"the attention back-end {name} does not work here: {describe(error)}") from error
 
 
 def _attention_backends() -> list[str]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from diptych.student.weights.lora_file import RELEASED_LORA, lora_deltas, lora_f
 from diptych.student.weights.sources import Source
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
+from diptych.utils.io import publish
 from diptych.utils.opening import INDEX
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -153,11 +155,14 @@ def convert(
 
 @contextmanager
 def _publish(out: Path) -> Iterator[Path]:
-    with files.publish(out) as temporary:
-        try:
-            yield temporary
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    """A path to write to under the name of `out`, which single files and exported programs hold inside."""
+    try:
+        with publish(out) as partial, TemporaryDirectory(".tmp", f".{out.name}.", out.parent) as folder:
+            written = Path(folder) / out.name
+            yield written
+            written.rename(partial)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def _result(source: str, to: str, out: Path, started: float, **found: Any) -> dict[str, Any]:

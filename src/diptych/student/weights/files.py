@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,27 +206,3 @@ def check_free(target: Path, overwrite: bool, how: str) -> None:
     """UserError if something lies at `target` already that is not an empty folder; `how` says how to replace it."""
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; choose another name or {how}")
-
-
-@contextmanager
-def publish(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, which takes its place when the block ends well; else `target` is untouched.
-
-    The block makes a folder or a file of it.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    around = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    partial = around / target.name
-    try:
-        yield partial
-        old = around / "old"
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(around, ignore_errors=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.student import settings
 from diptych.utils import models
 
@@ -229,7 +229,6 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = FluxTransformer2DModel.from_config(dict(config))
     except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"no transformer can be built from this config ({line}); fetch it again") from error
+        raise UserError(f"no transformer can be built from this config ({describe(error)}); fetch it again") from error
     assert isinstance(model, FluxTransformer2DModel)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diptych import recipe as recipes
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, describe
 from diptych.student import settings
 from diptych.student.settings import TRANSFORMER_FOLDERS, Settings
 from diptych.student.weights import files, single_file
@@ -246,8 +246,9 @@ def open_part(part: str, place: Path, dtype: torch.dtype, file: Mapping[str, Sto
         line = next((line for line in str(error).splitlines() if line.strip()), name)[:300]
         raise UserError(f"the {part} in {place} needs a package that is not installed: {line.strip()}") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"the {part} in {place} cannot be opened as {name} ({line}); fetch it again") from error
+        raise UserError(
+            f"the {part} in {place} cannot be opened as {name} ({describe(error)}); fetch it again"
+        ) from error
     if not is_model:
         return opened
     opened, info = opened

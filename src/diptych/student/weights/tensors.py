@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 
 _DTYPES = {
     "F64": torch.float64,
@@ -98,10 +98,9 @@ def damaged(path: Path, kind: str, error: Exception) -> UserError:
         pointer = file.read(len(_POINTER)) == _POINTER
     if pointer:
         return UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that: git lfs pull")
-    line = (str(error) or type(error).__name__).splitlines()[0][:200]
     return UserError(
-        f"{path} ({path.stat().st_size:,} bytes) is not a whole {kind} file ({line}); it was probably cut short while "
-        "being copied: fetch it again"
+        f"{path} ({path.stat().st_size:,} bytes) is not a whole {kind} file ({describe(error)}); "
+        "it was probably cut short while being copied: fetch it again"
     )
 
 

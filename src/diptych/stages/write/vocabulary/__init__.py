@@ -14,7 +14,6 @@ styles, and every phrase of a list.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import partial
 from math import perm, prod
@@ -29,6 +28,7 @@ from diptych.stages.write import grammar
 from diptych.stages.write.grammar import Draft, Grammar, Turn
 from diptych.utils import documents
 from diptych.utils.documents import parse_yaml, read_text
+from diptych.utils.io import sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ def find(name: str) -> Path:
 
 def digest(name: str) -> str:
     """sha256 of a vocabulary's file."""
-    return hashlib.sha256(find(name).read_bytes()).hexdigest()
+    return sha256_file(find(name))
 
 
 def load(name: str) -> Vocabulary:
