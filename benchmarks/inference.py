@@ -31,7 +31,7 @@ from PIL import Image
 from released_way import ReleasedWay, from_folder, split_input
 
 from diptych import student
-from diptych.run.plan.teacher import KNOWN
+from diptych.run.plan.sizes import KNOWN
 from diptych.student.canvas import Canvas
 from diptych.student.runtime import speed
 from diptych.student.runtime.applied import put_on, take_off

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.run.plan.teacher import KNOWN
+from diptych.run.plan.sizes import KNOWN
 from diptych.student.runtime import memory
 from diptych.student.runtime.memory import GIB, PRESETS, Preset, Shapes, plan
 

@@ -26,7 +26,7 @@ from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
 from diptych.recipe.schema import Recipe
-from diptych.run.plan.teacher import KNOWN
+from diptych.run.plan.sizes import KNOWN
 from diptych.student.canvas import condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.loop import Trainer
 from diptych.train.objective import Batch, image_ids, panel_losses

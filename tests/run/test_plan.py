@@ -18,7 +18,7 @@ from diptych.data import places
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load, tasks
 from diptych.recipe.schema import Recipe
-from diptych.run.plan import arithmetic, assumptions, job, lines, make, teacher
+from diptych.run.plan import arithmetic, assumptions, lines, make, sizes
 from diptych.student.runtime.presets import HEADROOM
 from diptych.utils.paths import packaged
 
@@ -191,7 +191,7 @@ def test_the_rules_for_a_model_s_tensors_give_the_model_s_own(name: str) -> None
 
     from diptych.student.families import shapes
 
-    configs = teacher.find(load("flux-subject", [f"teacher={name}"])).configs
+    configs = sizes.find(load("flux-subject", [f"teacher={name}"])).configs
     for part, (library, cls) in PARTS.items():
         config = {key: value for key, value in configs[part].items() if not key.startswith("_")}
         model, found = shapes.meta(library, cls, config), shapes.tensors(library, cls, config)
@@ -376,8 +376,8 @@ def test_a_device_or_teacher_that_is_not_known_is_refused(tmp_path: Path) -> Non
 def test_a_local_folder_is_counted_from_its_own_files(tmp_path: Path) -> None:
     pocket = str(packaged("pocket/weights") / "teacher")
     recipe = load("pocket", [f"teacher={pocket}"])
-    assert teacher.find(recipe).configs == teacher.find(load("pocket")).configs
-    assert teacher.find(recipe).text_tokens == 32
+    assert sizes.find(recipe).configs == sizes.find(load("pocket")).configs
+    assert sizes.find(recipe).text_tokens == 32
 
 
 def test_a_downloaded_teacher_is_counted_from_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,11 +391,11 @@ def test_a_downloaded_teacher_is_counted_from_the_hub_s_cache(tmp_path: Path, mo
     recipe = load("pocket", ["teacher=someone/flux-mini"])
     for part in ("transformer", "vae"):
         with pytest.raises(UserError, match="not on this machine"):
-            teacher.find(recipe)
+            sizes.find(recipe)
         (repo / "snapshots" / "abc" / part).mkdir(parents=True)
         (repo / "snapshots" / "abc" / part / "config.json").write_bytes((pocket / part / "config.json").read_bytes())
-    found = teacher.find(recipe)
-    assert found.configs["transformer"] == teacher.find(load("pocket")).configs["transformer"]
+    found = sizes.find(recipe)
+    assert found.configs["transformer"] == sizes.find(load("pocket")).configs["transformer"]
     assert "cache" in found.source
 
 
@@ -459,11 +459,11 @@ def test_what_somebody_sets_beats_what_was_measured(run: Path, tmp_path: Path) -
 )
 def test_a_rate_of_another_recipe_is_not_believed(run: Path, change: str, lost: set[str]) -> None:
     every = {"seconds_per_grid", "seconds_per_step", "keep_rate", "grid_bytes"}
-    assert set(job.rates(load("pocket", [change]), run)) == every - lost
+    assert set(assumptions.rates(load("pocket", [change]), run)) == every - lost
 
 
 def test_a_folder_without_a_run_measures_nothing(tmp_path: Path) -> None:
-    assert job.rates(load("pocket"), tmp_path / "nothing") == {}
+    assert assumptions.rates(load("pocket"), tmp_path / "nothing") == {}
 
 
 def test_tokens_of_a_run_s_answers_are_read_from_its_evidence(tmp_path: Path) -> None:
@@ -477,11 +477,11 @@ def test_tokens_of_a_run_s_answers_are_read_from_its_evidence(tmp_path: Path) ->
     judged_run.save(folder / "candidates", records.PAIR, [{**row, "evidence": json.dumps({"vlm": {"votes": votes}})}])
     recipe = load("pocket", [VLM])
     (folder / "recipe.yaml").write_text(recipe.dump())
-    found = job.rates(recipe, folder)
+    found = assumptions.rates(recipe, folder)
     assert (found["judge_input_tokens"].value, found["judge_answer_tokens"].value) == (1000, 250)
     planned = make(load("pocket", ["write.count=10"]).model_copy(update={"curate": recipe.curate}), run_dir=folder)
     assert planned["stages"]["curate"]["tokens"] == {"in": 3 * 10 * 1000, "out": 3 * 10 * 250}
-    assert job.rates(load("pocket", [VLM, "curate.vlm.votes=1"]), folder) == {}
+    assert assumptions.rates(load("pocket", [VLM, "curate.vlm.votes=1"]), folder) == {}
 
 
 # ---- the command

@@ -14,7 +14,7 @@ from live_bytes import LiveBytes, fake, live
 from diptych.recipe import load
 from diptych.recipe.schema import Distill
 from diptych.run.plan import make
-from diptych.run.plan.teacher import KNOWN
+from diptych.run.plan.sizes import KNOWN
 from diptych.student.canvas import Canvas
 from diptych.student.families import shapes
 from diptych.train import canvases_at_once, captions_at_once, parts

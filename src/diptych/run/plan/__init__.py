@@ -5,7 +5,7 @@
 
 What can be counted is counted: rows and calls from the recipe and its task, operations and bytes from the teacher's own
 configs, the words of a question from the question. The rest is an assumption with a name, a source and an option
-(`assumptions`), or was measured by a run of the same recipe (`measured`). Nothing runs, and nothing is downloaded.
+(`assumptions`), or was measured by a run of the same recipe. Nothing runs, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from diptych.errors import UsageError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Distill, Recipe
-from diptych.run.plan import assumptions, stages, teacher
-from diptych.run.plan import job as measured
-from diptych.run.plan.job import Book, Job
-from diptych.run.plan.text import lines
+from diptych.run.plan import assumptions, costs, sizes
+from diptych.run.plan.assumptions import Book
+from diptych.run.plan.lines import lines
+from diptych.run.plan.workload import Workload
 from diptych.student.families import teachers
 
 __all__ = ["lines", "make"]
@@ -46,23 +46,23 @@ def make(
     book = Book(assumptions.collect(recipe, assume, gpu))
     recipe, task = tasks.resolve(recipe), tasks.load(recipe.task)
     task.layout(recipe.write.layout)
-    source = teacher.find(recipe)
+    source = sizes.find(recipe)
     source.panel(recipe.paint.panel_size)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
-    book.measure(measured.rates(recipe, folder))
+    book.measure(assumptions.rates(recipe, folder))
     device = assumptions.device_name(recipe, gpu)
-    counts = teacher.count(source)
-    job = Job(recipe, task, source, counts, book, on_cpu=device == "cpu")
-    written, painted = stages.write(job), stages.paint(job)
-    curated, teachers = stages.curate(job, painted["device_hours"]), stages.distill(job)
-    found = {"write": written, "paint": painted, "curate": curated, "distill": teachers}
+    counts = sizes.count(source)
+    work = Workload(recipe, task, source, counts, book, on_cpu=device == "cpu")
+    written, painted = costs.write(work), costs.paint(work)
+    curated, trained = costs.curate(work, painted["device_hours"]), costs.distill(work)
+    found = {"write": written, "paint": painted, "curate": curated, "distill": trained}
     keep = book.known["keep_rate"]
     parts = {"transformer": counts.transformer, "text_encoders": counts.text, "vae": counts.vae}
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "task": task.name,
-        "layout": job.layout.name,
-        "panel_size": job.size,
+        "layout": work.layout.name,
+        "panel_size": work.size,
         "teacher": {
             "name": source.name,
             "sizes_from": source.source,
@@ -72,14 +72,14 @@ def make(
         "device": {"name": device, "devices": int(book["devices"]), "gib": book.maybe("device_gib")},
         "counts": {
             "prompts": recipe.write.count,
-            "grids": job.grids,
-            "panels": job.grids * job.layout.panels,
-            "candidates": job.candidates,
-            "kept": job.kept,
-            "kept_low": round(job.candidates * keep.low) if keep.low is not None else None,
-            "kept_high": round(job.candidates * keep.high) if keep.high is not None else None,
+            "grids": work.grids,
+            "panels": work.grids * work.layout.panels,
+            "candidates": work.candidates,
+            "kept": work.kept,
+            "kept_low": round(work.candidates * keep.low) if keep.low is not None else None,
+            "kept_high": round(work.candidates * keep.high) if keep.high is not None else None,
         },
-        "stages": {**found, "evaluate": stages.evaluate(job)},
+        "stages": {**found, "evaluate": costs.evaluate(work)},
     }
     result["totals"] = _totals(found, book)
     result["assumed"] = {name: one.values() for name, one in book.used.items() if one.value is not None}

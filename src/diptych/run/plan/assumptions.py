@@ -1,18 +1,33 @@
-"""What a plan cannot count and has to assume: each with its value, its unit and where it comes from.
+"""What a plan cannot count and has to assume: each with its value, its unit and where it comes from
+(`assumptions.yaml`).
 
 `--assume NAME=VALUE` sets one. What a run of the same recipe measured replaces a default, never what somebody set.
 Prices have no default: a plan with no price says so instead of guessing one.
+
+A run's log holds each stage's seconds and rows; its folders hold bytes; its candidates hold the tokens of each answer.
+A measured rate counts where the recipe agrees in every key that it depends on; how many grids or steps are asked for is
+no such key.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from diptych import recipe as recipes
+from diptych.data import places
 from diptych.errors import UsageError, nearest
+from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
+from diptych.utils.documents import parse_yaml, read_text
+
+FILE = Path(__file__).with_suffix(".yaml")
+SHARES = ("keep_rate", "judge_share", "local_vlm_share", "paint_share", "train_share")
 
 
 @dataclass(frozen=True)
@@ -25,32 +40,8 @@ class Device:
     tflops: float
     memory: float | None
     source: str
-    memory_source: str = "its data sheet"
-    paint_share: float = 0.42
-    train_share: float = 0.45
-
-
-GPU_SHARES = {
-    "paint_share": "published FLUX.1 draws in 2.2 s compiled where 1.33 s is the floor, and 1.3 to 1.55 times slower "
-    "uncompiled, as painting is",
-    "train_share": "the goal of our training benchmark, with checkpointing; not measured yet",
-}
-COMPILED = 0.60, "published FLUX.1 draws in 2.2 s compiled, as paint.speed has it, where 1.33 s is the floor"
-CPU_SHARES = dict.fromkeys(GPU_SHARES, "tflops is then what drawing itself reached")
-DEVICES = {
-    "H200": Device(790, 141e9, "bfloat16 matrix products measured on an H200"),
-    "H100": Device(
-        749, 80e9, "bfloat16 matrix products measured on an H100 (benchmarks/results/gpu-inference-h100-2026-11-26)"
-    ),
-    "RTX4090": Device(165, 24 * 2**30, "a floor of 6.4 s for a FLUX.1 picture of 1.055 PFLOP"),
-    "cpu": Device(
-        0.226,
-        None,
-        "two AMD EPYC cores paint a pocket grid of 11.8 GFLOP in 0.052 s, 50 at once",
-        paint_share=1.0,
-        train_share=1.0,
-    ),
-}
+    paint_share: float
+    train_share: float
 
 
 @dataclass(frozen=True)
@@ -70,60 +61,49 @@ class Assumption:
         return shown | ({"low": self.low, "high": self.high} if self.low is not None else {})
 
 
-_PRICE = "nothing is built in"
-_RULE = "OpenAI's rule of thumb for English"
-# The mean of two published rates, both of vision-language judges. What an embedding judge keeps depends on its
-# threshold and has not been measured on such a teacher.
-KEEP_RATE_SOURCE = "a guess: published of VLM judges, UNO 0.354 and Subjects200K 0.529; never measured with this judge"
-SHARES = ("keep_rate", "judge_share", "local_vlm_share", "paint_share", "train_share")
+# `auto` and null agree with what a run has settled.
+OPEN = ("device", "threads", "paint.dtype", "paint.memory", "distill.precision")
+_PICTURES = ("teacher", "task", "write.layout", "paint.")
+_PAIRS = (*_PICTURES, "write.writer", "write.grammar", "write.captions", "curate.judge", "curate.vlm")
+_PAIRS += ("curate.screens", "curate.copies", "curate.duplicates")
+DEPENDS: dict[str, tuple[str, ...]] = {
+    "seconds_per_grid": (*_PICTURES, "device", "threads"),
+    "seconds_per_step": ("teacher", "paint.panel_size", "distill.", "device", "threads"),
+    "grid_bytes": _PICTURES,
+    "candidate_bytes": (*_PAIRS, "curate.format"),
+    "keep_rate": (*_PAIRS, "curate.thresholds."),
+    "judge_input_tokens": ("task", "paint.panel_size", "curate.vlm"),
+    "judge_answer_tokens": ("task", "paint.panel_size", "curate.vlm"),
+}
+HARMLESS = ("distill.steps", "distill.keep", "distill.checkpoint_every")  # no rate of a step depends on them
+MOST_ROWS = 2000  # candidates whose evidence is read
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return parse_yaml(read_text(FILE), str(FILE))
+
+
+def devices() -> dict[str, Device]:
+    """What a plan may run on, by name."""
+    return {name: Device(**of) for name, of in _table()["devices"].items()}
 
 
 def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
     """Every assumption by name, as far as the recipe and the device decide it. UsageError for an unknown device."""
-    name = device_name(recipe, gpu)
-    device, shares = DEVICES[name], CPU_SHARES if name == "cpu" else GPU_SHARES
-    pocket = recipe.teacher == "pocket"
-    compiled = recipe.paint.speed is not None and name != "cpu"
-    share, source = COMPILED if compiled else (device.paint_share, shares["paint_share"])
-    return {
-        "keep_rate": Assumption(0.12, "of candidates", "4,806 of 40,000 with the teacher that ships")
-        if pocket
-        else Assumption(0.44, "of candidates", KEEP_RATE_SOURCE, 0.354, 0.529),
-        "devices": Assumption(1, "at once", "work is taken to share out evenly"),
-        "tflops": Assumption(device.tflops, "TFLOP/s a device", device.source),
-        "paint_share": Assumption(share, "of tflops", source),
-        "train_share": Assumption(device.train_share, "of tflops", shares["train_share"]),
-        "device_gib": Assumption(
-            device.memory and round(device.memory / 2**30, 1), "GiB a device", device.memory_source
-        ),
-        "seconds_per_grid": Assumption(None, "s on a device", "from operations, tflops and paint_share"),
-        "seconds_per_step": Assumption(None, "s on a device", "from operations, tflops and train_share"),
-        "gpu_hour": Assumption(None, "money a device hour", _PRICE),
-        "judge_share": Assumption(1.0, "of pairs", "at most: as if every other test let every pair through to the vlm"),
-        "image_tokens": Assumption(None, "tokens", "Qwen2-VL: one for 28 × 28 pixels (arXiv 2409.12191)"),
-        "chars_per_token": Assumption(4.0, "characters", _RULE),
-        "words_per_token": Assumption(0.75, "words", _RULE),
-        "judge_input_tokens": Assumption(None, "tokens", "the question's words and two pictures"),
-        "judge_answer_tokens": Assumption(300, "tokens", "a guess: a few sentences a step; it may be thrice that"),
-        "caption_answer_tokens": Assumption(110, "tokens", "60 words, the task's limit, and an instruction of 20"),
-        "writer_answer_tokens": Assumption(None, "tokens", "the most words that the task's form allows"),
-        "seed_caption_tokens": Assumption(20, "tokens", "a guess: a line"),
-        "vlm_input_price": Assumption(None, "money a million tokens", _PRICE),
-        "vlm_output_price": Assumption(None, "money a million tokens", _PRICE),
-        "writer_input_price": Assumption(None, "money a million tokens", _PRICE),
-        "writer_output_price": Assumption(None, "money a million tokens", _PRICE),
-        "local_vlm_share": Assumption(0.04, "of painting's hours", "published: 20 to 30 times cheaper", 1 / 30, 1 / 20),
-        "seam_ms": Assumption(0.5 if pocket else 10, "ms a grid on a core", "measured, docs/data.md"),
-        "compare_ms": Assumption(9, "ms for two panels on a core", "measured, docs/data.md"),
-        "pixel_bytes": Assumption(1.7, "bytes", "112 MB of 8,000 pocket grids as PNG")
-        if pocket
-        else Assumption(
-            1.6, "bytes", "PNG of photographs (the Kodak set), WebP and JPEG less; 3 is the most it can be"
-        ),
-        "grid_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
-        "candidate_bytes": Assumption(None, "bytes", "pixels and pixel_bytes"),
-        "row_bytes": Assumption(1000, "bytes", "a guess: a row's words and numbers; 100 to 200 in the pocket world"),
-    }
+    name, table = device_name(recipe, gpu), _table()
+    device, sources = devices()[name], table["shares"]["cpu" if name == "cpu" else "gpu"]
+    told = table["assumptions"] | (table["pocket"] if recipe.teacher == "pocket" else {})
+    found = {key: Assumption(**one) for key, one in told.items()}
+    painting = {"value": device.paint_share, "source": sources["paint_share"]}
+    if recipe.paint.speed is not None and name != "cpu":
+        painting = table["shares"]["compiled"]
+    found["tflops"] = replace(found["tflops"], value=device.tflops, source=device.source)
+    found["paint_share"] = replace(found["paint_share"], **painting)
+    found["train_share"] = replace(found["train_share"], value=device.train_share, source=sources["train_share"])
+    gib = device.memory and round(device.memory / 2**30, 1)
+    found["device_gib"] = replace(found["device_gib"], value=gib)
+    return found
 
 
 def device_name(recipe: Recipe, gpu: str | None = None) -> str:
@@ -132,10 +112,10 @@ def device_name(recipe: Recipe, gpu: str | None = None) -> str:
     if gpu is None:
         small = recipe.device == "cpu" or (recipe.device == "auto" and recipe.teacher == "pocket")
         return "cpu" if small else "H200"
-    known = {name.lower(): name for name in DEVICES}
+    known = {name.lower(): name for name in devices()}
     if gpu.lower() not in known:
         raise UsageError(
-            f"--gpu {gpu}: what it reaches is not known here; known: {', '.join(DEVICES)}{nearest(gpu, DEVICES)}; "
+            f"--gpu {gpu}: what it reaches is not known here; known: {', '.join(devices())}{nearest(gpu, devices())}; "
             "for any other say --assume tflops=… and --assume device_gib=…"
         )
     return known[gpu.lower()]
@@ -181,3 +161,121 @@ def parse(text: str, known: Mapping[str, Assumption]) -> tuple[str, float]:
     if name in ("paint_share", "train_share") and value == 0:
         raise UsageError(f"--assume {text}: nothing would ever be done")
     return name, value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rate, and the run it is of."""
+
+    value: float
+    source: str
+
+
+def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
+    """The names of `DEPENDS` that the run folder has a value for; none if it is no run's folder."""
+    folder = Path(run_dir)
+    if not (folder / "recipe.yaml").is_file():
+        return {}
+    recipe, frozen = tasks.resolve(recipe), tasks.resolve(recipes.load(folder / "recipe.yaml"))
+    events = places.read(folder)
+    machines = [event["machine"] for event in events if event.get("event") == "start" and "machine" in event]
+    machine = f" on {machines[-1].get('processor', '?')}, {machines[-1].get('cores', '?')} cores" if machines else ""
+    source = f"in {folder}{machine}"
+    found = _logged([event for event in events if event.get("event") == "stage"], folder, frozen.paint.images)
+    if recipe.curate.vlm is not None:
+        found |= _tokens(folder)
+    return {name: Measured(value, source) for name, value in found.items() if agree(recipe, frozen, DEPENDS[name])}
+
+
+def agree(mine: Recipe, theirs: Recipe, keys: tuple[str, ...]) -> bool:
+    """Whether two recipes say the same of these keys (`"paint."` is all of that section)."""
+    one, two = mine.flat(), theirs.flat()
+    for key in one.keys() | two.keys():
+        if key in HARMLESS or one.get(key) == two.get(key):
+            continue
+        if key in OPEN and one.get(key) in ("auto", None):
+            continue
+        if any(key == wanted or key.startswith(wanted if wanted[-1] == "." else f"{wanted}.") for wanted in keys):
+            return False
+    return True
+
+
+def _logged(stages: list[dict[str, Any]], folder: Path, images: int) -> dict[str, float]:
+    """Rates from the log's stages; `images` were drawn of each prompt."""
+    found: dict[str, float] = {}
+    last = {event["stage"]: event["result"] for event in stages}
+    painted = [event for event in stages if event["stage"] == "paint"]
+    processed = images * sum(event["result"].get("processed", 0) for event in painted)
+    if processed:
+        found["seconds_per_grid"] = sum(event["seconds"] for event in painted) / processed
+    if rows := last.get("paint", {}).get("rows"):
+        found["grid_bytes"] = _bytes(folder / "grids") / rows
+    curated = last.get("curate", {})
+    if rows := curated.get("rows"):
+        found["candidate_bytes"] = _bytes(folder / "candidates") / rows
+        if "pairs" in curated:
+            found["keep_rate"] = curated["pairs"] / rows
+    training = last.get("distill", {}).get("training", {})
+    if training.get("steps") and training.get("seconds"):
+        found["seconds_per_step"] = training["seconds"] / training["steps"]
+    return {name: value for name, value in found.items() if value}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("part-*.parquet"))
+
+
+def _tokens(folder: Path) -> dict[str, float]:
+    """Mean tokens in and out of a vote, over the first candidates that were asked about."""
+    from diptych.data.scan import batches
+    from diptych.data.store import Dataset
+
+    spent: list[list[int]] = []
+    seen = 0
+    for _, _, batch in batches(Dataset(folder / "candidates"), "evidence"):
+        for text in batch["evidence"]:
+            votes = json.loads(text).get("vlm", {}).get("votes", [])
+            spent += [vote["tokens"] for vote in votes if vote["status"] == "answered" and any(vote["tokens"])]
+        seen += len(batch["evidence"])
+        if seen >= MOST_ROWS:
+            break
+    if not spent:
+        return {}
+    means = [sum(column) / len(spent) for column in zip(*spent, strict=True)]
+    return {"judge_input_tokens": means[0], "judge_answer_tokens": means[1]}
+
+
+@dataclass
+class Book:
+    """The assumptions, and which of them a plan has used."""
+
+    known: dict[str, Assumption]
+    used: dict[str, Assumption] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        value = self.maybe(name)
+        assert value is not None, name
+        return value
+
+    def maybe(self, name: str) -> float | None:
+        """An assumption that may have no value."""
+        self.used[name] = self.known[name]
+        return self.known[name].value
+
+    def derived(self, name: str, value: float) -> float:
+        """An assumption, or, where nobody said or measured one, what follows from others."""
+        one = self.known[name]
+        self.used[name] = one = replace(one, value=value) if one.value is None else one
+        assert one.value is not None
+        return one.value
+
+    def measure(self, found: Mapping[str, Measured]) -> None:
+        """Measured values replace defaults."""
+        for name, one in found.items():
+            if self.known[name].of == "default":
+                new = replace(self.known[name], value=one.value, source=one.source, low=None, high=None)
+                self.known[name] = replace(new, of="measured")
+
+    def was_set(self, *names: str) -> bool:
+        """Whether somebody chose one of these."""
+        return any(self.known[name].of == "set" for name in names)

@@ -1,22 +1,101 @@
-"""The device memory of each phase of a training, from captions to sample sheets: the largest one has to fit."""
+"""A recipe with everything that its cost depends on, and the memory that its training takes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
+from diptych.recipe.schema import Recipe
+from diptych.recipe.tasks import Grid, Task
 from diptych.run.plan import arithmetic
-from diptych.run.plan.job import Job
-from diptych.run.plan.teacher import frozen_bytes, memory_shapes
+from diptych.run.plan.assumptions import Book
+from diptych.run.plan.sizes import Counts, TeacherSizes, frozen_bytes, memory_shapes
 from diptych.student.runtime import presets
 from diptych.train import canvases_at_once, captions_at_once
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a training's memory depends on besides the recipe. `online`: captions are encoded in every step."""
+class Workload:
+    """A recipe with everything that its cost depends on."""
 
-    job: Job
+    recipe: Recipe
+    task: Task
+    teacher: TeacherSizes
+    counts: Counts
+    book: Book
+    on_cpu: bool
+
+    @cached_property
+    def layout(self) -> Grid:
+        return self.task.layout(self.recipe.write.layout)
+
+    @cached_property
+    def size(self) -> int:
+        """Pixels of a panel's side."""
+        return self.teacher.panel(self.recipe.paint.panel_size)
+
+    @property
+    def grids(self) -> int:
+        return self.recipe.write.count * self.recipe.paint.images
+
+    @property
+    def pairs(self) -> int:
+        """Every two panels, in whichever order."""
+        return self.grids * math.comb(self.layout.panels, 2)
+
+    @property
+    def candidates(self) -> int:
+        return 2 * self.pairs
+
+    @cached_property
+    def kept(self) -> int:
+        return round(self.candidates * self.book["keep_rate"])
+
+    @property
+    def text_flops(self) -> float:
+        """Of one prompt through the text encoders."""
+        return 2.0 * self.counts.text * self.teacher.text_tokens
+
+    def number_bytes(self, asked: str) -> int:
+        """Bytes of a number in a precision; `auto` is settled as the device decides."""
+        return 4 if asked == "float32" or (asked == "auto" and self.on_cpu) else 2
+
+    def canvas(self, rows: int, cols: int) -> arithmetic.Canvas:
+        image = arithmetic.image_tokens(rows * self.size, cols * self.size, self.teacher.factor)
+        return arithmetic.Canvas(image, self.teacher.text_tokens)
+
+    def money(self, role: str, spent: dict[str, int]) -> float | None:
+        """Of tokens in and out; None without both prices."""
+        prices = [self.book.maybe(f"{role}_{way}_price") for way in ("input", "output")]
+        if None in prices:
+            return None
+        return sum(n * (price or 0.0) for n, price in zip(spent.values(), prices, strict=True)) / 1e6
+
+    def row_bytes(self, name: str, panels: int) -> float:
+        """Bytes of a row with pictures of so many panels: as measured or set (`name`), else counted."""
+        if self.book.known[name].value is not None:
+            return self.book[name]
+        return panels * self.size**2 * self.book["pixel_bytes"] + self.book["row_bytes"]
+
+    def hours(self, seconds: str, times: int, flops: float, share: str) -> float:
+        """Device hours of `times` pieces of work: by the seconds of one, measured or set, else by operations.
+
+        Who chooses a device or its rate asks about that one, and not about where something was measured.
+        """
+        known = self.book.known[seconds]
+        if known.of == "set" or (known.value is not None and not self.book.was_set("tflops", share)):
+            return times * self.book[seconds] / 3600
+        return arithmetic.hours(flops, self.book["tflops"], self.book[share])
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The device memory of each phase of a training, from captions to sample sheets: the largest one has to fit.
+
+    `online`: captions are encoded in every step."""
+
+    work: Workload
     shapes: arithmetic.Shapes
     canvas: arithmetic.Canvas
     size: tuple[int, int]  # pixels of the canvas: height, width
@@ -26,45 +105,45 @@ class Training:
     @property
     def number(self) -> int:
         """Bytes of a number that training computes with."""
-        return self.job.number_bytes(self.job.recipe.distill.precision)
+        return self.work.number_bytes(self.work.recipe.distill.precision)
 
     @property
     def wide(self) -> int:
         """Bytes of a number of the loaded parts."""
-        return 4 if self.job.on_cpu else 2
+        return 4 if self.work.on_cpu else 2
 
     @property
     def processes(self) -> int:
-        return int(self.job.book["devices"])
+        return int(self.work.book["devices"])
 
     @property
     def share(self) -> int:
         """Pairs of a step in one process."""
-        return math.ceil(self.job.recipe.distill.batch_size / self.processes)
+        return math.ceil(self.work.recipe.distill.batch_size / self.processes)
 
     @property
     def rows(self) -> int:
         """Pairs in one forward pass."""
-        return min(self.job.recipe.distill.micro_batch or self.share, self.share)
+        return min(self.work.recipe.distill.micro_batch or self.share, self.share)
 
     @property
     def offloads(self) -> bool:
-        return self.job.recipe.distill.offload == "blocks" and not self.job.on_cpu
+        return self.work.recipe.distill.offload == "blocks" and not self.work.on_cpu
 
     def phases(self) -> dict[str, int]:
         """Bytes of each phase at its most, in the order in which they come."""
-        settings, job = self.job.recipe.distill, self.job
+        settings, work = self.work.recipe.distill, self.work
         whole, numbers = self.trained.whole, self.trained.numbers
-        text, vae = job.counts.text * self.wide, job.counts.vae * self.wide
-        kept_text = text if self.online or job.on_cpu else 0
-        loaded = job.counts.transformer * self.wide if whole else self.frozen(self.wide)
+        text, vae = work.counts.text * self.wide, work.counts.vae * self.wide
+        kept_text = text if self.online or work.on_cpu else 0
+        loaded = work.counts.transformer * self.wide if whole else self.frozen(self.wide)
         if self.offloads:
             loaded = 0.0  # it waits in main memory
-        tower = presets.text_activations(memory_shapes(job.teacher), job.teacher.text_tokens, self.wide)
-        encoding = tower * captions_at_once(job.teacher.text_tokens)
+        tower = presets.text_activations(memory_shapes(work.teacher), work.teacher.text_tokens, self.wide)
+        encoding = tower * captions_at_once(work.teacher.text_tokens)
         canvases = canvases_at_once(*self.size)
         half = (self.size[0], self.size[1] // 2)  # those formulas are for a canvas of two panels
-        vae_config = job.teacher.configs["vae"]
+        vae_config = work.teacher.configs["vae"]
         encoded = presets.encoding(vae_config, half, self.wide) * canvases
         decoded = presets.decoding(vae_config, half, 0, self.wide)
         drawing = arithmetic.forward_bytes(self.shapes, self.canvas, 1, self.trained, self.wide)
@@ -91,10 +170,10 @@ class Training:
 
     def frozen(self, number: int) -> float:
         """Bytes of the frozen weights on the device, in numbers of N bytes."""
-        settings = self.job.recipe.distill
+        settings = self.work.recipe.distill
         if self.trained.whole:
             return 0.0
-        frozen = float(frozen_bytes(self.job.teacher, settings.quantize, number))
+        frozen = float(frozen_bytes(self.work.teacher, settings.quantize, number))
         if settings.quantize != "none":  # a matrix is unpacked when it is used
             frozen += number * max(out * into for out, into in arithmetic.linears(self.shapes).values())
         if self.offloads:
@@ -104,33 +183,33 @@ class Training:
 
     def held(self) -> dict[str, float]:
         """Bytes that a process holds all the time while it trains."""
-        settings, job = self.job.recipe.distill, self.job
+        settings, work = self.work.recipe.distill, self.work
         averages = arithmetic.TRAINED_BYTES * bool(settings.ema)
         state = arithmetic.TRAINED_BYTES * (1 + bool(settings.preference)) + averages  # and what it started from
         state += arithmetic.OPTIMIZER_BYTES[settings.optimizer]
         split = self.processes if settings.sharding == "full" else 1
         # select() keeps frozen weights in bfloat16 on a GPU that computes in it.
-        number = 4 if job.on_cpu else self.number
+        number = 4 if work.on_cpu else self.number
         frozen = self.frozen(number) / split
         if split > 1:  # the block that computes and the next one are gathered
             gathered = max(arithmetic.block_matrices(self.shapes).values())
             frozen += 2 * gathered * (arithmetic.TRAINED_BYTES if self.trained.whole else number)
         # Text encoders leave an accelerator once all captions are encoded, before anything is trained.
-        text = job.counts.text * self.wide if self.online or job.on_cpu else 0
+        text = work.counts.text * self.wide if self.online or work.on_cpu else 0
         return {
-            "weights": frozen + job.counts.vae * self.wide + text,
+            "weights": frozen + work.counts.vae * self.wide + text,
             "trained": self.trained.numbers * state / split + self.gradients,
         }
 
     @property
     def gradients(self) -> float:
-        settings = self.job.recipe.distill
+        settings = self.work.recipe.distill
         split = self.processes if settings.sharding == "full" else 1
         return self.trained.numbers * arithmetic.TRAINED_BYTES / split
 
     @property
     def activations(self) -> float:
-        settings = self.job.recipe.distill
+        settings = self.work.recipe.distill
         rows = self.rows * (2 if settings.preference else 1)  # each target beside its negative
         return arithmetic.step_bytes(
             self.shapes, self.canvas, rows, self.trained, settings.gradient_checkpointing, self.number
@@ -139,7 +218,7 @@ class Training:
     @property
     def batch(self) -> float:
         """Latents and text of the pairs in a forward pass; the others wait in main memory."""
-        channels = self.job.counts.shapes["x_embedder.weight"][1]
-        text = self.canvas.text * self.job.counts.shapes["context_embedder.weight"][1] * self.wide
-        sets = 4 if self.job.recipe.distill.preference else 3  # clean, condition, noise; and negatives
+        channels = self.work.counts.shapes["x_embedder.weight"][1]
+        text = self.canvas.text * self.work.counts.shapes["context_embedder.weight"][1] * self.wide
+        sets = 4 if self.work.recipe.distill.preference else 3  # clean, condition, noise; and negatives
         return self.rows * (sets * self.canvas.image * channels * 4 + text)

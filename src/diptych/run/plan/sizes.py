@@ -62,7 +62,7 @@ KNOWN: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherSizes:
     """A FLUX teacher's configs, where they are from, and the most tokens of text it reads."""
 
     name: str
@@ -105,7 +105,7 @@ class Counts:
     vae: int
 
 
-def find(recipe: Recipe) -> Teacher:
+def find(recipe: Recipe) -> TeacherSizes:
     """The recipe's teacher. UserError if its sizes are not to be found, or it is not FLUX."""
     name = recipe.teacher
     folder = folder_of(name)
@@ -127,10 +127,10 @@ def find(recipe: Recipe) -> Teacher:
         raise UserError(f"plan counts FLUX.1 teachers, which diptych can distil; '{name}' is none ({family})")
     index = {"_class_name": PIPELINE} | read(name, INDEX)
     longest = max((int(tokenizer.get("model_max_length") or 0) for tokenizer in lengths), default=0)
-    return Teacher(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS), index)
+    return TeacherSizes(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS), index)
 
 
-def count(teacher: Teacher) -> Counts:
+def count(teacher: TeacherSizes) -> Counts:
     """The numbers of its parts."""
     shapes = memory_shapes(teacher)
     transformer = shapes.tensors("transformer")
@@ -139,7 +139,13 @@ def count(teacher: Teacher) -> Counts:
 
 
 def painting_memory(
-    teacher: Teacher, size: tuple[int, int], rows: int, cpu: bool, bytes_: int, name: str | None, room: float | None
+    teacher: TeacherSizes,
+    size: tuple[int, int],
+    rows: int,
+    cpu: bool,
+    bytes_: int,
+    name: str | None,
+    room: float | None,
 ) -> tuple[int, str | None, str]:
     """Bytes that drawing `rows` pictures of `size` (height, width) at once holds at most: `student.memory`'s plan.
 
@@ -165,7 +171,7 @@ def painting_memory(
     return memory_plan(shapes, preset, **options).peak, name, str(preset)
 
 
-def frozen_bytes(teacher: Teacher, quantization: str, bytes_: int) -> int:
+def frozen_bytes(teacher: TeacherSizes, quantization: str, bytes_: int) -> int:
     """Bytes of the frozen transformer: its blocks quantized (`student.quantize`), the rest numbers of `bytes_`."""
     from diptych.student.runtime.memory import Preset
     from diptych.student.runtime.memory import plan as memory_plan
@@ -174,7 +180,7 @@ def frozen_bytes(teacher: Teacher, quantization: str, bytes_: int) -> int:
     return found.blocks + found.modulation + found.other
 
 
-def memory_shapes(teacher: Teacher) -> Any:
+def memory_shapes(teacher: TeacherSizes) -> Any:
     """As `student.memory` takes them."""
     from diptych.student.runtime.memory import Shapes
 
