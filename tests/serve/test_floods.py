@@ -17,9 +17,8 @@ from PIL import Image
 
 from diptych import Student
 from diptych.serve.config import Limits, ServerSettings
-from diptych.serve.database import FairShares
 from diptych.serve.job_store import JobStore
-from diptych.serve.progress import Busy, Lane
+from diptych.serve.limits import Busy, FairShares, Lane
 from diptych.utils.documents import parse_request
 from serve.running import TOKENS, Running
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from diptych.errors import UsageError, UserError
 from diptych.serve import auth, worker
-from diptych.serve.auth import RateLimit
 from diptych.serve.job_store import TRIES, JobStore
+from diptych.serve.limits import RateLimit
 from diptych.serve.runs import Runs
 
 REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}

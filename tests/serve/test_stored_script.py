@@ -14,9 +14,9 @@ import plain_stages
 from diptych import Student
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.serve import templates
 from diptych.serve.app import image_tabs
 from diptych.serve.config import ServerSettings
+from diptych.serve.http import pages
 from hostile_text import EVIL, FILE, check
 from serve.browsing import CHROMIUM, LIMIT, choose, chromium, open_tab, playwright, visiting, within
 from serve.running import TOKENS, Running
@@ -76,7 +76,7 @@ def test_the_app_shows_texts_of_a_run_and_runs_none(app: Running) -> None:
             page.goto("about:blank")
             page.set_content(image_tabs.shown(state, {1: b"a preview"}, EVIL))
             check(page, EVIL)
-        page.set_content(templates.error(UserError(EVIL)) + image_tabs.drop(EVIL, EVIL, EVIL))
+        page.set_content(pages.error(UserError(EVIL)) + image_tabs.drop(EVIL, EVIL, EVIL))
         check(page, EVIL)
 
 

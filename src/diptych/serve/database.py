@@ -1,4 +1,4 @@
-"""Whether `jobs.sqlite` can be written: it is still the file that was opened, and its disk has room.
+"""The file `jobs.sqlite`: its tables, whether it can be written, and the clock that its rows are stamped with.
 
 SQLite goes on writing into a file that somebody has deleted, and everything written there would be lost. A full disk is
 found before a transaction begins, because one that fails in the middle leaves a large log behind.
@@ -11,9 +11,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from diptych.errors import UserError
 from diptych.utils import documents
@@ -89,14 +88,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-# The time that jobs are stamped with. The computer's clock may jump, and results must not expire because of it.
-
 JUMP = 60.0  # seconds; a smaller difference is an ordinary correction
 SETTLE = 600.0  # seconds without a jump until a clock is believed
 
 
 class Clock:
-    """Seconds since 1970 that pass evenly. A jump of the wall clock counts once it has lasted `settle` seconds."""
+    """Seconds since 1970 that pass evenly: results must not expire because the computer's clock jumps. A jump counts
+    once it has lasted `settle` seconds."""
 
     def __init__(
         self,
@@ -129,46 +127,6 @@ class Clock:
             self._believed = offset
         return now
 
-
-# Whose turn it is: every owner who waits gets an equal share of the work, whoever sent how much how early. This is
-# start-time fair queuing (Goyal, Vin and Cheng 1996), a weighted round-robin: what an image costs counts, and who
-# comes back after a pause has no claim on the time before.
-
-Item = TypeVar("Item")
-
-
-class FairShares:
-    """The work done for each owner so far, as far as it still matters."""
-
-    def __init__(self) -> None:
-        self._served: dict[str, float] = {}  # owner → where the next share begins
-        self._now = 0.0  # where the latest share began
-
-    def choose(self, waiting: Mapping[str, Sequence[tuple[Item, float]]], most: int) -> list[tuple[str, Item]]:
-        """Up to `most` items in turn, of the owners' (item, cost) each in its order, and their owners."""
-        left = {owner: list(items) for owner, items in waiting.items() if items}
-        order = {owner: place for place, owner in enumerate(left)}
-        chosen: list[tuple[str, Item]] = []
-        while left and len(chosen) < most:
-            owner = min(left, key=lambda name: (self._start(name), order[name]))
-            item, cost = left[owner].pop(0)
-            if not left[owner]:
-                del left[owner]
-            chosen.append((owner, item))
-            self._now = self._start(owner)
-            self._served[owner] = self._now + cost
-        self._served = {owner: end for owner, end in self._served.items() if end > self._now}
-        return chosen
-
-    def first(self, owners: Sequence[str]) -> str:
-        """The owner whose turn it is; of equal ones the first."""
-        return min(owners, key=self._start)
-
-    def _start(self, owner: str) -> float:
-        return max(self._now, self._served.get(owner, 0.0))
-
-
-# What is in `jobs.sqlite`, and how the file is opened.
 
 VERSION = 1
 _TABLES = """

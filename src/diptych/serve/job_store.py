@@ -19,7 +19,8 @@ from typing import Any
 
 from diptych.errors import UserError
 from diptych.serve import database
-from diptych.serve.database import ROOM, Clock, DatabaseFile, FairShares
+from diptych.serve.database import ROOM, Clock, DatabaseFile
+from diptych.serve.limits import FairShares
 from diptych.utils.paths import private_file
 
 TRIES = 3  # of a picture whose server was killed while it was drawn

@@ -1,4 +1,5 @@
-"""What is going on now: the steps and previews of jobs, told by worker threads, awaited by requests.
+"""What is going on now: the steps and previews of jobs, told by worker threads and awaited by requests, and the
+counters that Prometheus reads at /metrics.
 
 Lives in memory; the store holds what must last.
 """
@@ -6,16 +7,12 @@ Lives in memory; the store holds what must last.
 from __future__ import annotations
 
 import asyncio
-import collections
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-from diptych.errors import UserError
 
 
 @dataclass
@@ -95,78 +92,11 @@ class ProgressBoard:
         loop.call_soon_threadsafe(ring)
 
 
-# Threads of their own for what takes long: decoding images, checking masks, laying out pages. Other requests never
-# wait behind it. Large images have a thread apart from small ones, so that a small one waits for small ones alone.
-# Each thread has a short queue, of which one owner gets a part; who finds it full is told to come again.
-
-LARGE = 2_000_000  # pixels from which an image is large
-P = ParamSpec("P")
-Result = TypeVar("Result")
-
-
-class Lane:
-    """One thread and a queue for it of at most `most`, half of them of one owner. `seconds` is about how long one
-    takes, for those who must come again."""
-
-    def __init__(self, name: str, seconds: float, most: int) -> None:
-        self.seconds, self.most = seconds, most
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"diptych-{name}")
-        self._lock = threading.Lock()
-        self._held: collections.Counter[str] = collections.Counter()
-
-    def check(self, owner: str) -> None:
-        """Busy if there is no room for another of this owner."""
-        with self._lock:
-            if self._held[owner] >= self.most // 2 or self._held.total() >= self.most:
-                raise Busy("too many images wait to be read", self.seconds * max(1, self._held.total()), 503)
-
-    def start(self, owner: str, do: Callable[P, Result], *given: P.args, **named: P.kwargs) -> Future[Result]:
-        """Does it once it is its turn. Busy if the queue is full."""
-        self.check(owner)
-        with self._lock:
-            self._held[owner] += 1
-        future = self._pool.submit(do, *given, **named)
-        future.add_done_callback(lambda _: self._release(owner))
-        return future
-
-    async def run(self, owner: str, do: Callable[P, Result], *given: P.args, **named: P.kwargs) -> Result:
-        """`start`, and what comes of it."""
-        return await asyncio.wrap_future(self.start(owner, do, *given, **named))
-
-    def close(self) -> None:
-        """Does nothing more of what waits."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _release(self, owner: str) -> None:
-        with self._lock:
-            self._held[owner] -= 1
-            if not self._held[owner]:
-                del self._held[owner]
-
-
-class Lanes:
-    """The thread for small images and the one for large ones."""
-
-    def __init__(self) -> None:
-        self.small, self.large = Lane("small", 0.1, 64), Lane("large", 3.0, 16)
-
-    def of(self, pixels: int) -> Lane:
-        """The lane of an image."""
-        return self.large if pixels >= LARGE else self.small
-
-    def close(self) -> None:
-        """Closes both."""
-        self.small.close()
-        self.large.close()
-
-
-# What Prometheus is told at /metrics. Labels hold no prompt, token, address or name of a user.
-
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class ServerMetrics:
-    """The counters of one server, in a registry of its own."""
+    """The counters of one server, in a registry of its own. Labels hold no prompt, token, address or name of a user."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -183,18 +113,3 @@ class ServerMetrics:
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-# Requests that are refused although nothing is wrong with them.
-
-
-class Busy(UserError):
-    """Not now: the queue is full, the key asked too often, or the server starts or stops. `seconds` says when."""
-
-    def __init__(self, message: str, seconds: float, status: int = 429) -> None:
-        super().__init__(message)
-        self.seconds, self.status = max(1, round(seconds + 0.5)), status
-
-
-class OverQuota(UserError):
-    """The owner's results and references take all the room that one may have."""

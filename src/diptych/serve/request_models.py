@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diptych.errors import UsageError
 from diptych.serve.config import Limits
-from diptych.serve.http.openapi import WORDS
 from diptych.student.sampling import SCALES, SEED, Fit, check_options, check_prompt, field
 
 if TYPE_CHECKING:
     from diptych.apps.story import Panel
 
+WORDS = "x-words"  # in a field's schema: what it may hold, where its pattern says that to machines alone
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
 JOB_WORDS = "8 to 64 letters, digits, dashes or underscores"
 SPEEDS = ("plain", "exact", "fast", "fastest")

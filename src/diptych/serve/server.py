@@ -1,4 +1,4 @@
-"""The HTTP server: the API's routes, health and metrics, login and pages, the web app, and the guard around it all.
+"""The HTTP server: the API, its pages and the web app behind one guard, in uvicorn with limits on its connections.
 
 run(ServerSettings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
 """
@@ -8,23 +8,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse, Response
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from diptych.errors import UserError
-from diptych.serve.auth import COOKIE, SESSION_SECONDS, Authenticator
-from diptych.serve.config import Limits, ServerSettings
-from diptych.serve.http import error_responses, guard, image_routes, job_routes, pages, relight_routes
-from diptych.serve.http import pages as run_files
-from diptych.serve.http.guard import APP, RequestGuard, client_of, cookie_of
+from diptych.serve.auth import Authenticator
+from diptych.serve.config import ServerSettings
+from diptych.serve.http import error_responses, guard, image_routes, job_routes, openapi, pages
+from diptych.serve.http.guard import APP, RequestGuard
 from diptych.serve.service import Service
 from diptych.utils.machine import VERSION
 
@@ -50,52 +49,18 @@ def create(service: Service, web_app: bool = True) -> RequestGuard:
     error_responses.install(app)
     app.include_router(image_routes.router)
     app.include_router(job_routes.router)
-    app.include_router(relight_routes.router)
+    app.include_router(image_routes.relight_router)
     if service.runs is not None:
-        app.include_router(run_files.router)
+        app.include_router(pages.run_router)
     _add_health(app, service)
-    _add_pages(app, gate)
-    app.openapi = lambda: _schema(app, gate, service.settings.limits)
+    pages.add(app, gate)
+    app.openapi = lambda: openapi.schema(app, gate.open, service.settings.limits)
     inside: Any = app
     if web_app:
         from diptych.serve.app import mount
 
         inside = mount(app, service)
     return RequestGuard(inside, service.settings, gate, service.metrics)
-
-
-def _within(schema: dict[str, Any], limits: Limits) -> None:
-    """Narrows the fields of requests to what this server allows, so that its pages and errors say that."""
-    most = {"steps": ("maximum", limits.steps), "n": ("maximum", limits.pictures)}
-    most["prompt"] = ("maxLength", limits.prompt_letters)
-    bodies = list(schema["components"]["schemas"].values())
-    for methods in schema["paths"].values():
-        for route in methods.values():
-            bodies += [content["schema"] for content in route.get("requestBody", {}).get("content", {}).values()]
-    for body in bodies:
-        for name, field in body.get("properties", {}).items():
-            key, value = most.get(name, ("", 0))
-            for kind in [field, *field.get("anyOf", ())]:
-                if key in kind:
-                    kind[key] = min(kind[key], value)
-
-
-def _schema(app: FastAPI, gate: Authenticator, limits: Limits) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        if not gate.open:
-            schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"token": []}]
-        for path in ("/healthz", "/readyz"):
-            schema["paths"][path]["get"]["security"] = []
-        _within(schema, limits)
-        app.openapi_schema = schema
-    return app.openapi_schema
-
-
-def icon() -> bytes:
-    """The page's icon, an SVG."""
-    return (files("diptych.serve.app") / "icon.svg").read_bytes()
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -117,56 +82,9 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_pages(app: FastAPI, gate: Authenticator) -> None:
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse(f"{APP}/", 303)
-
-    @app.get(pages.ICON, include_in_schema=False)
-    async def favicon() -> Response:
-        return Response(icon(), media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(pages.description(app.openapi()))
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def schema() -> JSONResponse:
-        return JSONResponse(app.openapi())
-
-    @app.get("/login", include_in_schema=False)
-    async def login_page() -> HTMLResponse:
-        return HTMLResponse(pages.login())
-
-    @app.post("/login", include_in_schema=False)
-    async def login(request: Request) -> Response:
-        async with request.form(max_files=0, max_fields=4, max_part_size=2**14) as form:
-            owner = gate.owner(str(form.get("token", "")).strip())
-        if owner is None:
-            if seconds := gate.guessed(client_of(request.scope)):
-                again = {"Retry-After": str(round(seconds + 0.5))}
-                return error_responses.answer(429, "too many wrong tokens", headers=again)
-            return HTMLResponse(pages.login(wrong=True), 401)
-        response = RedirectResponse(f"{APP}/", 303)
-        secure = request.url.scheme == "https"
-        response.set_cookie(
-            COOKIE, gate.session(owner), SESSION_SECONDS, httponly=True, samesite="strict", secure=secure
-        )
-        return response
-
-    @app.post("/logout", include_in_schema=False)
-    def logout(request: Request) -> Response:
-        gate.revoke(cookie_of(request.headers))
-        response = RedirectResponse("/login", 303)
-        response.delete_cookie(COOKIE)
-        return response
-
-
 def config(app: Any, settings: ServerSettings, **more: Any) -> Any:
     """How uvicorn serves the app; `more` are settings of its own."""
     import uvicorn
-
-    from diptych.serve.http.connections import impatient
 
     given: dict[str, Any] = {
         "http": impatient(settings.limits.head_seconds, settings.limits.connections),
@@ -250,3 +168,95 @@ def run(
         say(f"stopped; {service.left} pictures wait for the next start" if service.left else "stopped")
     if service.failure is not None:
         raise service.failure
+
+
+FILES = 200  # that the process opens beside its connections
+
+
+STALLED = 60.0  # seconds in which a client must read something of its answer
+
+
+def impatient(seconds: float, most: int) -> type[asyncio.Protocol]:
+    """uvicorn's own reading of HTTP, with a time limit for a head and a limit on connections. When there are
+    more, the one that has been silent longest is closed; requests that are being answered are not touched."""
+    protocol: Any = AutoHTTPProtocol
+    most = min(most, _files(most + FILES) - FILES)
+
+    class Impatient(protocol):
+        late: asyncio.TimerHandle | None = None  # rings unless a head is there before
+        unread: asyncio.TimerHandle | None = None  # rings unless something of an answer was read before
+        since = 0.0  # when it said something
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.since = self.loop.time()
+            self._watch()
+            if len(self.connections) > most:
+                silent = [other for other in self.connections if other.waits]
+                min(silent, key=lambda other: other.since, default=self).transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            self.since = self.loop.time()
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._rest()
+            self.resume_writing()
+            super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._still_reads(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            if self.unread is not None:
+                self.unread.cancel()
+                self.unread = None
+            super().resume_writing()
+
+        def _still_reads(self, left: int) -> None:
+            def look() -> None:
+                if self.transport.get_write_buffer_size() >= left:
+                    self.transport.abort()
+                else:
+                    self._still_reads(self.transport.get_write_buffer_size())
+
+            self.unread = self.loop.call_later(STALLED, look)
+
+        @property
+        def waits(self) -> bool:
+            """Whether it is for the client to say something."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def _watch(self) -> None:
+            """Starts the clock where a head is due. Between two requests uvicorn's own (keep-alive) runs until the
+            second one begins."""
+            if not self.waits:
+                self._rest()
+            elif self.late is None:
+                self.late = self.loop.call_later(seconds, self.transport.close)
+
+        def _rest(self) -> None:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+
+    return Impatient
+
+
+def _files(wanted: int) -> int:
+    """How many files the process may have open, raised to `wanted` where that is allowed."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    except (OSError, ValueError):
+        return soft
+    return raised

@@ -9,10 +9,7 @@ service.stop()
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import json
 import logging
 import secrets
 import sqlite3
@@ -24,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from diptych.data.formats import open_header
 from diptych.data.images import encode_png, open_image
 from diptych.errors import UsageError, UserError
-from diptych.serve import request_models as asking
-from diptych.serve.auth import AddressSigner, RateLimit
+from diptych.serve.auth import AddressSigner
 from diptych.serve.config import ServerSettings
 from diptych.serve.database import SETTLE, Clock, Unwritable
 from diptych.serve.job_store import OPEN, JobStore
-from diptych.serve.progress import Busy, Lanes, OverQuota, ProgressBoard, ServerMetrics
-from diptych.serve.request_models import JobRequest, RelightRequest
+from diptych.serve.limits import Busy, Lanes, OverQuota, RateLimit
+from diptych.serve.progress import ProgressBoard, ServerMetrics
+from diptych.serve.request_models import JobRequest, RelightRequest, check
 from diptych.serve.runs import Runs
 from diptych.serve.worker import Worker
 from diptych.utils import documents
@@ -213,7 +210,7 @@ class Service:
         UsageError for what cannot be drawn, Busy when it cannot be taken now.
         """
         student = self.student
-        asking.check(asked, self.settings.limits, student.pipeline.default_panel_size)
+        check(asked, self.settings.limits, student.pipeline.default_panel_size)
         remarks = asked.remarks()
         asked = asked.resolved(student.sampling, self.settings.limits)
         canvas = student.canvas(asked.pixels())
@@ -379,27 +376,3 @@ def warnings_of(job: Mapping[str, Any], picture: Mapping[str, Any] | None = None
     if picture is not None:
         return each[picture["place"]] if each else []
     return list(dict.fromkeys(line for lines in each for line in lines))
-
-
-def from_base64(text: str, most: int, name: str = "reference") -> bytes:
-    """The bytes of base64, also as a `data:` URL; any other URL is refused: nothing is fetched from anywhere. `name` is
-    the field's."""
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise UsageError(f"{name}: a data: URL must hold base64")
-    elif "://" in text[:20]:
-        raise UsageError(f"{name}: an address; this server fetches nothing, so send the picture itself as base64")
-    if len(text) > most * 4 // 3 + 4:
-        raise UserError(
-            f"{name}: about {documents.size(len(text) * 3 / 4)} is over the limit of {documents.size(most)}"
-        )
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise UsageError(f"{name}: not base64") from None
-
-
-def as_json(value: Any) -> str:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -5,6 +5,12 @@ every one the noise of its seed, so a picture is the one `diptych generate` draw
 by one, so that one bad request costs one job. An error outside of drawing, such as a full disk, ends nothing: the
 worker tries again, and `trouble` says why it does not draw. What a thread had in hand when it died is taken up by the
 next one.
+
+`mark` adds the invisible watermark, one bit that says "drawn here", for pictures that lost the text inside their files:
+a pattern of ±STRENGTH on all channels of each pixel, its signs drawn by a generator seeded with the key and the size.
+`score` correlates what is left of a picture after its 3×3 mean is taken away with that pattern: about a standard normal
+number for a picture without the mark or of another key, and growing with the number of pixels for one with it. It
+survives PNG, WebP, mild JPEG and noise; not scaling, cropping or turning, and no determined remover.
 """
 
 from __future__ import annotations
@@ -244,8 +250,6 @@ class Worker:
     def _keep(self, task: QueuedImage, image: Image) -> None:
         made_by = {**image.info, "job": task.job_id, "digital_source_type": source_type(image.info)}
         if self.watermark is not None:
-            pass
-
             image = mark(image, self.watermark)
             made_by["watermark"] = True
         kind = KINDS[task.request["output_format"]]
@@ -272,12 +276,6 @@ class Worker:
 class _Stopped(Exception):
     """Nobody wants the batch in hand any more, or the server must stop."""
 
-
-# An invisible mark that says one bit: drawn here. For pictures that lost the text inside their files. `mark` adds a
-# pattern of ±STRENGTH to all channels of each pixel, its signs drawn by a generator seeded with the key and the size.
-# `score` correlates what is left of a picture after its 3×3 mean is taken away with that pattern: about a standard
-# normal number for a picture without the mark or of another key, and growing with the number of pixels for one with
-# it. It survives PNG, WebP, mild JPEG and noise; not scaling, cropping or turning, and no determined remover.
 
 STRENGTH = 3  # of 255
 SURE = 5.0  # a score above it comes by chance less than once in a million pictures

@@ -21,10 +21,10 @@ from diptych.errors import UserError
 from diptych.serve.app import owner_of, unread
 from diptych.serve.http.error_responses import wrong
 from diptych.serve.http.openapi import of_schema
-from diptych.serve.progress import Busy
+from diptych.serve.http.pages import error, render
+from diptych.serve.limits import Busy
 from diptych.serve.request_models import ImageRequest, JobRequest, RelightRequest, StoryRequest
 from diptych.serve.service import Service
-from diptych.serve.templates import error, render
 
 UNREAD = 4  # messages that may wait for a page
 EVERY = 0.25  # seconds between looks at a job

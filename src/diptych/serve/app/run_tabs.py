@@ -14,9 +14,9 @@ from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.run import recurate
 from diptych.serve.app import owner_of
+from diptych.serve.http.pages import error, render, status
 from diptych.serve.runs import NAME, Runs
 from diptych.serve.service import Service
-from diptych.serve.templates import error, render, status
 from diptych.utils.console import Display
 
 PAGE = 12  # pairs

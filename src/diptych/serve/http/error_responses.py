@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from diptych.errors import UserError, nearest
 from diptych.serve.database import FULL, FULL_STATUS, Unwritable
 from diptych.serve.http.openapi import Field, of_route, of_schema, shown, words
-from diptych.serve.progress import Busy, OverQuota
+from diptych.serve.limits import Busy, OverQuota
 from diptych.utils import documents
 
 log = logging.getLogger("diptych.serve")

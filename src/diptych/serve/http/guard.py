@@ -3,6 +3,10 @@
 In this order: the name the request is addressed to (a page elsewhere whose name was pointed here gets nothing), its
 origin (CORS is closed), whose it is, what of the web app's framework may be reached at all, and the size and the
 patience of its body, which are limits before anything is decoded. Answers get the headers that browsers obey.
+
+The log of requests is written here too: a line for each (`diptych.access`) names the owner, never a token, and of an
+address only its path, since what follows may be a signature. Warnings that quote a prompt are written at the level
+debug alone; who asked gets them with the answer.
 """
 
 from __future__ import annotations
@@ -238,11 +242,6 @@ class RequestGuard:
         return counted
 
 
-# What a server writes to stderr: a line for each request (`diptych.access`), and diptych's own warnings and errors. A
-# line names the owner, never a token; of an address only its path, since what follows may be a signature. Warnings
-# that quote a prompt are written at the level debug alone; who asked gets them with the answer.
-
-LEVELS = ("debug", "info", "warning", "error")
 access = logging.getLogger("diptych.access")
 QUIET = ("/healthz", "/readyz", "/metrics", "/app/")  # asked all the time: a line at the level debug alone
 

@@ -1,30 +1,38 @@
-"""`/v1/images/generations` and `/v1/images/edits`, in OpenAI's format: the official client works unchanged.
+"""`/v1/images/generations` and `/v1/images/edits` in OpenAI's format, so that the official client works unchanged, and
+`/v1/relights` and `/v1/stories`, which OpenAI has no route for, asked and answered alike.
 
-The first takes JSON, and with our field `reference` (base64) the picture of a subject too; the second takes a form with
-the picture as `image`, or JSON with it as base64. Both make a job and wait for it; `wait=false` answers at once,
-`stream=true` as it goes on.
+Generations take JSON, and with our field `reference` (base64) the picture of a subject too; the others take a form with
+the picture as `image`, edits also JSON with it as base64. Each makes a job and waits for it; `wait=false` answers at
+once, `stream=true` as it goes on, in OpenAI's server-sent events.
 """
 
 from __future__ import annotations
 
 import base64
+import io
+import json
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
-from diptych.errors import UsageError
-from diptych.serve.http import events
 from diptych.serve.http.error_responses import answer, documented
-from diptych.serve.request_models import EditRequest, GenerationRequest, ImageRequest, JobRequest
-from diptych.serve.service import Service, from_base64, warnings_of
-from diptych.utils.documents import parse_request
+from diptych.serve.http.openapi import described, described_json, from_base64, is_json, read, read_json
+from diptych.serve.limits import Busy
+from diptych.serve.request_models import (
+    EditRequest,
+    GenerationRequest,
+    ImageRequest,
+    JobRequest,
+    RelightRequest,
+    StoryRequest,
+)
+from diptych.serve.service import Service, warnings_of
 
 GENERATION, EDIT = "image_generation", "image_edit"
 
@@ -62,104 +70,6 @@ def service_of(request: Request) -> Service:
 def owner_of(request: Request) -> str:
     """Whose a request is; the guard has put it there."""
     return request.state.owner
-
-
-# Requests that bring pictures: forms (multipart/form-data), read into one of the models of `asked`. `files` says
-# which pictures a form has, and whether each must be there. A list in the model is a field that is repeated.
-
-MOST_FIELDS = 60
-FORM = "multipart/form-data"
-JSON = "application/json"
-PICTURES = {
-    "image": "The picture of your subject: PNG, JPEG, WebP, …",
-    "mask": "Of the picture's size: white may change, black stays.",
-}
-MASKLESS = "; the whole picture is drawn anew, so a mask has no meaning here"
-Wanted = TypeVar("Wanted", bound=JobRequest)
-
-
-async def read(request: Request, model: type[Wanted], files: Mapping[str, bool]) -> tuple[Wanted, dict[str, Any]]:
-    """What a form asks for, and the bytes of each picture, None for one that is not there.
-
-    UsageError or pydantic's ValidationError for what is not as it should be; 415 for what is no form.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
-        raise HTTPException(415, f"send a form ({FORM}) with {' and '.join(_required(model, files))}")
-    lists = [name for name, field in _fields(model).items() if "items" in field]
-    async with request.form(max_files=4, max_fields=MOST_FIELDS, max_part_size=2**18) as form:
-        given: dict[str, Any] = {}
-        sent: dict[str, list[UploadFile]] = {name: [] for name in files}
-        for key, value in form.multi_items():
-            name = key.removesuffix("[]") if key.removesuffix("[]") in (*files, *lists) else key
-            if isinstance(value, UploadFile):
-                if name not in files:
-                    hint = MASKLESS if name == "mask" else ""
-                    raise UsageError(f"{name[:40]}: no such picture can be sent here, only {', '.join(files)}{hint}")
-                sent[name].append(value)
-            elif name in files:
-                raise UsageError(f"{name}: send the picture itself, as a file")
-            elif name in lists:
-                given.setdefault(name, []).append(value)
-            elif name in given:
-                raise UsageError(f"{name[:40]}: given twice")
-            else:
-                given[name] = value
-        asked = model.model_validate(given)
-        for name, needed in files.items():
-            if len(sent[name]) > 1 or (needed and not sent[name]):
-                raise UsageError(f"{name}: send one picture, not {len(sent[name])}")
-        return asked, {name: await found[0].read() if found else None for name, found in sent.items()}
-
-
-async def read_json(request: Request, model: type[Wanted]) -> Wanted:
-    """What a JSON body asks for. UsageError if it is not such JSON as is taken, pydantic's ValidationError if it is
-    wrong."""
-    if not is_json(request):
-        raise UsageError(f"the body must be a JSON object with the fields of this request, sent as {JSON}")
-    body = await request.body()
-    try:
-        given = parse_request(body)
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"the body is not valid JSON ({error})") from None
-    return model.model_validate(given)
-
-
-def is_json(request: Request) -> bool:
-    """Whether a request says that its body is JSON."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON
-
-
-def described(
-    model: type[JobRequest], files: Mapping[str, bool], as_json: type[JobRequest] | None = None
-) -> dict[str, Any]:
-    """The OpenAPI entry of such a request's body; `as_json` describes the body of one that may also be JSON."""
-    pictures = {name: {"type": "string", "format": "binary", "description": PICTURES[name]} for name in files}
-    schema = {**model.model_json_schema(), "properties": {**_fields(model), **pictures}}
-    schema["required"] = _required(model, files)
-    content = {FORM: {"schema": schema}} | ({JSON: {"schema": as_json.model_json_schema()}} if as_json else {})
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def described_json(model: type[JobRequest]) -> dict[str, Any]:
-    """The OpenAPI entry of a body that is JSON alone."""
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
-
-
-def _fields(model: type[JobRequest]) -> dict[str, Any]:
-    """The model's fields as JSON schema, without null: a form leaves a field out instead."""
-    fields = {}
-    for name, field in model.model_json_schema()["properties"].items():
-        kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
-        plain = {key: value for key, value in field.items() if key != "anyOf"}
-        fields[name] = plain | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
-    return fields
-
-
-def _required(model: type[JobRequest], files: Mapping[str, bool]) -> list[str]:
-    needed = [name for name, field in model.model_fields.items() if field.is_required()]
-    return [*needed, *(name for name, must in files.items() if must)]
 
 
 Owner = Annotated[str, Depends(owner_of)]
@@ -222,12 +132,12 @@ async def draw(
     ]
     job = await run_in_threadpool(service.submit, owner, asked, *kept)
     if asked.stream:
-        told = events.openai_events(service, owner, job["id"], asked, kind)
+        told = openai_events(service, owner, job["id"], asked, kind)
         return StreamingResponse(told, media_type="text/event-stream")
     if not asked.wait:
         return JSONResponse(service.state(owner, job["id"]), 202)
     try:
-        ended = await events.finished_job(service, owner, job["id"], request, keep=asked.job is not None)
+        ended = await finished_job(service, owner, job["id"], request, keep=asked.job is not None)
     except TimeoutError:
         return answer(504, f"the pictures took longer than {service.settings.limits.wait_seconds:g} s", code="timeout")
     if ended is None:
@@ -267,3 +177,124 @@ def result(service: Service, job: dict[str, Any], response_format: str, request:
 def address(service: Service, picture: str, request: Request) -> str:
     """Where a picture can be fetched for an hour, by whoever has the address."""
     return f"{request.base_url}v1/pictures/{picture}?{service.signer.sign(picture)}"
+
+
+relight_router = APIRouter(prefix="/v1", tags=["relights and stories"])
+LIT = {"image": True, "mask": False}
+
+
+TOLD = {"image": False}
+
+
+@relight_router.post(
+    "/relights",
+    response_model=Pictures,
+    responses={**documented(415, 500, 504), **ACCEPTED},
+    openapi_extra=described(RelightRequest, LIT),
+)
+async def relights(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
+    """The scene of `image` under each `light`, everything in its place; a `mask` says what may change."""
+    service.limit(owner)
+    asked, files = await read(request, RelightRequest, LIT)
+    return await draw(service, owner, asked, files["image"], request, "relight", files["mask"])
+
+
+@relight_router.post(
+    "/stories",
+    response_model=Pictures,
+    responses={**documented(415, 500, 504), **ACCEPTED},
+    openapi_extra=described(StoryRequest, TOLD),
+)
+async def stories(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
+    """Draws the panels of a story of the character in `image`; `/v1/jobs/ID/page` is then the laid-out page."""
+    service.limit(owner)
+    asked, files = await read(request, StoryRequest, TOLD)
+    return await draw(service, owner, asked, files["image"], request, "story")
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+PULSE = 1.0  # seconds between looks when nothing happens
+
+
+def event(name: str, data: Any) -> str:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {as_json(data)}\n\n"
+
+
+async def finished_job(service: Service, owner: str, id: str, request: Request, keep: bool) -> dict[str, Any] | None:
+    """A job once it has ended; None if its client left. Then it is given up too, unless `keep`.
+
+    Busy if the server stops first, TimeoutError after `wait_seconds`, with the job given up unless `keep`.
+    """
+    until = time.monotonic() + service.settings.limits.wait_seconds
+    while True:
+        job = service.store.job(owner, id)
+        if job is None or not service.is_open(job):
+            return job
+        _refuse_if_stopping(service, job)
+        gone = await request.is_disconnected()
+        if gone or time.monotonic() > until:
+            if not keep:
+                service.cancel(owner, id)
+            if gone:
+                return None
+            raise TimeoutError
+        await service.board.changed(job["number"], PULSE)
+
+
+def _refuse_if_stopping(service: Service, job: dict[str, Any]) -> None:
+    if service.draining and all(picture["status"] != "running" for picture in job["pictures"]):
+        raise Busy(f"the server is stopping; job {job['id']} goes on when it starts again", 5, 503)
+
+
+async def openai_events(service: Service, owner: str, id: str, asked: JobRequest, kind: str) -> AsyncIterator[str]:
+    """OpenAI's stream of a request: `image_generation.partial_image` and `image_generation.completed`, or
+    `image_edit.…`; an `error` event if it fails."""
+    shown: dict[int, bytes] = {}
+    sent: dict[int, int] = {}
+    complete: set[int] = set()
+    while True:
+        job = service.store.job(owner, id)
+        if job is None:
+            return
+        told = {"created_at": int(job["created"]), "background": "opaque"}
+        told |= {"quality": job["request"].get("quality", "auto")}
+        live = service.board.live(job["number"])
+        for place, png in sorted(live.previews.items()):
+            due = asked.partial_images * live.step // max(1, live.steps)
+            if shown.get(place) is not png and sent.get(place, 0) < min(due, asked.partial_images):
+                shown[place], sent[place] = png, sent.get(place, 0) + 1
+                yield event(f"{kind}.partial_image", _image(f"{kind}.partial_image", png, "png", told)
+                    | {"partial_image_index": sent[place] - 1})  # fmt: skip
+        for picture in job["pictures"]:
+            if picture["status"] == "done" and picture["place"] not in complete:
+                complete.add(picture["place"])
+                found = service.store.picture(picture["id"])
+                assert found is not None
+                whole = _image(f"{kind}.completed", found[2], asked.output_format, told)
+                nothing = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+                nothing["input_tokens_details"] = {"image_tokens": 0, "text_tokens": 0}  # pyright: ignore
+                more = {"seed": picture["seed"], "job": id, "warnings": warnings_of(job, picture), "usage": nothing}
+                yield event(f"{kind}.completed", {**whole, **more})
+        if not service.is_open(job):
+            if job["status"] != "done":
+                message = job["error"] or f"the job was {job['status']}"
+                yield event("error", {"type": "error", "error": {"message": message, "type": "server_error"}})
+            return
+        try:
+            _refuse_if_stopping(service, job)
+        except Busy as busy:
+            yield event("error", {"type": "error", "error": {"message": str(busy), "type": "server_error"}})
+            return
+        await service.board.changed(job["number"], PULSE)
+
+
+def _image(name: str, data: bytes, output_format: str, told: dict[str, Any]) -> dict[str, Any]:
+
+    width, height = Image.open(io.BytesIO(data)).size
+    image = {"type": name, "b64_json": base64.b64encode(data).decode(), "output_format": output_format}
+    return {**image, "size": f"{width}x{height}", **told}

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import time
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
 from pydantic import BaseModel
 
+from diptych.apps import relight, story
+from diptych.data.images import encode_png
+from diptych.errors import UsageError
+from diptych.serve import worker
 from diptych.serve.http.error_responses import answer, documented
-from diptych.serve.http.events import job_events
-from diptych.serve.http.image_routes import Owner, Pictures, ServiceDep, result
-from diptych.serve.http.openapi import WORDS
-from diptych.serve.request_models import JOB_ID, JOB_WORDS
+from diptych.serve.http.image_routes import PULSE, Owner, Pictures, ServiceDep, as_json, event, result
+from diptych.serve.request_models import JOB_ID, JOB_WORDS, WORDS
 from diptych.serve.service import Service
 
 router = APIRouter(prefix="/v1", responses=documented(500))
@@ -25,6 +32,8 @@ IMAGE: dict[int | str, dict[str, Any]] = {
     200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA.values()}}
 }
 BODY = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "image/jpeg", "image/webp")}
+
+KEEP_ALIVE = 15.0  # seconds between comments that keep a quiet stream open
 
 
 class Progress(BaseModel):
@@ -216,3 +225,86 @@ def picture(
 
 def _no_job() -> JSONResponse:
     return answer(404, "there is no such job")
+
+
+PAGE_MEDIA = {"png": "image/png", "pdf": "application/pdf"}
+
+
+PAGES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media: {"schema": {"type": "string", "format": "binary"}} for media in PAGE_MEDIA.values()}}
+}
+
+
+@router.get(
+    "/jobs/{id}/page",
+    tags=["relights and stories"],
+    response_class=Response,
+    responses={**PAGES, **documented(409, 500)},
+)
+async def page(
+    id: JobId,
+    service: ServiceDep,
+    owner: Owner,
+    kind: Annotated[Literal["png", "pdf"], Query(alias="format")] = "png",
+) -> Response:
+    """A finished job on one page: a story's, as PNG or PDF; other pictures side by side, as PNG."""
+    service.limit(owner, stores=False)
+    job = service.store.job(owner, id)
+    if job is None:
+        return answer(404, "there is no such job")
+    if job["status"] != "done":
+        return answer(409, f"the job is {job['status']}; a page is made of one that is done")
+    data = await service.lanes.large.run(owner, finished, service, job, kind)
+    headers = {"Cache-Control": "private, max-age=600", "Content-Disposition": f'inline; filename="{id}.{kind}"'}
+    return Response(data, media_type=PAGE_MEDIA[kind], headers=headers)
+
+
+def finished(service: Service, job: dict[str, Any], kind: str) -> bytes:
+    """The page as `png`, or, of a story, as `pdf`. UsageError for another kind of job's PDF."""
+    request, made_by = job["request"], job["pictures"][0]["made_by"]
+    if kind == "pdf" and request["kind"] != "story":
+        raise UsageError("format: only stories are made as PDF; this job's page is a png")
+    drawn = [Image.open(io.BytesIO(data)).convert("RGB") for data in service.store.drawn(job["number"])]
+    if request["kind"] != "story":
+        return encode_png(_marked(service, relight.strip(drawn)), made_by)
+    panels = [story.read_panel(line) for line in request["panels"]]
+    seeds = [picture["seed"] for picture in job["pictures"]]
+    told = story.bind(drawn, panels, seeds, made_by, title=request["title"], captions=request["captions"])
+    told.page = _marked(service, told.page)
+    return told.pdf() if kind == "pdf" else encode_png(told.page, told.provenance)
+
+
+def _marked(service: Service, image: Image.Image) -> Image.Image:
+    """With the invisible mark, if pictures here get one: enlarging lost theirs."""
+    key = service.settings.watermark
+    return image if key is None else worker.mark(image, key)
+
+
+async def job_events(service: Service, owner: str, id: str, previews: bool) -> AsyncIterator[str]:
+    """`progress` events with a job's state, each new preview if asked for, and at the end `done`, `failed` or
+    `cancelled`; `stopping` if the server stops first."""
+    last, shown, spoke = "", {}, time.monotonic()
+    while True:
+        state = service.state(owner, id)
+        if state is None:
+            return
+        if not service.is_open(state):
+            yield event(state["status"], state)
+            return
+        job = service.store.job(owner, id)
+        assert job is not None
+        if previews:
+            for place, png in sorted(service.board.live(job["number"]).previews.items()):
+                if shown.get(place) is not png:
+                    shown[place] = png
+                    yield event("preview", {"picture": place, "b64_json": base64.b64encode(png).decode()})
+        if (now := as_json(state)) != last:
+            last, spoke = now, time.monotonic()
+            yield event("progress", state)
+        elif time.monotonic() - spoke > KEEP_ALIVE:
+            spoke = time.monotonic()
+            yield ": still here\n\n"
+        if service.draining and all(picture["status"] != "running" for picture in job["pictures"]):
+            yield event("stopping", state)
+            return
+        await service.board.changed(job["number"], PULSE)

@@ -1,25 +1,26 @@
-"""Two plain pages that need no script and no other server: the login, and the API's description."""
+"""Pages from Jinja2 templates, which escape every value: the login and the API's description, which need no script and
+no other server, and the fragments of the web app. Beside them the files of runs that the app shows.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path
-from fastapi.responses import Response
+from fastapi import APIRouter, FastAPI, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diptych.apps.audit import media_type
+from diptych.serve.auth import COOKIE, SESSION_SECONDS, Authenticator
 from diptych.serve.http import openapi
 from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.guard import APP, client_of, cookie_of
 from diptych.serve.http.image_routes import ServiceDep
-from diptych.serve.http.openapi import WORDS
-from diptych.serve.templates import render
+from diptych.serve.request_models import WORDS
 
 ICON = "/favicon.ico"
-
-
-def login(wrong: bool = False) -> str:
-    """The page that takes a token."""
-    return render("login.html", wrong=wrong)
 
 
 def description(schema: dict[str, Any]) -> str:
@@ -39,10 +40,10 @@ def description(schema: dict[str, Any]) -> str:
 SANDBOX = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
 RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", json_schema_extra={WORDS: "a run's name"})]
 PairId = Annotated[str, Path(pattern=r"^c-[0-9]{1,12}-[0-9]{2,4}$", json_schema_extra={WORDS: "a pair's id"})]
-router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(500))
+run_router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(500))
 
 
-@router.get("/{run}/pairs/{id}/{side}", response_class=Response)
+@run_router.get("/{run}/pairs/{id}/{side}", response_class=Response)
 def picture(run: RunName, id: PairId, side: Literal["reference", "target"], service: ServiceDep) -> Response:
     """A panel of a candidate pair."""
     assert service.runs is not None  # these routes are there only with a folder of runs
@@ -50,7 +51,7 @@ def picture(run: RunName, id: PairId, side: Literal["reference", "target"], serv
     return Response(data, media_type=media_type(data), headers={"Cache-Control": "private, max-age=600"})
 
 
-@router.get("/{run}/sheets/{number}", response_class=Response)
+@run_router.get("/{run}/sheets/{number}", response_class=Response)
 def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service: ServiceDep) -> Response:
     """A sample sheet of the training, counted from 0."""
     assert service.runs is not None
@@ -60,7 +61,7 @@ def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service:
     return Response(sheets[number].read_bytes(), media_type="image/png")
 
 
-@router.get("/{run}/report", response_class=Response)
+@run_router.get("/{run}/report", response_class=Response)
 def report(run: RunName, service: ServiceDep) -> Response:
     """The run's report."""
     assert service.runs is not None
@@ -69,3 +70,80 @@ def report(run: RunName, service: ServiceDep) -> Response:
         return answer(404, "this run has no report yet")
     headers = {"Content-Security-Policy": SANDBOX}
     return Response(path.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("diptych.serve"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(name: str, **values: Any) -> str:
+    """A template of this folder, filled in."""
+    return _environment().get_template(name).render(values)
+
+
+def error(text: object) -> str:
+    """An error message, as the web app shows it."""
+    return render("message.html", text=text, role="alert")
+
+
+def status(text: str, command: str = "") -> str:
+    """A status message, with a command to run after it."""
+    return render("message.html", text=text, role="status", command=command)
+
+
+def add(app: FastAPI, gate: Authenticator) -> None:
+    """Adds the pages that are not of the API: the login, its description, the icon."""
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse(f"{APP}/", 303)
+
+    @app.get(ICON, include_in_schema=False)
+    async def favicon() -> Response:
+        return Response(
+            (files("diptych.serve.app") / "icon.svg").read_bytes(),
+            media_type="image/svg+xml",
+            headers={"Cache-Control": "max-age=86400"},
+        )
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(description(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/login", include_in_schema=False)
+    async def login_page() -> HTMLResponse:
+        return HTMLResponse(render("login.html", wrong=False))
+
+    @app.post("/login", include_in_schema=False)
+    async def login(request: Request) -> Response:
+        async with request.form(max_files=0, max_fields=4, max_part_size=2**14) as form:
+            owner = gate.owner(str(form.get("token", "")).strip())
+        if owner is None:
+            if seconds := gate.guessed(client_of(request.scope)):
+                again = {"Retry-After": str(round(seconds + 0.5))}
+                return answer(429, "too many wrong tokens", headers=again)
+            return HTMLResponse(render("login.html", wrong=True), 401)
+        response = RedirectResponse(f"{APP}/", 303)
+        secure = request.url.scheme == "https"
+        response.set_cookie(
+            COOKIE, gate.session(owner), SESSION_SECONDS, httponly=True, samesite="strict", secure=secure
+        )
+        return response
+
+    @app.post("/logout", include_in_schema=False)
+    def logout(request: Request) -> Response:
+        gate.revoke(cookie_of(request.headers))
+        response = RedirectResponse("/login", 303)
+        response.delete_cookie(COOKIE)
+        return response
