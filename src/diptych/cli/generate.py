@@ -81,7 +81,7 @@ def generate(
     each worker of a cluster draws pictures of its own.
     """
     from diptych.apps import batch as batches
-    from diptych.data.engine import open_engine
+    from diptych.data.engines import open_engine
     from diptych.data.images import kind_of
     from diptych.student.runtime import parallel
     from diptych.utils.console import Display

@@ -323,7 +323,7 @@ def _suite(
     as_json: bool,
     cluster: Cluster,
 ) -> None:
-    from diptych.data.engine import open_engine
+    from diptych.data.engines import open_engine
     from diptych.data.places import lock
     from diptych.evaluate import evaluation, harness
     from diptych.evaluate.report import suite_report

@@ -19,18 +19,16 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError, describe, nearest
+from diptych.errors import UserError, describe
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
 
-ENGINES = ("local", "ray")
 LOST = "no reply: "  # what the reasons of lost rows begin with in `failed/`
 Row = dict[str, Any]
 
@@ -222,22 +220,6 @@ class LocalEngine(Engine):
     def there(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Here."""
         return function(*arguments)
-
-
-@contextmanager
-def open_engine(name: str = "local", address: str | None = None) -> Iterator[Engine]:
-    """The engine `local` or `ray`, the latter with the cluster's address. UsageError for anything else."""
-    if name == "ray":
-        from diptych.data import ray_engine
-
-        with ray_engine.connect(address) as engine:
-            yield engine
-        return
-    if name != "local":
-        raise UsageError(f"--engine {name}: there are local and ray{nearest(name, ENGINES)}")
-    if address is not None:
-        raise UsageError("--address is a Ray cluster's: give --engine ray with it")
-    yield LocalEngine()
 
 
 def _later(report: Callable[..., None], before: int, done: int) -> None:

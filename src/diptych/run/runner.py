@@ -19,7 +19,8 @@ from typing import Any
 from diptych import recipe as recipes
 from diptych.data import bill as bills
 from diptych.data import labels, places, records
-from diptych.data.engine import Engine, LocalEngine, Result, Row, open_engine
+from diptych.data.engine import Engine, LocalEngine, Result, Row
+from diptych.data.engines import open_engine
 from diptych.data.places import answers, desk, send
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
