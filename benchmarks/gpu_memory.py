@@ -64,7 +64,7 @@ def one(shapes: Shapes, preset: Preset, device: torch.device, side: int, tokens:
         peaks["text"] = measuring.clocked(lambda: encode(pipe, shapes, tokens, device), device)[2]
 
     now = {"stage": ""}
-    inner = pipe._stage
+    inner = pipe.runtime.stage
 
     def stage(name: str) -> None:
         finish()
@@ -77,7 +77,7 @@ def one(shapes: Shapes, preset: Preset, device: torch.device, side: int, tokens:
         if now["stage"]:
             peaks[now["stage"]] = measuring.peak(device)
 
-    pipe._stage = stage
+    pipe.runtime.stage = stage
     width, pooled = (shapes.transformer[key] for key in ("joint_attention_dim", "pooled_projection_dim"))
     texts = [torch.randn(1, tokens, width), torch.randn(1, pooled), torch.randn(1, tokens, width)]
     texts = [text.to(device, dtype) for text in [*texts, torch.randn(1, pooled)]]

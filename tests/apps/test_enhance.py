@@ -172,7 +172,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     prompts: list[str] = []
 
     class Student:
-        pipeline = types.SimpleNamespace(memory=None)
+        pipeline = types.SimpleNamespace(runtime=types.SimpleNamespace(memory=None))
 
         @classmethod
         def load(cls, **options: Any) -> Student:

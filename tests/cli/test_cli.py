@@ -57,7 +57,7 @@ def student(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     class Student:
-        pipeline = types.SimpleNamespace(memory=None)
+        pipeline = types.SimpleNamespace(runtime=types.SimpleNamespace(memory=None))
 
         @classmethod
         def load(cls, model: str, **options: Any) -> Student:
