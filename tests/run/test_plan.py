@@ -329,7 +329,7 @@ def test_every_assumption_has_a_unit_and_a_source_and_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("keep_rat=0.4", "there is no such assumption; did you mean 'keep_rate'?"),
+        ("keep_rat=0.4", "unknown assumption; did you mean 'keep_rate'?"),
         ("zzz=1", "there are keep_rate, devices"),
         ("keep_rate", "write it as name=number"),
         ("keep_rate=many", "must be a number above 0"),

@@ -126,7 +126,7 @@ def test_what_is_being_drawn_can_be_stopped(page: Any) -> None:
 
 def test_a_picture_is_relit_under_several_lights_where_its_mask_is_white(page: Any, tmp_path: Path) -> None:
     open_tab(page, "Relight")
-    playwright.expect(page.get_by_text("only the light is drawn anew")).to_contain_text("beyond it")
+    playwright.expect(page.get_by_text("only the light changes")).to_contain_text("beyond it")
     give(page, "relight-reference", CAT)
     cat = Image.open(CAT).convert("RGB")
     mask = Image.new("L", cat.size, 0)

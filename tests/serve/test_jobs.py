@@ -69,7 +69,7 @@ def test_a_job_that_is_given_up_stops_at_once(client: httpx.Client) -> None:
 def test_a_request_sent_again_under_its_name_finds_its_job(client: httpx.Client) -> None:
     asked = {"prompt": "a cat", "steps": 1, "job": "my-own-name"}
     first, second = (client.post("/v1/images/generations", json=asked).json() for _ in range(2))
-    assert first["data"] == second["data"]  # the seed was drawn by lot, once
+    assert first["data"] == second["data"]  # the seed was drawn at random, once
     at_once = client.post("/v1/images/generations", json={**asked, "wait": False})
     assert at_once.status_code == 202 and at_once.json()["status"] == "done"  # how to answer names no other request
     other = client.post("/v1/images/generations", json={**asked, "prompt": "a dog"})

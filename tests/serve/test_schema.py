@@ -44,7 +44,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too
 
 
 def fuzz(described: Any, fuzzed: Running, examples: int) -> None:
-    """So many made-up requests to every operation of the description."""
+    """Made-up requests to every operation of the description."""
     for found in described.get_all_operations():
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=QUIET)

@@ -346,7 +346,7 @@ def test_damaged_and_unreadable_files_are_named(teacher, tmp_path, student_folde
     with pytest.raises(UserError, match=r"holds no FLUX transformer: it lacks x_embedder\.weight"):
         student.load(tmp_path / "other.safetensors", teacher, device="cpu")
     for name in ("nosuch.safetensors", "nosuch"):
-        with pytest.raises(UserError, match=f"there is no LoRA .*{name}; check the path"):
+        with pytest.raises(UserError, match=f"LoRA not found: .*{name}. Check the path"):
             student.load(student_folder, teacher, device="cpu", lora=tmp_path / name)
 
 

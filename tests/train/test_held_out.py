@@ -12,7 +12,7 @@ from diptych.train.schedule import split
 
 
 def samples(*groups: int) -> list[Sample]:
-    """So many pairs of each reference."""
+    """Pairs per reference."""
     return [Sample(f"{g}-{n}", f"g{g}", "a cat") for g, count in enumerate(groups) for n in range(count)]
 
 

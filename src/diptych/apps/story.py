@@ -357,7 +357,7 @@ def _different(panels: list[Told]) -> list[Told]:
 
 
 def write_panels(idea: str, count: int, endpoint: Endpoint, cache: Cache | None = None) -> list[Panel]:
-    """So many panels that tell the idea. UserError if nobody answers there, or not as asked."""
+    """`count` panels that tell the idea. UserError if the endpoint does not answer, or not in the expected form."""
     several = Field(min_length=count, max_length=count)
     shape = create_model("Story", panels=(Annotated[list[Told], several, AfterValidator(_different)], ...))
     question = Question((system(BRIEF.format(count=count)), user(quoted(idea, "idea"))), shape)

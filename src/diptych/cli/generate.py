@@ -287,7 +287,8 @@ def story(
 ) -> None:
     """Draw a page of 4 to 10 panels of one character.
 
-    Each panel's seed is told at the end: to draw one panel anew, give every panel's --seed and change that one.
+    The seed of each panel is printed at the end. To replace one panel, repeat the command with all seeds and
+    change that one.
     """
     from diptych.apps import story as stories
     from diptych.data.images import check_image, kind_of

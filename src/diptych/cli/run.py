@@ -207,8 +207,12 @@ class Evaluated(Scales):
     base: Annotated[
         str | None, typer.Option("--base", help="The teacher: for baselines, and students without parts of their own.")
     ] = None
-    references: Annotated[int | None, typer.Option("--references", min=1, help="So many, spread evenly.")] = None
-    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="So many for each reference.")] = None
+    references: Annotated[
+        int | None, typer.Option("--references", min=1, help="Use only N references, evenly spaced.")
+    ] = None
+    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Use only N prompts for each reference.")] = (
+        None
+    )
     seeds: Annotated[
         list[int] | None,
         typer.Option("--seed", min=0, help="Repeatable; several also give diversity [default: 0]."),

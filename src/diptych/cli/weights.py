@@ -135,7 +135,7 @@ def sign(
             report=report,
         )
     for path in told["kept"]:
-        display.say(f"{path} is signed already; --overwrite signs it anew")
+        display.say(f"{path} is signed already; --overwrite signs it again")
     if told["signed"]:
         display.say(f"by {told['signer']}, whose certificate ends on {told['until']}")
     tell(told, lambda told: [str(path) for path in (*told["signed"], *told["kept"])], as_json)

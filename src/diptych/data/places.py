@@ -99,7 +99,7 @@ def append(run_dir: str | Path, event: str, **values: Any) -> None:
     """Adds one line: the time, the event's name, and `values`."""
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **values}
     path = place(run_dir) / LOG
-    if is_remote(path):  # no file there can be added to; the run's one process writes it anew
+    if is_remote(path):  # a remote file cannot be appended to; the run's one process writes it again
         before = path.read_bytes() if path.exists() else b""
         path.write_bytes(before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
         return

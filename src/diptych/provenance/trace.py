@@ -102,7 +102,7 @@ def _picture(path: Path, here: Places, trust: str | None) -> Link:
     told = read_provenance(path)
     if told is None:
         raise UsageError(
-            f"{path}: a picture that does not say what made it; diptych did not draw it, or it was saved anew"
+            f"{path}: an image without provenance: diptych did not make it, or another program saved it again"
         )
     broken = broken_seal(path)
     says = f'"{told["prompt"]}"' if told.get("prompt") else f"step {told.get('step')} of a training"

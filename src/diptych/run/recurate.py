@@ -180,7 +180,7 @@ def derive(folder: Path, recipe: Recipe, out: Path, display: Display) -> None:
     """Makes `out` a run of `recipe` with the prompts, grids and judgements of the run `folder`, ready to be distilled;
     `recipe` may differ from that run's in its thresholds, `distill` and `evaluate`. What is there already is left."""
     _, old, task = open_run(folder)
-    source, weights = _judged(folder, old, task, "; curate that run anew")
+    source, weights = _judged(folder, old, task, "; curate that run again")
     with lock(out):
         run = Pipeline(freeze(recipe, out), task, out, QUIET, weights=weights)
         labels.fix(out, labels.applied(folder))

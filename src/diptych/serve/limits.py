@@ -110,7 +110,7 @@ class Lane:
 class Lanes:
     """The threads for what takes long: decoding images, checking masks, laying out pages. Other requests never wait
     behind it, and small images never behind large ones. Each thread has a short queue, of which one owner gets a part;
-    who finds it full is told to come again."""
+    a request beyond the limit is rejected with a time to retry."""
 
     def __init__(self) -> None:
         self.small, self.large = Lane("small", 0.1, 64), Lane("large", 3.0, 16)

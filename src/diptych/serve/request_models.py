@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 WORDS = "x-words"  # in a field's schema: what it may hold, where its pattern says that to machines alone
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
 JOB_WORDS = "8 to 64 letters, digits, dashes or underscores"
-SPEEDS = ("plain", "exact", "fast", "fastest")
 # OpenAI's options that say how its own models draw; taken where they ask for what happens anyway.
 NEUTRAL = {
     "quality": ("auto", "standard", "low", "medium", "high"),

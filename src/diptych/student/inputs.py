@@ -176,7 +176,7 @@ def encode(
     if kept is None:
         return made(prompt, prompt_2)
     # Each text alone, so that an embedding does not depend on which others were encoded with it.
-    # A memory preset opens its text encoders anew; otherwise another object is another encoder.
+    # A memory preset opens its text encoders again; otherwise another object is another encoder.
     own = None if runtime.memory is not None else (id(pipe.text_encoder), id(pipe.text_encoder_2))
     rows = []
     for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Fit = Literal["crop", "pad", "contain"]
 FITS: tuple[str, ...] = get_args(Fit)
 MAX_SEED = 2**63 - 1
-SEED = "The same seed gives the same picture."
+SEED = "The same seed gives the same image."
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -54,9 +54,9 @@ class Sampling(TypedDict, total=False):
     text_guidance: Annotated[float | None, Option("Strength of the prompt; 1 is off.", 0)]
     null_panel: Annotated[str | None, Option("Left panel that the null pass of guidance sees.", choices=NULL_PANELS)]
     negative_prompt: Annotated[str | None, Option("What not to show; needs image or text guidance above 1.")]
-    size: Annotated[int | tuple[int, int] | None, Option("Pixels of a picture.", default="the model's")]
-    fit: Annotated[str | None, Option("How the reference meets the size.", choices=FITS, default="crop")]
-    background: Annotated[str | None, Option("Colour under a transparent reference.", default="white")]
+    size: Annotated[int | tuple[int, int] | None, Option("Image size in pixels.", default="the model's")]
+    fit: Annotated[str | None, Option("How to fit the reference to the image size.", choices=FITS, default="crop")]
+    background: Annotated[str | None, Option("Color under a transparent reference.", default="white")]
 
 
 OPTIONS: Mapping[str, Option] = {

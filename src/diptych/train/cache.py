@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_pan
 from diptych.train import canvases_at_once, captions_at_once
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
-from diptych.utils.io import sha256
+from diptych.utils.io import publish, sha256
 
 HASH = "sha256"  # the header's key for the hash of the rest
 log = logging.getLogger(__name__)
@@ -44,26 +43,24 @@ log = logging.getLogger(__name__)
 def write(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
     """Writes a file of a cache, the hash of its header, tensors and place in the header. UserError if it cannot."""
     header = header or {}
-    publish(tensors, path, header | {HASH: _digest(path, header, tensors)})
+    write_tensors(tensors, path, header | {HASH: _digest(path, header, tensors)})
 
 
-def publish(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all. UserError if it cannot."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
-        os.replace(temporary, path)
+        with publish(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
 
 
 def is_whole(path: Path) -> bool:
-    """Whether `write` has made this very file; one that was damaged or swapped since is none, and a warning says so.
+    """Whether `write` made this very file; one that was damaged or swapped since is none, and a warning says so.
 
     A process reads its bytes once while the file stays as it is.
     """

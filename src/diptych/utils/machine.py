@@ -72,7 +72,7 @@ def peak(device: str) -> int | None:
 
 
 def thread_variables(threads: int) -> dict[str, str]:
-    """Environment variables by which torch, when it is loaded, uses so many CPU threads: the three that
+    """Environment variables by which torch, when it is loaded, uses `threads` CPU threads: the three that
     `torch.set_num_threads` itself decides."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
 

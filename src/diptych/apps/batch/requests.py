@@ -56,7 +56,7 @@ class Plan:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a JSONL file; blank lines are left out. UsageError names the line that is no such row."""
+    """(line, row) of a JSONL file; blank lines are left out. UsageError names the line that is not such a row."""
     for line, raw in enumerate(read_lines(path), 1):
         if not raw.strip():
             continue

@@ -263,7 +263,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
         pass
     trainer = train(prepare(recipe, run_dir, progress), progress, AdapterTrainer)
     from diptych.train import parts
-    from diptych.train.cache import publish
+    from diptych.train.cache import write_tensors
 
     with parts.averaged(trainer.ema, trainer.trained):
         tensors = collect(trainer.transformer)
@@ -279,7 +279,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
         "seed": options.seed,
         "seconds": round(trainer.seconds, 1),
     }
-    publish(tensors, folder / FILE, {"diptych": json.dumps(about, sort_keys=True)})
+    write_tensors(tensors, folder / FILE, {"diptych": json.dumps(about, sort_keys=True)})
     write_atomic(folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
     return about
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from diptych.data.records import seed_of
 from diptych.evaluate.methods import common
 from diptych.evaluate.methods.common import Base, Context, Method, draw, noise, size_of
 from diptych.utils import models
-from diptych.utils.io import sha256, sha256_json
+from diptych.utils.io import publish, sha256, sha256_json
 
 if TYPE_CHECKING:
     import torch
@@ -212,16 +211,13 @@ class Tuner:
 
         state = get_peft_model_state_dict(self.transformer, adapter_name=parts.ADAPTER)
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in self.config.to_dict().items()}
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        FluxPipeline.save_lora_weights(
-            temporary,
-            transformer_lora_layers={key: value.detach().cpu() for key, value in state.items()},
-            transformer_lora_adapter_metadata=config,
-        )
-        (temporary / "tuned.json").write_text(json.dumps(header) + "\n", "utf8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with publish(folder) as partial:
+            FluxPipeline.save_lora_weights(
+                partial,
+                transformer_lora_layers={key: value.detach().cpu() for key, value in state.items()},
+                transformer_lora_adapter_metadata=config,
+            )
+            (partial / "tuned.json").write_text(json.dumps(header) + "\n", "utf8")
 
     def put(self, path: Path) -> None:
         """Takes the weights of a file that `save` wrote."""

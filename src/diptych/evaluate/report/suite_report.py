@@ -108,7 +108,7 @@ def scores(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups(found: dict[str, Any]) -> list[tuple[str, list[str], dict[str, Any]]]:
-    """What is told apart: a title, its values, and each method's scores by value."""
+    """A breakdown of the scores: a title, its values, and each method's scores by value."""
     made = []
     for key, title in (("categories", "By category"), ("levels", "By difficulty")):
         by = {name: found[key].get(name, {}) for name in everyone(found)}

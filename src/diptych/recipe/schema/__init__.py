@@ -100,7 +100,7 @@ class Recipe(Section):
         values = self.values()
         for optional in ("vlm", "screens", "copies", "duplicates"):
             if values["curate"][optional] is None:
-                # What was made before there were any is not made anew.
+                # Rows from before they existed are not made again.
                 del values["curate"][optional]
         for section in (values["write"], values["curate"].get("vlm")):
             if section and section["vllm"] is None:

@@ -131,7 +131,7 @@ class Duplicates(Section):
     null keeps the hashes and refuses nothing."""
     embedding: float | None = Field(default=None, gt=0, le=1)
     """Cosine from which each panel repeats the earlier pair's, by the embeddings of `judge`: what shows the same though
-    it is drawn anew. null keeps the embeddings and refuses nothing."""
+    it was generated again. null keeps the embeddings and rejects nothing."""
 
 
 class Curate(Section):

@@ -144,7 +144,7 @@ class Distill(Section):
     """A student to start from: under `full` any one, under `lora` a control-LoRA of the same rank and targets; null
     widens the teacher."""
     guidance: float = Field(default=1.0, ge=0)
-    """What a guidance-distilled transformer (FLUX.1-dev) is told while it trains."""
+    """Guidance scale passed to guidance-distilled transformers (FLUX.1-dev) during training."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Of the learning rate after warm-up; with `constant`, `steps` can be raised later."""
     compile: bool = False

@@ -55,7 +55,7 @@ class StockPipeline(Section):
     argument: str | None = Field(default=None, min_length=1)
     """What its call names the reference; null: found in its signature."""
     prompt: str = Field(default="{prompt}", pattern=r"\{prompt\}")
-    """What it is told; a model that takes instructions may want more words around the prompt."""
+    """Template of the prompt passed to the model. A model that follows instructions may need more words around it."""
     size: int | None = Field(default=None, ge=16)
     """Side in pixels of what it is given and asked for, before its pictures are brought to the suite's size; null is
     the suite's."""

@@ -30,7 +30,7 @@ class Paint(Section):
     """What the teacher computes in. `auto` takes bfloat16 where it is faster, and is settled, like `device`, when a run
     is frozen."""
     memory: Literal["auto", "8", "12", "16", "24", "48", "80"] | None = None
-    """Holds the teacher for a card of so many GiB, as `generate --memory` holds a student: below 24 its weights are
+    """Memory preset of the teacher, in GiB of the card, as `generate --memory` for a student: below 24 its weights are
     quantized, so grids change. `auto` takes the largest that fits, and is settled, like `device`, when a run is frozen;
     null leaves every part as loaded, on the device."""
     speed: Literal["exact", "fast", "fastest"] | None = None

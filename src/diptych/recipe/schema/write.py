@@ -45,7 +45,7 @@ class Write(Section):
     clear_subject: bool = False
     """Ask first whether a caption names one clear subject, one more call a row; rows whose caption does not, fail."""
     quotas: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
-    """How many grids of each category in every so many: {person: 3, animal: 3, object: 4} is even in each ten."""
+    """Grids per category in each round: {person: 3, animal: 3, object: 4} makes rounds of ten grids."""
     panel_words: int = Field(default=25, ge=4, le=100)
     """Most words of what `llm` says of one panel; it gets one chance to shorten."""
     near_duplicate: float = Field(default=0.5, gt=0, le=1)

@@ -146,7 +146,7 @@ def parse(text: str, known: Mapping[str, Assumption]) -> tuple[str, float]:
         raise UsageError(f"--assume {text}: write it as name=number, for instance --assume keep_rate=0.4")
     if name not in known:
         hint = nearest(name, known) or f"; there are {', '.join(known)}"
-        raise UsageError(f"--assume {text}: there is no such assumption{hint}")
+        raise UsageError(f"--assume {text}: unknown assumption{hint}")
     try:
         value = float(given)
     except ValueError:
@@ -172,7 +172,7 @@ class Measured:
 
 
 def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
-    """The names of `DEPENDS` that the run folder has a value for; none if it is no run's folder."""
+    """The names of `DEPENDS` that the run folder has a value for; none if it is not a run's folder."""
     folder = Path(run_dir)
     if not (folder / "recipe.yaml").is_file():
         return {}

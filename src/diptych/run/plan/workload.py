@@ -73,7 +73,7 @@ class Workload:
         return sum(n * (price or 0.0) for n, price in zip(spent.values(), prices, strict=True)) / 1e6
 
     def row_bytes(self, name: str, panels: int) -> float:
-        """Bytes of a row with pictures of so many panels: as measured or set (`name`), else counted."""
+        """Bytes of a row with images of `panels` panels: as measured or set (`name`), else counted."""
         if self.book.known[name].value is not None:
             return self.book[name]
         return panels * self.size**2 * self.book["pixel_bytes"] + self.book["row_bytes"]

@@ -64,7 +64,7 @@ def add_create(blocks: Any, service: Service) -> None:
             )
             enhanced = gr.Button("Enhance the prompt", size="sm", visible=enhance.endpoint_of(None, None) is not None)
             with gr.Row():
-                seed = _text("Seed (empty: by lot)", 19, "seed", width=120)
+                seed = _text("Seed (random if empty)", 19, "seed", width=120)
                 most = min(10, service.settings.limits.pictures)
                 count = gr.Slider(1, most, 1, step=1, label="Pictures", min_width=120)
             with gr.Accordion("More settings (empty: the model's own)", open=False):
@@ -97,7 +97,7 @@ def add_relight(blocks: Any, service: Service) -> None:
             presets = gr.CheckboxGroup(list(LIGHTS), label="Lights; several make a strip", elem_id="lights")
             own = gr.Textbox(label="Other lights, in words, one a line", lines=2, elem_id="own-lights", max_length=4000)
             with gr.Row():
-                seed = _text("Seed (empty: by lot)", 19, "relight-seed", width=120)
+                seed = _text("Seed (random if empty)", 19, "relight-seed", width=120)
                 detail = gr.Slider(0, 1, DETAIL, step=0.05, label="Detail kept from your picture", min_width=120)
             with gr.Accordion("More settings (empty: the model's own)", open=False):
                 scene = gr.Textbox(label="What the picture shows, as: a cat in a cave", max_length=1000)
@@ -114,8 +114,7 @@ def add_relight(blocks: Any, service: Service) -> None:
         blocks, service, RelightRequest, {**fields, "scene": scene, **sampling}, [draw.click], stop, "relit", lights
     )
     always = (
-        "The scene stays as it is; only the light is drawn anew, and fine detail is your picture's own unless you say "
-        "less."
+        "The scene stays as it is; only the light changes, and fine detail comes from your image unless you say less."
     )
     small = (
         "This small model knows light in broad strokes: its colour, its strength and its side. Sharp new shadows, "
@@ -143,7 +142,7 @@ def add_story(blocks: Any, service: Service) -> None:
                 label="Panels, one a line", lines=6, placeholder=PANELS, elem_id="panels", max_length=8000
             )
             with gr.Row():
-                seed = _text("Seed, or one for each panel (empty: by lot)", 200, "story-seed", width=160)
+                seed = _text("Seed, or one per panel (random if empty)", 200, "story-seed", width=160)
                 captions = gr.Dropdown(list(CAPTIONS), value="below", label="Words", min_width=120)
             with gr.Accordion("More settings (empty: the model's own)", open=False):
                 sampling = _sampling("story-")

@@ -36,7 +36,7 @@ WIDTH, HEIGHT = 640, 200  # of the loss curve
 POINTS = 400  # of the curve: more than its pixels tell nothing
 EVERY = 10.0  # seconds between looks at a run
 SHEETS = 3
-NO_RUN = "<p>There is no run yet: <code>diptych run demo</code> makes one.</p>"
+NO_RUN = "<p>No runs yet. <code>diptych run demo</code> makes one.</p>"
 HIDDEN: Any = {"api_visibility": "private", "show_progress": "hidden"}
 ONE: Any = {"api_visibility": "private", "concurrency_limit": 1}
 

@@ -180,22 +180,20 @@ def address(service: Service, picture: str, request: Request) -> str:
 
 
 relight_router = APIRouter(prefix="/v1", tags=["relights and stories"])
-LIT = {"image": True, "mask": False}
-
-
-TOLD = {"image": False}
+RELIGHT_FILES = {"image": True, "mask": False}  # whether a form must have each
+STORY_FILES = {"image": False}
 
 
 @relight_router.post(
     "/relights",
     response_model=Pictures,
     responses={**documented(415, 500, 504), **ACCEPTED},
-    openapi_extra=described(RelightRequest, LIT),
+    openapi_extra=described(RelightRequest, RELIGHT_FILES),
 )
 async def relights(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """The scene of `image` under each `light`, everything in its place; a `mask` says what may change."""
     service.limit(owner)
-    asked, files = await read(request, RelightRequest, LIT)
+    asked, files = await read(request, RelightRequest, RELIGHT_FILES)
     return await draw(service, owner, asked, files["image"], request, "relight", files["mask"])
 
 
@@ -203,12 +201,12 @@ async def relights(request: Request, service: ServiceDep, owner: Owner) -> Respo
     "/stories",
     response_model=Pictures,
     responses={**documented(415, 500, 504), **ACCEPTED},
-    openapi_extra=described(StoryRequest, TOLD),
+    openapi_extra=described(StoryRequest, STORY_FILES),
 )
 async def stories(request: Request, service: ServiceDep, owner: Owner) -> Response | Pictures:
     """Draws the panels of a story of the character in `image`; `/v1/jobs/ID/page` is then the laid-out page."""
     service.limit(owner)
-    asked, files = await read(request, StoryRequest, TOLD)
+    asked, files = await read(request, StoryRequest, STORY_FILES)
     return await draw(service, owner, asked, files["image"], request, "story")
 
 

@@ -146,7 +146,7 @@ PICTURES = {
 }
 
 
-MASKLESS = "; the whole picture is drawn anew, so a mask has no meaning here"
+MASKLESS = "; the whole image is generated, so a mask has no meaning here"
 
 
 Wanted = TypeVar("Wanted", bound=JobRequest)

@@ -301,7 +301,7 @@ def _attention_backends() -> list[str]:
 # them, from weights that lie in blocks of its own. Packing moves values and changes none: `unpack` gives the same
 # bits back, and there is no second copy meanwhile. Results differ from MKL's by float rounding.
 
-ROWS = 128  # the layout is chosen for products of about so many rows; it serves others as well
+ROWS = 128  # the layout is chosen for products of about this many rows; it serves others as well
 
 
 class PackedLinear(nn.Module):

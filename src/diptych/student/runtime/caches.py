@@ -33,6 +33,7 @@ from diptych.errors import UserError
 from diptych.student.canvas import Canvas, right_tokens
 from diptych.student.runtime.modulation import Slot
 from diptych.student.runtime.speed import Speed
+from diptych.utils.io import publish
 
 HOOK = "diptych_step_cache"
 Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), as FLUX's blocks return them
@@ -126,9 +127,8 @@ def write_ratios(cache: StepCache, path: Path) -> None:
     ratios = known.get("magnitude_ratios", {}) | {
         str(steps): [round(x, 5) for x in values] for steps, values in cache.ratios.items()
     }
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(known | {"magnitude_ratios": ratios}) + "\n", "utf8")
-    partial.replace(path)
+    with publish(path) as partial:
+        partial.write_text(json.dumps(known | {"magnitude_ratios": ratios}) + "\n", "utf8")
 
 
 def _json(path: Path) -> dict[str, Any]:

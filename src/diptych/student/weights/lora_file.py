@@ -67,7 +67,7 @@ def lora_file(path: Path) -> Path:
             (found for name in (RELEASED_LORA, PEFT_LORA) if (found := path / name).is_file()), path / RELEASED_LORA
         )
     if not path.is_file():
-        raise UserError(f"there is no LoRA {path}; check the path")
+        raise UserError(f"LoRA not found: {path}. Check the path")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is not a safetensors file; only safetensors LoRAs are opened")
     open_safetensors(path)  # says what is wrong with a damaged file
@@ -339,7 +339,7 @@ class _Settings:
 
     @classmethod
     def read(cls, path: Path, header: Mapping[str, str], keys: Iterable[str]) -> _Settings:
-        """The settings of a LoRA file with these keys; UserError if they are damaged, or say that it is no LoRA."""
+        """The settings of a LoRA file with these keys; UserError if they are damaged or no LoRA's."""
         beside = path.parent / CONFIG_FILE
         try:
             said: dict[str, Any] = parse_json(header.get(HEADER, "{}"))

@@ -191,7 +191,7 @@ PLAIN = frozenset(_PLAIN.split())
 
 
 def grids(words: Vocabulary, task: Task, panels: int) -> Grammar:
-    """The grammar that draws a task's grids of so many panels from a vocabulary. UsageError if it cannot."""
+    """The grammar that makes a task's grids of `panels` panels from a vocabulary. UsageError if it cannot."""
     rules = task.grammar
     if rules is None or not (rules.scene or rules.change):
         raise UsageError(
@@ -223,7 +223,7 @@ def _draw(
     assert task.grammar is not None
     name = turn.of(list(categories), "category")
     category = categories[name]
-    own = Turn(turn.run_seed, turn.index // len(categories))  # a category comes once in every so many grids
+    own = Turn(turn.run_seed, turn.index // len(categories))  # a category comes once in `len(categories)` grids
     kind = own.of(category.kinds, f"kind-{name}")
     description = grammar.article(describe(words, category, kind, rng))
 
@@ -248,7 +248,7 @@ def _draw(
 
 
 def describe(words: Vocabulary, category: Category, kind: str, rng: np.random.Generator) -> str:
-    """An individual of this kind, drawn anew, without its article; no word of a palette comes twice."""
+    """A new individual of this kind, without its article; no word of a palette comes twice."""
     used: set[str] = set()
 
     def coloured(found: re.Match[str]) -> str:
