@@ -128,7 +128,7 @@ def look(plan: EvaluationPlan, scorers: Sequence[Scorer], progress: Report | Non
     return lines
 
 
-def publish(out: Path, result: dict[str, Any]) -> None:
+def write_metrics(out: Path, result: dict[str, Any]) -> None:
     """Writes `report/metrics.json`."""
     (out / "report").mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -188,7 +188,7 @@ def evaluate(
     result |= {"judges": identities | {"curated_by": curated, "forced": forced}}
     result |= {"settings": evaluation.model_dump(mode="json"), "machine": where(evaluation.device)}
     result |= {"versions": versions(), "fingerprints": plan.prints}
-    publish(out, result)
+    write_metrics(out, result)
     return result
 
 
@@ -251,7 +251,7 @@ def evaluate_run(
     result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json")}
     result |= {"fingerprints": plan.prints, "fingerprint": whole}
     result["seconds"] = round(time.monotonic() - started, 1)
-    publish(run_dir, result)
+    write_metrics(run_dir, result)
     return result
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from diptych.student.canvas import Canvas, join_panels, pack, split_panels, to_pixels, unpack
-from diptych.student.sampler import on_path
+from diptych.student.sampler import Callback, on_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from diptych.student.pipeline import DiptychPipeline
 
-Callback = Callable[
-    ["DiptychPipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
-]  # diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to the tensors that it changes
 Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
 FIT_COLOURS = (4, 8, 16, 32)  # random colours along a side of the fitting pictures: detail has channels of its own
 FIT_PICTURES = 4  # of each

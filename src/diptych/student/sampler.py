@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,13 @@ from diptych.student.guidance import Branch, Guidance
 from diptych.student.runtime.applied import Runtime
 from diptych.student.runtime.speed import Speed
 
+if TYPE_CHECKING:
+    from diptych.student.pipeline import DiptychPipeline
+
 Text = tuple[torch.Tensor, torch.Tensor]  # embeddings (B, L, D) and pooled embeddings (B, P)
-Callback = Callable[..., dict[str, Any] | None]
+Callback = Callable[
+    ["DiptychPipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
+]  # diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to the tensors that it changes
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def shift_exponent(scheduler: Mapping[str, Any], tokens: int) -> float | None:
 
 
 def denoise(
-    pipe: FluxControlPipeline,
+    pipe: DiptychPipeline,
     call: Call,
     timesteps: torch.Tensor,
     runtime: Runtime,
@@ -196,7 +201,7 @@ def clamp_left(x_t: torch.Tensor, call: Call, sigma: torch.Tensor) -> torch.Tens
 def _called(
     callback: Callback,
     shown: Sequence[str],
-    pipe: FluxControlPipeline,
+    pipe: DiptychPipeline,
     step: int,
     t: torch.Tensor,
     x_t: torch.Tensor,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from diptych.student.callbacks import Callback, Show
+    from diptych.student.callbacks import Show
+    from diptych.student.sampler import Callback
 
 Fit = Literal["crop", "pad", "contain"]
 FITS: tuple[str, ...] = get_args(Fit)
