@@ -1,30 +1,57 @@
-"""Errors meant for people: one clear line, an exit code, and what to do next.
+"""Errors meant for people: one clear line, a stable code, an exit code, and what to do next.
 
-`UserError` is a task that failed for a reason its user can act on (a corrupt image, a gated model); `UsageError` is a
+`UserError` is a task that failed for a reason its user can act on (a corrupt image, a gated model). `UsageError` is a
 wrong request (a misspelt recipe key, a folder that another recipe made). The command line prints either without a
 traceback. Broken invariants are `assert`s and stay ordinary exceptions.
+
+Codes are stable and listed in `errors.yaml`, each with its meaning and remedy; wording may change. Programs and tests
+match the code.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something failed; the message says what, where, and what to do next. Exit code 1."""
+    """Something failed. Exit code 1.
+
+    Args:
+        code: a code of `errors.yaml`, for instance `image_not_found`.
+        message: what failed, the value and the place, and what to do next, in one line.
+    """
 
     exit_code = 1
     stops = False
     """Whether every other row would meet it too (a server that is down): the run ends, and no row is blamed."""
     shared = False
-    """Whether every one of several processes has it, so that one tells it."""
+    """Whether each of several processes has it, so that only one reports it."""
+
+    def __init__(self, code: str, message: str | None = None):
+        if message is None:  # TODO(errors): every caller gives a code
+            code, message = "error", code
+        super().__init__(code, message)  # as arguments, so that it can be pickled
+        self.code, self.message = code, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(UserError):
     """The request itself is wrong, so trying again unchanged cannot help. Exit code 2."""
 
     exit_code = 2
+
+
+@cache
+def codes() -> Mapping[str, Mapping[str, str]]:
+    """All error codes: `{code: {meaning, remedy}}`."""
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_name("errors.yaml").read_text("utf8"))
 
 
 def describe(error: BaseException, limit: int | None = 300, kind: bool = False) -> str:

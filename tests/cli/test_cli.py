@@ -162,7 +162,7 @@ def test_wrong_use_is_one_line_and_exit_code_two_and_failure_one(
     got, out, err = call(capsys, *args.format(picture=picture).split())
     lines = [line for line in err.splitlines() if not line.startswith("loading ")]
     assert (got, out, len(lines)) == (code, "", 1), err
-    assert lines[0].startswith("error: ") and message in lines[0].lower()
+    assert lines[0].startswith("error[") and message in lines[0].lower()
     assert [p.name for p in tmp_path.iterdir()] == ["reference.png"], "a refused command leaves nothing behind"
 
 

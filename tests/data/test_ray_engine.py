@@ -200,7 +200,10 @@ def test_without_ray_it_says_which_extra_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert call(["write", "pocket", "--out", str(tmp_path / "run"), "--engine", "ray"]) == 2
-    assert capsys.readouterr().err.strip() == "error: --engine ray: Ray is not installed; pip install 'diptych[ray]'"
+    assert (
+        capsys.readouterr().err.strip()
+        == "error[dependency_missing]: --engine ray: Ray is not installed; pip install 'diptych[ray]'"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -176,7 +176,7 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(
     refused = diptych("push", run / "pairs", target, **changed)
     assert refused.returncode == 1 and refused.stdout == ""
     last = refused.stderr.strip().splitlines()
-    assert len(last) == 1 and last[0].startswith("error: ") and says in last[0]
+    assert len(last) == 1 and last[0].startswith("error[") and says in last[0]
     assert "hf_" not in refused.stderr
 
 

@@ -2,7 +2,8 @@
 function that Python users call, and prints the result.
 
 Nothing heavy is imported here: `diptych --help` answers at once. Results go to stdout, progress and errors to stderr.
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
+Errors have a code of `errors.yaml`; with --json they are an object on stdout too. Exit codes: 0 done, 1 failed, 2 wrong
+use, 130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 from diptych.cli import data, doctor, generate, run, serve, weights
 from diptych.cli.options import add
 from diptych.errors import UserError
-from diptych.utils.console import show
+from diptych.utils.console import printable_json, show
 
 app = typer.Typer(
     name="diptych",
@@ -72,12 +73,23 @@ def call(args: list[str] | None = None) -> int:
     debug = os.environ.get("DIPTYCH_DEBUG", "") not in ("", "0")
     if not debug:
         quiet_libraries()
+
+    def fail(code: str, message: str, exit_code: int) -> int:
+        show(f"error[{code}]: {message}", news=True)
+        if "--json" in (sys.argv[1:] if args is None else args):
+            show(printable_json({"error": {"code": code, "message": message}}))
+        return exit_code
+
+    def interrupted() -> int:
+        show(INTERRUPTED, news=True)
+        return 130
+
     try:
         result = app(args=args, standalone_mode=False)
         # typer may turn Ctrl-C into this exit code before it gets here.
-        return _say(INTERRUPTED, 130) if result == 130 else result if isinstance(result, int) else 0
+        return interrupted() if result == 130 else result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        return _say(INTERRUPTED, 130)
+        return interrupted()
     except UserError as error:
         if debug:
             raise
@@ -85,14 +97,14 @@ def call(args: list[str] | None = None) -> int:
 
         if not parallel.says(error):
             return error.exit_code
-        return _say(f"error: {error}", error.exit_code)
+        return fail(error.code, str(error), error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`diptych … | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if type(error).__name__ == "Abort":
-            return _say(INTERRUPTED, 130)
+            return interrupted()
         message = getattr(error, "format_message", None)
         if message is None:
             if debug:
@@ -101,10 +113,10 @@ def call(args: list[str] | None = None) -> int:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"
             if isinstance(error, OSError) and error.filename:
                 text = f"{error.filename}: {error.strerror or error}"
-            return _say(f"error: {text} (DIPTYCH_DEBUG=1 shows where)", 1)
+            return fail("internal", f"{text} (DIPTYCH_DEBUG=1 shows where)", 1)
         context = getattr(error, "ctx", None)
         hint = f" (try: {context.command_path} --help)" if context else ""
-        return _say(f"error: {message()}{hint}", getattr(error, "exit_code", 2))
+        return fail("usage", f"{message()}{hint}", getattr(error, "exit_code", 2))
 
 
 def quiet_libraries() -> None:
@@ -117,11 +129,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _say(text: str, code: int) -> int:
-    show(text, news=True)
-    return code
 
 
 if __name__ == "__main__":

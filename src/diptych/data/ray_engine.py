@@ -39,7 +39,9 @@ def connect(address: str | None = None) -> Iterator[RayEngine]:
     try:
         import ray
     except ImportError:
-        raise UsageError("--engine ray: Ray is not installed; pip install 'diptych[ray]'") from None
+        raise UsageError(
+            "dependency_missing", "--engine ray: Ray is not installed; pip install 'diptych[ray]'"
+        ) from None
     if ray.is_initialized():
         yield RayEngine()
         return

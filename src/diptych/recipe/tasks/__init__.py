@@ -213,7 +213,7 @@ class Task(_Part):
             if grid.name == name:
                 return grid
         known = ", ".join(grid.name for grid in self.grids)
-        raise UsageError(f"write.layout: the task '{self.name}' has no {name} grid; it has: {known}")
+        raise UsageError("recipe_conflict", f"write.layout: the task '{self.name}' has no {name} grid; it has: {known}")
 
     def layout_of(self, panels: int, name: str | None = None) -> Grid | None:
         """The layout of a grid with so many panels: the one called `name` if it fits, else the first that does."""
@@ -223,7 +223,9 @@ class Task(_Part):
     def answer_schema(self, panels: int) -> dict[str, Any]:
         """The JSON schema of what a language model returns for so many panels. UsageError without a writer."""
         if self.writer is None:
-            raise UsageError(f"the task '{self.name}' has no `writer`, so no language model can write it")
+            raise UsageError(
+                "task_unsuited", f"the task '{self.name}' has no `writer`, so no language model can write it"
+            )
         texts = {
             name: {"type": "string", "minLength": 1, "description": text} for name, text in self.writer.answer.items()
         }
@@ -277,7 +279,7 @@ def load(name: str) -> Task:
     try:
         return Task.model_validate(parse_yaml(read_text(path), str(path)))
     except ValidationError as error:
-        raise UsageError(f"{path}: {documents.first(error, _KEYS)}") from error
+        raise UsageError("task_invalid", f"{path}: {documents.first(error, _KEYS)}") from error
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -291,7 +293,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def _file(name: str) -> Path:
     path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
-        raise UsageError(f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
+        raise UsageError("task_unknown", f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     return path
 
 
