@@ -26,7 +26,7 @@ class Unwritable(UserError):
     """Nothing can be stored now. `status` is 507 for a full disk and 503 for other reasons."""
 
     def __init__(self, message: str, status: int = 503) -> None:
-        super().__init__(message)
+        super().__init__("storage_full", message)
         self.status = status
 
 

@@ -18,12 +18,15 @@ class Busy(UserError):
     """Not now: the queue is full, the key asked too often, or the server starts or stops. `seconds` says when."""
 
     def __init__(self, message: str, seconds: float, status: int = 429) -> None:
-        super().__init__(message)
+        super().__init__("server_busy", message)
         self.seconds, self.status = max(1, round(seconds + 0.5)), status
 
 
 class OverQuota(UserError):
     """The owner's results and references take all the room that one may have."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("quota_exceeded", message)
 
 
 MOST_NAMES = 10_000
