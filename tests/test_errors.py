@@ -67,10 +67,10 @@ def test_the_command_line_prints_the_code_and_with_json_an_object(capsys: pytest
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error[task_unknown]: ") and "did you mean 'subject'" in err
     assert call(["tasks", "subjects", "--json"]) == 2
-    error = json.loads(capsys.readouterr().out)["error"]
+    error = json.loads(capsys.readouterr().err)["error"]
     assert error["code"] == "task_unknown" and f"error[task_unknown]: {error['message']}\n" == err
 
 
 def test_a_command_line_that_cannot_be_parsed_has_a_code_too(capsys: pytest.CaptureFixture[str]):
     assert call(["generate", "--nonsense", "--json"]) == 2
-    assert json.loads(capsys.readouterr().out)["error"]["code"] == "usage"
+    assert json.loads(capsys.readouterr().err)["error"]["code"] == "usage"

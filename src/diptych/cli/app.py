@@ -2,8 +2,7 @@
 function that Python users call, and prints the result.
 
 Nothing heavy is imported here: `diptych --help` answers at once. Results go to stdout, progress and errors to stderr.
-Errors have a code of `errors.yaml`; with --json they are an object on stdout too. Exit codes: 0 done, 1 failed, 2 wrong
-use, 130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
+Errors have a code of `errors.yaml`; with --json they are printed as JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
@@ -75,9 +74,9 @@ def call(args: list[str] | None = None) -> int:
         quiet_libraries()
 
     def fail(code: str, message: str, exit_code: int) -> int:
-        show(f"error[{code}]: {message}", news=True)
-        if "--json" in (sys.argv[1:] if args is None else args):
-            show(printable_json({"error": {"code": code, "message": message}}))
+        as_json = "--json" in (sys.argv[1:] if args is None else args)
+        error = {"error": {"code": code, "message": message}}
+        show(printable_json(error) if as_json else f"error[{code}]: {message}", news=True)
         return exit_code
 
     def interrupted() -> int:
