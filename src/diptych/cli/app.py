@@ -2,8 +2,8 @@
 function that Python users call, and prints the result.
 
 Nothing heavy is imported here: `diptych --help` answers at once. Results go to stdout, progress and errors to stderr.
-Errors have a code of `errors.yaml`; with --json they are printed as JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130
-interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
+Errors have a code of `errors.yaml`; with --json they are printed as JSON. Exit codes: 0 done, 1 failed, 2 wrong use,
+130 interrupted. DIPTYCH_DEBUG=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
