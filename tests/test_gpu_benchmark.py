@@ -36,6 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("part", PARTS)
 def test_every_line_of_a_part_is_measured(small: Path, part: str) -> None:
     result = read(small, part)
@@ -46,6 +47,7 @@ def test_every_line_of_a_part_is_measured(small: Path, part: str) -> None:
     assert not failed.keys() - {"torch.compile"}, failed
 
 
+@pytest.mark.soak
 def test_exact_draws_what_the_released_way_draws(small: Path) -> None:
     lines = read(small, "inference")["lines"]
     for case in ("unguided", "guided"):

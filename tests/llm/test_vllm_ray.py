@@ -86,6 +86,7 @@ def test_more_gpus_than_there_are_is_told(cluster: Any, tmp_path: Path) -> None:
         curate(engine_of(recipe), tmp_path, StandInCurate(recipe, tmp_path / "diary"))
 
 
+@pytest.mark.soak
 def test_each_worker_holds_one_engine_and_the_rows_are_those_of_one_process(cluster: Any, tmp_path: Path) -> None:
     save_tiny_llava(tmp_path / "llava")
     recipe = recipe_for(str(tmp_path / "llava"))
