@@ -183,7 +183,7 @@ def tasks(
         return
     if len(names) > 1:
         raise UsageError(f"one task at a time, not {len(names)}; `diptych tasks show NAME` prints a task's YAML")
-    tell(tasks.summary(*names), tasks.lines, as_json, indent=2)
+    tell(tasks.summary(*names), tasks.format_summary, as_json, indent=2)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What a run is: one YAML file, checked by one model, frozen beside the results.
+"""Recipes: one YAML file defines a run. It is validated by one model and frozen beside the results.
 
 recipe = load("recipes/pocket.yaml", sets=["distill.steps=2000"])
-recipe.distill.steps         # typed, in range, documented in `schema`
-print(recipe.dump())         # every key, defaults included, always the same text
+recipe.distill.steps         # typed, validated, documented in `schema`
+print(recipe.dump())         # every key, defaults included; equal recipes give equal text
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from diptych.utils.paths import here_or_packaged, is_remote, packaged, place
 
 
 def names() -> list[str]:
-    """The recipes that ship with diptych."""
+    """Names of the recipes that ship with diptych."""
     return sorted(path.stem for path in packaged("recipes").glob("*.yaml"))
 
 
 def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Recipe:
-    """A recipe from a file or by the name of one that ships, with `sets` (`"stage.key=value"`, YAML values) laid over.
+    """A recipe from a file, or one that ships by its name, overridden by `sets` (`"stage.key=value"`, YAML values).
 
-    Raises UsageError: one line for each thing that is wrong, naming the key and, for a misspelt one, the nearest.
+    Raises UsageError with one line for each mistake; it names the key and, for a misspelled key, the nearest one.
     """
     where = find(path)
-    values = _read(where)
+    values = parse_yaml(read_text(where), str(where))
+    if not isinstance(values, dict):
+        raise UsageError("recipe_invalid", f"{where}: not a recipe, which is a list of `key: value` lines")
     overlay: dict[str, Any] = {}
     for text in sets:
         _merge(overlay, parse_set(text))
@@ -42,7 +44,7 @@ def load(path: str | Path, sets: typing.Sequence[str] = ()) -> Recipe:
 
 
 def find(path: str | Path) -> Path:
-    """The recipe file meant by a path or by the name of a recipe that ships."""
+    """The recipe file for a path, a run folder, or the name of a recipe that ships. UsageError if there is none."""
     where = place(path if is_remote(path) else here_or_packaged(path))
     if where.is_file():
         return where
@@ -51,18 +53,22 @@ def find(path: str | Path) -> Path:
     shipped = packaged("recipes") / f"{path}.yaml"
     if where.name == str(path) and shipped.is_file():
         return shipped
+    shipping = ", ".join(names()) or "none"
     raise UsageError(
-        f"{path}: no such recipe file; recipes that ship: {', '.join(names()) or 'none'}{nearest(where.stem, names())}"
+        "path_not_found", f"{path}: no such recipe file; recipes that ship: {shipping}{nearest(where.stem, names())}"
     )
 
 
 def check(values: Any, where: str, overlay: dict[str, Any] | None = None) -> Recipe:
-    """Plain values as a Recipe; keys in `overlay` are blamed on --set and not on the file `where`."""
+    """Plain values as a Recipe. Messages name the file `where`, or --set for the keys in `overlay`."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        from_set = flat(overlay or {})
-        raise UsageError("\n".join(_lines(error.errors(), where, from_set))) from error
+        errors = error.errors()
+        # A validator of a whole section compares its keys.
+        conflict = all(one["type"] == "value_error" and isinstance(one["input"], dict) for one in errors)
+        message = "\n".join(_describe(errors, where, flat(overlay or {})))
+        raise UsageError("recipe_conflict" if conflict else "recipe_invalid", message) from error
 
 
 def parse_set(text: str) -> dict[str, Any]:
@@ -70,18 +76,11 @@ def parse_set(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UsageError(f"--set {text}: write it as stage.key=value, for instance --set distill.steps=200")
+        raise UsageError("option_invalid", f"--set {text}: use stage.key=value, for instance --set distill.steps=200")
     parsed = parse_yaml(value, f"--set {text[:200]}")
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values = parse_yaml(read_text(path), str(path))
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a list of `key: value` lines; this file is not")
-    return values
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -92,14 +91,13 @@ def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]:
-    """pydantic's errors as one line for each key: the file or --set, the key, what is wrong, what to write."""
+def _describe(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]:
+    """pydantic's errors as one line for each key: the file or --set, the key, what is wrong, and what to write."""
     wrong: dict[str, tuple[list[str], str]] = {}
+    known = {part for path in _every_path() for part in path.split(".")}
     for error in errors:
-        loc = error["loc"]
-        kind = error["type"]
-        known = _every_key()
-        # Where a value may be of several types, pydantic adds the type to the path; where it is a list, the index.
+        loc, kind = error["loc"], error["type"]
+        # pydantic also puts the type of a union and the index of a list into the path.
         key = ".".join(str(p) for p in loc if kind == "extra_forbidden" or (isinstance(p, str) and p in known))
         got = f", not {json.dumps(error['input'], ensure_ascii=False, default=str)}"
         if kind == "extra_forbidden":
@@ -107,8 +105,7 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
         elif kind == "missing" and isinstance(loc[-1], str):
             text, got = "missing", ""
         elif kind in ("missing", "too_short", "too_long"):
-            text = "has too few values" if kind != "too_long" else "has too many values"
-            got = ""
+            text, got = "has too many values" if kind == "too_long" else "has too few values", ""
         else:
             text, got = documents.said(error), "" if kind == "value_error" else got
         wrong.setdefault(key, ([], got))[0].append(text)
@@ -117,16 +114,16 @@ def _lines(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[str]
         # A list is one value of --set, and its sections' keys are below it.
         in_set = any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in from_set)
         joined = " or ".join(dict.fromkeys(texts)).replace(" or must be", " or")
-        place_ = f"--set {key}" if in_set else ": ".join(filter(None, (where, key)))  # no key: what two of them say
-        lines.append(f"{place_}: {joined}{got}")
+        source = f"--set {key}" if in_set else ": ".join(filter(None, (where, key)))  # no key: two sections conflict
+        lines.append(f"{source}: {joined}{got}")
     return lines
 
 
 def _nearest_key(loc: tuple[Any, ...]) -> str:
-    """The nearest key in the same section; failing that, the same key where it does belong."""
+    """A hint: the nearest key of the same section, or the same key in another section, or the keys of this one."""
     section: Any = Recipe
     for part in loc[:-1]:
-        if isinstance(part, str):  # and not the place in a list
+        if isinstance(part, str):  # not the index of a list
             section = _section(section.model_fields[part].annotation)
     word = str(loc[-1])
     hint = nearest(word, section.model_fields)
@@ -134,13 +131,13 @@ def _nearest_key(loc: tuple[Any, ...]) -> str:
         return hint
     elsewhere = [key for key in _every_path() if key.rsplit(".", 1)[-1] == word]
     if elsewhere:
-        depth = min(key.count(".") for key in elsewhere)  # a stage's own key before one of its parts
+        depth = min(key.count(".") for key in elsewhere)  # a key of a stage before one of its parts
         return f"; did you mean {' or '.join(repr(key) for key in elsewhere if key.count('.') == depth)}?"
     return nearest(word, _every_path()) or f"; keys here: {', '.join(section.model_fields)}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, optional or not, or a list of; None for a plain value."""
+    """The model of a key that is a section, an optional section or a list of sections; None for a plain value."""
     several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list
     options = typing.get_args(annotation) if several else (annotation,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
@@ -152,7 +149,3 @@ def _every_path(section: Any = Recipe, prefix: str = "") -> list[str]:
         nested = _section(field.annotation)
         paths += [f"{prefix}{name}", *(_every_path(nested, f"{prefix}{name}.") if nested else [])]
     return paths
-
-
-def _every_key() -> set[str]:
-    return {part for path in _every_path() for part in path.split(".")}

@@ -1,7 +1,7 @@
-"""A recipe's keys: a section for each stage, every key typed, bounded and documented where it stands.
+"""The keys of a recipe: a section for each stage, every key typed, bounded and documented beside its definition.
 
-One file a section. Defaults are the pocket world's. A key that is not known is refused (`recipe.load` names the nearest
-one that is).
+One file per section. The defaults suit the pocket world. Unknown keys are errors; `recipe.load` suggests the nearest
+known one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ __all__ = [
 
 
 class Recipe(Section):
-    """Everything that defines a run."""
+    """All keys of a recipe, which defines a run completely."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    """Of the run; its folder is runs/NAME unless told otherwise."""
+    """Name of the run. Its folder is `runs/NAME` unless `--out` names another."""
     task: str = Field(default="subject", min_length=1)
-    """A task's name, or a task file."""
+    """Task of the run, which says what a pair is: a name that `diptych tasks` lists, or a task file."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Every row's seed comes from this one and the row's id."""
+    """Seed of the run. The seed of every row is derived from it and from the row's id."""
     teacher: str = Field(default="pocket", min_length=1)
-    """A text-to-image model: `pocket`, a folder, or a hub name."""
+    """Text-to-image model that generates the grids and becomes the student: `pocket`, a folder, or a hub name."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
-    """`auto` takes the best that is there."""
+    """Device to compute on. `auto` is the best that is available; it is resolved when a run is frozen."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch; null is torch's own choice. Bytes depend on it, so a run freezes it."""
+    """CPU threads of torch. Results depend on their number in the last bits. null is torch's default; it is resolved
+    when a run is frozen."""
     write: Write = Write()
     paint: Paint = Paint()
     curate: Curate = Curate()
@@ -55,52 +56,52 @@ class Recipe(Section):
             model, gpus = self.vllm(stage), self.ray.pool(stage).gpus
             if model is None or gpus is None:
                 continue
-            takes, most = model.tensor_parallel_size, model.gpu_memory_utilization
-            shares = 0 < gpus < 1 and takes == 1
-            if gpus >= takes or (shares and most <= gpus):
+            needed, memory = model.tensor_parallel_size, model.gpu_memory_utilization
+            shares = 0 < gpus < 1 and needed == 1
+            if gpus >= needed or (shares and memory <= gpus):
                 continue
-            fix = f"set gpu_memory_utilization to at most {gpus:g}" if shares else f"set it to {takes}, or null"
+            fix = f"set gpu_memory_utilization to at most {gpus:g}" if shares else f"set it to {needed}, or null"
             raise ValueError(
-                f"ray.{stage}.gpus: a worker gets {gpus:g}, and its vLLM model takes {most:g} of the memory of "
-                f"{takes} GPU{'s' if takes > 1 else ''}; {fix}"
+                f"ray.{stage}.gpus: a worker gets {gpus:g}, but its vLLM model takes {memory:g} of the memory of "
+                f"{needed} GPU{'s' if needed > 1 else ''}; {fix}"
             )
         return self
 
     def vllm(self, stage: str) -> Vllm | None:
-        """The model that vLLM runs in each worker of a stage, if any."""
+        """Returns the model that vLLM runs in each worker of a stage, if any."""
         if stage == "write":
             return self.write.vllm if self.write.writer == "llm" else None
         return self.curate.vlm.vllm if stage == "curate" and self.curate.vlm else None
 
     @property
     def training_seed(self) -> int:
-        """What training draws from."""
+        """The seed of training."""
         return self.seed if self.distill.seed is None else self.distill.seed
 
     def draws_pairs(self) -> bool:
-        """Whether it trains on pairs that it draws itself."""
+        """Whether the run trains on pairs that it makes itself."""
         return not self.distill.data or any(data.path == OWN for data in self.distill.data)
 
     def values(self) -> dict[str, Any]:
-        """All keys as plain values, in the order of the fields."""
+        """Returns all keys as plain values, in the order of the fields."""
         return self.model_dump(mode="json")
 
     def dump(self) -> str:
-        """All keys as YAML, defaults included: the same text for the same recipe."""
+        """Returns all keys as YAML, defaults included: the same text for the same recipe."""
         import yaml
 
         return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True, width=100)
 
     def flat(self) -> dict[str, Any]:
-        """All keys with dots: `{"distill.steps": 4000, …}`."""
+        """Returns all keys with dots: `{"distill.steps": 4000, …}`."""
         return flat(self.values())
 
     def fingerprint(self, *keys: str) -> str:
-        """sha256 over these keys and sections (`"write"`, `"seed"`, `"curate.judge"`); over everything if none."""
+        """Returns the sha256 of keys and sections (`"write"`, `"seed"`, `"curate.judge"`); of all if none is given."""
         values = self.values()
         for optional in ("vlm", "screens", "copies", "duplicates"):
             if values["curate"][optional] is None:
-                # Rows from before they existed are not made again.
+                # Left out, so that rows from before the key existed stay valid.
                 del values["curate"][optional]
         for section in (values["write"], values["curate"].get("vlm")):
             if section and section["vllm"] is None:
@@ -116,15 +117,15 @@ class Recipe(Section):
         ):
             if values[section][key] == default:
                 del values[section][key]
-        del values["ray"]  # where it is made is not what is made
+        del values["ray"]  # resources do not change rows
         if keys:
             values = {key: _at(values, key) for key in keys}
         return sha256_json(values)
 
     def differences(self, other: Recipe) -> list[str]:
-        """Keys with another value in `other`, with dots; those of `ray` decide no row and are left out."""
+        """Returns the dotted keys whose value differs in `other`. Those of `ray` change no row and are left out."""
         mine, theirs = self.flat(), other.flat()
-        # A key may be there in one alone: a section of the other that is null.
+        # Only one of them has a key whose section is null in the other.
         differ = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
         return [key for key in differ if not key.startswith("ray.")]
 

@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and keys with dots."""
+"""What the sections of a recipe share, and dotted keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, nothing unknown in it, no bool where a number is asked."""
+    """A section of a recipe: immutable, without unknown keys, and without booleans where a number is expected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -17,16 +17,13 @@ class Section(BaseModel):
     def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads `yes`, `no`, `on` and `off` as booleans, and pydantic would take them as 1 and 0.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("a yes/no value makes no sense here")
+            raise ValueError("must not be a yes/no value")
         return value
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys with dots: `{"distill": {"steps": 1}}` as `{"distill.steps": 1}`."""
-    found: dict[str, Any] = {}
+    """Returns nested keys with dots: `{"distill": {"steps": 1}}` as `{"distill.steps": 1}`."""
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return dotted

@@ -1,4 +1,4 @@
-"""The recipe's section `distill`: stage 4, the teacher becomes a student."""
+"""Section `distill` of a recipe: stage 4, the teacher becomes a student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diptych.recipe.schema.base import Section
 OWN = "own"
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
-# Named sets of linears for `lora_targets`. The paper's release adapts the attention's.
+# Named sets of linear layers for `lora_targets`. The paper's release adapts those of the attention.
 LORA_TARGETS = {"attention": _ATTENTION, "attention+mlp": [*_ATTENTION, *_FEED_FORWARD]}
 
 
@@ -19,176 +19,185 @@ class Data(Section):
     """A data set of pairs to train on."""
 
     path: str = Field(min_length=1)
-    """`own` for the run's own pairs; else a run's folder, a folder of parquet files, or an fsspec address such as
-    hf://datasets/OWNER/NAME, which is streamed."""
+    """Where the pairs are: `own` for the pairs of this run, the folder of another run, a folder of parquet files, or an
+    fsspec address such as hf://datasets/OWNER/NAME, which is streamed."""
     weight: float = Field(default=1.0, gt=0)
-    """How often an epoch has each of its pairs: 2 is twice, 0.5 is half of them and the other half in the next."""
+    """How often an epoch has each pair of this data set. 2 is twice; 0.5 is one half of the pairs in one epoch and the
+    other half in the next."""
     columns: dict[Literal["conditioning", "image", "caption", "instruction"], str] = Field(default={})
-    """What it calls its reference, target, target's caption and edit instruction; the usual names are known."""
+    """Column names of this data set for the reference (`conditioning`), the target (`image`), the target's caption and
+    the edit instruction. Common names are recognized and can be left out."""
     split: str | None = Field(default=None, min_length=1)
-    """Name of the split to read, as the names of the files have it, or `all`. By default the files to train on are
-    read, and test and validation files are left out."""
+    """Split to read, as the file names have it, or `all`. null reads the training files and leaves out test and
+    validation files."""
 
 
 class Preference(Section):
-    """The target, rather than what a degraded reference gives: subject fidelity optimization (arXiv 2506.03621), for a
-    student that is trained already (`distill.init`)."""
+    """Preference training: prefer the true target to what a degraded reference gives (subject fidelity optimization,
+    arXiv 2506.03621). It needs a student that is already trained (`distill.init`)."""
 
     beta: float = Field(default=500.0, gt=0)
-    """How soon a sample counts as preferred: its margin of squared errors, times this, goes through a sigmoid."""
+    """Scale of the margin of squared errors in the preference loss, before its sigmoid. Higher values count a sample as
+    preferred at a smaller margin."""
     weight: float = Field(default=1.0, gt=0)
-    """Of the preference loss beside that of the two panels."""
+    """Weight of the preference loss, relative to the loss on the two panels."""
     pairs: int = Field(default=5000, ge=1)
-    """Train on this many pairs at most: each needs a negative, drawn before the first step."""
+    """Maximum number of pairs to train on. Each needs a negative image, which is generated before the first step."""
     shrink: float = Field(default=0.125, gt=0, lt=1)
-    """A negative's reference is shrunk to this share of its side and enlarged again."""
+    """Degradation of the reference for a negative image: its side is scaled by this factor and then enlarged again."""
     drop_text: float = Field(default=0.5, ge=0, le=1)
-    """Share of negatives drawn without text."""
+    """Share of negative images that are generated without text."""
 
 
 class Distill(Section):
-    """Stage 4: the teacher becomes a student, trained on the pairs."""
+    """Stage 4: train the teacher on the pairs, so that it becomes a student."""
 
     data: list[Data] = Field(default=[])
-    """What to train on; an empty list is the run's own pairs. Without `own` in it nothing is written, painted or
-    curated."""
+    """Data sets to train on. An empty list means the pairs of this run. If the list has no `own`, the run writes,
+    paints and curates nothing."""
 
     conditioning: Literal["diptych", "channel"] = "diptych"
-    """Where the reference is: the left panel of the canvas (the paper's), or the condition channels of the target panel
-    itself, with no left panel (stock FLUX-Control's, which the paper compares with)."""
+    """How the reference enters the model. `diptych` makes it the left panel of the canvas, as in the paper. `channel`
+    puts it in condition channels of the target panel, without a left panel (stock FLUX-Control, the paper's
+    baseline)."""
     condition_init: Literal["zeros", "teacher"] = "zeros"
-    """Where the input layer's columns for the condition begin. `zeros`: the first step is the teacher's, as with
-    FLUX-Control. `teacher`: they are the teacher's own columns for a picture, less what those make of the empty half,
-    so that the reference is seen from the first step. A student that `init` names keeps its own."""
+    """Initial values of the input layer's new columns, which read the condition. With `zeros`, as in FLUX-Control, the
+    first step equals the teacher's. `teacher` copies the teacher's columns for an image and corrects for the empty
+    half, so that the model sees the reference from the first step. A student in `init` keeps its columns."""
     buckets: list[tuple[int, int]] | Literal["auto"] = Field(default=[])
-    """Panel sizes, [height, width] in pixels: each pair is trained at the one nearest to its target's shape. `auto` is
-    diffusers' ladder of aspect ratios with the area of the square panel; an empty list is that square alone."""
+    """Panel sizes to train at, [height, width] in pixels. Each pair uses the size nearest to its target's shape. `auto`
+    is diffusers' ladder of aspect ratios with the area of the square panel; an empty list is the square alone."""
     mode: Literal["full", "lora"] = "full"
-    """Train every weight, or low-rank adapters and the widened input layer."""
+    """What to train: `full` is every weight, `lora` is low-rank adapters and the widened input layer."""
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """Precision of the frozen weights under `lora` (QLoRA). With `nf4`, rank 16, `micro_batch: 1` and checkpointing,
-    FLUX.1 at 512 px is planned to fit a 24 GB card."""
+    """Precision of the frozen weights under `mode: lora` (QLoRA). FLUX.1 at 512 px is planned to fit a 24 GB GPU with
+    `nf4`, rank 16, `micro_batch: 1` and `gradient_checkpointing`."""
     rank: int = Field(default=64, ge=1)
-    """Of the adapters."""
+    """LoRA rank under `mode: lora`. Higher ranks learn more and take more memory."""
     lora_targets: list[str] | str = "attention"
-    """Which linears get adapters: a named set, or module name endings."""
+    """Linear layers that get adapters under `mode: lora`: a named set (`attention`, `attention+mlp`), or a list of
+    endings of module names."""
     steps: int = Field(default=4000, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps of the training."""
     batch_size: int = Field(default=32, ge=1)
-    """Pairs in a step, over all devices."""
+    """Pairs in one optimizer step, over all devices."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Of training alone, so that runs on the same pairs can differ in nothing else; null is the recipe's."""
+    """Seed of training alone, so that several trainings can share the same pairs. null is the recipe's `seed`."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Pairs in one forward pass of one process, in training and in validation; null is its whole share of the batch.
-    Lower it until a step fits into memory: the step stays the same (gradient accumulation)."""
+    """Pairs in one forward pass of one process, in training and validation. Lower it until a step fits in memory; the
+    result stays the same, through gradient accumulation. null is the process's whole share of the batch."""
     sharding: Literal["none", "full"] = "none"
-    """With several processes: the weights whole in each (DDP), or each with a part of them (FSDP2)."""
+    """How several processes hold the weights: `none` keeps a copy in each (DDP), `full` splits them (FSDP2)."""
     offload: Literal["none", "blocks"] = "none"
-    """Under `lora`: frozen blocks wait in main memory and come to the device one at a time. With rank 32 and
-    `micro_batch: 1`, FLUX.1 at 512 px is planned to fit a 16 GB card. Needs `gradient_checkpointing`; the numbers stay
-    the same."""
+    """`blocks` keeps frozen blocks in main memory and moves them to the device one at a time, under `mode: lora`. It
+    needs `gradient_checkpointing` and does not change the result. FLUX.1 at 512 px is planned to fit a 16 GB GPU with
+    rank 32 and `micro_batch: 1`."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """`adamw8bit` is bitsandbytes'; `prodigy` finds its own rate: give it `learning_rate: 1`."""
+    """Optimizer. `adamw8bit` is that of bitsandbytes. `prodigy` adapts its rate and needs `learning_rate: 1`."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """The optimizer's, after warm-up."""
+    """Learning rate after warm-up."""
     warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """The optimizer's. Under `lora` it applies to the adapters, and not to the input layer, which is the teacher's."""
+    """Weight decay of the optimizer. Under `mode: lora` it applies to the adapters but not to the input layer, which is
+    the teacher's."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """The optimizer's."""
+    """Decay rates of the optimizer's first and second moments."""
     grad_clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient."""
+    """Maximum norm of the whole gradient. A larger gradient is scaled down to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the forward pass computes in; weights being trained are float32. `auto` takes bfloat16 where it is faster,
-    and is settled, like `device`, when a run is frozen."""
+    """Precision of the forward pass; trained weights are always float32. `auto` is bfloat16 where that is faster; it is
+    resolved when a run is frozen."""
     reference_dropout: float = Field(default=0.05, ge=0, le=1)
-    """Share of samples whose reference is replaced by the null reference (for image guidance)."""
+    """Share of samples whose reference is replaced by the null reference. Image guidance needs them."""
     text_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Share of samples whose text is empty (for text guidance)."""
+    """Share of samples whose text is empty. Text guidance needs them."""
     both_dropout: float = Field(default=0.05, ge=0, le=1)
-    """Share of samples without either."""
+    """Share of samples that have neither reference nor text."""
     instructions: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Share of samples trained with the pair's instruction ("the same cat, in the snow") in place of the target's
-    caption. `auto` is the task's own share: 1 for `instruction`, 0 for the other tasks that ship. It is resolved when a
+    caption. `auto` is the task's share: 1 for `instruction`, 0 for the other tasks that ship. It is resolved when a
     run is frozen."""
     left_weight: float = Field(default=1.0, ge=0)
-    """Weight of the loss on the left panel, which learns the identity mapping."""
+    """Weight of the loss on the left panel, which learns to reproduce the reference."""
     right_weight: float = Field(default=1.0, ge=0)
-    """Weight of the loss on the right panel, which learns the edit."""
+    """Weight of the loss on the right panel, which learns the target."""
     timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How noise levels are drawn."""
+    """Distribution from which timesteps (noise levels) are sampled."""
     logit_mean: float = 0.0
-    """Of the logit-normal density; above 0 is noisier."""
+    """Mean of the logit-normal timestep distribution. Values above 0 favor noisier timesteps."""
     logit_std: float = Field(default=1.0, gt=0)
-    """Of the logit-normal density."""
+    """Standard deviation of the logit-normal timestep distribution. Higher values spread the timesteps more."""
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    """Timestep shift s·t / (1 + (s − 1)·t); 1 is none, `auto` is the one the base samples with at this resolution."""
+    """Shift s of the timesteps, t' = s·t / (1 + (s − 1)·t). Values above 1 favor noisier timesteps; 1 is no shift.
+    `auto` is the shift with which the base model samples at this resolution."""
     ema: float = Field(default=0.998, ge=0, lt=1)
-    """Decay of the weights' moving average, which is what is saved; 0 is off."""
+    """Decay of the exponential moving average of the weights, which is what is saved. 0 turns it off."""
     checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between checkpoints: at most what a kill costs. A checkpoint is also saved before each validation and each
-    sample sheet."""
+    """Steps between checkpoints, and thus the most that an interruption costs. A checkpoint is also saved before each
+    validation and each sample sheet."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     validate_every: int = Field(default=200, ge=1)
-    """Steps between validations, at fixed noise levels."""
+    """Steps between validations. They use fixed noise levels."""
     validation_pairs: int = Field(default=32, ge=0)
-    """Pairs held out of training for it."""
+    """Pairs that are held out of training for validation."""
     export: Literal["last", "best"] = "last"
-    """Whose weights become the student: the last step's, or those with the best validation loss. It may be changed when
-    the training is finished."""
+    """Weights that become the student: those of the last step, or those with the lowest validation loss. You can change
+    this after training has finished."""
     sample_every: int = Field(default=1000, ge=0)
-    """Steps between sample sheets; 0 is only the last."""
+    """Steps between sample sheets. 0 writes only the last one."""
     init: str | None = None
-    """A student to start from: under `full` any one, under `lora` a control-LoRA of the same rank and targets; null
-    widens the teacher."""
+    """Student to start from: any student under `mode: full`, a control-LoRA of the same rank and targets under
+    `mode: lora`. null widens the teacher."""
     guidance: float = Field(default=1.0, ge=0)
     """Guidance scale passed to guidance-distilled transformers (FLUX.1-dev) during training."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate after warm-up; with `constant`, `steps` can be raised later."""
+    """Schedule of the learning rate after warm-up. With `constant`, `steps` can be raised later."""
     compile: bool = False
-    """torch.compile the transformer: worth it on a GPU over thousands of steps."""
+    """Compile the transformer with torch.compile. It pays off on a GPU over thousands of steps."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: much less memory, a third slower."""
+    """Recompute activations in the backward pass. It takes much less memory and about a third more time."""
     sample_pairs: int = Field(default=4, ge=1)
-    """Rows of a sample sheet."""
+    """Number of pairs, one per row, on a sample sheet."""
     sample_steps: int = Field(default=20, ge=1, le=1000)
-    """Sampling steps of a sample sheet."""
+    """Sampling steps for sample sheets."""
     sample_guidance: float = Field(default=3.5, ge=0)
-    """Distilled guidance of a sample sheet, where the transformer takes one."""
+    """Distilled guidance scale for sample sheets, where the transformer takes one."""
     allow_distilled_teacher: bool = False
-    """Train although the teacher is step-distilled (FLUX.1-schnell, a Turbo model). Otherwise it is refused:
-    students that are trained from one draw gray or blocky images. Use the model that it was distilled from."""
+    """Train even though the teacher is step-distilled (FLUX.1-schnell, a Turbo model). Students trained from such a
+    teacher generate gray or blocky images, so it is otherwise an error. Use the model that it was distilled from."""
     preference: Preference | None = None
-    """A last stage, for a student named by `init`; null trains on the pairs alone."""
+    """Preference training of the student in `init`, as a last stage. null trains on the pairs alone."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
-    """Where metrics go besides `metrics.jsonl`."""
+    """Experiment trackers that receive the metrics, in addition to `metrics.jsonl`."""
 
     @model_validator(mode="after")
-    def _shares(self) -> Distill:
+    def _keys_agree(self) -> Distill:
         if self.reference_dropout + self.text_dropout + self.both_dropout > 1:
-            raise ValueError("reference_dropout + text_dropout + both_dropout is over 1")
+            raise ValueError("reference_dropout + text_dropout + both_dropout is above 1; lower one of them")
         if self.left_weight + self.right_weight == 0:
-            raise ValueError("left_weight and right_weight are both 0: nothing would be learnt")
+            raise ValueError("left_weight and right_weight are both 0, so nothing would be learned; set one above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
         if self.preference and not self.init:
-            raise ValueError("preference: starts from a trained student; name it with init")
+            raise ValueError("preference starts from a trained student; set init to it")
         if self.conditioning == "channel" and not self.right_weight:
-            raise ValueError("conditioning: channel has no left panel, so right_weight must be above 0")
+            raise ValueError("conditioning: channel has no left panel; set right_weight above 0")
         if self.offload != "none" and (self.mode == "full" or self.quantize != "none" or self.sharding == "full"):
-            raise ValueError("offload: blocks moves frozen weights: use mode: lora, quantize: none, sharding: none")
+            raise ValueError("offload: blocks moves frozen weights; set mode: lora, quantize: none, sharding: none")
         if self.offload != "none" and self.preference:
-            raise ValueError("offload: blocks does not go with preference, which swaps the weights that are trained")
+            raise ValueError(
+                "offload: blocks cannot be used with preference, which swaps the trained weights; remove one"
+            )
         if self.offload != "none" and not self.gradient_checkpointing:
             raise ValueError(
-                "offload: blocks needs gradient_checkpointing: true, else every block stays for its gradient"
+                "offload: blocks needs gradient_checkpointing: true; without it every block stays on the device"
             )
         if self.mode == "full" and self.quantize != "none":
-            raise ValueError(f"quantize: {self.quantize} freezes the base, and mode: full trains it; use mode: lora")
+            raise ValueError(f"quantize: {self.quantize} freezes the weights that mode: full trains; set mode: lora")
         if self.sharding == "full" and self.optimizer != "adamw":
-            raise ValueError(f"sharding: full takes optimizer: adamw, not {self.optimizer}")
+            raise ValueError(f"sharding: full works with optimizer: adamw only, not {self.optimizer}")
         if self.sharding == "full" and self.quantize != "none":
-            raise ValueError("sharding: full cannot split quantized weights; use quantize: none")
+            raise ValueError("sharding: full cannot split quantized weights; set quantize: none")
         return self

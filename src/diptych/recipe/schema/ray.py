@@ -1,4 +1,4 @@
-"""The recipe's section `ray`: what a run asks of a cluster."""
+"""Section `ray` of a recipe: the resources that a run requests from a cluster."""
 
 from __future__ import annotations
 
@@ -8,40 +8,45 @@ from diptych.recipe.schema.base import Section
 
 
 class Pool(Section):
-    """The workers of one stage on a Ray cluster. Each is a process that holds the stage's models and works on one shard
-    at a time."""
+    """Workers of one stage on a Ray cluster. Each worker is a process that holds the stage's models and works on one
+    shard at a time."""
 
     workers: int | None = Field(default=None, ge=1, le=100_000)
-    """How many at most. Those the cluster has no room for yet are what its autoscaler adds nodes for. null is as many
-    as fit into it."""
+    """Maximum number of workers. Ray's autoscaler adds nodes for workers that the cluster has no room for yet. null is
+    as many as fit into the cluster."""
     gpus: float | None = Field(default=None, ge=0, le=64)
-    """Of a worker; 0.25 lets four share a GPU. null: as many as the stage's vLLM model is spread over; where it has
-    none, one if `device` is a GPU and the stage computes on it, which `write` does not."""
+    """GPUs of each worker; 0.25 lets four workers share a GPU. null is the number over which the stage's vLLM model is
+    spread. Without a vLLM model it is 1 if `device` is a GPU, and 0 for `write`."""
     cpus: float = Field(default=1, ge=0, le=4096)
-    """Of a worker. It is what Ray counts; what torch uses is `threads`."""
+    """CPUs that Ray reserves for each worker. `threads` sets how many torch uses."""
     memory: float | None = Field(default=None, gt=0)
-    """GiB of a worker that Ray keeps free for it; null is not counted."""
+    """Memory in GiB that Ray reserves for each worker. null reserves none."""
 
     @field_validator("gpus")
     @classmethod
     def _whole(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError("above one, a whole number of GPUs")
+            raise ValueError("must be a whole number of GPUs if it is above 1")
         return gpus
 
 
 class Ray(Section):
-    """What `--engine ray` asks of a cluster. No row depends on it, so a run may go on with other values."""
+    """Resources that `--engine ray` requests from a cluster. No row depends on them, so a run may resume with other
+    values."""
 
     write: Pool = Pool()
+    """Workers of the stage `write`."""
     paint: Pool = Pool()
+    """Workers of the stage `paint`."""
     curate: Pool = Pool()
+    """Workers of the stage `curate`."""
     evaluate: Pool = Pool()
+    """Workers of evaluation and of batch generation."""
     retries: int = Field(default=3, ge=0, le=100)
-    """How often a shard is given to another worker when its own has died."""
+    """How often a shard is given to another worker after the one that had it died."""
     wait: float = Field(default=900, gt=0)
-    """Seconds to wait for the first worker to start: nodes that are being added take minutes."""
+    """Seconds to wait for the first worker to start. Nodes that are being added to a cluster take minutes."""
 
     def pool(self, stage: str) -> Pool:
-        """The pool of a stage; of `evaluate` for every method that is drawn, and for pictures that no recipe asks."""
+        """Returns the pool of a stage; that of `evaluate` for evaluation and for batches of images."""
         return getattr(self, stage) if stage in ("write", "paint", "curate") else self.evaluate

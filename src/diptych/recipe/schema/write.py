@@ -1,4 +1,4 @@
-"""The recipe's section `write`: stage 1, grid prompts."""
+"""Section `write` of a recipe: stage 1, grid prompts."""
 
 from __future__ import annotations
 
@@ -12,67 +12,76 @@ from diptych.recipe.schema.base import Section
 
 
 class Write(Section):
-    """Stage 1: grid prompts."""
+    """Stage 1: write the prompts of the grids."""
 
     writer: Literal["grammar", "llm"] = "grammar"
-    """What writes them: `grammar` draws from the task's templates and a vocabulary, and needs no language model; `llm`
-    asks the one at `endpoint`, in `local` or in `vllm`, by the task's brief."""
+    """What writes the prompts. `grammar` fills the task's templates from a vocabulary and needs no language model.
+    `llm` uses the language model in `endpoint`, `local` or `vllm`, with the task's brief."""
     grammar: str = Field(default="auto", min_length=1)
-    """Whose words the grammar uses: `pocket` those of the pocket world's teacher, `photo` a vocabulary for teachers
-    that know English, or a vocabulary file. `auto` asks the teacher: `pocket` if it reads less text than CLIP does."""
+    """Vocabulary of the grammar: `pocket` for the pocket teacher, `photo` for teachers that understand English, or a
+    vocabulary file. `auto` is `pocket` if the teacher reads less text than CLIP, otherwise `photo`."""
     layout: str | None = Field(default=None, pattern=r"^[1-4]x[1-4]$")
-    """Which of the task's grids, rows x columns, for instance 2x2; null is the task's first."""
+    """Layout of the grids, rows x columns, for instance 2x2. It must be one of the task's layouts. null is the task's
+    first."""
     count: int = Field(default=4000, ge=1, le=100_000_000)
-    """Grids to ask for."""
+    """Number of prompts to write."""
     shard_size: int = Field(default=100, ge=1)
-    """Rows of a shard: what is published whole, and at most what a kill costs. With `llm` also what is asked together,
-    and what near duplicates are looked for in."""
+    """Rows in a shard. A shard is published whole, so an interrupted run loses at most one. With `llm`, the prompts of
+    one shard are requested together and compared for near duplicates."""
     endpoint: Endpoint | None = None
-    """An OpenAI-compatible server; its keys are in `llm/endpoint.py` and docs/endpoints.md."""
+    """OpenAI-compatible server with the language model that writes. `docs/endpoints.md` explains its keys."""
     local: str | None = Field(default=None, min_length=1)
-    """Or a transformers language model on this machine, with or without vision: a folder, or a hub name."""
+    """Transformers language model on this machine that writes, with or without vision: a folder, or a hub name."""
     vllm: Vllm | None = None
-    """Or a language model that vLLM runs inside the stage; its keys are in `llm/vllm.py` and docs/endpoints.md."""
+    """Language model that writes and that vLLM runs inside the stage. `docs/endpoints.md` explains its keys."""
     cache: str | None = Field(default=None, min_length=1)
-    """SQLite file of its answers, which runs may share; null is answers.sqlite in the run's folder."""
+    """SQLite file for the language model's replies. Several runs may share it. null is `answers.sqlite` in the run's
+    folder."""
     captions: str | None = Field(default=None, min_length=1)
-    """Seed captions that `llm` is inspired by: a .txt, .jsonl or .parquet file, a folder of them, or an address such as
-    hf://datasets/OWNER/NAME. Each is used once before any is used again. Without them a model repeats itself."""
+    """Seed captions that inspire the `llm` writer: a .txt, .jsonl or .parquet file, a folder of such files, or an
+    address such as hf://datasets/OWNER/NAME. Each caption is used once before any is used again. Without captions a
+    model repeats itself."""
     caption_column: str = Field(default="caption", min_length=1)
-    """Where JSONL and parquet hold the caption."""
+    """Column of `captions` (JSONL and parquet) that holds the caption."""
     category_column: str | None = Field(default=None, min_length=1)
-    """Where they hold its category, if `quotas` go by it; null lets the model find a subject of the row's category."""
+    """Column of `captions` (JSONL and parquet) that holds the category which `quotas` count. null lets the model find a
+    subject of the row's category in the caption."""
     clear_subject: bool = False
-    """Ask first whether a caption names one clear subject, one more call a row; rows whose caption does not, fail."""
+    """First check with the model that a caption names one clear subject. This costs one more call for each row; rows
+    without a clear subject fail."""
     quotas: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
-    """Grids per category in each round: {person: 3, animal: 3, object: 4} makes rounds of ten grids."""
+    """Grids per category in each round of the `llm` writer. {person: 3, animal: 3, object: 4} makes rounds of ten
+    grids."""
     panel_words: int = Field(default=25, ge=4, le=100)
-    """Most words of what `llm` says of one panel; it gets one chance to shorten."""
+    """Maximum number of words that the `llm` writer may use for one panel. A longer text is sent back once to be
+    shortened."""
     near_duplicate: float = Field(default=0.5, gt=0, le=1)
-    """Most that two drafts of `llm` in a shard may share (Jaccard, word pairs); the later fails. 1 lets all pass."""
+    """Maximum overlap of two drafts of the `llm` writer in a shard (Jaccard index of their word pairs). The later of
+    two drafts above it fails. 1 accepts all."""
     subject_share: float = Field(default=0.2, gt=0, le=1)
-    """Most of a shard's grids (but always three) that may show one subject; later ones fail. 1 lets all pass."""
+    """Maximum share of a shard's grids that may show one subject, for the `llm` writer. Three are always allowed; later
+    ones fail. 1 accepts all."""
 
     @property
     def model(self) -> str:
         """The language model that writes, by name; "" if none does."""
-        asked = self.endpoint or self.vllm
-        return self.local or (asked.model if asked else "")
+        served = self.endpoint or self.vllm
+        return self.local or (served.model if served else "")
 
     @model_validator(mode="after")
-    def _asks_somebody(self) -> Write:
+    def _one_model(self) -> Write:
         named = [one for one in (self.endpoint, self.local, self.vllm) if one is not None]
         if self.writer == "llm" and not named:
             raise ValueError(
-                "the writer llm needs an endpoint: {base_url: http://localhost:8000/v1, model: NAME}, or a model on "
-                "this machine in local or vllm"
+                "the writer llm needs a language model: set endpoint: {base_url: http://localhost:8000/v1, "
+                "model: NAME}, local, or vllm"
             )
         if len(named) > 1:
-            raise ValueError("name one model: either endpoint or vllm or local")
+            raise ValueError("endpoint, local and vllm each name a model; set only one of them")
         if self.local is not None and self.captions is None:
-            raise ValueError("local samples nothing, so without captions it would write the same grid each time")
+            raise ValueError("a local model does not sample, so every grid would be the same; set captions")
         if self.category_column and not (self.captions and self.quotas):
-            raise ValueError("category_column needs captions, and quotas that go by it")
+            raise ValueError("category_column needs captions and quotas; set both, or remove it")
         if self.clear_subject and not self.captions:
-            raise ValueError("clear_subject looks at captions, and there are none")
+            raise ValueError("clear_subject checks captions; set captions, or remove it")
         return self

@@ -1,8 +1,8 @@
-"""What a pair means, as data: a task is one YAML file beside this one, or anywhere (docs/tasks.md).
+"""Tasks: what a pair means, as data. A task is one YAML file, in this folder or anywhere else (docs/tasks.md).
 
-It holds the layouts and wordings of grid prompts, the brief for a language model that writes them, what a grammar fills
-them with, the questions a vision-language judge is asked (the paper's three steps), the brief for captions, and whether
-the two panels share their geometry. A new task is one file and no code.
+It holds the layouts and templates of grid prompts, the brief for a language model that writes them, the phrases with
+which a grammar fills them, the questions for a vision-language judge (the paper's three steps), the brief for captions,
+and whether the two panels share their geometry. A new task is one file and no code.
 """
 
 from __future__ import annotations
@@ -35,58 +35,60 @@ class _Part(BaseModel):
 
 
 class Grid(_Part):
-    """A layout of panels and the wordings that ask for it."""
+    """A layout of panels, and the prompt templates that describe it."""
 
     rows: int = Field(ge=1, le=4)
-    """Panels down."""
+    """Number of rows of panels."""
     cols: int = Field(ge=1, le=4)
-    """Panels across."""
+    """Number of columns of panels."""
     templates: list[Text] = Field(min_length=1)
-    """Wordings; one is drawn for each grid. Fields: {subject} (its kind), {description} (the individual, with article),
-    {scene} (what the panels share), {left} and {right} (1×2 grids), {panels} (all of them), {count}, {style}."""
+    """Prompt templates; one is chosen at random for each grid. Fields: {subject} (its kind), {description} (the
+    individual, with article), {scene} (what the panels share), {left} and {right} (1×2 grids), {panels} (all panels),
+    {count}, {style}."""
     panel: Text = "{number}: {content}"
-    """How {panels} words each panel. Fields: {number}, {position} ("top left"), {subject}, {description}, {content}."""
+    """Template of each panel's text in {panels}. Fields: {number}, {position} ("top left"), {subject}, {description},
+    {content}."""
 
     @field_validator("templates", "panel")
     @classmethod
-    def _known_fields(cls, given: list[str] | str) -> list[str] | str:
-        if isinstance(given, str):
-            check_fields(given, ITEM_FIELDS, {"content"})
-        for template in given if isinstance(given, list) else ():
-            check_fields(template, GRID_FIELDS)
-        return given
+    def _known_fields(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            check_fields(value, ITEM_FIELDS, {"content"})
+        else:
+            for template in value:
+                check_fields(template, GRID_FIELDS)
+        return value
 
     @model_validator(mode="after")
     def _every_panel(self) -> Grid:
         if self.panels < 2:
-            raise ValueError("a grid has at least two panels")
+            raise ValueError("a grid needs at least two panels")
         for template in self.templates:
             fields = fields_of(template)
             if "panels" not in fields and not (self.panels == 2 and {"left", "right"} <= fields):
                 need = "{panels}, or {left} and {right}," if self.panels == 2 else "{panels}"
-                raise ValueError(
-                    f"a wording of a {self.name} grid needs {need} to say what each panel shows: {template}"
-                )
+                raise ValueError(f"a template of a {self.name} grid needs {need} to describe each panel: {template}")
         return self
 
     @property
     def name(self) -> str:
-        """Rows x columns: "2x2"."""
+        """Rows x columns, for instance "2x2"."""
         return f"{self.rows}x{self.cols}"
 
     @property
     def panels(self) -> int:
+        """Number of panels."""
         return self.rows * self.cols
 
 
-class Writer(_Part):
-    """How a language model is asked for a grid."""
+class WriterBrief(_Part):
+    """The request to a language model that writes grids."""
 
     brief: Text
-    """What it is told. Fields: {count} (panels), {layout} ("2x2"), {words} (budget of a panel)."""
+    """Prompt for the language model. Fields: {count} (panels), {layout} ("2x2"), {words} (word limit of a panel)."""
     answer: dict[Answer, Text]
-    """What it returns, and what each part must hold: `subject`, `description`, `panels` (what each panel shows), and
-    where the task needs them `scene` (what they share) and `style`."""
+    """Parts of its reply, each with a description: `subject`, `description`, `panels` (what each panel shows), and,
+    where the task needs them, `scene` (what the panels share) and `style`."""
 
     @field_validator("brief")
     @classmethod
@@ -96,17 +98,18 @@ class Writer(_Part):
 
 
 class Grammar(_Part):
-    """What a grammar fills a grid with, when no language model writes it."""
+    """The phrases with which a grammar fills a grid, when no language model writes it."""
 
     pocket: Text | None = None
-    """Which of the pocket world's grammars draws it (subject, relight, season); null: none can."""
+    """Grammar of the pocket world that writes this task (subject, relight, season). null if none can."""
     subjects: list[Text] = []
-    """Which categories of a vocabulary's subjects; none are all that stand in scenes."""
+    """Categories of a vocabulary's subjects to use. An empty list is all subjects that can stand in scenes."""
     scene: str = ""
-    """What {scene} of `panel_template` says, from a vocabulary's lists: "{action} {place}, {light}". Beside a {change}
-    it is drawn once for all panels."""
+    """Template of {scene} in `panel_template`, with a vocabulary's lists as fields: "{action} {place}, {light}". If
+    there is also a {change}, one scene is chosen for all panels."""
     change: str = ""
-    """What {change} says: drawn for each panel, and without a comma, so that it can be read back from a caption."""
+    """Template of {change} in `panel_template`, chosen for each panel. It has no comma, so that it can be read back
+    from a caption."""
 
     @field_validator("scene", "change")
     @classmethod
@@ -118,7 +121,7 @@ class Grammar(_Part):
     @classmethod
     def _one_clause(cls, change: str) -> str:
         if "," in change:
-            raise ValueError("a change has no comma, so that it can be read back from a caption")
+            raise ValueError("remove the comma: a change must be readable from a caption")
         return change
 
 
@@ -126,24 +129,25 @@ class Curation(_Part):
     """How pairs are judged."""
 
     questions: list[Text] = Field(min_length=1)
-    """The steps a vision-language judge answers in order; the last one decides."""
+    """Questions that a vision-language judge answers in order. The last one decides."""
     thresholds: dict[Literal["same", "near_copy", "seam", "change"], float] = {}
-    """Where this task departs from the recipe's defaults; and for aligned tasks `change`, how much of the whole picture
-    must differ (`stages.alignment.whole_change`), 0 if left out: that the light is another one, and not only a hat."""
+    """Thresholds that replace the recipe's defaults. Aligned tasks may also set `change`, the minimum difference over
+    the whole image (`stages.alignment.whole_change`, default 0), so that a new light passes and a new hat does not."""
 
 
-class Captions(_Part):
-    """How a pair is put into words."""
+class CaptionBriefs(_Part):
+    """The requests and templates for captions and instructions of a pair."""
 
     description: Text
-    """The brief for a description of the target."""
+    """Prompt for a description of the target."""
     instruction: Text
-    """The brief for an instruction that turns the reference into the target."""
+    """Prompt for an instruction that turns the reference into the target."""
     instruction_templates: list[Text] = Field(min_length=1)
-    """Wordings for when no language model is at hand. Fields: {subject}, {change} (what the target says of itself)."""
+    """Templates of instructions without a language model. Fields: {subject}, {change} (what the target's caption
+    says)."""
     instructions: float = Field(default=0.0, ge=0, le=1)
-    """Share of training samples that get the instruction in place of the caption, where the recipe leaves
-    `distill.instructions` at `auto`."""
+    """Share of training samples that use the instruction in place of the caption, if `distill.instructions` is
+    `auto`."""
 
     @field_validator("instruction_templates")
     @classmethod
@@ -157,23 +161,25 @@ class Task(_Part):
     """A task file."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
-    """What recipes call it."""
+    """Name of the task in recipes."""
     version: int = Field(ge=1)
-    """Raised by whoever changes what the file makes."""
+    """Version of the file. Raise it with each change that changes rows."""
     description: Text
-    """One sentence: what a pair of this task is."""
+    """One sentence that says what a pair of this task is."""
     geometry: Literal["independent", "aligned"]
-    """Whether a pixel of the reference and the same pixel of the target show the same spot of the scene."""
+    """`aligned` if a pixel of the reference and the same pixel of the target show the same spot, else `independent`."""
     grids: list[Grid] = Field(min_length=1)
-    """Layouts; the first is the default."""
+    """Layouts of the grids. The first is the default."""
     panel_template: Text
-    """The caption of one panel. Fields: {subject}, {scene}, {change}."""
-    writer: Writer | None = None
-    """Null: language models are not asked to write this task."""
+    """Template of the caption of one panel. Fields: {subject}, {scene}, {change}."""
+    writer: WriterBrief | None = None
+    """Brief for a language model. null if no language model writes this task."""
     grammar: Grammar | None = None
-    """Null: no grammar writes this task."""
+    """Phrases for a grammar. null if no grammar writes this task."""
     curation: Curation
-    captions: Captions
+    """How pairs are judged."""
+    captions: CaptionBriefs
+    """How captions and instructions are made."""
 
     @field_validator("panel_template")
     @classmethod
@@ -183,98 +189,93 @@ class Task(_Part):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Task:
-        asked = fields_of(self.panel_template)
+        fields = fields_of(self.panel_template)
         layouts = [grid.name for grid in self.grids]
         if twice := next((name for name in layouts if layouts.count(name) > 1), None):
-            raise ValueError(f"the layout {twice} is there twice; put its wordings into one")
-        if not asked & {"scene", "change"}:
-            raise ValueError("panel_template needs {scene} or {change}: what a panel shows")
+            raise ValueError(f"the layout {twice} is listed twice; merge its templates into one")
+        if not fields & {"scene", "change"}:
+            raise ValueError("panel_template needs {scene} or {change}, which say what a panel shows")
         if self.writer:
-            needed = {"subject", "description", "panels"} | ({"scene"} if {"scene", "change"} <= asked else set())
+            needed = {"subject", "description", "panels"} | ({"scene"} if {"scene", "change"} <= fields else set())
             if absent := sorted(needed - set(self.writer.answer)):
                 raise ValueError(f"writer.answer lacks {', '.join(absent)}")
         if self.grammar and (self.grammar.scene or self.grammar.change):
             for field in ("scene", "change"):
-                if (field in asked) != bool(getattr(self.grammar, field)):
-                    has = "asks for" if field in asked else "has no"
-                    raise ValueError(
-                        f"panel_template {has} {{{field}}}, so grammar.{field} must be "
-                        f"{'given' if field in asked else 'left out'}"
-                    )
+                if (field in fields) != bool(getattr(self.grammar, field)):
+                    has, fix = ("has", "set") if field in fields else ("has no", "remove")
+                    raise ValueError(f"panel_template {has} {{{field}}}; {fix} grammar.{field}")
         if "change" in self.curation.thresholds and self.geometry != "aligned":
-            raise ValueError("curation.thresholds.change compares aligned panels, so geometry must be aligned")
+            raise ValueError("curation.thresholds.change compares aligned panels; set geometry: aligned")
         return self
 
     def layout(self, name: str | None = None) -> Grid:
-        """A layout by name ("2x2"), the first one if None. UsageError if the task has none such."""
-        if name is None:
-            return self.grids[0]
-        for grid in self.grids:
-            if grid.name == name:
-                return grid
-        known = ", ".join(grid.name for grid in self.grids)
+        """Returns the layout of this name ("2x2"), the first one for None. UsageError if the task has no such
+        layout."""
+        layouts = {grid.name: grid for grid in self.grids}
+        if (name := name or self.grids[0].name) in layouts:
+            return layouts[name]
+        known = ", ".join(layouts)
         raise UsageError("recipe_conflict", f"write.layout: the task '{self.name}' has no {name} grid; it has: {known}")
 
     def layout_of(self, panels: int, name: str | None = None) -> Grid | None:
-        """The layout of a grid with so many panels: the one called `name` if it fits, else the first that does."""
+        """Returns the layout with this number of panels: the one called `name` if it fits, else the first. None if
+        none."""
         fitting = [grid for grid in self.grids if grid.panels == panels]
         return next((grid for grid in fitting if grid.name == name), fitting[0] if fitting else None)
 
     def answer_schema(self, panels: int) -> dict[str, Any]:
-        """The JSON schema of what a language model returns for so many panels. UsageError without a writer."""
+        """Returns the JSON schema of a language model's reply for a number of panels. UsageError without a writer."""
         if self.writer is None:
             raise UsageError(
                 "task_unsuited", f"the task '{self.name}' has no `writer`, so no language model can write it"
             )
-        texts = {
-            name: {"type": "string", "minLength": 1, "description": text} for name, text in self.writer.answer.items()
-        }
-        parts: dict[str, Any] = dict(texts)
-        item = {"type": "string", "minLength": 1}
+        text = {"type": "string", "minLength": 1}
+        parts: dict[str, Any] = {name: {**text, "description": about} for name, about in self.writer.answer.items()}
         about = self.writer.answer["panels"]
-        parts["panels"] = {"type": "array", "items": item, "minItems": panels, "maxItems": panels, "description": about}
+        parts["panels"] = {"type": "array", "items": text, "minItems": panels, "maxItems": panels, "description": about}
         return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
     def thresholds(self, recipe: Limits) -> Limits:
-        """A recipe's thresholds (`sections.Thresholds`); those it leaves at their defaults are the task's, if any."""
+        """Returns a recipe's thresholds, where the task's values replace those that are at their defaults."""
         defaults = type(recipe)()
-        given = {k: v for k, v in self.curation.thresholds.items() if k in type(recipe).model_fields}
-        own = {k: v for k, v in given.items() if getattr(recipe, k) == getattr(defaults, k)}
-        return recipe.model_copy(update=own)
+        known = {k: v for k, v in self.curation.thresholds.items() if k in type(recipe).model_fields}
+        return recipe.model_copy(update={k: v for k, v in known.items() if getattr(recipe, k) == getattr(defaults, k)})
 
 
-_KEYS = frozenset(key for part in (Task, Grid, Writer, Grammar, Curation, Captions) for key in part.model_fields)
+_KEYS = frozenset(
+    key for part in (Task, Grid, WriterBrief, Grammar, Curation, CaptionBriefs) for key in part.model_fields
+)
 
 
 def fields_of(template: str) -> set[str]:
-    """The names in braces. ValueError for broken braces, and for a field that says more than its name: a width of two
-    thousand million letters fills the memory, and an attribute is nobody's business."""
+    """The field names in a template. ValueError for broken braces, and for anything but a name in them: a width could
+    fill the memory, and an attribute could expose internals."""
     names: set[str] = set()
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
         if spec or conversion or "." in name or "[" in name:
-            raise ValueError(f"a field is a name in braces and nothing else: {{{name[:40]}}} in '{template[:80]}'")
+            raise ValueError(f"use a plain name in braces: {{{name[:40]}}} in '{template[:80]}'")
         names.add(name)
     return names
 
 
 def check_fields(template: str, allowed: frozenset[str], needed: set[str] | frozenset[str] = frozenset()) -> None:
-    """Raises ValueError if a template has a field that nothing fills, lacks a needed one, or has broken braces."""
-    found = fields_of(template)
-    for name in sorted(found - allowed):
+    """Raises ValueError if a template has an unknown field, lacks a needed one, or has broken braces."""
+    fields = fields_of(template)
+    for name in sorted(fields - allowed):
         raise ValueError(f"unknown field {{{name}}} in '{template}'{nearest(name, allowed)}")
-    for name in sorted(needed - found):
+    for name in sorted(needed - fields):
         raise ValueError(f"'{template}' lacks the field {{{name}}}")
 
 
 def names() -> list[str]:
-    """The tasks that ship with diptych."""
+    """Names of the tasks that ship with diptych."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
 def load(name: str) -> Task:
-    """A task by name, or from a YAML file. UsageError if it is unknown or does not hold what a task holds."""
+    """A task by its name, or from a YAML file. UsageError if it is unknown or invalid."""
     path = _file(name)
     try:
         return Task.model_validate(parse_yaml(read_text(path), str(path)))
@@ -283,7 +284,7 @@ def load(name: str) -> Task:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the values of its task where it leaves them open: `distill.instructions`."""
+    """The recipe with `distill.instructions: auto` replaced by the task's share."""
     if recipe.distill.instructions != "auto":
         return recipe
     share = load(recipe.task).captions.instructions
@@ -298,21 +299,22 @@ def _file(name: str) -> Path:
 
 
 def source(name: str) -> str:
-    """The YAML text of a task by name or file, as it is, comments included. UsageError if it is not a task."""
+    """The YAML text of a task by name or file, with its comments. UsageError if it is not a task."""
     load(name)
     return read_text(_file(name))
 
 
 def summary(name: str | None = None) -> list[dict[str, Any]]:
-    """What `diptych tasks` tells: of each task that ships, or of one by name or file. UsageError if a file is wrong."""
+    """What `diptych tasks` reports: all tasks that ship, or one by name or file. UsageError if a file is invalid."""
     return [_summary(load(one)) for one in ([name] if name is not None else names())]
 
 
 def _summary(task: Task) -> dict[str, Any]:
     grammar = task.grammar
-    drawn = {
+    writers = {
         "pocket": grammar is not None and grammar.pocket,
         "photo": grammar is not None and grammar.scene + grammar.change,
+        "language model": task.writer,
     }
     return {
         "name": task.name,
@@ -321,29 +323,29 @@ def _summary(task: Task) -> dict[str, Any]:
         "geometry": task.geometry,
         "layouts": {grid.name: len(grid.templates) for grid in task.grids},
         "panel": task.panel_template,
-        "writers": [*(name for name, able in drawn.items() if able), *(["language model"] if task.writer else [])],
+        "writers": [name for name, able in writers.items() if able],
         "questions": len(task.curation.questions),
         "thresholds": dict(task.curation.thresholds),
     }
 
 
-def lines(found: list[dict[str, Any]]) -> list[str]:
-    """A summary for people: a line for each task; all there is to say for a single one."""
-    if len(found) > 1:
-        wide = max(len(task["name"]) for task in found)
+def format_summary(summaries: list[dict[str, Any]]) -> list[str]:
+    """A summary as text: one line per task, or all facts of a single one."""
+    if len(summaries) > 1:
+        width = max(len(task["name"]) for task in summaries)
         return [
-            f"{task['name']:<{wide}}  v{task['version']}  {task['geometry']:<11}  {' '.join(task['layouts'])}  "
+            f"{task['name']:<{width}}  v{task['version']}  {task['geometry']:<11}  {' '.join(task['layouts'])}  "
             f"{task['description']}"
-            for task in found
+            for task in summaries
         ]
-    (task,) = found
-    wordings = ", ".join(f"{name} ({count} wordings)" for name, count in task["layouts"].items())
+    (task,) = summaries
+    templates = ", ".join(f"{name} ({count} templates)" for name, count in task["layouts"].items())
     limits = ", ".join(f"{key} {value:g}" for key, value in task["thresholds"].items())
     return [
         f"{task['name']}, version {task['version']}: {task['description']}",
         f"geometry    {task['geometry']}",
-        f"layouts     {wordings}",
-        f"a panel     {task['panel']}",
-        f"written by  {', '.join(task['writers']) or 'nobody: it has neither a grammar nor a writer'}",
-        f"curated by  {task['questions']} questions, thresholds: {limits or 'the recipe’s'}",
+        f"layouts     {templates}",
+        f"panel       {task['panel']}",
+        f"writers     {', '.join(task['writers']) or 'none: add a grammar or a writer'}",
+        f"curation    {task['questions']} questions, thresholds: {limits or 'the recipe’s'}",
     ]
