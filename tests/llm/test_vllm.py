@@ -367,14 +367,14 @@ MODEL = "curate.vlm.vllm.model=owner/name"
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ([MODEL, "curate.vlm.local=x"], "either endpoint (base_url and model) or local or vllm (model)"),
+        ([MODEL, "curate.vlm.local=x"], "endpoint (base_url and model), local"),
         ([MODEL, "curate.vlm.votes=3"], "set vllm.temperature, for instance to 0.7"),
         ([MODEL, "curate.vlm.vllm.tensor_paralel_size=2"], "no such key; did you mean 'tensor_parallel_size'?"),
         ([MODEL, "ray.curate.gpus=0.5"], "takes 0.8 of the memory of 1 GPU; set gpu_memory_utilization to at most 0.5"),
-        ([MODEL, "ray.curate.gpus=0"], "ray.curate.gpus: a worker gets 0, and its vLLM model takes"),
+        ([MODEL, "ray.curate.gpus=0"], "ray.curate.gpus: a worker gets 0"),
         ([MODEL, "curate.vlm.vllm.tensor_parallel_size=4", "ray.curate.gpus=2"], "of 4 GPUs; set it to 4, or null"),
         (["write.writer=llm", "write.vllm.model=m", "ray.write.gpus=0"], "ray.write.gpus: a worker gets 0"),
-        (["write.vllm.model=m", "write.endpoint={base_url: 'http://a', model: m}"], "either endpoint or vllm"),
+        (["write.vllm.model=m", "write.endpoint={base_url: 'http://a', model: m}"], "only one"),
     ],
 )
 def test_a_recipe_is_checked_before_anything_runs(sets: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""A third task by a file alone: examples/season.yaml, from prompts to a picture of its student."""
+"""A third task by a file alone: examples/season.yaml, from prompts to an image of its student."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETS = (
 )
 
 
-def test_a_third_task_goes_from_a_file_to_a_student_that_is_asked_for_it(
+def test_a_third_task_goes_from_a_file_to_a_student_that_follows_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "season"
@@ -45,25 +45,28 @@ def test_a_third_task_goes_from_a_file_to_a_student_that_is_asked_for_it(
     assert pairs and all(row["caption"].rpartition(", ")[2] in weathers for row in pairs)
     assert all(row["instruction"] == f"the same scene, {row['caption'].rpartition(', ')[2]}" for row in pairs)
     assert all(json.loads(row["evidence"])["change"]["least"] == 0.01 for row in pairs)
-    picture = tmp_path / "winter.png"
-    asked = ["--task", str(SEASON), "--light", "in winter", "--steps", "1", "--out", str(picture)]
+    image = tmp_path / "winter.png"
+    options = ["--task", str(SEASON), "--light", "in winter", "--steps", "1", "--out", str(image)]
     reference = str(packaged("examples") / "references" / "house.png")
     assert (
-        app.call(["relight", "--model", str(out / "student"), "--base", "pocket", "--reference", reference, *asked])
+        app.call(["relight", "--model", str(out / "student"), "--base", "pocket", "--reference", reference, *options])
         == 0
     )
-    told = read_provenance(picture)
-    assert told is not None and (told["task"], told["prompt"]) == ("season", "the same scene, in winter")
+    provenance = read_provenance(image)
+    assert provenance is not None and (provenance["task"], provenance["prompt"]) == (
+        "season",
+        "the same scene, in winter",
+    )
 
 
 @pytest.mark.parametrize("name", ["pocket-relight", "pocket-both", "flux-relight"])
 def test_the_recipes_of_relighting_fit_their_tasks(name: str) -> None:
-    found = recipe.load(name)
-    task = tasks.load(found.task)
-    if found.draws_pairs():
-        assert task.name == "relight" and found.distill.instructions == 0.5
-        limits = task.thresholds(found.curate.thresholds)
-        assert limits.seam == -1 and limits.same == found.curate.thresholds.same
+    loaded = recipe.load(name)
+    task = tasks.load(loaded.task)
+    if loaded.draws_pairs():
+        assert task.name == "relight" and loaded.distill.instructions == 0.5
+        limits = task.thresholds(loaded.curate.thresholds)
+        assert limits.seam == -1 and limits.same == loaded.curate.thresholds.same
     else:
-        assert [data.path for data in found.distill.data] == ["runs/pocket", "runs/pocket-relight"]
-        assert found.evaluate.relight and found.evaluate.suite == "pocket"
+        assert [data.path for data in loaded.distill.data] == ["runs/pocket", "runs/pocket-relight"]
+        assert loaded.evaluate.relight and loaded.evaluate.suite == "pocket"

@@ -271,10 +271,10 @@ def test_a_recipe_without_one_means_what_it_meant() -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["curate.vlm.votes=1"], "either endpoint (base_url and model) or local"),
-        ([URL, MODEL, "curate.vlm.local=x"], "either endpoint (base_url and model) or local"),
-        ([URL, MODEL, "curate.vlm.votes=3"], "3 votes at temperature 0 are one and the same; set endpoint.temperature"),
-        (["curate.vlm.local=x", "curate.vlm.votes=3"], "a local model samples nothing"),
+        (["curate.vlm.votes=1"], "endpoint (base_url and model), local"),
+        ([URL, MODEL, "curate.vlm.local=x"], "endpoint (base_url and model), local"),
+        ([URL, MODEL, "curate.vlm.votes=3"], "set endpoint.temperature"),
+        (["curate.vlm.local=x", "curate.vlm.votes=3"], "set votes: 1"),
         ([URL, "curate.vlm.endpoint.modle=m"], "curate.vlm.endpoint.modle: no such key; did you mean 'model'?"),
         ([URL, MODEL, "curate.vlm.vote=3"], "curate.vlm.vote: no such key; did you mean 'votes'?"),
         ([URL, MODEL, "curate.vlm.prefilter=2"], "curate.vlm.prefilter: must be less than or equal to 1, not 2"),

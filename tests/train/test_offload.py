@@ -60,7 +60,7 @@ def test_one_block_visits_at_a_time_in_both_passes(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"mode": "full"}, "use mode: lora"),
+        ({"mode": "full"}, "mode: lora"),
         ({"quantize": "nf4"}, "quantize: none"),
         ({"gradient_checkpointing": False}, "needs gradient_checkpointing"),
     ],

@@ -89,14 +89,14 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         said = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UsageError(f"{where}: not valid YAML{line}: {said}") from error
+        raise UsageError("yaml_invalid", f"{where}: not valid YAML{line}: {said}") from error
     except RecursionError:
-        raise UsageError(f"{where}: {_DEEP}") from None
+        raise UsageError("yaml_invalid", f"{where}: {_DEEP}") from None
     except UsageError:
         raise
     except (_Refused, ValueError, OverflowError, TypeError) as error:
         # A date that is none, a number of thousands of digits, a key that is a list.
-        raise UsageError(f"{where}: {describe(error)}") from None
+        raise UsageError("yaml_invalid", f"{where}: {describe(error)}") from None
 
 
 def facts(module: str) -> Any:
