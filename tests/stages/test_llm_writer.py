@@ -381,9 +381,9 @@ def test_the_digest_of_a_run_s_words_follows_its_captions(serve: Serve, tmp_path
 
 
 def test_a_recipe_says_what_the_writer_needs() -> None:
-    with pytest.raises(ValueError, match="endpoint: {base_url"):
+    with pytest.raises(ValueError, match="base_url"):
         Recipe.model_validate({"name": "x", "write": {"writer": "llm"}})
-    with pytest.raises(ValueError, match="clear_subject .* captions"):
+    with pytest.raises(ValueError, match=r"clear_subject .* captions"):
         Recipe.model_validate({"name": "x", "write": {"clear_subject": True}})
     with pytest.raises(ValueError, match="category_column needs captions"):
         Recipe.model_validate({"name": "x", "write": {"category_column": "kind"}})

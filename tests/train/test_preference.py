@@ -114,8 +114,8 @@ def test_a_damaged_file_of_negatives_is_drawn_anew(world: Any, recipe: Any, tmp_
 
 
 def test_what_it_cannot_start_from_is_refused() -> None:
-    with pytest.raises(UsageError, match="preference .* init"):
+    with pytest.raises(UsageError, match=r"preference .* init"):
         load("demo", ["distill.preference={}"])
-    with pytest.raises(UsageError, match="offload: blocks .* preference"):
+    with pytest.raises(UsageError, match=r"offload: blocks .* preference"):
         sets = ["init=x", "mode=lora", "preference={}", "offload=blocks", "gradient_checkpointing=true"]
         load("pocket", [f"distill.{one}" for one in sets])
