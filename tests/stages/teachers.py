@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curation_models import make_vae
+from stages.curation_models import make_vae
 
 
 def make_sd3(folder: Path) -> Path:

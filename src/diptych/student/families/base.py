@@ -1,0 +1,210 @@
+"""What differs between teachers, behind one interface: a family for each kind of transformer.
+
+The sampler and the loss see tokens (B, N, C), noise levels σ in [0, 1] and a velocity that is always noise − clean,
+and leave to the family how its transformer and its VAE take and give them. Shapes: B batch, N tokens of an image, C
+numbers of a token, L text tokens, D and P widths of the text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from diptych.errors import UsageError
+
+Scheduler = Any  # a diffusers scheduler
+Module = Any  # a diffusers transformer or VAE; they ship partial types
+
+
+class Size(NamedTuple):
+    """Height and width of an image in tokens."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts.
+
+    Attributes:
+        embeds: (B, L, D) hidden states.
+        pooled: (B, P), or None for families without pooled text.
+        mask: (B, L) bool, false on padding; None if every position counts.
+    """
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
+        """The same text with every tensor changed."""
+        return Text(*(None if tensor is None else change(tensor) for tensor in (self.embeds, self.pooled, self.mask)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A clean reference image as tokens.
+
+    Attributes:
+        tokens: (B, M, C) of one image for each row of the batch, all of one size.
+        size: its height and width in tokens.
+    """
+
+    tokens: torch.Tensor
+    size: Size
+
+
+class Family(ABC):
+    """One kind of transformer with its VAE and text encoders. Subclasses are stateless."""
+
+    name: ClassVar[str]
+    """Its name in recipes and tables."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Stock text-to-image pipeline classes."""
+    editor: ClassVar[str | None]
+    """The stock pipeline class that runs a student of the conditioning `tokens`; None if there is none."""
+    transformer: ClassVar[str]
+    """Class of the transformer."""
+    input_layer: ClassVar[str]
+    """Path of the layer that reads image tokens."""
+    blocks: ClassVar[tuple[str, ...]]
+    """Paths of the lists of repeated blocks."""
+    conditionings: ClassVar[tuple[str, ...]]
+    """How a reference can enter this family's stock class."""
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Named sets of linear layers for `distill.lora_targets`, as ends of layer paths."""
+
+    # The VAE ----------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def unit(self, vae: Module) -> int:
+        """Pixels of a token's side: sizes of images are multiples of it."""
+
+    @abstractmethod
+    def encode(self, vae: Module, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to normalized tokens (B, N, C): the posterior's mode."""
+
+    @abstractmethod
+    def decode(self, vae: Module, tokens: torch.Tensor, size: Size) -> torch.Tensor:
+        """The inverse of `encode`: tokens (B, N, C) to pixels (B, 3, H, W)."""
+
+    def size(self, vae: Module, height: int, width: int) -> Size:
+        """The size in tokens of an image in pixels. UsageError unless both sides are multiples of `unit`."""
+        unit = self.unit(vae)
+        if height <= 0 or width <= 0 or height % unit or width % unit:
+            raise UsageError("size_invalid", f"{height}×{width} pixels: both sides must be multiples of {unit}")
+        return Size(height // unit, width // unit)
+
+    # Text -------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
+        """Prompts, encoded by the pipeline's text encoders, with at most `length` tokens."""
+
+    # Time -------------------------------------------------------------------------------------------------------------
+
+    def shift(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float | None:
+        """μ, by whose exponential timesteps are shifted; None for one fixed shift.
+
+        `scheduler` is the scheduler's config. The default is linear in the tokens, with FLUX.1's constants where the
+        config has none.
+        """
+        from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift
+
+        if not scheduler.get("use_dynamic_shifting"):
+            return None
+        known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return calculate_shift(tokens, *(scheduler.get(key, value) for key, value in known.items()))
+
+    def sigmas(self, steps: int) -> Any:
+        """Noise levels before the shift, (steps,); None for the scheduler's own."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def schedule(
+        self,
+        scheduler: Scheduler,
+        tokens: int,
+        steps: int,
+        device: torch.device,
+        sigmas: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """Sets the scheduler's noise levels, as the stock pipeline does; timesteps (S,) from 1000 down to 0."""
+        mu = self.shift(scheduler.config, tokens, steps)
+        given = self.sigmas(steps) if sigmas is None else sigmas
+        options: dict[str, Any] = {"num_inference_steps": steps} if given is None else {"sigmas": given}
+        scheduler.set_timesteps(device=device, **options, **({} if mu is None else {"mu": mu}))
+        scheduler.set_begin_index(0)
+        return scheduler.timesteps
+
+    # The transformer --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def velocity(
+        self,
+        transformer: Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        text: Text,
+        size: Size,
+        *,
+        references: Sequence[Reference] = (),
+        condition: torch.Tensor | None = None,
+        guidance: float | None = None,
+        attention: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The velocity noise − clean at x, (B, N, C), from one forward pass.
+
+        Args:
+            x: (B, N, C) noisy tokens of an image of `size`.
+            sigma: (B,) noise levels in [0, 1].
+            references: clean references, appended with positions of their own (conditioning `tokens`).
+            condition: (B, N, C), joined to x channel by channel (`diptych` and `channel`); needs a widened input.
+            guidance: distilled guidance; read only by a transformer with a guidance embedding.
+            attention: passed to the attention processors.
+        """
+
+    def widened(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The transformer's config with twice the input channels; None if the stock class fixes out = in."""
+        plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers drops `_`'s values
+        channels = config["in_channels"]
+        return {**plain, "in_channels": 2 * channels, "out_channels": config.get("out_channels") or channels}
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, 2R, 2K) to tokens (B, R·K, 4C): 2×2 patches row by row, channels first within a token."""
+    b, c, h, w = latents.shape
+    tokens = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: torch.Tensor, size: Size) -> torch.Tensor:
+    """Tokens (B, R·K, 4C) to latents (B, C, 2R, 2K); the inverse of `pack`."""
+    b, _, c = tokens.shape
+    latents = tokens.reshape(b, *size, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c // 4, 2 * size.rows, 2 * size.columns)
+
+
+def positions(size: Size, frame: int = 0, columns_from: int = 0, axes: int = 3) -> torch.Tensor:
+    """Position ids (N, axes) of an image's tokens: (frame, row, column), and zeros in further axes; float32."""
+    rows, columns = torch.meshgrid(torch.arange(size.rows), torch.arange(size.columns), indexing="ij")
+    ids = torch.zeros(size.tokens, axes)
+    ids[:, 0], ids[:, 1], ids[:, 2] = frame, rows.flatten(), columns.flatten() + columns_from
+    return ids
+
+
+def repeated(value: float | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A distilled guidance scale for each row, float32."""
+    return None if value is None else torch.full([len(like)], value, device=like.device, dtype=torch.float32)
