@@ -150,8 +150,9 @@ def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.settings import Settings
+    from diptych.student.settings import KEY
     from diptych.student.weights.files import read_json
+    from diptych.train.prepare import student_settings
 
     index: Any = read_json(folder / INDEX)
     named = index.get("transformer") or [None, "no transformer"]
@@ -164,14 +165,14 @@ def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
     out = config.get("out_channels") or config["in_channels"]
     if config["in_channels"] != out:
         raise UserError(f"{folder / 'transformer'} is widened already; the teacher must be the text-to-image model")
+    own = student_settings(recipe, None)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config({**config, "in_channels": 2 * out, "out_channels": out})
+        wide = {"in_channels": (1 if own.conditioning == "tokens" else 2) * out, "out_channels": out}
+        transformer = FluxTransformer2DModel.from_config({**config, **wide, KEY: own.values()})
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = DiptychPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **none)  # pyright: ignore
-    pipe.settings = Settings(conditioning=recipe.distill.conditioning)
-    return pipe
+    return DiptychPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **none)  # pyright: ignore
 
 
 @contextmanager

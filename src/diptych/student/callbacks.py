@@ -111,7 +111,7 @@ class Hold:
 
     def __init__(self, pipeline: DiptychPipeline, picture: Image, kept: np.ndarray, canvas: Canvas, seed: int) -> None:
         pixels = to_pixels(picture)[None]
-        self.clean = pipeline.encode_canvas(join_panels(pixels, pixels))  # (1, tokens, 4C)
+        self.clean = pipeline.encode_canvas(join_panels(pixels, pixels, canvas.panels))  # (1, tokens, 4C)
         self.noise = pipeline.noise([seed], canvas)
         self.held = held_latents(kept, canvas, self.clean.shape[-1] // 4)
 
@@ -127,5 +127,5 @@ def held_latents(kept: np.ndarray, canvas: Canvas, channels: int) -> torch.Tenso
     """Boolean packed latents (1, tokens, 4C): those of the right panel of which every pixel is kept."""
     free = torch.from_numpy(~kept)[None, None].float()
     held = torch.nn.functional.max_pool2d(free, canvas.factor) == 0  # (1, 1, 2R, K)
-    both = join_panels(torch.zeros_like(held), held)
+    both = join_panels(torch.zeros_like(held), held, canvas.panels)
     return pack(both.expand(-1, channels, -1, -1))

@@ -6,7 +6,8 @@ The VAE shrinks it by its factor, and FLUX packs 2×2 latents into one token, ro
 R×K token rows and columns.
 
 A student of the `channel` conditioning has a canvas of the target panel alone: its reference lies in the target's own
-condition channels, pixel on pixel, as stock FLUX-Control has it. Its left panel is then empty: no tokens, no pixels.
+condition channels, pixel on pixel, as stock FLUX-Control has it. So has one of the `tokens` conditioning, whose
+references are clean tokens beside the canvas (`references`). The left panel is then empty: no tokens, no pixels.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") ->
     from PIL import Image, ImageOps
 
     check_fit(fit)
+    if fit == "keep":
+        raise UsageError("fit keep is for students that take their reference as tokens; use crop, pad or contain")
     image = to_rgb(image)
     if image.size == (width, height):
         return image
@@ -164,6 +167,16 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") ->
     rows, columns = height - inside.height, width - inside.width
     around = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
     return Image.fromarray(np.pad(np.asarray(inside), around, mode="edge"))
+
+
+def kept_size(image: Image.Image, canvas: Canvas) -> tuple[int, int]:
+    """Height and width of a reference at its own aspect ratio: multiples of 2 × the VAE factor, and no more pixels than
+    a panel has."""
+    unit = 2 * canvas.factor
+    area = canvas.rows * canvas.panel_columns
+    height = min(area, max(1, round((area * image.height / image.width) ** 0.5)))
+    width = min(area // height, max(1, round(height * image.width / image.height)))
+    return height * unit, width * unit
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

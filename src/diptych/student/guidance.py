@@ -12,17 +12,21 @@ reference as soon as the noise lets it. What guidance should strengthen is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, right_tokens
 
+if TYPE_CHECKING:
+    from diptych.student.references import References
+
 FROM = 2  # step index at which the release switches true guidance on
-Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # condition, text embeddings, pooled text embeddings
+# Condition (of reference tokens, `References`), text embeddings, pooled text embeddings.
+Branch = tuple["torch.Tensor | References", torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,15 @@ class Alike:
         return self.guide.combine(v if self._null is None else self._null.moved(v, step))
 
 
-def alike(guides: Sequence[Guidance]) -> list[Alike]:
-    """The rows of a batch, given the guidance of each, in groups that are guided alike."""
-    rows: dict[Guidance, list[int]] = {}
-    for row, guide in enumerate(guides):
-        rows.setdefault(guide if guide.on else Guidance(), []).append(row)
+def alike(guides: Sequence[Guidance], layouts: Sequence[Hashable] | None = None) -> list[Alike]:
+    """The rows of a batch in groups that are guided alike, given the guidance of each, and, for reference tokens, the
+    layout of its references."""
+    rows: dict[tuple[Guidance, Hashable], list[int]] = {}
+    for row, (guide, layout) in enumerate(zip(guides, layouts or [None] * len(guides), strict=True)):
+        rows.setdefault((guide if guide.on else Guidance(), layout), []).append(row)
     if len(rows) == 1:
-        return [Alike(slice(None), next(iter(rows)))]
-    return [Alike(torch.tensor(own), guide, f" {n}") for n, (guide, own) in enumerate(rows.items())]
+        return [Alike(slice(None), next(iter(rows))[0])]
+    return [Alike(torch.tensor(own), guide, f" {n}") for n, ((guide, _), own) in enumerate(rows.items())]
 
 
 def velocity(groups: Sequence[Alike], run: Callable[..., torch.Tensor], x_t: torch.Tensor, *given: Any) -> torch.Tensor:
@@ -162,12 +167,22 @@ def velocities(
     """v of each branch at its x (B, tokens, C), from one forward of all, if `batched`, or one after another.
 
     `velocity(name, x, condition, text, pooled)` runs the transformer; `name` tells step caches the branches apart.
+    Branches with reference tokens and those without have sequences of different lengths, and are never one batch.
     UsageError if branches of unequally long texts are to be batched.
     """
-    if not batched or len(branches) == 1:
-        return {name: velocity(name, x[name], *branch) for name, branch in branches.items()}
-    if len({text.shape[1] for _, text, _ in branches.values()}) > 1:
+    if batched and len({text.shape[1] for _, text, _ in branches.values()}) > 1:
         raise UsageError("batched guidance needs prompt and negative prompt embeddings of the same length")
-    together = (torch.cat(parts) for parts in zip(*branches.values(), strict=True))
-    v = velocity("guided", torch.cat([x[name] for name in branches]), *together)
-    return dict(zip(branches, v.chunk(len(branches)), strict=True))
+    batches: dict[Any, list[str]] = {}
+    for name, (condition, _, _) in branches.items():
+        batches.setdefault(getattr(condition, "layout", None) if batched else name, []).append(name)
+    v: dict[str, torch.Tensor] = {}
+    for names in batches.values():
+        if len(names) == 1:
+            v[names[0]] = velocity(names[0], x[names[0]], *branches[names[0]])
+            continue
+        conditions, *texts = zip(*(branches[name] for name in names), strict=True)
+        first = conditions[0]
+        condition = torch.cat(conditions) if torch.is_tensor(first) else first.doubled(len(names))
+        made = velocity("guided", torch.cat([x[name] for name in names]), condition, *map(torch.cat, texts))
+        v |= dict(zip(names, made.chunk(len(names)), strict=True))
+    return v

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,14 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
 from diptych.errors import UsageError, nearest
-from diptych.student.canvas import Canvas, fit_image, to_pixels
+from diptych.student.canvas import Canvas, check_panel_size, condition_canvas, fit_image, kept_size, to_pixels
+from diptych.student.references import Layout, References, TokenStyle
 from diptych.student.runtime.applied import Runtime
+from diptych.student.runtime.caches import content
 from diptych.student.sampler import Text
+
+if TYPE_CHECKING:
+    from diptych.student.pipeline import DiptychPipeline
 
 Reference = Image.Image | torch.Tensor | None
 Seed = int | torch.Generator
@@ -129,6 +134,78 @@ def panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
             raise UsageError(f"a reference tensor is {wanted} here (a panel in [-1, 1]), not {tuple(reference.shape)}")
         return reference[None]
     raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+
+
+def reference_pixels(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
+    """A reference of tokens conditioning as pixels (1, 3, h, w) in [-1, 1]: an image fitted to the panel or, with fit
+    `keep`, at its own aspect ratio and about the panel's area; a tensor as it is."""
+    if isinstance(reference, Image.Image):
+        size = kept_size(reference, canvas) if fit == "keep" else (canvas.panel_height, canvas.panel_width)
+        return to_pixels(fit_image(reference, *size, "crop" if fit == "keep" else fit))[None]
+    if not isinstance(reference, torch.Tensor):
+        raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+    if reference.ndim != 3 or len(reference) != 3:
+        raise UsageError(f"a reference tensor is (3, height, width) in [-1, 1], not {tuple(reference.shape)}")
+    check_panel_size(*reference.shape[1:], canvas.factor)
+    return reference[None]
+
+
+def conditions(
+    pipe: DiptychPipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
+) -> torch.Tensor | References:
+    """The condition of a batch: [reference | black] encoded jointly, (B, tokens, 4C), zeros for a reference of None; or
+    `References`, of which a row may have several.
+
+    Encoded one at a time, each distinct image once, so that a batch gives the bits of the single calls.
+    """
+    if pipe.conditioning == "tokens":
+        return _clean(pipe, references, canvas, fit)
+    null = torch.zeros(1, canvas.tokens, pipe.channels, device=pipe._execution_device)
+    known: dict[int, torch.Tensor] = {}
+    for reference in references:
+        if isinstance(reference, (list, tuple)):
+            raise UsageError(
+                f"this student takes one reference an image ({pipe.conditioning} conditioning); several need a student "
+                "of tokens conditioning"
+            )
+        if id(reference) not in known:
+            known[id(reference)] = null if reference is None else _condition(pipe, reference, canvas, fit)
+    return torch.cat([known[id(reference)].float() for reference in references])
+
+
+def _condition(pipe: DiptychPipeline, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
+    return _encoded(pipe, condition_canvas(panel(reference, canvas, fit), canvas.panels))
+
+
+def _clean(
+    pipe: DiptychPipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
+) -> References:
+    settings, unit = pipe.settings, 2 * canvas.factor
+    known: dict[tuple[int, ...], tuple[torch.Tensor, Layout]] = {}
+    rows = []
+    for row in references:
+        images = list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row]
+        if row is not None and not images:
+            raise UsageError("an empty list of references was given; give None for an image without one")
+        key = tuple(map(id, images))
+        if key not in known:
+            pixels = [reference_pixels(image, canvas, fit) for image in images]
+            parts = [_encoded(pipe, each).float() for each in pixels]
+            layout = tuple((each.shape[-2] // unit, each.shape[-1] // unit) for each in pixels)
+            empty = torch.zeros(1, 0, pipe.channels, device=pipe._execution_device)
+            known[key] = torch.cat([*parts, empty], dim=1)[0], layout
+        rows.append(known[key])
+    style = TokenStyle(settings.positions, settings.reference_attention)
+    return References([tokens for tokens, _ in rows], [layout for _, layout in rows], style)
+
+
+def _encoded(pipe: DiptychPipeline, pixels: torch.Tensor) -> torch.Tensor:
+    """Packed latents of pixels (1, 3, H, W), remembered between calls if the speed setting says so."""
+    recall = pipe.runtime.recall
+    if not recall.limit:
+        return pipe.encode_canvas(pixels)
+    key = ("reference", content(pixels), id(pipe.vae), pipe.vae.dtype, str(pipe._execution_device))
+    return recall(key, lambda: (pipe.encode_canvas(pixels),))[0]
 
 
 # Texts, embedded -----------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def _read(source: Source, dtype: torch.dtype) -> Any:
 
 
 def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the student as an ordinary diffusers folder that stock `FluxControlPipeline.from_pretrained` opens.
+    """Writes the student as an ordinary diffusers folder, which the stock pipeline of its conditioning opens.
 
     Written under a temporary name and renamed, so a cut save is never taken for a student. A pipeline without text
     encoders is saved without them; stock diffusers then needs `text_encoder=None, …` passed explicitly.

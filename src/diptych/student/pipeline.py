@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Never, Self
 
+import diffusers
 import torch
 from diffusers import FluxControlPipeline
 from diffusers.image_processor import PipelineImageInput
@@ -24,13 +25,12 @@ from diffusers.utils import BaseOutput
 
 from diptych.errors import UsageError, UserError
 from diptych.student import inputs, sampler
-from diptych.student.canvas import Canvas, condition_canvas, pack, split_panels, unpack
+from diptych.student.canvas import Canvas, pack, split_panels, unpack
 from diptych.student.guidance import Guidance
 from diptych.student.inputs import Reference, Seed
 from diptych.student.runtime.applied import Runtime, stock_parts
-from diptych.student.runtime.caches import content
 from diptych.student.sampler import Callback
-from diptych.student.settings import Conditioning, Settings, adopt, register
+from diptych.student.settings import OWN_CLASS, Conditioning, Settings, adopt, register
 from diptych.student.settings import of as settings_of
 from diptych.student.weights.fold import BiasSplit, student_channels
 from diptych.student.weights.lora import apply_lora
@@ -70,8 +70,8 @@ class DiptychPipeline(FluxControlPipeline):
             tokenizer_2=tokenizer_2,  # pyright: ignore[reportArgumentType]
             transformer=transformer,
         )
-        student_channels(transformer.config)
         adopt(transformer)
+        student_channels(transformer.config)
         self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
         self.loras: tuple[tuple[Path, float], ...] = ()  # on top of these, each with its scale
         self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
@@ -89,7 +89,7 @@ class DiptychPipeline(FluxControlPipeline):
         folder = Path(pretrained_model_name_or_path)
         models.check_folder(folder)
         if folder.is_dir():
-            check_pipeline(folder, "student")
+            check_pipeline(folder, "student", OWN_CLASS)
         lora = folder / RELEASED_LORA
         if lora.is_file():
             raise UserError(
@@ -114,6 +114,11 @@ class DiptychPipeline(FluxControlPipeline):
     def conditioning(self) -> Conditioning:
         """How the reference enters (`geometry`)."""
         return self.settings.conditioning
+
+    @property
+    def channels(self) -> int:
+        """Channels 4C of a packed token."""
+        return student_channels(self.transformer.config)
 
     @property
     def default_panel_size(self) -> int:
@@ -185,28 +190,15 @@ class DiptychPipeline(FluxControlPipeline):
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
-    def encode_reference(self, references: Sequence[Reference], canvas: Canvas, fit: str = "crop") -> torch.Tensor:
-        """The condition (B, tokens, 4C): [reference | black] encoded jointly; zeros for a reference of None.
-
-        Encoded one at a time, each distinct picture once, so that a batch gives the bits of the single calls.
-        """
-        null = torch.zeros(1, canvas.tokens, self.transformer.config.in_channels // 2, device=self._execution_device)
-        known: dict[int, torch.Tensor] = {}
-        for reference in references:
-            if id(reference) not in known:
-                known[id(reference)] = null if reference is None else self._condition(reference, canvas, fit)
-        return torch.cat([known[id(reference)].float() for reference in references])
-
-    def _condition(self, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-        pixels = condition_canvas(inputs.panel(reference, canvas, fit), canvas.panels)
-        if not self.runtime.recall.limit:
-            return self.encode_canvas(pixels)
-        key = ("reference", content(pixels), id(self.vae), self.vae.dtype, str(self._execution_device))
-        return self.runtime.recall(key, lambda: (self.encode_canvas(pixels),))[0]
+    def encode_reference(
+        self, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str = "crop"
+    ) -> Any:
+        """The condition of each: canvas tokens (B, tokens, 4C), or `References`; see `inputs.conditions`."""
+        return inputs.conditions(self, references, canvas, fit)
 
     def noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
         """Packed standard noise (B, tokens, 4C) in float32: one seed gives the same noise in every batch and dtype."""
-        shape = (1, self.transformer.config.in_channels // 8, 2 * canvas.rows, 2 * canvas.columns)
+        shape = (1, self.channels // 4, 2 * canvas.rows, 2 * canvas.columns)
         drawn = []
         for seed in seeds:
             generator = torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed
@@ -220,7 +212,7 @@ class DiptychPipeline(FluxControlPipeline):
         self,
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
-        reference: Reference | Sequence[Reference] = None,
+        reference: Reference | Sequence[Reference | Sequence[Reference]] = None,
         *,
         image: PipelineImageInput | None = None,
         height: int | None = None,
@@ -261,7 +253,8 @@ class DiptychPipeline(FluxControlPipeline):
             height, width: of ONE panel in pixels, which is the size of the image that comes out; multiples of 2 × the
                 VAE factor; default `default_panel_size`.
             reference: a PIL image, pixels (3, h, w) or (B, 3, h, w) in [-1, 1] of the panel's size, None (no reference:
-                text only), or a list of those, one for each prompt. One reference serves all prompts.
+                text only), or a list of those, one for each prompt. One reference serves all prompts. A student of
+                tokens conditioning takes pixels of any size, and a list within the list: [[a, b]] is one image's two.
             image: the same under diffusers' name, as diffusers takes it: PIL images, or arrays (h, w, 3) and tensors
                 (3, h, w) of any size with values from 0 to 1.
             num_inference_steps: sampling steps. None, here and for the next three: the student's own (`settings`).
@@ -272,7 +265,7 @@ class DiptychPipeline(FluxControlPipeline):
                 (each image is then the one made alone), and counts up over `num_images_per_prompt`; a single Generator
                 is drawn from in order. Noise is drawn in float32, for a seed on the CPU.
             latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
-            fit: `crop`, `pad` or `contain`; see `canvas.fit_image`.
+            fit: `crop`, `pad` or `contain` (`canvas.fit_image`); for tokens also `keep`: its own aspect ratio.
             batched_guidance: run the forwards of one guided step as one batch. One after another needs the least
                 memory and gives each forward the very kernels of an unguided call. None, here and for the next five:
                 as the speed setting says, which is as the release does unless one was put on.
@@ -310,7 +303,9 @@ class DiptychPipeline(FluxControlPipeline):
         shown = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         inputs.check(output_type, steps, num_images_per_prompt, shown, self._callback_tensor_inputs)
         if return_reference and canvas.panels == 1:
-            raise UsageError("a student of channel conditioning draws no left panel, so it has no reference to return")
+            raise UsageError(
+                f"a student of {own.conditioning} conditioning draws no left panel, so it has no reference to return"
+            )
         self._guidance_scale, self._joint_attention_kwargs = guidance_scale, joint_attention_kwargs
         self._interrupt = False
 
@@ -382,7 +377,7 @@ class DiptychPipeline(FluxControlPipeline):
             apply_lora(self, path, name=adapter_name)
 
     def save_pretrained(self, *args, **kwargs):
-        """Writes an ordinary diffusers folder; its model_index names FluxControlPipeline, which opens it.
+        """Writes an ordinary diffusers folder; its model_index names the stock pipeline that runs it, if there is one.
 
         UserError for a student with an unfused LoRA or quantized weights, which would be lost.
         """
@@ -395,6 +390,9 @@ class DiptychPipeline(FluxControlPipeline):
                 "this student is quantized, and quantized weights are not saved; `diptych convert` dequantizes"
             )
         self.settings = self.settings  # also where they are the family's: the folder is then not taken to say nothing
+        name = self.settings.pipeline_class
         with stock_parts(self):
-            stock = FluxControlPipeline(**self.components)  # a saved subclass would write its own class name
-            stock.save_pretrained(*args, **kwargs)
+            if name == OWN_CLASS:  # no stock pipeline gives its images, so none is named
+                super().save_pretrained(*args, **kwargs)
+            else:
+                getattr(diffusers, name)(**self.components).save_pretrained(*args, **kwargs)

@@ -5,7 +5,8 @@
     x_0 = denoise(pipe, call, timesteps, pipe.runtime)        # x_{i+1} = x_i + (σ_{i+1} − σ_i)·v(x_i)
 
 The canvas [reference | target] is denoised as one wide FLUX image with plain position ids. The condition, the VAE
-encoding of [reference | black], enters beside the noisy latents, channel by channel. v is guided (`guidance`):
+encoding of [reference | black], enters beside the noisy latents, channel by channel. A student of `tokens` conditioning
+denoises the target panel alone, with the references as clean tokens (`references`). v is guided (`guidance`):
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 """
@@ -26,7 +27,9 @@ from diptych.errors import UsageError
 from diptych.student import guidance
 from diptych.student.canvas import Canvas, right_tokens
 from diptych.student.guidance import Branch, Guidance
+from diptych.student.references import References
 from diptych.student.runtime.applied import Runtime
+from diptych.student.runtime.modulation import name_layout
 from diptych.student.runtime.speed import Speed
 
 if TYPE_CHECKING:
@@ -59,30 +62,36 @@ def prepare(
     canvas: Canvas,
     text: Text,
     empty: Text | None,
-    condition: torch.Tensor,
+    condition: torch.Tensor | References,
     noise: torch.Tensor,
     guides: Sequence[Guidance],
     **options: Any,
 ) -> Call:
     """A call from one row of `text`, `empty` (None: unguided) and `condition` for each prompt, and one of `noise` and
     `guides` for each image; computed in the dtype of the text. UsageError for noise of another shape."""
-    embeds, pooled = text
-    wanted = (len(guides), canvas.tokens, condition.shape[-1])
+    embeds, _ = text
+    channels = condition.channels if isinstance(condition, References) else condition.shape[-1]
+    wanted = (len(guides), canvas.tokens, channels)
     if tuple(noise.shape) != wanted:
         raise UsageError(f"latents are packed noise of the whole canvas, {wanted} here, not {tuple(noise.shape)}")
     repeats = len(guides) // len(condition)
-    condition = condition.to(embeds.dtype)
-    given: dict[str, Branch] = {"cond": (condition, embeds, pooled)}
+    condition = _repeated(condition.to(embeds.dtype), repeats)
+    null = condition.none() if isinstance(condition, References) else torch.zeros_like(condition)
+    branches: dict[str, Branch] = {"cond": (condition, *_each(text, repeats))}
     if empty is not None:
-        given |= {"reference": (condition, *empty), "null": (torch.zeros_like(condition), *empty)}
-    branches = {name: _repeat(branch, repeats) for name, branch in given.items()}
+        texts = _each(empty, repeats)
+        branches |= {"reference": (condition, *texts), "null": (null, *texts)}
     ids = FluxControlPipeline._prepare_latent_image_ids(1, canvas.rows, canvas.columns, embeds.device, embeds.dtype)
     return Call(canvas, noise.to(device=embeds.device, dtype=embeds.dtype), branches, guides, ids, **options)
 
 
-def _repeat(branch: Branch, repeats: int) -> Branch:
-    condition, embeds, pooled = (x.repeat_interleave(repeats, dim=0) for x in branch)
-    return condition, embeds, pooled
+def _repeated(condition: torch.Tensor | References, times: int) -> torch.Tensor | References:
+    return condition.repeat(times) if isinstance(condition, References) else condition.repeat_interleave(times, dim=0)
+
+
+def _each(text: Text, times: int) -> Text:
+    embeds, pooled = (x.repeat_interleave(times, dim=0) for x in text)
+    return embeds, pooled
 
 
 # Schedule ------------------------------------------------------------------------------------------------------------
@@ -128,7 +137,13 @@ def denoise(
     `callback` is diffusers' callback_on_step_end, which is given the tensors in `shown` and may return others.
     """
     x_t, canvas, sigmas, switches = call.noise, call.canvas, pipe.scheduler.sigmas, call.switches
-    groups = guidance.alike(call.guides)
+    condition = call.branches["cond"][0]
+    clean = condition if isinstance(condition, References) else None
+    groups = guidance.alike(call.guides, clean.layouts if clean is not None else None)
+    if clean is not None and clean.style.attention == "self":
+        with runtime.capturing(pipe.transformer, pooled_like=call.branches["cond"][2]):
+            for group in groups:
+                clean[group.rows].capture(pipe.transformer, canvas, call.attention)
     if switches.null_panel == "own" and canvas.panels == 2:
         for group in groups:
             group.give_null_a_panel(x_t, canvas, sigmas)
@@ -143,7 +158,7 @@ def denoise(
             forward = partial(velocity, pipe.transformer, call, t)
             v = guidance.velocity(groups, forward, x_t, call.branches, i, len(timesteps), switches.batched_guidance)
             x_t = pipe.scheduler.step(v, t, x_t, return_dict=False)[0].to(x_t.dtype)
-            if switches.clamp_left:
+            if switches.clamp_left and canvas.panels == 2:
                 x_t = clamp_left(x_t, call, sigmas[i + 1])
             if callback is not None:
                 x_t, call = _called(callback, shown, pipe, i, t, x_t, call)
@@ -157,7 +172,7 @@ def velocity(
     t: torch.Tensor,
     name: str,
     x: torch.Tensor,
-    condition: torch.Tensor,
+    condition: torch.Tensor | References,
     text: torch.Tensor,
     pooled: torch.Tensor,
 ) -> torch.Tensor:
@@ -168,18 +183,26 @@ def velocity(
     distilled = None
     if transformer.config.guidance_embeds:
         distilled = torch.full([len(x)], call.guidance_scale, device=x.device, dtype=torch.float32)
+    ids, attention = call.image_ids, call.attention
+    if isinstance(condition, References):
+        tokens, ids, more = condition.beside(x, call.canvas)
+        attention = {**(attention or {}), **more} or None
+        name_layout(transformer, (condition.layout, condition.style))
+    else:
+        tokens = torch.cat([x, condition], dim=2)
     with transformer.cache_context(name):
-        return transformer(
-            hidden_states=torch.cat([x, condition], dim=2),
+        v = transformer(
+            hidden_states=tokens,
             timestep=t.expand(len(x)).to(x.dtype) / 1000,
             guidance=distilled,
             pooled_projections=pooled,
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=call.image_ids,
-            joint_attention_kwargs=call.attention,
+            img_ids=ids,
+            joint_attention_kwargs=attention,
             return_dict=False,
         )[0]
+    return v[:, : x.shape[1]]
 
 
 def on_path(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -193,6 +216,7 @@ def clamp_left(x_t: torch.Tensor, call: Call, sigma: torch.Tensor) -> torch.Tens
     Rows without a reference (an all-zero condition) go free.
     """
     condition = call.branches["cond"][0]
+    assert not isinstance(condition, References), "there is no left panel"
     given = condition.flatten(1).any(dim=1).view(-1, 1, 1)
     held = given & ~right_tokens(call.canvas).to(x_t.device).view(1, -1, 1)
     return torch.where(held, on_path(condition, call.noise, sigma.to(x_t.device, x_t.dtype)), x_t)

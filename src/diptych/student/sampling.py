@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diptych.student.callbacks import Show
     from diptych.student.sampler import Callback
 
-Fit = Literal["crop", "pad", "contain"]
+Fit = Literal["crop", "pad", "contain", "keep"]
 FITS: tuple[str, ...] = get_args(Fit)
 MAX_SEED = 2**63 - 1
 SEED = "The same seed gives the same image."

@@ -21,23 +21,37 @@ from diptych.errors import UserError, nearest
 from diptych.utils.documents import parse_json
 
 KEY = "_diptych"
+OWN_CLASS = "DiptychPipeline"
 SAMPLING_FILE = "sampling.json"
 WORDS_FILE = "words.json"
 TRANSFORMER_FOLDERS = ("transformer", "transformers")  # the release's README spells it with an s
 
-Conditioning = Literal["diptych", "channel"]
+Conditioning = Literal["diptych", "tokens", "channel"]
+Positions = Literal["frame", "left"]
+ReferenceAttention = Literal["joint", "self"]
 CONDITIONINGS: tuple[str, ...] = get_args(Conditioning)
+POSITIONS: tuple[str, ...] = get_args(Positions)
+REFERENCE_ATTENTIONS: tuple[str, ...] = get_args(ReferenceAttention)
+OF_TOKENS = ("positions", "reference_attention")  # settings of `tokens` conditioning alone
 NULL_PANELS = ("shared", "own")  # as released, and `guidance.NullPanel`
 SAMPLING = ("steps", "guidance", "image_guidance", "text_guidance")
 RELIGHTING = ("image_guidance", "text_guidance", "null_panel")  # what may differ when relighting
 MAX_STEPS = 1000
+_CHOICES = {
+    "conditioning": CONDITIONINGS,
+    "positions": POSITIONS,
+    "reference_attention": REFERENCE_ATTENTIONS,
+    "null_panel": NULL_PANELS,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """The defaults are the FLUX.1 family's, as the released code samples: one forward a step."""
 
-    conditioning: Conditioning = "diptych"  # how the reference enters (`geometry`)
+    conditioning: Conditioning = "diptych"  # how the reference enters
+    positions: Positions = "frame"  # of reference tokens (`references`)
+    reference_attention: ReferenceAttention = "joint"  # what reference tokens attend to
     steps: int = 28
     guidance: float = 3.5  # distilled
     image_guidance: float = 1.0
@@ -48,6 +62,14 @@ class Settings:
     words: tuple[str, ...] | None = None  # all words that a small model was taught, lower-case; None: no such limit
 
     @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline that runs such a student; `OWN_CLASS` where none does."""
+        if self.conditioning != "tokens":
+            return "FluxControlPipeline"
+        stock = (self.positions, self.reference_attention) == ("frame", "joint")
+        return "FluxKontextPipeline" if stock else OWN_CLASS
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """Steps and guidance scales."""
         return {name: getattr(self, name) for name in SAMPLING}
@@ -55,6 +77,7 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """As plain JSON values, to be registered."""
         said = {each.name: getattr(self, each.name) for each in fields(self)}
+        said = {name: value for name, value in said.items() if self.conditioning == "tokens" or name not in OF_TOKENS}
         return {name: _plain(value) for name, value in said.items() if value is not None and value != {}}
 
     def trained_at(self, height: int, width: int) -> bool:
@@ -178,7 +201,7 @@ def _check_keys(said: Any, known: Sequence[str]) -> None:
 
 
 def _check_value(name: str, value: Any) -> None:
-    for key, values in (("conditioning", CONDITIONINGS), ("null_panel", NULL_PANELS)):
+    for key, values in _CHOICES.items():
         if name == key and value not in values:
             raise ValueError(f"{name} is {' or '.join(values)}, not {value!r}")
     whole = isinstance(value, int) and not isinstance(value, bool)

@@ -76,7 +76,8 @@ def identity(settings: Distill, seed: int) -> dict[str, Any]:
     skip = harmless(settings) | APART | ({"steps"} if settings.schedule == "constant" else set())
     values = settings.model_dump(mode="json", exclude=set(skip)) | {"seed": seed}
     # Keys at these values are left out, so that checkpoints without them can be continued.
-    for key, default in (("preference", None), ("condition_init", "zeros")):
+    defaults = {"preference": None, "condition_init": "zeros", "positions": "frame", "reference_attention": "joint"}
+    for key, default in defaults.items():
         if values[key] == default:
             del values[key]
     return values

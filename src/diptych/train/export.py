@@ -3,7 +3,8 @@
 In mode full the weights are a diffusers pipeline; in mode lora, a control-LoRA file. Stock diffusers takes a trained
 input layer only as an adapter, so that file holds its change as one of rank 2C: A is the identity, B the change of the
 weight, B's bias the change of the bias. That is exact; but two products in the place of one round otherwise, so
-pictures drawn while training lasts are drawn in that form too (`as_loaded`).
+pictures drawn while training lasts are drawn in that form too (`as_loaded`). A student of tokens conditioning has no
+trained input layer: its file is an ordinary LoRA of the teacher.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import yaml
 from diptych.data.records import in_force
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.student.settings import OWN_CLASS
 from diptych.train import parts
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
-from diptych.train.prepare import TRAINING, Material, start
+from diptych.train.prepare import TRAINING, Material, start, student_settings
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.documents import parse_json
@@ -39,6 +41,7 @@ ORIGIN = "origin.json"
 INDEX = "model_index.json"
 CONDITIONING = {
     "diptych": "the reference is the left panel of the canvas",
+    "tokens": "the reference's clean tokens are appended to the target's",
     "channel": "the reference is joined to the target panel, channel by channel",
 }
 COLUMNS = {"zeros": "zeros", "teacher": "the teacher's own for a picture"}
@@ -106,11 +109,11 @@ def _publish(written: Path, out: Path) -> None:
 
 
 def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metadata: dict[str, Any]) -> Path:
-    """The control-LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
+    """The LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
 
     Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
-    what the student draws. `metadata` goes into the file's header, as JSON under
-    `diptych`.
+    what the student draws; for a student that is not widened, `FluxKontextPipeline` does. `metadata` goes into the
+    file's header, as JSON under `diptych`.
     """
     from diffusers import FluxControlPipeline
     from peft import LoraConfig, get_peft_model_state_dict
@@ -120,22 +123,19 @@ def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metad
     adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     state: dict[str, Any] = {key: value.detach().float().cpu() for key, value in adapter.items() if ".lora_" in key}
     layers = sorted({key.partition(".lora_")[0] for key in state})
-    # One file has biases on all adapters or on none (peft's `lora_bias` is one switch): the others' are zero.
-    for layer in layers:
-        state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
-    change = _change(transformer.get_submodule(INPUT_LAYER), trained)
-    columns = change["weight"].shape[1]
-    state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(columns)
-    state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"].cpu()
-    state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"].cpu()
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=[*layers, INPUT_LAYER],
-        rank_pattern={INPUT_LAYER: columns},
-        alpha_pattern={INPUT_LAYER: columns},
-        lora_bias=True,
-    ).to_dict()
+    whole: dict[str, Any] = {}
+    if trained.start:
+        # One file has biases on all adapters or on none (peft's `lora_bias` is one switch): the others' are zero.
+        for layer in layers:
+            state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
+        change = _change(transformer.get_submodule(INPUT_LAYER), trained)
+        columns = change["weight"].shape[1]
+        state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(columns)
+        state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"].cpu()
+        state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"].cpu()
+        layers.append(INPUT_LAYER)
+        whole = {"rank_pattern": {INPUT_LAYER: columns}, "alpha_pattern": {INPUT_LAYER: columns}, "lora_bias": True}
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, **whole).to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     FluxControlPipeline.save_lora_weights(
         folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
@@ -166,13 +166,14 @@ def as_loaded(transformer: Any, trained: Trained) -> Iterator[None]:
 
     Where every weight is trained there is nothing to change.
     """
-    if not trained.start:
+    if not trained.adapters:
         yield
         return
     layer = transformer.get_submodule(INPUT_LAYER)
     dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad and p.is_floating_point())
     learnt = [parameter.data for parameter in trained.parameters]
-    transformer.set_submodule(INPUT_LAYER, _Beside(trained.start, _change(layer, trained), dtype))
+    if trained.start:
+        transformer.set_submodule(INPUT_LAYER, _Beside(trained.start, _change(layer, trained), dtype))
     try:
         for parameter in trained.parameters:
             parameter.data = parameter.data.to(dtype)
@@ -219,29 +220,39 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         # The hub would look a local path up and refuse the card.
         del front["base_model"], front["base_model_relation"]
     validation = numbers["validation"]
+    distill = recipe.distill
+    started = "in that student" if distill.init else COLUMNS[distill.condition_init]
+    entry = {"its columns began as": started}
+    layer = ", and the input layer"
+    if distill.conditioning == "tokens":
+        entry, layer = (
+            {"positions, attention of the reference": f"{distill.positions}, {distill.reference_attention}"},
+            "",
+        )
     rows = {
         "task": recipe.task,
         "base": recipe.distill.init or recipe.teacher,
         "conditioning": CONDITIONING[recipe.distill.conditioning],
-        "its columns began as": "in that student" if recipe.distill.init else COLUMNS[recipe.distill.condition_init],
-        "mode": f"LoRA, rank {recipe.distill.rank}, and the input layer" if lora else "all weights",
+        **entry,
+        "mode": f"LoRA, rank {recipe.distill.rank}{layer}" if lora else "all weights",
         "parameters trained": f"{numbers['parameters']:,}",
         "pairs trained on / held out": f"{numbers['pairs']:,} / {numbers['validation_pairs']:,}",
         "steps × batch": f"{numbers['steps']:,} × {recipe.distill.batch_size} ({numbers['epochs']:g} epochs)",
         "weights of step": f"{numbers['exported']:,}",
         "learning rate": f"{recipe.distill.learning_rate:g}",
         "precision": numbers["precision"],
-        "loss, left / right panel": f"{numbers['loss']['left']:.4f} / {numbers['loss']['right']:.4f}",
+        **_losses(numbers["loss"], distill.conditioning),
         "validation loss": "none held out" if validation is None else f"{validation['loss']:.4f}",
         "seed": recipe.training_seed,
         "seconds of training": f"{numbers['seconds']:,.0f}",
         "diptych": VERSION,
     }
-    use = (
-        f'pipe = FluxControlPipeline.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
-        if lora
-        else 'Student.load(FOLDER).generate(reference, "…", seed=0)'
-    )
+    stock = student_settings(recipe, None).pipeline_class
+    use = 'Student.load(FOLDER).generate(reference, "…", seed=0)'
+    if lora and stock == OWN_CLASS:
+        use = f'Student.load(FOLDER, base="{recipe.teacher}").generate(reference, "…", seed=0)'
+    elif lora:
+        use = f'pipe = {stock}.from_pretrained("{recipe.teacher}"); pipe.load_lora_weights(FOLDER)'
     return "\n".join(
         [
             "---",
@@ -270,6 +281,12 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
             "",
         ]
     )
+
+
+def _losses(loss: dict[str, float], conditioning: str) -> dict[str, str]:
+    if conditioning == "tokens":
+        return {"loss": f"{loss['right']:.4f}"}
+    return {"loss, left / right panel": f"{loss['left']:.4f} / {loss['right']:.4f}"}
 
 
 def _data(recipe: Recipe, material: Material) -> list[str]:

@@ -20,10 +20,11 @@ import torch
 
 from diptych.data.images import save_image
 from diptych.errors import UsageError, UserError
+from diptych.student import attention
 from diptych.train import checkpoint, parts, preference, processes, validate
 from diptych.train.export import as_loaded
 from diptych.train.metrics import METRICS, Guard, Metrics, Progress, Trackers, report
-from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.train.objective import Batch, image_ids, panel_losses, token_style
 from diptych.train.parts import Trained
 from diptych.train.prepare import Job
 from diptych.train.processes import Interrupts
@@ -56,6 +57,9 @@ class Trainer:
             job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed or 0
         )
         self.img_ids = {bucket.canvas: image_ids(bucket.canvas).to(job.device) for bucket in job.buckets}
+        self.tokens = token_style(job.options)
+        if self.tokens is not None and self.tokens.attention == "self":
+            attention.install(self.transformer)
         self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
         self.step = 0
         self.seconds = 0.0
@@ -113,18 +117,20 @@ class Trainer:
         shape = job.latents.shape(places[0][0])
         draws = [draw(options, s.id, epoch, shape) for s, (_, epoch) in zip(samples, places, strict=True)]
         captions = ["" if d.drop_text else s.told(d.instruct) for s, d in zip(samples, draws, strict=True)]
-        for row, chance in enumerate(draws):
-            if chance.drop_reference:
-                condition[row] = 0
+        dropped = torch.tensor([chance.drop_reference for chance in draws])
+        if self.tokens is None:
+            condition[dropped] = 0
         sigma = torch.tensor([d.sigma for d in draws])
         negative = job.negatives.gather([row for row, _ in places]) if job.negatives is not None else None
         noise = torch.stack([d.noise for d in draws])
-        return Batch(clean, condition, noise, sigma, *job.text.gather(captions), negative, canvas=bucket.canvas)
+        text, bare = job.text.gather(captions), None if self.tokens is None else dropped
+        return Batch(clean, condition, noise, sigma, *text, negative, bare, canvas=bucket.canvas)
 
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Left and right loss of each sample, (B,) each, in the job's precision."""
         with computing(self.options.precision, self.job.device):
-            return panel_losses(model or self.transformer, batch, self.img_ids[batch.canvas], self.guidance)
+            model, ids = model or self.transformer, self.img_ids[batch.canvas]
+            return panel_losses(model, batch, ids, self.guidance, self.tokens, together=self.spread)
 
     def advance(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""

@@ -7,19 +7,25 @@ identity mapping; on the right it learns the edit. With clean latents x_0, noise
 
 c is the VAE encoding of [reference | black], joined to x_t channel by channel, token by token. With
 `distill.conditioning: channel` the canvas is the target panel alone and c the encoding of the reference: stock
-FLUX-Control, which the paper compares with. Shapes: B batch, N
-canvas tokens, C channels of a token, L text tokens.
+FLUX-Control, which the paper compares with. With `tokens` the canvas is the target panel alone as well, the reference's
+clean tokens follow the target's in the sequence, and only the target's have a loss. Shapes: B batch, N canvas tokens,
+R reference tokens, C channels of a token, L text tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diptych.student.attention import capture
 from diptych.student.canvas import Canvas, split_tokens
+from diptych.student.references import TokenStyle, grid_ids, token_ids
+
+if TYPE_CHECKING:
+    from diptych.recipe.schema import Distill
 
 Transformer = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -29,12 +35,14 @@ class Batch:
     """One step's tensors; a part of them comes to the model's device when it is computed."""
 
     clean: torch.Tensor  # (B, N, C) x_0, packed latents of [reference | target]
-    condition: torch.Tensor  # (B, N, C) c, packed latents of [reference | black]; all zero is the null reference
+    # (B, N, C) c, packed latents of [reference | black], all zero for the null reference; or (B, R, C) reference tokens
+    condition: torch.Tensor
     noise: torch.Tensor  # (B, N, C) ε
     sigma: torch.Tensor  # (B,) in [0, 1]
     prompt_embeds: torch.Tensor  # (B, L, D) T5's
     pooled: torch.Tensor  # (B, P) CLIP's
     negative: torch.Tensor | None = None  # (B, N, C) packed latents of [reference | negative] (preference.py)
+    bare: torch.Tensor | None = None  # (B,) bool: samples whose reference tokens are left out; None is none of them
     canvas: Canvas = field(kw_only=True)  # of all samples
 
     @property
@@ -46,6 +54,13 @@ class Batch:
         """The same batch with every tensor changed."""
         return Batch(**{name: change(tensor) for name, tensor in self.tensors.items()}, canvas=self.canvas)
 
+    def select(self, rows: list[int]) -> Batch:
+        """Some of the samples, in this order; the batch itself for all of them."""
+        if rows == list(range(len(self.sigma))):
+            return self
+        index = torch.tensor(rows, device=self.sigma.device)
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
     def split(self, size: int) -> list[Batch]:
         """The same samples in batches of at most `size`, in order."""
         parts = {name: tensor.split(size) for name, tensor in self.tensors.items()}
@@ -54,16 +69,73 @@ class Batch:
 
 
 def panel_losses(
-    transformer: Transformer, batch: Batch, img_ids: torch.Tensor, guidance: float | None = None
+    transformer: Transformer,
+    batch: Batch,
+    img_ids: torch.Tensor,
+    guidance: float | None = None,
+    tokens: TokenStyle | None = None,
+    together: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32; on the left 0
-    where the canvas has no left panel. `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas."""
+    where the canvas has no left panel. `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas.
+
+    `tokens`: how reference tokens enter; None for a condition canvas. `together`: see `token_losses`.
+    """
+    if tokens is not None:
+        right = token_losses(transformer, batch, tokens, guidance, together)
+        return torch.zeros_like(right), right
     text = batch.prompt_embeds, batch.pooled
     error = velocity_error(
         transformer, batch.clean, batch.noise, batch.sigma, text, img_ids, guidance, condition=batch.condition
     )
     left, right = (side.mean(dim=(1, 2)) for side in split_tokens(error, batch.canvas))
     return left if batch.canvas.panels == 2 else torch.zeros_like(right), right
+
+
+def token_style(options: Distill) -> TokenStyle | None:
+    """How a recipe's reference tokens enter; None for a condition canvas."""
+    return TokenStyle(options.positions, options.reference_attention) if options.conditioning == "tokens" else None
+
+
+def token_losses(
+    transformer: Transformer, batch: Batch, style: TokenStyle, guidance: float | None = None, together: bool = False
+) -> torch.Tensor:
+    """Mean squared velocity error of each sample on the target's tokens, (B,) float32.
+
+    Samples with a reference and samples without one are two passes: a dropped reference has no tokens at all.
+    `together`: both passes run in any case, because every process must call weights that are spread.
+    """
+    shape = batch.canvas.rows, batch.canvas.columns
+    layout = (shape,) * (batch.condition.shape[1] // batch.canvas.tokens)
+    bare = [False] * len(batch.sigma) if batch.bare is None else batch.bare.tolist()
+    losses: dict[int, torch.Tensor] = {}
+    spare = batch.clean.new_zeros(())  # what a pass adds that runs for other processes alone
+    for without in (False, True):
+        rows = [row for row, is_bare in enumerate(bare) if is_bare == without]
+        if not rows and not together:
+            continue
+        part = batch.select(rows or [0])
+        target_ids, ids = (
+            x.to(part.clean.device) for x in token_ids(shape, () if without else layout, style.positions)
+        )
+        references = None if without else part.condition
+        attention = None
+        if references is not None and style.attention == "self":
+            attention, references = {"references": capture(transformer, references, ids)}, None
+        error = velocity_error(
+            transformer,
+            part.clean,
+            part.noise,
+            part.sigma,
+            (part.prompt_embeds, part.pooled),
+            target_ids if references is None else torch.cat([target_ids, ids]),
+            guidance,
+            references=references,
+            attention=attention,
+        ).mean(dim=(1, 2))
+        losses |= dict(zip(rows, error, strict=False))
+        spare = spare if rows else spare + 0 * error.sum()
+    return torch.stack([losses[row] for row in range(len(bare))]) + spare
 
 
 def velocity_error(
@@ -76,18 +148,21 @@ def velocity_error(
     guidance: float | None = None,
     *,
     condition: torch.Tensor | None = None,
+    references: torch.Tensor | None = None,
     attention: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Squared error of each number of the velocity, (B, N, C) float32: flow matching, with or without a reference.
 
-    `clean`, `noise` and `condition` are (B, N, C), `sigma` (B,), `text` (B, L, D) and (B, P). `guidance` is passed to
+    `clean`, `noise` and `condition` are (B, N, C), `references` (B, R, C) clean tokens after them, which have no error,
+    `sigma` (B,), `text` (B, L, D) and (B, P), `img_ids` (N, 3) or (N + R, 3). `guidance` is passed to
     guidance-distilled transformers, None to others; `attention` goes to the attention processors.
     """
     level = sigma[:, None, None]
     x_t = (1 - level) * clean + level * noise
     embeds, pooled = text
+    inputs = x_t if condition is None else torch.cat([x_t, condition], dim=-1)
     (velocity,) = transformer(
-        hidden_states=x_t if condition is None else torch.cat([x_t, condition], dim=-1),
+        hidden_states=inputs if references is None else torch.cat([inputs, references], dim=1),
         timestep=sigma,
         guidance=None if guidance is None else torch.full_like(sigma, guidance),
         pooled_projections=pooled,
@@ -97,13 +172,12 @@ def velocity_error(
         joint_attention_kwargs=attention,
         return_dict=False,
     )
-    return (velocity.float() - (noise - clean)).square()
+    return (velocity[:, : clean.shape[1]].float() - (noise - clean)).square()
 
 
 def image_ids(canvas: Canvas) -> torch.Tensor:
     """FLUX's position ids of the whole canvas, (N, 3): 0, token row, token column (float32)."""
-    rows, columns = torch.meshgrid(torch.arange(canvas.rows), torch.arange(canvas.columns), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+    return grid_ids((canvas.rows, canvas.columns))
 
 
 def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:

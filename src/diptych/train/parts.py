@@ -1,6 +1,6 @@
 """What is trained and how its weights move: full or LoRA, AdamW, learning rate, moving average.
 
-LoRA mode trains adapters on the named linears and the whole widened input layer (`lora` saves them).
+LoRA mode trains adapters on the named linears and the whole input layer, if it is widened (`export` saves them).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Trained:
 
     names: list[str]
     parameters: list[torch.nn.Parameter]
-    start: dict[str, torch.Tensor]  # LoRA mode: the input layer's weight and bias before training
+    start: dict[str, torch.Tensor]  # LoRA mode: a widened input layer's weight and bias before training
+    adapters: bool = False  # LoRA mode
 
     @property
     def count(self) -> int:
@@ -89,11 +90,13 @@ def select(
                 parameter.data = parameter.data.to(frozen)
         linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
         _add_adapter(transformer, options)
-        layer = transformer.get_submodule(INPUT_LAYER).requires_grad_(True)
+        layer = transformer.get_submodule(INPUT_LAYER)
+        if options.conditioning != "tokens":
+            layer.requires_grad_(True)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        start = {name: p.detach().clone() for name, p in layer.named_parameters() if p.requires_grad}
         if options.init:
             _go_on(transformer, options.init, {n: (m.out_features, m.in_features) for n, m in linears.items()})
         if options.offload == "blocks":
@@ -107,7 +110,7 @@ def select(
     if shard:
         processes.shard(transformer, device)
     named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
-    return Trained([name for name, _ in named], [p for _, p in named], start)
+    return Trained([name for name, _ in named], [p for _, p in named], start, options.mode == "lora")
 
 
 def _add_adapter(transformer: Any, options: Distill) -> None:
@@ -115,7 +118,7 @@ def _add_adapter(transformer: Any, options: Distill) -> None:
 
     targets = lora_targets(transformer, options.lora_targets)
     if INPUT_LAYER in targets:
-        raise UsageError(f"distill.lora_targets: {INPUT_LAYER} is trained whole; leave it out")
+        raise UsageError(f"distill.lora_targets: {INPUT_LAYER} takes no adapter; leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed or 0, "adapters", "start"))
         transformer.add_adapter(
@@ -151,7 +154,8 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
             f"distill.init: {path} is a DoRA (on {dora} and perhaps others), and adapters are trained on only as plain "
             "LoRA; fuse it into the weights (diptych convert --fuse) and use mode: full"
         )
-    whole = deltas.pop(INPUT_LAYER, None)
+    widened = transformer.get_submodule(INPUT_LAYER).weight.requires_grad
+    whole = deltas.pop(INPUT_LAYER, None) if widened else None
     adapted = {name for name in linears if hasattr(transformer.get_submodule(name), "lora_A")}
     if deltas.keys() != adapted:
         odd = sorted(deltas.keys() ^ adapted)[0]

@@ -233,13 +233,14 @@ def sources(recipe: Recipe, material: Material) -> dict[str, str]:
 
 
 def start(recipe: Recipe, device: Any) -> DiptychPipeline:
-    """The student before its first step: the teacher widened, or, in mode full, the student that `distill.init` names;
-    its frozen weights quantized as the recipe has it. A LoRA to go on from is put on by `parts.select`."""
+    """The student before its first step: the teacher, widened unless its reference comes as tokens, or, in mode full,
+    the student that `distill.init` names; its frozen weights quantized as the recipe has it. A LoRA to go on from is
+    put on by `parts.select`."""
     from diptych import student
     from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
-    from diptych.student.settings import resolve
-    from diptych.student.weights.fold import widen
+    from diptych.student.settings import register, resolve
+    from diptych.student.weights.fold import build, widen
 
     teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
     dtype = pick_dtype(teacher / "transformer", device)
@@ -247,14 +248,16 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     if settings.init and settings.mode == "full":
         with quiet_bars():
             pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
-        pipe.settings = _settings(recipe, pipe.settings.words)
+        pipe.settings = student_settings(recipe, pipe.settings.words)
         return pipe
     stock = teachers.open_teacher(teacher, dtype, "FluxPipeline")
     names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     components = {name: stock.components[name] for name in names}
-    pipe = DiptychPipeline(transformer=widen(stock.transformer), **components)
+    tokens, plain = settings.conditioning == "tokens", stock.transformer
+    transformer = build(plain.config, plain.state_dict()) if tokens else widen(plain)
+    register(transformer, student_settings(recipe, resolve(None, [teacher]).words))
+    pipe = DiptychPipeline(transformer=transformer, **components)
     pipe.loaded_from = (teacher,)
-    pipe.settings = _settings(recipe, resolve(None, [teacher]).words)
     pipe.set_progress_bar_config(disable=True)
     if settings.offload == "blocks":  # `parts.select` moves the rest of it
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -266,16 +269,17 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
 
 def check_init(recipe: Recipe, teacher: Path) -> None:
     """UsageError if the student that `distill.init` names cannot be trained on so; nothing where it names none."""
+    from diptych.student.settings import OF_TOKENS
     from diptych.student.weights.sources import locate, read_settings
 
     settings = recipe.distill
     if not settings.init:
         return
     place = models.resolve(settings.init, "student")
-    if (other := read_settings(place, teacher).conditioning) != settings.conditioning:
-        raise UsageError(
-            f"distill.init: {settings.init} is a student of {other} conditioning; set distill.conditioning={other}"
-        )
+    registered = read_settings(place, teacher)
+    for key in ("conditioning", *OF_TOKENS):
+        if (other := getattr(registered, key)) != getattr(settings, key):
+            raise UsageError(f"distill.init: {settings.init} is a student of {other} {key}; set distill.{key}={other}")
     if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
         raise UsageError(
             f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
@@ -293,11 +297,15 @@ def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: to
     return pipe
 
 
-def _settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
+def student_settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
     """What the student registers: how the recipe evaluates it, where it says so, is how it is sampled by default."""
-    from diptych.student.settings import Settings
+    from diptych.student.settings import OF_TOKENS, Settings
 
     asked = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
     said = {name: value for name, value in asked.items() if value is not None}
     relight = recipe.evaluate.relighting.model_dump(exclude_none=True)
-    return Settings(conditioning=recipe.distill.conditioning, relight=relight, words=words, **said)
+    entry = recipe.distill.model_dump(include={"conditioning", *OF_TOKENS})
+    if entry["conditioning"] == "tokens":  # there is no left panel for the null pass
+        for values in (said, relight):
+            values.pop("null_panel", None)
+    return Settings(**entry, relight=relight, words=words, **said)

@@ -60,8 +60,11 @@ def open_pipeline(folder: Path, dtype: torch.dtype, what: str = "teacher", kind:
         raise UserError(f"the {what} in {folder} cannot be opened as a {name} ({describe(error)})") from error
 
 
-def check_pipeline(folder: Path, what: str = "teacher") -> dict[str, Any]:
-    """A pipeline's model_index.json. UserError unless all that it names is known and all that is opened is safe."""
+def check_pipeline(folder: Path, what: str = "teacher", own: str | None = None) -> dict[str, Any]:
+    """A pipeline's model_index.json. UserError unless all that it names is known and all that is opened is safe.
+
+    `own` names a pipeline class of this package that may be named as well as diffusers'.
+    """
     import diffusers
 
     unfit = f"the {what} in {folder} cannot be opened as a diffusers pipeline"
@@ -75,7 +78,7 @@ def check_pipeline(folder: Path, what: str = "teacher") -> dict[str, Any]:
             f"{unfit}: {INDEX} names the pipeline class {json.dumps(name)}, which comes with code of its own. "
             "diptych runs no code from a model's folder: use a model whose class is in diffusers"
         )
-    cls = _class(diffusers, name)
+    cls = diffusers.FluxPipeline if name == own else _class(diffusers, name)
     if cls is None or not issubclass(cls, diffusers.DiffusionPipeline) or cls is diffusers.DiffusionPipeline:
         raise UserError(
             f"{unfit}: the installed diffusers {diffusers.__version__} has no pipeline class '{name}'. "

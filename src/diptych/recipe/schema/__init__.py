@@ -114,6 +114,8 @@ class Recipe(Section):
             ("paint", "speed", None),
             ("write", "local", None),
             ("distill", "condition_init", "zeros"),
+            ("distill", "positions", "frame"),
+            ("distill", "reference_attention", "joint"),
         ):
             if values[section][key] == default:
                 del values[section][key]

@@ -56,10 +56,18 @@ class Distill(Section):
     """Data sets to train on. An empty list means the pairs of this run. If the list has no `own`, the run writes,
     paints and curates nothing."""
 
-    conditioning: Literal["diptych", "channel"] = "diptych"
-    """How the reference enters the model. `diptych` makes it the left panel of the canvas, as in the paper. `channel`
-    puts it in condition channels of the target panel, without a left panel (stock FLUX-Control, the paper's
-    baseline)."""
+    conditioning: Literal["diptych", "tokens", "channel"] = "diptych"
+    """How the reference enters the model. `diptych` makes it the left panel of the canvas, as in the paper. `tokens`
+    appends its clean tokens to the target's and widens nothing, as in FLUX.1 Kontext. `channel` puts it in condition
+    channels of the target panel, without a left panel (stock FLUX-Control, the paper's baseline)."""
+    positions: Literal["frame", "left"] = "frame"
+    """Positions of the reference tokens with `conditioning: tokens`. `frame` gives each reference a separate frame
+    index, as in FLUX.1 Kontext. `left` puts it where the left panel of a grid is, so that the teacher's ability to
+    generate grids transfers."""
+    reference_attention: Literal["joint", "self"] = "joint"
+    """What reference tokens attend to with `conditioning: tokens`. With `joint`, to all tokens, as in FLUX.1 Kontext.
+    With `self`, to themselves only, so that their keys and values are computed once per image and not in every
+    step."""
     condition_init: Literal["zeros", "teacher"] = "zeros"
     """Initial values of the input layer's new columns, which read the condition. With `zeros`, as in FLUX-Control, the
     first step equals the teacher's. `teacher` copies the teacher's columns for an image and corrects for the empty
@@ -182,8 +190,17 @@ class Distill(Section):
             raise ValueError("betas must be at least 0 and below 1")
         if self.preference and not self.init:
             raise ValueError("preference starts from a trained student; set init to it")
-        if self.conditioning == "channel" and not self.right_weight:
-            raise ValueError("conditioning: channel has no left panel; set right_weight above 0")
+        if self.conditioning != "diptych" and not self.right_weight:
+            raise ValueError(f"conditioning: {self.conditioning} has no left panel; set right_weight above 0")
+        if self.conditioning == "tokens" and self.left_weight != 1:
+            raise ValueError("left_weight has no effect with conditioning: tokens, which has no left panel; remove it")
+        if self.conditioning == "tokens" and self.condition_init != "zeros":
+            raise ValueError(
+                "condition_init has no effect with conditioning: tokens, which adds no input columns; remove it"
+            )
+        for key, default in (("positions", "frame"), ("reference_attention", "joint")):
+            if self.conditioning != "tokens" and (value := getattr(self, key)) != default:
+                raise ValueError(f"{key}: {value} needs conditioning: tokens, not {self.conditioning}; set or remove it")
         if self.offload != "none" and (self.mode == "full" or self.quantize != "none" or self.sharding == "full"):
             raise ValueError("offload: blocks moves frozen weights; set mode: lora, quantize: none, sharding: none")
         if self.offload != "none" and self.preference:

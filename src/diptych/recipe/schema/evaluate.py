@@ -109,7 +109,8 @@ class Evaluate(Section):
     set also becomes the default of the trained student."""
     null_panel: Literal["shared", "own"] | None = None
     """Left panel that the null pass of image guidance sees. `shared` shows the reference, as in the release; `own` is a
-    separate panel that starts as noise (`docs/student.md`). null is the default of the student's family."""
+    separate panel that starts as noise (`docs/student.md`). null is the default of the student's family. Students
+    without a left panel ignore it (`distill.conditioning`: `tokens`, `channel`)."""
     relighting: Relighting = Relighting()
     """Guidance that differs when the student relights."""
     true_guidance: float = Field(default=2.0, ge=1)

@@ -24,6 +24,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 
 from diptych.errors import UsageError, describe
+from diptych.student import attention
 from diptych.student.canvas import Canvas
 from diptych.student.runtime import caches
 from diptych.student.runtime.caches import Recall, StepCache
@@ -94,6 +95,17 @@ class Runtime:
             yield
         if self.step_cache is not None:
             self.step_cache.end()
+
+    @contextmanager
+    def capturing(self, transformer: Any, pooled_like: torch.Tensor) -> Iterator[None]:
+        """What the pass over reference tokens runs in (`attention.capture`): step caches neither see nor count it, and
+        a detached modulation has its table. `pooled_like` (B, P) is a pooled text, for its device and dtype."""
+        attention.install(transformer)
+        self.stage("denoise")
+        zero = torch.zeros(1, device=pooled_like.device)
+        table = precomputed(transformer, zero, [torch.zeros_like(pooled_like[:1])], attention.GUIDANCE)
+        with table, self.step_cache.paused() if self.step_cache is not None else nullcontext():
+            yield
 
     def step(self, number: int) -> None:
         """The loop is at this step, counted from 0."""

@@ -21,7 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class StepCache:
         self.times: list[float] = []
         self.right: torch.Tensor | None = None  # token numbers of the right panel
         self.computed = self.skipped = 0
+        self.off = False  # the transformer runs as without a cache
         self._measured: dict[int, list[float]] = {}  # step → magnitude ratios of its branches, in calibration
 
     @property
@@ -64,6 +66,15 @@ class StepCache:
         self.right = right_tokens(canvas).nonzero().flatten().to(device)
         self.computed = self.skipped = 0
         self._measured = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, the transformer runs as without a cache."""
+        self.off = True
+        try:
+            yield
+        finally:
+            self.off = False
 
     def count(self, computed: int, rows: int) -> None:
         self.computed += computed
@@ -165,6 +176,8 @@ class SkipHook(ModelHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache
+        if cache.off:
+            return self.fn_ref.original_forward(*args, **kwargs)
         points: list[tuple[int, torch.Tensor]] = self.state_manager.get_state().points
         rows = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
         if self._skips(points, rows):
@@ -252,6 +265,8 @@ class _BlockHook(ModelHook):
     # Not traced itself, nor what decides, so that a block that is compiled stays one graph inside.
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Blocks:
+        if self.cache.off:
+            return self.fn_ref.original_forward(*args, **kwargs)
         state: _Sum = self.state_manager.get_state()
         if self.rule is not None:
             self._begin(state, kwargs)
@@ -291,6 +306,9 @@ class _BlockHook(ModelHook):
         """What a block is given for all rows, for those that run: the modulation, precomputed or not."""
         if state.rows is not None:
             kwargs["temb"] = kwargs["temb"][state.rows]
+            given = kwargs.get("joint_attention_kwargs") or {}
+            if "references" in given:
+                kwargs["joint_attention_kwargs"] = {**given, "references": given["references"].rows(state.rows)}
             for slot in (m for m in module.modules() if isinstance(m, Slot)):
                 slot.rows = slot.rows[state.rows] if slot.rows is not None else None
 

@@ -15,7 +15,7 @@ The table has a row for each step and each distinct pooled text among the batch 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,23 +215,31 @@ def _on(device: torch.device, module: torch.nn.Module, *inputs: torch.Tensor) ->
     return torch.func.functional_call(module, weights, inputs)
 
 
-# Rotary position embeddings, computed once a call: they depend on the canvas and the text's length alone.
+# Rotary position embeddings, computed once a call: they depend on the layout of the tokens alone.
 
 
 class OncePerShape(torch.nn.Module):
-    """`FluxPosEmbed` that answers from memory for a shape it has seen: within one call, equal shapes are equal ids."""
+    """`FluxPosEmbed` that answers from memory for ids it has seen: within one call, equal layouts (`name_layout`) and
+    shapes are equal ids."""
 
     def __init__(self, stock: FluxPosEmbed):
         super().__init__()
         self.stock = stock
-        self.known: dict[tuple[int, ...], Any] = {}
+        self.layout: Hashable = None  # of the references of the next forward
+        self.known: dict[Hashable, Any] = {}
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (tokens, 3) to (cos, sin), (tokens, head size) each."""
-        shape = tuple(ids.shape)
-        if shape not in self.known:
-            self.known[shape] = self.stock(ids)
-        return self.known[shape]
+        key = (self.layout, tuple(ids.shape))
+        if key not in self.known:
+            self.known[key] = self.stock(ids)
+        return self.known[key]
+
+
+def name_layout(transformer: Any, layout: Hashable) -> None:
+    """Before a forward: the layout of its reference tokens, where rotary embeddings are remembered."""
+    if isinstance(transformer.pos_embed, OncePerShape):
+        transformer.pos_embed.layout = layout
 
 
 @contextmanager

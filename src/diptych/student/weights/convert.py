@@ -116,6 +116,11 @@ def convert(
             f"{path} → {to} is refused: this student is of {settings.conditioning} conditioning, and the authors' code "
             "runs every student as a diptych; --to folded or file keeps it"
         )
+    if to == "exported" and settings.reference_attention == "self":
+        raise UserError(
+            f"{path} → {to} is refused: with reference_attention self, the reference's keys and values come from a "
+            "pass of their own, and a program is one pass; --to folded or file keeps it"
+        )
     if to in directions.STYLES and (lora := sources.lora_alone(path)) is not None:
         with _publish(out) as temporary:
             whole = _rewrite_lora(lora, temporary, directions.STYLES[to], DTYPES.get(dtype or ""), settings)
@@ -227,7 +232,7 @@ def _write_folded(job: Conversion, folder: Path) -> None:
     if job.split is not None:
         files.write_split(job.split, folder / "transformer")
     _copy_beside(job, folder)
-    sources.copy_parts(job.parts, folder)
+    sources.copy_parts(job.parts, folder, of(job.source.folded.config).pipeline_class)
 
 
 def _write_released(job: Conversion, folder: Path) -> None:
@@ -248,7 +253,8 @@ def _write_original(job: Conversion, path: Path) -> None:
 
 def _file_header(job: Conversion, path: Path, style: str) -> dict[str, str]:
     width, guidance = job.tensors[f"{INPUT}.weight"].shape[0], job.config.get("guidance_embeds")
-    spec = files.modelspec(path.stem, style, lora=False, width=width, guidance=guidance)
+    conditioning = of(job.config).conditioning
+    spec = files.modelspec(path.stem, style, lora=False, width=width, guidance=guidance, conditioning=conditioning)
     return {**files.header_of(job.config, job.split), **spec}
 
 
@@ -259,10 +265,10 @@ def _write_exported(job: Conversion, path: Path) -> None:
 
 
 def _write_style(style: str, job: Conversion, path: Path) -> None:
-    deltas = _deltas(job)
-    tensors, metadata = lora_delta.write(deltas, style)
-    metadata |= files.modelspec(path.stem, style, lora=True, width=deltas[INPUT].b.shape[0])
-    metadata |= _settings_header(of(job.source.folded.config))
+    tensors, metadata = lora_delta.write(_deltas(job), style)
+    own, width = of(job.source.folded.config), job.tensors[f"{INPUT}.weight"].shape[0]
+    metadata |= files.modelspec(path.stem, style, lora=True, width=width, conditioning=own.conditioning)
+    metadata |= _settings_header(own)
     write_safetensors(path, {key: tensor.to(job.dtype) for key, tensor in tensors.items()}, metadata)
 
 
@@ -273,13 +279,14 @@ def _rewrite_lora(lora: Path, path: Path, style: str, dtype: torch.dtype | None,
     width = next((delta.a.shape[1] for name, delta in deltas.items() if name.endswith("attn.to_q")), 0)
     width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
     tensors, metadata = lora_delta.write(deltas, style)
-    metadata |= files.modelspec(path.stem, style, lora=True, width=width)
-    if INPUT in deltas:
+    metadata |= files.modelspec(path.stem, style, lora=True, width=width, conditioning=settings.conditioning)
+    own = INPUT in deltas or settings.conditioning == "tokens"
+    if own:
         metadata |= _settings_header(settings, header)
     elif files.HEADER_KEY in header:
         metadata[files.HEADER_KEY] = header[files.HEADER_KEY]
     write_safetensors(path, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
-    return INPUT in deltas
+    return own
 
 
 def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -303,8 +310,9 @@ def _deltas(job: Conversion) -> dict[str, Delta]:
     """What a student adds to its teacher, the LoRA beside it included."""
     assert job.base is not None
     teacher, config = sources.teacher_state(job.base)
-    wide = {**config, "in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
-    expected = shapes_of(wide)
+    tokens = of(job.source.folded.config).conditioning == "tokens"
+    wide = {"in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
+    expected = shapes_of({**config, **({} if tokens else wide)})
     shapes = {key: tensor.shape for key, tensor in job.tensors.items()}
     if other := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
         raise UserError(
@@ -322,6 +330,8 @@ def _deltas(job: Conversion) -> dict[str, Delta]:
         for layer, delta in beside.items():
             deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
     deltas[INPUT] = deltas[INPUT].whole()
+    if tokens and not any(part.any() for part in (deltas[INPUT].b, deltas[INPUT].bias) if part is not None):
+        del deltas[INPUT]  # it is the teacher's
     return deltas
 
 

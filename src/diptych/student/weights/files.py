@@ -172,20 +172,30 @@ def _text(tensor: torch.Tensor) -> str:
     return base64.b64encode(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode()
 
 
-def modelspec(title: str, style: str, *, lora: bool, width: int, guidance: bool | None = None) -> dict[str, str]:
+_HINTS = {
+    "diptych": "the input has twice the channels: the noisy canvas, and the latents of [reference | black]",
+    "channel": "the input has twice the channels: the noisy image, and the latents of the reference",
+    "tokens": "the latents of the reference follow the noisy image's in the sequence, as in FLUX.1 Kontext",
+}
+
+
+def modelspec(
+    title: str, style: str, *, lora: bool, width: int, guidance: bool | None = None, conditioning: str = "diptych"
+) -> dict[str, str]:
     """The header that model managers read: https://github.com/Stability-AI/ModelSpec, version 1.0.1. Without its
     `date`: equal weights make equal bytes here.
 
     `width` is the model's, `guidance` whether it has FLUX.1-dev's embedding, if that is known.
     """
     family = "flux-1" if width != _FLUX else "flux-1-schnell" if guidance is False else "flux-1-dev"
+    kind = "lora" if lora else "kontext" if conditioning == "tokens" else "control"
     fields: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{family}/{'lora' if lora else 'control'}",
+        "architecture": f"{family}/{kind}",
         "implementation": _IMPLEMENTATIONS[style],
         "title": title,
         "description": f"Diffusion Self-Distillation (arXiv 2411.18616), written by diptych {VERSION}",
-        "usage_hint": "the input has twice the channels: the noisy canvas, and the latents of [reference | black]",
+        "usage_hint": _HINTS[conditioning],
     }
     return {f"modelspec.{key}": value for key, value in fields.items()}
 

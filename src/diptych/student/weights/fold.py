@@ -136,8 +136,15 @@ def unfold(
 
 
 def student_channels(config: Mapping[str, Any], where: str = "this transformer") -> int:
-    """Channels C of a student's canvas tokens, from its folded config; UserError if it is no student."""
+    """Channels C of a student's canvas tokens, from its folded config; UserError if it is not a student.
+
+    A student takes twice what it gives, unless its settings say that its reference comes as tokens.
+    """
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if settings.of(config).conditioning == "tokens":
+        if channels != out:
+            raise UserError(f"{where} takes {channels} channels and gives {out}; one that takes tokens gives as many")
+        return out
     if channels == out:
         raise UserError(
             f"{where} is a text-to-image transformer ({channels} channels in and out), not a student; "

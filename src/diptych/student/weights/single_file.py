@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from diptych.errors import UserError
-from diptych.student.settings import TRANSFORMER_FOLDERS
+from diptych.student.settings import KEY, TRANSFORMER_FOLDERS
 from diptych.student.weights import files, original
 from diptych.student.weights.fold import INPUT_LAYERS, Folded, count_blocks, some, stock_config
 from diptych.student.weights.tensors import Stored, damaged, open_safetensors
@@ -68,6 +68,7 @@ def open_file(
         for key, tensor in tensors.items()
     }
     config = infer_config(state, _hints(written, path, base), str(path))
+    config |= {KEY: written[KEY]} if KEY in written else {}
     return files.fold_stored(state, config, bias_split, str(path)), parts, scaled
 
 

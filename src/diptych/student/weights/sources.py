@@ -88,7 +88,7 @@ def open_source(model: Path, base: Path | None, dtype: torch.dtype | None = None
         folded, parts, scaled = single_file.open_file(place, base, dtype)
     elif layout == "control-lora":
         assert base is not None and lora is not None
-        folded = _widened(place, lora, dtype)
+        folded = _beneath(place, lora, dtype, found)
     else:
         state = {key: tensor.to(dtype) for key, tensor in files.open_state(place).items()}
         layout = "released" if files.is_released(state) else "folded"
@@ -179,8 +179,13 @@ def _teacher(model: Path, base: Path | None) -> Path:
     return transformer_folder(base)
 
 
-def _widened(place: Path, lora: Path, dtype: torch.dtype | None) -> Folded:
-    """The teacher's weights with zero columns for the condition; UserError if the LoRA would never use them."""
+def _beneath(place: Path, lora: Path, dtype: torch.dtype | None, found: Settings) -> Folded:
+    """The teacher's weights, for a LoRA with these settings: as they are if its reference comes as tokens, else with
+    zero columns for the condition. UserError if the LoRA would never use them."""
+    if found.conditioning == "tokens":
+        state, config = teacher_state(place)
+        state = {key: tensor.to(dtype) for key, tensor in state.items()}
+        return files.fold_stored(state, {**config, settings.KEY: found.values()}, None, str(place))
     if not any(f"transformer.{INPUT}" in layer.targets for layer in account(open_safetensors(lora)[0], lora)):
         raise UserError(f"{lora} does not adapt {INPUT}, so a student made from it would never see the reference")
     state, config = teacher_state(place)
@@ -318,7 +323,7 @@ def class_of(part: str, place: Path) -> tuple[str, str]:
 
 def check_family(config: Mapping[str, Any], parts: Mapping[str, Any], model: Path, base: Path | None) -> None:
     """UserError when transformer and base come from different families: their widths must meet."""
-    out = config.get("out_channels")
+    out = config.get("out_channels") or config["in_channels"]
     pairs = [("packed VAE latents", 4 * parts["vae"].config.latent_channels, "canvas channels", out)]
     if "text_encoder_2" in parts:
         width = getattr(parts["text_encoder_2"].config, "d_model", None)
@@ -334,13 +339,14 @@ def check_family(config: Mapping[str, Any], parts: Mapping[str, Any], model: Pat
             )
 
 
-def copy_parts(places: Mapping[str, Path], folder: Path) -> bool:
-    """Copies parts into `folder` with a model_index.json, so that stock diffusers opens it; False if some lack."""
+def copy_parts(places: Mapping[str, Path], folder: Path, name: str) -> bool:
+    """Copies parts into `folder` with a model_index.json that names this pipeline, which opens it; False if some
+    lack."""
     if any(part not in places for part in NEEDED):
         return False
     import diffusers
 
-    index: dict[str, Any] = {"_class_name": "FluxControlPipeline", "_diffusers_version": diffusers.__version__}
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": diffusers.__version__}
     index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
     for part in PARTS:
         index[part] = list(class_of(part, places[part])) if part in places else [None, None]
