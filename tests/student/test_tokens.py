@@ -236,7 +236,7 @@ def test_a_step_cache_follows_the_target_and_narrows_the_keys(teacher: Path, mon
     rows = attention.Keys.rows
     monkeypatch.setattr(attention.Keys, "rows", lambda keys, index: (narrowed.append(len(index)), rows(keys, index))[1])
     call = (["a cat", "a dog", "moon"], [picture(PANEL, PANEL, seed) for seed in range(3)], [0, 1, 2])
-    put_on(pipe, speed.parse("exact", ["cache=first_block", "cache_threshold=0.15", "cache_warmup=1"]))
+    put_on(pipe, speed.parse("exact", ["cache=first_block", "cache_threshold=0.3", "cache_warmup=1"]))
     together = drawn(pipe, *call, num_inference_steps=24)
     cache = pipe.runtime.step_cache
     assert cache is not None and cache.skipped > 0 and cache.computed > 0
