@@ -149,7 +149,9 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") ->
 
     check_fit(fit)
     if fit == "keep":
-        raise UsageError("fit keep is for students that take their reference as tokens; use crop, pad or contain")
+        raise UsageError(
+            "option_unsuited", "fit keep is for students that take their reference as tokens; use crop, pad or contain"
+        )
     image = to_rgb(image)
     if image.size == (width, height):
         return image

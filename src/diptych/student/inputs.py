@@ -143,9 +143,13 @@ def reference_pixels(reference: Reference, canvas: Canvas, fit: str) -> torch.Te
         size = kept_size(reference, canvas) if fit == "keep" else (canvas.panel_height, canvas.panel_width)
         return to_pixels(fit_image(reference, *size, "crop" if fit == "keep" else fit))[None]
     if not isinstance(reference, torch.Tensor):
-        raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+        raise UsageError(
+            "argument_type", f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}"
+        )
     if reference.ndim != 3 or len(reference) != 3:
-        raise UsageError(f"a reference tensor is (3, height, width) in [-1, 1], not {tuple(reference.shape)}")
+        raise UsageError(
+            "argument_type", f"a reference tensor is (3, height, width) in [-1, 1], not {tuple(reference.shape)}"
+        )
     check_panel_size(*reference.shape[1:], canvas.factor)
     return reference[None]
 
@@ -165,8 +169,9 @@ def conditions(
     for reference in references:
         if isinstance(reference, (list, tuple)):
             raise UsageError(
+                "option_unsuited",
                 f"this student takes one reference an image ({pipe.conditioning} conditioning); several need a student "
-                "of tokens conditioning"
+                "of tokens conditioning",
             )
         if id(reference) not in known:
             known[id(reference)] = null if reference is None else _condition(pipe, reference, canvas, fit)
@@ -186,7 +191,9 @@ def _clean(
     for row in references:
         images = list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row]
         if row is not None and not images:
-            raise UsageError("an empty list of references was given; give None for an image without one")
+            raise UsageError(
+                "count_mismatch", "an empty list of references was given; give None for an image without one"
+            )
         key = tuple(map(id, images))
         if key not in known:
             pixels = [reference_pixels(image, canvas, fit) for image in images]

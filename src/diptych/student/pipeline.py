@@ -304,7 +304,8 @@ class DiptychPipeline(FluxControlPipeline):
         inputs.check(output_type, steps, num_images_per_prompt, shown, self._callback_tensor_inputs)
         if return_reference and canvas.panels == 1:
             raise UsageError(
-                f"a student of {own.conditioning} conditioning draws no left panel, so it has no reference to return"
+                "option_unsuited",
+                f"a student of {own.conditioning} conditioning draws no left panel, so it has no reference to return",
             )
         self._guidance_scale, self._joint_attention_kwargs = guidance_scale, joint_attention_kwargs
         self._interrupt = False

@@ -118,7 +118,7 @@ def _add_adapter(transformer: Any, options: Distill) -> None:
 
     targets = lora_targets(transformer, options.lora_targets)
     if INPUT_LAYER in targets:
-        raise UsageError(f"distill.lora_targets: {INPUT_LAYER} takes no adapter; leave it out")
+        raise UsageError("recipe_conflict", f"distill.lora_targets: {INPUT_LAYER} takes no adapter; leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed or 0, "adapters", "start"))
         transformer.add_adapter(

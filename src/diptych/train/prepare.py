@@ -279,7 +279,10 @@ def check_init(recipe: Recipe, teacher: Path) -> None:
     registered = read_settings(place, teacher)
     for key in ("conditioning", *OF_TOKENS):
         if (other := getattr(registered, key)) != getattr(settings, key):
-            raise UsageError(f"distill.init: {settings.init} is a student of {other} {key}; set distill.{key}={other}")
+            raise UsageError(
+                "model_mismatch",
+                f"distill.init: {settings.init} is a student of {other} {key}; set distill.{key}={other}",
+            )
     if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
         raise UsageError(
             f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "

@@ -200,7 +200,9 @@ class Distill(Section):
             )
         for key, default in (("positions", "frame"), ("reference_attention", "joint")):
             if self.conditioning != "tokens" and (value := getattr(self, key)) != default:
-                raise ValueError(f"{key}: {value} needs conditioning: tokens, not {self.conditioning}; set or remove it")
+                raise ValueError(
+                    f"{key}: {value} needs conditioning: tokens, not {self.conditioning}; set or remove it"
+                )
         if self.offload != "none" and (self.mode == "full" or self.quantize != "none" or self.sharding == "full"):
             raise ValueError("offload: blocks moves frozen weights; set mode: lora, quantize: none, sharding: none")
         if self.offload != "none" and self.preference:

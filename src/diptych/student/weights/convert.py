@@ -118,8 +118,9 @@ def convert(
         )
     if to == "exported" and settings.reference_attention == "self":
         raise UserError(
+            "option_unsuited",
             f"{path} → {to} is refused: with reference_attention self, the reference's keys and values come from a "
-            "pass of their own, and a program is one pass; --to folded or file keeps it"
+            "pass of their own, and a program is one pass; --to folded or file keeps it",
         )
     if to in directions.STYLES and (lora := sources.lora_alone(path)) is not None:
         with _publish(out) as temporary:

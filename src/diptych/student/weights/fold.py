@@ -143,7 +143,10 @@ def student_channels(config: Mapping[str, Any], where: str = "this transformer")
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if settings.of(config).conditioning == "tokens":
         if channels != out:
-            raise UserError(f"{where} takes {channels} channels and gives {out}; one that takes tokens gives as many")
+            raise UserError(
+                "model_mismatch",
+                f"{where} takes {channels} channels and gives {out}; one that takes tokens gives as many",
+            )
         return out
     if channels == out:
         raise UserError(
