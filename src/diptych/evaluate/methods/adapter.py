@@ -378,7 +378,7 @@ def made_by(recipe: Recipe, run_dir: Path) -> str:
     recipe = tasks.resolve(recipe)
     settings = recipe.evaluate.adapter
     skip = {*HARMLESS, *APART, "seed", "rank", "lora_targets", "left_weight", "right_weight", "init", "preference"}
-    skip |= {"mode", "conditioning"}
+    skip |= {"mode", "conditioning", "positions", "reference_attention"}
     said = recipe.distill.model_dump(mode="json", exclude=skip)
     pairs = learnt_from(recipe, run_dir).fingerprint()
     encoder = models.fingerprint(models.resolve(settings.encoder, "curator"))

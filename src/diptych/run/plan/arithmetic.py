@@ -19,14 +19,22 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 @dataclass(frozen=True)
 class Canvas:
-    """Tokens that a transformer sees at once."""
+    """Tokens that a transformer sees at once. `apart` of the image tokens attend to themselves alone, in a separate
+    pass; `keys` are tokens of which only keys and values are there, for the others to attend to."""
 
     image: int
     text: int
+    apart: int = 0
+    keys: int = 0
 
     @property
     def all(self) -> int:
         return self.image + self.text
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that attention compares."""
+        return (self.all - self.apart) * (self.all + self.keys) + self.apart**2
 
 
 def image_tokens(height: int, width: int, factor: int) -> int:
@@ -77,7 +85,7 @@ def width(shapes: Shapes) -> int:
 def forward(shapes: Shapes, canvas: Canvas) -> float:
     """Operations of one forward pass of one row."""
     products = sum(2 * tokens_of(name, canvas) * a * b for name, (a, b) in linears(shapes).items())
-    return products + blocks(shapes) * 4 * canvas.all**2 * width(shapes)
+    return products + blocks(shapes) * 4 * canvas.pairs * width(shapes)
 
 
 @dataclass(frozen=True)
@@ -97,15 +105,16 @@ def widened(shapes: Shapes) -> Shapes:
     return {**shapes, "x_embedder.weight": (out, 2 * into)}
 
 
-def adapted(shapes: Shapes, targets: Sequence[str], rank: int, canvas: Canvas) -> Trained:
-    """Adapters of `rank` on the student's layers whose names end as `targets`, and the whole input layer."""
+def adapted(shapes: Shapes, targets: Sequence[str], rank: int, canvas: Canvas, input_layer: bool = True) -> Trained:
+    """Adapters of `rank` on the student's layers whose names end as `targets`, and the whole input layer, if that is
+    trained."""
     layers = {
         name: sizes
         for name, sizes in linears(shapes).items()
         if any(name == target or name.endswith(f".{target}") for target in targets)
     }
     out, into = shapes["x_embedder.weight"]
-    numbers = sum(rank * (a + b) for a, b in layers.values()) + out * into + out
+    numbers = sum(rank * (a + b) for a, b in layers.values()) + (out * into + out if input_layer else 0)
     flops = sum(2.0 * tokens_of(name, canvas) * rank * (a + b) for name, (a, b) in layers.items())
     return Trained(numbers, flops, whole=False, rank=rank, layers=layers)
 
@@ -157,7 +166,8 @@ def step_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, chec
         backward += LARGEST * _largest(shapes)
     elif wide := max((out / width(shapes) for out, _ in trained.layers.values()), default=1.0) - 1:
         backward += 2 * wide * one
-    ends = ENDS * one + outside
+    # Keys and values of the tokens apart are kept for the other pass, and joined to its own there.
+    ends = ENDS * one + outside + 2 * len(kept) * rows * canvas.apart * width(shapes) * number
     if not checkpointing:
         return sum(kept.values()) + backward + ends
     doubles = [size for block, size in kept.items() if block.startswith("transformer_blocks")]

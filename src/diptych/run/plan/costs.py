@@ -125,9 +125,13 @@ def curate(work: Workload, painting_hours: float) -> dict[str, Any]:
 def distill(work: Workload) -> dict[str, Any]:
     """Steps, samples, operations, device hours, memory and disk of the training."""
     settings = work.recipe.distill
-    canvas = _student_canvas(work)
-    shapes = arithmetic.widened(work.counts.shapes)
+    canvas, tokens = _student_canvas(work), settings.conditioning == "tokens"
+    shapes = work.counts.shapes if tokens else arithmetic.widened(work.counts.shapes)
     one = arithmetic.forward(shapes, canvas)
+    step = one
+    if canvas.apart:  # an image's reference goes through once, and its keys and values serve every step
+        apart = canvas.apart
+        step = arithmetic.forward(shapes, arithmetic.Canvas(canvas.image - apart, canvas.text, keys=apart))
     trained = _trained(work, shapes, canvas)
     samples = settings.steps * settings.batch_size
     captions = min(work.kept, work.grids * work.layout.panels) + (work.kept if settings.instructions else 0)
@@ -145,7 +149,7 @@ def distill(work: Workload) -> dict[str, Any]:
     sheets = 1 + (settings.steps // settings.sample_every if settings.sample_every else 0)
     drawn = sheets * settings.sample_pairs * settings.sample_steps
     drawn += negatives * settings.sample_steps
-    flops = samples * per_sample + texts * work.text_flops + (checks + drawn) * one
+    flops = samples * per_sample + texts * work.text_flops + checks * one + drawn * step
     hours = work.hours("seconds_per_step", settings.steps, flops, "train_share")
     memory = TrainingMemory(work, shapes, canvas, _canvas_pixels(work), trained, online)
     phases = memory.phases()
@@ -155,8 +159,8 @@ def distill(work: Workload) -> dict[str, Any]:
     channels = work.counts.shapes["x_embedder.weight"][1]
     whole = work.counts.transformer * 4 + (work.counts.text + work.counts.vae) * wide
     disk = {
-        "latents": work.kept * 2 * canvas.image * channels * wide,
-        "negatives": negatives * canvas.image * channels * 4,
+        "latents": work.kept * 2 * memory.tokens * channels * wide,
+        "negatives": negatives * memory.tokens * channels * 4,
         "checkpoints": trained.numbers * state * (settings.keep + 2),  # the best, and the one being written
         "student": whole if trained.whole else trained.numbers * 4,
     }
@@ -202,16 +206,21 @@ def _canvas_pixels(work: Workload) -> tuple[int, int]:
 
 
 def _student_canvas(work: Workload) -> arithmetic.Canvas:
-    """What a training sample is, at the largest of the recipe's sizes."""
-    height, width = _canvas_pixels(work)
-    return arithmetic.Canvas(arithmetic.image_tokens(height, width, work.teacher.factor), work.teacher.text_tokens)
+    """What a training sample is, at the largest of the recipe's sizes: with reference tokens, a reference of the
+    target's size beside it."""
+    settings, (height, width) = work.recipe.distill, _canvas_pixels(work)
+    tokens, text = arithmetic.image_tokens(height, width, work.teacher.factor), work.teacher.text_tokens
+    if settings.conditioning != "tokens":
+        return arithmetic.Canvas(tokens, text)
+    return arithmetic.Canvas(2 * tokens, text, apart=tokens if settings.reference_attention == "self" else 0)
 
 
 def _trained(work: Workload, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> arithmetic.Trained:
     settings = work.recipe.distill
     out, channels = work.counts.shapes["x_embedder.weight"]
+    widens = settings.conditioning != "tokens"
     if settings.mode == "full":
-        return arithmetic.Trained(work.counts.transformer + out * channels, 0.0, whole=True)
+        return arithmetic.Trained(work.counts.transformer + (out * channels if widens else 0), 0.0, whole=True)
     targets = settings.lora_targets
     if isinstance(targets, str):
         if targets not in LORA_TARGETS:
@@ -223,7 +232,7 @@ def _trained(work: Workload, shapes: arithmetic.Shapes, canvas: arithmetic.Canva
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = {name.split(".", 2)[-1] for name in names}
             raise UsageError(f"distill.lora_targets: no linear layer is called '{target}'{nearest(target, known)}")
-    return arithmetic.adapted(shapes, targets, settings.rank, canvas)
+    return arithmetic.adapted(shapes, targets, settings.rank, canvas, input_layer=widens)
 
 
 def _questions(work: Workload) -> tuple[int, int]:

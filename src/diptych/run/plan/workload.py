@@ -103,6 +103,11 @@ class TrainingMemory:
     online: bool
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the canvas that is encoded, which a condition or a reference has as well."""
+        return arithmetic.image_tokens(*self.size, self.work.teacher.factor)
+
+    @property
     def number(self) -> int:
         """Bytes of a number that training computes with."""
         return self.work.number_bytes(self.work.recipe.distill.precision)
@@ -221,4 +226,4 @@ class TrainingMemory:
         channels = self.work.counts.shapes["x_embedder.weight"][1]
         text = self.canvas.text * self.work.counts.shapes["context_embedder.weight"][1] * self.wide
         sets = 4 if self.work.recipe.distill.preference else 3  # clean, condition, noise; and negatives
-        return self.rows * (sets * self.canvas.image * channels * 4 + text)
+        return self.rows * (sets * self.tokens * channels * 4 + text)

@@ -76,7 +76,13 @@ def split(pipe: DiptychPipeline) -> None:
     if heads % number:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UsageError(f"{number} processes cannot share {heads} attention heads; start {_or(fitting)}")
-    uneven = pipe.text_length % number != 0
+    if pipe.settings.reference_attention == "self":
+        raise UsageError(
+            "option_unsuited",
+            "a student with reference_attention self cannot share an image over several GPUs, because each would add "
+            "the reference's keys and values; use one GPU",
+        )
+    uneven = pipe.text_length % number != 0 or pipe.conditioning == "tokens"  # a reference has any number of tokens
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=number, ulysses_anything=uneven))
 
 

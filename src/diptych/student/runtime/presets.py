@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diptych.errors import UsageError, nearest
+from diptych.student import settings
 from diptych.student.families.shapes import Tensors, tensors
 from diptych.student.runtime import quantize
 
@@ -189,12 +190,17 @@ def adaln(transformer: Tensors) -> list[str]:
 
 def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
     """Denoising's, at its widest: a single block holds its input, the normed input, the MLP's 4 widths before and after
-    the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token."""
+    the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token.
+
+    Reference tokens that attend to themselves are not in the step, and every block's keys and values of them are."""
     config = shapes.transformer
     width = config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128)
     down = 2 ** (len(channels(shapes.vae)) - 1) * 2
-    tokens = text_tokens + 2 * (panel[0] // down) * (panel[1] // down)
-    return 16 * rows * tokens * width * dtype_bytes
+    one = (panel[0] // down) * (panel[1] // down)
+    if settings.of(config).reference_attention == "self":
+        blocks = config.get("num_layers", 19) + config.get("num_single_layers", 38)
+        return rows * (16 * (text_tokens + one) + 2 * blocks * one) * width * dtype_bytes
+    return 16 * rows * (text_tokens + 2 * one) * width * dtype_bytes
 
 
 def text_activations(shapes: Shapes, text_tokens: int, dtype_bytes: int) -> int:
