@@ -45,3 +45,30 @@ def test_a_run_goes_from_the_teacher_to_the_report_and_again_in_no_time(
     assert page.count("<img") > 20 and "Nothing has been" not in page
     again = run(recipe, out, display=Display(quiet=True))
     assert again["metrics"] == summary["metrics"] and json.loads(Path(again["metrics"]).read_text()) == metrics
+
+
+@pytest.mark.parametrize(("positions", "attention"), [("frame", "joint"), ("left", "self")])
+def test_a_run_whose_references_are_tokens_goes_as_far(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str, attention: str
+) -> None:
+    from diptych import Student
+    from diptych.evaluate import suites
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
+
+    few = tiny.make_suite(10, 10)
+    monkeypatch.setattr(suites, "load", lambda name: few)
+    values = recipe.values()
+    values["distill"] |= {"conditioning": "tokens", "positions": positions, "reference_attention": attention}
+    values["evaluate"] |= {"image_guidance": 2.0, "text_guidance": 1.5, "null_panel": "own"}
+    out = tmp_path / "run"
+    summary = run(Recipe.model_validate(values), out, display=Display(quiet=True))
+    assert set(json.loads(Path(summary["metrics"]).read_text())["methods"]) == {"student", "inpaint"}
+    page = Path(summary["report"]).read_text("utf8")
+    assert f"({positions}, {attention})" in page and "left panel" not in page
+    student = Student.load(out / "student", device="cpu", progress_bar=False)
+    settings = student.pipeline.settings
+    assert (settings.conditioning, settings.positions, settings.reference_attention) == ("tokens", positions, attention)
+    assert settings.image_guidance == 2.0 and settings.null_panel == "shared"  # there is no left panel
+    image = student.generate(None, "a cat", steps=2)
+    assert student.generate([[image, image]], "a cat", steps=2)[0].size == image.size

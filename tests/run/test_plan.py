@@ -84,6 +84,42 @@ def test_a_forward_is_what_torch_counts() -> None:
     assert arithmetic.forward(shapes, arithmetic.Canvas(image, text)) == counter.get_total_flops()
 
 
+def test_reference_tokens_are_what_torch_counts() -> None:
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diptych.student.attention import capture, install
+
+    config = json.loads((packaged("pocket/weights") / "teacher/transformer/config.json").read_text())
+    target, text, reference = 24, 10, 15
+    with torch.device("meta"):
+        model: Any = FluxTransformer2DModel.from_config(config)
+        install(model)
+        inputs = {
+            "hidden_states": torch.zeros(1, target, config["in_channels"]),
+            "encoder_hidden_states": torch.zeros(1, text, config["joint_attention_dim"]),
+            "pooled_projections": torch.zeros(1, config["pooled_projection_dim"]),
+            "timestep": torch.zeros(1),
+            "img_ids": torch.zeros(target, 3),
+            "txt_ids": torch.zeros(text, 3),
+        }
+        tokens, ids = torch.zeros(1, reference, config["in_channels"]), torch.zeros(reference, 3)
+    counted = []
+    for passes in (1, 2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            keys = capture(model, tokens, ids)
+            if passes == 2:
+                model(**inputs, joint_attention_kwargs={"references": keys})
+        counted.append(counter.get_total_flops())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    apart = arithmetic.Canvas(target + reference, text, apart=reference)
+    assert arithmetic.forward(shapes, apart) == counted[1]
+    step = arithmetic.Canvas(target, text, keys=reference)
+    assert arithmetic.forward(shapes, step) == counted[1] - counted[0]
+
+
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp"])
 def test_the_adapters_are_those_that_training_makes(tmp_path: Path, targets: str) -> None:
     import torch
@@ -99,6 +135,24 @@ def test_the_adapters_are_those_that_training_makes(tmp_path: Path, targets: str
     real = parts.select(model, options, "float32", torch.device("cpu")).count
     found = plan("pocket", tmp_path, "distill.rank=8", f"distill.lora_targets={targets}")
     assert found["stages"]["distill"]["trained_parameters"] == real
+
+
+def test_reference_tokens_widen_nothing_and_are_planned(tmp_path: Path) -> None:
+    def distill(*sets: str) -> dict[str, Any]:
+        return plan("flux-subject", tmp_path, *sets)["stages"]["distill"]
+
+    diptych, tokens = distill(), distill("distill.conditioning=tokens")
+    alone = distill("distill.conditioning=tokens", "distill.reference_attention=self")
+    assert diptych["trained_parameters"] - tokens["trained_parameters"] == 3072 * 128 + 3072  # the input layer
+    assert tokens["flops_per_sample"] == pytest.approx(diptych["flops_per_sample"], rel=1e-3)  # as many tokens
+    assert alone["flops_per_sample"] < tokens["flops_per_sample"]  # fewer pairs of tokens in attention
+    assert tokens["disk"]["latents"] == diptych["disk"]["latents"] / 2
+    # 57 blocks keep keys and values of 1,024 tokens for the other pass, in bfloat16
+    rows = tokens["rows_at_once"]
+    more = alone["memory_of"]["activations"] - tokens["memory_of"]["activations"]
+    assert more == pytest.approx(57 * 2 * 1024 * 3072 * 2 * rows, rel=1e-3)
+    whole = distill("distill.conditioning=tokens", "distill.mode=full")
+    assert whole["trained_parameters"] == plan("flux-subject", tmp_path)["teacher"]["parameters"]["transformer"]
 
 
 def test_rows_follow_from_the_layout(tmp_path: Path) -> None:

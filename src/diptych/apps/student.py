@@ -145,7 +145,7 @@ class Student:
     @overload
     def generate(
         self,
-        reference: Reference | Sequence[Reference],
+        reference: Reference | Sequence[Reference | Sequence[Reference]],
         prompt: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
@@ -155,7 +155,7 @@ class Student:
     @lists(GenerateOptions)
     def generate(
         self,
-        reference: Reference | Sequence[Reference],
+        reference: Reference | Sequence[Reference | Sequence[Reference]],
         prompt: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
@@ -168,7 +168,7 @@ class Student:
         1, the default; larger batches may round differently).
 
         Args:
-            reference: a PIL image or an image file; None draws from the text alone.
+            reference: a PIL image, an image file, or None (text alone); `[[a, b]]` gives one image both, as tokens.
             prompt: what the new picture shows, the whole of it.
             seed: 0 to 2^63 - 1.
             options: of `student.sampling.GenerateOptions`: steps, guidance, size, fit, batch_size, …
@@ -334,16 +334,16 @@ class Student:
             self, reference, panels, seed=seed, title=title, captions=captions, font=font, on_panel=on_panel, **options
         )
 
-    def opened(self, reference: Reference, background: str = "white") -> Image.Image | None:
+    def opened(self, reference: Reference | Sequence[Reference], background: str = "white") -> Any:
         """A reference as the model is shown it, before it is fitted: upright RGB over `background`."""
         from PIL import Image
 
         from diptych.data.images import open_image, to_rgb
 
-        if reference is None:
-            return None
-        if isinstance(reference, Image.Image):
-            return to_rgb(reference, background)
+        if isinstance(reference, (list, tuple)):  # all of one image
+            return [self.opened(each, background) for each in reference]
+        if reference is None or isinstance(reference, Image.Image):
+            return None if reference is None else to_rgb(reference, background)
         if not isinstance(reference, (str, Path)):
             raise UsageError(f"a reference is a PIL image, an image file or None, not {type(reference).__name__}")
         return open_image(reference, background=background)

@@ -159,7 +159,8 @@ def funnel(run: Run, reasons: Counter[str]) -> list[tuple[str, float, str, str]]
 def distill(run: Run) -> dict[str, Any]:
     """Stage 4: losses and the sample sheet."""
     lines = run.training
-    points = {side: [(x["step"], x[side]) for x in lines if side in x] for side in ("left", "right")}
+    sides = ("right",) if run.recipe.distill.conditioning == "tokens" else ("left", "right")
+    points = {side: [(x["step"], x[side]) for x in lines if side in x] for side in sides}
     curves = [Series("", side, own, True) for side, own in points.items()] if len(lines) > 60 else []
     curves += [Series(f"{side} panel", side, smooth(own)) for side, own in points.items()]
     validated = [(x["step"], x["validation"]) for x in lines if x.get("validation")]

@@ -43,9 +43,9 @@ def image_tokens(height: int, width: int, factor: int) -> int:
 
 
 def tokens_of(layer: str, canvas: Canvas) -> int:
-    """How many tokens go through a layer, for each row of a batch. Modulation sees one vector and no tokens."""
+    """How many tokens go through a layer, for each row of a batch. Modulation sees one vector a pass and no tokens."""
     if "norm" in layer or layer.startswith("time_text_embed"):
-        return 1
+        return 2 if canvas.apart else 1
     if layer.startswith("single_transformer_blocks"):
         return canvas.all
     if layer.startswith("context_embedder") or any(name in f"{layer}." for name in TEXT_LAYERS):
