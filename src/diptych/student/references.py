@@ -23,6 +23,7 @@ import torch
 
 from diptych.student import attention
 from diptych.student.canvas import Canvas
+from diptych.student.families.base import Size, positions
 
 Layout = tuple[tuple[int, int], ...]  # token rows and columns of each reference
 
@@ -35,22 +36,18 @@ class TokenStyle:
     attention: str = "joint"
 
 
-def token_ids(target: tuple[int, int], layout: Layout, positions: str) -> tuple[torch.Tensor, torch.Tensor]:
+def token_ids(target: tuple[int, int], layout: Layout, style: str) -> tuple[torch.Tensor, torch.Tensor]:
     """FLUX's position ids of the target (N, 3) and of its references together (R, 3), float32.
 
-    `target` and `layout` are in token rows and columns. Without references, the target's ids are the teacher's.
+    `target` and `layout` are in token rows and columns, `style` is `frame` or `left`. Without references, the target's
+    ids are the teacher's.
     """
     column, parts = 0, [torch.zeros(0, 3)]
     for number, shape in enumerate(layout):
-        parts.append(grid_ids(shape, 1 + number) if positions == "frame" else grid_ids(shape, 0, column))
+        frame, first = (1 + number, 0) if style == "frame" else (0, column)
+        parts.append(positions(Size(*shape), frame, first))
         column += shape[1]
-    return grid_ids(target, 0, column if positions == "left" else 0), torch.cat(parts)
-
-
-def grid_ids(shape: tuple[int, int], frame: int = 0, first: int = 0) -> torch.Tensor:
-    """Ids (rows·columns, 3) of a grid of tokens, row by row: frame, row, and column counted from `first`."""
-    rows, columns = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
-    return torch.stack([torch.full_like(rows, frame), rows, columns + first], dim=-1).reshape(-1, 3).float()
+    return positions(Size(*target), columns_from=column if style == "left" else 0), torch.cat(parts)
 
 
 class References:

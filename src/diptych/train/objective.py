@@ -22,7 +22,8 @@ import torch
 
 from diptych.student.attention import capture
 from diptych.student.canvas import Canvas, split_tokens
-from diptych.student.references import TokenStyle, grid_ids, token_ids
+from diptych.student.families.base import Size, positions
+from diptych.student.references import TokenStyle, token_ids
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill
@@ -177,7 +178,7 @@ def velocity_error(
 
 def image_ids(canvas: Canvas) -> torch.Tensor:
     """FLUX's position ids of the whole canvas, (N, 3): 0, token row, token column (float32)."""
-    return grid_ids((canvas.rows, canvas.columns))
+    return positions(Size(canvas.rows, canvas.columns))
 
 
 def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:
