@@ -289,6 +289,20 @@ def test_tensors_of_any_size_are_references_and_others_are_refused(kontext_like:
             drawn(kontext_like, "a cat", [wrong], 0)
 
 
+def test_memory_is_planned_for_cached_keys(teacher: Path) -> None:
+    from diptych.student.runtime import presets
+
+    def bytes_of(style: TokenStyle) -> int:
+        pipe = opened(teacher, style)
+        shapes = presets.Shapes(dict(pipe.transformer.config), dict(pipe.vae.config))
+        return presets.activations(shapes, (PANEL, PANEL), 1, LENGTH, 4)
+
+    joint, alone = (bytes_of(TokenStyle("frame", name)) for name in ("joint", "self"))
+    width, one = 32, 4
+    assert joint == 16 * (LENGTH + 2 * one) * width * 4
+    assert alone == (16 * (LENGTH + one) + 2 * 2 * one) * width * 4  # keys and values of two blocks
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,23 @@ def test_two_processes_train_as_one_with_the_same_batch(world: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_train_on_reference_tokens_as_one(world: Any, tmp_path: Path, sharding: str) -> None:
+    keys: dict[str, Any] = {"conditioning": "tokens", "reference_attention": "self", "steps": 6, "warmup": 0}
+    keys |= {
+        "reference_dropout": 0.4,
+        "both_dropout": 0.2,
+        "micro_batch": 1,
+    }  # passes that one process alone would skip
+    distill(tiny_run.make_recipe(world.teacher, **keys), world.pairs, tmp_path / "one")
+    sets = [f"{key}={value}" for key, value in keys.items()]
+    codes = finished(together(world, tmp_path / "two", *sets, f"sharding={sharding}"))
+    assert [code for code, _, _ in codes] == [0, 0], codes
+    one, two = (read(tmp_path / name / "training" / "metrics.jsonl") for name in ("one", "two"))
+    for name in ("right", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-3), name
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_prefer_as_one(world: Any, straight: Any, tmp_path: Path, sharding: str) -> None:
     keys = {"init": str(straight.out), "steps": 4, "warmup": 0, "sample_steps": 2}
     wish = {"pairs": 12, "beta": 2000.0, "shrink": 0.25}

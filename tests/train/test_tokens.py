@@ -315,3 +315,28 @@ def test_keys_that_make_no_sense_for_tokens_are_refused(world: Any, wrong: Any, 
 def test_other_students_say_nothing_of_tokens(straight: Any) -> None:
     settings = json.loads((straight.out / "transformer" / "config.json").read_text())["_diptych"]
     assert not {"positions", "reference_attention"} & settings.keys()
+
+
+def test_the_pocket_teacher_becomes_one(world: Any, tmp_path: Path) -> None:
+    """The shipped teacher, with as many words and as large a panel as it has."""
+    given = {"steps": 2, "batch_size": 2, "validation_pairs": 2, "sample_steps": 2, "positions": "left"}
+    made = recipe(world, **given, reference_attention="self").model_copy(update={"teacher": "pocket"})
+    distill(made, world.pairs, tmp_path / "out")
+    student = Student.load(tmp_path / "out", device="cpu", progress_bar=False)
+    assert student.pipeline.settings.sizes == ((64, 64),) and student.words
+    reference = open_image(next(iter(world.pairs))["image"])
+    given = {"steps": 3, "image_guidance": 2.0, "text_guidance": 1.5}
+    both = student.generate([reference, None], "a cat on the beach", batch_size=2, **given)
+    assert [image.size for image in both] == [(64, 64)] * 2 and both[0].tobytes() != both[1].tobytes()
+    relit = student.relight(reference, "soft golden light from the left", steps=2, mask=mask(tmp_path))
+    assert relit.size == reference.size
+
+
+def mask(folder: Path) -> Path:
+    """A mask that keeps the left half of a tiny pair's image."""
+    from PIL import Image
+
+    drawn = Image.new("L", (SIDE, SIDE), 0)
+    drawn.paste(255, (SIDE // 2, 0, SIDE, SIDE))
+    drawn.save(folder / "mask.png")
+    return folder / "mask.png"
