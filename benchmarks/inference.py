@@ -4,6 +4,7 @@
     python benchmarks/inference.py pocket                 the pocket model, with prompt and reference caching apart
     python benchmarks/inference.py midsize                a random FLUX of 4 + 8 blocks, d = 768, 512 + 128 tokens (CPU)
     python benchmarks/inference.py full                   a random FLUX.1, 12 B, 2048 + 512 tokens (a GPU of 80 GB)
+    python benchmarks/inference.py tokens                 that FLUX as a diptych and with reference tokens, 512² (CPU)
     python benchmarks/inference.py quality                what the lossy switches cost in CP·PF on the pocket model
     python benchmarks/inference.py publish RESULT.json    a quality result into docs/speed.md and `--help`
 
@@ -378,6 +379,92 @@ def full(arguments: argparse.Namespace) -> dict[str, Any]:
     return random_flux("full", FLUX, 512, 512, torch.device("cuda"), arguments)
 
 
+# tokens ------------------------------------------------------------------------------------------------------------
+
+
+def tokens(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A random FLUX of 4 + 8 blocks, d = 768, as a diptych and with reference tokens: images and training steps."""
+    from diffusers import FluxTransformer2DModel
+
+    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.settings import Settings, register
+
+    side, text, device = arguments.side, arguments.text, torch.device("cpu")
+    _, diptych = random_pair(MIDSIZE, device, torch.float32, side)
+    pipes: dict[str, Any] = {"diptych": diptych}
+    torch.manual_seed(0)
+    plain: Any = FluxTransformer2DModel(**MIDSIZE).eval().requires_grad_(False)
+    for attention in ("joint", "self"):
+        model = copy.deepcopy(plain)
+        register(model, Settings(conditioning="tokens", reference_attention=attention))  # pyright: ignore[reportArgumentType]
+        pipes[f"tokens, {attention}"] = DiptychPipeline(diptych.scheduler, diptych.vae, model)
+    generator, names = torch.Generator().manual_seed(1), ("prompt_embeds", "negative_prompt_embeds")
+    given = {name: torch.randn(1, text, MIDSIZE["joint_attention_dim"], generator=generator) for name in names}
+    for name in names:
+        pooled = name.replace("prompt", "pooled_prompt") if name == names[0] else "negative_pooled_prompt_embeds"
+        given[pooled] = torch.randn(1, MIDSIZE["pooled_projection_dim"], generator=generator)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+        put_on(pipe, PRESETS["exact"])
+    cases: dict[str, Any] = {}
+    for case, scales in (("unguided", UNGUIDED), ("guided", GUIDED)):
+
+        def way(pipe: Any, scales: dict[str, float] = scales) -> Callable[[int], torch.Tensor]:
+            def draw(number: int) -> torch.Tensor:
+                canvas = pipe.canvas(side, side)
+                steps, noise = arguments.steps or 28, pipe.noise([number + 1], canvas)
+                return ours_pixels(pipe, image, noise, canvas, steps, scales, **given)
+
+            return draw
+
+        cases[case] = _beside_diptych({name: way(pipe) for name, pipe in pipes.items()}, arguments, device)
+    for pipe in pipes.values():
+        take_off(pipe)
+    cases["training step"] = _beside_diptych(
+        {name: _training(pipe, side, text) for name, pipe in pipes.items()}, arguments, device
+    )
+    count = sum(p.numel() for p in plain.parameters())
+    result = {"benchmark": "tokens", "parameters": count, "side": side, "text_tokens": text}
+    return {**result, "steps": arguments.steps or 28, "cases": cases}
+
+
+def _training(pipe: Any, side: int, text: int) -> Callable[[int], torch.Tensor]:
+    """Forward and backward of one sample, all weights trained."""
+    from diptych.student.attention import install
+    from diptych.student.references import TokenStyle
+    from diptych.train.objective import Batch, image_ids, panel_losses
+
+    model, canvas, settings = pipe.transformer, pipe.canvas(side, side), pipe.settings
+    style = TokenStyle(settings.positions, settings.reference_attention) if canvas.panels == 1 else None
+    install(model)
+    ids, shape = image_ids(canvas), (1, canvas.tokens, pipe.channels)
+
+    def step(number: int) -> torch.Tensor:
+        model.train().requires_grad_(True)
+        generator = torch.Generator().manual_seed(number + 1)
+        clean, condition, noise = (torch.randn(shape, generator=generator) for _ in range(3))
+        embeds = torch.randn(1, text, MIDSIZE["joint_attention_dim"], generator=generator)
+        pooled = torch.randn(1, MIDSIZE["pooled_projection_dim"], generator=generator)
+        batch = Batch(clean, condition, noise, torch.tensor([0.6]), embeds, pooled, canvas=canvas)
+        left, right = panel_losses(model, batch, ids, 1.0, style)
+        loss = (left + right).mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _beside_diptych(methods: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    seconds, _, peaks = measuring.alternate(methods, arguments.rounds, device)
+    found = {name: measuring.summary(times) for name, times in seconds.items()}
+    for name, entry in found.items():
+        entry["speedup"] = round(found["diptych"]["median_s"] / entry["median_s"], 3)
+        entry["peak_mib"] = round(peaks[name] / 2**20, 1)
+    return found
+
+
 # quality -----------------------------------------------------------------------------------------------------------
 
 
@@ -525,11 +612,14 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (golden, pocket, midsize, full, quality):
+    for function in (golden, pocket, midsize, full, tokens, quality):
         command = commands.add_parser(function.__name__, help=(function.__doc__ or "").splitlines()[0])
         command.add_argument("--out", type=Path, help="the result file [default: results/NAME-DEVICE-DATE.json]")
         command.add_argument("--threads", type=int, help="torch threads [default: torch's]")
-        if function in (pocket, midsize, full):
+        if function is tokens:
+            command.add_argument("--side", type=int, default=512, help="pixels of an image's side")
+            command.add_argument("--text", type=int, default=512, help="text tokens")
+        if function in (pocket, midsize, full, tokens):
             command.add_argument("--rounds", type=int, default=5, help="measured rounds")
             command.add_argument("--steps", type=int, default=0, help="sampling steps [default: 28, or the model's]")
         if function in (midsize, full):

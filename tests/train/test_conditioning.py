@@ -104,7 +104,7 @@ def test_a_word_that_is_no_conditioning_is_refused(channel: Any, tmp_path: Path)
 
     shutil.copytree(channel.out, tmp_path / "copy", ignore=shutil.ignore_patterns("training"))
     (tmp_path / "copy" / "sampling.json").write_text('{"conditioning": "left"}')
-    with pytest.raises(UserError, match="conditioning is diptych or channel, not 'left'"):
+    with pytest.raises(UserError, match="conditioning is diptych or tokens or channel, not 'left'"):
         student.load(tmp_path / "copy", device="cpu")
 
 
