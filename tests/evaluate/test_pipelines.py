@@ -11,6 +11,7 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
+import tiny as tiny_models
 from diptych.errors import UsageError
 from diptych.evaluate.methods import baselines
 from diptych.evaluate.methods.common import Context
@@ -50,60 +51,14 @@ def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         for tokenizer in ("tokenizer", "tokenizer_2"):
             shutil.rmtree(root / name / tokenizer)
             shutil.copytree(teacher / tokenizer, root / name / tokenizer)
-    make_flux2(root / "flux2")
+    tiny_models.flux2_teacher(root / "flux2")
     return {name: root / name for name in ("kontext", "control", "flux2")}
-
-
-def make_flux2(folder: Path) -> None:
-    """A random FLUX.2 klein: its own VAE, a Qwen 3 of three layers, a tokenizer of letters."""
-    import torch
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
-    from tokenizers import pre_tokenizers
-    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={t: i for i, t in enumerate([*letters, "<|endoftext|>"])}, merges=[])
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
-    text = Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=3, num_key_value_heads=2, vocab_size=len(tokenizer)))
-    blocks: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-        "block_out_channels": (4,),
-    }
-    vae = AutoencoderKLFlux2(**blocks, layers_per_block=1, latent_channels=1, norm_num_groups=1, sample_size=32)
-    transformer = Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=256,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
-    Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        is_distilled=True,
-    ).save_pretrained(folder)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "kontext": {"guidance_scale": 2.5, "max_sequence_length": 32},
     "control": {"max_sequence_length": 32},
-    "flux2": {"text_encoder_out_layers": [1, 2, 3], "max_sequence_length": 32},
+    "flux2": {"max_sequence_length": 32},
 }
 
 

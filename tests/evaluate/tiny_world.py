@@ -5,82 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny
 from diptych.evaluate import suites
 from diptych.evaluate.suites import Suite
 
 
 def make_teacher(folder: Path) -> Path:
     """A complete FluxPipeline folder of random weights that reads the pocket vocabulary."""
-    import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-
     from diptych.pocket.pretrain import tokenizers
 
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
-    clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
-    blocks: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (8, 8, 8),
-    }
-    vae = AutoencoderKL(
-        **blocks,
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae.eval(),
-        text_encoder=clip.eval(),
-        tokenizer=clip_tokenizer,
-        text_encoder_2=t5.eval(),
-        tokenizer_2=t5_tokenizer,
-        transformer=make_transformer().eval(),
-    ).save_pretrained(folder)
-    tokenizers.save(folder, clip_tokenizer, t5_tokenizer)
+    tiny.pocket_teacher(folder, 32)
+    tokenizers.save(folder, *tokenizers.make_tokenizers())
     return folder
 
 
 def make_transformer() -> Any:
     """One double and one single block of width 32 on 32-channel tokens."""
-    from diffusers import FluxTransformer2DModel
-
-    from diptych.pocket.pretrain import tokenizers
-
-    return FluxTransformer2DModel(
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tokenizers.TEXT_WIDTH,
-        pooled_projection_dim=tokenizers.POOLED_WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 6, 6),
-    )
+    return tiny.flux(guidance_embeds=False)
 
 
 def make_student(teacher: Path, folder: Path) -> Path:
     """A student's folder as distill leaves it, its condition columns random."""
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    from diptych.student.weights.fold import widen
-
-    student = widen(FluxTransformer2DModel.from_pretrained(teacher / "transformer"))  # pyright: ignore
-    torch.manual_seed(2)
-    with torch.no_grad():
-        student.x_embedder.weight[:, 32:].normal_()
-    student.save_pretrained(folder / "transformer")
-    return folder
+    return tiny.widened(teacher, folder)
 
 
 def make_judges(folder: Path) -> Path:
@@ -98,12 +44,11 @@ def make_judges(folder: Path) -> Path:
     from diptych.pocket.pretrain.judges import LABELS
 
     torch.manual_seed(3)
-    small: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     labels = dict(enumerate(LABELS))
-    reader = ResNetConfig(**small, id2label=labels, label2id={v: k for k, v in labels.items()})
+    reader = ResNetConfig(**tiny.RESNET, id2label=labels, label2id={v: k for k, v in labels.items()})
     made = {
-        "curator": ResNetModel(ResNetConfig(**small)),
-        "scorer": RegNetModel(RegNetConfig(**{**small, "layer_type": "y"}, groups_width=8)),
+        "curator": ResNetModel(ResNetConfig(**tiny.RESNET)),
+        "scorer": RegNetModel(RegNetConfig(**{**tiny.RESNET, "layer_type": "y"}, groups_width=8)),
         "reader": ResNetForImageClassification(reader),
     }
     side = {"height": 32, "width": 32}

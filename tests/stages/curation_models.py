@@ -4,64 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it is run as a script too
+import tiny
 
 PANEL = 64
 
 
-def make_vae() -> Any:
-    """An AutoencoderKL of eight channels, four times smaller a side, as these teachers have it."""
-    from diffusers import AutoencoderKL
-
-    three: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (8, 8, 8),
-    }
-    return AutoencoderKL(
-        **three,
-        latent_channels=8,
-        norm_num_groups=4,
-        sample_size=PANEL,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
 def make_teacher(folder: Path) -> Path:
     """A complete FluxPipeline folder that reads the pocket vocabulary."""
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    from diptych.pocket.pretrain import tokenizers
-
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers.make_tokenizers()
-    clip, t5 = tokenizers.make_encoders(clip_tokenizer, t5_tokenizer)
-    vae = make_vae()
-    transformer = FluxTransformer2DModel(
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tokenizers.TEXT_WIDTH,
-        pooled_projection_dim=tokenizers.POOLED_WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae,
-        text_encoder=clip,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=t5,
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer,
-    ).save_pretrained(folder)
-    return folder
+    return tiny.pocket_teacher(folder, PANEL)
 
 
 def make_half(teacher: Path, folder: Path) -> Path:
@@ -74,29 +26,13 @@ def make_half(teacher: Path, folder: Path) -> Path:
 
 
 def make_judge(folder: Path) -> Path:
-    """A random stock ResNet with its image processor, which resizes to 32 px."""
-    import torch
-    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
-
-    torch.manual_seed(3)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ResNetModel(config).save_pretrained(folder)
-    ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
-    return folder
+    """A random stock ResNet with its image processor."""
+    return tiny.resnet(folder)
 
 
 def make_classifier(folder: Path) -> Path:
     """A random stock ResNet that tells three labels apart."""
-    import torch
-    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(3)
-    labels = {0: "normal", 1: "nsfw", 2: "text"}
-    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    config = ResNetConfig(**sizes, id2label=labels, label2id={name: number for number, name in labels.items()})
-    ResNetForImageClassification(config).save_pretrained(folder)
-    ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
-    return folder
+    return tiny.resnet(folder, ["normal", "nsfw", "text"])
 
 
 def recipe_text(teacher: Path, judge: Path) -> str:

@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 
+import tiny
 from diptych.errors import UsageError, UserError
 from diptych.recipe.schema import Paint as PaintSettings
 from diptych.stages import paint
@@ -26,11 +26,11 @@ def made() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture(params=sorted(families.FAMILIES))
+@pytest.fixture(params=sorted(tiny.FAMILIES))
 def pipe(request: pytest.FixtureRequest, made: dict[str, Any]) -> Any:
     if request.param not in made:
         torch.manual_seed(0)
-        made[request.param] = families.FAMILIES[request.param]()
+        made[request.param] = tiny.FAMILIES[request.param]()
         made[request.param].set_progress_bar_config(disable=True)
     return made[request.param]
 
@@ -107,11 +107,9 @@ def test_prompts_stay_as_written(pipe: Any) -> None:
 
 
 def test_folders_of_other_families_count_alike(teacher: Path, tmp_path: Path) -> None:
-    import teachers
-
     counted = {"FluxPipeline": [2] * 4, "Flux2KleinPipeline": [2] * 4, "StableDiffusion3Pipeline": [4] * 2}
     counted |= {"QwenImagePipeline": [2] * 4}
-    folders = [teacher, *(getattr(teachers, f"make_{name}")(tmp_path / name) for name in ("flux2", "sd3", "qwen"))]
+    folders = [teacher, *(getattr(tiny, f"{name}_teacher")(tmp_path / name) for name in ("flux2", "sd3", "qwen"))]
     for folder in folders:
         pipe = paint.open_teacher(folder, torch.float32)
         assert draw(pipe, 1.0)[0].rows == [2, 2]

@@ -202,10 +202,10 @@ def test_guidance_means_what_each_family_means_by_it() -> None:
 
 
 def test_every_family_draws_what_its_prompts_say_and_each_row_its_own(recipe: Any, tmp_path: Path) -> None:
-    import teachers
+    import tiny
 
     for name in ("flux2", "sd3", "qwen"):
-        folder = getattr(teachers, f"make_{name}")(tmp_path / name)
+        folder = getattr(tiny, f"{name}_teacher")(tmp_path / name)
         of = with_paint(recipe, panel_size=32).model_copy(update={"teacher": str(folder)})
         rows = prompts(2)
         plain = grids(of, rows)

@@ -26,10 +26,10 @@ BRANCHES = {"flux": 2, "flux2": 2, "sd3": 1, "qwen": 2}  # forwards of a step wi
 
 @pytest.fixture(scope="session")
 def folders(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import teachers
+    import tiny
 
     root = tmp_path_factory.mktemp("families")
-    made = {name: getattr(teachers, f"make_{name}")(root / name) for name in FAMILIES if name != "flux"}
+    made = {name: getattr(tiny, f"{name}_teacher")(root / name) for name in FAMILIES if name != "flux"}
     return {"flux": teacher, **made}
 
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it is run as a script too
+import tiny
 
 WORDS = ["a", "the", "red", "blue", "cat", "robot", "in", "on", "desert", "snow", "grass"]
 PANEL = 16
@@ -19,74 +20,21 @@ PANEL = 16
 
 def make_teacher(folder: Path, guidance_embeds: bool = False) -> Path:
     """A complete FluxPipeline folder of random weights: 16 px panels of 2×2 tokens."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-    torch.manual_seed(0)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *(("▁" + word, -1.0) for word in WORDS)]
-    tokenizer_2 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=8)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[], model_max_length=32)
-    marks: dict[str, Any] = {f"{m}_token_id": getattr(tokenizer, f"{m}_token_id") for m in ("bos", "eos", "pad")}
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            projection_dim=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            **marks,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
-    )
-    vae = AutoencoderKL(
-        # diffusers annotates these as tuples of one.
-        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-        block_out_channels=(8, 8, 8),  # pyright: ignore[reportArgumentType]
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=PANEL,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        text_encoder=clip.eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=t5.eval(),
-        tokenizer_2=tokenizer_2,
-        transformer=make_transformer(guidance_embeds),
-    ).save_pretrained(folder)
-    return folder
+    def parts() -> dict[str, Any]:
+        tokenizers = tiny.word_tokenizers(WORDS, 8, clip_length=32)
+        encoders = tiny.word_encoders(*tokenizers, width=16)
+        images = tiny.vae(PANEL, 4, layers_per_block=1)
+        transformer = make_transformer(guidance_embeds)
+        return {"tokenizers": tokenizers, "encoders": encoders, "vae": images, "transformer": transformer}
+
+    return tiny.flux_teacher(folder, parts)
 
 
 def make_transformer(guidance_embeds: bool = False, channels: int = 16, seed: int = 1) -> Any:
-    """A text-to-image FLUX of 32 channels, one double and two single blocks."""
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(seed)
-    return FluxTransformer2DModel(
-        in_channels=channels,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=guidance_embeds,
-    )
+    """A text-to-image FLUX of width 32, one double and two single blocks."""
+    widths = {"joint_attention_dim": 24, "pooled_projection_dim": 16}
+    return tiny.flux(channels, 2, seed, guidance_embeds=guidance_embeds, **widths)
 
 
 def make_pairs(folder: Path, grids: int = 12, shard: int = 10, instruction: str = "") -> Any:

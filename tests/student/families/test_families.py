@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import tiny
 from diptych.errors import UsageError
 from diptych.student.families import families, family_of
 from diptych.student.families.base import Family, Reference, Size, Text, pack, unpack
 from raising import raises
-from stages import families as tiny
-from stages import teachers
 
 STEPS, LENGTH = 4, 32
 PROMPTS = ["a cat", "a much longer text about a dog"]
@@ -50,9 +49,9 @@ def opened(make: Callable[[Path], Path], name: str) -> Callable[[Path], Any]:
 
 PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux1": lambda _: flux1(),
-    "flux2": opened(teachers.make_flux2, "Flux2KleinPipeline"),
-    "qwen_image": opened(teachers.make_qwen, "QwenImagePipeline"),
-    "sd3": opened(teachers.make_sd3, "StableDiffusion3Pipeline"),
+    "flux2": opened(tiny.flux2_teacher, "Flux2KleinPipeline"),
+    "qwen_image": opened(tiny.qwen_teacher, "QwenImagePipeline"),
+    "sd3": opened(tiny.sd3_teacher, "StableDiffusion3Pipeline"),
     "z_image": lambda _: tiny.zimage(),
 }
 
