@@ -51,7 +51,8 @@ class Text:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
         """The same text with every tensor changed."""
-        return Text(*(None if tensor is None else change(tensor) for tensor in (self.embeds, self.pooled, self.mask)))
+        others = (None if tensor is None else change(tensor) for tensor in (self.pooled, self.mask))
+        return Text(change(self.embeds), *others)
 
 
 @dataclass(frozen=True)
