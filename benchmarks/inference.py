@@ -6,7 +6,7 @@
     python benchmarks/inference.py full                   a random FLUX.1, 12 B, 2048 + 512 tokens (a GPU of 80 GB)
     python benchmarks/inference.py tokens                 that FLUX as a diptych and with reference tokens, 512² (CPU)
     python benchmarks/inference.py quality                what the lossy switches cost in CP·PF on the pocket model
-    python benchmarks/inference.py publish RESULT.json    a quality result into docs/speed.md and `--help`
+    python benchmarks/inference.py publish RESULT.json    a quality result into docs/speed.md and `switches`
 
 Results go to benchmarks/results/, with the machine named. Seconds are medians; peak bytes are above what both models
 hold at rest; `share` is the blocks' arithmetic over time × the matrix rate that was measured in the same run.
@@ -567,7 +567,7 @@ MARKS = ("<!-- costs: written by benchmarks/inference.py publish -->", "<!-- end
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    """Puts a quality result into `speed_costs.json`, which `--help` reads, and into the table of docs/speed.md."""
+    """Puts a quality result into `speed_costs.json`, which `diptych switches` reads, and into docs/speed.md."""
     result = json.loads(Path(arguments.result).read_text("utf8"))
     if result.get("benchmark") != "quality":
         sys.exit(f"{arguments.result} is no quality result")

@@ -1,8 +1,12 @@
-"""What the documentation site's build makes itself: the recipe reference, from the pydantic models, and its pictures,
-drawn by the shipped pocket models. A page asks for one with a comment, `<!-- picture: NAME -->`."""
+"""Pages and images that the build of the documentation site generates.
+
+References: recipes (from the pydantic models), commands (from the command line), and error codes (from `errors.yaml`).
+Images come from the built-in pocket models; a page includes one with a comment, `<!-- picture: NAME -->`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 from collections.abc import Iterator
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pictures  # beside this file: MkDocs finds it while it loads the hook
+import typer
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -21,8 +26,9 @@ def outside(page: str) -> re.Pattern[str]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the generated pages and pictures."""
-    files.append(File.generated(config, "reference/recipes.md", content=recipe_reference()))
+    """Adds the generated pages and images."""
+    for name, content in (("recipes", recipe_reference()), ("cli", cli_reference()), ("errors", error_reference())):
+        files.append(File.generated(config, f"reference/{name}.md", content=content))
     for name, path in pictures.drawn(Path("build/pictures")).items():
         files.append(File.generated(config, f"pictures/{name}.png", abs_src_path=str(path.resolve())))
     pages = files.documentation_pages()
@@ -37,7 +43,7 @@ def _inside(name: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts the pictures where a page asks for them, captioned with what their function says."""
+    """Inserts images where a page includes them; the docstring of an image's function is its caption."""
     up = "../" * page.file.src_uri.count("/")
 
     def picture(match: re.Match[str]) -> str:
@@ -61,10 +67,60 @@ def recipe_reference() -> str:
             if _models(field.annotation) and not title:
                 continue
             default = "" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
+            lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def cli_reference() -> str:
+    """Every command with its options and examples, in the order and the groups of `diptych --help`, as Markdown."""
+    from typer.main import get_command
+
+    from diptych.cli.app import app
+
+    lines = [
+        "# Commands",
+        "",
+        "`diptych COMMAND --help` prints the same text. Results go to stdout, progress and errors",
+    ]
+    lines += [
+        "to stderr. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. [Error codes](errors.md) are stable."
+    ]
+    panel = None
+    for name, command in get_command(app).commands.items():
+        if command.rich_help_panel != panel:
+            panel = command.rich_help_panel
+            lines += ["", f"## {panel}"]
+        inner = getattr(command, "commands", {"": command})
+        for title, one in ((f"diptych {name} {sub}".strip(), one) for sub, one in inner.items()):
+            lines += ["", f"### {title}", "", inspect.cleandoc(one.help), "", "```text", one.epilog, "```"]
+            for section, options in one.panels(typer.Context(one, info_name=title)).items():
+                if section != "Other":
+                    lines += ["", f"| {section} | |", "|---|---|"]
+                    lines += [f"| `{option}` | {_cell(meaning)} |" for option, meaning in options]
+    return "\n".join(lines) + "\n"
+
+
+def error_reference() -> str:
+    """Every error code with meaning and remedy, in the groups of `errors.yaml`, as Markdown."""
+    from diptych import errors
+
+    lines = ["# Error codes", "", "Every error has a stable code; its wording may change. The command line prints"]
+    lines += ['`error[CODE]: message`, or with `--json` an object `{"error": {"code", "message"}}`. The server sends']
+    lines += ["the code in the body of the response (`error.code`). In Python, `UserError.code` has it."]
+    for line in Path(errors.__file__).with_suffix(".yaml").read_text("utf8").splitlines()[1:]:
+        if line.startswith("# "):
+            lines += ["", f"## {line[2:]}", "", "| code | meaning | what to do |", "|---|---|---|"]
+        elif line:
+            code = line.partition(":")[0]
+            entry = errors.codes()[code]
+            lines.append(f"| `{code}` | {_cell(entry['meaning'])} | {_cell(entry['remedy'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _sections(title: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -205,10 +205,10 @@ def test_a_story_with_a_panel_twice_is_sent_back(serve: Serve, again: dict[str, 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--panel", "a", "--idea", "b"], "in one way"),
-        ([], "in one way"),
+        (["--panel", "a", "--idea", "b"], "--panel and --idea"),
+        ([], "error[option_missing]"),
         (["--panel", "a"], "4 to 10 panels, not 1"),
-        (["--idea", "a cat at sea"], "--idea needs a language model"),
+        (["--idea", "a cat at sea"], "--llm-endpoint"),
         ([x for text in TEXTS for x in ("--panel", text)] + ["--out", "page.doc"], "end the name in"),
         ([x for text in TEXTS for x in ("--panel", text)] + ["--speed", "fastr"], "fastr"),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from PIL import Image
 
+from diptych.errors import codes
 from diptych.recipe.schema import Distill
 
 from .blocks import ROOT
@@ -23,6 +25,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     site = tmp_path / "site"
     reference = (site / "reference/recipes/index.html").read_text()
     assert all(f"<code>{name}</code>" in reference for name in Distill.model_fields)
+    commands = (site / "reference/cli/index.html").read_text()
+    assert all(
+        f"diptych {name}</h3>" in re.sub(r"<a .*?</a>", "", commands) for name in ("run", "generate", "data audit")
+    )
+    assert "<code>--image-guidance X</code>" in commands
+    listed = (site / "reference/errors/index.html").read_text()
+    assert all(f"<td><code>{code}</code></td>" in listed for code in codes())
     pictures = list((site / "pictures").glob("*.png"))
     assert pictures
     for picture in pictures:

@@ -225,13 +225,13 @@ def test_a_folder_remembers_its_job_and_wrong_keys_are_named(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ("", "missing argument 'RECIPE'"),
-        ("pocket --suite pocket", "leave RECIPE out"),
+        ("", "error[option_missing]"),
+        ("pocket --suite pocket", "error[option_conflict]"),
         ("--suite pockt --model pocket", "did you mean 'pocket'"),
         ("--suite pocket", "nothing to evaluate"),
         ("--suite pocket --baseline student --out {out}", "write --model RUN"),
-        ("--suite pocket --model pocket --only draw", "is generate or score"),
-        ("--suite pocket --model pocket --judge-endpoint http://x/v1", "needs both"),
+        ("--suite pocket --model pocket --only draw", "error[option_invalid]"),
+        ("--suite pocket --model pocket --judge-endpoint http://x/v1", "--judge-model"),
         ("--suite pocket --model pocket --judge vlm", "needs a vision-language model"),
         ("--suite pocket --model nope --out {out}", "unknown student model 'nope'"),
     ],

@@ -274,11 +274,13 @@ def test_every_switch_is_explained_and_every_lossy_one_says_its_cost(tmp_path, m
     costs = {"settings": {"decode=right": {"change": -0.012, "ci95": [-0.03, 0.01], "n": 50}}}
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     monkeypatch.setattr(speed, "COSTS", tmp_path / "costs.json")
-    text = speed.describe()
-    assert "decode: canvas, or right" in text
-    assert "(lossy; decode=right changes CP·PF by -1.2 % [-3.0, +1.0] on the pocket model)" in text
-    assert "fast (cost in quality not measured yet)" in speed.summary()
-    assert "clamp_left: hold the left panel to its known path (lossy; cost in quality not measured yet)" in text
+    switches, presets = speed.switches(), speed.presets()
+    assert {name for name, switch in switches.items() if switch["cost"]} == set(speed.LOSSY)
+    assert "decode=right changes CP·PF by -1.2 % [-3.0, +1.0]" in switches["decode"]["cost"]
+    assert "not measured" in switches["clamp_left"]["cost"] and "not measured" in presets["fast"]["cost"]
+    assert presets["fast"]["sets"]["cache"] == "skip" and presets["exact"]["cost"] == ""
+    text = "\n".join(speed.format_switches({"presets": presets, "switches": switches}))
+    assert all(word in text for word in ("decode=canvas", "batched_guidance=off", "Lossy: decode=right", "fastest:"))
 
 
 # One way in --------------------------------------------------------------------------------------------------------

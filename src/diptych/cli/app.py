@@ -1,5 +1,5 @@
-"""The command line, assembled: the commands are thin, in one file for each group. Each checks its options, calls the
-function that Python users call, and prints the result.
+"""The command line. The commands are thin, in one file for each group: each checks its options, calls the function that
+Python users call, and prints the result.
 
 Nothing heavy is imported here: `diptych --help` answers at once. Results go to stdout, progress and errors to stderr.
 Errors have a code of `errors.yaml`; with --json they are printed as JSON. Exit codes: 0 done, 1 failed, 2 wrong use,
@@ -16,26 +16,25 @@ from typing import Annotated
 import typer
 
 from diptych.cli import data, doctor, generate, run, serve, weights
-from diptych.cli.options import add
-from diptych.errors import UserError
+from diptych.cli.options import register, typer_app
+from diptych.errors import UserError, describe
 from diptych.utils.console import printable_json, show
 
-app = typer.Typer(
-    name="diptych",
-    help="Diffusion Self-Distillation: teach a text-to-image model to take a reference image, "
-    "from data it draws and curates itself.",
-    epilog="Start with: diptych doctor · diptych run demo · diptych generate --help",
-    no_args_is_help=True,
+app = typer_app(
+    "diptych",
+    help="Diffusion Self-Distillation: train a text-to-image model to take a reference image, on pairs that it "
+    "generates and curates itself.",
+    epilog="Try: diptych run demo. `diptych COMMAND --help` shows the options and an example.",
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(data.app, name="data")
-add(app, (serve.serve, run.run, run.write, run.paint, run.curate, run.distill, run.evaluate, run.plan, run.ablate))
-add(app, (generate.generate, generate.relight, generate.story, weights.push, weights.sign, weights.trace))
-add(app, (weights.convert, run.tasks, doctor.doctor))
-
-INTERRUPTED = "interrupted; run the same command to continue"
+register(app, "Start", doctor.doctor, run.tasks, run.plan, run.run)
+register(app, "Make pairs", run.write, run.paint, run.curate)
+app.add_typer(data.app, short_help="Count, audit, select, import, and export pairs.", rich_help_panel="Make pairs")
+register(app, "Train", run.distill, weights.convert)
+register(app, "Generate images", generate.generate, generate.relight, generate.story, generate.switches, serve.serve)
+register(app, "Evaluate", run.evaluate, run.ablate)
+register(app, "Inspect and publish", weights.trace, weights.sign, weights.push)
 
 
 def _version(value: bool) -> None:
@@ -48,13 +47,15 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of the command itself."""
 
 
 class _Warnings(logging.Handler):
-    """diptych's own warnings, one line each on stderr."""
+    """Prints the warnings of diptych, one line each, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         show(f"{record.levelname.lower()}: {record.getMessage()}", news=True)
@@ -81,12 +82,11 @@ def call(args: list[str] | None = None) -> int:
         return exit_code
 
     def interrupted() -> int:
-        show(INTERRUPTED, news=True)
-        return 130
+        return fail("interrupted", "Interrupted. Run the same command to resume.", 130)
 
     try:
-        result = app(args=args, standalone_mode=False)
-        # typer may turn Ctrl-C into this exit code before it gets here.
+        result = app(args=args, prog_name="diptych", standalone_mode=False)
+        # typer may already have turned Ctrl-C into this exit code.
         return interrupted() if result == 130 else result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return interrupted()
@@ -99,7 +99,7 @@ def call(args: list[str] | None = None) -> int:
             return error.exit_code
         return fail(error.code, str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader of our output went away (`diptych … | head`): not an error of ours.
+        # The reader of the output ended (`diptych … | head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -109,22 +109,22 @@ def call(args: list[str] | None = None) -> int:
         if message is None:
             if debug:
                 raise
-            # Not a mistake of the user's. One line all the same, and how to see where it came from.
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"
+            # Not a mistake of the user, but one line is still enough.
+            text = describe(error, 500, kind=True)
             if isinstance(error, OSError) and error.filename:
                 text = f"{error.filename}: {error.strerror or error}"
-            return fail("internal", f"{text} (DIPTYCH_DEBUG=1 shows where)", 1)
+            return fail("internal", f"{text} (set DIPTYCH_DEBUG=1 to see the traceback)", 1)
         context = getattr(error, "ctx", None)
         hint = f" (try: {context.command_path} --help)" if context else ""
         return fail("usage", f"{message()}{hint}", getattr(error, "exit_code", 2))
 
 
 def quiet_libraries() -> None:
-    """Keeps the bars and the chatter of the libraries below off the terminal; errors still come through."""
+    """Silences the progress bars and warnings of libraries; their errors still appear."""
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub|accelerate|peft)\b")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they warn when something merely imports them
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they warn on import
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,7 +1,4 @@
-"""What this machine can do: versions, devices, memory, extras, the models that ship, and what fits.
-
-`diptych doctor` prints it; bug reports should carry it.
-"""
+"""`diptych doctor`: versions, devices, memory, extras, built-in models, and what fits. Include it in bug reports."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from diptych.cli.options import Json, command, tell
+from diptych.cli.options import Json, command, print_result
 from diptych.utils import models
 from diptych.utils.machine import processor, versions
 from diptych.utils.paths import packaged
 
-# Extra → the modules it brings.
+# Extra → the modules that it installs.
 EXTRAS = {
     "train": ("bitsandbytes", "tensorboard"),
     "ray": ("ray",),
@@ -29,7 +26,7 @@ EXTRAS = {
     "vllm": ("vllm",),
     "dev": ("pytest", "hypothesis", "datasets"),
 }
-# What fits into the machine's memory, GiB. For a GPU the memory presets say it.
+# Memory in GiB that models need on the CPU. For GPUs, the memory presets have these figures.
 NEEDS = (
     ("pocket, everything", 2.0),
     ("FLUX.1-dev in bfloat16 on the CPU (slow: minutes a step)", 40.0),
@@ -37,36 +34,35 @@ NEEDS = (
 GIB = 2**30
 
 
-@command("diptych doctor --json")
+@command("diptych doctor", "diptych doctor --teacher FLUX.1-schnell --json", Input="teacher")
 def doctor(
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", metavar="MODEL", help="A teacher to examine: a folder or a hub name."),
+        typer.Option("--teacher", metavar="MODEL", help="Teacher to inspect: a folder or a hub name."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine can do: versions, devices, memory, extras, models that ship, what fits.
+    """Check this machine: versions, devices, memory, models.
 
-    Teachers in the hub's cache, and the one of --teacher, are examined for step distillation.
-
-    Exit code 1 if something keeps diptych from working.
+    Teachers in the hub's cache, and the one of --teacher, are checked for step distillation. The exit code is 1 if
+    something prevents diptych from working.
     """
-    found = examine(teacher)
-    tell(found, lines, as_json, indent=2)
-    if found["problems"]:
+    report = examine(teacher)
+    print_result(report, format_report, as_json, indent=2)
+    if report["problems"]:
         raise typer.Exit(1)
 
 
 def examine(teacher: str | None = None) -> dict[str, Any]:
-    """Everything as plain values; `problems` lists what keeps diptych from working, each with what to do.
+    """The report as plain values; `problems` lists what prevents diptych from working, each with its remedy.
 
     Args:
-        teacher: also examine this one, a folder or a hub name, beside those in the hub's cache.
+        teacher: a folder or hub name to check, besides the teachers in the hub's cache.
     """
     from diptych.llm import vllm
 
     problems: list[str] = []
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "system": platform.platform(),
         "versions": versions(),
         "cpu": _cpu(problems),
@@ -76,12 +72,12 @@ def examine(teacher: str | None = None) -> dict[str, Any]:
         "pocket": _pocket(problems),
         "hub": {"offline": bool(os.environ.get("HF_HUB_OFFLINE")), "cache": _cache()},
     }
-    found["fits"] = {name: found["memory"]["total"] >= need for name, need in NEEDS}
-    found["flux"] = _flux(found["devices"])
-    found["vllm"] = vllm.problem()
-    found["teachers"] = _teachers(teacher)
-    found["problems"] = problems
-    return found
+    report["fits"] = {name: report["memory"]["total"] >= need for name, need in NEEDS}
+    report["flux"] = _flux(report["devices"])
+    report["vllm"] = vllm.problem()
+    report["teachers"] = _teachers(teacher)
+    report["problems"] = problems
+    return report
 
 
 def _cpu(problems: list[str]) -> dict[str, Any]:
@@ -95,7 +91,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
         return values
     values["threads"] = torch.get_num_threads()
     values["capability"] = torch.backends.cpu.get_cpu_capability()
-    # torch offers these under private names only; a version without them just says nothing.
+    # torch has these under private names only; a version without them is not an error.
     for key, name in (
         ("amx", "_is_amx_tile_supported"),
         ("avx512_bf16", "_is_avx512_bf16_supported"),
@@ -107,7 +103,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
 
 
 def _memory() -> dict[str, float]:
-    """GiB, of the machine."""
+    """The machine's memory in GiB."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -143,14 +139,16 @@ def _missing(modules: tuple[str, ...]) -> list[str]:
 
 
 def _pocket(problems: list[str]) -> dict[str, float | None]:
-    """MB of each of the models that ship, None for one that is not there."""
+    """Size in MB of each built-in model; None for one that is missing."""
     sizes: dict[str, float | None] = {}
     for role in models.SHIPPED:
         folder = packaged("pocket/weights") / role
         weights = list(folder.rglob("*.safetensors"))
         sizes[role] = round(sum(p.stat().st_size for p in weights) / 1e6, 1) if weights else None
     if absent := [role for role, size in sizes.items() if size is None]:
-        problems.append(f"the pocket weights lack {', '.join(absent)}: this installation is incomplete; reinstall it")
+        problems.append(
+            f"the pocket weights lack {', '.join(absent)}: this installation is incomplete; reinstall diptych"
+        )
     return sizes
 
 
@@ -161,7 +159,7 @@ def _cache() -> str:
 
 
 def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
-    """Memory preset → why FLUX.1-dev cannot be drawn with it on the first CUDA card; empty if it can."""
+    """Memory preset → why FLUX.1-dev does not work with it on the first CUDA GPU; empty if it does."""
     card = next((device for device in devices if device["device"].startswith("cuda")), None)
     from diptych.student.runtime import memory as presets
 
@@ -169,57 +167,57 @@ def _flux(devices: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _teachers(named: str | None) -> list[dict[str, Any]]:
-    """The pipelines in the hub's cache, and the one that was named: whether each is step-distilled."""
+    """The pipelines in the hub's cache and the named one, and whether each is step-distilled."""
     from diptych.student.families import teachers
     from diptych.utils.opening import INDEX, read
 
     listed = list(teachers.cached())
     if named is not None:
         kind = str(read(named, INDEX).get("_class_name", ""))
-        listed = [(named, kind, teachers.examine(named)), *(one for one in listed if one[0] != named)]
-    return [{"name": name, "class": kind, "distilled": found.reason if found else ""} for name, kind, found in listed]
+        listed = [(named, kind, teachers.examine(named)), *(each for each in listed if each[0] != named)]
+    return [{"name": name, "class": kind, "distilled": why.reason if why else ""} for name, kind, why in listed]
 
 
 def _why_not(name: str, card: dict[str, Any] | None) -> str:
     from diptych.student.runtime import memory as presets
 
     if card is None:
-        return "no CUDA card here; on a CPU, --memory auto plans with the machine's memory"
+        return "no CUDA GPU; on a CPU, --memory auto uses the machine's memory"
     if card["memory"] < presets.HEADROOM * int(name):
         return f"{card['device']} has {card['memory']} GiB"
     reasons = [presets.problems(preset, "cuda") for preset in presets.PRESETS[name]]
     return "" if not all(reasons) else "; ".join(dict.fromkeys(reason for row in reasons for reason in row))
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The findings as text."""
-    cpu, memory = found["cpu"], found["memory"]
+def format_report(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    cpu, memory = report["cpu"], report["memory"]
     flags = [key for key in ("amx", "avx512_bf16", "vnni") if cpu.get(key)]
-    pocket = ", ".join(f"{role} {f'{size} MB' if size else 'MISSING'}" for role, size in found["pocket"].items())
+    pocket = ", ".join(f"{role} {f'{size} MB' if size else 'MISSING'}" for role, size in report["pocket"].items())
     out = [
-        " · ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"system    {found['system']}",
+        " · ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"system    {report['system']}",
         f"cpu       {cpu['processor']}: {cpu['cores']} cores, torch uses {cpu.get('threads', '?')} threads; "
         f"{cpu.get('capability', '')}{', with ' + ', '.join(flags) if flags else ''}",
         f"memory    {memory['total']} GiB, {memory['available']} GiB free",
     ]
-    for device in found["devices"]:
+    for device in report["devices"]:
         size = f", {device['memory']} GiB ({device['free']} free)" if "memory" in device else ""
         out.append(f"device    {device['device']}: {device['name']}{size}")
     out.append(
-        "extras    " + ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["extras"].items())
+        "extras    " + ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report["extras"].items())
     )
     out.append(f"pocket    {pocket}")
-    out.append(f"hub       {found['hub']['cache']}{' (offline)' if found['hub']['offline'] else ''}")
-    out += [f"fits      {name}: {'yes' if fits else 'no'}" for name, fits in found["fits"].items()]
-    for reason in dict.fromkeys(found["flux"].values()):
-        names = ", ".join(name for name, why in found["flux"].items() if why == reason)
+    out.append(f"hub       {report['hub']['cache']}{' (offline)' if report['hub']['offline'] else ''}")
+    out += [f"fits      {name}: {'yes' if fits else 'no'}" for name, fits in report["fits"].items()]
+    for reason in dict.fromkeys(report["flux"].values()):
+        names = ", ".join(name for name, why in report["flux"].items() if why == reason)
         out.append(f"memory    FLUX.1-dev with --memory {names}: {f'no: {reason}' if reason else 'yes'}")
-    for teacher in found["teachers"]:
+    for teacher in report["teachers"]:
         why = teacher["distilled"]
         fit = f"step-distilled ({why}): paint with few steps, do not train from it" if why else "not step-distilled"
-        out.append(f"teacher   {teacher['name']}: {teacher['class'] or 'class not known here'}, {fit}")
-    reason = found["vllm"]
+        out.append(f"teacher   {teacher['name']}: {teacher['class'] or 'unknown class'}, {fit}")
+    reason = report["vllm"]
     out.append(f"judge     a vision-language model on vLLM (curate.vlm.vllm): {f'no: {reason}' if reason else 'yes'}")
-    out += [f"problem   {problem}" for problem in found["problems"]] or ["all right"]
+    out += [f"problem   {problem}" for problem in report["problems"]] or ["no problems"]
     return out

@@ -1,71 +1,69 @@
-"""The commands that draw with a student: `generate`, `relight` and `story`."""
+"""The commands that generate images with a student: `generate`, `relight`, `story`, and `switches`, which lists the
+settings of `--speed`."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diptych.cli.options import Cluster, Device, Json, Loading, command, opened, tell
+from diptych.cli.options import Cluster, Device, Json, Loading, command, load_student, print_result, require_text
 from diptych.errors import UsageError, UserError
-from diptych.student.sampling import Sampling
+from diptych.student.runtime import speed as speeds
+from diptych.student.sampling import SEED, Sampling
 from diptych.utils.console import printable_json, show
 from diptych.utils.io import sha256
+
+LLM_URL_HELP = "OpenAI-compatible server [default: $DIPTYCH_LLM_URL]."
+LLM_MODEL_HELP = "The server's name for its model [default: $DIPTYCH_LLM_MODEL]."
 
 
 @dataclass(frozen=True)
 class Enhancing:
-    """Whether prompts are filled out, and by which model."""
+    """Whether prompts are extended, and by which model."""
 
+    PANELS: ClassVar = {"Prompt enhancement": "enhance enhance_endpoint enhance_model"}
     enhance: Annotated[
-        bool, typer.Option("--enhance", help="Let a vision-language model fill the prompt out from the reference.")
+        bool, typer.Option("--enhance", help="Extend the prompt with a vision-language model that sees the reference.")
     ] = False
-    enhance_endpoint: Annotated[
-        str | None,
-        typer.Option("--enhance-endpoint", metavar="URL", help="Where it answers [default: $DIPTYCH_LLM_URL]."),
-    ] = None
-    enhance_model: Annotated[
-        str | None, typer.Option("--enhance-model", metavar="NAME", help="Its name [default: $DIPTYCH_LLM_MODEL].")
-    ] = None
+    enhance_endpoint: Annotated[str | None, typer.Option("--enhance-endpoint", metavar="URL", help=LLM_URL_HELP)] = None
+    enhance_model: Annotated[str | None, typer.Option("--enhance-model", metavar="NAME", help=LLM_MODEL_HELP)] = None
 
 
 @command(
     'diptych generate --model pocket --reference examples/references/cat.png --prompt "a cat on the moon" '
-    "--out cat.png --seed 1"
+    "--out cat.png --seed 1",
+    Input="reference prompt batch seed",
+    Output="out preview",
 )
 def generate(
     *,
     reference: Annotated[
         list[str] | None,
-        typer.Option("--reference", metavar="IMAGE|DIR", help="The picture of your subject, or a folder. Repeatable."),
+        typer.Option("--reference", metavar="PATH", help="Image of your subject, or a folder of images. Repeatable."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What the new picture shows, the whole of it. Repeatable.")
+        list[str] | None, typer.Option("--prompt", help="Description of the whole new image. Repeatable.")
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            "--batch", metavar="FILE", help="JSONL: one object a line, with reference, prompt, seed, options."
-        ),
+        typer.Option("--batch", metavar="FILE", help="JSONL file; each line has reference, prompt, seed, and options."),
     ] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", min=0, help=f"{SEED} Repeatable [default: 0].")] = None,
     out: Annotated[
         str | None,
         typer.Option(
             "--out",
-            metavar="FILE|DIR",
-            help="A .png, .webp or .jpg file, replaced if it is there [default: diptych.png]. For several pictures a "
-            "folder, or names with {reference}, {prompt}, {seed}, {row}; what is there already is kept.",
+            metavar="PATH",
+            help="PNG, WebP, or JPEG file [default: diptych.png]. For several images: a folder, or a pattern with "
+            "{reference}, {prompt}, {seed}, {row}.",
         ),
     ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option("--seed", min=0, help="The same seed gives the same picture. Repeatable [default: 0]."),
-    ] = None,
     preview: Annotated[
-        str | None, typer.Option("--preview", metavar="FILE", help="A picture file that shows what is being drawn.")
+        str | None, typer.Option("--preview", metavar="FILE", help="Image file that shows the image in progress.")
     ] = None,
     loading: Loading,
     sampling: Sampling,
@@ -74,11 +72,11 @@ def generate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Draw your subject in new scenes: every reference with every prompt with every seed.
+    """Generate images of your subject in new scenes.
 
-    Run again, it draws only what is missing; a picture that fails is named in DIR/failed.jsonl, and the rest goes on.
-    Under `torchrun --nproc-per-node N -m diptych generate …`, N GPUs draw each picture together; with --engine ray
-    each worker of a cluster draws pictures of its own.
+    Every reference is combined with every prompt and every seed. Run the command again to generate only what is
+    missing. Failed images are listed in DIR/failed.jsonl. With torchrun, several GPUs generate each image together;
+    with --engine ray, each worker generates its share of the images.
     """
     from diptych.apps import batch as batches
     from diptych.data.engines import open_engine
@@ -88,27 +86,29 @@ def generate(
 
     started = time.monotonic()
     if batch is None and not (reference and prompt):
-        raise UsageError(f"missing option '--{'prompt' if reference else 'reference'}' (or --batch FILE)")
-    if any(not text.strip() for text in prompt or ()):
-        raise UsageError("--prompt is empty; say what the new picture shows")
-    if out == "":
-        raise UsageError("--out is empty; name a file or a folder")
+        missing = "--prompt" if reference else "--reference"
+        raise UsageError("option_missing", f"Missing option {missing}. Pass it, or --batch FILE.")
+    for text in prompt or ():
+        if not text.strip():
+            raise UsageError("text_empty", "--prompt is empty. Describe the new image.")
+    require_text(out=out)
     if preview is not None:
         kind_of(preview)
-    asked = {"reference": reference or None, "prompt": prompt or None, "seed": seed or None, **sampling}
-    plan = batches.plan(asked, batch, out)
+    shared = {"reference": reference or None, "prompt": prompt or None, "seed": seed or None, **sampling}
+    plan = batches.plan(shared, batch, out)
     student = {**loading.arguments(), "device": device}
     several = parallel.processes() > 1
     if cluster.engine != "local" and (several or preview is not None):
         raise UsageError(
-            f"--engine {cluster.engine} draws whole pictures in other processes: without torchrun and --preview"
+            "option_conflict",
+            f"--engine {cluster.engine} generates images in other processes. Leave out torchrun and --preview.",
         )
     display = Display(quiet=as_json or not parallel.is_first())
     if enhancing.enhance:
         plan = _enhanced(plan, enhancing, loading, several, display)
 
     def load() -> Any:
-        return opened(display, student, parallel=several)
+        return load_student(display, student, parallel=several)
 
     try:
         with open_engine(cluster.engine, cluster.address) as machines:
@@ -119,17 +119,17 @@ def generate(
         if several:
             parallel.leave()
     if parallel.is_first():
-        _tell_pictures(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
+        _report_images(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
 
 
 def _enhanced(plan: Any, enhancing: Enhancing, loading: Loading, several: bool, display: Any) -> Any:
-    """The plan with its prompts filled out, as long as the model that draws reads; as it is, and one line that says so,
-    where there is no endpoint."""
+    """The plan with its prompts extended to at most the length that the model reads. Without an endpoint the plan
+    stays as it is, and one line says so."""
     from diptych.apps import enhance
     from diptych.llm.cache import Cache
 
     if several:
-        raise UsageError("--enhance asks in one process; without torchrun, or with the longer prompt written out")
+        raise UsageError("option_conflict", "--enhance does not work under torchrun. Pass the long prompt itself.")
     endpoint = enhance.endpoint_of(enhancing.enhance_endpoint, enhancing.enhance_model)
     if endpoint is None:
         show(enhance.OFF, news=True)
@@ -139,63 +139,68 @@ def _enhanced(plan: Any, enhancing: Enhancing, loading: Loading, several: bool, 
         return enhance.apply(plan, endpoint, cache, report, length)
 
 
-def _tell_pictures(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
-    """What `generate` has to say at its end: the files on stdout, the counts on stderr, failures as its exit code."""
+def _report_images(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
+    """Prints the files on stdout and the counts on stderr. UserError if images failed."""
     from diptych.apps.batch import FAILED, counted
 
-    drawn = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
+    images = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
     if as_json:
         skipped = [str(path) for path in outcome.skipped]
-        several = {"pictures": drawn, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
-        told = several if plan.folder is not None else {**drawn[0], "seconds": seconds}
-        show(printable_json(told))
+        several = {"pictures": images, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
+        show(printable_json(several if plan.folder is not None else {**images[0], "seconds": seconds}))
     else:
-        for picture in drawn:
-            show(picture["out"])
+        for image in images:
+            show(image["out"])
         display.say(f"{counted(outcome)}, {seconds:.1f} s")
-    if outcome.failed and plan.folder is not None:  # one picture with a name of its own fails as itself
+    if outcome.failed and plan.folder is not None:  # a single image raises its error itself
         raise UserError(
-            f"{len(outcome.failed)} of {len(plan.requests)} pictures failed: {plan.folder / FAILED} says why; "
-            "the same command tries them again"
+            "rows_failed",
+            f"{len(outcome.failed)} of {len(plan.requests)} images failed. The reasons are in {plan.folder / FAILED}. "
+            "Run the same command to try them again.",
         )
 
 
 @command(
-    'diptych relight --reference examples/references/cat.png --light "soft golden light from the left" --out lit.png'
+    'diptych relight --reference examples/references/cat.png --light "soft golden light from the left" --out lit.png',
+    Input="reference light scene mask task seed",
+    Output="out",
+    Sampling="detail",
 )
 def relight(
     *,
-    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="The picture that is to be relit.")],
-    light: Annotated[list[str], typer.Option("--light", help="The light, in words. Repeatable: several make a strip.")],
+    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="Image to relight.")],
+    light: Annotated[
+        list[str], typer.Option("--light", help="Description of the light. Repeatable: several lights make a strip.")
+    ],
+    scene: Annotated[str, typer.Option("--scene", help="Description of the image, for models that need one.")] = "",
+    mask: Annotated[
+        str | None,
+        typer.Option("--mask", metavar="IMAGE", help="Mask of the same size: white may change, black does not."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", metavar="TASK", help="Task with aligned panels: a name or a YAML file.")
+    ] = "relight",
+    seed: Annotated[int, typer.Option("--seed", min=0, help=SEED)] = 0,
     out: Annotated[
         str,
         typer.Option(
             "--out",
-            metavar="FILE|DIR",
-            help="A .png, .webp or .jpg file; for several lights a strip, or a folder with a file for each.",
+            metavar="PATH",
+            help="PNG, WebP, or JPEG file. For several lights: a file for the strip, or a folder with a file for each.",
         ),
     ] = "relit.png",
-    scene: Annotated[
-        str, typer.Option("--scene", help="What the picture shows, for a model that is surer when told.")
-    ] = "",
-    mask: Annotated[
-        str | None, typer.Option("--mask", metavar="IMAGE", help="White may change, black stays; of the same size.")
-    ] = None,
-    detail: Annotated[
-        float, typer.Option("--detail", min=0, max=1, help="Share of the fine detail that is the reference's own.")
-    ] = 1.0,
-    task: Annotated[
-        str, typer.Option("--task", metavar="NAME|FILE", help="Another task whose panels are aligned.")
-    ] = "relight",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same picture.")] = 0,
     loading: Loading,
     sampling: Sampling,
+    detail: Annotated[
+        float,
+        typer.Option("--detail", min=0, max=1, help="Share of the fine detail that is copied from the reference."),
+    ] = 1.0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Put a picture under another light, everything in its place.
+    """Put an image under another light; everything stays in place.
 
-    Several lights give a strip, from left to right. With --mask the black part stays as it is, to the pixel.
+    Several lights make a strip, from left to right. With --mask, the black part stays the same in every pixel.
     """
     from diptych.apps import relight as relighting
     from diptych.data.images import check_image, kind_of, open_image, save_image
@@ -203,89 +208,85 @@ def relight(
 
     started = time.monotonic()
     if any(not text.strip() for text in light):
-        raise UsageError("--light is empty; say how the scene is lit")
+        raise UsageError("text_empty", "--light is empty. Describe how the scene is lit.")
     folder = Path(out) if out.endswith("/") or Path(out).is_dir() else None
     if folder is None:
         kind_of(out)
     if Path(out).exists() and Path(out).resolve() in {Path(p).resolve() for p in (reference, mask) if p}:
-        raise UsageError(f"{out} is a reference itself; name another file to write")
+        raise UsageError("output_collision", f"--out {out} is the reference or the mask. Choose another file.")
     relighting.aligned(task)
-    told = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
-    picture, masked = (
-        open_image(reference, background=sampling.get("background") or "white"),
-        open_image(mask) if mask else None,
-    )
+    origin = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
+    image = open_image(reference, background=sampling.get("background") or "white")
+    masked = open_image(mask) if mask else None
     display = Display(quiet=as_json)
-    student = opened(display, {**loading.arguments(), "device": device})
-    pictures = []
-    with display.stage("relight", "pictures") as report:
+    student = load_student(display, {**loading.arguments(), "device": device})
+    images = []
+    with display.stage("relight", "images") as report:
         for done, text in enumerate(light):
             report(done, len(light))
             options = {"scene": scene, "task": task, "mask": masked, "detail": detail, "seed": seed}
-            pictures.append(student.relight(picture, text, **options, **sampling))
+            images.append(student.relight(image, text, **options, **sampling))
         report(len(light), len(light))
-    made = [{**image.info, **told} for image in pictures]
+    records = [{**each.info, **origin} for each in images]
     if folder is not None:
-        names = [_name(text, seed) for text in light]
-        written = [
-            save_image(image, folder / name, info) for image, name, info in zip(pictures, names, made, strict=True)
-        ]
-    elif len(pictures) == 1:
-        written = [save_image(pictures[0], out, made[0])]
+        paths = [folder / _file_name(text, seed) for text in light]
+        written = [save_image(*each) for each in zip(images, paths, records, strict=True)]
+    elif len(images) == 1:
+        written = [save_image(images[0], out, records[0])]
     else:
-        whole = {**made[0], "light": light, "prompt": [info["prompt"] for info in made]}
-        written = [save_image(relighting.strip(pictures), out, whole)]
-    _tell({"out": [str(path) for path in written], "pictures": made}, started, as_json)
+        whole = {**records[0], "light": light, "prompt": [record["prompt"] for record in records]}
+        written = [save_image(relighting.strip(images), out, whole)]
+    _print_written({"out": [str(path) for path in written], "pictures": records}, started, as_json)
 
 
 @command(
     'diptych story --reference examples/references/cat.png --panel "a cat on the beach" --panel "a cat in a '
     'forest | Then it got lost." --panel "a cat in a cave" --panel "a cat sleeping in a kitchen | Home." '
-    "--out story.pdf"
+    "--out story.pdf",
+    Input="reference panel panels seed",
+    Layout="title captions font",
+    Output="out",
+    **{"Panels by a language model": "idea count llm_endpoint llm_model"},
 )
 def story(
     *,
-    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="The picture of the character.")],
+    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="Image of the character.")],
     panel: Annotated[
         list[str] | None,
-        typer.Option("--panel", metavar="TEXT", help="What a panel shows; after a | what is written. Repeatable."),
+        typer.Option("--panel", help="Description of a panel, then its caption after a |. Repeatable."),
     ] = None,
     panels: Annotated[
-        str | None, typer.Option("--panels", metavar="FILE", help="Or a text file of panels, one a line.")
-    ] = None,
-    idea: Annotated[
-        str | None, typer.Option("--idea", metavar="TEXT", help="Or an idea, of which a language model writes them.")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=4, max=10, help="Panels that --idea asks for.")] = 6,
-    llm_endpoint: Annotated[
-        str | None, typer.Option("--llm-endpoint", metavar="URL", help="Where it answers [default: $DIPTYCH_LLM_URL].")
-    ] = None,
-    llm_model: Annotated[
-        str | None, typer.Option("--llm-model", metavar="NAME", help="Its name [default: $DIPTYCH_LLM_MODEL].")
-    ] = None,
-    out: Annotated[
-        list[str] | None,
-        typer.Option("--out", metavar="FILE", help="A .pdf, .png, .webp or .jpg. Repeatable [default: story.png]."),
-    ] = None,
-    title: Annotated[str, typer.Option("--title", help="Stands above the first row.")] = "",
-    captions: Annotated[
-        str, typer.Option("--captions", help="Where the words stand: below, inside or none.")
-    ] = "below",
-    font: Annotated[
-        str | None, typer.Option("--font", metavar="FILE", help="A font file, for letters the built-in one lacks.")
+        str | None, typer.Option("--panels", metavar="FILE", help="Text file with a panel on each line.")
     ] = None,
     seed: Annotated[
         list[int] | None,
         typer.Option(
-            "--seed", min=0, help="Of the first panel, counting up; or one for each. Repeatable [default: 0]."
+            "--seed", min=0, help="Seed of the first panel, then counting up; or one for each. Repeatable [default: 0]."
         ),
     ] = None,
+    out: Annotated[
+        list[str] | None,
+        typer.Option("--out", metavar="FILE", help="PDF, PNG, WebP, or JPEG. Repeatable [default: story.png]."),
+    ] = None,
+    title: Annotated[str, typer.Option("--title", help="Title above the first row.")] = "",
+    captions: Annotated[
+        str, typer.Option("--captions", metavar="WHERE", help="Where captions go: below, inside, or none.")
+    ] = "below",
+    font: Annotated[
+        str | None, typer.Option("--font", metavar="FILE", help="Font with letters that the built-in one lacks.")
+    ] = None,
+    idea: Annotated[
+        str | None, typer.Option("--idea", help="Idea from which a language model writes the panels.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=4, max=10, help="Number of panels for --idea.")] = 6,
+    llm_endpoint: Annotated[str | None, typer.Option("--llm-endpoint", metavar="URL", help=LLM_URL_HELP)] = None,
+    llm_model: Annotated[str | None, typer.Option("--llm-model", metavar="NAME", help=LLM_MODEL_HELP)] = None,
     loading: Loading,
     sampling: Sampling,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a page of 4 to 10 panels of one character.
+    """Generate a page of 4 to 10 panels of one character.
 
     The seed of each panel is printed at the end. To replace one panel, repeat the command with all seeds and
     change that one.
@@ -295,27 +296,30 @@ def story(
     from diptych.utils.console import Display
 
     started = time.monotonic()
-    if sum(bool(given) for given in (panel, panels, idea)) != 1:
-        raise UsageError("give the panels in one way: --panel TEXT (repeated), --panels FILE, or --idea TEXT")
+    ways = [f"--{name}" for name, value in (("panel", panel), ("panels", panels), ("idea", idea)) if value]
+    if not ways:
+        raise UsageError("option_missing", "No panels. Pass --panel TEXT several times, --panels FILE, or --idea TEXT.")
+    if len(ways) > 1:
+        raise UsageError("option_conflict", f"{' and '.join(ways)} are different ways to give panels. Use one of them.")
     names = out or ["story.png"]
     for name in names:
         if not name.lower().endswith(".pdf"):
             kind_of(name)
-    told = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
+    origin = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
     seeds: int | list[int] = list(seed) if seed else 0
     display = Display(quiet=as_json)
     if idea:
-        found = _written(idea, count, llm_endpoint, llm_model, display)
+        described = _write_panels(idea, count, llm_endpoint, llm_model, display)
     else:
-        found = stories.read_panels(panels) if panels else [stories.read_panel(text) for text in panel or ()]
-    stories.check(found, seeds, captions)
-    font_of = stories.font_for((title, *(one.caption for one in found)), font)
-    student = opened(display, {**loading.arguments(), "device": device})
+        described = stories.read_panels(panels) if panels else [stories.read_panel(text) for text in panel or ()]
+    stories.check(described, seeds, captions)
+    font_of = stories.font_for((title, *(each.caption for each in described)), font)
+    student = load_student(display, {**loading.arguments(), "device": device})
     with display.stage("story", "panels") as report:
         page = stories.story(
             student,
             reference,
-            found,
+            described,
             seed=seeds,
             title=title,
             captions=captions,  # pyright: ignore[reportArgumentType] (checked above)
@@ -323,14 +327,14 @@ def story(
             on_panel=report,
             **sampling,
         )
-    page.provenance |= told
+    page.provenance |= origin
     written = [str(page.save(name)) for name in names]
-    for number, (one, own) in enumerate(zip(page.panels, page.seeds, strict=True), 1):
-        display.say(f"panel {number:>2}  --seed {own}  {one.prompt}")
-    _tell({"out": written, "provenance": page.provenance}, started, as_json)
+    for number, (each, used) in enumerate(zip(page.panels, page.seeds, strict=True), 1):
+        display.say(f"panel {number:>2}  --seed {used}  {each.prompt}")
+    _print_written({"out": written, "provenance": page.provenance}, started, as_json)
 
 
-def _written(idea: str, count: int, url: str | None, model: str | None, display: Any) -> Any:
+def _write_panels(idea: str, count: int, url: str | None, model: str | None, display: Any) -> Any:
     from diptych.apps import enhance
     from diptych.apps.story import write_panels
     from diptych.llm.cache import Cache
@@ -338,19 +342,30 @@ def _written(idea: str, count: int, url: str | None, model: str | None, display:
     endpoint = enhance.endpoint_of(url, model, "--llm-endpoint")
     if endpoint is None:
         raise UsageError(
-            f"--idea needs a language model: --llm-endpoint URL and --llm-model NAME (or {enhance.URL} and "
-            f"{enhance.MODEL}); or write the panels yourself, --panel TEXT"
+            "option_missing",
+            f"--idea needs a language model. Pass --llm-endpoint URL and --llm-model NAME (or set {enhance.URL} and "
+            f"{enhance.MODEL}), or write the panels with --panel TEXT.",
         )
-    display.say(f"asking {endpoint.model} for {count} panels")
+    display.say(f"requesting {count} panels from {endpoint.model}")
     with Cache(enhance.CACHE.expanduser()) as cache:
         return write_panels(idea, count, endpoint, cache)
 
 
-def _name(light: str, seed: int) -> str:
-    """A file's name from its light; a digest tells apart what letters and digits alone do not."""
+def _file_name(light: str, seed: int) -> str:
+    """A file name made from the light. Its hash keeps lights apart that differ only in other characters."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in light).split())[:60] or "light"
     return f"{slug}-{sha256(light)[:6]}-{seed}.png"
 
 
-def _tell(found: dict[str, Any], started: float, as_json: bool) -> None:
-    tell({**found, "seconds": round(time.monotonic() - started, 2)}, lambda found: found["out"], as_json)
+def _print_written(result: dict[str, Any], started: float, as_json: bool) -> None:
+    timed = {**result, "seconds": round(time.monotonic() - started, 2)}
+    print_result(timed, lambda result: result["out"], as_json)
+
+
+@command("diptych switches")
+def switches(as_json: Json = False) -> None:
+    """List the speed presets and every setting of --switch.
+
+    A lossy setting changes images beyond float rounding; its measured cost in quality is listed with it.
+    """
+    print_result({"presets": speeds.presets(), "switches": speeds.switches()}, speeds.format_switches, as_json, 2)

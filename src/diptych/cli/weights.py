@@ -1,4 +1,4 @@
-"""The commands for weights and images that are there: `convert`, `push`, `sign` and `trace`."""
+"""The commands for existing weights and images: `convert`, `push`, `sign` and `trace`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli.options import Json, command, tell
+from diptych.cli.options import Json, command, print_result
 from diptych.student.weights import directions
 from diptych.utils.console import show
 
@@ -17,28 +17,38 @@ def _print_directions(value: bool) -> None:
         raise typer.Exit()
 
 
-@command("diptych convert dsd_model student --to folded --base FLUX.1-dev · diptych convert --table")
+@command(
+    "diptych convert dsd_model student --to folded --base FLUX.1-dev",
+    "diptych convert --table",
+    Input="source base",
+    Conversion="to dtype fuse table",
+    Output="out overwrite",
+)
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A student: folder, file, owner/name, or `pocket`.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder; for a single file, a name with its ending.")],
-    to: Annotated[str, typer.Option("--to", help=f"{', '.join(directions.TARGETS)}; see --table.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Student: a folder, a file, owner/name, or pocket.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder, or the name of a single file with its extension.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{', '.join(directions.TARGETS)}; see --table.")],
     base: Annotated[
-        str | None, typer.Option("--base", help="The teacher: for a control-LoRA, or to complete a folded folder.")
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Teacher: for a control LoRA, or to complete a folded folder."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16 [default: as stored].")
+        str | None, typer.Option("--dtype", metavar="NAME", help="float32, float16, or bfloat16 [default: as stored].")
     ] = None,
-    fuse: Annotated[bool, typer.Option("--fuse", help="Add the LoRA beside the weights into them.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Merge the student's LoRA into the weights.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     table: Annotated[
         bool,
-        typer.Option("--table", callback=_print_directions, is_eager=True, help="Print what can become what."),
+        typer.Option(
+            "--table", callback=_print_directions, is_eager=True, help="Print which formats can be converted to which."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a student's weights between layouts, without loss; a lossy direction is refused, and why.
+    """Convert a student's weights between formats without loss.
 
-    Tensor by tensor: a 24 GB file needs little memory. OUT appears when it is whole.
+    A lossy direction is rejected with the reason. Weights are converted tensor by tensor, so a 24 GB file needs little
+    memory. OUT appears when it is complete.
     """
     from diptych.student.weights import convert as conversion
     from diptych.utils.console import Display
@@ -56,75 +66,84 @@ def convert(
             report=lambda done, total: report(100 * done // max(total, 1), 100),
         )
     display.say(conversion.summary(done))
-    tell(done, lambda done: [done["out"]], as_json)
+    print_result(done, lambda done: [done["out"]], as_json)
 
 
-@command("diptych push runs/demo OWNER/demo --private · diptych push runs/demo/pairs ./pairs --dry-run")
+@command(
+    "diptych push runs/demo OWNER/demo --private",
+    "diptych push runs/demo/pairs ./pairs --dry-run",
+    Input="source",
+    Output="target private licence dry_run",
+)
 def push(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A run (its student), a student's folder, pairs, or an export.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Run (its student), student, pairs, or export.")],
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="OWNER/NAME or hf://datasets/OWNER/NAME on the hub, or ./FOLDER.")
+        str, typer.Argument(metavar="TARGET", help="OWNER/NAME or hf://datasets/OWNER/NAME on the hub, or a folder.")
     ],
-    private: Annotated[bool, typer.Option("--private", help="Only its owners see the repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     licence: Annotated[
-        str, typer.Option("--licence", metavar="ID", help="Where the card knows none: apache-2.0, cc-by-4.0, …")
+        str, typer.Option("--licence", metavar="ID", help="License, if the card has none: apache-2.0, cc-by-4.0, …")
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, list files and sizes, send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a student or a data set with its card, if its licence is known and every hash back to the grids holds.
+    """Publish a student or a dataset on the hub, with its card.
 
-    The token is that of `hf auth login` or HF_TOKEN. What is there already is not sent again.
+    The license must be known, and every hash back to the grids must match. The token comes from `hf auth login` or
+    HF_TOKEN. Files that are already on the hub are not sent again.
     """
     from diptych.provenance import push as pushing
 
     report = None if as_json else lambda line: show(f"sending {line}", news=True)
-    told = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
-    tell(told, pushing.lines, as_json, indent=2)
+    result = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
+    print_result(result, pushing.lines, as_json, indent=2)
 
 
-@command("diptych sign cat.png --certificate chain.pem --key key.pem")
+@command(
+    "diptych sign cat.png --certificate chain.pem --key key.pem",
+    Input="files",
+    Signature="certificate key algorithm timestamp",
+    Output="out overwrite",
+)
 def sign(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Pictures that diptych made.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Images that diptych made.")],
     certificate: Annotated[
         str,
-        typer.Option("--certificate", metavar="FILE", help="PEM: your certificate, then its authorities', upwards."),
+        typer.Option(
+            "--certificate", metavar="FILE", help="PEM file with your certificate, then its issuers', up to the root."
+        ),
     ],
     key: Annotated[
         str | None,
-        typer.Option("--key", metavar="FILE", help="Its private key, PEM [default: the key in $DIPTYCH_SIGN_KEY]."),
+        typer.Option("--key", metavar="FILE", help="Private key, PEM [default: the key in $DIPTYCH_SIGN_KEY]."),
     ] = None,
     algorithm: Annotated[
         str | None,
-        typer.Option("--algorithm", metavar="NAME", help="es256, ps384, ed25519, … [default: what the key is for]."),
+        typer.Option("--algorithm", metavar="NAME", help="es256, ps384, ed25519, … [default: by the key]."),
     ] = None,
     timestamp: Annotated[
         str | None,
         typer.Option(
-            "--timestamp", metavar="URL", help="An RFC 3161 authority: the signature then outlives the certificate."
+            "--timestamp", metavar="URL", help="RFC 3161 server; keeps the signature valid after the certificate ends."
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="FILE|DIR/", help="Where to [default: each file in its place].")
+        str | None, typer.Option("--out", metavar="PATH", help="File, or folder/ [default: sign files in place].")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a manifest, or a file, that is there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing manifests and files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Sign pictures with a C2PA manifest that says what made them; `diptych trace` verifies it.
+    """Sign images with a C2PA manifest that records what made them.
 
-    A picture that is signed already is kept, so an interrupted command can be given again. The password of an
-    encrypted key is taken from DIPTYCH_SIGN_PASSWORD.
+    `diptych trace` verifies it. Images that are already signed are skipped, so you can repeat an interrupted command.
+    The password of an encrypted key is read from DIPTYCH_SIGN_PASSWORD.
     """
     from diptych.provenance import sign as signing
     from diptych.utils.console import Display
 
     display = Display(quiet=as_json)
-    with display.stage("sign", "pictures") as report:
-        told = signing.sign(
+    with display.stage("sign", "images") as report:
+        result = signing.sign(
             files,
             certificate,
             key,
@@ -134,37 +153,40 @@ def sign(
             overwrite=overwrite,
             report=report,
         )
-    for path in told["kept"]:
-        display.say(f"{path} is signed already; --overwrite signs it again")
-    if told["signed"]:
-        display.say(f"by {told['signer']}, whose certificate ends on {told['until']}")
-    tell(told, lambda told: [str(path) for path in (*told["signed"], *told["kept"])], as_json)
+    for path in result["kept"]:
+        display.say(f"{path} is already signed; --overwrite signs it again")
+    if result["signed"]:
+        display.say(f"signed by {result['signer']}, whose certificate ends on {result['until']}")
+    print_result(result, lambda result: [str(path) for path in (*result["signed"], *result["kept"])], as_json)
 
 
-@command("diptych trace cat.png --in runs/demo")
+@command("diptych trace cat.png --in runs/demo", Input="file places trust")
 def trace(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A picture, a weight file or folder, a run or its data.")],
+    file: Annotated[str, typer.Argument(metavar="PATH", help="Image, weight file, student, run, or its data.")],
     places: Annotated[
         list[str] | None,
-        typer.Option("--in", metavar="DIR", help="Where runs or weights lie, if not above FILE. Repeatable."),
+        typer.Option(
+            "--in", metavar="DIR", help="Folder with runs or weights, if they are not above PATH. Repeatable."
+        ),
     ] = None,
     trust: Annotated[
         list[str] | None,
         typer.Option(
             "--trust",
             metavar="FILE",
-            help="Certificates of authorities (PEM): a picture's C2PA manifest must be signed under one. Repeatable.",
+            help="PEM certificates; an image's C2PA signature must lead to one of them. Repeatable.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a picture or a student came from, back to the grids and the recipe, and check every hash on the way.
+    """Show what an image or a student came from; check every hash.
 
-    Exit code 0 if all that was found is as it was, 1 if something differs, 2 for a file that diptych did not make.
+    The chain goes back to the grids and the recipe. Exit code 0 if every file is unchanged, 1 if one differs, and 2
+    for a file that diptych did not make.
     """
     from diptych.provenance import trace as tracing
 
-    found = tracing.trace(file, places or (), trust or ())
-    tell(found, tracing.lines, as_json, indent=2)
-    if not found["verified"]:
+    result = tracing.trace(file, places or (), trust or ())
+    print_result(result, tracing.lines, as_json, indent=2)
+    if not result["verified"]:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ before use.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,43 @@ def cost(name: str) -> str:
     return ", ".join(phrases) + " on the pocket model"
 
 
-def summary() -> str:
-    """The presets in a line, for `--help`, with what the lossy ones cost."""
-    lossy = ", ".join(f"{name} ({cost(name)})" for name in PRESETS if name != "exact")
-    return f"exact (float rounding alone), {lossy} [default: as the released sampler]."
+def presets() -> dict[str, dict[str, Any]]:
+    """Preset -> the switches that it changes, and its measured cost in quality (empty for `exact`)."""
+    return {
+        name: {"sets": preset.changed(), "cost": "" if name == "exact" else cost(name)}
+        for name, preset in PRESETS.items()
+    }
 
 
-def describe() -> str:
-    """The switches in words, for `--help`: what each does, and what the lossy ones cost."""
-    lines = [f"{name}: {text}" + (f" (lossy; {cost(name)})" if name in LOSSY else "") for name, text in HELP.items()]
-    return "; ".join(lines)
+def switches() -> dict[str, dict[str, Any]]:
+    """Switch -> its default, its meaning, whether it is lossy, and its measured cost in quality (empty if lossless)."""
+    return {
+        name: {
+            "default": getattr(PLAIN, name),
+            "help": text,
+            "lossy": name in LOSSY,
+            "cost": cost(name) if name in LOSSY else "",
+        }
+        for name, text in HELP.items()
+    }
+
+
+def format_switches(result: Mapping[str, Any]) -> list[str]:
+    """`presets` and `switches` as text."""
+    lines = ["Presets (--speed NAME). Without one, the model samples as released."]
+    for name, preset in result["presets"].items():
+        changed = " ".join(f"{key}={_text_of(value)}" for key, value in preset["sets"].items())
+        lines += [f"  {name}: {preset['cost'] or 'float rounding only'}", f"      {changed}"]
+    lines += ["", "Switches (--switch NAME=VALUE), which override the preset."]
+    for name, switch in result["switches"].items():
+        lossy = f" Lossy: {switch['cost']}." if switch["lossy"] else ""
+        lines.append(f"  {name + '=' + _text_of(switch['default']):<24}{switch['help']}.{lossy}")
+    return lines
+
+
+def _text_of(value: object) -> str:
+    """A switch's value as the command line takes it."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _read(name: str, text: str, kind: type) -> Any:
