@@ -19,7 +19,7 @@ from inference import GUIDED, H200_RATE, UNGUIDED
 from PIL import Image
 
 from diptych.student.canvas import Canvas
-from diptych.student.runtime.applied import put_on
+from diptych.student.runtime.applied import apply_speed
 from diptych.student.runtime.speed import PLAIN, PRESETS, Speed
 
 STEPS, FEW_STEPS, WARM_STEPS = 20, 6, 4
@@ -82,7 +82,7 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
         left_out = []
         if setting is not None:
             setting = setting if "s" in can_compile else replace(setting, compile=False)
-            left_out = put_on(ours, setting)
+            left_out = apply_speed(ours, setting)
         with torch.no_grad():
             warm = measuring.clocked(lambda: draw(min(steps, WARM_STEPS), scales), device)[1]
             pixels, seconds, peak, rest = measuring.clocked(lambda: draw(steps, scales), device)

@@ -48,7 +48,7 @@ def one(shapes: Shapes, preset: Preset, device: torch.device, side: int, tokens:
     before = held(device)
     pipe, made = measuring.clocked(lambda: build(shapes, preset, device, dtype), device)[:2]
     seat = Memory("benchmark", preset, device)
-    seat.settle(shapes, dtype, {})
+    seat.resolve(shapes, dtype, {})
     applied = measuring.clocked(lambda: seat.apply(pipe), device)[1]
     planned = memory.plan(
         shapes,

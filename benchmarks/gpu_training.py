@@ -22,7 +22,7 @@ from training import FULL
 from diptych.recipe.schema import Recipe
 from diptych.run import plan
 from diptych.train import parts
-from diptych.train.cache import Sample
+from diptych.train.cache import CachedPair
 from diptych.train.loop import Trainer
 from diptych.train.prepare import Job
 from diptych.train.schedule import ahead, choose
@@ -35,7 +35,7 @@ class Rows:
     """Random latents in memory, in the place of the cache on disk."""
 
     def __init__(self, count: int, shape: tuple[int, int]) -> None:
-        self.samples = [Sample(f"p-{number}", f"g-{number}", "") for number in range(count)]
+        self.samples = [CachedPair(f"p-{number}", f"g-{number}", "") for number in range(count)]
         self.counts, self._shape = [count], shape
         self._both = [torch.randn(count, *shape) for _ in range(2)]
 

@@ -35,7 +35,7 @@ from diptych import student
 from diptych.run.plan.sizes import KNOWN
 from diptych.student.canvas import Canvas
 from diptych.student.runtime import speed
-from diptych.student.runtime.applied import put_on, take_off
+from diptych.student.runtime.applied import apply_speed, remove_speed
 from diptych.student.runtime.speed import PLAIN, PRESETS, Speed
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def golden_on(
     released = ReleasedWay(from_folder(GOLDEN / "dsd_model").to(device, dtype), vae.to(device, dtype), scheduler)
     ours: Any = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device=device, dtype=dtype)
     ours.set_progress_bar_config(disable=True)
-    put_on(ours, PRESETS["exact"])
+    apply_speed(ours, PRESETS["exact"])
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     given = {name: tensors[name].to(device, dtype) for name in names}
     texts, empty = (given[names[0]], given[names[1]]), (given[names[2]], given[names[3]])
@@ -148,7 +148,7 @@ def compare(
             return draw(number)
 
         def prepare() -> None:
-            left_out[name] = put_on(ours, setting)
+            left_out[name] = apply_speed(ours, setting)
             if not name.endswith("_forgetful"):
                 ours.runtime.recall = remembered.setdefault(name, ours.runtime.recall)
 
@@ -157,7 +157,7 @@ def compare(
 
     methods: dict[str, Any] = {"released": released} | {name: way(name, setting) for name, setting in settings.items()}
     seconds, outputs, peaks = measuring.alternate(methods, arguments.rounds, device)
-    take_off(ours)
+    remove_speed(ours)
     base = measuring.summary(seconds["released"])
     found: dict[str, Any] = {}
     for name, times in seconds.items():
@@ -521,7 +521,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def open(self) -> Any:
             pipe = super().open()
-            put_on(pipe, self.setting)
+            apply_speed(pipe, self.setting)
             return pipe
 
     torch.set_num_threads(arguments.threads or torch.get_num_threads())

@@ -1,7 +1,7 @@
-"""diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference from data it drew itself.
+"""diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference from data that it generates.
 
-`Student` is the one object most people need; `load` opens a student as a `DiptychPipeline`, a diffusers pipeline. Each
-is imported on first use, so that `import diptych` stays light.
+`Student` is the object that most users need. `load` opens a student as a `DiptychPipeline`, a diffusers pipeline. They
+are imported on first use, so that `import diptych` is fast.
 """
 
 from __future__ import annotations

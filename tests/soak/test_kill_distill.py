@@ -43,7 +43,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path, mode: str) -> None:
 
         assert kills.kill_when(kills.start(tmp_path, out, *sets), ready), "the training ended before the kills did"
         done += 1
-        mid_save += bool(list((out / "training").glob(".writing-*")))
+        mid_save += bool(list((out / "training").glob(".step-*.tmp")))
     kills.finish(tmp_path, out, *sets)
     print(f"{mode}: {done} kills, {mid_save} of them during a save; steps {kills.steps_logged(out)}")
     lines, weights = kills.result(out, mode)

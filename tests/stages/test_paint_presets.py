@@ -19,6 +19,7 @@ from diptych.errors import UsageError
 from diptych.recipe import load
 from diptych.stages import paint
 from diptych.student.runtime import memory, quantize, speed, stock
+from raising import raises
 
 FAMILIES = ("flux", "flux2", "sd3", "qwen")
 BRANCHES = {"flux": 2, "flux2": 2, "sd3": 1, "qwen": 2}  # forwards of a step with true guidance: SD 3.5's are one batch
@@ -65,7 +66,7 @@ def test_quantized_and_offloaded_teachers_draw_nearly_the_same_picture(of: Any) 
 @pytest.mark.parametrize("name", ["fast", "fastest"])
 def test_lossy_speeds_run_the_steps_of_their_schedule_and_no_others(of: Any, family: str, name: str) -> None:
     pipe = paint.open_teacher(Path(of.teacher), torch.float32)
-    wanted = stock.speed_of(Path(of.teacher), name)
+    wanted = stock.resolve_speed(Path(of.teacher), name)
     drawing = stock.apply(pipe, None, wanted, torch.device("cpu"))
     calls: list[int] = []
     pipe.transformer.proj_out.register_forward_hook(lambda *_: calls.append(1))
@@ -123,7 +124,7 @@ def test_what_a_family_cannot_have_is_left_out_and_said(of: Any, family: str, ca
         paint.Paint(with_paint(of, memory="24", speed="fast")).load()
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("paint.memory 24: ") and "text encoders staged" in line for line in said)
-    assert "left out: guidance_until: guidance is the pipeline's own" in said
+    assert any(line.startswith("left out: guidance_until: ") for line in said)
     tabled = any("modulation precomputed" in line for line in said)
     assert tabled == (family == "flux") == (not any("only FLUX.1's" in line for line in said))
     assert any(line.startswith("left out: fused_qkv: ") for line in said)  # staged, or not FLUX
@@ -132,14 +133,14 @@ def test_what_a_family_cannot_have_is_left_out_and_said(of: Any, family: str, ca
 def test_fused_projections_of_flux_share_the_bytes_of_the_single_ones(folders: dict[str, Path]) -> None:
     pipe = paint.open_teacher(folders["flux"], torch.float32)
     numbers = sum(p.numel() for p in pipe.transformer.parameters())
-    fused = replace(stock.speed_of(folders["flux"], "exact"), packed=False)
+    fused = replace(stock.resolve_speed(folders["flux"], "exact"), packed=False)
     stock.apply(pipe, None, fused, torch.device("cpu"))
     attention = pipe.transformer.transformer_blocks[0].attn
     assert attention.fused_projections and attention.to_q.weight.data_ptr() == attention.to_qkv.weight.data_ptr()
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in pipe.transformer.parameters()}
     assert sum(held.values()) == 4 * numbers
     pipe = paint.open_teacher(folders["flux"], torch.float32)
-    staged = stock.settle(folders["flux"], "24", "cpu", torch.float32, {})
+    staged = stock.resolve_memory(folders["flux"], "24", "cpu", torch.float32, {})
     stock.apply(pipe, staged, fused, torch.device("cpu"))
     assert not hasattr(pipe.transformer.transformer_blocks[0].attn, "to_qkv")
 
@@ -160,7 +161,7 @@ def test_the_modulation_of_a_guidance_distilled_teacher_is_precomputed_for_its_g
     assert grids(with_paint(dev, memory="24"), prompts(2)) == plain
     assert grids(with_paint(dev, memory="24", guidance=30.0), prompts(2)) != plain
     pipe = paint.open_teacher(folder, torch.float32)
-    stock.apply(pipe, stock.settle(folder, "24", "cpu", torch.float32, {}), speed.PLAIN, torch.device("cpu"))
+    stock.apply(pipe, stock.resolve_memory(folder, "24", "cpu", torch.float32, {}), speed.PLAIN, torch.device("cpu"))
     assert not any("norm1.linear" in name for name, _ in pipe.transformer.named_parameters())
 
 
@@ -178,9 +179,9 @@ def test_steps_are_skipped_along_straight_lines_of_velocity_only(folders: dict[s
     kept, _ = stock.suited_speed(speed.PRESETS["fast"], found, stock.SCHEDULER)
     none, reasons = stock.suited_speed(speed.PRESETS["fast"], found, "DPMSolverMultistepScheduler")
     assert (kept.cache, none.cache) == ("skip", "none")
-    assert any("this is a DPMSolverMultistepScheduler" in reason for reason in reasons)
+    assert any("DPMSolverMultistepScheduler" in reason for reason in reasons)
     _, reasons = stock.suited_speed(speed.Speed(cache="magnitude"), found, stock.SCHEDULER)
-    assert reasons == ["cache: magnitude looks at the student's right panel"]
+    assert [reason.split()[:2] for reason in reasons] == [["cache:", "magnitude"]]
 
 
 def test_a_teacher_without_a_transformer_is_refused_before_it_is_opened(tmp_path: Path, recipe: Any) -> None:
@@ -188,13 +189,13 @@ def test_a_teacher_without_a_transformer_is_refused_before_it_is_opened(tmp_path
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     there = recipe.model_copy(update={"teacher": str(tmp_path)})
     for changes in ({"memory": "24"}, {"speed": "exact"}):
-        with pytest.raises(UsageError, match=r"is a StableDiffusionXLPipeline without a transformer; paint\.memory"):
+        with raises("option_unsuited", "StableDiffusionXLPipeline", "paint.memory", kind=UsageError):
             paint.Paint(with_paint(there, **changes)).load()
 
 
 def test_a_preset_that_cannot_work_on_the_device_is_refused_by_the_key(folders: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match=r"paint\.memory 12 does not work here: fp8 does not run on mps"):
-        stock.settle(folders["sd3"], "12", "mps", torch.float32, {})
+    with raises("device_unavailable", "paint.memory 12", "fp8", "mps", kind=UsageError):
+        stock.resolve_memory(folders["sd3"], "12", "mps", torch.float32, {})
 
 
 def test_auto_is_settled_when_a_run_is_frozen_and_agrees_with_what_was(recipe: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych import Student
-from diptych.student.runtime.applied import put_on, take_off
+from diptych.student.runtime.applied import apply_speed, remove_speed
 from diptych.student.runtime.speed import Speed
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.5, 4.0)
@@ -86,7 +86,7 @@ def test_any_mixture_is_what_single_calls_draw(
 )
 def test_it_is_with_every_speed_too(drawing: Student, wanted: Speed) -> None:
     pipe = drawing.pipeline
-    put_on(pipe, wanted)
+    apply_speed(pipe, wanted)
     try:
         asked: dict[str, Any] = {"num_inference_steps": 6, "image_guidance_scale": 2.5, "text_guidance_scale": 1.5}
         asked |= {"null_panel": "own", "output_type": "latent"}
@@ -96,7 +96,7 @@ def test_it_is_with_every_speed_too(drawing: Student, wanted: Speed) -> None:
             alone: Any = pipe(prompt, reference=picture, generator=n, **asked)
             torch.testing.assert_close(together.images[n : n + 1], alone.images, rtol=1e-4, atol=1e-4)
     finally:
-        take_off(pipe)
+        remove_speed(pipe)
 
 
 def test_several_images_of_a_prompt_are_guided_as_their_reference_is(drawing: Student) -> None:

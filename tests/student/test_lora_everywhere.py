@@ -11,8 +11,7 @@ from diffusers import FluxControlPipeline
 from safetensors.torch import load_file, save_file
 
 from diptych import student
-from diptych.errors import UserError
-from diptych.student.runtime.applied import put_on
+from diptych.student.runtime.applied import apply_speed
 from diptych.student.runtime.speed import Speed
 from diptych.student.weights.convert import convert
 from diptych.student.weights.lora import apply_lora, fuse_loras
@@ -20,6 +19,7 @@ from diptych.student.weights.lora_delta import Delta, as_lora
 from diptych.student.weights.lora_file import lora_deltas
 from diptych.student.weights.tensors import write_safetensors
 from layouts import dora, read_state, write_gguf
+from raising import raises
 
 CLOSE: Any = {"rtol": 0, "atol": 2e-5}
 QKV = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
@@ -84,20 +84,20 @@ def test_a_dora_is_fused_by_converting(dora_file, doras, state, student_folder, 
 def test_a_dora_that_a_style_cannot_say_is_refused(doras, student_folder, teacher, tmp_path) -> None:
     q = doras[QKV[0]]
     write_safetensors(tmp_path / "q.safetensors", *as_lora({QKV[0]: q}))
-    with pytest.raises(UserError, match=r"img_attn\.qkv is one layer in this style.*1 of"):
+    with raises("lora_unsupported", "img_attn.qkv", "1 of its 3 parts"):
         convert(tmp_path / "q.safetensors", tmp_path / "o.safetensors", "lora-kohya")
     some = {QKV[0]: q, "proj_out": Delta(doras["proj_out"].a, doras["proj_out"].b)}
-    with pytest.raises(UserError, match="1 of 2 layers have it"):
+    with raises("lora_unsupported", "1 of 2 layers"):
         as_lora(some)
     flat = "lora_unet_double_blocks_0_img_attn_qkv"
     columns = {f"{flat}.lora_down.weight": random(1, 2, 32), f"{flat}.lora_up.weight": random(2, 96, 2)}
     save_file({**columns, f"{flat}.dora_scale": torch.ones(1, 32)}, tmp_path / "columns.safetensors")
-    with pytest.raises(UserError, match=r"img_attn\.qkv are of its columns.*wd_on_output"):
+    with raises("lora_unsupported", "img_attn.qkv", "(1, 32)", "wd_on_output"):
         lora_deltas(tmp_path / "columns.safetensors")
     folder = tmp_path / "student"
     convert(student_folder, folder, "folded", dtype="float32")
     (tmp_path / "q.safetensors").rename(folder / "pytorch_lora_weights.safetensors")
-    with pytest.raises(UserError, match=r"DoRA on .*to_q"):
+    with raises("lora_unsupported", "to_q", "--fuse"):
         convert(folder, tmp_path / "lora", "control-lora", base=teacher)
 
 
@@ -153,7 +153,7 @@ def test_a_speed_preset_fuses_the_text_encoders_too(student_folder, teacher, tmp
     pipe: Any = student.load(student_folder, teacher, device="cpu")
     changed = text_lora(pipe, tmp_path / "text.safetensors")
     apply_lora(pipe, tmp_path / "text.safetensors", 0.5)
-    put_on(pipe, Speed(fused_lora=True))
+    apply_speed(pipe, Speed(fused_lora=True))
     for component, name in (("text_encoder", CLIP), ("text_encoder_2", T5)):
         layer = getattr(pipe, component).get_submodule(name)
         torch.testing.assert_close(layer.weight, changed[component], **CLOSE)

@@ -15,8 +15,9 @@ from diptych.cli.app import call
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, split_tokens
 from diptych.student.runtime import applied, speed
-from diptych.student.runtime.applied import put_on, take_off
+from diptych.student.runtime.applied import apply_speed, remove_speed
 from diptych.student.runtime.caches import Recall, content
+from raising import raises
 from student.conftest import GOLDEN
 
 CANVAS = Canvas(16, 16, 4)
@@ -28,7 +29,7 @@ GUIDANCE = {"plain": (1.0, 1.0), "guided": (1.5, 2.0)}
 def quick(pipe):
     """The session's pipeline, on which a test may put a speed."""
     yield pipe
-    take_off(pipe)
+    remove_speed(pipe)
 
 
 def latents(pipe, prompt: Any = "a red cat", **options):
@@ -51,7 +52,7 @@ def differs(a, b):
 def test_exact_gives_what_the_released_code_gave(golden, name, packs):
     pipe = student.load(GOLDEN / "dsd_model", GOLDEN / "base", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    put_on(pipe, replace(speed.PRESETS["exact"], packed=packs))
+    apply_speed(pipe, replace(speed.PRESETS["exact"], packed=packs))
     assert not getattr(pipe.transformer, "peft_config", None)
     image, text = GUIDANCE[name]
     within = {"plain": 1e-5, "guided": 2e-5}[name]  # sums in another order, which guidance multiplies
@@ -75,10 +76,10 @@ def test_presets_but_exact_change_pictures_and_come_off_again(quick, pictures):
     plain = latents(quick, **given)
     before = {key: value.clone() for key, value in quick.transformer.state_dict().items()}
     for name, preset in speed.PRESETS.items():
-        put_on(quick, preset)
+        apply_speed(quick, preset)
         got = latents(quick, **given)
         (same if name == "exact" else differs)(got, plain)
-    take_off(quick)
+    remove_speed(quick)
     assert torch.equal(latents(quick, **given), plain)
     after = quick.transformer.state_dict()
     assert before.keys() == after.keys()
@@ -90,7 +91,7 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
     plain = latents(quick, **given)
     before = {key: value.clone() for key, value in quick.transformer.state_dict().items()}
     linears = sum(type(module) is torch.nn.Linear for module in quick.transformer.modules())
-    left_out = put_on(quick, speed.PRESETS["exact"])
+    left_out = apply_speed(quick, speed.PRESETS["exact"])
     assert [reason.partition(":")[0] for reason in left_out] == ["fused_qkv", "compile"]
     held = [module for module in quick.transformer.modules() if isinstance(module, applied.PackedLinear)]
     blocks = [*quick.transformer.transformer_blocks, *quick.transformer.single_transformer_blocks]
@@ -99,7 +100,7 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
     student.save(quick, tmp_path / "saved")
     assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)
     assert sum(isinstance(module, applied.PackedLinear) for module in quick.transformer.modules()) == len(held)
-    take_off(quick)
+    remove_speed(quick)
     after = quick.transformer.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
     assert sum(type(module) is torch.nn.Linear for module in quick.transformer.modules()) == linears
@@ -108,18 +109,18 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
 def test_what_cannot_be_packed_is_told():
     layer = torch.nn.Linear(2, 2)
     assert applied.cannot_pack(layer) == ""
-    assert applied.cannot_pack(layer.bfloat16()).startswith("for float32 alone")
-    assert applied.cannot_pack(torch.nn.Linear(2, 2, device="meta")) == "on CPUs alone"
+    assert "float32" in applied.cannot_pack(layer.bfloat16())
+    assert "CPU" in applied.cannot_pack(torch.nn.Linear(2, 2, device="meta"))
 
 
 def test_a_small_transformer_is_not_compiled_and_the_reason_is_given(quick):
-    left_out = put_on(quick, replace(speed.PRESETS["exact"], packed=False))
-    assert [reason for reason in left_out if reason.startswith("compile: a transformer of 0 M")]
+    left_out = apply_speed(quick, replace(speed.PRESETS["exact"], packed=False))
+    assert [reason for reason in left_out if reason.startswith("compile: ") and "0 M" in reason]
     assert all(block._compiled_call_impl is None for block in quick.transformer.transformer_blocks)
 
 
 def test_fused_projections_hold_no_second_copy(quick):
-    put_on(quick, speed.Speed(fused_qkv=True))
+    apply_speed(quick, speed.Speed(fused_qkv=True))
     attn = quick.transformer.transformer_blocks[0].attn
     assert attn.to_k.weight.data_ptr() == attn.to_qkv.weight[attn.to_q.out_features :].data_ptr()
     assert attn.add_v_proj.bias.untyped_storage().data_ptr() == attn.to_added_qkv.bias.untyped_storage().data_ptr()
@@ -127,7 +128,7 @@ def test_fused_projections_hold_no_second_copy(quick):
 
 def test_saving_writes_a_stock_student_and_leaves_the_speed_on(quick, pictures, tmp_path):
     plain = latents(quick, reference=pictures[0])
-    put_on(quick, speed.Speed(fused_qkv=True, cache="skip", remember=1))
+    apply_speed(quick, speed.Speed(fused_qkv=True, cache="skip", remember=1))
     student.save(quick, tmp_path / "saved")
     assert quick.runtime.speed.cache == "skip" and quick.runtime.step_cache is not None
     again = student.load(tmp_path / "saved", device="cpu")
@@ -140,7 +141,7 @@ def test_saving_writes_a_stock_student_and_leaves_the_speed_on(quick, pictures, 
 
 def test_prompts_and_references_are_encoded_once_for_several_calls(quick, pictures):
     plain = latents(quick, reference=pictures[0], **GUIDED)
-    put_on(quick, speed.Speed(remember=16))
+    apply_speed(quick, speed.Speed(remember=16))
     calls = {"text_encoder": 0, "text_encoder_2": 0, "encoder": 0}
     places = {"text_encoder": quick.text_encoder, "text_encoder_2": quick.text_encoder_2, "encoder": quick.vae.encoder}
 
@@ -198,7 +199,7 @@ def test_clamped_left_panel_ends_as_the_reference_and_moves_the_right_one(quick,
 
 def test_right_panel_alone_is_the_decoded_right_half(quick, pictures):
     modulation = latents(quick, reference=pictures[0])
-    put_on(quick, speed.Speed(decode="right"))
+    apply_speed(quick, speed.Speed(decode="right"))
     given: Any = {"reference": pictures[0], "generator": 0, "num_inference_steps": 5, "output_type": "pt"}
     out = quick("a red cat", return_reference=True, **given)
     left, right = split_tokens(modulation, CANVAS)
@@ -243,30 +244,31 @@ def test_switches_change_a_preset():
 
 
 @pytest.mark.parametrize(
-    ("preset", "switches", "says"),
+    ("preset", "switches", "code", "fact"),
     [
-        ("exactly", [], "did you mean 'exact'"),
-        ("fast", ["decod=right"], "did you mean 'decode'"),
-        ("fast", ["decode=rigth"], "did you mean 'right'"),
-        ("fast", ["compile"], "compile=VALUE"),
-        ("fast", ["compile=perhaps"], "on or off"),
-        ("fast", ["cache_interval=two"], "is a number"),
-        ("fast", ["cache_interval=0"], "at least 1"),
-        ("fast", ["guidance_until=2"], "0 to 1"),
+        ("exactly", [], "name_unknown", "'exact'"),
+        ("fast", ["decod=right"], "name_unknown", "'decode'"),
+        ("fast", ["decode=rigth"], "option_invalid", "'right'"),
+        ("fast", ["compile"], "option_invalid", "compile=VALUE"),
+        ("fast", ["compile=perhaps"], "option_invalid", "on or off"),
+        ("fast", ["cache_interval=two"], "option_invalid", "cache_interval"),
+        ("fast", ["cache_interval=0"], "option_invalid", "at least 1"),
+        ("fast", ["cache_threshold=-1"], "option_invalid", "at least 0"),
+        ("fast", ["guidance_until=2"], "option_invalid", "0 to 1"),
     ],
 )
-def test_wrong_words_say_what_is_right(preset, switches, says):
-    with pytest.raises(UsageError, match=says):
+def test_wrong_words_say_what_is_right(preset, switches, code, fact):
+    with raises(code, fact, kind=UsageError):
         speed.parse(preset, switches)
 
 
 def test_an_attention_backend_that_is_not_there_is_refused_and_nothing_changes(quick):
-    with pytest.raises(UsageError, match="did you mean 'native'"):
-        put_on(quick, speed.Speed(attention="nativ"))
-    with pytest.raises(UsageError, match="does not work here"):
-        put_on(quick, speed.Speed(attention="flash"))
+    with raises("option_invalid", "'native'", kind=UsageError):
+        apply_speed(quick, speed.Speed(attention="nativ"))
+    with raises("speed_unsupported", "flash", kind=UsageError):
+        apply_speed(quick, speed.Speed(attention="flash"))
     assert quick.runtime.speed == speed.PLAIN
-    put_on(quick, speed.Speed(attention="native"))
+    apply_speed(quick, speed.Speed(attention="native"))
 
 
 def test_every_switch_is_explained_and_every_lossy_one_says_its_cost(tmp_path, monkeypatch):
@@ -318,4 +320,4 @@ def test_misspelt_speeds_are_refused_before_anything_is_loaded(pictures, tmp_pat
     assert call([*words, "--speed", "quickest"]) == 2
     assert call([*words, "--switch", "clamp-lef=on"]) == 2
     said = capsys.readouterr().err
-    assert "one of exact, fast, fastest" in said and "did you mean 'clamp_left'" in said
+    assert said.count("error[name_unknown]") == 2 and "exact, fast, fastest" in said and "'clamp_left'" in said

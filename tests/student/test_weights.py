@@ -17,6 +17,7 @@ from diptych.errors import UserError
 from diptych.student.weights import files, fold
 from diptych.student.weights.convert import convert
 from layouts import read_state, read_student
+from raising import raises
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "release_golden"
 RELEASED = GOLDEN / "dsd_model" / "transformer"
@@ -109,7 +110,7 @@ def test_widened_model_computes_the_teacher_whatever_the_condition(config, seed)
 def test_widening_twice_is_refused():
     model = FluxTransformer2DModel(in_channels=8, num_layers=0, num_single_layers=1, num_attention_heads=1,
                                    attention_head_dim=8, axes_dims_rope=(2, 2, 4))  # fmt: skip
-    with pytest.raises(UserError, match="widened already"):
+    with raises("model_unsupported", "16", "8"):
         fold.widen(fold.widen(model))
 
 
@@ -141,20 +142,20 @@ def test_unfolding_a_trained_bias_ignores_the_old_split(tmp_path):
         (lambda s: s.update({"nowhere.to_k.lora_A.default.weight": torch.zeros(1)}), "nowhere.to_k.lora_A"),
         (lambda s: s.pop("proj_out.bias"), "missing proj_out.bias"),
         (lambda s: s.pop("c_embedder.bias"), "missing c_embedder.bias"),
-        (lambda s: s.update({"c_embedder.weight": torch.zeros(64, 3)}), r"c_embedder.weight is \(64, 3\)"),
+        (lambda s: s.update({"c_embedder.weight": torch.zeros(64, 3)}), "c_embedder.weight is (64, 3)"),
     ],
 )
 def test_keys_that_do_not_match_are_refused_by_name(change, named):
     state = read_state(RELEASED)
     change(state)
-    with pytest.raises(UserError, match=named):
+    with raises("model_mismatch", named):
         fold.fold(state, files.read_config(RELEASED))
 
 
 def test_a_plain_teacher_is_no_student(teacher):
     from diptych import student
 
-    with pytest.raises(UserError, match="not a student"):
+    with raises("model_unsupported", teacher):
         student.load(teacher, device="cpu")
 
 
@@ -163,14 +164,14 @@ def test_a_missing_shard_and_a_broken_index_are_named(tmp_path):
     (tmp_path / "config.json").write_text((RELEASED / "config.json").read_text())
     index = {"weight_map": dict.fromkeys(state, "part-1.safetensors")}
     (tmp_path / f"{files.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"part-1.safetensors is missing"):
+    with raises("model_incomplete", "part-1.safetensors"):
         read_student(tmp_path)
     from safetensors.torch import save_file
 
     save_file(state, tmp_path / "part-1.safetensors")
     assert read_student(tmp_path).config["in_channels"] == 128
     save_file({k: v for k, v in state.items() if k != "proj_out.bias"}, tmp_path / "part-1.safetensors")
-    with pytest.raises(UserError, match=r"proj_out\.bias"):
+    with raises("model_incomplete", "proj_out.bias"):
         read_student(tmp_path)
 
 

@@ -57,6 +57,6 @@ def test_pairs_that_are_not_those_of_the_manifest_are_not_trained_on(world: Any,
     parts = sorted((tmp_path / "pairs").glob("*.parquet"))
     data = [part.read_bytes() for part in parts]
     parts[0].write_bytes(data[1])  # as whole as any, of the same fingerprint
-    with pytest.raises(UserError, match=r"part-00000\.parquet .*remove it"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet"):
         distill(tiny_run.make_recipe(world.teacher), pairs, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diptych.errors import UserError
 from diptych.train import checkpoint
 from diptych.train.checkpoint import BEST, LATEST, Checkpoint, load, mark_best, pointer, save
+from raising import raises
 
 
 def write(folder: Path, step: int, keep: int = 3, best: bool = False) -> Path:
@@ -61,13 +61,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 def test_when_no_checkpoint_is_whole_the_user_is_told(tmp_path: Path) -> None:
     (write(tmp_path, 5) / "weights.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match="step-000005"):
+    with raises("checkpoint_invalid", "step-000005"):
         load(tmp_path)
 
 
 def test_a_save_that_was_killed_is_neither_loaded_nor_left_behind(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    half = tmp_path / ".writing-step-000010-1"
+    half = tmp_path / ".step-000010.0a1b2c3d.tmp"
     half.mkdir()
     (half / "weights.safetensors").write_bytes(b"half")
     found = load(tmp_path)
@@ -110,10 +110,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the system now refuses any larger file
     try:
-        with pytest.raises(UserError, match="step-000005"):
+        with raises("path_unwritable", "step-000010", "step-000005"):
             write(tmp_path, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(tmp_path.glob(".writing-*"))
+    assert not list(tmp_path.glob(".*.tmp"))
     found = load(tmp_path)
     assert found is not None and found.step == 5

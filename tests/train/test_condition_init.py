@@ -12,7 +12,7 @@ from PIL import Image
 
 from diptych import student
 from diptych.recipe.schema import Distill, Recipe
-from diptych.student.weights.fold import picture_columns
+from diptych.student.weights.fold import image_columns
 from diptych.train.checkpoint import identity
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer
@@ -25,13 +25,13 @@ def columns(transformer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_columns_of_a_picture_say_nothing_of_what_is_empty() -> None:
     weight, empty = torch.randn(5, 12), torch.randn(6)
-    found = picture_columns(weight, empty)
+    found = image_columns(weight, empty)
     torch.testing.assert_close(found @ empty, torch.zeros(5), rtol=0, atol=1e-5)
     other = torch.randn(6)
     other -= (other @ empty) / (empty @ empty) * empty
     torch.testing.assert_close(found @ other, weight[:, :6] @ other, rtol=1e-4, atol=1e-5)
     for nothing in (None, torch.zeros(6)):
-        assert torch.equal(picture_columns(weight, nothing), weight[:, :6])
+        assert torch.equal(image_columns(weight, nothing), weight[:, :6])
 
 
 @pytest.mark.parametrize("conditioning", ["diptych", "channel"])
@@ -45,7 +45,7 @@ def test_a_student_may_begin_with_the_teachers_own(world: Any, tmp_path: Path, c
     assert not zeros.any() and own.any()
     pipe = trainer.job.pipe
     black = pipe.encode_reference([Image.new("RGB", (tiny_run.PANEL, tiny_run.PANEL))], trainer.job.canvas).mean((0, 1))
-    wanted = picture_columns(torch.cat([own, zeros], 1), black if conditioning == "diptych" else None)
+    wanted = image_columns(torch.cat([own, zeros], 1), black if conditioning == "diptych" else None)
     assert torch.equal(started["teacher"][0], own)
     torch.testing.assert_close(started["teacher"][1], wanted)
     assert torch.equal(wanted, own) == (conditioning == "channel")

@@ -7,13 +7,13 @@ import logging
 import pytest
 
 from diptych.data.records import grid_id, pair_id, prompt_id
-from diptych.train.cache import Sample
+from diptych.train.cache import CachedPair
 from diptych.train.schedule import split
 
 
-def samples(*groups: int) -> list[Sample]:
+def samples(*groups: int) -> list[CachedPair]:
     """Pairs per reference."""
-    return [Sample(f"{g}-{n}", f"g{g}", "a cat") for g, count in enumerate(groups) for n in range(count)]
+    return [CachedPair(f"{g}-{n}", f"g{g}", "a cat") for g, count in enumerate(groups) for n in range(count)]
 
 
 @pytest.mark.parametrize("groups", [(40,), (20, 20), (15, 15, 10)])
@@ -54,7 +54,7 @@ def test_no_prompt_is_both_trained_on_and_held_out(
 ) -> None:
     """Several images of a prompt show one subject in the same words; ten are more pairs than are asked for."""
     grids = [grid_id(prompt_id(number), image) for number in range(12) for image in range(images)]
-    pairs = [Sample(pair_id(grid, *order), f"0/{grid}", "a cat") for grid in grids for order in ((0, 1), (1, 0))]
+    pairs = [CachedPair(pair_id(grid, *order), f"0/{grid}", "a cat") for grid in grids for order in ((0, 1), (1, 0))]
     train, held = split(pairs, held_out)
     prompts = [{pairs[row].grid_id.partition(".")[0] for row in rows} for rows in (train, held)]
     assert len(held) == {3: 12, 10: 20}[images] and prompts[0].isdisjoint(prompts[1])

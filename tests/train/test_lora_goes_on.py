@@ -14,6 +14,7 @@ from diptych import student
 from diptych.errors import UsageError
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer
+from raising import raises
 
 LORA = {"mode": "lora", "rank": 4, "learning_rate": 1e-2}
 
@@ -50,22 +51,22 @@ def open_keys(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "facts"),
     [
-        ({"rank": 2}, r"has rank 4 on .* and distill\.rank is 2"),
-        ({"lora_targets": ["to_q"]}, r"adapts \d+ layers and distill\.lora_targets 3; only the LoRA adapts"),
-        ({"lora_targets": "attention+mlp"}, "only the recipe adapts"),
+        ({"rank": 2}, ["rank 4", "distill.rank is 2"]),
+        ({"lora_targets": ["to_q"]}, ["distill.lora_targets 3", "the LoRA"]),
+        ({"lora_targets": "attention+mlp"}, ["distill.lora_targets", "the recipe"]),
     ],
 )
 def test_other_adapters_than_the_recipes_are_refused(
-    world: Any, first: Any, tmp_path: Path, keys: dict[str, Any], message: str
+    world: Any, first: Any, tmp_path: Path, keys: dict[str, Any], facts: list[str]
 ) -> None:
     recipe = tiny_run.make_recipe(world.teacher, **LORA | {"init": str(first.out)} | keys)
-    with pytest.raises(UsageError, match=message):
+    with raises("lora_mismatch", *facts, kind=UsageError):
         distill(recipe, world.pairs, tmp_path / "out")
 
 
 def test_a_whole_student_is_no_lora_to_go_on_from(world: Any, straight: Any, tmp_path: Path) -> None:
     recipe = tiny_run.make_recipe(world.teacher, **LORA | {"init": str(straight.out)})
-    with pytest.raises(UsageError, match="a whole student, and adapters are saved for the teacher"):
+    with raises("recipe_conflict", straight.out, "mode: full", kind=UsageError):
         distill(recipe, world.pairs, tmp_path / "out")

@@ -29,15 +29,15 @@ def test_training_with_blocks_offloaded_is_the_same_training(world: Any, tmp_pat
 
 def test_one_block_visits_at_a_time_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     visits: list[int] = []
-    bring = Offload._bring
+    load = Offload._load
 
     def counted(self: Offload, matrices: list[torch.nn.Parameter]) -> None:
         assert not self.present
-        bring(self, matrices)
+        load(self, matrices)
         assert all(matrix.data_ptr() != self._waiting[matrix].data_ptr() for matrix in matrices)
         visits.append(len(self.present))
 
-    monkeypatch.setattr(Offload, "_bring", counted)
+    monkeypatch.setattr(Offload, "_load", counted)
     transformer: Any = widen(tiny_run.make_transformer())
     options = Distill(mode="lora", rank=2, gradient_checkpointing=True, offload="blocks")
     trained = parts.select(transformer, options, "float32", torch.device("cpu"))

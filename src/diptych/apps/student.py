@@ -105,7 +105,7 @@ class Student:
         from diptych.student.loading import scaled
         from diptych.student.runtime import parallel as gpus
         from diptych.student.runtime import speed as speeds
-        from diptych.student.runtime.applied import put_on
+        from diptych.student.runtime.applied import apply_speed
         from diptych.utils.console import quiet_bars
 
         check_device(device)
@@ -117,7 +117,7 @@ class Student:
         if parallel:
             device = gpus.join(device)
         said = explains_exhaustion(
-            f"loading {model}", f"use {less_than(memory)}; `diptych doctor` says what this machine can do"
+            f"loading {model}", f"Use {less_than(memory)}; `diptych doctor` shows what this machine can run"
         )
         with nullcontext() if progress_bar else quiet_bars(), said:
             pipeline = load(
@@ -130,7 +130,7 @@ class Student:
                 fuse=fuse,
                 memory=memory,
             )
-        put_on(pipeline, quick)
+        apply_speed(pipeline, quick)
         if parallel:
             gpus.split(pipeline)
         if not progress_bar:
@@ -373,11 +373,11 @@ class Student:
         return {"callback_on_step_end": in_turn(each), "callback_on_step_end_tensor_inputs": list(inputs)}
 
     def _too_much(self, canvas: Canvas, count: int) -> tuple[str, str]:
-        """What was being drawn when memory ran out, and what to do."""
-        what = f"{count} pictures" if count > 1 else "a picture"
-        less = "fewer at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
-        instead = f"ask for {less}, or use {less_than(self.pipeline.runtime.memory)}"
-        return f"drawing {what} of {canvas.panel_width}×{canvas.panel_height}", instead
+        """What is generated when memory runs out, and what to do."""
+        what = f"{count} images" if count > 1 else "an image"
+        less = "fewer images at once, or a smaller size" if count > 1 else "a smaller size, or a smaller model"
+        instead = f"Use {less}, or {less_than(self.pipeline.runtime.memory)}"
+        return f"generating {what} of {canvas.panel_width}×{canvas.panel_height}", instead
 
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
         import diffusers

@@ -95,7 +95,7 @@ def call(args: list[str] | None = None) -> int:
             raise
         from diptych.student.runtime import parallel
 
-        if not parallel.says(error):
+        if not parallel.reports(error):
             return error.exit_code
         return fail(error.code, str(error), error.exit_code)
     except BrokenPipeError:

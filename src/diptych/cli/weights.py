@@ -65,7 +65,7 @@ def convert(
             overwrite=overwrite,
             report=lambda done, total: report(100 * done // max(total, 1), 100),
         )
-    display.say(conversion.summary(done))
+    display.say(directions.summary(done))
     print_result(done, lambda done: [done["out"]], as_json)
 
 

@@ -94,7 +94,7 @@ def paint(recipe: Recipe) -> None:
     doubts(recipe, folder)
     with _unsaid():  # the stage says it
         memory_for(recipe, folder, device, dtype)
-        stock.speed_of(folder, recipe.paint.speed)
+        stock.resolve_speed(folder, recipe.paint.speed)
 
 
 def curate(recipe: Recipe) -> None:

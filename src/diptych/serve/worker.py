@@ -239,12 +239,12 @@ class Worker:
     def _use_speed(self, name: str | None) -> None:
         """The speed that a request asked for by name, or the server's own."""
         from diptych.student.runtime import speed as speeds
-        from diptych.student.runtime.applied import put_on
+        from diptych.student.runtime.applied import apply_speed
 
         assert self.student is not None
         wanted = self._own_speed if name is None else speeds.parse(None if name == "plain" else name)
         if wanted != self._speed:
-            put_on(self.student.pipeline, wanted)
+            apply_speed(self.student.pipeline, wanted)
             self._speed = wanted
 
     def _keep(self, task: QueuedImage, image: Image) -> None:

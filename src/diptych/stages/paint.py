@@ -61,7 +61,7 @@ class Paint:
         for doubt in doubts(self.recipe, folder):
             log.warning("%s", doubt)
         held = memory_for(self.recipe, folder, device, getattr(torch, dtype))
-        speed = stock.speed_of(folder, settings.speed)
+        speed = stock.resolve_speed(folder, settings.speed)
         pipe = open_teacher(folder, getattr(torch, dtype))
         size = panel_size(pipe, settings.panel_size)
         drawing = stock.apply(pipe, held, speed, device)
@@ -151,7 +151,7 @@ def memory_for(recipe: Recipe, folder: Path, device: torch.device, dtype: torch.
     index = read_file(folder / INDEX)
     rows = settings.batch_size * teachers.of(class_of(folder)).rows(settings.true_guidance, index)
     drawn = {"rows": rows, "panel": (layout.rows * size, layout.cols * size // 2)}
-    return stock.settle(folder, settings.memory, device, dtype, drawn)
+    return stock.resolve_memory(folder, settings.memory, device, dtype, drawn)
 
 
 def settle_memory(recipe: Recipe) -> str:

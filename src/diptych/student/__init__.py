@@ -1,8 +1,8 @@
-"""The student: a stock FLUX-Control transformer that takes a reference image, and the pipeline around it.
+"""The student: a transformer that takes a reference image, and the pipeline around it.
 
-`load` opens a student from any layout, `save` writes an ordinary diffusers folder. Beneath: `canvas` (panels, fit),
-`pipeline` (the sampler), `weights` (reading, folding, LoRA, converting), `runtime` (memory, speed), `families`. Nothing
-heavy is imported before use.
+`load` opens a student from any layout, and `save` writes an ordinary diffusers folder. The other modules are `canvas`
+(panels, fit), `pipeline` and `sampler`, `weights` (reading, folding, LoRA, converting), `runtime` (memory, speed) and
+`families`. Nothing heavy is imported before use.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Callbacks of the sampler, as diffusers' `callback_on_step_end` takes them: live previews, and held parts.
+"""Callbacks of the sampler (diffusers' `callback_on_step_end`): live previews, and inpainting.
 
-`Preview` shows what an image is becoming, from the latents alone. Flow matching's clean latents follow from two
-consecutive states: with v = (x_s − x_t) / (σ_s − σ_t) the sampler's last step, x_0 = x_s − σ_s·v. A linear map takes
-their C channels to RGB. It is fitted once, by least squares, to what the model's own VAE makes of random colors, soft
-to fine; a preview then costs one small matrix product, and no decoder.
+`Preview` shows the image in progress, from the latents alone. Flow matching's clean latents follow from two consecutive
+states: x_0 = x_s − σ_s·v with the sampler's last velocity v = (x_s − x_t) / (σ_s − σ_t). A linear map takes their C
+channels to RGB. It is fitted once, by least squares, to the VAE's latents of random colors at several scales. A preview
+then costs one small matrix product, without the decoder.
 
-`Hold` holds a part of the right panel to a known image while the rest is generated: inpainting without training. After
-each step the held part is put where rectified flow's path to the image has it, so that what is generated beside it fits
-it from the first step on.
+`Hold` keeps a part of the right panel at a known image while the rest is generated: inpainting without training. After
+each step, the known part is set to its place on rectified flow's path to the image, so that the rest matches it from
+the first step on.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
 
     from diptych.student.pipeline import DiptychPipeline
 
-Show = Callable[[int, int, "list[Image]"], None]  # (steps done, steps in all, one picture for each of the batch)
-FIT_COLOURS = (4, 8, 16, 32)  # random colours along a side of the fitting pictures: detail has channels of its own
-FIT_PICTURES = 4  # of each
-FIT_LATENTS = 16  # side of a fitting picture, in latents
+Show = Callable[[int, int, "list[Image]"], None]  # (steps done, number of steps, one image for each of the batch)
+FIT_COLORS = (4, 8, 16, 32)  # random colors along a side of the fitting images, because detail has other channels
+FIT_IMAGES = 4  # of each
+FIT_LATENTS = 16  # side of a fitting image, in latents
 
 
 def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
-    """(C + 1, 3): scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Least squares, seeded."""
+    """A matrix (C + 1, 3) from scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Fitted by
+    least squares with a fixed seed."""
     factor, side = pipe.vae_scale_factor, FIT_LATENTS
     generator = torch.Generator("cpu").manual_seed(0)
-    colours = [2 * torch.rand(FIT_PICTURES, 3, n, n, generator=generator) - 1 for n in FIT_COLOURS]
+    colors = [2 * torch.rand(FIT_IMAGES, 3, n, n, generator=generator) - 1 for n in FIT_COLORS]
     size = (factor * side, factor * side)
-    pixels = torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=True) for each in colours])
+    pixels = torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=True) for each in colors])
     latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
     means = F.avg_pool2d(pixels, factor).movedim(1, -1).reshape(-1, 3)
     return torch.linalg.lstsq(_with_one(latents).reshape(-1, latents.shape[1] + 1), means).solution
 
 
 class Preview:
-    """A `callback_on_step_end` of diffusers' kind that shows the target panels; it changes nothing.
+    """A `callback_on_step_end` that shows the target panels and changes nothing.
 
-    Calls `show(done, steps, images)` after every `every`th step from the second on (one step alone does not say where
-    it leads) and after the last. `projection` is `fit_projection`'s. Only for schedulers that have `sigmas` (FLUX's).
+    Calls `show(done, steps, images)` after the last step and after every `every`-th step from the second on, because a
+    velocity needs two states. `projection` comes from `fit_projection`. Only for schedulers with `sigmas` (FLUX's).
     """
 
     def __init__(self, show: Show, canvas: Canvas, projection: torch.Tensor, every: int = 1) -> None:
@@ -69,7 +70,7 @@ class Preview:
         return {}
 
     def _clean(self, x_s: torch.Tensor, sigmas: torch.Tensor, step: int) -> torch.Tensor:
-        """x_0 (B, tokens, 4C) as the step from σ_t = sigmas[step] to σ_s = sigmas[step + 1] implies it."""
+        """x_0 (B, tokens, 4C) from the step from σ_t = sigmas[step] to σ_s = sigmas[step + 1]."""
         if self._before is None:
             return x_s
         sigma_t, sigma_s = (float(sigma) for sigma in sigmas[step : step + 2])
@@ -87,7 +88,7 @@ class Preview:
 
 
 def in_turn(callbacks: Sequence[Callback]) -> Callback:
-    """Several `callback_on_step_end`s as one: each sees what those before it changed."""
+    """Several `callback_on_step_end`s as one. Each gets the changes of those before it."""
 
     def call(
         pipe: DiptychPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
@@ -107,7 +108,7 @@ def _with_one(latents: torch.Tensor) -> torch.Tensor:
 
 
 class Hold:
-    """For one picture. `picture` is of the panel's size; `kept` (H, W) is true where it is held."""
+    """A callback for one image. `picture` has the panel's size; `kept` (H, W) is true where it is kept."""
 
     def __init__(self, pipeline: DiptychPipeline, picture: Image, kept: np.ndarray, canvas: Canvas, seed: int) -> None:
         pixels = to_pixels(picture)[None]
@@ -116,7 +117,7 @@ class Hold:
         self.held = held_latents(kept, canvas, self.clean.shape[-1] // 4)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The latents after step number `step`, the held part put in place."""
+        """The latents after step `step`, with the known part in its place."""
         x_t = tensors["latents"]
         clean, noise, held = (x.to(x_t.device) for x in (self.clean, self.noise, self.held))
         sigma = pipe.scheduler.sigmas[step + 1].to(x_t.device)
@@ -124,7 +125,7 @@ class Hold:
 
 
 def held_latents(kept: np.ndarray, canvas: Canvas, channels: int) -> torch.Tensor:
-    """Boolean packed latents (1, tokens, 4C): those of the right panel of which every pixel is kept."""
+    """A mask of packed latents (1, tokens, 4C): those of the right panel of which every pixel is kept."""
     free = torch.from_numpy(~kept)[None, None].float()
     held = torch.nn.functional.max_pool2d(free, canvas.factor) == 0  # (1, 1, 2R, K)
     both = join_panels(torch.zeros_like(held), held, canvas.panels)

@@ -1,7 +1,7 @@
-"""Opening and saving students: whichever layout the weights came in, one pipeline comes out.
+"""Opening and saving students: a pipeline from weights in any layout.
 
-Parts (transformer, VAE, text encoders, tokenizers, scheduler) are taken from the model's folder where it has them, else
-from the base. Everything is checked before the pipeline exists, so nothing is ever half loaded.
+Parts (transformer, VAE, text encoders, tokenizers, scheduler) are taken from the model's folder if it has them, else
+from the base. Everything is checked before the pipeline is built, so nothing is half loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from diptych.errors import UsageError, UserError
 from diptych.student.pipeline import DiptychPipeline
-from diptych.student.runtime.applied import hold
+from diptych.student.runtime.applied import apply_memory
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
 from diptych.student.weights import files, single_file
@@ -23,12 +23,12 @@ from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
 from diptych.student.weights.lora_file import lora_file
 from diptych.student.weights.sources import (
-    Source,
+    StudentSource,
     check_family,
+    check_part,
     check_parts,
     find_parts,
     locate,
-    look_at,
     open_part,
     open_source,
     resolve,
@@ -42,6 +42,8 @@ RELEASED_SIZES = ((512, 512),)  # the authors trained on squares and sample them
 Loras = str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
 
 
+# One thread at a time: diffusers and transformers patch torch for the whole process while they read weights, so that a
+# module that another thread builds meanwhile has no values. A server with one worker for each device has such threads.
 @alone
 def load(
     model: str | Path,
@@ -57,21 +59,22 @@ def load(
     """Opens a student as a pipeline.
 
     Args:
-        model: `pocket`, a hub name, or a path. A folder: a whole diffusers pipeline; one with only `transformer/`; the
-            released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), folded exactly;
-            or one with only a control-LoRA, which goes on the base's transformer, widened. A file: a transformer in
+        model: `pocket`, a hub name, or a path. A folder has a complete diffusers pipeline; or only `transformer/`; or
+            the released layout (`transformer/` or `transformers/` with `c_embedder`, and its LoRA file), which is
+            folded exactly; or only a control-LoRA for the base's widened transformer. A file has a transformer in
             .safetensors or .gguf, in diffusers' or Black Forest Labs' keys, or a control-LoRA.
-        base: the teacher's folder, for what `model` lacks (VAE, scheduler, text encoders, tokenizers). Without text
-            encoders the pipeline takes prompts as embeddings only.
-        dtype: default float32 on a CPU; on an accelerator bfloat16 for weights stored so, else float32.
-        device: `cpu`, `cuda`, …; None or `auto` takes the accelerator if there is one.
-        lora: more LoRA files on top: a path, a (path, scale), or a list of those.
-        released_lora: also load the folder's own `pytorch_lora_weights.safetensors`, as the release does.
-        fuse: add the LoRAs into the weights (faster; needed before `save`). Quantized weights (GGUF) keep them beside.
-        memory: GiB to fit into (8, 12, 16, 24, 48, 80), `auto`, or a `memory.Preset`; see `memory`.
+        base: the teacher's folder, for the parts that `model` lacks (VAE, scheduler, text encoders, tokenizers).
+            Without text encoders, the pipeline accepts prompts only as embeddings.
+        dtype: defaults to float32 on a CPU; on an accelerator to bfloat16 for weights stored in it, else float32.
+        device: `cpu`, `cuda`, …; None or `auto` uses the accelerator if there is one.
+        lora: further LoRA files: a path, a (path, scale), or a list of those.
+        released_lora: also load the folder's `pytorch_lora_weights.safetensors`, as the release does.
+        fuse: add the LoRAs to the weights, which is faster and required before `save`. Quantized weights (GGUF) keep
+            them separate.
+        memory: memory preset in GiB (8, 12, 16, 24, 48, 80), `auto`, or a `memory.Preset`; see `memory`.
 
     Raises:
-        UserError, UsageError: what is missing, damaged or of another family, and what to do. Nothing is half loaded.
+        UserError, UsageError: a part is missing, damaged or of another family. Nothing is half loaded.
     """
     device = pick_device(device)
     preset = prepare(memory, device) if memory is not None else None
@@ -88,19 +91,22 @@ def load(
     loras = [*([(lora_file(own), 1.0)] if own else []), *given]
     if preset is not None:
         quantized = sum(tensor.nbytes for tensor in source.tensors.values() if tensor.dtype == torch.uint8)
-        preset.settle(shapes_in(source.folded.config, places, quantized), dtype, places)
+        preset.resolve(shapes_in(source.folded.config, places, quantized), dtype, places)
         preset.check([lora for lora, _ in loras], fuse)
     later = preset.waiting if preset is not None else ()
     if inside := [part for part in later if part in source.parts]:
         raise UsageError(
-            f"{path} holds {' and '.join(inside)}, which --memory {preset.name if preset else ''} opens again for "
-            "prompts from a folder; use another preset, or save it as a folder first (diptych.student.save)"
+            "option_unsuited",
+            f"--memory {preset.name if preset else ''} loads text encoders from a folder for each prompt, and {path} "
+            f"has {' and '.join(inside)} in one file. Use another preset, or save it as a folder first "
+            "(diptych.student.save).",
         )
     for part in later:
-        look_at(part, places[part])
-    if lacking := sorted(source.parts.keys() - places.keys()):
+        check_part(part, places[part])
+    if absent := sorted(source.parts.keys() - places.keys()):
         raise UserError(
-            f"{path} holds {' and '.join(lacking)}, and the base has no such folder with its config; give a whole base"
+            "model_incomplete",
+            f"{path} has {' and '.join(absent)}, but the base has no folder for it. Pass a complete base.",
         )
     given_parts = {part: place for part, place in places.items() if part not in later}
     parts = {part: open_part(part, place, dtype, source.parts.get(part)) for part, place in given_parts.items()}
@@ -119,12 +125,12 @@ def load(
         fuse_loras(pipe)
     if preset is None:
         return pipe.to(device)
-    hold(pipe, preset)
+    apply_memory(pipe, preset)
     return pipe
 
 
-def _read(source: Source, dtype: torch.dtype) -> Any:
-    """The transformer, its tensors read; a GGUF file's quantized matrices stay quantized."""
+def _read(source: StudentSource, dtype: torch.dtype) -> Any:
+    """The transformer with its weights. Quantized matrices of a GGUF file stay quantized."""
     if source.layout == "gguf" and any(tensor.dtype == torch.uint8 for tensor in source.tensors.values()):
         return single_file.build_quantized(source.folded.config, source.tensors, dtype, source.place)
     return build(source.folded.config, {key: tensor.read() for key, tensor in source.tensors.items()})
@@ -133,11 +139,11 @@ def _read(source: Source, dtype: torch.dtype) -> Any:
 def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the student as an ordinary diffusers folder, which the stock pipeline of its conditioning opens.
 
-    Written under a temporary name and renamed, so a cut save is never taken for a student. A pipeline without text
-    encoders is saved without them; stock diffusers then needs `text_encoder=None, …` passed explicitly.
+    The folder is written under a temporary name and renamed, so that an interrupted save leaves no partial student. A
+    pipeline without text encoders is saved without them; stock diffusers then needs `text_encoder=None, …`.
 
     Raises:
-        UserError: `folder` exists (and not `overwrite`), or a LoRA is still unfused.
+        UserError: `folder` exists (without `overwrite`), or a LoRA is not fused.
     """
     folder = Path(folder)
     files.check_free(folder, overwrite, "pass overwrite=True")
@@ -167,12 +173,12 @@ def pick_dtype(weights: Path, device: torch.device) -> torch.dtype:
     try:
         stored = {tensor.dtype for tensor in open_safetensors(first)[0].values()}
     except UserError:
-        return torch.float32  # reading the weights says what is wrong with the file
+        return torch.float32  # reading the weights reports the damage
     return torch.bfloat16 if stored & {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2} else torch.float32
 
 
 def scaled(lora: Loras) -> list[tuple[Path, float]]:
-    """(path, scale) of each LoRA; one path, or one (path, scale), need no list around it."""
+    """(path, scale) of each LoRA, from a path, a (path, scale), or a list of these."""
     if isinstance(lora, (str, Path)):
         return [(Path(lora), 1.0)]
     if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], (int, float)):

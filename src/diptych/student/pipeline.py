@@ -384,11 +384,11 @@ class DiptychPipeline(FluxControlPipeline):
         """
         if any(getattr(getattr(self, part, None), "peft_config", None) for part in self._lora_loadable_modules):
             raise UserError(
-                "this student carries an unfused LoRA; load it with fuse=True before saving the whole student"
+                "lora_unsupported", "A student with an unfused LoRA cannot be saved. Load it with fuse=True first."
             )
         if getattr(self.transformer, "hf_quantizer", None) is not None:
             raise UserError(
-                "this student is quantized, and quantized weights are not saved; `diptych convert` dequantizes"
+                "model_quantized", "Quantized weights cannot be saved. Dequantize them with `diptych convert`."
             )
         self.settings = self.settings  # also where they are the family's: the folder is then not taken to say nothing
         name = self.settings.pipeline_class

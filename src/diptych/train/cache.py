@@ -1,15 +1,14 @@
-"""What training computes once and reads again: the latents of the pairs, the embeddings of their captions.
+"""What training computes only once: the latents of the pairs and the embeddings of their captions.
 
-Every pair goes through the VAE once, before training: one safetensors file for each shard of the pairs, in a folder
-named after the VAE, the panel size and the pairs it came from, so that a cache is never read for other data. A file is
-published by renaming, so a killed build continues where it was, and carries the hash of all it holds, so that a damaged
-or swapped one is found when training starts, and made again. The VAE sees whole canvases, [reference | target] and
-[reference | black], because its convolutions and its attention cross the seam. The posterior's mode is taken: nothing
-is sampled. Where pairs are trained at several sizes (`schedule.Bucket`), each goes through at the one nearest to its
-target's shape.
+The VAE encodes every pair once, before training, into one safetensors file for each shard of the pairs. The folder's
+name depends on the VAE, the panel size and the pairs, so that a cache is never used for other data. Files are published
+by renaming, so a killed build resumes. Each has a hash of its contents, so that a damaged or swapped file is detected
+when training starts, and made again. The VAE encodes complete canvases, [reference | target] and [reference | black],
+because its convolutions and its attention cross the seam. It takes the posterior's mode; nothing is sampled. With
+several sizes (`schedule.Bucket`), each pair is encoded at the size nearest to its target's shape.
 
-Captions are encoded in one pass and kept in memory, or, when they would not fit, batch by batch: T5's embeddings of
-400k captions are 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step.
+Captions are encoded in one pass and stay in memory, or, if they do not fit, batch by batch. T5's embeddings of 400k
+captions take 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step.
 """
 
 from __future__ import annotations
@@ -36,33 +35,36 @@ from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 from diptych.utils.io import publish, sha256
 
-HASH = "sha256"  # the header's key for the hash of the rest
+HASH = "sha256"  # key of the hash in a file's header
 log = logging.getLogger(__name__)
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Writes a file of a cache, the hash of its header, tensors and place in the header. UserError if it cannot."""
+    """Writes a file of a cache, with the hash of its header, tensors and name in its header. UserError if it cannot be
+    written."""
     header = header or {}
     write_tensors(tensors, path, header | {HASH: _digest(path, header, tensors)})
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all. UserError if it cannot."""
+    """Writes a safetensors file completely or not at all. UserError if it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         with publish(path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; make room, then run the same command again") from error
+        raise UserError(
+            "path_unwritable", f"Cannot write {path}: {reason}. Free some space, then run the same command again."
+        ) from error
 
 
 def is_whole(path: Path) -> bool:
-    """Whether `write` made this very file; one that was damaged or swapped since is none, and a warning says so.
+    """Whether `write` made this file at this path. Warns if it is damaged or swapped.
 
-    A process reads its bytes once while the file stays as it is.
+    A process reads each version of a file only once.
     """
     from safetensors import SafetensorError
 
@@ -72,26 +74,26 @@ def is_whole(path: Path) -> bool:
     try:
         _check(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
     except (OSError, SafetensorError, ValueError) as error:
-        log.warning("%s is damaged (%s); it is made again", path, error)
+        log.warning("%s is damaged (%s). It is made again.", path, error)
         return False
     return True
 
 
 @lru_cache(maxsize=100_000)
 def _check(path: Path, state: tuple[int, ...]) -> None:
-    """ValueError where a file's hash is not that of what it holds; `state` tells its versions apart."""
+    """ValueError if a file's hash differs from that of its contents. `state` distinguishes its versions."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:  # the header's lengths are compared with the file's
+    with safe_open(path, "pt") as file:  # compares the lengths in the header with the file's
         header = dict(file.metadata() or {})
-        said = header.pop(HASH, "")
+        stored = header.pop(HASH, "")
         names = file.keys()
-        if said != _digest(path, header, {name: file.get_tensor(name) for name in names}):
+        if stored != _digest(path, header, {name: file.get_tensor(name) for name in names}):
             raise ValueError("its sha256 differs")
 
 
 def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of a file's header and tensors and of its place in the cache, so that swapped files are found too."""
+    """sha256 of a file's header, tensors and name, so that swapped files are detected too."""
     digest = hashlib.sha256(json.dumps([path.parent.name, path.name, sorted(header.items())]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -105,15 +107,15 @@ TEXT_IN_MEMORY = 2 * 2**30  # bytes
 
 
 class Text(Protocol):
-    """Where training gets its text from."""
+    """The embedded captions of a training."""
 
     def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, L, D) and pooled embeddings (B, P) of these captions."""
         ...
 
 
-class Table:
-    """All distinct captions and the empty prompt, encoded once. The encoders are not needed any more."""
+class CaptionTable:
+    """All distinct captions and the empty prompt, encoded once. The encoders are not needed afterwards."""
 
     def __init__(
         self, encode: EncodeText, captions: Sequence[str], at_once: int, progress: Progress | None = None
@@ -133,7 +135,7 @@ class Table:
 
 
 class Online:
-    """Captions encoded as they come; the encoders stay where they are."""
+    """Captions encoded for each batch. The encoders stay on their device."""
 
     def __init__(self, encode: EncodeText, at_once: int) -> None:
         self._encode, self._at_once = encode, at_once
@@ -141,7 +143,7 @@ class Online:
     def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         distinct = sorted(set(captions))
         firsts = range(0, len(distinct), self._at_once)
-        # To main memory at once: the device has no room for a whole step's.
+        # Moved to main memory immediately, because a complete step's embeddings do not fit on the device.
         parts = [[each.cpu() for each in self._encode(distinct[first : first + self._at_once])] for first in firsts]
         embeds, pooled = (torch.cat(side) for side in zip(*parts, strict=True))
         index = torch.tensor([distinct.index(caption) for caption in captions])
@@ -149,68 +151,65 @@ class Online:
 
 
 def embed_captions(encode: EncodeText, captions: Sequence[str], progress: Progress | None = None) -> Text:
-    """A table when all distinct captions' embeddings fit in memory, else an online encoder."""
+    """A table if the embeddings of all distinct captions fit in memory, else an online encoder."""
     embeds, pooled = encode([""])
     size = (embeds.numel() * embeds.element_size() + pooled.numel() * pooled.element_size()) * (len(set(captions)) + 1)
     at_once = captions_at_once(embeds.shape[1])
-    return Table(encode, captions, at_once, progress) if size <= TEXT_IN_MEMORY else Online(encode, at_once)
+    return CaptionTable(encode, captions, at_once, progress) if size <= TEXT_IN_MEMORY else Online(encode, at_once)
 
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-LATENTS_IN_MEMORY = (
-    4 * 2**30
-)  # bytes of latents that are read once and kept; more is read row by row from the mapped files
-FORMAT = 4  # raised when the files say something else
-MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the rest would hide a fault
-SAME_SHAPE = 0.02  # aspect ratios of an aligned pair may differ by this share: a pixel or two of rounding
-log = logging.getLogger(__name__)
+LATENTS_IN_MEMORY = 4 * 2**30  # bytes; more latents are read row by row from the mapped files
+FORMAT = 4  # increase it when the contents of the files change
+MOST_SKIPPED = 0.05  # share of unreadable pairs above which training on the others would hide a fault
+SAME_SHAPE = 0.02  # allowed relative difference of an aligned pair's aspect ratios: one or two pixels of rounding
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What training knows of a pair besides its latents."""
+class CachedPair:
+    """The texts and the bucket of a pair, beside its latents."""
 
     id: str
     grid_id: str
     caption: str
     instruction: str = ""
-    bucket: int = 0  # which of the canvases it is trained on
+    bucket: int = 0  # index of the canvas that it is trained on
 
-    def told(self, instruct: bool) -> str:
-        """The instruction if it is wanted and there is one, else the caption."""
+    def text(self, instruct: bool) -> str:
+        """The instruction if it is requested and there is one, otherwise the caption."""
         return self.instruction if instruct and self.instruction else self.caption
 
 
 class Latents:
-    """Packed latents of all pairs, by row number: `samples[i]` and the rows of `gather([i])` belong together."""
+    """Packed latents of all pairs by row number. `samples[i]` belongs to `gather([i])`."""
 
     def __init__(self, *sources: Sequence[Path]) -> None:
-        """Of the files of one data set, or of several, whose samples' ids then begin with its number."""
+        """`sources` are the files of each data set. With several, the ids of samples begin with the set's number."""
         from safetensors import safe_open
 
         files = [file for source in sources for file in source]
         owners = [number for number, source in enumerate(sources) for _ in source]
         self.counts = [0] * len(sources)
-        self.samples: list[Sample] = []
+        self.samples: list[CachedPair] = []
         self.skipped: list[dict[str, str]] = []
-        self._places: list[tuple[int, int]] = []  # file of a row, and its place among those of its bucket there
+        self._places: list[tuple[int, int]] = []  # (file of a row, its index among that file's rows of its bucket)
         self._files = [safe_open(path, "pt") for path in files]
         size = 0
         for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
             header = _header(file)
             owner = owners[number]
             prefix = f"{owner}/" if len(sources) > 1 else ""
-            found = [Sample(**sample) for sample in header["samples"]]
-            self.samples += [replace(s, id=prefix + s.id, grid_id=prefix + s.grid_id) for s in found]
-            self.counts[owner] += len(found)
+            samples = [CachedPair(**sample) for sample in header["samples"]]
+            self.samples += [replace(s, id=prefix + s.id, grid_id=prefix + s.grid_id) for s in samples]
+            self.counts[owner] += len(samples)
             self.skipped += header["skipped"]
             seen: Counter[int] = Counter()
-            for sample in found:
+            for sample in samples:
                 self._places.append((number, seen[sample.bucket]))
                 seen[sample.bucket] += 1
             size += path.stat().st_size
-        self._whole: dict[str, torch.Tensor] = {}  # a tensor of every row of a bucket
-        self._index: list[int] = []  # of a row in it
+        self._whole: dict[str, torch.Tensor] = {}  # tensors with all rows of a bucket
+        self._index: list[int] = []  # index of a row in them
         if size <= LATENTS_IN_MEMORY:
             names = sorted({name for file in self._files for name in file.keys()})  # noqa: SIM118
             self._whole = {name: self._read(name) for name in names}
@@ -223,7 +222,7 @@ class Latents:
         return len(self.samples)
 
     def shape(self, row: int) -> tuple[int, int]:
-        """(N, C): tokens of a row's canvas and channels of a token."""
+        """(N, C): number of tokens and of channels of a row's canvas."""
         name = tensor_name("clean", self.samples[row].bucket)
         if self._whole:
             return tuple(self._whole[name].shape[1:])  # pyright: ignore[reportReturnType]
@@ -246,12 +245,12 @@ class Latents:
 
 
 def tensor_name(kind: str, bucket: int) -> str:
-    """What a cache file calls the `clean` or `condition` latents of a bucket."""
+    """The name of a bucket's `clean` or `condition` latents in a cache file."""
     return f"{kind}.{bucket}"
 
 
 def panels_of(pipe: Any, latents: Latents, rows: Sequence[int], canvas: Canvas) -> list[torch.Tensor]:
-    """Reference and target of rows on this canvas, (B, 3, h, w) pixels each, decoded from their latents."""
+    """References and targets of rows on this canvas, pixels (B, 3, h, w) each, decoded from their latents."""
     clean, condition = (tokens.to(pipe.vae.device, pipe.vae.dtype) for tokens in latents.gather(rows))
     reference, target = split_panels(pipe.decode_canvas(clean, canvas), canvas.panels)
     return [reference if canvas.panels == 2 else pipe.decode_canvas(condition, canvas), target]
@@ -267,12 +266,17 @@ def build(
     processes: Processes = ALONE,
     aligned: bool = False,
 ) -> list[Path]:
-    """Encodes what is not encoded yet, each process its share of the shards; the files of the cache (`Latents`).
+    """Encodes the missing pairs, each process its share of the shards. Returns the files of the cache, for `Latents`.
 
-    `key` names the VAE and the pairs; `encode` is what `canvas_encoder` gives. `aligned` is the task's geometry: a
-    pixel of the reference and the same one of the target show one spot, so both are cut the same way, and a pair whose
-    pictures have different shapes is left out. Else either is fitted by itself. Pairs whose pictures cannot be read are
-    left out, counted and listed (`Latents.skipped`); UserError when they are more than a few, or a shard is missing.
+    Pairs whose images cannot be read are left out, counted and listed (`Latents.skipped`). UserError if they are more
+    than a few, or if a shard is missing.
+
+    Args:
+        encode: a function of `canvas_encoder`.
+        key: identifies the VAE and the pairs.
+        aligned: whether equal pixels of reference and target show the same point (the task's geometry). Both are then
+            cropped the same way, and a pair of images with different shapes is left out. Otherwise each is fitted
+            separately.
     """
     sizes = [(canvas.panel_height, canvas.panel_width, canvas.panels) for canvas in canvases]
     name = sha256(f"{FORMAT} {key} {sizes} {aligned}")[:16]
@@ -280,7 +284,9 @@ def build(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the latent cache {folder}: {error.strerror or error}") from error
+        raise UserError(
+            "path_unwritable", f"Cannot create the latent cache {folder}: {error.strerror or error}."
+        ) from error
     shards = pairs.shards()
     total = sum(pairs.rows_in(shard) for shard in shards)
     done, files = 0, []
@@ -294,16 +300,16 @@ def build(
             report(progress, done, total, "encoding pairs")
     if skipped := _skipped(files):
         reasons = Counter(each["reason"] for each in skipped).most_common(3)
-        named = "; ".join(f"{times} times {reason}" for reason, times in reasons)
-        message = f"{len(skipped)} of {total} pairs cannot be used ({named}; the first is {skipped[0]['id']})"
+        listed = "; ".join(f"{times} times {reason}" for reason, times in reasons)
+        message = f"{len(skipped)} of {total} pairs cannot be used ({listed}; the first is {skipped[0]['id']})"
         if len(skipped) > MOST_SKIPPED * total:
-            raise UserError(f"{message}; mend those rows or make {pairs.url} again, or check the disk that holds it")
-        log.warning("%s; they are left out and listed in the summary", message)
+            raise UserError("rows_failed", f"{message}. Correct these rows, make {pairs.url} again, or check its disk.")
+        log.warning("%s. They are left out and listed in the summary.", message)
     return files
 
 
 def _header(file: Any) -> dict[str, Any]:
-    """What an open cache file says of its pairs: `samples` and `skipped`."""
+    """The pairs of an open cache file: `samples` and `skipped`."""
     return json.loads(file.metadata()["diptych"])
 
 
@@ -311,17 +317,17 @@ def _skipped(files: Sequence[Path]) -> list[dict[str, str]]:
     """The pairs that were left out of these files, from their headers alone."""
     from safetensors import safe_open
 
-    found: list[dict[str, str]] = []
+    skipped: list[dict[str, str]] = []
     for path in files:
         with safe_open(path, "pt") as file:
-            found += _header(file)["skipped"]
-    return found
+            skipped += _header(file)["skipped"]
+    return skipped
 
 
 def encode_shard(
     rows: Sequence[dict[str, Any]], path: Path, encode: Encode, canvases: Sequence[Canvas], aligned: bool = False
 ) -> None:
-    """Encodes one shard's rows (those that curation kept, and that are pairs) into one file."""
+    """Encodes one shard's rows into one file, except rejected and invalid pairs."""
     samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     panels: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -351,21 +357,21 @@ def encode_shard(
 def _panels(
     row: dict[str, Any], canvases: Sequence[Canvas], aligned: bool
 ) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
-    """A pair's bucket, and its reference and target as pixels of that size. UserError if it cannot be read."""
+    """A pair's bucket, and its reference and target as pixels of that size. UserError if an image cannot be read."""
     from diffusers.training_utils import find_nearest_bucket
 
     reference, target = (open_image(row[side], name=side) for side in SIDES)
     shapes = reference.width * target.height, target.width * reference.height
     if aligned and abs(shapes[0] - shapes[1]) > SAME_SHAPE * max(shapes):
         sizes = " and ".join(f"{image.width}x{image.height}" for image in (reference, target))
-        raise UserError(f"the task is aligned, and reference and target have different shapes ({sizes})")
+        raise UserError("row_invalid", f"the task is aligned, and reference and target have different shapes ({sizes})")
     bucket: Any = find_nearest_bucket(target.height, target.width, [(c.panel_height, c.panel_width) for c in canvases])
     size = canvases[bucket].panel_height, canvases[bucket].panel_width
     return bucket, (to_pixels(fit_image(reference, *size)), to_pixels(fit_image(target, *size)))
 
 
 def vae_fingerprint(pipe: Any) -> str:
-    """sha256 over the VAE's weights in memory and its scaling: names what a latent means."""
+    """sha256 of the VAE's weights in memory and its scaling, which define the latents."""
     digest = hashlib.sha256(repr((pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)).encode())
     for name, tensor in pipe.vae.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -374,10 +380,10 @@ def vae_fingerprint(pipe: Any) -> str:
 
 
 def canvas_encoder(encode_canvas: Callable[[torch.Tensor], torch.Tensor], panels: int = 2) -> Encode:
-    """References and targets, (B, 3, h, w) pixels each, to packed latents on the CPU: clean and condition canvases of
-    so many panels.
+    """A function from references and targets, pixels (B, 3, h, w) each, to packed latents on the CPU: clean and
+    condition canvases with this number of panels.
 
-    `encode_canvas` is the pipeline's own, so that what training sees is what sampling will see.
+    `encode_canvas` is the pipeline's, so that training and sampling have the same latents.
     """
 
     def encode(reference: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

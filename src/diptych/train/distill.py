@@ -2,9 +2,9 @@
 
     distill(recipe, Dataset("runs/demo/pairs"), Path("runs/demo/student"))
 
-The folder ends as an ordinary diffusers pipeline (mode full) or a control-LoRA file (mode lora), with a model card and
-`training/`: metrics.jsonl, checkpoints, sample sheets, the latent cache. Called again it continues; when it is finished
-it returns its summary at once.
+The result is a folder with an ordinary diffusers pipeline (mode full) or a control-LoRA file (mode lora), a model card
+and `training/`: metrics.jsonl, checkpoints, sample sheets, the latent cache. A second call resumes the training, or
+returns its summary if it is finished.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diptych.train.loop import Trainer
 
 SUMMARY = "summary.json"
-SHOWN = 20  # steps that the summary's losses are the mean of
+SHOWN = 20  # the summary's losses are means over this number of last steps
 
 
 def distill(
@@ -45,14 +45,16 @@ def distill(
 
     Args:
         recipe: `distill`, `teacher`, `seed`, `device`, `threads` and `paint.panel_size` are read.
-        pairs: the run's own, rows of `records.PAIR`; those that curation did not keep are passed over. None where
-            `distill.data` has other people's alone.
-        out: made if need be; a checkpoint in it is continued exactly.
-        progress: called, or its `update` called, with (step, total, text).
-        recipe_sha256: of the run's recipe.yaml, which the student then names as where it comes from.
+        pairs: the run's pairs, rows of `records.PAIR`, of which rejected ones are skipped. None if `distill.data` names
+            only other data.
+        out: the student's folder, which is created. Training resumes exactly from a checkpoint in it.
+        progress: a function, or an object with `update`, that is called with (step, total, text).
+        recipe_sha256: hash of the run's recipe.yaml, which the student records as its origin.
 
-    Raises UserError (too few pairs, a step that went wrong, a full disk), UsageError (a checkpoint of another
-    training, a step-distilled teacher). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    Raises:
+        UserError: too few pairs, a diverged step, or a full disk.
+        UsageError: a checkpoint of another training, or a step-distilled teacher.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint saved.
     """
     from diptych.train.loop import train
     from diptych.train.processes import join
@@ -66,14 +68,14 @@ def distill(
         report(progress, steps, steps, "already trained")
         return done
     processes, device = join(pick_device(recipe.device))
-    processes.share(range(recipe.distill.batch_size))  # refused here if it does not divide, before anything is encoded
+    processes.share(range(recipe.distill.batch_size))  # raises before anything is encoded if it does not divide
     progress = progress if processes.first else None
     trainer = train(prepare(recipe, material, out, progress, processes, device), progress)
     return finish(trainer, recipe, out, recipe_sha256)
 
 
 def finished(out: Path, recipe: Recipe, material: Material) -> dict[str, Any] | None:
-    """The summary of a training that this recipe, base and data have finished in `out` before; None otherwise."""
+    """The summary of a finished training in `out` with this recipe, base and data. None if there is none."""
     try:
         stored = json.loads((out / TRAINING / SUMMARY).read_text("utf8"))
     except (OSError, ValueError):
@@ -87,10 +89,10 @@ def _made_by(recipe: Recipe, material: Material) -> dict[str, Any]:
 
 
 def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | None = None) -> dict[str, Any]:
-    """Writes the student of the averaged weights (the last ones, or the best), its card, and, last, the summary that
-    says it is whole.
+    """Writes the student with the averaged weights (the last or the best ones), its card, and, last, the summary, which
+    marks it as complete.
 
-    In several processes the first one writes and the others wait.
+    Of several processes, the first one writes and the others wait.
     """
     if recipe.distill.export == "best":
         trainer.take_best()
@@ -118,7 +120,7 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | Non
 
 
 def summary(trainer: Trainer) -> dict[str, Any]:
-    """What a finished run is, in numbers; its losses are of the weights that are saved."""
+    """The numbers of a finished training. Its losses are those of the exported weights."""
     exported = trainer.exported or trainer.step
     lines = [line for line in read(trainer.job.folder / METRICS) if line["step"] <= exported][-SHOWN:]
     validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)

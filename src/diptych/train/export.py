@@ -1,16 +1,15 @@
-"""The student's folder as a training leaves it: weights and model card.
+"""The student's folder that a training writes: weights and model card.
 
-In mode full the weights are a diffusers pipeline; in mode lora, a control-LoRA file. Stock diffusers takes a trained
-input layer only as an adapter, so that file holds its change as one of rank 2C: A is the identity, B the change of the
-weight, B's bias the change of the bias. That is exact; but two products in the place of one round otherwise, so
-pictures drawn while training lasts are drawn in that form too (`as_loaded`). A student of tokens conditioning has no
+In mode full the weights are a diffusers pipeline, in mode lora a control-LoRA file. Stock diffusers loads a trained
+input layer only as an adapter, so that file has its change as an adapter of rank 2C: A is the identity, B the change of
+the weight, and B's bias the change of the bias. That is exact, but two products round differently than one. Images
+generated during training therefore use that form too (`as_loaded`). A student with `conditioning: tokens` has no
 trained input layer: its file is an ordinary LoRA of the teacher.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +24,15 @@ from diptych.data.records import in_force
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.student.settings import OWN_CLASS
+from diptych.student.weights.files import HEADER_KEY
+from diptych.student.weights.lora_file import HEADER, RELEASED_LORA
+from diptych.student.weights.tensors import held, write_safetensors
 from diptych.train import parts
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
 from diptych.train.prepare import TRAINING, Material, start, student_settings
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
-from diptych.utils.documents import parse_json
+from diptych.utils.io import publish
 from diptych.utils.machine import VERSION
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ CONDITIONING = {
     "tokens": "the reference's clean tokens are appended to the target's",
     "channel": "the reference is joined to the target panel, channel by channel",
 }
-COLUMNS = {"zeros": "zeros", "teacher": "the teacher's own for a picture"}
+COLUMNS = {"zeros": "zeros", "teacher": "the teacher's columns for an image"}
 
 
 def write(
@@ -56,7 +58,7 @@ def write(
     card: str,
     out: Path,
 ) -> None:
-    """The student folder, with the averaged weights if there is an average; whole or not at all."""
+    """Writes the student folder, with the averaged weights if there is an average, completely or not at all."""
     from safetensors import SafetensorError
 
     from diptych.student.settings import KEY
@@ -76,18 +78,19 @@ def write(
         (temporary / "README.md").write_text(card, "utf8")
         (temporary / ORIGIN).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", "utf8")
         _publish(temporary, out)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write the student to {out}: {reason}; its last checkpoint is whole: "
-            "make room and run the same command again"
+            "path_unwritable",
+            f"Cannot write the student to {out}: {reason}. The last checkpoint is complete; free some space and run "
+            "the same command again.",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def assembled(recipe: Recipe, options: Distill, weights: dict[str, torch.Tensor]) -> tuple[DiptychPipeline, Trained]:
-    """A student on the CPU with these trained weights: what several processes held in parts."""
+    """A student on the CPU with these trained weights, which were sharded over several processes."""
     cpu = torch.device("cpu")
     pipe = start(recipe, cpu)
     trained = parts.select(pipe.transformer, options, "float32", cpu)
@@ -96,36 +99,31 @@ def assembled(recipe: Recipe, options: Distill, weights: dict[str, torch.Tensor]
 
 
 def _publish(written: Path, out: Path) -> None:
-    """Moves a whole student into `out`, beside `training/`; the index that makes it one comes last."""
+    """Moves a complete student into `out`, beside `training/`. Its index, which makes it a pipeline, comes last."""
     (out / INDEX).unlink(missing_ok=True)
     for path in sorted(written.iterdir(), key=lambda p: p.name == INDEX):
-        target = out / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
+        with publish(out / path.name) as partial:
+            path.rename(partial)
 
 
 # The LoRA file
 
 
 def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metadata: dict[str, Any]) -> Path:
-    """The LoRA of the current weights as `pytorch_lora_weights.safetensors`, with its adapter metadata.
+    """Writes the LoRA of the current weights, `pytorch_lora_weights.safetensors`, with its adapter metadata.
 
-    Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher itself and draws
-    what the student draws; for a student that is not widened, `FluxKontextPipeline` does. `metadata` goes into the
+    Stock `FluxControlPipeline.from_pretrained(teacher).load_lora_weights(folder)` widens the teacher and generates what
+    the student generates; for a student that is not widened, `FluxKontextPipeline` does. `metadata` goes into the
     file's header, as JSON under `diptych`.
     """
-    from diffusers import FluxControlPipeline
     from peft import LoraConfig, get_peft_model_state_dict
-    from safetensors import safe_open
-    from safetensors.torch import save_file
 
     adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     state: dict[str, Any] = {key: value.detach().float().cpu() for key, value in adapter.items() if ".lora_" in key}
     layers = sorted({key.partition(".lora_")[0] for key in state})
-    whole: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if trained.start:
-        # One file has biases on all adapters or on none (peft's `lora_bias` is one switch): the others' are zero.
+        # All adapters of a file have a bias, or none has (peft's `lora_bias` is one switch). The others' are zero.
         for layer in layers:
             state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
         change = _change(transformer.get_submodule(INPUT_LAYER), trained)
@@ -134,44 +132,28 @@ def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metad
         state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"].cpu()
         state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"].cpu()
         layers.append(INPUT_LAYER)
-        whole = {"rank_pattern": {INPUT_LAYER: columns}, "alpha_pattern": {INPUT_LAYER: columns}, "lora_bias": True}
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, **whole).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    FluxControlPipeline.save_lora_weights(
-        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
-    )
-    path = folder / "pytorch_lora_weights.safetensors"
-    with safe_open(path, "pt") as file:
-        header = {**file.metadata(), "diptych": json.dumps(metadata, sort_keys=True)}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, metadata=header)
-    _sort_header(path)
+        more = {"rank_pattern": {INPUT_LAYER: columns}, "alpha_pattern": {INPUT_LAYER: columns}, "lora_bias": True}
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, **more).to_dict()
+    # Exactly as diffusers' `save_lora_weights` writes it, but with sorted keys, so that equal weights give equal bytes.
+    plain = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    header = {HEADER: json.dumps(plain, indent=2, sort_keys=True), HEADER_KEY: json.dumps(metadata, sort_keys=True)}
+    header["format"] = "pt"
+    path = folder / RELEASED_LORA
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {f"transformer.{key}": held(tensor) for key, tensor in state.items()}, header)
     return path
-
-
-def _sort_header(path: Path) -> None:
-    """safetensors writes its metadata keys in a random order; sorted, the same weights are the same file."""
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = parse_json(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors after it start at a multiple of 8
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 @contextmanager
 def as_loaded(transformer: Any, trained: Trained) -> Iterator[None]:
-    """The transformer with its adapters as `save_lora`'s file gives them to a pipeline, all in the base's precision.
-
-    Where every weight is trained there is nothing to change.
-    """
+    """A context in which the transformer has its adapters in the form of `save_lora`'s file, all in the base's
+    precision. In mode full, nothing changes."""
     if not trained.adapters:
         yield
         return
     layer = transformer.get_submodule(INPUT_LAYER)
     dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad and p.is_floating_point())
-    learnt = [parameter.data for parameter in trained.parameters]
+    float32 = [parameter.data for parameter in trained.parameters]
     if trained.start:
         transformer.set_submodule(INPUT_LAYER, _Beside(trained.start, _change(layer, trained), dtype))
     try:
@@ -179,13 +161,13 @@ def as_loaded(transformer: Any, trained: Trained) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
         yield
     finally:
-        for parameter, data in zip(trained.parameters, learnt, strict=True):
+        for parameter, data in zip(trained.parameters, float32, strict=True):
             parameter.data = data
         transformer.set_submodule(INPUT_LAYER, layer)
 
 
 class _Beside(torch.nn.Module):
-    """The input layer as it was, and its change as an adapter beside it."""
+    """The input layer before training, and its change as an adapter beside it."""
 
     def __init__(self, start: dict[str, torch.Tensor], change: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
@@ -197,7 +179,7 @@ class _Beside(torch.nn.Module):
 
 
 def _change(layer: torch.nn.Module, trained: Trained) -> dict[str, torch.Tensor]:
-    """What training has added to the input layer's weight and bias, float32."""
+    """The change of the input layer's weight and bias by training, float32."""
     return {name: (p.detach() - trained.start[name]).float() for name, p in layer.named_parameters()}
 
 
@@ -217,18 +199,16 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "tags": ["diptych", "diffusion-self-distillation", "flux", *(["lora"] if lora else [])],
     }
     if "/" not in recipe.teacher or Path(recipe.teacher).exists():
-        # The hub would look a local path up and refuse the card.
+        # The hub would look up a local path and reject the card.
         del front["base_model"], front["base_model_relation"]
     validation = numbers["validation"]
     distill = recipe.distill
-    started = "in that student" if distill.init else COLUMNS[distill.condition_init]
-    entry = {"its columns began as": started}
-    layer = ", and the input layer"
     if distill.conditioning == "tokens":
-        entry, layer = (
-            {"positions, attention of the reference": f"{distill.positions}, {distill.reference_attention}"},
-            "",
-        )
+        entry = {"positions, attention of the reference": f"{distill.positions}, {distill.reference_attention}"}
+        layer = ""
+    else:
+        entry = {"initial columns": "those of that student" if distill.init else COLUMNS[distill.condition_init]}
+        layer = ", and the input layer"
     rows = {
         "task": recipe.task,
         "base": recipe.distill.init or recipe.teacher,
@@ -263,7 +243,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
             "",
             "A Diffusion Self-Distillation student (arXiv 2411.18616): a text-to-image model that also takes a "
             "reference image. It was trained by diptych"
-            f"{' on pairs that its own teacher drew' if list(material.sets) == [material.own] else ''}.",
+            f"{' on pairs that its teacher generated' if list(material.sets) == [material.own] else ''}.",
             "",
             f"`{use}`",
             "",
@@ -290,41 +270,34 @@ def _losses(loss: dict[str, float], conditioning: str) -> dict[str, str]:
 
 
 def _data(recipe: Recipe, material: Material) -> list[str]:
-    """What it was trained on, and how the run's own pairs were chosen."""
+    """The card's section on the training data, and on how the run's pairs were curated."""
     lines: list[str] = []
     own = material.own
     if own is not None and own in material.sets:
         tests, limits = in_force(recipe)
-        chosen = f"; a pair was kept if {_and(tests)}" if tests else ""
-        kept = curation(own) if tests else {}
+        *first, last = tests or [""]
+        accepted = f"; a pair was accepted if {', '.join(first)}{' and ' if first else ''}{last}" if tests else ""
         lines += [
-            f"Drawn by the teacher itself{chosen}.",
+            f"Generated by the teacher{accepted}.",
             "",
-            *_table({"pairs": f"{len(own):,}", **limits, **kept}),
+            *_table({"pairs": f"{len(own):,}", **limits, **(_curation(own) if tests else {})}),
             "",
         ]
     data = zip(material.sets, material.weights, strict=True)
     others = {each.url: f"{len(each):,} pairs, weight {weight:g}" for each, weight in data if each is not own}
     if others:
-        lines += ["Made elsewhere; look up their licences before you publish.", "", *_table(others), ""]
+        lines += ["Made elsewhere. Check their licenses before you publish the student.", "", *_table(others), ""]
     return lines[:-1]
 
 
-def _and(parts: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def curation(pairs: Dataset) -> dict[str, Any]:
-    """How many candidates curation saw and which share it kept, where the run's folder still has them."""
+def _curation(pairs: Dataset) -> dict[str, Any]:
+    """The number of candidates and the share that curation accepted, if the run's folder has them."""
     if "://" in pairs.url:
         return {}
-    candidates = Dataset(Path(pairs.url).parent / "candidates")
-    manifest = candidates.manifest
+    manifest = Dataset(Path(pairs.url).parent / "candidates").manifest
     if not manifest or not manifest["rows"]:
         return {}
-    return {"candidates": f"{manifest['rows']:,}", "kept": f"{len(pairs) / manifest['rows']:.1%}"}
+    return {"candidates": f"{manifest['rows']:,}", "accepted": f"{len(pairs) / manifest['rows']:.1%}"}
 
 
 def _table(rows: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from diptych.errors import UsageError, UserError
 from diptych.student import attention
 from diptych.train import checkpoint, parts, preference, processes, validate
 from diptych.train.export import as_loaded
-from diptych.train.metrics import METRICS, Guard, Metrics, Progress, Trackers, report
+from diptych.train.metrics import METRICS, LossGuard, Metrics, Progress, Trackers, report
 from diptych.train.objective import Batch, image_ids, panel_losses, token_style
 from diptych.train.parts import Trained
 from diptych.train.prepare import Job
@@ -48,7 +48,10 @@ class Trainer:
         self.processes = job.processes
         several = self.processes.count > 1
         if several and job.options.offload != "none":
-            raise UsageError("distill.offload: blocks is for one card; for several take distill.sharding=full")
+            raise UsageError(
+                "recipe_conflict",
+                "distill.offload: blocks works only on one card. For several cards, set distill.sharding=full.",
+            )
         self.spread = several and job.options.sharding == "full"  # each process has a part of the weights
         self.trained = self.select()
         self.optimizer = parts.optimizer(self.trained, job.options)
@@ -66,8 +69,8 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
         self.line: dict[str, Any] | None = None  # metrics of the last step, as its checkpoint has them
         self.exported: int | None = None  # the step whose weights are there, if it is not the last
-        self.guard = Guard([])
-        self.anchor = preference.Anchor(self.trained.own) if job.negatives is not None else None
+        self.guard = LossGuard([])
+        self.anchor = preference.Anchor(self.trained.local) if job.negatives is not None else None
         self._resume()
         if job.options.compile:
             self.transformer.compile()
@@ -116,7 +119,7 @@ class Trainer:
         options = self.options.model_copy(update={"shift": bucket.shift})
         shape = job.latents.shape(places[0][0])
         draws = [draw(options, s.id, epoch, shape) for s, (_, epoch) in zip(samples, places, strict=True)]
-        captions = ["" if d.drop_text else s.told(d.instruct) for s, d in zip(samples, draws, strict=True)]
+        captions = ["" if d.drop_text else s.text(d.instruct) for s, d in zip(samples, draws, strict=True)]
         dropped = torch.tensor([chance.drop_reference for chance in draws])
         if self.tokens is None:
             condition[dropped] = 0
@@ -151,7 +154,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.step(self.trained.own)
+            self.ema.step(self.trained.local)
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step
         seconds = time.perf_counter() - started
@@ -214,13 +217,13 @@ class Trainer:
 
     def _advice(self) -> str:
         last = checkpoint.pointer(self.job.folder, checkpoint.LATEST)
-        state = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        remedy = "lower distill.learning_rate, raise distill.warmup"
+        state = f"The last good checkpoint is {last}" if last else "There is no checkpoint yet"
+        remedy = "Lower distill.learning_rate, raise distill.warmup"
         if self.options.precision == "bfloat16":
             remedy += ", or set distill.precision=float32"
         return (
-            f"training stopped before the weights took that step, and {state}; {self.job.folder / STOPPED} lists the "
-            f"batch; {remedy}, and train in a new --out"
+            f"Training stopped before this step changed the weights. {state}. {self.job.folder / STOPPED} lists the "
+            f"batch. {remedy}, and train in a new --out."
         )
 
     # Judging ------------------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ class Trainer:
         self.seconds = found.state["seconds"]
         self.best = found.state["best"]
         self.line = found.state["line"]
-        self.guard = Guard(found.state["guard"], found.state["spikes"])
+        self.guard = LossGuard(found.state["guard"], found.state["spikes"])
         log.info("going on from step %d of %d", self.step, self.options.steps)
 
     def take_best(self) -> None:
@@ -317,7 +320,7 @@ class Trainer:
             for shadow, name, parameter in zip(
                 self.ema.shadow_params, self.trained.names, self.trained.parameters, strict=True
             ):
-                shadow.copy_(processes.own(processes.like(found.tensors["ema"][name], parameter)))
+                shadow.copy_(processes.local(processes.like(found.tensors["ema"][name], parameter)))
             self.ema.optimization_step = found.state["average_steps"]
 
 
@@ -351,7 +354,7 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
                 text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
                 report(progress, trainer.step, options.steps, text)
                 # Read once: what is asked from here on is answered after the next step.
-                stopping = job.processes.most(interrupts.asked or 0)
+                stopping = job.processes.most(interrupts.received or 0)
                 if stopping and trainer.step < options.steps:
                     if not saved:
                         trainer.save()

@@ -1,6 +1,7 @@
-"""What is trained and how its weights move: full or LoRA, AdamW, learning rate, moving average.
+"""The trained parameters and their updates: full or LoRA, optimizer, learning rate, moving average.
 
-LoRA mode trains adapters on the named linears and the whole input layer, if it is widened (`export` saves them).
+LoRA mode trains adapters on the named linear layers and, if it is widened, the complete input layer (`export` saves
+them).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ INPUT_LAYER = "x_embedder"
 
 @dataclass(frozen=True)
 class Trained:
-    """The parameters that learn, by name, in a fixed order."""
+    """The trained parameters by name, in a fixed order."""
 
     names: list[str]
     parameters: list[torch.nn.Parameter]
@@ -41,23 +42,24 @@ class Trained:
         return sum(p.numel() for p in self.parameters)
 
     @property
-    def own(self) -> list[torch.Tensor]:
-        """This process's part of each, in the same memory: what a moving average averages."""
-        return [processes.own(p.detach()).requires_grad_() for p in self.parameters]
+    def local(self) -> list[torch.Tensor]:
+        """This process's part of each parameter, in the same memory. The moving average averages these."""
+        return [processes.local(p.detach()).requires_grad_() for p in self.parameters]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Whole, in the first process where they are spread over several; all must call this."""
+        """The complete parameters; in the first process only, if they are sharded. All processes must call this."""
         return {n: processes.collected(p.detach()) for n, p in zip(self.names, self.parameters, strict=True)}
 
     def averages(self, ema: Any) -> dict[str, torch.Tensor]:
-        """The moving averages of `own` in the way of `tensors`."""
+        """The complete moving averages; in the first process only, if they are sharded. All processes must call
+        this."""
         shadows = zip(ema.shadow_params, self.parameters, strict=True)
-        whole = [processes.collected(processes.spread_as(shadow, p)) for shadow, p in shadows]
-        return dict(zip(self.names, whole, strict=True))
+        complete = [processes.collected(processes.spread_as(shadow, p)) for shadow, p in shadows]
+        return dict(zip(self.names, complete, strict=True))
 
     @torch.no_grad()
     def put(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Overwrites the parameters in place with whole tensors; every name must be there."""
+        """Overwrites the parameters in place with complete tensors. Every name must be there."""
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.copy_(processes.like(tensors[name], parameter))
 
@@ -70,10 +72,10 @@ def select(
     shard: bool = False,
     columns: torch.Tensor | None = None,
 ) -> Trained:
-    """Moves the transformer to `device`, adds adapters in LoRA mode, and says what is trained, in float32.
+    """Moves the transformer to `device`, adds adapters in LoRA mode, and returns what is trained, in float32.
 
-    `columns` (D, C) is where the input layer's columns for the condition begin; None leaves them. With `shard` the
-    weights are then spread over all processes.
+    `columns` (D, C) are the initial columns of the input layer for the condition; None leaves them unchanged. With
+    `shard`, the weights are then sharded over all processes.
     """
     start: dict[str, torch.Tensor] = {}
     if options.mode == "full":
@@ -81,12 +83,12 @@ def select(
         for parameter in transformer.parameters():
             parameter.data = parameter.data.float()
     else:
-        # A frozen base may stay in bfloat16 where autocast computes in it anyway; what is trained never does.
+        # A frozen base may stay in bfloat16 where autocast computes in it. Trained parameters are always float32.
         frozen = torch.bfloat16 if precision == "bfloat16" and device.type != "cpu" else torch.float32
         if options.offload == "none":
             transformer.to(device)
         for parameter in transformer.parameters():
-            if parameter.is_floating_point():  # quantized ones are not, and stay what they are
+            if parameter.is_floating_point():  # quantized ones are not, and stay unchanged
                 parameter.data = parameter.data.to(frozen)
         linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
         _add_adapter(transformer, options)
@@ -98,7 +100,7 @@ def select(
                 parameter.data = parameter.data.float()
         start = {name: p.detach().clone() for name, p in layer.named_parameters() if p.requires_grad}
         if options.init:
-            _go_on(transformer, options.init, {n: (m.out_features, m.in_features) for n, m in linears.items()})
+            _load_init(transformer, options.init, {n: (m.out_features, m.in_features) for n, m in linears.items()})
         if options.offload == "blocks":
             Offload(transformer, device)
     if columns is not None:
@@ -118,7 +120,7 @@ def _add_adapter(transformer: Any, options: Distill) -> None:
 
     targets = lora_targets(transformer, options.lora_targets)
     if INPUT_LAYER in targets:
-        raise UsageError("recipe_conflict", f"distill.lora_targets: {INPUT_LAYER} takes no adapter; leave it out")
+        raise UsageError("recipe_conflict", f"distill.lora_targets: {INPUT_LAYER} has no adapter. Leave it out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed or 0, "adapters", "start"))
         transformer.add_adapter(
@@ -126,23 +128,27 @@ def _add_adapter(transformer: Any, options: Distill) -> None:
         )
 
 
-def lora_targets(transformer: Any, asked: list[str] | str, key: str = "distill.lora_targets") -> list[str]:
-    """The linears that get adapters, of a named set or as they are listed; UsageError for what the model has not."""
-    if isinstance(asked, str):
-        if asked not in LORA_TARGETS:
-            raise UsageError(f"{key}: no set '{asked}'; sets: {', '.join(LORA_TARGETS)}{nearest(asked, LORA_TARGETS)}")
-        asked = LORA_TARGETS[asked]
+def lora_targets(transformer: Any, targets: list[str] | str, key: str = "distill.lora_targets") -> list[str]:
+    """The names of linear layers that get adapters, from a list or a named set. UsageError for a name that the model
+    does not have. `key` names the recipe key in errors."""
+    if isinstance(targets, str):
+        if targets not in LORA_TARGETS:
+            hint = nearest(targets, LORA_TARGETS)
+            raise UsageError(
+                "name_unknown", f"{key}: unknown set '{targets}'. Use one of {', '.join(LORA_TARGETS)}{hint}"
+            )
+        targets = LORA_TARGETS[targets]
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in asked:
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = {name.split(".", 2)[-1] for name in names}
-            raise UsageError(f"{key}: no linear layer is called '{target}'{nearest(target, known)}")
-    return list(asked)
+            raise UsageError("layer_unknown", f"{key}: no linear layer has the name '{target}'{nearest(target, known)}")
+    return list(targets)
 
 
 @torch.no_grad()
-def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> None:
-    """Puts the LoRA that `distill.init` names into the adapters and the input layer. `linears` are (out, in) by name.
+def _load_init(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> None:
+    """Loads the LoRA that `distill.init` names into the adapters and the input layer. `linears` are (out, in) by name.
 
     UsageError if it adapts other layers, or has other ranks, than the recipe trains.
     """
@@ -151,49 +157,54 @@ def _go_on(transformer: Any, init: str, linears: dict[str, tuple[int, int]]) -> 
     deltas = read_deltas(path, shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()})
     if dora := next((name for name, delta in deltas.items() if delta.magnitude is not None), None):
         raise UsageError(
-            f"distill.init: {path} is a DoRA (on {dora} and perhaps others), and adapters are trained on only as plain "
-            "LoRA; fuse it into the weights (diptych convert --fuse) and use mode: full"
+            "lora_unsupported",
+            f"distill.init: {path} is a DoRA on {dora}, and training resumes only from a plain LoRA. Fuse it into the "
+            "weights (diptych convert --fuse) and use mode: full.",
         )
     widened = transformer.get_submodule(INPUT_LAYER).weight.requires_grad
-    whole = deltas.pop(INPUT_LAYER, None) if widened else None
+    of_input = deltas.pop(INPUT_LAYER, None) if widened else None
     adapted = {name for name in linears if hasattr(transformer.get_submodule(name), "lora_A")}
     if deltas.keys() != adapted:
-        odd = sorted(deltas.keys() ^ adapted)[0]
-        owner = "the LoRA" if odd in deltas else "the recipe"
+        layer_name = sorted(deltas.keys() ^ adapted)[0]
+        owner = "the LoRA" if layer_name in deltas else "the recipe"
         raise UsageError(
+            "lora_mismatch",
             f"distill.init: {path} adapts {len(deltas)} layers and distill.lora_targets {len(adapted)}; only {owner} "
-            f"adapts {odd}. Set lora_targets as it was trained"
+            f"adapts {layer_name}. Set lora_targets as in its training.",
         )
     for name, delta in deltas.items():
         layer: Any = transformer.get_submodule(name)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         if delta.a.shape != a.shape:
             raise UsageError(
-                f"distill.init: {path} has rank {len(delta.a)} on {name}, and distill.rank is {len(a)}; set rank as it "
-                "was trained"
+                "lora_mismatch",
+                f"distill.init: {path} has rank {len(delta.a)} on {name}, and distill.rank is {len(a)}. Set rank as in "
+                "its training.",
             )
         if delta.bias is not None and delta.bias.any():
             raise UsageError(
-                f"distill.init: {path} changes the bias of {name}, which is not trained on; use mode: full"
+                "lora_unsupported",
+                f"distill.init: {path} changes the bias of {name}, and LoRA mode does not train biases. Use "
+                "mode: full.",
             )
         a.copy_(delta.a)
         b.copy_(delta.b)
-    if whole is not None:
+    if of_input is not None:
         layer = transformer.get_submodule(INPUT_LAYER)
-        layer.weight += whole.weight().to(layer.weight.device)
-        if whole.bias is not None:
-            layer.bias += whole.bias.to(layer.bias.device)
+        layer.weight += of_input.weight().to(layer.weight.device)
+        if of_input.bias is not None:
+            layer.bias += of_input.bias.to(layer.bias.device)
 
 
 def optimizer(trained: Trained, options: Distill) -> torch.optim.Optimizer:
-    """The recipe's optimizer; AdamW is fused where torch has it for the device. UsageError if it is not installed.
+    """The recipe's optimizer. AdamW is fused if torch supports that on the device. UsageError if it is not installed.
 
-    In LoRA mode the base's input layer does not decay: that would wear the teacher's own weights away.
+    In LoRA mode the input layer does not decay, because decay would shrink the teacher's weights.
     """
     groups: list[dict[str, Any]] = []
     for name, parameter in zip(trained.names, trained.parameters, strict=True):
         decay = 0.0 if trained.start and name.startswith(f"{INPUT_LAYER}.") else options.weight_decay
-        if not groups or groups[-1]["weight_decay"] != decay:  # so that their order stays that of `trained`
+        if not groups or groups[-1]["weight_decay"] != decay:  # consecutive groups preserve the order of `trained`
             groups.append({"params": [], "weight_decay": decay})
         groups[-1]["params"].append(parameter)
     common: dict[str, Any] = {
@@ -207,21 +218,23 @@ def optimizer(trained: Trained, options: Distill) -> torch.optim.Optimizer:
         if options.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            with redirect_stdout(None):  # it speaks, and stdout is for results
+            with redirect_stdout(None):  # it prints, and stdout is for results
                 return Prodigy(groups, **common, use_bias_correction=True, safeguard_warmup=True)
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         return AdamW8bit(groups, **common)
     except ImportError as error:
         raise UsageError(
-            f"distill.optimizer: {options.optimizer} is not installed; pip install 'diptych[train]', or take adamw"
+            "dependency_missing",
+            f"distill.optimizer: {options.optimizer} is not installed. Run pip install 'diptych[train]', or use adamw.",
         ) from error
 
 
 def learning_rate(step: int, options: Distill) -> float:
     """The rate of step `step` (the first is 1): linear warm-up, then constant, or a cosine down to 0.
 
-    `diffusers.optimization.get_scheduler` rounds otherwise: a quarter of a cosine's rates differ in the last bit.
+    Not `diffusers.optimization.get_scheduler`, which rounds differently: a quarter of a cosine's rates would differ in
+    the last bit.
     """
     rate = options.learning_rate
     if step <= options.warmup:
@@ -232,30 +245,30 @@ def learning_rate(step: int, options: Distill) -> float:
 
 
 def moving_average(trained: Trained, options: Distill) -> Any | None:
-    """diffusers' EMAModel over exactly the trained parameters; None when the recipe switches it off."""
+    """diffusers' EMAModel over the trained parameters. None if the recipe disables it."""
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(trained.own, decay=options.ema, foreach=True) if options.ema else None  # pyright: ignore
+    return EMAModel(trained.local, decay=options.ema, foreach=True) if options.ema else None  # pyright: ignore
 
 
 @contextmanager
 def averaged(ema: Any | None, trained: Trained) -> Iterator[None]:
-    """The model with its averaged weights, for validation, samples and the final save; the others come back after."""
+    """A context in which the model has its averaged weights, for validation, samples and the final save."""
     if ema is None:
         yield
         return
-    ema.store(trained.own)
+    ema.store(trained.local)
     try:
-        ema.copy_to(trained.own)
+        ema.copy_to(trained.local)
         yield
     finally:
-        ema.restore(trained.own)
+        ema.restore(trained.local)
 
 
 def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimizer's state as flat whole tensors: `12.exp_avg` is parameter 12's, `group.d` what all of them share
-    (Prodigy's own rate). In the first process where they are spread over several; all must call this."""
-    # As it is in use: what bitsandbytes gives for saving is nested, against accelerate's FSDP.
+    """An optimizer's state as flat, complete tensors: `12.exp_avg` belongs to parameter 12, `group.d` (Prodigy's rate)
+    to all of them. In the first process only, if they are sharded. All processes must call this."""
+    # The state in use: bitsandbytes' state_dict is nested, for accelerate's FSDP.
     flat = {f"{i}.{k}": v for i, p in enumerate(_parameters(opt)) for k, v in opt.state.get(p, {}).items()}
     apart = ("params", "lr", "weight_decay")
     shared = {k: v for k, v in opt.param_groups[0].items() if v != opt.defaults.get(k) and k not in apart}
@@ -267,7 +280,7 @@ def _as_tensor(key: str, value: Any) -> torch.Tensor:
     if not torch.is_tensor(value):
         counts = isinstance(value, int) and not key.startswith("group.")
         return torch.tensor(value, dtype=torch.int64 if counts else torch.float64)
-    # bitsandbytes' tables of 8-bit numbers are one tensor for all, and a file has each tensor once.
+    # All of bitsandbytes' 8-bit tables are one tensor, and a file may have each tensor only once.
     return value.clone() if ".qmap" in key else processes.collected(value)
 
 
@@ -276,7 +289,7 @@ def _parameters(opt: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Tensors are copied: memory of a file read is not aligned as torch's own."""
+    """The inverse of `optimizer_tensors`. Copies the tensors, because a mapped file's memory is aligned differently."""
     parameters = _parameters(opt)
     groups = opt.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {}
@@ -285,7 +298,7 @@ def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) 
         if index == "group":
             for group in groups:
                 group[name] = type(group.get(name, 0.0))(tensor.item())
-        elif tensor.ndim == 0 and tensor.dtype == torch.int64:  # bitsandbytes and Prodigy count their steps in Python
+        elif tensor.ndim == 0 and tensor.dtype == torch.int64:  # bitsandbytes and Prodigy count steps as Python ints
             state.setdefault(int(index), {})[name] = int(tensor.item())
         else:
             state.setdefault(int(index), {})[name] = processes.like(tensor.clone(), parameters[int(index)])
@@ -293,22 +306,22 @@ def put_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) 
 
 
 class Offload:
-    """Frozen blocks that wait in main memory and visit the device one at a time: FLUX.1's LoRA training on 16 GB.
+    """Offload of frozen blocks to main memory; they move to the device one at a time. FLUX.1's LoRA trains on 16 GB.
 
-    A block's frozen matrices come before its forward pass and go after it. With gradient checkpointing, which the
-    recipe must ask for, nothing of that pass is kept; the backward pass runs the block's forward once more, and what it
-    keeps of the weights for the gradients is freed with them. So the device holds one block's matrices at a time, each
-    is copied twice a step, and every number is the one computed without. What learns, and every vector, stays on the
-    device. `remove` takes the hooks off and leaves the matrices where they wait.
+    A block's frozen matrices move to the device before its forward pass and leave it afterwards. Gradient
+    checkpointing, which is required, stores nothing of that pass. The backward pass runs the block's forward pass
+    again, and frees the weights with the gradients. So the device has one block's matrices at a time, each is copied
+    twice a step, and all results equal those without offload. Trained parameters and vectors stay on the device.
+    `remove` removes the hooks and leaves the matrices in main memory.
 
-    diffusers' group offload and accelerate's hooks swap out what learns as well, so gradients would land on another
-    device than their parameters.
+    diffusers' group offload and accelerate's hooks also move trained parameters, so that gradients and parameters would
+    be on different devices.
     """
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
-        """`transformer` is on the CPU and knows what it trains: the rest of it goes to `device` here."""
+        """`transformer` is on the CPU with `requires_grad` set. Everything else of it moves to `device`."""
         self.device = device
-        self.present: set[torch.nn.Parameter] = set()  # matrices that are on a visit
+        self.present: set[torch.nn.Parameter] = set()  # matrices on the device
         self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list[Any] = []
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -317,21 +330,21 @@ class Offload:
                 self._waiting[matrix] = matrix.data.pin_memory() if device.type == "cuda" else matrix.data
                 matrix.data = self._waiting[matrix]
             self._handles += [
-                block.register_forward_pre_hook(lambda *_, own=matrices: self._bring(own)),
-                # Checkpointing ends a second forward pass with an exception once it has what it needs.
-                block.register_forward_hook(lambda *_, own=matrices: self._take(own), always_call=True),
+                block.register_forward_pre_hook(lambda *_, of_block=matrices: self._load(of_block)),
+                # Checkpointing ends the second forward pass with an exception once it has what it needs.
+                block.register_forward_hook(lambda *_, of_block=matrices: self._unload(of_block), always_call=True),
             ]
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             if tensor not in self._waiting:
                 tensor.data = tensor.data.to(device)
 
-    def _bring(self, matrices: list[torch.nn.Parameter]) -> None:
+    def _load(self, matrices: list[torch.nn.Parameter]) -> None:
         for matrix in matrices:
-            # A copy, also where both are the CPU: what the backward pass keeps is then never what waits.
+            # A copy even from CPU to CPU, so that the backward pass never keeps the waiting matrix.
             matrix.data = self._waiting[matrix].to(self.device, non_blocking=True, copy=True)
             self.present.add(matrix)
 
-    def _take(self, matrices: list[torch.nn.Parameter]) -> None:
+    def _unload(self, matrices: list[torch.nn.Parameter]) -> None:
         for matrix in matrices:
             matrix.data = self._waiting[matrix]
             self.present.discard(matrix)

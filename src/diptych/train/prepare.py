@@ -56,8 +56,10 @@ class Material:
             found = own if data.path == OWN else open_pairs(data.path, {**data.columns}, data.split)
             assert found is not None
             if not len(found):
-                cure = "lower curate.thresholds or draw more grids (write.count)" if found is own else "give other data"
-                raise UserError(f"{found.url} holds no pairs, so there is nothing to train on; {cure}")
+                remedy = (
+                    "Lower curate.thresholds or paint more grids (write.count)" if found is own else "Use other data"
+                )
+                raise UserError("run_empty", f"No pairs to train on in {found.url}. {remedy}.")
             sets.append(found)
         return cls(own, sets, [data.weight for data in named])
 
@@ -92,10 +94,12 @@ class Job:
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
+            held_out = f" ({len(self.validation_rows)} more are held out)" if self.validation_rows else ""
             raise UserError(
-                f"{len(self.train_rows)} pairs to train on are fewer than one batch of {self.options.batch_size}"
-                f"{f' ({len(self.validation_rows)} more are held out)' if self.validation_rows else ''}: "
-                "lower curate.thresholds, draw more grids (write.count), or lower distill.batch_size"
+                "run_empty",
+                f"{len(self.train_rows)} pairs to train on{held_out} are fewer than one batch of "
+                f"{self.options.batch_size}. Lower curate.thresholds, paint more grids (write.count), or lower "
+                "distill.batch_size.",
             )
 
     @property
@@ -156,16 +160,16 @@ def prepare(
     if options.instructions:
         captions += [sample.instruction for sample in encoded.samples if sample.instruction]
     embeddings = cache.embed_captions(torch.no_grad()(pipe.encode_text), captions, preparing)
-    if isinstance(embeddings, cache.Table) and device.type != "cpu":
+    if isinstance(embeddings, cache.CaptionTable) and device.type != "cpu":
         _set_aside(pipe)
     train_rows, validation_rows = schedule.split(encoded.samples, options.validation_pairs)
     negatives = None
     if options.preference is not None:
         train_rows = preference.choose(train_rows, encoded, options.preference.pairs)
-        drawing = preference.Drawing(pipe, places, encoded, embeddings, options)
+        sampler = preference.NegativeSampler(pipe, places, encoded, embeddings, options)
         with _as_it_starts(pipe, recipe):
             key = f"{made_from['base']} {made_from['pairs']}"
-            negatives = drawing.draw(train_rows, folder, key, preparing, processes)
+            negatives = sampler.generate(train_rows, folder, key, preparing, processes)
     made_from["panel_size"] = schedule.named(places)
     return Job(
         pipe=pipe,
@@ -190,7 +194,7 @@ def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.T
     """Where the input layer's columns for the condition begin (`distill.condition_init`); None leaves them at zero."""
     from PIL import Image
 
-    from diptych.student.weights.fold import picture_columns
+    from diptych.student.weights.fold import image_columns
 
     if options.condition_init == "zeros" or options.init:
         return None
@@ -198,7 +202,7 @@ def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.T
     if options.conditioning == "diptych":
         black = Image.new("RGB", (canvas.panel_width, canvas.panel_height))
         empty = pipe.encode_reference([black], canvas).mean((0, 1)).cpu()
-    return picture_columns(pipe.transformer.x_embedder.weight.detach().float().cpu(), empty)
+    return image_columns(pipe.transformer.x_embedder.weight.detach().float().cpu(), empty)
 
 
 def _set_aside(pipe: DiptychPipeline) -> None:
@@ -280,13 +284,13 @@ def check_init(recipe: Recipe, teacher: Path) -> None:
     for key in ("conditioning", *OF_TOKENS):
         if (other := getattr(registered, key)) != getattr(settings, key):
             raise UsageError(
-                "model_mismatch",
-                f"distill.init: {settings.init} is a student of {other} {key}; set distill.{key}={other}",
+                "model_mismatch", f"distill.init: {settings.init} has {key} {other}. Set distill.{key}={other}."
             )
     if settings.mode == "lora" and locate(place, teacher)[0] != "control-lora":
         raise UsageError(
-            f"distill.init: {settings.init} is a whole student, and adapters are saved for the teacher; "
-            "name a control-LoRA, or use mode: full"
+            "recipe_conflict",
+            f"distill.init: {settings.init} is a complete student, and mode: lora trains adapters of the teacher. Use "
+            "a control-LoRA, or mode: full.",
         )
 
 
@@ -294,8 +298,8 @@ def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: to
     if name != "none":
         from diptych.student.runtime.quantize import problem, quantize
 
-        if told := problem(name, device.type):
-            raise UsageError(f"distill.quantize: {told}")
+        if reason := problem(name, device.type):
+            raise UsageError("device_unavailable", f"distill.quantize: {reason}.")
         quantize(pipe.transformer, name, device, dtype)
     return pipe
 

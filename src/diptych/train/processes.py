@@ -1,10 +1,11 @@
-"""The processes of a training: each has its share of every batch, all take the same step, and all stop after one.
+"""The processes of a training. Each computes its share of every batch, all take the same step, and all stop after the
+same step.
 
-`torchrun` and `accelerate launch` start them and say so in the environment; alone, there is one process and nothing
-here does anything. Chance is keyed by sample (`schedule`), so the losses are those of one process with the same batch.
+`torchrun` and `accelerate launch` start them and set environment variables. With one process, nothing here has an
+effect. Randomness is keyed by sample (`schedule`), so the losses equal those of one process with the same batch.
 
-Weights are whole in every process (DDP), or, with `distill.sharding: full`, each holds a part of every matrix (torch's
-`fully_shard`, FSDP2): then 12 billion float32 weights and AdamW's state fit on eight 80 GB cards.
+Every process has all weights (DDP), or, with `distill.sharding: full`, a part of every matrix (torch's `fully_shard`,
+FSDP2). With that, 12 billion float32 weights and AdamW's state fit on eight 80 GB cards.
 """
 
 from __future__ import annotations
@@ -25,29 +26,30 @@ import torch.distributed as dist
 from diptych.errors import UsageError, UserError
 from diptych.student.runtime import parallel
 
-PATIENCE = timedelta(hours=6)  # one process may encode or draw for long while the others wait
+PATIENCE = timedelta(hours=6)  # one process may encode or sample for a long time while the others wait
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together."""
+    """This process's rank among those that train together."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a batch, of equal length in all. UsageError if it does not divide."""
+        """This process's part of a batch, of equal length in all. UsageError if the batch does not divide."""
         if len(items) % self.count:
             raise UsageError(
-                f"distill.batch_size {len(items)} does not divide among {self.count} processes: "
-                f"take a multiple of {self.count}"
+                "option_invalid",
+                f"distill.batch_size {len(items)} cannot be divided among {self.count} processes. Use a multiple of "
+                f"{self.count}.",
             )
         return list(items[self.rank :: self.count])
 
@@ -64,33 +66,34 @@ class Processes:
         return tensor
 
     def shared(self, value: T) -> T:
-        """What the first process gives here, in all of them."""
+        """The first process's value, in all processes."""
         values = [value]
         if self.count > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def most(self, value: int) -> int:
-        """The largest of all processes' numbers: what one was told, all know."""
+        """The largest of all processes' values, in all processes."""
         if self.count == 1:
             return value
-        told = torch.tensor(value)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told)
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     @contextmanager
     def together(self) -> Iterator[bool]:
-        """A block that all leave together: where one fails, all do, with its message. Gives whether this is the first
-        process."""
+        """A context that all processes leave together: if one fails, all fail with its error. Yields whether this is
+        the first process."""
         failure: Exception | None = None
         try:
             yield self.first
         except Exception as error:
             failure = error
         if self.count > 1 and self.most(int(failure is not None)):
-            told: list[str | None] = [None] * self.count
-            dist.all_gather_object(told, None if failure is None else str(failure) or type(failure).__name__)
-            failure = failure or UserError(next(text for text in told if text is not None))
+            errors: list[tuple[str, str] | None] = [None] * self.count
+            code = failure.code if isinstance(failure, UserError) else "internal"
+            dist.all_gather_object(errors, None if failure is None else (code, str(failure) or type(failure).__name__))
+            failure = failure or UserError(*next(error for error in errors if error is not None))
             if isinstance(failure, UserError):
                 failure.shared = True
         if failure is not None:
@@ -101,15 +104,16 @@ ALONE = Processes()
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Meets the other processes, if there are any; this one's place, and its own device.
+    """Connects to the other processes, if there are any. Returns this process's rank and device.
 
-    Raises UsageError when there are fewer GPUs than processes, or the launcher was told to split the weights.
+    UsageError if there are fewer GPUs than processes, or if the launcher is configured to shard the weights.
     """
     for engine in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
             raise UsageError(
-                f"accelerate was told to use {engine}, which this training would not do: distill.sharding=full splits "
-                "the weights; launch it with deploy/accelerate/8x80gb.yaml or torchrun"
+                "option_conflict",
+                f"accelerate is configured for {engine}, which this training does not use. Set distill.sharding=full "
+                "to shard the weights, and launch with deploy/accelerate/8x80gb.yaml or torchrun.",
             )
     count = parallel.processes()
     if count == 1:
@@ -122,18 +126,18 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def shard(transformer: Any, device: torch.device) -> None:
-    """Spreads the weights over all processes, in place: each block is gathered when it computes, and let go again."""
+    """Shards the weights over all processes, in place. Each block is gathered for its computation and then freed."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         fully_shard(block, mesh=mesh)
-    # The root too is let go after each forward pass: validation and samples have no backward pass that would do it.
+    # The root is freed after each forward pass too, because validation and samples have no backward pass.
     fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
 
 
 def replicate(transformer: Any, device: torch.device) -> Any:
-    """The transformer as DDP has it: gradients are averaged over all processes while they are made."""
+    """The transformer wrapped in DDP, which averages gradients over all processes during the backward pass."""
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(transformer, device_ids=None if device.type == "cpu" else [device])
@@ -141,7 +145,7 @@ def replicate(transformer: Any, device: torch.device) -> Any:
 
 @contextmanager
 def accumulating(model: Any, more: bool) -> Iterator[None]:
-    """A backward pass whose gradients stay here if `more` of the step's are to come; the last one's are exchanged."""
+    """The context of a backward pass. Gradients are exchanged only in the last one of a step, without `more`."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
@@ -150,29 +154,29 @@ def accumulating(model: Any, more: bool) -> Iterator[None]:
         yield
 
 
-def own(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor, sharing its memory; the tensor itself where it is not spread."""
-    return parameter.to_local() if _spread(parameter) else parameter
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor, sharing its memory. The tensor itself if it is not sharded."""
+    return parameter.to_local() if _sharded(parameter) else parameter
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor gathered from all processes, all of which must call this."""
-    return tensor.full_tensor() if _spread(tensor) else tensor
+    return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def collected(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor gathered into the memory of the first process's CPU, for saving; nothing (0,) in the others. All must
+    """A tensor gathered on the first process's CPU, for saving. An empty tensor (0,) in the others. All processes must
     call this."""
-    if not _spread(tensor):
+    if not _sharded(tensor):
         return tensor
     gathered = tensor.full_tensor()
     return gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0)
 
 
 def spread_as(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The tensor of which every process holds its `own` part, split as `parameter` is; the part itself if that is not
-    spread."""
-    if not _spread(parameter):
+    """The tensor of which every process has its `local` part, sharded like `parameter`. The part itself if `parameter`
+    is not sharded."""
+    if not _sharded(parameter):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -181,23 +185,24 @@ def spread_as(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor spread as `parameter` is; itself where that is not, or where the shapes differ."""
-    if not _spread(parameter) or tensor.shape != parameter.shape:
+    """A complete tensor sharded like `parameter`. The tensor itself if that is not sharded, or of another shape."""
+    if not _sharded(parameter) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def _spread(tensor: Any) -> bool:
+def _sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM are answered between two steps, when the weights are whole; a second one is not waited for."""
+    """Defers Ctrl-C and SIGTERM to the end of a step: `received` is the signal's number. A second signal interrupts
+    immediately."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -211,7 +216,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
+        if self.received is not None:
             raise KeyboardInterrupt
-        self.asked = number
-        log.warning("stopping after this step; the run can be continued with the same command")
+        self.received = number
+        log.warning("Stopping after this step. Run the same command again to resume.")

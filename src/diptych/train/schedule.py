@@ -1,14 +1,14 @@
-"""What the steps of a training see: which pairs, at which size and in which order, and what is random about them.
+"""The samples of each training step: pairs, sizes and order, and their noise and dropout.
 
-Nothing is drawn from a global generator. A sample's noise level, dropout and noise are a function of (run seed, sample
-id, its turn: the epoch, unless its data set has a weight); the order of an epoch is a function of (run seed, epoch);
-the position in it is a function of the step. So a resumed run, a prefetching one and one on another number of devices
-all see the same samples with the same noise.
+There is no global random generator. A sample's noise level, dropout and noise are a function of (run seed, sample id,
+turn), where the turn is the epoch unless its data set has a weight. The order of an epoch is a function of (run seed,
+epoch), and the position in it a function of the step. So a resumed run, a prefetching run and a run on another number
+of devices have the same samples with the same noise.
 
-Panels may have several shapes: each pair is trained at the size nearest to its own, and a batch is of one size. Sizes
-come from the recipe or, for `auto`, from diffusers' ladder of aspect ratios; each has its own timestep shift. Which
-bucket a step takes is a function of the step: every bucket has its batches spread evenly over an epoch, in proportion
-to its pairs.
+Panels may have several sizes. Each pair is trained at the size nearest to its images, and all samples of a batch have
+one size. The sizes come from the recipe or, for `auto`, from diffusers' ladder of aspect ratios; each has its timestep
+shift. The bucket of a step is a function of the step: the batches of every bucket are spread evenly over an epoch, in
+proportion to its pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from diptych.data.records import prompt_of, seed_of
 from diptych.student.canvas import Canvas
-from diptych.train.cache import Latents, Sample
+from diptych.train.cache import CachedPair, Latents
 from diptych.train.objective import Batch, shifted
 
 if TYPE_CHECKING:
@@ -41,19 +41,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample's share of chance in one epoch."""
+    """The random values of one sample in one epoch."""
 
     sigma: float
     drop_reference: bool
     drop_text: bool
     noise: torch.Tensor  # (N, C) float32
-    instruct: bool  # told the instruction in place of the caption
+    instruct: bool  # use the instruction instead of the caption
 
 
 def draw(options: Distill, sample_id: str, epoch: int, shape: tuple[int, int]) -> Draw:
-    """Noise level, dropout and noise (of `shape`) of a sample in an epoch; always on the CPU.
+    """Noise level, dropout and noise (of `shape`) of a sample in an epoch, always on the CPU.
 
-    `options` are resolved: `shift` and `instructions` are numbers.
+    In `options`, `shift` and `instructions` must be resolved to numbers.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
@@ -78,17 +78,17 @@ def draw(options: Distill, sample_id: str, epoch: int, shape: tuple[int, int]) -
 
 
 def fixed_noise(seed: int, sample_id: str, sigma: float, shape: tuple[int, int]) -> torch.Tensor:
-    """The noise of a validation sample at a noise level: the same at every validation of every run with this seed."""
+    """The noise of a validation sample at a noise level, equal at every validation of every run with this seed."""
     generator = torch.Generator().manual_seed(seed_of(seed, sample_id, f"validate {sigma}"))
     return torch.randn(shape, generator=generator)
 
 
 @dataclass
 class Order:
-    """Which samples a step takes: each epoch is a permutation of all of them, and batches run on across epochs.
+    """The samples of each step. Each epoch is a permutation of all samples, and batches continue across epochs.
 
-    `sources` are (rows, weight) of the data sets that the rows come from, in order; none is one of weight 1. An epoch
-    has a source's rows `weight` times: all of them twice, or half of them and in the next epoch the other half.
+    `sources` are (rows, weight) of the rows' data sets, in order; the default is one of weight 1. An epoch has a
+    source's rows `weight` times: for 2, all of them twice; for 0.5, half of them, and the other half in the next epoch.
     """
 
     count: int
@@ -108,12 +108,12 @@ class Order:
         return sum(self._taken)
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        """(row, turn) of every sample of the batch that makes step `step` (the first is 1); a row's turns are numbered
-        from 0, and with one source of weight 1 they are the epochs."""
+        """(row, turn) of every sample in the batch of step `step` (the first is 1). A row's turns are numbered from 0;
+        with one source of weight 1 they are the epochs."""
         first = (step - 1) * self.batch_size
         places = [divmod(i, self.epoch_size) for i in range(first, first + self.batch_size)]
-        for gone in [epoch for epoch in self._epochs if epoch < places[0][0]]:
-            del self._epochs[gone]
+        for finished in [epoch for epoch in self._epochs if epoch < places[0][0]]:
+            del self._epochs[finished]
         return [self._epoch(epoch)[place] for epoch, place in places]
 
     def _epoch(self, number: int) -> list[tuple[int, int]]:
@@ -131,7 +131,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A canvas that pairs are trained on, and the timestep shift that it is trained with."""
+    """A canvas size for training, and its timestep shift."""
 
     canvas: Canvas
     shift: float
@@ -143,7 +143,7 @@ def choose(
     side: int | None,
     shift: float | Literal["auto"],
 ) -> list[Bucket]:
-    """The buckets of a recipe (`distill.buckets`, `distill.shift`); where it names none, one square of this side."""
+    """The buckets of a recipe (`distill.buckets`, `distill.shift`). Without sizes, one square of this side."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     side = side or pipe.default_panel_size
@@ -154,7 +154,7 @@ def choose(
 
 
 def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
-    """The shift s that the base samples a canvas of this size with (`distill.shift: auto`)."""
+    """The shift s with which the base samples a canvas of this size (`distill.shift: auto`)."""
     from diptych.student.sampler import shift_exponent
 
     config = pipe.scheduler.config
@@ -163,54 +163,54 @@ def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
 
 
 def named(buckets: Sequence[Bucket]) -> str:
-    """The sizes of these, for a checkpoint: `512`, or `512,448x576`."""
+    """The sizes of buckets as a text for checkpoints: `512`, or `512,448x576`."""
     sizes = [(bucket.canvas.panel_height, bucket.canvas.panel_width) for bucket in buckets]
     return ",".join(str(height) if height == width else f"{height}x{width}" for height, width in sizes)
 
 
 class Schedule:
-    """Which of the rows to train on make a step; with one bucket, what `Order` says of them."""
+    """The rows of each step, for any number of buckets. With one bucket, they are `Order`'s."""
 
     def __init__(
         self, rows: Sequence[int], latents: Latents, weights: Sequence[float], batch_size: int, seed: int
     ) -> None:
-        """`weights` are those of the data sets that `latents` come from."""
+        """`weights` are the weights of the data sets of `latents`."""
         ends = list(accumulate(latents.counts))
         self._rows: list[list[int]] = []
         self._orders: list[Order] = []
         for bucket in sorted({latents.samples[row].bucket for row in rows}):
-            own = [row for row in rows if latents.samples[row].bucket == bucket]
-            owners = [bisect_right(ends, row) for row in own]
+            of_bucket = [row for row in rows if latents.samples[row].bucket == bucket]
+            owners = [bisect_right(ends, row) for row in of_bucket]
             sources = [(owners.count(number), weight) for number, weight in enumerate(weights)]
-            self._rows.append(own)
-            self._orders.append(Order(len(own), batch_size, seed, sources))
+            self._rows.append(of_bucket)
+            self._orders.append(Order(len(of_bucket), batch_size, seed, sources))
         self.count = len(rows)
         self.epoch_size = sum(order.epoch_size for order in self._orders)
-        self._steps: list[tuple[int, int]] = []  # (which order, which of its steps) of each step so far
+        self._steps: list[tuple[int, int]] = []  # (index of the order, its step) of each step so far
         self._due = [(0.5 / order.epoch_size, number, 0) for number, order in enumerate(self._orders)]
         heapq.heapify(self._due)
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        """(row, turn) of every sample of the batch that makes step `step` (the first is 1), all of one bucket."""
+        """(row, turn) of every sample in the batch of step `step` (the first is 1), all of one bucket."""
         while len(self._steps) < step:
             _, number, done = self._due[0]
             self._steps.append((number, done + 1))
             heapq.heapreplace(self._due, ((done + 1.5) / self._orders[number].epoch_size, number, done + 1))
-        number, own = self._steps[step - 1]
-        return [(self._rows[number][place], turn) for place, turn in self._orders[number].at(own)]
+        number, step_of_order = self._steps[step - 1]
+        return [(self._rows[number][place], turn) for place, turn in self._orders[number].at(step_of_order)]
 
 
-def ahead(assemble: Callable[[int], Batch], steps: range, device: torch.device) -> Iterator[Batch]:
-    """The batches of these steps, in main memory, from where a GPU takes them fast; an accelerator computes while the
-    next one is made."""
+def ahead(make_batch: Callable[[int], Batch], steps: range, device: torch.device) -> Iterator[Batch]:
+    """The batches of these steps, in main memory, pinned for a GPU. The next one is made while an accelerator
+    computes."""
     if device.type == "cpu":
         # A second thread would only take cores from the step.
         for step in steps:
-            yield assemble(step)
+            yield make_batch(step)
         return
 
     def pinned(step: int) -> Batch:
-        return assemble(step).map(lambda tensor: tensor.pin_memory() if device.type == "cuda" else tensor)
+        return make_batch(step).map(lambda tensor: tensor.pin_memory() if device.type == "cuda" else tensor)
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(pinned, steps[0]) if steps else None
@@ -221,14 +221,13 @@ def ahead(assemble: Callable[[int], Batch], steps: range, device: torch.device) 
             yield batch
 
 
-def split(samples: Sequence[Sample], held_out: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on and to validate on.
+def split(samples: Sequence[CachedPair], held_out: int) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows to validate on).
 
-    All grids of a prompt are held out together, those with the lowest hash of their id, until they make `held_out`
-    pairs, but never more than a fifth of all pairs; so no validation subject was trained on and the choice does not
-    move with the order. Where every prompt (or reference, in other people's data) has more pairs than `held_out`, one
-    whole prompt is held out; where it would be more than a fifth, single pairs are held out, and a warning says that
-    their references are trained on.
+    All grids of a prompt are held out together, in the order of the hashes of their ids, up to `held_out` pairs and at
+    most a fifth of all pairs. So training has no validation subject, and the choice does not depend on the order. If
+    every prompt (or reference, in imported data) has more pairs than `held_out`, one complete prompt is held out. If
+    that is more than a fifth, single pairs are held out, and a warning says that training has their references.
     """
     most = len(samples) // 5
     wanted = min(held_out, most)
@@ -240,28 +239,28 @@ def split(samples: Sequence[Sample], held_out: int) -> tuple[list[int], list[int
     if not validation and wanted:
         validation = _lowest([sample.id for sample in samples], wanted)
         log.warning(
-            "%d of %d pairs are held out for validation, and training sees their references with other targets: "
-            "every reference has more than %d pairs",
+            "%d of %d pairs are held out for validation, but training has their references with other targets, because "
+            "every reference has more than %d pairs.",
             len(validation),
             len(samples),
             wanted,
         )
     elif held_out and not wanted:
-        log.warning("no pair is held out for validation: that takes at least 5 pairs, and there are %d", len(samples))
+        log.warning("No pair is held out for validation: that needs at least 5 pairs, and there are %d.", len(samples))
     held = set(validation)
     return [row for row in range(len(samples)) if row not in held], validation
 
 
 def _lowest(groups: Sequence[str], wanted: int) -> list[int]:
-    """The rows of whole groups, lowest hash first, up to the first that would make more than `wanted` rows; if that is
-    the very first group, of those that do fit."""
+    """The rows of complete groups in the order of their hashes, at most `wanted` rows. Leading groups that are too
+    large are skipped; after that, the first one that does not fit ends the list."""
     rows: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
-    found: list[int] = []
+    chosen: list[int] = []
     for group in sorted(rows, key=lambda g: hashlib.sha256(f"validation {g}".encode()).digest()):
-        if len(found) + len(rows[group]) <= wanted:
-            found += rows[group]
-        elif found:
+        if len(chosen) + len(rows[group]) <= wanted:
+            chosen += rows[group]
+        elif chosen:
             break
-    return found
+    return chosen

@@ -333,7 +333,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
         for each in material.sets
     ]
     latents = cache.Latents(*files)
-    captions = [sample.told(False) for sample in latents.samples]
+    captions = [sample.text(False) for sample in latents.samples]
     captions += [sample.instruction for sample in latents.samples if options.instructions and sample.instruction]
     table = cache.embed_captions(lambda texts: common.encode_text(pipe, texts), captions, preparing)
     _, seen = latents.gather([0])

@@ -1,7 +1,7 @@
-"""Which tensors a model has, from its config alone.
+"""The tensors of a model, from its config alone.
 
-For FLUX.1's parts this follows from rules (`RULES`), so that a plan needs neither torch nor diffusers; any other model
-is built on the meta device.
+FLUX.1's parts follow rules (`RULES`), so that a plan needs neither torch nor diffusers. Any other model is built on the
+meta device.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tensors:
-    """A model's parameters, shared ones once: `shapes` by name, and the names of its linear layers."""
+    """A model's parameters: `shapes` by name, shared ones once, and the names of its linear layers."""
 
     shapes: Mapping[str, Shape]
     linears: frozenset[str]
 
     @property
     def count(self) -> int:
-        """Numbers in all of them."""
+        """Number of weights."""
         return sum(map(math.prod, self.shapes.values()))
 
     def of(self, layer: str) -> dict[str, Shape]:
-        """The parameters of a layer, `weight` and, if it has one, `bias`."""
+        """The parameters of a layer: `weight` and, if it has one, `bias`."""
         names = ("weight", "bias")
         return {name: self.shapes[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in self.shapes}
 
 
 def tensors(library: str, name: str, config: Config) -> Tensors:
-    """Those of a model class of `diffusers` or `transformers`."""
+    """The tensors of a model class of `diffusers` or `transformers` with this config."""
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     return _tensors(library, name, json.dumps(plain, sort_keys=True, default=str))
 
@@ -51,7 +51,7 @@ def _tensors(library: str, name: str, config: str) -> Tensors:
     models.check(values, f"the config of a {name}")
     if name in RULES:
         shapes = RULES[name](values)
-        # No linear layer is called so, and every other matrix is a linear layer's.
+        # All matrices except these are weights of linear layers.
         tables = ("embedding", "shared", "relative_attention_bias")
         matrices = (key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) == 2)
         return Tensors(shapes, frozenset(layer for layer in matrices if not layer.endswith(tables)))
@@ -63,7 +63,7 @@ def _tensors(library: str, name: str, config: str) -> Tensors:
 
 
 def meta(library: str, name: str, config: Config) -> Any:
-    """A model without weights."""
+    """A model on the meta device, without weights."""
     import torch
 
     cls: Any = getattr(importlib.import_module(library), name)
@@ -80,91 +80,91 @@ def _norm(name: str, width: int, bias: bool = True) -> dict[str, Shape]:
 
 
 def flux(config: Config) -> dict[str, Shape]:
-    """`FluxTransformer2DModel`'s."""
+    """The tensors of `FluxTransformer2DModel`."""
     head, channels = config.get("attention_head_dim", 128), config.get("in_channels", 64)
     width = config.get("num_attention_heads", 24) * head
     patch = config.get("patch_size", 1) ** 2
-    found: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     embedders = [("timestep_embedder", 256), ("text_embedder", config.get("pooled_projection_dim", 768))]
     if config.get("guidance_embeds", False):
         embedders.insert(1, ("guidance_embedder", 256))
     for name, into in embedders:
-        found |= _linear(f"time_text_embed.{name}.linear_1", into, width)
-        found |= _linear(f"time_text_embed.{name}.linear_2", width, width)
-    found |= _linear("context_embedder", config.get("joint_attention_dim", 4096), width)
-    found |= _linear("x_embedder", channels, width)
+        shapes |= _linear(f"time_text_embed.{name}.linear_1", into, width)
+        shapes |= _linear(f"time_text_embed.{name}.linear_2", width, width)
+    shapes |= _linear("context_embedder", config.get("joint_attention_dim", 4096), width)
+    shapes |= _linear("x_embedder", channels, width)
     for number in range(config.get("num_layers", 19)):
         block = f"transformer_blocks.{number}"
         for norm in ("norm1", "norm1_context"):
-            found |= _linear(f"{block}.{norm}.linear", width, 6 * width)
+            shapes |= _linear(f"{block}.{norm}.linear", width, 6 * width)
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            found |= _norm(f"{block}.attn.{norm}", head, bias=False)
+            shapes |= _norm(f"{block}.attn.{norm}", head, bias=False)
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            found |= _linear(f"{block}.attn.{name}", width, width)
+            shapes |= _linear(f"{block}.attn.{name}", width, width)
         for name in ("ff", "ff_context"):
-            found |= _linear(f"{block}.{name}.net.0.proj", width, 4 * width)
-            found |= _linear(f"{block}.{name}.net.2", 4 * width, width)
+            shapes |= _linear(f"{block}.{name}.net.0.proj", width, 4 * width)
+            shapes |= _linear(f"{block}.{name}.net.2", 4 * width, width)
     for number in range(config.get("num_single_layers", 38)):
         block = f"single_transformer_blocks.{number}"
-        found |= _linear(f"{block}.norm.linear", width, 3 * width)
-        found |= _linear(f"{block}.proj_mlp", width, 4 * width)
-        found |= _linear(f"{block}.proj_out", 5 * width, width)
+        shapes |= _linear(f"{block}.norm.linear", width, 3 * width)
+        shapes |= _linear(f"{block}.proj_mlp", width, 4 * width)
+        shapes |= _linear(f"{block}.proj_out", 5 * width, width)
         for norm in ("norm_q", "norm_k"):
-            found |= _norm(f"{block}.attn.{norm}", head, bias=False)
+            shapes |= _norm(f"{block}.attn.{norm}", head, bias=False)
         for name in ("to_q", "to_k", "to_v"):
-            found |= _linear(f"{block}.attn.{name}", width, width)
-    found |= _linear("norm_out.linear", width, 2 * width)
-    return found | _linear("proj_out", width, patch * (config.get("out_channels") or channels))
+            shapes |= _linear(f"{block}.attn.{name}", width, width)
+    shapes |= _linear("norm_out.linear", width, 2 * width)
+    return shapes | _linear("proj_out", width, patch * (config.get("out_channels") or channels))
 
 
 def clip_text(config: Config) -> dict[str, Shape]:
-    """`CLIPTextModel`'s."""
+    """The tensors of `CLIPTextModel`."""
     width, wide = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
-    found: dict[str, Shape] = {
+    shapes: dict[str, Shape] = {
         "embeddings.token_embedding.weight": (config.get("vocab_size", 49408), width),
         "embeddings.position_embedding.weight": (config.get("max_position_embeddings", 77), width),
     }
     for number in range(config.get("num_hidden_layers", 12)):
         layer = f"encoder.layers.{number}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found |= _linear(f"{layer}.self_attn.{name}", width, width)
-        found |= _linear(f"{layer}.mlp.fc1", width, wide) | _linear(f"{layer}.mlp.fc2", wide, width)
-        found |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
-    return found | _norm("final_layer_norm", width)
+            shapes |= _linear(f"{layer}.self_attn.{name}", width, width)
+        shapes |= _linear(f"{layer}.mlp.fc1", width, wide) | _linear(f"{layer}.mlp.fc2", wide, width)
+        shapes |= _norm(f"{layer}.layer_norm1", width) | _norm(f"{layer}.layer_norm2", width)
+    return shapes | _norm("final_layer_norm", width)
 
 
 def t5_encoder(config: Config) -> dict[str, Shape]:
-    """`T5EncoderModel`'s."""
+    """The tensors of `T5EncoderModel`."""
     width, heads = config.get("d_model", 512), config.get("num_heads", 8)
     inner, wide = heads * config.get("d_kv", 64), config.get("d_ff", 2048)
     gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
-    found: dict[str, Shape] = {"shared.weight": (config.get("vocab_size", 32128), width)}
+    shapes: dict[str, Shape] = {"shared.weight": (config.get("vocab_size", 32128), width)}
     buckets = config.get("relative_attention_num_buckets", 32)
-    found["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
+    shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
     for number in range(config.get("num_layers", 6)):
         block = f"encoder.block.{number}.layer"
         for name in ("q", "k", "v"):
-            found |= _linear(f"{block}.0.SelfAttention.{name}", width, inner, bias=False)
-        found |= _linear(f"{block}.0.SelfAttention.o", inner, width, bias=False)
+            shapes |= _linear(f"{block}.0.SelfAttention.{name}", width, inner, bias=False)
+        shapes |= _linear(f"{block}.0.SelfAttention.o", inner, width, bias=False)
         for name in ("wi_0", "wi_1") if gated else ("wi",):
-            found |= _linear(f"{block}.1.DenseReluDense.{name}", width, wide, bias=False)
-        found |= _linear(f"{block}.1.DenseReluDense.wo", wide, width, bias=False)
+            shapes |= _linear(f"{block}.1.DenseReluDense.{name}", width, wide, bias=False)
+        shapes |= _linear(f"{block}.1.DenseReluDense.wo", wide, width, bias=False)
         for layer in (0, 1):
-            found |= _norm(f"{block}.{layer}.layer_norm", width, bias=False)
-    return found | _norm("encoder.final_layer_norm", width, bias=False)
+            shapes |= _norm(f"{block}.{layer}.layer_norm", width, bias=False)
+    return shapes | _norm("encoder.final_layer_norm", width, bias=False)
 
 
 def autoencoder(config: Config) -> dict[str, Shape]:
-    """`AutoencoderKL`'s."""
+    """The tensors of `AutoencoderKL`."""
     widths, latent = list(config.get("block_out_channels", (64,))), config.get("latent_channels", 4)
     resnets = config.get("layers_per_block", 1)
-    found: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
 
     def conv(name: str, into: int, out: int, size: int = 3) -> None:
-        found.update({f"{name}.weight": (out, into, size, size), f"{name}.bias": (out,)})
+        shapes.update({f"{name}.weight": (out, into, size, size), f"{name}.bias": (out,)})
 
     def resnet(name: str, into: int, out: int) -> None:
-        found.update(_norm(f"{name}.norm1", into) | _norm(f"{name}.norm2", out))
+        shapes.update(_norm(f"{name}.norm1", into) | _norm(f"{name}.norm2", out))
         conv(f"{name}.conv1", into, out)
         conv(f"{name}.conv2", out, out)
         if into != out:
@@ -175,12 +175,12 @@ def autoencoder(config: Config) -> dict[str, Shape]:
             resnet(f"{name}.mid_block.resnets.{number}", width, width)
         if config.get("mid_block_add_attention", True):
             attention = f"{name}.mid_block.attentions.0"
-            found.update(_norm(f"{attention}.group_norm", width))
+            shapes.update(_norm(f"{attention}.group_norm", width))
             for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-                found.update(_linear(f"{attention}.{layer}", width, width))
+                shapes.update(_linear(f"{attention}.{layer}", width, width))
 
     def ends(name: str, width: int, out: int) -> None:
-        found.update(_norm(f"{name}.conv_norm_out", width))
+        shapes.update(_norm(f"{name}.conv_norm_out", width))
         conv(f"{name}.conv_out", width, out)
 
     conv("encoder.conv_in", config.get("in_channels", 3), widths[0])
@@ -206,7 +206,7 @@ def autoencoder(config: Config) -> dict[str, Shape]:
         conv("quant_conv", 2 * latent, 2 * latent, 1)
     if config.get("use_post_quant_conv", True):
         conv("post_quant_conv", latent, latent, 1)
-    return found
+    return shapes
 
 
 RULES: Mapping[str, Callable[[Config], dict[str, Shape]]] = {

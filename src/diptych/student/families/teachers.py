@@ -1,21 +1,21 @@
-"""Teachers: what is known of them before they are opened, and opening them.
+"""Teachers: their traits, known before they are opened, and opening them.
 
-A teacher is a diffusers text-to-image pipeline. What differs from one to the next follows from its class, in the table
-`teachers.yaml` (`Traits`), and from its name and configs (`examine`).
+A teacher is a diffusers text-to-image pipeline. Its traits follow from its class, in the table `teachers.yaml`
+(`Traits`), and from its name and configs (`examine`).
 
-How it takes guidance. diptych has one convention, that of classifier-free guidance: v = u + w·(c − u), where c and u
-are the predictions with the prompt and with the empty one. `paint.true_guidance` is w, and 1 is off. Pipelines differ
-in four ways:
+**Guidance.** diptych has one convention, that of classifier-free guidance: v = u + w·(c − u), where c and u are the
+predictions with the prompt and with the empty prompt. `paint.true_guidance` is w, and 1 is off. Pipelines differ in
+four ways:
 
-- The scale s of most means u + s·(c − u); Z-Image and Krea 2 compute c + s·(c − u), so s = w − 1 there.
+- The scale s of most pipelines means u + s·(c − u). Z-Image and Krea 2 compute c + s·(c − u), so s = w − 1 there.
 - Guidance runs for s > 1 or for s > 0, in some pipelines always, and in some never.
 - Both predictions are rows of one forward pass, or two passes.
-- Some let a language model rewrite the prompt unless they are called with a switch.
+- Some pipelines let a language model rewrite the prompt unless a switch prevents it.
 
-Whether it is step-distilled (FLUX.1-schnell, FLUX.2 klein, the Turbo models). Such a model draws in a few steps and
-without classifier-free guidance. It no longer predicts the velocity at every noise level, so a student that is trained
-from it with the ordinary loss draws gray or blocky images: train from the base model. Painting with one works with its
-few steps. Nothing is downloaded and no weight is read: a hub name is looked up in the hub's cache.
+**Step distillation** (FLUX.1-schnell, FLUX.2 klein, the Turbo models). Such a model samples in a few steps, without
+classifier-free guidance. It does not predict the velocity at every noise level, so a student that is trained from it
+generates gray or blocky images: train from the base model. Painting works with the model's few steps. Nothing is
+downloaded and no weight is read: hub names are looked up in the hub's cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "distill.allow_distilled_teacher"
-MOST = 12  # a step-distilled teacher that is painted with more steps than this is not used as it is made
+MOST = 12  # the largest number of steps that suits a step-distilled teacher
 SCHEDULERS = ("FlowMatchLCMScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler")
 """Schedulers that only consistency models use."""
 
@@ -52,21 +52,21 @@ _KLEIN = re.compile(r"flux\.?2[-_ ]klein(?!.*base)")
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of a pipeline class.
+    """The traits of a pipeline class.
 
     Attributes:
-        scale: the argument of classifier-free guidance; None where the pipeline has none.
-        neutral: the scale that adds nothing to c. It is 1 for u + s·(c − u), 0 for c + s·(c − u).
-        above: the pipeline computes u for scales above this.
-        always: it computes u for every scale, so that turning guidance off saves nothing.
-        together: c and u are rows of one forward pass; otherwise a guided step takes two passes.
-        embedded: the argument of distilled guidance, an input of the transformer; None where there is none.
-        unless_distilled: it ignores the scale where model_index.json has `is_distilled`.
-        switches: arguments that keep the prompt and the size as given.
-        distilled: only step-distilled models have this class.
-        steps: what its step-distilled checkpoints are made for.
-        unsuited: why it cannot paint; None where it can.
-        known: how it takes guidance is in the table.
+        scale: argument of classifier-free guidance. None if the pipeline has none.
+        neutral: scale that adds nothing to c: 1 for u + s·(c − u), 0 for c + s·(c − u).
+        above: the pipeline computes u for scales above this value.
+        always: whether it computes u for every scale, so that turning guidance off saves nothing.
+        together: whether c and u are rows of one forward pass. Otherwise a guided step takes two passes.
+        embedded: argument of distilled guidance, an input of the transformer. None if there is none.
+        unless_distilled: whether it ignores the scale if model_index.json has `is_distilled`.
+        switches: arguments that prevent changes of the prompt and the size.
+        distilled: whether only step-distilled models have this class.
+        steps: number of steps of its step-distilled checkpoints.
+        unsuited: reason why it cannot paint. None if it can.
+        known: whether the table has its guidance.
     """
 
     scale: str | None = "guidance_scale"
@@ -97,84 +97,85 @@ class Traits:
         return self.branches(true_guidance, index) if self.together else 1
 
     def arguments(self, true_guidance: float) -> dict[str, Any]:
-        """The scale as this class takes it. UsageError for one that it cannot have."""
+        """The scale as an argument of this class. UsageError for a scale that it does not support."""
         if self.scale is None:
             return {}
         scale = self.neutral + true_guidance - 1
         if true_guidance > 1 and not self.always and scale <= self.above:
             least = self.above - self.neutral + 1
             raise UsageError(
-                f"paint.true_guidance {true_guidance:g}: this pipeline guides only above {least:g}; "
-                f"give 1, which turns guidance off, or a value above {least:g}"
+                "option_invalid",
+                f"paint.true_guidance {true_guidance:g} has no effect: this pipeline applies guidance only above "
+                f"{least:g}. Set 1, which turns guidance off, or a value above {least:g}.",
             )
         return {self.scale: scale}
 
 
 @cache
 def table() -> Mapping[str, Traits]:
-    """`teachers.yaml`, by pipeline class."""
+    """The table `teachers.yaml`, by pipeline class."""
     return {name: _unknown(**row) if "unsuited" in row else Traits(**row) for name, row in facts(__file__).items()}
 
 
 def _unknown(**row: Any) -> Traits:
-    """A class whose guidance is not in the table counts as u + s·(c − u) in one forward pass, which takes the most
+    """The traits of a class that is not in the table: u + s·(c − u) in one forward pass, which needs the most
     memory."""
     return Traits(together=True, known=False, **row)
 
 
 def of(name: str) -> Traits:
-    """What is known of a pipeline class, also of one that is not in the table."""
+    """The traits of a pipeline class, which need not be in the table."""
     return table().get(name) or _unknown()
 
 
 def rewrites(argument: str) -> bool:
-    """Whether an argument's name says that it has the prompt rewritten."""
+    """Whether an argument, by its name, lets the pipeline rewrite the prompt."""
     return _REWRITES.search(argument) is not None
 
 
 def guess(pipe: Any) -> Traits:
-    """What is known of a pipeline's class, or, for a class whose guidance is not in the table, what its signature
-    suggests."""
-    if (found := of(type(pipe).__name__)).known:
-        return found
-    asks = inspect.signature(pipe.__call__).parameters
+    """The traits of a pipeline's class. For a class that is not in the table, they follow from its signature."""
+    if (traits := of(type(pipe).__name__)).known:
+        return traits
+    arguments = inspect.signature(pipe.__call__).parameters
     config = getattr(getattr(pipe, "transformer", None), "config", {})
-    switches = {name: False for name, value in asks.items() if rewrites(name) and value.default is True}
+    switches = {name: False for name, value in arguments.items() if rewrites(name) and value.default is True}
     switches |= {"use_resolution_binning": False}
-    if "true_cfg_scale" in asks:
+    if "true_cfg_scale" in arguments:
         return Traits("true_cfg_scale", embedded="guidance_scale", switches=switches, known=False)
-    if config.get("guidance_embeds") and "guidance_scale" in asks:
+    if config.get("guidance_embeds") and "guidance_scale" in arguments:
         return Traits(None, embedded="guidance_scale", switches=switches, known=False)
-    return _unknown(scale="guidance_scale" if "guidance_scale" in asks else None, switches=switches)
+    return _unknown(scale="guidance_scale" if "guidance_scale" in arguments else None, switches=switches)
 
 
 def doubt(name: str, true_guidance: float) -> str | None:
-    """What to tell somebody who paints with a class whose guidance is unknown, or that has none; None otherwise.
+    """A warning for painting with a class whose guidance is unknown, or that has none. None for other classes.
     UsageError for a class that cannot paint."""
     call = of(name)
     if call.unsuited:
-        raise UsageError(f"a {name} cannot paint: {call.unsuited}; choose another teacher")
+        raise UsageError("model_unsupported", f"{name} cannot paint: {call.unsuited}. Choose another teacher.")
     if not call.known:
         return (
-            f"the pipeline class {name} is not in diptych's table, so how it takes guidance is not known: "
-            f"paint.true_guidance {true_guidance:g} is passed as most pipelines take it, u + s·(c − u) with 1 as off. "
-            "Compare a few grids at 1 and at 2 before you paint all"
+            f"The pipeline class {name} is not in diptych's table, so its guidance is unknown. paint.true_guidance "
+            f"{true_guidance:g} is passed as most pipelines expect it, u + s·(c − u) with 1 as off. Compare a few "
+            "grids at 1 and at 2 before you paint all."
         )
     if call.scale is None and true_guidance > 1:
-        return f"a {name} has no classifier-free guidance: paint.true_guidance {true_guidance:g} has no effect; set 1"
+        return f"{name} has no classifier-free guidance: paint.true_guidance {true_guidance:g} has no effect. Set 1."
     call.arguments(true_guidance)
     return None
 
 
 def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None) -> Any:
-    """The text-to-image pipeline in a diffusers folder, on the CPU, computing in `dtype` whatever its files hold; as
-    the class `kind`, or as the one that the folder names. UserError if it cannot be opened."""
+    """The text-to-image pipeline in a diffusers folder, on the CPU, computing in `dtype`, as the class `kind` or the
+    class that the folder names. UserError if it cannot be opened."""
     pipe: Any = open_pipeline(folder, dtype, kind=kind)
-    asks = inspect.signature(pipe.__call__).parameters
-    if absent := [name for name in ("prompt", "height", "width", "generator") if name not in asks]:
+    arguments = inspect.signature(pipe.__call__).parameters
+    if absent := [name for name in ("prompt", "height", "width", "generator") if name not in arguments]:
         raise UserError(
-            f"{folder} is a {type(pipe).__name__}, which takes no {', '.join(absent)}; "
-            "give a text-to-image pipeline as the teacher"
+            "model_unsupported",
+            f"{folder} is a {type(pipe).__name__}, which has no {', '.join(absent)}. Choose a text-to-image pipeline "
+            "as the teacher.",
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -182,21 +183,22 @@ def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None) -> A
 
 @dataclass(frozen=True)
 class Distilled:
-    """What shows that a teacher is step-distilled, and how many steps it is made for."""
+    """The evidence that a teacher is step-distilled, and its number of steps."""
 
     reason: str
     steps: int
 
     def describe(self, name: str) -> str:
+        """A clause for messages."""
         return (
-            f"the teacher {name} is step-distilled ({self.reason}): it draws in about {self.steps} steps, without "
+            f"The teacher {name} is step-distilled ({self.reason}): it samples in about {self.steps} steps, without "
             "classifier-free guidance"
         )
 
 
 def examine(name: str) -> Distilled | None:
-    """What is known of a teacher by the name that a recipe gives it: a folder, a hub name or `pocket`. None if nothing
-    shows that it is distilled."""
+    """Whether a teacher (a folder, a hub name or `pocket`) is step-distilled, and why. None if nothing indicates
+    it."""
     if name in models.BUILT_IN:
         return None
     folder = folder_of(name)
@@ -205,38 +207,39 @@ def examine(name: str) -> Distilled | None:
 
 
 def refuse(name: str, allowed: bool) -> None:
-    """UsageError for a step-distilled teacher that is to be trained from, a warning where the recipe allows it."""
-    if (found := examine(name)) is None:
+    """UsageError for training from a step-distilled teacher. Only a warning if the recipe allows it."""
+    if (distilled := examine(name)) is None:
         return
-    text = found.describe(name)
+    text = distilled.describe(name)
     if not allowed:
         raise UsageError(
-            f"{text}. Students that are trained from one draw gray or blocky images. Name the model that it was "
-            f"distilled from as the teacher, or set {KEY}=true to train anyway"
+            "teacher_distilled",
+            f"{text}. Students trained from it generate gray or blocky images. Use the model that it was distilled "
+            f"from as the teacher, or set {KEY}=true to train anyway.",
         )
-    logging.getLogger("diptych").warning("%s; training from it all the same (%s)", text, KEY)
+    logging.getLogger("diptych").warning("%s. Training from it anyway (%s).", text, KEY)
 
 
 def advice(
     name: str, steps: int, true_guidance: float, keys: tuple[str, str] = ("paint.steps", "paint.true_guidance")
 ) -> str | None:
-    """What is wrong with how a teacher is to be painted with; None if nothing is.
+    """A warning about steps or guidance that do not suit a step-distilled teacher. None if they do.
 
     Args:
         keys: the recipe's keys of `steps` and `true_guidance`, for the text.
     """
-    if (found := examine(name)) is None:
+    if (distilled := examine(name)) is None:
         return None
     of_steps, of_guidance = keys
-    changes = [f"{of_steps}={found.steps} instead of {steps}"] if steps > MOST else []
+    changes = [f"{of_steps}={distilled.steps} instead of {steps}"] if steps > MOST else []
     changes += [f"{of_guidance}=1 instead of {true_guidance:g}"] if true_guidance > 1 else []
     if not changes:
         return None
-    return f"{found.describe(name)}; its images get worse with more of both: set {' and '.join(changes)}"
+    return f"{distilled.describe(name)}. More of either degrades its images: set {' and '.join(changes)}."
 
 
 def cached() -> Iterator[tuple[str, str, Distilled | None]]:
-    """The pipelines in the hub's cache: (hub name, pipeline class, what shows that it is distilled)."""
+    """The pipelines in the hub's cache: (hub name, pipeline class, evidence that it is distilled)."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for index in sorted(Path(HF_HUB_CACHE).glob(f"models--*/snapshots/*/{INDEX}")):
@@ -246,7 +249,7 @@ def cached() -> Iterator[tuple[str, str, Distilled | None]]:
 
 
 def _of(name: str, config: Callable[[str], dict[str, Any]]) -> Distilled | None:
-    """What a model's name and its configs show. `config` gives a JSON file of the model, empty if it is not there."""
+    """The evidence in a model's name and configs. `config` returns a JSON file of the model, empty if it is missing."""
     index, transformer = config(INDEX), config("transformer/config.json")
     scheduler = config("scheduler/scheduler_config.json")
     kind = str(index.get("_class_name", ""))
@@ -254,9 +257,9 @@ def _of(name: str, config: Callable[[str], dict[str, Any]]) -> Distilled | None:
     if index.get("is_distilled") is True:
         return Distilled(f"{INDEX} has is_distilled: true", traits.steps)
     if traits.distilled:
-        return Distilled(f"a {kind} is made for such models", traits.steps)
+        return Distilled(f"only such models use {kind}", traits.steps)
     if (used := str(scheduler.get("_class_name", ""))) in SCHEDULERS:
-        return Distilled(f"its scheduler is a {used}", traits.steps)
+        return Distilled(f"its scheduler is {used}", traits.steps)
     origins = [str(config.get("_name_or_path", "")) for config in (index, transformer, scheduler)]
     for title in (name, *(part for origin in origins for part in _titles(origin))):
         if _named(title):
@@ -265,30 +268,31 @@ def _of(name: str, config: Callable[[str], dict[str, Any]]) -> Distilled | None:
     if kind.startswith("ZImage") and scheduler.get("shift") == 3.0 and not scheduler.get("use_dynamic_shifting"):
         return Distilled("the shift of its scheduler is 3, Z-Image-Turbo's; the base model's is 6", traits.steps)
     if transformer.get("_class_name") == "FluxTransformer2DModel" and _is_schnell(transformer, scheduler):
-        return Distilled("a FLUX.1 transformer without guidance_embeds, as FLUX.1-schnell has it", traits.steps)
+        return Distilled("a FLUX.1 transformer without guidance_embeds, like FLUX.1-schnell", traits.steps)
     return None
 
 
 def _is_schnell(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
-    """24 heads are FLUX.1's: small models have fewer, and are not distilled for lacking the embedding. A schedule that
-    moves with the size is that of a model with many steps."""
+    """Whether a FLUX transformer is FLUX.1-schnell's: 24 heads (small models have fewer), no guidance embedding, and a
+    schedule that does not depend on the size."""
     whole = transformer.get("num_attention_heads", 24) == 24
     return whole and not transformer.get("guidance_embeds") and not scheduler.get("use_dynamic_shifting")
 
 
 def _named(title: str) -> bool:
-    """Whether a model's name says that it is step-distilled."""
+    """Whether a model's name indicates step distillation."""
     low = title.lower()
     return not _NOT.search(low) and bool(_NAME.search(low) or _KLEIN.search(low))
 
 
 def _titles(origin: str) -> list[str]:
-    """What `_name_or_path` calls a model: the end of a path or hub name, and the hub name in a path of its cache."""
+    """The names of a model in `_name_or_path`: the end of a path or hub name, and the hub name in a path of its
+    cache."""
     parts = Path(origin).parts
     return [part for part in parts if part == parts[-1] or part.startswith("models--")]
 
 
 def _title(folder: Path) -> str:
-    """What a folder's model is called: its name, or that of the hub's model where it is a snapshot in the cache."""
+    """The name of a folder's model: the folder's name, or that of the hub's model for a snapshot in the cache."""
     path = folder.absolute()
     return path.parent.parent.name if path.parent.name == "snapshots" else path.name

@@ -1,11 +1,11 @@
-"""What is put on a pipeline: a memory preset, a speed setting, and what the two keep there. Put on and taken off here.
+"""Memory presets and speed settings on a pipeline: applying and removing them.
 
-    hold(pipe, memory)                     # once, on a loaded pipeline
-    left_out = put_on(pipe, speed)         # in place of the speed that was there
-    take_off(pipe)                         # the transformer is stock again
+    apply_memory(pipe, memory)             # once, on a loaded pipeline
+    left_out = apply_speed(pipe, speed)    # replaces the current speed setting
+    remove_speed(pipe)                     # the transformer is stock again
 
-`Runtime` is `pipe.runtime`, what was put on, and what the sampler asks of it along a call. `transform` changes any
-diffusers transformer; teachers have it from `stock`.
+`Runtime` (`pipe.runtime`) is the state of both, and what the sampler calls during a call. `transform` changes any
+diffusers transformer; `stock` uses it for teachers.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ from diptych.student.weights.files import RATIOS_FILE
 from diptych.utils.machine import alone
 
 log = logging.getLogger("diptych.student")
-FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # whose attention reads them; SD 3.5's loses its norms
-TEXT_MIB = 1024  # main memory for texts where a memory preset frees their encoders: 250 of FLUX.1's prompts
+FUSED = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # support fused projections; SD 3.5's loses its norms
+TEXT_MIB = 1024  # main memory for embeddings if a memory preset frees the text encoders: 250 of FLUX.1's prompts
 
 
 class Runtime:
-    """What was put on one pipeline; all of it is as stock diffusers has it until then."""
+    """The memory preset, speed setting and caches of one pipeline. The defaults are stock diffusers."""
 
     def __init__(self) -> None:
         self.memory: Memory | None = None
         self.speed = PLAIN
         self.step_cache: StepCache | None = None
-        self.recall = Recall()  # prompts and references, as `remember` in `speed` says
+        self.recall = Recall()  # embeddings of prompts and references, for `speed.remember`
         self._texts = Recall(TEXT_MIB, "cpu")
 
-    def switches(self, **given: Any) -> Speed:
-        """The speed setting with a call's own switches, those that are not None, in its place."""
-        return replace(self.speed, **{name: value for name, value in given.items() if value is not None})
+    def switches(self, **values: Any) -> Speed:
+        """The speed setting with a call's switches in its place, except those that are None."""
+        return replace(self.speed, **{name: value for name, value in values.items() if value is not None})
 
     def stage(self, name: str) -> None:
-        """Before `text`, `denoise` and `decode`: a memory preset brings what that needs and frees the rest."""
+        """Lets the memory preset move the parts for `text`, `denoise` or `decode` to the device."""
         if self.memory is not None:
             self.memory.stage(name)
 
     @property
     def waiting(self) -> Sequence[str]:
-        """The text encoders that a memory preset opens when a prompt comes."""
+        """The text encoders that a memory preset loads for each prompt."""
         return self.memory.waiting if self.memory is not None else ()
 
     @property
     def texts(self) -> Recall | None:
-        """What keeps embeddings of prompts between calls; None where nothing does."""
+        """The cache of prompt embeddings between calls. None if there is none."""
         if self.recall.limit:
             return self.recall
-        return self._texts if self.waiting else None  # else the encoders would be read from their files for every image
+        return self._texts if self.waiting else None  # otherwise the encoders would be loaded for every image
 
     @contextmanager
     def sampling(
@@ -81,10 +81,10 @@ class Runtime:
         guidance: float,
         modulation: bool,
     ) -> Iterator[None]:
-        """What the sampler's loop runs in; afterwards the transformer is as it was.
+        """The context of the sampler's loop. It restores the transformer at its end.
 
-        Step caches start afresh, also after a call that was cut short. `pooled` are the texts (B, P) of every branch,
-        `modulation` precomputes the modulation of all steps (`modulation.precomputed`).
+        Step caches start empty, also after a call that was interrupted. `pooled` has the pooled texts (B, P) of every
+        branch. `modulation` precomputes the modulation of all steps (`modulation.precomputed`).
         """
         transformer._reset_stateful_cache()
         if self.step_cache is not None:
@@ -108,55 +108,59 @@ class Runtime:
             yield
 
     def step(self, number: int) -> None:
-        """The loop is at this step, counted from 0."""
+        """Sets the current step of the loop, counted from 0."""
         if self.step_cache is not None:
             self.step_cache.step = number
 
 
-class Pipeline(Protocol):
-    """What is known here of the pipeline that a runtime belongs to."""
+class HasRuntime(Protocol):
+    """What this module needs of a pipeline."""
 
     transformer: Any
     runtime: Runtime
     loaded_from: tuple[Path, ...]
 
 
-def hold(pipe: Any, memory: Memory) -> None:
-    """Puts a memory preset on a pipeline whose parts are on the CPU, its LoRAs fused. It stays on."""
+def apply_memory(pipe: Any, memory: Memory) -> None:
+    """Applies a memory preset to a pipeline whose parts are on the CPU and whose LoRAs are fused. It cannot be
+    removed."""
     memory.apply(pipe)
     pipe.runtime.memory = memory
 
 
 @alone
-def put_on(pipe: Pipeline, speed: Speed) -> list[str]:
-    """Puts `speed` on a pipeline in place of what was there; returns what was left out, each with its reason.
+def apply_speed(pipe: HasRuntime, speed: Speed) -> list[str]:
+    """Applies a speed setting to a pipeline, in place of its current one. Returns the switches that were left out, each
+    with its reason.
 
-    Fusing LoRAs is for good; everything else `take_off` takes back.
-    Raises UsageError for combinations that cannot work, before anything is changed.
+    Fused LoRAs stay fused; `remove_speed` undoes everything else. UsageError for combinations that cannot work, before
+    anything is changed.
     """
     transformer, runtime = pipe.transformer, pipe.runtime
     if speed.cache != "none" and getattr(transformer, "is_cache_enabled", False):
-        raise UsageError("a step cache of diffusers is on; call transformer.disable_cache() before another is put on")
+        raise UsageError(
+            "speed_unsupported", "A step cache of diffusers is active. Call transformer.disable_cache() first."
+        )
     if speed.attention:
         one_of("attention", speed.attention, _attention_backends())
-    take_off(pipe)
+    remove_speed(pipe)
     if speed.fused_lora:
         lora.fuse_loras(pipe)  # pyright: ignore[reportArgumentType]
     left_out = []
     moves = runtime.memory is not None and runtime.memory.moves
-    if speed.packed and moves:
-        left_out.append("packed: the transformer leaves the device for new prompts")
-        speed = replace(speed, packed=False)
-    if speed.fused_qkv and moves:
-        left_out.append("fused_qkv: the transformer leaves the device for new prompts, and single projections would")
-        speed = replace(speed, fused_qkv=False)
+    for switch in ("packed", "fused_qkv") if moves else ():
+        if getattr(speed, switch):
+            left_out.append(f"{switch}: the transformer leaves the device for new prompts")
+            speed = replace(speed, **{switch: False})
     if speed.modulation and getattr(transformer, "peft_config", None):
-        left_out.append("modulation: an unfused LoRA may sit on the modulation (fused_lora=on)")
+        left_out.append("modulation: an unfused LoRA may adapt the modulation (fused_lora=on)")
         speed = replace(speed, modulation=False)
     speed, reasons = transform(transformer, speed)
     left_out += reasons
     if speed.cache != "none":
-        runtime.step_cache = caches.enable(transformer, speed, _ratios(pipe.loaded_from))
+        calibrated = next((path for folder in pipe.loaded_from if (path := folder / RATIOS_FILE).is_file()), None)
+        ratios = {} if calibrated is None else caches.read_ratios(calibrated)
+        runtime.step_cache = caches.enable(transformer, speed, ratios)
     runtime.recall = Recall(speed.remember)
     runtime.speed = speed
     for reason in left_out:
@@ -164,12 +168,12 @@ def put_on(pipe: Pipeline, speed: Speed) -> list[str]:
     return left_out
 
 
-def take_off(pipe: Pipeline) -> None:
-    """Takes a speed setting off: the transformer is stock again, LoRAs that were fused stay so."""
+def remove_speed(pipe: HasRuntime) -> None:
+    """Removes a speed setting: the transformer is stock again, except that fused LoRAs stay fused."""
     transformer, runtime = pipe.transformer, pipe.runtime
     unpack(transformer)
     for block in _repeated(transformer):
-        block._compiled_call_impl = None  # what torch's own Module.compile sets; the code itself stays in torch's cache
+        block._compiled_call_impl = None  # set by torch's Module.compile; the code itself stays in torch's cache
     if runtime.step_cache is not None:
         caches.disable(transformer)
         runtime.step_cache = None
@@ -181,46 +185,41 @@ def take_off(pipe: Pipeline) -> None:
 
 
 @contextmanager
-def stock_parts(pipe: Pipeline) -> Iterator[None]:
-    """Within it the pipeline's parts are stock and whole, as for saving; afterwards all that was on it is on again.
+def stock_parts(pipe: HasRuntime) -> Iterator[None]:
+    """A context in which the pipeline's parts are stock and complete, for saving. Its presets are applied again at the
+    end.
 
-    Fused projections are no layers of a stock model, and weights that wait elsewhere would be left out.
+    Fused projections are not layers of a stock model, and weights that wait elsewhere would not be saved.
     """
     runtime = pipe.runtime
-    speed, kept = runtime.speed, runtime.recall
+    speed, recall = runtime.speed, runtime.recall
     ratios = runtime.step_cache.ratios if runtime.step_cache is not None else {}
-    take_off(pipe)
+    remove_speed(pipe)
     try:
         with runtime.memory.undone() if runtime.memory is not None else nullcontext():
             yield
     finally:
-        put_on(pipe, speed)
-        runtime.recall = kept
+        apply_speed(pipe, speed)
+        runtime.recall = recall
         if runtime.step_cache is not None:
             runtime.step_cache.ratios |= ratios
-
-
-def _ratios(folders: Sequence[Path]) -> dict[int, list[float]]:
-    """Calibrated magnitude ratios by number of steps, from the first `speed.json` in the folders; empty: none."""
-    found = next((path for folder in folders if (path := folder / RATIOS_FILE).is_file()), None)
-    return caches.read_ratios(found) if found is not None else {}
 
 
 # On any diffusers transformer ----------------------------------------------------------------------------------------
 
 
 def transform(transformer: Any, speed: Speed) -> tuple[Speed, list[str]]:
-    """Packs, fuses and compiles the layers of a transformer, and sets its attention back-end, as `speed` has it.
+    """Packs, fuses and compiles the layers of a transformer and sets its attention back-end, according to `speed`.
 
-    Returns what of `speed` is then on, and what was left out, each with its reason. Fused projections and compiled
-    blocks would hold or look for the weights as they were before packing.
+    Returns the resulting setting, and the switches that were left out, each with its reason. Packing excludes fused
+    projections and compiled blocks, which use the unpacked weights.
     """
     left_out = []
     if speed.packed and (reason := cannot_pack(transformer)):
         left_out.append(f"packed: {reason}")
     elif speed.packed:
         pack(transformer, _repeated(transformer))
-        left_out += [f"{name}: packed takes its place" for name in ("fused_qkv", "compile") if getattr(speed, name)]
+        left_out += [f"{name}: packed replaces it" for name in ("fused_qkv", "compile") if getattr(speed, name)]
         speed = replace(speed, fused_qkv=False, compile=False)
     if speed.attention:
         one_of("attention", speed.attention, _attention_backends())
@@ -233,22 +232,22 @@ def transform(transformer: Any, speed: Speed) -> tuple[Speed, list[str]]:
         left_out.append(f"compile: {reason}")
     elif speed.compile:
         for block in _repeated(transformer):
-            block.compile()  # what diffusers' compile_repeated_blocks does, where it names them
+            block.compile()  # as diffusers' compile_repeated_blocks does for models that name their blocks
     return speed, left_out
 
 
 def _repeated(transformer: Any) -> Iterator[Any]:
-    """The blocks that diffusers names as repeated; of a transformer where it names none, the members of its lists."""
+    """The blocks that diffusers names as repeated. For a transformer without these names, the members of its lists."""
     if names := getattr(transformer, "_repeated_blocks", None):
         return (module for module in transformer.modules() if type(module).__name__ in names)
     return (block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child)
 
 
 def _cannot_compile(transformer: Any) -> str:
-    """Why compiling would not work or not pay; empty if it would."""
+    """The reason why compiling would fail or take more time than it saves. Empty if there is none."""
     count = sum(p.numel() for p in transformer.parameters())
     if count < COMPILE_FROM:
-        return f"a transformer of {count / 1e6:.0f} M parameters draws faster than it compiles"
+        return f"compiling a transformer of {count / 1e6:.0f} M parameters takes more time than it saves"
     device = next(transformer.parameters()).device.type
     if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         return "no C++ compiler on this machine (install g++)"
@@ -258,17 +257,17 @@ def _cannot_compile(transformer: Any) -> str:
 
 
 def _cannot_fuse_qkv(transformer: Any) -> str:
-    """Why query, key and value cannot be one product here; empty if they can."""
+    """The reason why query, key and value cannot be computed in one product. Empty if there is none."""
     if type(transformer).__name__ not in FUSED:
-        return f"diffusers' fused projections of a {type(transformer).__name__} are not read, or leave a norm out"
+        return f"diffusers has no exact fused projections for {type(transformer).__name__}"
     if getattr(transformer, "peft_config", None):
-        return "an unfused LoRA sits on the projections (fused_lora=on)"
+        return "an unfused LoRA adapts the projections (fused_lora=on)"
     if hasattr(transformer, "_hf_hook"):
-        return "the transformer comes to the device for each call, and the single projections would come as well"
+        return "the transformer moves to the device for each call, with the single projections"
     if _is_group_offload_enabled(transformer):
-        return "the layers are offloaded by groups, which know the single projections alone"
+        return "group offload moves only the single projections"
     linears = [m for name, m in transformer.named_modules() if name.endswith((".to_q", ".add_q_proj"))]
-    # torchao's weights are a subclass of Tensor that calls itself floating point.
+    # torchao's weights are a subclass of Tensor that reports a floating-point dtype.
     plain = (type(m) is nn.Linear and type(m.weight.data) is torch.Tensor for m in linears)
     if not all(plain) or any(m.weight.is_meta or not m.weight.is_floating_point() for m in linears):
         return "the projections are quantized or offloaded"
@@ -278,7 +277,7 @@ def _cannot_fuse_qkv(transformer: Any) -> str:
 
 
 def _fuse_qkv(transformer: Any) -> None:
-    """diffusers' fusion, without its second copy: the single projections become views of the fused one's rows."""
+    """diffusers' fusion without its second copy: the single projections become views of the fused one's rows."""
     transformer.fuse_qkv_projections()
     for module in transformer.modules():
         for fused, parts in (
@@ -296,32 +295,34 @@ def _fuse_qkv(transformer: Any) -> None:
 
 def _set_attention(transformer: Any, name: str) -> None:
     registry = _AttentionBackendRegistry
-    elsewhere, _ = registry.get_active_backend()
+    before, _ = registry.get_active_backend()
     try:
         transformer.set_attention_backend(name)
-        registry.set_active_backend(elsewhere)  # diffusers sets it for the whole process, and never back
+        registry.set_active_backend(before)  # diffusers sets it for the whole process
     except (RuntimeError, ValueError, ImportError) as error:
-        raise UsageError(f"the attention back-end {name} does not work here: {describe(error)}") from error
+        raise UsageError(
+            "speed_unsupported", f"The attention back-end {name} does not work here: {describe(error)}"
+        ) from error
 
 
 def _attention_backends() -> list[str]:
     return sorted(backend.value for backend in AttentionBackendName)
 
 
-# Linear layers by oneDNN on a CPU, their weights packed once: the switch `packed` of `speed`. PyTorch gives float32
-# products to MKL, which keeps its widest instructions for Intel's CPUs; oneDNN uses them on every x86 CPU that has
-# them, from weights that lie in blocks of its own. Packing moves values and changes none: `unpack` gives the same
-# bits back, and there is no second copy meanwhile. Results differ from MKL's by float rounding.
+# The switch `packed`: linear layers by oneDNN on a CPU, with weights packed once. PyTorch computes float32 products
+# with MKL, which uses its widest instructions only on Intel's CPUs. oneDNN uses them on every x86 CPU that has them,
+# with weights in its blocked layout. Packing only moves values: `unpack` restores the same bits, and there is no second
+# copy. Results differ from MKL's by float rounding.
 
-ROWS = 128  # the layout is chosen for products of about this many rows; it serves others as well
+ROWS = 128  # the layout is optimized for products of about this many rows, and works for others
 
 
 class PackedLinear(nn.Module):
-    """In the place of a float32 `nn.Linear`, whose weight it holds packed."""
+    """Replaces a float32 `nn.Linear` and stores its weight packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.original = [linear]  # a list, so that it is not a submodule: its weight is empty
+        self.original = [linear]  # in a list, so that it is not a submodule; its weight is empty
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, ROWS)
@@ -332,14 +333,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def unpacked(self) -> nn.Linear:
-        """The linear layer that was here, its weight as it was."""
+        """The original linear layer with its original weight."""
         linear = self.original[0]
         linear.weight.data = self.weight.to_dense()
         return linear
 
 
 def pack(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Packs the linear layers of `blocks`, modules of `transformer`, but those of AdaLN, which see a row or two."""
+    """Packs the linear layers of `blocks`, modules of `transformer`, except those of AdaLN, whose inputs have one
+    or two rows."""
     chosen = {id(module) for block in blocks for module in block.modules() if type(module) is nn.Linear}
     chosen -= {id(module.linear) for module in transformer.modules() if isinstance(module, ADALN)}
     for name, module in list(transformer.named_modules()):
@@ -348,23 +350,23 @@ def pack(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 
 def unpack(transformer: nn.Module) -> None:
-    """The layers as they were before `pack`, to the bit."""
+    """Undoes `pack`, bit for bit."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, PackedLinear):
             transformer.set_submodule(name, module.unpacked())
 
 
 def cannot_pack(transformer: Any) -> str:
-    """Why there is nothing to pack, or no way to; empty if there is."""
+    """The reason why linear layers cannot be packed. Empty if there is none."""
     weights = [weight for weight in transformer.parameters() if weight.dim() == 2]
     if any(weight.device.type != "cpu" for weight in weights):
-        return "on CPUs alone"
+        return "only on CPUs"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "this PyTorch has no oneDNN"
     if any(type(weight.data) is not torch.Tensor or weight.dtype != torch.float32 for weight in weights):
-        return "for float32 alone; others PyTorch gives to oneDNN anyhow"
+        return "only for float32; PyTorch uses oneDNN for other types"
     if getattr(transformer, "peft_config", None):
-        return "an unfused LoRA sits on the layers (fused_lora=on)"
+        return "an unfused LoRA adapts the layers (fused_lora=on)"
     if hasattr(transformer, "_hf_hook") or _is_group_offload_enabled(transformer):
         return "the transformer is offloaded"
     return ""

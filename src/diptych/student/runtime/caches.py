@@ -1,19 +1,19 @@
-"""Caches: of work between sampling steps (`StepCache`, lossy), and of embeddings between calls (`Recall`, exact).
+"""Caches of work between sampling steps (`StepCache`, lossy) and of embeddings between calls (`Recall`, exact).
 
-Neighboring sampling steps are alike, so a step cache skips some of their work, by diffusers' ModelHooks. Three rules,
-each kept apart for each guidance branch (diffusers' `cache_context`), and each blind to the left panel, whose path is
-known and would only dilute what the right panel's tokens (*columns* of the canvas) say:
+Neighboring sampling steps are similar, so a step cache skips part of their work, with diffusers' ModelHooks. There are
+three rules. Each has separate state for each guidance branch (diffusers' `cache_context`). Each ignores the left panel,
+whose path is known; only the tokens of the right panel (*columns* of the canvas) count.
 
-- `first_block`: the first block always runs; where the change it makes to a row's right panel is near that of the step
-  last computed, the other blocks' sum is taken from there. Decided for each row of the batch, so an image of a batch
-  is the image made alone. (FirstBlockCache of ParaAttention, after TeaCache, arXiv 2411.19108; diffusers' own averages
-  all tokens and all rows.)
-- `magnitude`: no trigger; how much the blocks' sum shrinks or grows from step to step is known from calibration, and
-  steps are skipped while the accumulated error stays under the threshold (MagCache, arXiv 2506.09045). Indexed by the
-  step itself, so branches that start late stay aligned. A model without ratios for a number of steps is calibrated by
-  the first pictures drawn with it, in full; `speed.json` in its folder keeps them (`write_ratios`).
-- `skip`: a fixed schedule, every n-th step is computed; between, the velocity is extrapolated along the line through
-  the last two computed ones, at the cost of nothing.
+- `first_block`: the first block always runs. If its change of a row's right panel is close to that of the last computed
+  step, the sum of the other blocks is reused. The decision is made for each row, so that an image of a batch equals the
+  image generated alone. (FirstBlockCache of ParaAttention, after TeaCache, arXiv 2411.19108; diffusers averages all
+  tokens and all rows.)
+- `magnitude`: calibration measures how much the sum of the blocks shrinks or grows from step to step. Steps are skipped
+  while the accumulated error is below the threshold (MagCache, arXiv 2506.09045). Ratios are indexed by the step, so
+  branches that start late stay aligned. Without ratios for a number of steps, the first images are computed completely
+  and calibrate it; `speed.json` in the model's folder stores the ratios (`write_ratios`).
+- `skip`: every n-th step is computed, on a fixed schedule. Between, the velocity is extrapolated along the line through
+  the last two computed ones, which costs almost nothing.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from diptych.errors import UserError
 from diptych.student.canvas import Canvas, right_tokens
 from diptych.student.runtime.modulation import Slot
 from diptych.student.runtime.speed import Speed
-from diptych.utils.io import publish
+from diptych.utils.io import write_atomic
 
 HOOK = "diptych_step_cache"
-Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), as FLUX's blocks return them
+Blocks = tuple[torch.Tensor, torch.Tensor]  # text (B, L, D) and image (B, tokens, D), the output of FLUX's blocks
 
 
 class StepCache:
-    """One rule on one transformer, told by the pipeline where the sampling loop is.
+    """One rule on one transformer. The runtime sets `step` during the sampling loop.
 
-    `computed` and `skipped` count rows × steps × branches of the running or last call.
+    `computed` and `skipped` count rows × steps × branches of the current or last call.
     """
 
     def __init__(self, speed: Speed, ratios: Mapping[int, Sequence[float]]) -> None:
@@ -51,17 +51,17 @@ class StepCache:
         self.ratios = {steps: list(values) for steps, values in ratios.items()}
         self.step = 0
         self.times: list[float] = []
-        self.right: torch.Tensor | None = None  # token numbers of the right panel
+        self.right: torch.Tensor | None = None  # indices of the right panel's tokens
         self.computed = self.skipped = 0
         self.off = False  # the transformer runs as without a cache
-        self._measured: dict[int, list[float]] = {}  # step → magnitude ratios of its branches, in calibration
+        self._measured: dict[int, list[float]] = {}  # step → magnitude ratios of its branches, while calibrating
 
     @property
     def steps(self) -> int:
         return len(self.times)
 
     def begin(self, canvas: Canvas, times: list[float], device: torch.device) -> None:
-        """A new call: the times of its steps, in the order of sampling."""
+        """Starts a call. `times` are the timesteps in the order of sampling."""
         self.times, self.step = times, 0
         self.right = right_tokens(canvas).nonzero().flatten().to(device)
         self.computed = self.skipped = 0
@@ -82,30 +82,33 @@ class StepCache:
 
     @property
     def calibrating(self) -> bool:
-        """Whether the running call computes everything, to learn the magnitude ratios of its number of steps."""
+        """Whether the current call computes everything, to measure the magnitude ratios of its number of steps."""
         return self.speed.cache == "magnitude" and self.steps not in self.ratios
 
     def measure(self, before: torch.Tensor, now: torch.Tensor) -> None:
-        """Takes down |now| / |before|, mean over the right panel's tokens of blocks' sums (B, tokens, D)."""
+        """Records |now| / |before| of the blocks' sums (B, tokens, D), the mean over the right panel's tokens."""
         sizes = [torch.linalg.vector_norm(x[:, self.right].float(), dim=-1) for x in (now, before)]
         self._measured.setdefault(self.step, []).append(float((sizes[0] / (sizes[1] + 1e-8)).mean()))
 
     def end(self) -> None:
-        """After the loop: what was measured in a whole call is what later calls go by."""
+        """Ends a call. The ratios that a complete call measured are used by later calls."""
         if self.calibrating and self.step == self.steps - 1:
-            found = [self._measured.get(step) for step in range(self.steps)]
-            self.ratios[self.steps] = [sum(x) / len(x) if x else 1.0 for x in found]
+            measured = [self._measured.get(step) for step in range(self.steps)]
+            self.ratios[self.steps] = [sum(x) / len(x) if x else 1.0 for x in measured]
 
 
 def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]] | None = None) -> StepCache:
-    """Hooks the cache that `speed.cache` names into a FLUX transformer. UserError if it has too few blocks for it."""
+    """Adds the hooks of `speed.cache` to a FLUX transformer. UserError if it has too few blocks."""
     cache = StepCache(speed, ratios or {})
     if speed.cache == "skip":
         register(transformer, SkipHook(cache))
     else:
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         if len(blocks) < 2:
-            raise UserError(f"the step cache {speed.cache} needs a transformer of at least two blocks")
+            raise UserError(
+                "speed_unsupported",
+                f"The step cache {speed.cache} needs a transformer with at least two blocks. Use cache=none.",
+            )
         shared = StateManager(_Sum)  # pyright: ignore[reportArgumentType]
         rule = _first_block if speed.cache == "first_block" else _magnitude
         for i, block in enumerate(blocks):
@@ -115,35 +118,33 @@ def enable(transformer: Any, speed: Speed, ratios: Mapping[int, Sequence[float]]
 
 
 def disable(transformer: Any) -> None:
-    """Takes the hooks of `enable` out again."""
+    """Removes the hooks of `enable`."""
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     registry.remove_hook(HOOK, recurse=True)
     registry.invalidate_child_registries_cache()
 
 
 def read_ratios(path: Path) -> dict[int, list[float]]:
-    """Magnitude ratios by number of steps. UserError if the file does not hold them."""
+    """Magnitude ratios by number of steps. UserError if the file has none."""
     try:
-        ratios = {int(steps): [float(x) for x in values] for steps, values in _json(path)["magnitude_ratios"].items()}
+        values = json.loads(path.read_text("utf8"))["magnitude_ratios"]
+        ratios = {int(steps): [float(x) for x in of_steps] for steps, of_steps in values.items()}
+        if wrong := [steps for steps, of_steps in ratios.items() if steps != len(of_steps)]:
+            raise ValueError(f"{wrong[0]} steps have {len(ratios[wrong[0]])} ratios")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no magnitude ratios ({error!r}); remove it, or calibrate again") from error
-    if wrong := [steps for steps, values in ratios.items() if steps != len(values)]:
-        raise UserError(f"{path}: the ratios for {wrong[0]} steps are not {wrong[0]} numbers; calibrate again")
+        raise UserError(
+            "file_damaged", f"{path} has no valid magnitude ratios ({error!r}). Remove it, or calibrate again."
+        ) from error
     return ratios
 
 
 def write_ratios(cache: StepCache, path: Path) -> None:
-    """Keeps what was calibrated, beside what the file holds already."""
-    known = _json(path) if path.is_file() else {}
+    """Writes the calibrated ratios, and keeps the file's other values."""
+    known = json.loads(path.read_text("utf8")) if path.is_file() else {}
     ratios = known.get("magnitude_ratios", {}) | {
         str(steps): [round(x, 5) for x in values] for steps, values in cache.ratios.items()
     }
-    with publish(path) as partial:
-        partial.write_text(json.dumps(known | {"magnitude_ratios": ratios}) + "\n", "utf8")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf8"))
+    write_atomic(path, (json.dumps(known | {"magnitude_ratios": ratios}) + "\n").encode())
 
 
 def register(module: torch.nn.Module, hook: ModelHook) -> None:
@@ -154,7 +155,7 @@ def register(module: torch.nn.Module, hook: ModelHook) -> None:
 
 
 class _Past(BaseState):
-    """Of one branch: the last two velocities that were computed, (step, velocity), newest last."""
+    """State of one branch: the last two computed velocities, (step, velocity), newest last."""
 
     def __init__(self) -> None:
         self.reset()
@@ -164,7 +165,7 @@ class _Past(BaseState):
 
 
 class SkipHook(ModelHook):
-    """On the transformer itself: at skipped steps it does not run at all."""
+    """The hook of `skip` on the whole transformer, which does not run at skipped steps."""
 
     _is_stateful = True
     fn_ref: Any
@@ -196,7 +197,7 @@ class SkipHook(ModelHook):
         cache, interval = self.cache, self.cache.speed.cache_interval
         if cache.speed.runs(cache.step, cache.steps):
             return False
-        # A branch that has just begun, or comes back after a pause, has no line to follow.
+        # A branch that has just begun, or resumes after a pause, has no line to extrapolate.
         recent = len(points) == 2 and cache.step - points[0][0] < 2 * interval and len(points[0][1]) == rows
         return recent and cache.step - points[1][0] < interval
 
@@ -205,22 +206,22 @@ class SkipHook(ModelHook):
         return module
 
 
-# The blocks' sum, kept -----------------------------------------------------------------------------------------------
+# Reuse of the blocks' sum --------------------------------------------------------------------------------------------
 
 
 class _Sum(BaseState):
-    """Of one branch: what the blocks after the anchor added to the image tokens when they last ran."""
+    """State of one branch: what the blocks after the anchor added to the image tokens when they last ran."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.seen = -2  # the step at which this branch last came by
-        self.fresh = True  # it did not come by at the step before
+        self.seen = -2  # the last step of this branch
+        self.fresh = True  # the branch did not run at the previous step
         self.sum: torch.Tensor | None = None  # (B, tokens, D)
-        self.trigger: torch.Tensor | None = None  # first block's change, (B, right tokens, D), of the computed step
+        self.trigger: torch.Tensor | None = None  # first block's change at the computed step, (B, right tokens, D)
         self.ratio, self.error, self.in_a_row = 1.0, 0.0, 0
-        self.rows: torch.Tensor | None = None  # rows to compute in this forward; None: all
+        self.rows: torch.Tensor | None = None  # rows to compute in this forward pass; None: all
         self.anchor: Blocks | None = None
 
 
@@ -250,7 +251,8 @@ def _magnitude(cache: StepCache, state: _Sum, change: torch.Tensor) -> torch.Ten
 
 
 class _BlockHook(ModelHook):
-    """On every block. The first (it has the `rule`) decides which rows run, the `last` one puts the rows together."""
+    """The hook on every block. The first one, which has the `rule`, decides which rows run. The `last` one joins the
+    rows."""
 
     _is_stateful = True
     fn_ref: Any
@@ -262,7 +264,7 @@ class _BlockHook(ModelHook):
         self.rule = rule
         self.last = last
 
-    # Not traced itself, nor what decides, so that a block that is compiled stays one graph inside.
+    # Neither this method nor the decisions are traced, so that a compiled block stays one graph.
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Blocks:
         if self.cache.off:
@@ -280,7 +282,7 @@ class _BlockHook(ModelHook):
 
     @torch.compiler.disable
     def _begin(self, state: _Sum, kwargs: dict[str, Any]) -> None:
-        """Before the first block: every row is to run, unless the rule knows better without looking."""
+        """Before the first block: all rows run, unless the rule decides without the first block's output."""
         image: torch.Tensor = kwargs["hidden_states"]
         state.fresh = state.seen != self.cache.step - 1 or state.sum is None or state.sum.shape != image.shape
         state.seen = self.cache.step
@@ -291,7 +293,7 @@ class _BlockHook(ModelHook):
 
     @torch.compiler.disable
     def _look(self, state: _Sum, before: torch.Tensor, blocks: Blocks) -> Blocks:
-        """After the first block: the rows that the others are to run on."""
+        """After the first block: selects the rows that the other blocks run on."""
         state.anchor = blocks
         self._choose(state, self.rule(self.cache, state, (blocks[1] - before)[:, self.cache.right]))
         return blocks if state.rows is None or not len(state.rows) else (blocks[0][state.rows], blocks[1][state.rows])
@@ -303,7 +305,7 @@ class _BlockHook(ModelHook):
 
     @torch.compiler.disable
     def _narrow(self, state: _Sum, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-        """What a block is given for all rows, for those that run: the modulation, precomputed or not."""
+        """Narrows the inputs of a block to the rows that run: the modulation, precomputed or not."""
         if state.rows is not None:
             kwargs["temb"] = kwargs["temb"][state.rows]
             given = kwargs.get("joint_attention_kwargs") or {}
@@ -314,7 +316,7 @@ class _BlockHook(ModelHook):
 
     @torch.compiler.disable
     def _finish(self, state: _Sum, image: torch.Tensor) -> Blocks:
-        """Text and image of all rows after the last block; the text is not read any more."""
+        """Text and image of all rows after the last block. The text is not used afterwards."""
         assert state.anchor is not None
         text, anchor = state.anchor
         before, state.anchor = state.sum, None
@@ -336,17 +338,20 @@ class _BlockHook(ModelHook):
         return module
 
 
-# Embeddings, between calls -------------------------------------------------------------------------------------------
+# Embeddings between calls --------------------------------------------------------------------------------------------
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 class Recall:
-    """Embeddings of prompts and references by key, at most `megabytes` of them, the least recently used dropped; 0
-    remembers nothing. `hits` and `misses` count the look-ups.
+    """A cache of embeddings of prompts and references, which drops the least recently used ones.
 
-    Keys are contents (texts, pixels, sizes, dtype), never file names or objects: a changed image is another image.
-    `device` is where they are kept; None leaves them where they were made.
+    Keys are contents (texts, pixels, sizes, dtype), never file names or objects, so a changed image has another key.
+    `hits` and `misses` count the look-ups.
+
+    Args:
+        megabytes: the limit in MiB. 0 disables the cache.
+        device: device of cached tensors. None keeps them on the device where they were made.
     """
 
     def __init__(self, megabytes: float = 0, device: str | None = None) -> None:
@@ -356,7 +361,7 @@ class Recall:
         self._kept: OrderedDict[Hashable, Tensors] = OrderedDict()
 
     def __call__(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
-        """What `make` gave for this key before, or gives now. The tensors are shared: callers do not write to them."""
+        """The cached tensors of a key, or those that `make` returns. They are shared; callers must not change them."""
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
@@ -374,16 +379,16 @@ class Recall:
 
     @property
     def size(self) -> int:
-        """Bytes held."""
+        """Bytes in use."""
         return sum(_bytes(tensors) for tensors in self._kept.values())
 
     def clear(self) -> None:
-        """Forgets everything; needed after a text encoder or the VAE was changed in place."""
+        """Empties the cache. Required after a text encoder or the VAE was changed in place."""
         self._kept.clear()
 
 
 def content(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's shape, dtype and numbers."""
+    """A hash of a tensor's shape, dtype and values."""
     array = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(array.shape)} {array.dtype}".encode())
     digest.update(array.view(torch.uint8).numpy().data)

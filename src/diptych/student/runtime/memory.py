@@ -1,11 +1,11 @@
-"""Memory presets put to use: a plan of what a preset needs, the choice by it, and the parts of a pipeline held so.
+"""Memory presets in use: the plan of what a preset needs, the choice of one, and its application to a pipeline.
 
     student = Student.load(model, base, memory="12")      # or auto
     diptych generate … --memory auto
 
-`presets` has the rows, `footprint` counts their bytes; `plan` adds these up, stage by stage, and `Memory.apply` puts a
-preset on a pipeline. `auto` takes the first row, from the largest card down, that this machine can run and whose plan
-fits, and says so. No torch is imported before use.
+`presets` has the rows and counts their bytes. `plan` adds these up for each stage, and `Memory.apply` applies a preset
+to a pipeline. `auto` uses the first row, from the largest card down, that this machine can run and whose plan fits, and
+logs it. No torch is imported before use.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes. `stages`: what the device holds at most while encoding text, denoising, decoding; `host`: what waits."""
+class MemoryPlan:
+    """Bytes of a pipeline's parts. `stages` has the device's peak while encoding text, denoising and decoding, `host`
+    what waits in main memory."""
 
     blocks: int
     modulation: int
@@ -65,13 +66,16 @@ def plan(
     rows: int = 1,
     text_tokens: int = 512,
     reopened: bool = True,
-) -> Plan:
+) -> MemoryPlan:
     """What `preset` needs, from configs alone.
 
-    Weights and table are counted; activations are estimated (`footprint.activations`). `rows`: pictures drawn together,
-    times the branches of batched guidance. `reopened`: staged text encoders are read from their files when a prompt
-    comes; otherwise they wait in main memory. On a CPU what waits shares the memory with what runs, so it counts in
-    every stage.
+    Weights and the modulation table are counted; activations are estimated (`presets.activations`). On a CPU, waiting
+    weights share the memory with those in use, so they count in every stage.
+
+    Args:
+        rows: images generated together, times the branches of batched guidance.
+        reopened: whether staged text encoders are read from their files for each prompt. Otherwise they wait in main
+            memory.
     """
     transformer = shapes.tensors("transformer")
     tabled = presets.adaln(transformer) if shapes.is_flux else []
@@ -103,9 +107,9 @@ def plan(
     resident = blocks + modulation + other - grouped - waiting_modulation
     on_device = (waiting_modulation + grouped) if shared else 0
     if grouped and not shared:
-        scratch += 2 * blocks // max(1, len(blocked) // 8)  # a group, and the next one coming
+        scratch += 2 * blocks // max(1, len(blocked) // 8)  # a group and the next one
     text_weights = 0 if preset.staged and (reopened or not shared) else text
-    # The transformer steps aside while text is encoded.
+    # The transformer leaves the device while text is encoded.
     aside = resident if preset.staged and not shared and not grouped else 0
     encode = presets.text_activations(shapes, text_tokens, dtype_bytes) * rows
     stages = {
@@ -114,11 +118,11 @@ def plan(
         "decode": resident + on_device + text_weights + vae + decode,
     }
     host = 0 if shared else waiting_modulation + grouped + aside + (text if preset.staged and not reopened else 0)
-    return Plan(blocks, modulation, other, text, vae, table, activations, stages, host)
+    return MemoryPlan(blocks, modulation, other, text, vae, table, activations, stages, host)
 
 
 def free_bytes(device: str | torch.device) -> tuple[int, str]:
-    """(bytes free on `device`, what it is called); a CPU's are the machine's available memory."""
+    """(free bytes of `device`, its name). For a CPU, the machine's available memory."""
     import torch
 
     device = torch.device(device)
@@ -131,44 +135,44 @@ def free_bytes(device: str | torch.device) -> tuple[int, str]:
 
 
 class Memory:
-    """A preset for one pipeline, and what it has to do there during a call: `pipe.runtime.memory`.
+    """A preset on one pipeline (`pipe.runtime.memory`).
 
-    In the order of loading: `prepare` makes one, `settle` once the configs are known, `check` once the LoRAs are,
-    `apply` on the loaded pipeline; then the sampler calls `stage`.
+    While loading, call `prepare`, `resolve` once the configs are known, `check` once the LoRAs are known, and `apply`
+    on the loaded pipeline. The sampler then calls `stage`.
     """
 
-    def __init__(self, name: str, preset: Preset | None, device: torch.device, asked: str = "--memory") -> None:
+    def __init__(self, name: str, preset: Preset | None, device: torch.device, option: str = "--memory") -> None:
         self.name = name
-        self.asked = asked  # by what: an option, or a recipe's key
+        self.option = option  # the CLI option or recipe key, for messages
         self._preset = preset  # None: auto, until the configs are known
         self.device = device
         self.free, self.where = free_bytes(device)
         self.reason = ""
         self.modulation: Modulation | None = None
         self._pipe: Any = None
-        self._places: dict[str, Path] = {}  # of the text encoders that are opened when a prompt comes
-        self._in_file = False  # the transformer's file is quantized (GGUF): LoRAs stay beside it
+        self._places: dict[str, Path] = {}  # folders of text encoders that are loaded for each prompt
+        self._in_file = False  # the transformer's file is quantized (GGUF), so LoRAs stay unfused
         self._open = False
 
     @property
     def preset(self) -> Preset:
-        assert self._preset is not None, "settle comes first"
+        """The preset in use, once it is resolved."""
+        assert self._preset is not None, "call resolve first"
         return self._preset
 
-    def settle(self, shapes: Shapes, dtype: torch.dtype, places: Mapping[str, Path], **drawn: Any) -> list[str]:
-        """Chooses for `auto`, and says what was chosen and planned in `reason`. Returns what this transformer cannot
-        have of the preset, each with its reason.
+    def resolve(self, shapes: Shapes, dtype: torch.dtype, places: Mapping[str, Path], **load: Any) -> list[str]:
+        """Chooses a preset for `auto` and sets `reason`, a line about the choice and its plan. Returns the features of
+        the preset that this transformer cannot have, each with its reason.
 
         Args:
-            places: the folders of the parts; staged text encoders are opened from there.
-            drawn: what is drawn at once, as `plan` takes it; one square picture of the VAE's size if not said.
+            places: the folders of the parts, from which staged text encoders are loaded.
+            load: the `rows`, `panel` or `text_tokens` of `plan`. Defaults to one square image of the VAE's size.
 
-        Raises:
-            UserError when `auto` finds no preset that fits.
+        UserError if `auto` finds no preset that fits.
         """
         self.dtype = dtype
         side = min(512, int(shapes.vae.get("sample_size") or 512))
-        options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)} | drawn
+        options: Any = {"device": self.device.type, "dtype_bytes": dtype.itemsize, "panel": (side, side)} | load
         if self._preset is None:
             self.name, self._preset = choose(shapes, self.free, self.where, **options)
         self._in_file = shapes.quantized > 0
@@ -177,39 +181,38 @@ class Memory:
         self._preset, left_out = suited(self._preset, shapes)
         needed = plan(shapes, self.preset, **options).peak
         self.reason = (
-            f"{self.asked.lstrip('-')} {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, "
+            f"{self.option.lstrip('-')} {self.name}: {self.preset}; plan {needed / GIB:.1f} GiB, "
             f"{self.free / GIB:.1f} GiB free on {self.where}"
         )
         if needed > self.free:
-            log.warning("%s: this may run out of memory", self.reason)
+            log.warning("%s. This may run out of memory.", self.reason)
         if self.preset.staged:
             self._places = {part: places[part] for part in TEXT_PARTS if part in places}
         return left_out
 
     def check(self, loras: Sequence[Path], fuse: bool) -> None:
-        """Refuses LoRAs that this preset cannot take, before anything is loaded."""
-        if found := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
-            raise UsageError(f"{self.asked} {self.name} does not work here: {'; '.join(found)}")
-        if self._in_file and self.preset.modulation:
-            from diptych.student.weights.lora_file import read_lora
+        """UsageError for LoRAs that this preset does not support, before anything is loaded."""
+        from diptych.student.weights.lora_file import read_lora
 
-            for path in loras:
-                if any(quantize.is_modulation(layer) for layer in read_lora(path)):
-                    raise UsageError(
-                        f"{path} adapts the modulation, which {self.asked} {self.name} precomputes, and beside a GGUF "
-                        f"file's weights it cannot be fused; convert the file to folded, or use {self.asked} 48"
-                    )
-        if self._places:
-            from diptych.student.weights.lora_file import account
-            from diptych.student.weights.tensors import open_safetensors
-
-            for path in loras:
-                layers = account(open_safetensors(path)[0], path)
-                if any(layer.targets[0].startswith("text_encoder") for layer in layers):
-                    raise UsageError(f"{path} adapts a text encoder, which --memory {self.name} opens anew for prompts")
+        if faults := problems(self.preset, self.device.type, unfused_lora=bool(loras) and not fuse):
+            raise presets.unsupported(f"{self.option} {self.name}", faults)
+        for path in loras if self._places or (self._in_file and self.preset.modulation) else ():
+            layers = read_lora(path)
+            if self._in_file and self.preset.modulation and any(map(quantize.is_modulation, layers)):
+                raise UsageError(
+                    "lora_unsupported",
+                    f"{path} adapts the modulation, which {self.option} {self.name} precomputes, and a LoRA cannot be "
+                    f"fused into a GGUF file's weights. Convert the file to folded, or use {self.option} 48.",
+                )
+            if self._places and any(layer.startswith("text_encoder") for layer in layers):
+                raise UsageError(
+                    "lora_unsupported",
+                    f"{path} adapts a text encoder, which {self.option} {self.name} loads again for each prompt. Use "
+                    "another preset.",
+                )
 
     def apply(self, pipe: FluxControlPipeline) -> None:
-        """Quantizes, places and offloads the parts of `pipe`, which are on the CPU, its LoRAs fused."""
+        """Quantizes and places the parts of `pipe`, which are on the CPU and have no unfused LoRA."""
         self._pipe, transformer = pipe, pipe.transformer
         self.shrink(transformer)
         pipe.vae.to(self.device)
@@ -223,8 +226,8 @@ class Memory:
             transformer.to(self.device)
 
     def shrink(self, transformer: Any) -> None:
-        """Takes the modulation out and quantizes the rest."""
-        # Modulation first: quantizers and offload then never see those weights.
+        """Detaches the modulation and quantizes the rest of the transformer."""
+        # Modulation first, so that quantizers and offloading do not touch its weights.
         if self.preset.modulation:
             from diptych.student.runtime.modulation import Modulation
 
@@ -232,18 +235,18 @@ class Memory:
         quantize.quantize(transformer, self.preset.transformer, self.device, self.dtype)
 
     def shrink_text(self, encoder: Any) -> None:
-        """Quantizes a text encoder, unless it is small anyway."""
+        """Quantizes a text encoder, unless it is small."""
         kind = "none" if presets.is_small(type(encoder).__name__) else self.preset.text
         quantize.quantize(encoder, kind, self.device, self.dtype)
 
     def tile(self, vae: Any) -> None:
-        """Sets the size of the tiles that `vae` decodes, where the preset has any."""
+        """Sets the size of the tiles that `vae` decodes, if the preset has one."""
         if self.preset.tile and hasattr(vae, "tile_latent_min_size"):
             factor = 2 ** (len(presets.channels(vae.config)) - 1)
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.preset.tile, self.preset.tile // factor
 
     def offload(self, model: Any) -> None:
-        """Brings the layers of `model` to the device one by one."""
+        """Makes the layers of `model` move to the device one by one."""
         from diffusers.hooks import apply_group_offloading
 
         apply_group_offloading(
@@ -251,7 +254,8 @@ class Memory:
         )
 
     def stage(self, name: str) -> None:
-        """Called by the sampler before `text`, `denoise` and `decode`: brings what that needs, frees the rest."""
+        """Moves the parts for `text`, `denoise` or `decode` to the device and frees the others. The sampler calls it
+        before each of these stages."""
         if name == "text":
             self._open_text()
         elif self._open:
@@ -259,13 +263,16 @@ class Memory:
         if name == "denoise" and self.preset.offload == "none":
             self._pipe.transformer.to(self.device)
         if self.preset.tile:
-            self._pipe.vae.use_tiling = name == "decode"  # the reference is encoded whole
+            self._pipe.vae.use_tiling = name == "decode"  # the reference is encoded without tiles
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Within it the pipeline holds every weight under its name, as for saving; UserError if any was quantized."""
+        """A context in which the pipeline has every weight under its name, for saving. UserError if any is
+        quantized."""
         if any(quantize.is_quantized(getattr(self._pipe, part)) for part in ("transformer", *TEXT_PARTS)):
-            raise UserError("quantized weights are not saved; load the student without --memory to save or convert it")
+            raise UserError(
+                "model_quantized", "Quantized weights cannot be saved. Load the student without --memory to save it."
+            )
         self._open_text()
         try:
             with self.modulation.attached() if self.modulation else nullcontext():
@@ -275,12 +282,12 @@ class Memory:
 
     @property
     def moves(self) -> bool:
-        """Whether the transformer leaves the device for every new prompt, and comes back."""
+        """Whether the transformer leaves the device while a new prompt is encoded."""
         return bool(self._places) and self.device.type != "cpu" and self.preset.offload == "none"
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """The text encoders that are opened when a prompt comes."""
+        """The text encoders that are loaded for each prompt."""
         return tuple(self._places)
 
     def _placed(self, encoder: Any) -> Any:
@@ -313,62 +320,65 @@ class Memory:
         self._open = False
 
 
-def prepare(name: str | int | Preset, device: str | torch.device, asked: str = "--memory") -> Memory:
-    """A preset by name or made by hand, checked before anything is opened. `asked`: by what, for errors.
+def prepare(name: str | int | Preset, device: str | torch.device, option: str = "--memory") -> Memory:
+    """A preset by name, or a custom one, checked before anything is loaded. `option` names the CLI option or recipe key
+    in messages.
 
-    Raises UsageError with every reason when it does not work on this machine.
+    UsageError with every reason why it does not work on this machine.
     """
     import torch
 
     device = torch.device(device)
     if isinstance(name, Preset):
-        if found := problems(name, device.type):
-            raise UsageError(f"this memory preset does not work here: {'; '.join(found)}")
-        return Memory("custom", name, device, asked)
-    return Memory(str(name), None if str(name) == "auto" else pick(str(name), device.type, asked), device, asked)
+        if faults := problems(name, device.type):
+            raise presets.unsupported("This memory preset", faults)
+        return Memory("custom", name, device, option)
+    return Memory(str(name), None if str(name) == "auto" else pick(str(name), device.type, option), device, option)
 
 
 def suited(preset: Preset, shapes: Shapes) -> tuple[Preset, list[str]]:
-    """`preset` without what the transformer's class cannot have, and that, each with its reason."""
+    """`preset` without the features that the transformer's class cannot have, and these, each with its reason."""
     if preset.modulation and not shapes.is_flux:
-        reason = f"modulation: {shapes.class_of('transformer')}'s is not precomputed, only FLUX.1's"
+        reason = f"modulation: only FLUX.1's can be precomputed, not that of {shapes.class_of('transformer')}"
         return replace(preset, modulation=False), [reason]
     return preset, []
 
 
 def choose(shapes: Shapes, free: int, where: str, *, device: str, **options: Any) -> tuple[str, Preset]:
     """`auto`: (name, preset) of the first row, largest card first, that runs here and whose plan fits `free` bytes."""
-    seen: list[str] = []
+    rejected: list[str] = []
     for name in reversed(PRESETS):
         for preset in PRESETS[name]:
-            if found := problems(preset, device):
-                seen.append(f"{name}: {found[0]}")
+            if faults := problems(preset, device):
+                rejected.append(f"{name}: {faults[0]}")
                 continue
             needed = plan(shapes, suited(preset, shapes)[0], device=device, **options).peak
             if needed <= HEADROOM * free:
                 return f"auto → {name}", preset
-            seen.append(f"{name} needs {needed / GIB:.1f} GiB")
+            rejected.append(f"{name} needs {needed / GIB:.1f} GiB")
     raise UserError(
-        f"no memory preset fits {where} with {free / GIB:.1f} GiB free ({'; '.join(seen)}); close what else uses it"
+        "memory_insufficient",
+        f"No memory preset fits {where} with {free / GIB:.1f} GiB free ({'; '.join(rejected)}). Close other programs "
+        "that use this memory.",
     )
 
 
 def shapes_in(config: Mapping[str, Any], places: Mapping[str, Path], quantized: int = 0) -> Shapes:
-    """The configs of a pipeline's parts: its transformer's, and those in the folders of the others."""
+    """The shapes of a pipeline, from its transformer's config and the folders of the other parts."""
     from diptych.student.weights.files import read_json
 
-    found = {part: read_json(places[part] / "config.json") for part in ("vae", *TEXT_PARTS) if part in places}
-    return Shapes(config, **found, quantized=quantized)
+    configs = {part: read_json(places[part] / "config.json") for part in ("vae", *TEXT_PARTS) if part in places}
+    return Shapes(config, **configs, quantized=quantized)
 
 
 def less_than(memory: object) -> str:
-    """What needs less memory than a student with this preset."""
+    """What to use instead of this memory preset (None: no preset) to need less memory."""
     return "--memory auto (in Python memory='auto')" if memory is None else "a smaller --memory"
 
 
 @contextmanager
 def explains_exhaustion(doing: str, instead: str) -> Iterator[None]:
-    """Turns running out of memory into a UserError that says what was being done, and what to do instead."""
+    """Turns running out of memory into a UserError that names what was done and what to do instead."""
     import torch
 
     try:
@@ -377,4 +387,4 @@ def explains_exhaustion(doing: str, instead: str) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
             raise
-        raise UserError(f"memory ran out {doing}; {instead}") from error
+        raise UserError("memory_insufficient", f"Out of memory while {doing}. {instead}.") from error

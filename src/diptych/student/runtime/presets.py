@@ -1,6 +1,6 @@
-"""What the memory presets are: for a card of 8, 12, 16, 24, 48 or 80 GiB, how FLUX is held there, and where that works.
+"""Memory presets for cards of 8, 12, 16, 24, 48 and 80 GiB: how FLUX is stored there, and on which machines that works.
 
-A preset is a row of `PRESETS`; whether its bytes fit is `memory`'s to say.
+A preset is a row of `PRESETS`. `memory` computes whether it fits.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from diptych.student import settings
 from diptych.student.families.shapes import Tensors, tensors
 from diptych.student.runtime import quantize
 
-HEADROOM = 0.92  # share of the free memory a plan may fill: allocators fragment, libraries keep workspaces
+HEADROOM = 0.92  # share of the free memory that a plan may fill: allocators fragment, libraries need workspace
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How the parts are held.
+    """How a pipeline's parts are stored.
 
-    transformer, text: a name of `quantize.QUANTIZATIONS`; `text` is that of T5 (or a language model), CLIP is small.
-    staged: text encoders are opened when there is a prompt to encode, and freed before the transformer comes to the
-        device (again).
-    offload: `none`, or `group`: the transformer's layers come to the device one by one (diffusers' group offload).
-    tile: side in pixels of the tiles that the VAE decodes; 0 decodes whole pictures. Tiles blend: pictures change.
-    modulation: the AdaLN weights wait on the CPU, see `modulation`.
+    Attributes:
+        transformer: quantization of the transformer, a key of `quantize.QUANTIZATIONS`.
+        text: quantization of T5 or of a language model. CLIP is small and never quantized.
+        staged: load text encoders when there is a prompt to encode, and free them before the transformer moves to the
+            device.
+        offload: `none`, or `group`, which moves the transformer's layers to the device one by one (diffusers' group
+            offload).
+        tile: side in pixels of the tiles that the VAE decodes; 0 decodes whole images. Tiles are blended, which changes
+            images.
+        modulation: keep the AdaLN weights on the CPU and precompute their outputs (`modulation`).
     """
 
     transformer: str = "none"
@@ -46,7 +50,7 @@ class Preset:
         return ", ".join(words)
 
 
-# GiB of the card: what to do, best first. The first that this machine can run is taken.
+# GiB of the card: presets, best first. The first one that this machine can run is used.
 PRESETS: dict[str, tuple[Preset, ...]] = {
     "8": (
         Preset(transformer="nf4", text="nf4", staged=True, tile=256, modulation=True),
@@ -65,14 +69,14 @@ NAMES = (*PRESETS, "auto")
 
 
 def problems(preset: Preset, device: str, *, unfused_lora: bool = False) -> list[str]:
-    """Why `preset` cannot run on a device type (`cuda`, `cpu`, …), or with an unfused LoRA; empty if it can."""
+    """The reasons why `preset` cannot run on a device type (`cuda`, `cpu`, …), or with an unfused LoRA."""
     quantized = preset.transformer != "none"
     rules = (
         (bool(fault := quantize.problem(preset.transformer, device)), fault),
         (bool(other := quantize.problem(preset.text, device)) and other != fault, other),
         (
             preset.offload == "group" and device not in ("cuda", "xpu", "cpu"),
-            f"group offload does not run on {device}; on Apple chips GPU and CPU share their memory anyway",
+            f"group offload does not run on {device}, and on Apple chips GPU and CPU share their memory",
         ),
         (
             preset.transformer == "nf4" and preset.offload != "none",
@@ -80,36 +84,43 @@ def problems(preset: Preset, device: str, *, unfused_lora: bool = False) -> list
         ),
         (
             preset.transformer == "int8" and preset.offload != "none",
-            "torchao weights that are offloaded cannot be compiled, so they are not offloaded here; use fp8",
+            "offloaded torchao weights cannot be compiled; use fp8",
         ),
         (quantized and unfused_lora, "a LoRA must be fused before its base is quantized; load with fuse=True"),
         (
             preset.modulation and unfused_lora,
-            "modulation precompute needs fused LoRAs: one on the AdaLN layers would be left out; load with fuse=True",
+            "modulation precompute needs fused LoRAs, because it leaves out LoRAs on AdaLN layers; load with fuse=True",
         ),
     )
-    return [reason for holds, reason in rules if holds]
+    return [reason for applies, reason in rules if applies]
 
 
-def pick(name: str, device: str, asked: str = "--memory") -> Preset:
-    """The preset of that name; UsageError, with every reason, if no row of it works on `device`. `asked`: by what."""
+def pick(name: str, device: str, option: str = "--memory") -> Preset:
+    """The preset of this name. UsageError, with every reason, if none of its rows works on `device`. `option` names the
+    CLI option or recipe key in errors."""
     if name not in PRESETS:
-        raise UsageError(f"unknown memory preset '{name}': one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+        hint = nearest(name, NAMES)
+        raise UsageError("name_unknown", f"Unknown memory preset '{name}'. Use one of {', '.join(NAMES)}{hint}")
     reasons: list[str] = []
     for preset in PRESETS[name]:
-        found = problems(preset, device)
-        if not found:
+        faults = problems(preset, device)
+        if not faults:
             return preset
-        reasons += [reason for reason in found if reason not in reasons]
-    raise UsageError(f"{asked} {name} does not work here: {'; '.join(reasons)}")
+        reasons += [reason for reason in faults if reason not in reasons]
+    raise unsupported(f"{option} {name}", reasons)
+
+
+def unsupported(preset: str, reasons: list[str]) -> UsageError:
+    """The error for a memory preset that this machine or model cannot use."""
+    return UsageError("device_unavailable", f"{preset} does not work here: {'; '.join(reasons)}")
 
 
 def _words(quantization: str) -> str:
     return "as loaded" if quantization == "none" else quantization
 
 
-# How many bytes parts and pictures take, from configs alone. Weights are counted, activations estimated: each
-# function says by which rule.
+# Bytes of parts and images, from configs alone. Weights are counted; activations are estimated by the rule that each
+# function states.
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 CLASSES = {
@@ -121,16 +132,17 @@ CLASSES = {
 
 
 def is_small(text_encoder: str) -> bool:
-    """Whether text encoders of this class are never quantized: CLIPs are a hundredth of what they stand beside."""
+    """Whether text encoders of this class are never quantized. CLIP has about a hundredth of T5's weights."""
     return text_encoder.startswith("CLIP")
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a plan is made from: the configs of the parts as plain values. Text configs may be absent.
+    """The configs of a pipeline's parts, as plain values, from which a plan is computed. Text configs may be absent.
 
-    `quantized`: bytes of the transformer's weights that its file holds quantized already (GGUF); they stay so.
-    `classes`: of the parts that are not FLUX.1's (`CLASSES`).
+    Attributes:
+        quantized: bytes of the transformer's weights in a quantized file (GGUF), which stay quantized.
+        classes: classes of the parts that differ from FLUX.1's (`CLASSES`).
     """
 
     transformer: Mapping[str, Any]
@@ -147,11 +159,11 @@ class Shapes:
 
     @property
     def is_flux(self) -> bool:
-        """Whether the transformer is FLUX.1's, the one whose modulation is precomputed."""
+        """Whether the transformer is FLUX.1's, the only one whose modulation can be precomputed."""
         return self.class_of("transformer") == CLASSES["transformer"]
 
     def tensors(self, part: str) -> Tensors:
-        """What a part is made of, which is there."""
+        """The tensors of a part that is there."""
         library = "transformers" if part in TEXTS else "diffusers"
         return tensors(library, self.class_of(part), getattr(self, part))
 
@@ -161,17 +173,15 @@ class Shapes:
 
 
 def quantized_split(model: Tensors, name: str, dtype_bytes: int) -> tuple[int, int]:
-    """Bytes of the layers that `quantize` would take, quantized, and of everything else."""
+    """(bytes of the layers that `quantize` quantizes, bytes of all other tensors)."""
     linears = [model.of(linear) for linear in sorted(model.linears) if quantize.takes(linear)]
     rest = model.count - sum(math.prod(shape) for linear in linears for shape in linear.values())
     return quantize.quantized_bytes(name, linears, dtype_bytes), rest * dtype_bytes
 
 
 def as_in_file(transformer: Tensors, packed: int, dtype_bytes: int) -> tuple[int, int, int]:
-    """Bytes of blocks, modulation and the rest where a file's `packed` bytes stay: all matrices, but the input layer's.
-
-    They are shared out as if every weight had as many bits.
-    """
+    """Bytes of blocks, of modulation and of the rest for a quantized file, which has all matrices except the input
+    layer's in `packed` bytes. All weights are assumed to have the same number of bits."""
     modulation = (*adaln(transformer), "time_text_embed")
     matrices, plain = [0, 0, 0], [0, 0, 0]
     for name, shape in transformer.shapes.items():
@@ -189,10 +199,11 @@ def adaln(transformer: Tensors) -> list[str]:
 
 
 def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: int, dtype_bytes: int) -> int:
-    """Denoising's, at its widest: a single block holds its input, the normed input, the MLP's 4 widths before and after
-    the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token.
+    """Bytes at the widest point of denoising. A single block stores its input, the normed input, the MLP's 4 widths
+    before and after the activation, queries, keys and values, and float32 copies of two of these: 16 widths a token.
 
-    Reference tokens that attend to themselves are not in the step, and every block's keys and values of them are."""
+    Reference tokens with self attention are not part of a step, but every block's keys and values of them are stored.
+    """
     config = shapes.transformer
     width = config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128)
     down = 2 ** (len(channels(shapes.vae)) - 1) * 2
@@ -204,25 +215,26 @@ def activations(shapes: Shapes, panel: tuple[int, int], rows: int, text_tokens: 
 
 
 def text_activations(shapes: Shapes, text_tokens: int, dtype_bytes: int) -> int:
-    """The widest layer of a text encoder, T5's where none is known: attention scores in float32 and the gated MLP."""
+    """Bytes of the widest layer of a text encoder (T5's if there is none): attention scores in float32 and the gated
+    MLP."""
     sizes = []
-    for config in shapes.texts().values():
-        own = config.get("text_config") or config  # a vision-language model's
-        heads = own.get("num_heads", own.get("num_attention_heads", 64))
-        wide = own.get("d_ff", own.get("intermediate_size", 10240))
+    for config in [*shapes.texts().values()] or [{}]:
+        text = config.get("text_config") or config  # nested in a vision-language model
+        heads = text.get("num_heads", text.get("num_attention_heads", 64))
+        wide = text.get("d_ff", text.get("intermediate_size", 10240))
         sizes.append(heads * text_tokens**2 * 4 + 4 * text_tokens * wide * dtype_bytes)
-    return max(sizes, default=64 * text_tokens**2 * 4 + 4 * text_tokens * 10240 * dtype_bytes)
+    return max(sizes)
 
 
 def channels(vae: Mapping[str, Any]) -> list[int]:
-    """A VAE's widths, the full size's first, in whichever words its config has them."""
-    found = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    return list(found or [vae.get("base_dim", 96) * times for times in vae.get("dim_mult", (1, 2, 4, 4))])
+    """A VAE's widths, that of the full size first, under any of the names that configs use."""
+    widths = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    return list(widths or [vae.get("base_dim", 96) * times for times in vae.get("dim_mult", (1, 2, 4, 4))])
 
 
 def decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_bytes: int) -> int:
-    """The decoder's last up block works at full size on the second-narrowest channels: three maps of that, and the
-    picture itself where it is put together from tiles."""
+    """Bytes of decoding. The decoder's last up block has three maps of full size with the second-narrowest channels;
+    tiles are joined in an image of full size."""
     widths = channels(vae)
     pixels = panel[0] * panel[1] * 2
     at_once = min(pixels, tile * tile) if tile else pixels
@@ -230,5 +242,5 @@ def decoding(vae: Mapping[str, Any], panel: tuple[int, int], tile: int, dtype_by
 
 
 def encoding(vae: Mapping[str, Any], panel: tuple[int, int], dtype_bytes: int) -> int:
-    """The encoder's first block works at full size on the narrowest channels: five maps of that."""
+    """Bytes of encoding. The encoder's first block has five maps of full size with the narrowest channels."""
     return 5 * channels(vae)[0] * panel[0] * panel[1] * 2 * dtype_bytes

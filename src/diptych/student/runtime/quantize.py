@@ -1,8 +1,8 @@
-"""Weights in fewer bits, by diffusers' own quantizers, of a model that is in memory already (LoRAs are fused before).
+"""Quantization of a model that is in memory, with diffusers' quantizers. LoRAs are fused before.
 
-What is quantized is one rule for any transformer: the linears inside numbered blocks, but not those of modulation.
-Input and output layers, embeddings and modulation keep their precision: they are 30 % of a FLUX (see `modulation`) and
-the quantizers' own skip lists match names in ways that catch too much (`proj_out`) or too little (`x_embedder`).
+One rule covers every transformer: linear layers inside numbered blocks are quantized, except those of modulation. Input
+and output layers, embeddings and modulation keep their precision. They are 30 % of a FLUX (see `modulation`), and the
+quantizers' skip lists match too many names (`proj_out`) or too few (`x_embedder`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`bits` per weight with its scales, `row_bytes` per output row besides, the package that does it ("": torch).
+    """How a quantization stores weights.
 
-    `biases`: they are stored like the weights.
+    Attributes:
+        bits: bits per weight, its scale included.
+        row_bytes: additional bytes per output row.
+        package: the package that implements it; empty for torch.
+        biases: whether biases are stored like the weights.
+        devices: device types that it runs on.
     """
 
     bits: float
@@ -48,7 +53,7 @@ _MODULATION = re.compile(r"(^|\.)(norm\w*|\w*mod(ulation)?)\.(.*\.)?(linear|\d+)
 
 
 def problem(name: str, device: str) -> str:
-    """Why quantization `name` cannot run on `device` here; empty if it can. Imports nothing heavy."""
+    """The reason why quantization `name` cannot run on `device` here. Empty if it can. Imports nothing heavy."""
     kind = QUANTIZATIONS[name]
     if device not in kind.devices:
         return f"{name} does not run on {device} (only on {', '.join(kind.devices)})"
@@ -58,7 +63,7 @@ def problem(name: str, device: str) -> str:
 
 
 def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linears to quantize, by name (`takes`)."""
+    """The linear layers that are quantized (`takes`), by name."""
     import torch
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -67,35 +72,35 @@ def quantizable(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def takes(linear: str) -> bool:
     """Whether a linear layer of this name is quantized: those in numbered blocks of a transformer or a text encoder,
-    without modulation and T5's `wo`.
+    except modulation and T5's `wo`.
 
-    T5 casts what it feeds `wo` to the dtype in which that weight is stored.
+    T5 casts the input of `wo` to the dtype in which that weight is stored.
     """
     numbered = any(part.isdecimal() for part in linear.split(".")[:-1])
     return numbered and not is_modulation(linear) and not linear.endswith(".wo")
 
 
 def is_modulation(layer: str) -> bool:
-    """Whether a layer, by its name, is one of modulation's linears."""
+    """Whether a layer's name is that of a linear layer of modulation."""
     return _MODULATION.search(layer) is not None
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether some quantizer or `quantize` has been at it already (a GGUF file, a second call)."""
+    """Whether the model is already quantized, by a library (a GGUF file) or by `quantize`."""
     return bool(getattr(model, "is_quantized", False) or getattr(model, "quantized_by_diptych", False))
 
 
 def quantize(model: Any, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Quantizes `model`'s `quantizable` layers in place, for computing in `dtype`; they end up on `device`.
+    """Quantizes `model`'s `quantizable` layers in place, for computing in `dtype`, and moves them to `device`.
 
-    Layer by layer, so no second copy of the model exists. UserError for an unfused LoRA.
+    One layer at a time, so that there is no second copy of the model. UserError for an unfused LoRA.
     """
     import torch
 
     if name == "none" or is_quantized(model):
         return
     if getattr(model, "peft_config", None):
-        raise UserError("a LoRA must be fused before its base is quantized; load with fuse=True")
+        raise UserError("lora_unsupported", "A LoRA must be fused before its base is quantized. Load with fuse=True.")
     linears = quantizable(model)
     if name == "fp8":
         from diffusers.hooks import apply_layerwise_casting
@@ -112,7 +117,9 @@ def quantize(model: Any, name: str, device: str | torch.device, dtype: torch.dty
     tensors = {layer: dict(linear.named_parameters()) for layer, linear in linears.items()}
     others = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in linears}
     quantizer.preprocess_model(model=model, device_map={"": device}, keep_in_fp32_modules=[])
-    restore(model, others)
+    for layer, module in others.items():  # the quantizer replaces every linear layer that its skip list does not name
+        if model.get_submodule(layer) is not module:
+            model.set_submodule(layer, module)
     del linears
     for layer in list(tensors):
         for part, value in tensors.pop(layer).items():
@@ -121,13 +128,6 @@ def quantize(model: Any, name: str, device: str | torch.device, dtype: torch.dty
                 quantizer.create_quantized_param(model, value.detach(), key, device, {}, [])
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
-
-
-def restore(model: torch.nn.Module, modules: dict[str, Any]) -> None:
-    """Puts modules back under their names: a quantizer replaces every linear its skip list does not name."""
-    for name, module in modules.items():
-        if model.get_submodule(name) is not module:
-            model.set_submodule(name, module)
 
 
 def _config(name: str, dtype: torch.dtype) -> Any:
@@ -144,7 +144,7 @@ def _config(name: str, dtype: torch.dtype) -> Any:
 
 
 def quantized_bytes(name: str, linears: Iterable[Mapping[str, tuple[int, ...]]], dtype_bytes: int) -> int:
-    """Bytes that layers have once quantized, from the shapes of their `weight` and, if they have one, `bias`."""
+    """Bytes of quantized layers, from the shapes of their `weight` and, if they have one, `bias`."""
     kind = QUANTIZATIONS[name]
     bits = kind.bits if name != "none" else 8 * dtype_bytes
     total = 0.0

@@ -1,12 +1,12 @@
-"""Speed: the table of `exact`, `fast` and `fastest`, and every switch in it alone.
+"""Speed presets (`exact`, `fast`, `fastest`) and their switches.
 
     student = Student.load("pocket", speed="fast")
     diptych generate … --speed fast --switch decode=canvas
 
-A setting is data (`PRESETS`); `applied.put_on` puts it on a pipeline and `take_off` takes it off. `exact` changes
-nothing beyond float rounding. What the lossy switches cost in quality is measured by `benchmarks/inference.py quality`
-on the pocket model and kept in `speed_costs.json` beside this file; `docs/speed.md` shows it. No torch is imported
-before use.
+A setting is data (`PRESETS`); `applied.apply_speed` applies it to a pipeline and `remove_speed` removes it. `exact`
+changes nothing beyond float rounding. `benchmarks/inference.py quality` measures the quality cost of the lossy switches
+on the pocket model and writes `speed_costs.json` beside this file; `docs/speed.md` shows it. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -23,20 +23,26 @@ from diptych.student.settings import NULL_PANELS
 COSTS = Path(__file__).with_name("speed_costs.json")
 CACHES = ("none", "first_block", "magnitude", "skip")
 DECODES = ("canvas", "right")
-COMPILE_FROM = 100_000_000  # parameters: compiling a smaller transformer takes longer than it ever gives back
+COMPILE_FROM = 100_000_000  # parameters; compiling a smaller transformer takes more time than it saves
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """UsageError unless the value of a speed switch is a known one."""
     if value not in known:
-        raise UsageError(f"speed switch {name} is one of {', '.join(known)}, not '{value}'{nearest(value, known)}")
+        raise _invalid(name, f"one of {', '.join(known)}", value, nearest(value, known))
+
+
+def _invalid(name: str, wanted: str, value: object, hint: str = "") -> UsageError:
+    return UsageError("option_invalid", f"Speed switch {name} must be {wanted}, not '{value}'{hint}")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Every switch, set as the released sampler has it. `HELP` says what each does, `LOSSY` which change pictures.
+    """All switches; the defaults are the released sampler's. `HELP` describes each, `LOSSY` lists those that change
+    images.
 
-    The upper ones change the loaded model (once, in `put_on`), the lower ones only how a call goes; a call's own
-    arguments of the same names go first.
+    The switches up to `few_step_lora` change the loaded model, once, in `apply_speed`. The others change only a call,
+    whose arguments of the same names take precedence.
     """
 
     fused_lora: bool = False
@@ -64,53 +70,46 @@ class Speed:
         one_of("decode", self.decode, DECODES)
         if self.null_panel:
             one_of("null_panel", self.null_panel, NULL_PANELS)
-        for name, low in (
-            ("remember", 0),
-            ("cache_interval", 1),
-            ("cache_warmup", 1),
-            ("steps", 0),
-            ("guidance_from", 0),
-        ):
+        lowest = {"remember": 0, "cache_interval": 1, "cache_warmup": 1, "steps": 0, "guidance_from": 0}
+        for name, low in (lowest | {"cache_threshold": 0}).items():
             if getattr(self, name) < low:
-                raise UsageError(f"speed switch {name} is at least {low}, not {getattr(self, name)}")
+                raise _invalid(name, f"at least {low}", getattr(self, name))
         if not 0 <= self.guidance_until <= 1:
-            raise UsageError(f"speed switch guidance_until is a share of the steps, 0 to 1, not {self.guidance_until}")
-        if self.cache_threshold < 0:
-            raise UsageError(f"speed switch cache_threshold is not negative, so not {self.cache_threshold}")
+            raise _invalid("guidance_until", "a share of the steps from 0 to 1", self.guidance_until)
 
     def runs(self, step: int, steps: int) -> bool:
-        """Whether the fixed schedule of `cache: skip` computes this step, counted from 0; without it, always."""
+        """Whether `step`, counted from 0, is computed: always, except at skipped steps of `cache: skip`."""
         since = step - (self.cache_warmup - 1)
         return self.cache != "skip" or since <= 0 or since % self.cache_interval == 0 or step == steps - 1
 
     def changed(self) -> dict[str, Any]:
-        """The switches that are not as in the released sampler."""
+        """The switches that differ from the released sampler."""
         return {key: value for key, value in asdict(self).items() if value != getattr(PLAIN, key)}
 
 
 HELP = {
-    "fused_lora": "add LoRAs into the weights",
-    "packed": "linear layers by oneDNN, weights packed once (float32 on a CPU; in the place of fused_qkv and compile)",
-    "fused_qkv": "one product for query, key and value",
+    "fused_lora": "add LoRAs to the weights",
+    "packed": "use oneDNN for linear layers, with packed weights (float32 on a CPU; replaces fused_qkv and compile)",
+    "fused_qkv": "compute query, key and value in one product",
     "compile": f"compile the repeated blocks (transformers of at least {COMPILE_FROM // 10**6} M parameters)",
     "attention": "a diffusers attention back-end, for instance flash, sage, _native_cudnn; empty: torch chooses",
     "modulation": "precompute the modulation of all steps in one product",
-    "remember": "MiB of embeddings of prompts and references kept between calls",
+    "remember": "MiB of embeddings of prompts and references to cache between calls",
     "cache": "skip transformer blocks at steps that change little: first_block, magnitude, or skip (a fixed schedule)",
     "cache_threshold": "change that first_block and magnitude tolerate",
     "cache_interval": "skip computes every n-th step; magnitude skips at most n - 1 in a row",
-    "cache_warmup": "first steps that are always computed",
+    "cache_warmup": "number of first steps that are always computed",
     "few_step_lora": "a LoRA for fewer steps, PATH or PATH:SCALE; set steps too",
-    "steps": "sampling steps, unless the call says; 0: the model's own",
-    "batched_guidance": "run the forwards of a guided step as one batch",
+    "steps": "default number of sampling steps; 0: the model's setting",
+    "batched_guidance": "run the forward passes of a guided step as one batch",
     "guidance_from": "first guided step, counted from 0",
     "guidance_until": "share of the steps after which true guidance stops",
-    "clamp_left": "hold the left panel to its known path",
-    "null_panel": "left panel that guidance's null pass sees: shared (as released), own; empty: as the student has it",
-    "decode": "canvas, or right: decode the right half alone, which differs at the seam",
+    "clamp_left": "keep the left panel on its known path",
+    "null_panel": "left panel that guidance's null pass sees: shared (as released), own; empty: the student's setting",
+    "decode": "canvas, or right: decode only the right half, which differs at the seam",
 }
 LOSSY = ("cache", "few_step_lora", "steps", "guidance_from", "guidance_until", "clamp_left", "null_panel", "decode")
-"""Switches that change pictures beyond float rounding; those of the `cache_` family only tune one of them."""
+"""Switches that change images beyond float rounding. The `cache_` switches only tune `cache`."""
 
 PLAIN = Speed()
 _EXACT = Speed(
@@ -135,7 +134,7 @@ def name_of(switch: str) -> str:
 
 
 def parse(preset: str | Speed | None, switches: Sequence[str] = ()) -> Speed:
-    """A preset's name (None: as the released sampler) with `NAME=VALUE` switches on top.
+    """The setting of a preset (None: the released sampler) with `NAME=VALUE` switches on top.
 
     UsageError, with the nearest known name, for an unknown preset, switch or value.
     """
@@ -146,26 +145,28 @@ def parse(preset: str | Speed | None, switches: Sequence[str] = ()) -> Speed:
     elif preset in PRESETS:
         speed = PRESETS[preset]
     else:
-        raise UsageError(f"unknown speed '{preset}': one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+        hint = nearest(str(preset), PRESETS)
+        raise UsageError("name_unknown", f"Unknown speed '{preset}'. Use one of {', '.join(PRESETS)}{hint}")
     kinds = {field.name: type(getattr(PLAIN, field.name)) for field in fields(Speed)}
-    given: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for switch in switches:
         name, (_, equals, text) = name_of(switch), switch.partition("=")
         if name not in kinds:
-            raise UsageError(f"unknown speed switch '{name}': one of {', '.join(kinds)}{nearest(name, kinds)}")
+            hint = nearest(name, kinds)
+            raise UsageError("name_unknown", f"Unknown speed switch '{name}'. Use one of {', '.join(kinds)}{hint}")
         if not equals:
-            raise UsageError(f"speed switch '{switch}' has no value: {name}=VALUE")
-        given[name] = _read(name, text.strip(), kinds[name])
-    return replace(speed, **given)
+            raise UsageError("option_invalid", f"Speed switch '{switch}' has no value. Write {name}=VALUE.")
+        changes[name] = _read(name, text.strip(), kinds[name])
+    return replace(speed, **changes)
 
 
 def costs() -> dict[str, Any]:
-    """What the lossy switches cost, as last measured; empty where nothing was measured yet."""
+    """The measured costs of the lossy switches. Empty if nothing was measured."""
     return json.loads(COSTS.read_text("utf8")) if COSTS.is_file() else {}
 
 
 def cost(name: str) -> str:
-    """What a preset, or a lossy switch at each measured value, costs in CP·PF on the pocket model."""
+    """The cost of a preset, or of a lossy switch at each measured value, in CP·PF on the pocket model."""
     known = {key: entry for key, entry in costs().get("settings", {}).items() if key.partition("=")[0] == name}
     if not known:
         return "cost in quality not measured yet"
@@ -218,15 +219,13 @@ def _text_of(value: object) -> str:
 
 def _read(name: str, text: str, kind: type) -> Any:
     """The value of a switch from its text."""
-    if kind is str:
-        return text
     if kind is bool:
         if text.lower() in ("on", "yes", "true", "1"):
             return True
         if text.lower() in ("off", "no", "false", "0"):
             return False
-        raise UsageError(f"speed switch {name} is on or off, not '{text}'")
+        raise _invalid(name, "on or off", text)
     try:
         return kind(text)
     except ValueError as error:
-        raise UsageError(f"speed switch {name} is a number, not '{text}'") from error
+        raise _invalid(name, "a number", text) from error

@@ -1,12 +1,12 @@
-"""The memory and speed presets on a stock diffusers text-to-image pipeline: a teacher, which paints in its own loop.
+"""Memory and speed presets on a stock diffusers text-to-image pipeline: a teacher, which has its own sampling loop.
 
-    settled = stock.settle(folder, "24", device, dtype, {"rows": 4, "panel": (512, 512)})
-    drawing = stock.apply(pipe, settled, stock.speed_of(folder, "fast"), device)
-    with drawing.call():
+    memory = stock.resolve_memory(folder, "24", device, dtype, {"rows": 4, "panel": (512, 512)})
+    applied = stock.apply(pipe, memory, stock.resolve_speed(folder, "fast"), device)
+    with applied.call():
         pipe(...)
 
-Tables and functions are the student's (`presets`, `memory`, `speed`, `caches`). What hangs on the student's own loop
-goes another way here or is left out, with its reason: `LOOP` and `suited_speed`.
+Tables and functions are the student's (`presets`, `memory`, `speed`, `caches`). Features of the student's loop are
+implemented in another way here, or left out with a reason: `LOOP` and `suited_speed`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ from diptych.student.weights.files import read_json
 
 log = logging.getLogger("diptych.student")
 INDEX = "model_index.json"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # one velocity a step, on a straight line of times: what `skip` follows
-# Switches of a loop that is not ours, as they are with a stock pipeline, and why nothing is lost or can be done.
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # `skip` needs its straight line of times, with one velocity a step
+# Switches that a stock pipeline's loop does not support, and why.
 LOOP: dict[str, str] = {
-    "modulation": "the table pays where memory is short; paint.memory has it",
-    "remember": "no prompt is drawn from twice",
-    "batched_guidance": "guidance is the pipeline's own",
-    "guidance_until": "guidance is the pipeline's own",
-    "decode": "a grid is wanted whole",
+    "modulation": "only useful when memory is short; paint.memory has it",
+    "remember": "no prompt is used twice",
+    "batched_guidance": "the pipeline computes guidance",
+    "guidance_until": "the pipeline computes guidance",
+    "decode": "a grid is always decoded whole",
 }
 
 
 def shapes(folder: Path) -> Shapes:
-    """The configs of a pipeline's parts. UsageError for one without a transformer, which no preset is made for."""
+    """The configs of a pipeline's parts. UsageError for a pipeline without a transformer, which no preset supports."""
     index = read_json(folder / INDEX)
     if not (folder / "transformer" / "config.json").is_file():
         raise UsageError(
-            f"{folder} is a {index.get('_class_name', 'folder')} without a transformer; paint.memory and paint.speed "
-            "are for transformers: leave both null"
+            "option_unsuited",
+            f"{folder} is a {index.get('_class_name', 'folder')} without a transformer. Set paint.memory and "
+            "paint.speed to null; they apply only to transformers.",
         )
     parts = [part for part in ("transformer", "vae", *presets.TEXTS) if (folder / part / "config.json").is_file()]
     configs: dict[str, Any] = {part: read_json(folder / part / "config.json") for part in parts}
@@ -59,109 +60,112 @@ def shapes(folder: Path) -> Shapes:
     return Shapes(**configs, classes=named)
 
 
-def settle(folder: Path, name: str, device: str | torch.device, dtype: torch.dtype, drawn: dict[str, Any]) -> Memory:
-    """A preset by name for the pipeline in `folder`, chosen and checked from its configs, before anything is opened.
+def resolve_memory(
+    folder: Path, name: str, device: str | torch.device, dtype: torch.dtype, load: dict[str, Any]
+) -> Memory:
+    """A memory preset for the pipeline in `folder`, chosen and checked from its configs, before anything is loaded.
 
     Args:
-        drawn: what is drawn at once, as `memory.plan` takes it: `rows`, `panel`, `text_tokens`.
+        load: what is generated at once, for `memory.plan`: `rows`, `panel`, `text_tokens`.
 
-    Raises:
-        UsageError if the preset does not work here, UserError if `auto` finds none that fits.
+    UsageError if the preset does not work here, UserError if `auto` finds none that fits.
     """
-    held = prepare(name, device, "paint.memory")
-    left_out = held.settle(shapes(folder), dtype, {}, reopened=False, **drawn)
-    _tell(left_out)
-    log.info("%s", held.reason)
-    return held
+    memory = prepare(name, device, "paint.memory")
+    _log_left_out(memory.resolve(shapes(folder), dtype, {}, reopened=False, **load))
+    log.info("%s", memory.reason)
+    return memory
 
 
-def speed_of(folder: Path, name: str | None) -> Speed:
-    """The preset `name` as far as the pipeline in `folder` can have it; what is left out is told. None: as it is."""
+def resolve_speed(folder: Path, name: str | None) -> Speed:
+    """The speed preset `name` with the switches that the pipeline in `folder` supports. The others are logged. None is
+    the pipeline without a preset."""
     if name is None:
         return speed.PLAIN
-    found, left_out = suited_speed(speed.parse(name), shapes(folder), _scheduler(folder))
-    _tell(left_out)
-    return found
+    named = read_json(folder / INDEX).get("scheduler") or [None, "pipeline without a scheduler"]
+    suited, left_out = suited_speed(speed.parse(name), shapes(folder), str(named[1]))
+    _log_left_out(left_out)
+    return suited
 
 
-def suited_speed(wanted: Speed, found: Shapes, scheduler: str) -> tuple[Speed, list[str]]:
-    """`wanted` without what a stock pipeline of these parts cannot have, and that, each with its reason."""
+def suited_speed(wanted: Speed, parts: Shapes, scheduler: str) -> tuple[Speed, list[str]]:
+    """`wanted` without the switches that a stock pipeline of these parts does not support, and these, each with its
+    reason."""
     reasons = {key: reason for key, reason in LOOP.items() if getattr(wanted, key) != getattr(speed.PLAIN, key)}
-    if wanted.cache != "none" and (reason := _cannot_skip(wanted, found, scheduler)):
+    if wanted.cache != "none" and (reason := _cannot_skip(wanted, parts, scheduler)):
         reasons["cache"] = reason
     plain = {key: getattr(speed.PLAIN, key) for key in reasons}
     return replace(wanted, **plain), [f"{key}: {reason}" for key, reason in reasons.items()]
 
 
-def apply(pipe: Any, held: Memory | None, wanted: Speed, device: torch.device) -> Drawing:
-    """Puts both on a stock pipeline whose parts are on the CPU, and its parts where they belong."""
-    transformer = pipe.transformer if wanted != speed.PLAIN or held is not None else None
-    drawing = Drawing(pipe)
-    if held is not None:
-        held.shrink(transformer)
-        if held.modulation is not None:
-            drawing.tabulate(held.modulation)
+def apply(pipe: Any, memory: Memory | None, wanted: Speed, device: torch.device) -> StockRuntime:
+    """Applies both presets to a stock pipeline whose parts are on the CPU, and moves its parts to the device."""
+    transformer = pipe.transformer if wanted != speed.PLAIN or memory is not None else None
+    applied = StockRuntime(pipe)
+    if memory is not None:
+        memory.shrink(transformer)
+        if memory.modulation is not None:
+            applied.tabulate(memory.modulation)
     if wanted.cache != "none":
-        drawing.skip(wanted)  # before what moves the transformer, which goes around it and is put on anew each call
-    left_out = _place(pipe, held, device)
-    # After the move: fused and single projections share their bytes, which a move would end.
+        applied.skip(wanted)  # before the hooks that move the transformer, which wrap this one again in each call
+    left_out = _place(pipe, memory, device)
+    # After the move, which would end the sharing of bytes between fused and single projections.
     left_out += transform(transformer, wanted)[1]
-    _tell(left_out)
-    return drawing
+    _log_left_out(left_out)
+    return applied
 
 
-def _place(pipe: Any, held: Memory | None, device: torch.device) -> list[str]:
-    """Puts the parts on the device, or what brings them there; what was left out, with its reason."""
-    if held is None:
+def _place(pipe: Any, memory: Memory | None, device: torch.device) -> list[str]:
+    """Moves the parts to the device, or adds the hooks that do. Returns what was left out, with its reason."""
+    if memory is None:
         pipe.to(device)
         return []
     left_out: list[str] = []
     texts = [encoder for part in presets.TEXTS if (encoder := getattr(pipe, part, None)) is not None]
     for encoder in texts:
-        held.shrink_text(encoder)
-    if held.preset.tile and not hasattr(pipe.vae, "enable_tiling"):
-        left_out.append(f"tile: a {type(pipe.vae).__name__} decodes no tiles")
-    elif held.preset.tile:
-        held.tile(pipe.vae)
+        memory.shrink_text(encoder)
+    if memory.preset.tile and not hasattr(pipe.vae, "enable_tiling"):
+        left_out.append(f"tile: {type(pipe.vae).__name__} does not support tiling")
+    elif memory.preset.tile:
+        memory.tile(pipe.vae)
         pipe.vae.enable_tiling()
-    if held.preset.offload == "group":
-        for model in (pipe.transformer, *(texts if held.preset.staged else ())):
-            held.offload(model)
+    if memory.preset.offload == "group":
+        for model in (pipe.transformer, *(texts if memory.preset.staged else ())):
+            memory.offload(model)
         for part in pipe.components.values():
             if hasattr(part, "parameters") and part is not pipe.transformer and part not in texts:
                 part.to(device)
-    elif held.preset.staged and pipe.model_cpu_offload_seq is not None:
+    elif memory.preset.staged and pipe.model_cpu_offload_seq is not None:
         pipe.enable_model_cpu_offload(device=device)
     else:
-        if held.preset.staged:
-            left_out.append(f"staged: a {type(pipe).__name__} does not say in which order its parts run")
+        if memory.preset.staged:
+            left_out.append(f"staged: {type(pipe).__name__} does not define the order of its parts")
         pipe.to(device)
     return left_out
 
 
-class Drawing:
-    """What goes on within the calls of one pipeline that has presets on it."""
+class StockRuntime:
+    """The presets of a stock pipeline, during its calls."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.table: Table | None = None
+        self.table: ModulationTable | None = None
         self.skipping: caches.StepCache | None = None
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call of the pipeline: nothing that was kept for the one before is seen in it."""
+        """The context of one call of the pipeline. Cached values of the call are dropped at its end."""
         try:
             yield
         finally:
             if self.table is not None:
                 self.table.clear()
             if self.skipping is not None:
-                # Some pipelines do so after a call, and some do not.
+                # Some pipelines do this after a call, and some do not.
                 HookRegistry.check_if_exists_or_initialize(self.pipe.transformer).reset_stateful_hooks(recurse=True)
 
     def tabulate(self, modulation: Any) -> None:
-        """Precomputes the modulation of a FLUX transformer as its forwards come."""
-        self.table = Table(modulation, self.pipe.scheduler)
+        """Precomputes the modulation of a FLUX transformer before its forward passes."""
+        self.table = ModulationTable(modulation, self.pipe.scheduler)
         self.pipe.transformer.register_forward_pre_hook(self.table, with_kwargs=True)
 
     def skip(self, wanted: Speed) -> None:
@@ -170,11 +174,11 @@ class Drawing:
         caches.register(self.pipe.transformer, StockSkip(self.skipping, self.pipe.scheduler))
 
 
-class Table:
-    """Before each forward of a FLUX transformer whose modulation is detached: makes the table if it lacks this one's.
+class ModulationTable:
+    """A forward pre-hook of a FLUX transformer with detached modulation, which extends the table if it lacks a text.
 
-    The scheduler knows all steps when the first forward comes, so there is one product for all, as in the student's
-    loop, and another only for a branch (true guidance) whose text comes later.
+    The scheduler has all steps at the first forward pass, so one product covers them, as in the student's loop. Another
+    product is needed only for a branch of true guidance whose text comes later.
     """
 
     def __init__(self, modulation: Any, scheduler: Any) -> None:
@@ -197,7 +201,8 @@ class Table:
 
 
 class StockSkip(caches.SkipHook):
-    """Where no loop of ours says so, the scheduler tells the step, and a step's forwards are its branches in order."""
+    """`SkipHook` for a loop that is not ours: the step is the scheduler's, and a step's forward passes are its branches
+    in order."""
 
     def __init__(self, cache: caches.StepCache, scheduler: Any) -> None:
         super().__init__(cache)
@@ -218,23 +223,18 @@ class StockSkip(caches.SkipHook):
         return super().reset_state(module)
 
 
-def _cannot_skip(wanted: Speed, found: Shapes, scheduler: str) -> str:
-    """Why steps cannot be skipped; empty if they can."""
+def _cannot_skip(wanted: Speed, parts: Shapes, scheduler: str) -> str:
+    """The reason why steps cannot be skipped. Empty if there is none."""
     if wanted.cache != "skip":
-        return f"{wanted.cache} looks at the student's right panel"
+        return f"{wanted.cache} needs the student's right panel"
     if scheduler != SCHEDULER:
-        return f"steps are skipped along the straight line of a {SCHEDULER}, and this is a {scheduler}"
-    forward = getattr(diffusers, found.class_of("transformer")).forward
+        return f"skipping steps needs a {SCHEDULER}, not a {scheduler}"
+    forward = getattr(diffusers, parts.class_of("transformer")).forward
     if "hidden_states" not in inspect.signature(forward).parameters:
-        return f"a {found.class_of('transformer')} takes its pictures in a form of its own"
+        return f"{parts.class_of('transformer')} has no input hidden_states"
     return ""
 
 
-def _scheduler(folder: Path) -> str:
-    named = read_json(folder / INDEX).get("scheduler") or [None, "pipeline without a scheduler"]
-    return str(named[1])
-
-
-def _tell(left_out: list[str]) -> None:
+def _log_left_out(left_out: list[str]) -> None:
     for reason in left_out:
         log.info("left out: %s", reason)

@@ -1,8 +1,8 @@
-"""Converting weights between layouts, tensor by tensor: `diptych convert`.
+"""Conversion of weights between layouts, tensor by tensor: `diptych convert`.
 
-What can become what is the table in `directions`. Every source is read as a folded student whose tensors are still on
-disk (`sources`); every target is a way to write one. So 24 GB pass through a few hundred MB of memory. The result is
-published by renaming: a cut conversion leaves nothing behind.
+The table in `directions` lists the supported conversions. Every source is read as a folded student whose tensors are
+still on disk (`sources`); every target is a way to write one. A conversion of 24 GB therefore needs a few hundred MB of
+memory. The result is published by renaming: an interrupted conversion leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diptych.student.weights import directions, files, lora_delta, original, sin
 from diptych.student.weights.fold import INPUT, INPUT_LAYERS, BiasSplit, shapes_of, some, unfold
 from diptych.student.weights.lora_delta import Delta, as_lora, difference, fuse
 from diptych.student.weights.lora_file import RELEASED_LORA, lora_deltas, lora_file, read_deltas
-from diptych.student.weights.sources import Source
+from diptych.student.weights.sources import StudentSource
 from diptych.student.weights.tensors import Stored, held, open_safetensors, write_safetensors
 from diptych.utils.documents import parse_json
 from diptych.utils.io import publish
@@ -37,23 +37,18 @@ INPUT_BIAS = f"{INPUT}.bias"
 Report = Callable[[int, int], None]
 _CONTROL = "control-lora"
 _LORAS = (_CONTROL, *directions.STYLES)
-_READERS = {  # where a target keeps a student's settings, and who reads them
-    "folded": ("transformer's config", "diptych reads them; pass them to stock diffusers"),
-    "released": ("transformer's config", "diptych reads them; pass them to the authors' code"),
-    "exported": ("program's extra file diptych.json", "your sampler can follow them: the program is the transformer"),
-}
 
 
 @dataclass(frozen=True)
 class Conversion:
     """Everything a writer needs."""
 
-    source: Source
+    source: StudentSource
     tensors: dict[str, Stored]  # folded
-    split: BiasSplit | None  # of the input bias, where it still is the sum of the two
+    split: BiasSplit | None  # of the input bias, if that still is the sum of its two parts
     lora: Path | None  # a LoRA that is not in the weights
     parts: dict[str, Path]
-    extras: list[Path]  # small files beside the weights that a folder keeps: `speed.json`
+    extras: list[Path]  # small files beside the weights that a folder also gets: `speed.json`
     base: Path | None
     dtype: torch.dtype | None
     report: Report | None
@@ -78,67 +73,74 @@ def convert(
     """Writes the weights of `model` to `out` in another layout.
 
     Args:
-        model: whatever `diptych.student.load` opens.
-        out: a folder; for a target that is one file (`directions.FILES`) a name with its ending.
+        model: any path or name that `diptych.student.load` opens.
+        out: a folder; for a target that is one file (`directions.FILES`), a name with its suffix.
         to: one of `directions.TARGETS`.
-        base: the teacher: needed to or from a control-LoRA. With `to="folded"` its parts (VAE, text encoders, …) are
-            copied along, so that stock diffusers opens the folder.
-        dtype: float32, float16 or bfloat16; default as stored (a GGUF file's quantized tensors: float32).
-        fuse_lora: add the LoRA beside the weights into them. Else it is kept beside them, where the target can.
-        report: called as `report(done, total)`: bytes written, or layers compared.
+        base: the teacher's folder, required to or from a control-LoRA. With `to="folded"` its parts (VAE, text
+            encoders, …) are copied too, so that stock diffusers opens the folder.
+        dtype: float32, float16 or bfloat16. Defaults to the stored type (float32 for quantized GGUF tensors).
+        fuse_lora: add the LoRA beside the weights into them. Otherwise it is copied beside them, if the target allows.
+        report: called as `report(done, total)` with bytes written, or layers compared.
 
     Returns:
-        What was done: source, target, out, equality (`bits`, `function`, or `cast`), lora, split, bytes, seconds.
+        A summary: source, target, out, equality (`bits`, `function`, or `cast`), lora, split, bytes, seconds.
 
     Raises:
-        UserError, UsageError: the direction is refused, and why; or the source is missing, damaged or of another
-        family; or there is too little room. `out` is then as it was.
+        UserError, UsageError: the conversion is not supported; the source is missing, damaged or of another family;
+            or the disk is too small. `out` is then unchanged.
     """
     started = time.monotonic()
     out = Path(out)
     if to not in directions.TARGETS:
         directions.find("folded", to)
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}': {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    ending = directions.FILES.get(to, "")
-    if ending != (out.suffix if ending or out.suffix in directions.FILES.values() else ""):
-        what = f"a file: end its name in {ending}" if ending else f"a folder: give a name without {out.suffix}"
-        raise UsageError(f"{out}: --to {to} writes {what}")
+        raise UsageError(
+            "name_unknown", f"Unknown dtype '{dtype}'. Use one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
+    suffix = directions.FILES.get(to, "")
+    if suffix != (out.suffix if suffix or out.suffix in directions.FILES.values() else ""):
+        what = f"a file. Use a name that ends in {suffix}" if suffix else f"a folder. Use a name without {out.suffix}"
+        raise UsageError("option_invalid", f"{out}: --to {to} writes {what}.")
     path, base_folder = sources.resolve(model, base)
     for read in (path, base_folder):
         if read is not None and out.resolve() in (read.resolve(), *read.resolve().parents):
-            raise UsageError(f"{out} holds what is to be read; give another name")
+            raise UsageError("output_collision", f"{out} contains the input {read}. Choose another name.")
     files.check_free(out, overwrite, "pass --overwrite")
 
     settings = sources.read_settings(path, base_folder)
     if to == "released" and settings.conditioning != "diptych":
         raise UserError(
-            f"{path} → {to} is refused: this student is of {settings.conditioning} conditioning, and the authors' code "
-            "runs every student as a diptych; --to folded or file keeps it"
+            "model_unsupported",
+            f"Cannot convert {path} → {to}: this student has {settings.conditioning} conditioning, and the authors' "
+            "code runs only diptych conditioning. Use --to folded or --to file.",
         )
     if to == "exported" and settings.reference_attention == "self":
         raise UserError(
             "option_unsuited",
-            f"{path} → {to} is refused: with reference_attention self, the reference's keys and values come from a "
-            "pass of their own, and a program is one pass; --to folded or file keeps it",
+            f"Cannot convert {path} → {to}: with reference_attention self, the reference needs a separate pass, and a "
+            "program is one pass. Use --to folded or --to file.",
         )
     if to in directions.STYLES and (lora := sources.lora_alone(path)) is not None:
         with _publish(out) as temporary:
             whole = _rewrite_lora(lora, temporary, directions.STYLES[to], DTYPES.get(dtype or ""), settings)
-        kept = "cast" if dtype else "function"
-        return _result(_CONTROL, to, out, started, equality=kept, settings=settings.values() if whole else {})
+        equality = "cast" if dtype else "function"
+        return _result(_CONTROL, to, out, started, equality=equality, settings=settings.values() if whole else {})
     source = sources.open_source(path, base_folder)
     direction = directions.find(source.layout, to)
     if source.layout == to != "file" and not (dtype or fuse_lora or (base_folder and to == "folded")):
-        raise UsageError(f"{path} is {to} already; --dtype rewrites it in another precision, --fuse with its LoRA")
+        raise UsageError(
+            "option_missing",
+            f"{path} is already {to}. Pass --dtype to change the precision, or --fuse to add its LoRA to the weights.",
+        )
     if direction.base and base_folder is None:
-        raise UsageError(f"{source.layout} → {to} needs the teacher: give its folder as --base")
+        raise UsageError("option_missing", f"{source.layout} → {to} needs the teacher. Pass its folder with --base.")
     if source.parts and base_folder is not None and to == "folded":
         raise UserError(
-            f"{path} holds {', '.join(sorted(source.parts))} beside the transformer, and with --base the base's would "
-            "take their place; convert without --base, or load it and call diptych.student.save to keep them"
+            "option_conflict",
+            f"{path} has {', '.join(sorted(source.parts))} beside the transformer, and --base would replace them. "
+            "Convert without --base, or load the file and call diptych.student.save to keep them.",
         )
-    job = _job(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
+    job = _conversion(source, path, base_folder, DTYPES.get(dtype or ""), to, fuse_lora, report)
     _check_room(job, to, out)
     with _publish(out) as temporary:
         _WRITERS[to](job, temporary)
@@ -161,34 +163,37 @@ def convert(
 
 @contextmanager
 def _publish(out: Path) -> Iterator[Path]:
-    """A path to write to under the name of `out`, which single files and exported programs hold inside."""
+    """A path to write to with the name of `out`, which single files and exported programs contain."""
     try:
         with publish(out) as partial, TemporaryDirectory(".tmp", f".{out.name}.", out.parent) as folder:
             written = Path(folder) / out.name
             yield written
             written.rename(partial)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise UserError("path_unwritable", f"Cannot write {out}: {error.strerror or error}.") from error
 
 
-def _result(source: str, to: str, out: Path, started: float, **found: Any) -> dict[str, Any]:
-    """What was done."""
-    usual = {"lora": "none", "split": False, "settings": {}, "left_out": [], "complete": False}
+def _result(source: str, to: str, out: Path, started: float, **values: Any) -> dict[str, Any]:
+    """The summary that `convert` returns; `values` replace the defaults."""
     return {
         "source": source,
         "target": to,
         "out": str(out),
-        "equality": found["equality"],
-        **usual,
+        "equality": None,
+        "lora": "none",
+        "split": False,
+        "settings": {},
+        "left_out": [],
+        "complete": False,
         "ignored_adapter_tensors": 0,
-        **found,
+        **values,
         "bytes": sum(f.stat().st_size for f in ([out] if out.is_file() else out.rglob("*")) if f.is_file()),
         "seconds": round(time.monotonic() - started, 2),
     }
 
 
-def _job(
-    source: Source,
+def _conversion(
+    source: StudentSource,
     path: Path,
     base: Path | None,
     dtype: torch.dtype | None,
@@ -202,8 +207,9 @@ def _job(
         lora_file(lora)
         if to in directions.FILES and to not in _LORAS and source.layout != _CONTROL and not fuse_lora:
             raise UserError(
-                f"{source.layout} → {to} without --fuse is refused: beside the weights lies {lora.name}, which "
-                f"a single file cannot hold; --fuse adds it into them, or convert {source.place} to leave it out"
+                "option_missing",
+                f"{source.layout} → {to} needs --fuse: a single file cannot store {lora.name} beside the weights. "
+                f"Pass --fuse to add it to them, or convert {source.place} to leave it out.",
             )
         if to not in _LORAS and (fuse_lora or source.layout == _CONTROL):
             deltas = read_deltas(lora, {key: tensor.shape for key, tensor in tensors.items()})
@@ -211,8 +217,9 @@ def _job(
             if half is not None and dtype is None:
                 name = str(half).removeprefix("torch.")
                 raise UserError(
-                    f"{source.layout} → {to} without --dtype is refused: adding a LoRA to weights in {name} rounds it "
-                    f"away in part; --dtype float32 keeps it whole, --dtype {name} accepts the rounding"
+                    "option_missing",
+                    f"{source.layout} → {to} needs --dtype: adding a LoRA to weights in {name} rounds part of it away. "
+                    f"Pass --dtype float32 to prevent that, or --dtype {name} to accept it.",
                 )
             tensors, lora = fuse(tensors, deltas, dtype), None
     split = source.folded.split
@@ -220,7 +227,7 @@ def _job(
         split = None
     dtype = dtype or (torch.float32 if source.layout == "gguf" else None)
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    if split is not None and dtype is not None:  # the parts are cast, and summed in that type: they stay its parts
+    if split is not None and dtype is not None:  # the parts are cast and summed in that type, so they stay its parts
         split = BiasSplit(split.x.to(dtype), split.c.to(dtype))
         tensors[INPUT_BIAS] = held(split.x + split.c)
     roots = [root for root in (path, base) if root is not None and root.is_dir()]
@@ -267,34 +274,34 @@ def _write_exported(job: Conversion, path: Path) -> None:
 
 def _write_style(style: str, job: Conversion, path: Path) -> None:
     tensors, metadata = lora_delta.write(_deltas(job), style)
-    own, width = of(job.source.folded.config), job.tensors[f"{INPUT}.weight"].shape[0]
-    metadata |= files.modelspec(path.stem, style, lora=True, width=width, conditioning=own.conditioning)
-    metadata |= _settings_header(own)
+    settings, width = of(job.source.folded.config), job.tensors[f"{INPUT}.weight"].shape[0]
+    metadata |= files.modelspec(path.stem, style, lora=True, width=width, conditioning=settings.conditioning)
+    metadata |= _settings_header(settings)
     write_safetensors(path, {key: tensor.to(job.dtype) for key, tensor in tensors.items()}, metadata)
 
 
 def _rewrite_lora(lora: Path, path: Path, style: str, dtype: torch.dtype | None, settings: Settings) -> bool:
-    """Writes a LoRA file in another style of keys; no base is needed for that. Whether it is a student's, and not one
-    to be put on a student."""
+    """Writes a LoRA file in another style of keys, without a base. Returns whether it is a control-LoRA, which makes a
+    student, and not a LoRA for one."""
     deltas, header = lora_deltas(lora), open_safetensors(lora)[1]
     width = next((delta.a.shape[1] for name, delta in deltas.items() if name.endswith("attn.to_q")), 0)
     width = deltas[INPUT].b.shape[0] if INPUT in deltas else width
     tensors, metadata = lora_delta.write(deltas, style)
     metadata |= files.modelspec(path.stem, style, lora=True, width=width, conditioning=settings.conditioning)
-    own = INPUT in deltas or settings.conditioning == "tokens"
-    if own:
+    is_student = INPUT in deltas or settings.conditioning == "tokens"
+    if is_student:
         metadata |= _settings_header(settings, header)
     elif files.HEADER_KEY in header:
         metadata[files.HEADER_KEY] = header[files.HEADER_KEY]
     write_safetensors(path, {key: tensor.to(dtype) for key, tensor in tensors.items()}, metadata)
-    return own
+    return is_student
 
 
 def _settings_header(settings: Settings, header: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Metadata of a LoRA file with a student's settings, where a single file has its config; `header` is what the file
-    had before."""
-    said = parse_json((header or {}).get(files.HEADER_KEY, "{}"))
-    return {files.HEADER_KEY: json.dumps({**said, "config": {KEY: settings.values()}}, sort_keys=True)}
+    """Metadata of a LoRA file: a student's settings, under the key of a single file's config. `header` is the file's
+    metadata so far."""
+    before = parse_json((header or {}).get(files.HEADER_KEY, "{}"))
+    return {files.HEADER_KEY: json.dumps({**before, "config": {KEY: settings.values()}}, sort_keys=True)}
 
 
 def _write_control_lora(job: Conversion, folder: Path) -> None:
@@ -308,7 +315,7 @@ def _write_control_lora(job: Conversion, folder: Path) -> None:
 
 
 def _deltas(job: Conversion) -> dict[str, Delta]:
-    """What a student adds to its teacher, the LoRA beside it included."""
+    """The difference between a student and its teacher, with the LoRA beside it."""
     assert job.base is not None
     teacher, config = sources.teacher_state(job.base)
     tokens = of(job.source.folded.config).conditioning == "tokens"
@@ -317,16 +324,18 @@ def _deltas(job: Conversion) -> dict[str, Delta]:
     shapes = {key: tensor.shape for key, tensor in job.tensors.items()}
     if other := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
         raise UserError(
+            "model_mismatch",
             f"{job.base} is of another family than {job.source.place}: {len(other)} tensors differ in shape, first "
-            f"{other[0]}; give the base that this student was trained from"
+            f"{other[0]}. Pass the base that this student was trained from.",
         )
     deltas = difference(job.tensors, teacher, job.report)
     if job.lora is not None:
         beside = read_deltas(job.lora, shapes)
         if dora := [layer for layer, delta in beside.items() if delta.magnitude is not None]:
             raise UserError(
-                f"{job.lora} is a DoRA on {some(dora)}, which cannot be joined with what the weights add; pass --fuse "
-                "and write a folder or one file"
+                "lora_unsupported",
+                f"{job.lora} is a DoRA on {some(dora)} and cannot be joined with the difference of the weights. Pass "
+                "--fuse and write a folder or one file.",
             )
         for layer, delta in beside.items():
             deltas[layer] = deltas[layer].joined(delta) if layer in deltas else delta
@@ -348,7 +357,7 @@ _WRITERS: Mapping[str, Callable[[Conversion, Path], None]] = {
 
 
 def _copy_beside(job: Conversion, folder: Path) -> None:
-    """The LoRA beside the weights, if they do not hold it, and the other small files."""
+    """Copies the LoRA beside the weights, unless it is in them, and the other small files."""
     if job.lora is not None:
         shutil.copyfile(job.lora, folder / RELEASED_LORA)
     for extra in job.extras:
@@ -356,7 +365,7 @@ def _copy_beside(job: Conversion, folder: Path) -> None:
 
 
 def _equality(direction: directions.Direction, job: Conversion, fuse_lora: bool, dtype: str | None) -> str:
-    """What this conversion kept: `cast` where the precision changed, `function` where bits could not be kept."""
+    """What this conversion preserved: `cast` if the precision changed, `function` if bits could not be preserved."""
     if dtype is not None:
         return "cast"
     fused = fuse_lora and job.source.lora is not None
@@ -365,45 +374,16 @@ def _equality(direction: directions.Direction, job: Conversion, fuse_lora: bool,
 
 
 def _check_room(job: Conversion, to: str, out: Path) -> None:
-    """UserError unless the disk has room for what will be written."""
+    """UserError if the disk has too little space for the result."""
     if to in _LORAS:
-        return  # small, and known only after the comparison
+        return  # small, and its size is known only after the comparison
     needed = sum(tensor.nbytes for tensor in job.tensors.values())
     if to == "folded" and all(part in job.parts for part in sources.NEEDED):
         needed += sum(f.stat().st_size for place in job.parts.values() for f in place.rglob("*") if f.is_file())
     around = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(around).free
     if free < needed:
-        raise UserError(f"{out} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
-
-
-def summary(done: Mapping[str, Any]) -> str:
-    """One line for people."""
-    kept = {
-        "bits": "bit for bit",
-        "function": "the same function, in other bits",
-        "cast": "in another precision",
-    }[done["equality"]]
-    lora = {
-        "none": "",
-        "kept": "; the LoRA is kept beside the weights",
-        "fused": "; the LoRA is in the weights",
-        "joined": "; the LoRA is part of it",
-    }
-    open_with = "" if done["complete"] else "; open it with --base and the teacher's folder"
-    first = f"{done['source']} → {done['target']}: {done['bytes'] / 1e6:,.1f} MB, {kept}{lora[done['lora']]}{open_with}"
-    return "\n".join([first, *_settings_lines(done)])
-
-
-def _settings_lines(done: Mapping[str, Any]) -> Iterator[str]:
-    """Which settings are not the family's, and who reads them; and what the target has no room for."""
-    usual = Settings().values()
-    own = {name: value for name, value in done["settings"].items() if usual.get(name) != value}
-    if "words" in own:
-        own["words"] = f"{len(own['words'])}, lower-case"
-    if own:
-        said = ", ".join(f"{name} {json.dumps(own[name]).replace(chr(34), '')}" for name in own)
-        where, readers = _READERS.get(done["target"], ("metadata", "diptych reads them; pass them to other programs"))
-        yield f"Settings kept in the {where}: {said}. Only {readers}."
-    if done["left_out"]:
-        yield f"Left out, because {done['target']} holds the transformer alone: {', '.join(done['left_out'])}."
+        raise UserError(
+            "path_unwritable",
+            f"{out} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Choose another disk.",
+        )

@@ -1,4 +1,4 @@
-"""A student's transformer as a program: torch.export, for any number of text tokens and image tokens.
+"""A student's transformer as a `torch.export` program, for any number of text tokens and image tokens.
 
     program = torch.export.load("student.pt2").module()
     velocity = program(hidden_states=…, encoder_hidden_states=…, …)[0]
@@ -20,12 +20,12 @@ from diptych.errors import UserError
 from diptych.student.settings import of
 
 SETTINGS_FILE = "diptych.json"  # a student's settings, among the program's extra files
-TOLERANCE = 1e-5  # of the exported program from the model, relative to the largest output
+TOLERANCE = 1e-5  # largest difference between program and model, relative to the largest output
 _SIZES = ((8, 6), (18, 11), (5, 3))  # (image, text) tokens: traced with the first, compared with all
 
 
 def export(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], path: Path) -> None:
-    """Writes the program, after comparing it with the model. UserError if it is off by more than `TOLERANCE`."""
+    """Writes the program after comparing it with the model. UserError if they differ by more than `TOLERANCE`."""
     from diffusers import FluxTransformer2DModel
 
     model: Any = FluxTransformer2DModel.from_config(dict(config))
@@ -52,12 +52,16 @@ def export(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], path: P
             wanted = model(**given, return_dict=False)[0]
             off = float((run(**given, return_dict=False)[0] - wanted).abs().max() / wanted.abs().max())
             if not off <= TOLERANCE:
-                raise UserError(f"the exported program is off by {off:.1e} with {size[0]} + {size[1]} tokens; not kept")
+                raise UserError(
+                    "model_unsupported",
+                    f"The exported program differs from the model by {off:.1e} with {size[0]} image tokens and "
+                    f"{size[1]} text tokens, more than {TOLERANCE:g}. Nothing was written; use another layout.",
+                )
     torch.export.save(program, path, extra_files={SETTINGS_FILE: json.dumps(of(config).values(), sort_keys=True)})
 
 
 def inputs(config: Mapping[str, Any], image: int, text: int) -> dict[str, torch.Tensor]:
-    """Arguments of a transformer with this many tokens; the same values for the same numbers."""
+    """Arguments of a transformer for these numbers of image and text tokens. Equal numbers give equal values."""
     generator = torch.Generator().manual_seed(image * 1000 + text)
 
     def random(*shape: int) -> torch.Tensor:

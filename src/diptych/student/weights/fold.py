@@ -5,9 +5,9 @@ canvas, c the condition canvas). That equals one linear on `[x ; c]` with `W = [
 released layout *folds* exactly into `FluxTransformer2DModel(in_channels=2·C, out_channels=C)`; `unfold` goes back. A
 new student is the teacher with zero columns added: `widen`.
 
-`b = bx + bc` loses how the bias was split, so both parts are kept beside the folded weights (`files.SPLIT_FILE`), and
-released → folded → released is bit-equal. The released file also carries adapter tensors that its own code ignores
-(`….lora_A.default.weight`): they are dropped and counted. Any other key that does not match is refused by name.
+The sum `b = bx + bc` loses its two parts, so both are stored beside the folded weights (`files.SPLIT_FILE`), and
+released → folded → released is bit-equal. The released file also has adapter tensors that its code ignores
+(`….lora_A.default.weight`): they are dropped and counted. Any other key that does not match is an error that names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diptych.utils import models
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
 INPUT = "x_embedder"
-INPUT_LAYERS = (INPUT, "c_embedder")  # what folding and unfolding touch; all else passes through
+INPUT_LAYERS = (INPUT, "c_embedder")  # the layers that folding and unfolding change
 _BLOCKS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 _BLOCK_KEY = re.compile(r"^(transformer_blocks|single_transformer_blocks)\.(\d{1,6})\.")
 _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.]+\.(?:weight|bias)$")
@@ -34,42 +34,46 @@ _ADAPTER_KEY = re.compile(r"^(?P<module>.+)\.lora_(?:[AB]|magnitude_vector)\.[^.
 
 @dataclass(frozen=True)
 class BiasSplit:
-    """The two parts of a folded input bias, (inner_dim,) each, as the released file had them."""
+    """The two parts of a folded input bias, (inner_dim,) each, as the released file has them."""
 
     x: torch.Tensor
     c: torch.Tensor
 
     def of(self, bias: torch.Tensor) -> bool:
-        """Whether `bias` is, bit for bit, the sum of the two parts: false once the bias was trained further or cast."""
+        """Whether `bias` is, bit for bit, the sum of the two parts. False once the bias was trained or cast."""
         same = self.x.dtype == self.c.dtype == bias.dtype and self.x.shape == bias.shape
         return same and torch.equal(self.x + self.c, bias.to(self.x.device))
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Weights and config of a stock FLUX-Control transformer, and what folding them set aside."""
+    """Weights and config of a stock FLUX-Control transformer, and what folding removed from them."""
 
     config: dict[str, Any]
-    state_dict: dict[str, Any]  # tensors; `fold` passes on as it is whatever else has a shape
+    state_dict: dict[str, Any]  # tensors, or other values with a shape, which `fold` passes through
     split: BiasSplit | None = None
     adapters: tuple[str, ...] = ()  # names of the ignored adapter tensors
 
 
 def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """A student at its start: the teacher with in_channels doubled, out_channels kept, zero columns for the condition.
+    """A new student: the teacher with in_channels doubled, the same out_channels, and zero columns for the condition.
 
-    Whatever the condition, it computes the teacher's output. Every tensor but `x_embedder.weight` *shares* the
-    teacher's storage (a 12 B model is not held twice), so training the student in place changes the teacher too; hand
-    over a `copy.deepcopy` to keep it. Built explicitly, because loading plain FLUX weights into a widened layer with
-    `from_pretrained` leaves that layer uninitialised or on the meta device.
+    Its output is the teacher's for every condition. All tensors but `x_embedder.weight` *share* the teacher's storage,
+    so that a 12 B model is not in memory twice. Training the student in place therefore changes the teacher; pass a
+    `copy.deepcopy` to prevent that. Built explicitly, because `from_pretrained` of plain FLUX weights into a widened
+    layer leaves that layer uninitialized or on the meta device.
     """
     config = dict(transformer.config)
     if getattr(transformer, "peft_config", None):
-        raise UserError("cannot widen a transformer that carries an unfused LoRA; fuse and unload it first")
+        raise UserError(
+            "lora_unsupported", "A transformer with an unfused LoRA cannot be widened. Fuse and unload the LoRA first."
+        )
     out_channels = config.get("out_channels") or config["in_channels"]
     if config["in_channels"] != out_channels:
         raise UserError(
-            f"this transformer takes {config['in_channels']} channels and gives {out_channels}: it is widened already"
+            "model_unsupported",
+            f"This transformer is already widened: it has {config['in_channels']} input channels and {out_channels} "
+            "output channels. Pass a text-to-image transformer.",
         )
     state = dict(transformer.state_dict())
     weight = state["x_embedder.weight"]
@@ -78,24 +82,24 @@ def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student.train(transformer.training)
 
 
-def picture_columns(weight: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
-    """Columns (D, C) for the condition with which it reads as a picture does, of a widened input layer's (D, 2C).
+def image_columns(weight: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    """Columns (D, C) with which a widened input layer (D, 2C) reads its condition as it reads an image.
 
-    The teacher's own, projected off the direction `empty` (C,): the latents of what stands where there is no reference,
-    which is to say nothing. With them the left panel's tokens look to the teacher like a panel with less noise.
+    They are the teacher's columns without their component along `empty` (C,), the mean latents of the black panel that
+    stands where there is no reference. The left panel's tokens then look to the teacher like a panel with less noise.
     """
-    own = weight[:, : weight.shape[1] // 2]
+    columns = weight[:, : weight.shape[1] // 2]
     if empty is None or not empty.any():
-        return own.clone()
-    along = (empty / empty.norm()).to(own)
-    return own - torch.outer(own @ along, along)
+        return columns.clone()
+    along = (empty / empty.norm()).to(columns)
+    return columns - torch.outer(columns @ along, along)
 
 
 def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = "the released weights") -> Folded:
     """The released layout (`x_embedder` and `c_embedder`) as stock FLUX-Control weights.
 
-    Only `INPUT_LAYERS` must be tensors; the rest may be anything with a shape, such as tensors still on disk. Raises
-    UserError that names every key that is missing, unexpected or of the wrong shape.
+    Only `INPUT_LAYERS` must be tensors; the rest may be anything with a shape, such as tensors on disk. UserError that
+    names every key that is missing, unexpected or of the wrong shape.
     """
     stock = stock_config(config)
     check_layers(stock, state_dict, where)
@@ -104,13 +108,13 @@ def fold(state_dict: Mapping[str, Any], config: Mapping[str, Any], where: str = 
     expected = shapes_of(plain)
     for part in ("weight", "bias"):
         expected[f"c_embedder.{part}"] = expected[f"x_embedder.{part}"]
-    kept, adapters = _set_adapters_aside(state_dict, expected)
-    check_keys(kept, expected, where)
+    state, adapters = _without_adapters(state_dict, expected)
+    check_keys(state, expected, where)
 
-    split = BiasSplit(x=kept.pop("x_embedder.bias"), c=kept.pop("c_embedder.bias"))
-    kept["x_embedder.weight"] = torch.cat([kept["x_embedder.weight"], kept.pop("c_embedder.weight")], dim=1)
-    kept["x_embedder.bias"] = split.x + split.c
-    return Folded({**plain, "in_channels": 2 * channels}, kept, split, adapters)
+    split = BiasSplit(x=state.pop("x_embedder.bias"), c=state.pop("c_embedder.bias"))
+    state["x_embedder.weight"] = torch.cat([state["x_embedder.weight"], state.pop("c_embedder.weight")], dim=1)
+    state["x_embedder.bias"] = split.x + split.c
+    return Folded({**plain, "in_channels": 2 * channels}, state, split, adapters)
 
 
 def unfold(
@@ -118,8 +122,8 @@ def unfold(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stock FLUX-Control weights as the released layout: (state_dict, config). Reads the input layer only.
 
-    With the `split` that `fold` kept, bit-equal to what was folded. Without it, or once the bias has changed since, the
-    whole bias goes to `x_embedder` and `c_embedder.bias` is zero: the same function, other bits.
+    With the `split` that `fold` returned, the result is bit-equal to what was folded. Without it, or if the bias has
+    changed since, the whole bias goes to `x_embedder` and `c_embedder.bias` is zero: the same function in other bits.
     """
     stock = stock_config(config)
     check_layers(stock, state_dict, "the folded weights")
@@ -135,10 +139,10 @@ def unfold(
     return state, {"_class_name": RELEASED_CLASS, **released, "in_channels": channels}
 
 
-def student_channels(config: Mapping[str, Any], where: str = "this transformer") -> int:
-    """Channels C of a student's canvas tokens, from its folded config; UserError if it is not a student.
+def student_channels(config: Mapping[str, Any], where: str = "This transformer") -> int:
+    """Channels C of a student's canvas tokens, from its folded config. UserError if it is not a student.
 
-    A student takes twice what it gives, unless its settings say that its reference comes as tokens.
+    A student has twice as many input channels as output channels, unless its settings have `conditioning: tokens`.
     """
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if settings.of(config).conditioning == "tokens":
@@ -150,29 +154,34 @@ def student_channels(config: Mapping[str, Any], where: str = "this transformer")
         return out
     if channels == out:
         raise UserError(
-            f"{where} is a text-to-image transformer ({channels} channels in and out), not a student; "
-            "distill one from it, or widen it with diptych.student.weights.fold.widen"
+            "model_unsupported",
+            f"{where} is a text-to-image transformer ({channels} input and output channels), not a student. "
+            "Distill a student from it, or widen it with diptych.student.weights.fold.widen.",
         )
     if channels != 2 * out:
-        raise UserError(f"{where} takes {channels} channels and gives {out}; a student takes twice what it gives")
+        raise UserError(
+            "model_unsupported",
+            f"{where} has {channels} input channels and {out} output channels; a student has twice as many input "
+            "channels as output channels.",
+        )
     return out
 
 
 def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> FluxTransformer2DModel:
-    """A stock transformer in eval mode around exactly these tensors (shared, not copied); every key must match."""
+    """A stock transformer in eval mode with exactly these tensors (shared, not copied). Every key must match."""
     check_layers(config, state_dict, "the weights")
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(stock_config(config))  # which also registers a student's settings
     assert isinstance(model, FluxTransformer2DModel)
     check_keys(state_dict, {k: tuple(v.shape) for k, v in model.state_dict().items()}, "the weights")
     model.load_state_dict(dict(state_dict), strict=True, assign=True)
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    assert not left, left
+    unset = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not unset, unset
     return model.eval()
 
 
 def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises UserError naming each key of `state_dict` that is missing, unexpected or shaped wrongly."""
+    """UserError that names each key of `state_dict` that is missing, unexpected or of the wrong shape."""
     faults = []
     if missing := sorted(expected.keys() - state_dict.keys()):
         faults.append(f"missing {some(missing)}")
@@ -186,59 +195,63 @@ def check_keys(state_dict: Mapping[str, Any], expected: Mapping[str, tuple[int, 
     if shapes:
         faults.append(f"wrong shapes: {some(sorted(shapes))}")
     if faults:
-        raise UserError(
-            f"{where} does not fit its config: {'; '.join(faults)}. Nothing was loaded; fetch weights and config "
-            "again, both from one place"
-        )
+        raise _misfit(where, "; ".join(faults))
+
+
+def _misfit(where: str, faults: str) -> UserError:
+    return UserError(
+        "model_mismatch",
+        f"{where}: the weights do not match their config: {faults}. Nothing was loaded; fetch both again, from the "
+        "same source.",
+    )
 
 
 def some(names: list[str], most: int = 12) -> str:
+    """Names for a message: the first `most`, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _set_adapters_aside(
-    state_dict: Mapping[str, Any], expected: Iterable[str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Splits off adapter tensors, but only those of a layer that the model has: others stay, to be refused by name."""
-    models = {key.rpartition(".")[0] for key in expected}
-    found = {key: _ADAPTER_KEY.match(key) for key in state_dict}
-    adapters = {key for key, match in found.items() if match and match["module"] in models}
-    kept = {key: tensor for key, tensor in state_dict.items() if key not in adapters}
-    return kept, tuple(sorted(adapters))
+def _without_adapters(state_dict: Mapping[str, Any], expected: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state without the adapter tensors of layers that the model has, and the names of these tensors. Others stay,
+    so that a later check can report them."""
+    layers = {key.rpartition(".")[0] for key in expected}
+    matches = {key: _ADAPTER_KEY.match(key) for key in state_dict}
+    adapters = {key for key, match in matches.items() if match and match["module"] in layers}
+    return {key: tensor for key, tensor in state_dict.items() if key not in adapters}, tuple(sorted(adapters))
 
 
 def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `FluxTransformer2DModel` in `config` and a student's settings, without diffusers' own
-    bookkeeping keys."""
+    """The arguments of `FluxTransformer2DModel` in `config` and a student's settings, without diffusers' private
+    keys."""
     return {key: value for key, value in config.items() if not key.startswith("_") or key == settings.KEY}
 
 
 def check_layers(config: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
-    """UserError unless the weights have as many blocks as their config says: before such a model is built."""
-    for kind, found in count_blocks(keys).items():
-        if (said := config.get(kind)) is not None and said != found:
-            raise UserError(
-                f"{where} does not fit its config: {kind} is {said}, and the weights have {found} such blocks. "
-                "Nothing was loaded; fetch weights and config again, both from one place"
-            )
+    """UserError unless the weights have as many blocks as their config says. Called before such a model is built."""
+    for kind, count in count_blocks(keys).items():
+        if (stated := config.get(kind)) is not None and stated != count:
+            raise _misfit(where, f"{kind} is {stated}, and the weights have {count} such blocks")
 
 
 def count_blocks(keys: Iterable[str]) -> dict[str, int]:
     """The number of blocks of each kind that have weights, under its name in a config."""
-    found = dict.fromkeys(_BLOCKS.values(), 0)
+    counts = dict.fromkeys(_BLOCKS.values(), 0)
     for key in keys:
         if match := _BLOCK_KEY.match(key):
             kind = _BLOCKS[match[1]]
-            found[kind] = max(found[kind], int(match[2]) + 1)
-    return found
+            counts[kind] = max(counts[kind], int(match[2]) + 1)
+    return counts
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a FLUX transformer's tensors, from its config. UserError if no model can be built from it."""
     models.check(config, "the transformer's config")
     try:
         with torch.device("meta"):
             model = FluxTransformer2DModel.from_config(dict(config))
     except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise UserError(f"no transformer can be built from this config ({describe(error)}); fetch it again") from error
+        raise UserError(
+            "model_unsupported", f"This config does not describe a transformer ({describe(error)}). Fetch it again."
+        ) from error
     assert isinstance(model, FluxTransformer2DModel)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

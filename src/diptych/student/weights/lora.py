@@ -1,15 +1,15 @@
-"""LoRA files on top of a student: every key must find its layer, or nothing is loaded.
+"""LoRA files on top of a student: every key must match a layer, or nothing is loaded.
 
-`lora_file` reads the files; peft's layers hold them, so that diffusers' own calls (`set_adapters`, `disable_lora`,
-`unload_lora_weights`) work on them. Alpha is the rank in each of them (the file's own scale is inside B), because peft
-computes `alpha / r` again whenever a scale is set: it then is the scale that was given and nothing else.
+`lora_file` reads the files, and peft's layers store them, so that diffusers' methods (`set_adapters`, `disable_lora`,
+`unload_lora_weights`) work. Alpha is the rank in each layer (B includes the file's scale), because peft computes
+`alpha / r` again whenever a scale is set.
 
-Several LoRAs add up: each adds to the weights what it adds alone, a DoRA too, whatever their order. For that a DoRA
-(Liu et al. 2024) has a variant of peft's LoRA layer here: peft's own computes the norm of every adapted weight again in
-each forward, has it of rows only, and multiplies what earlier adapters added.
+Several LoRAs add up: each one, a DoRA too, adds to the weights what it adds alone, in any order. For this, a DoRA (Liu
+et al. 2024) has a variant of peft's LoRA layer here. peft's variant computes the norm of every adapted weight again in
+each forward pass, supports only rows, and multiplies what earlier adapters add.
 
-The released LoRA was trained beside two input layers. One on `x_embedder` sees the noisy canvas only, so for the folded
-layer its input side is padded with zero columns: exact. One on `c_embedder` has no counterpart and is refused by name.
+The released LoRA was trained with two input layers. One on `x_embedder` reads only the noisy canvas, so zero columns
+are appended to its A for the folded layer, which is exact. One on `c_embedder` has no counterpart and is an error.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
 
 
 def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: str | None = None) -> str:
-    """Loads one LoRA file onto `pipe`, beside those that are active, and returns its adapter name.
+    """Loads a LoRA file onto `pipe`, in addition to active ones, and returns its adapter name.
 
-    Raises UserError, naming the keys, when any of them finds no layer.
+    UserError that names the keys, if any of them has no layer.
     """
     path = lora_file(Path(path))
     deltas = read_lora(path)
     named = dict.fromkeys(layer.partition(".")[0] for layer in deltas)
-    if lacking := [component for component in named if getattr(pipe, component, None) is None]:
+    if absent := [component for component in named if getattr(pipe, component, None) is None]:
         raise UserError(
-            f"{path} adapts {' and '.join(lacking)}, which this student does not have. Nothing was loaded; give a base "
-            "with text encoders"
+            "lora_mismatch",
+            f"{path} adapts {' and '.join(absent)}, which this student does not have. Nothing was loaded; pass a base "
+            "with text encoders.",
         )
     check_widths(deltas, path, lambda layer: _widths(pipe, layer))
     name = name or _free_name(pipe, path)
@@ -58,11 +59,10 @@ def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: s
 
 
 def fuse_loras(pipe: DiptychPipeline) -> None:
-    """Adds the active LoRAs, at their scales, into the weights of every component and takes the adapter layers away:
-    faster, and needed before quantizing or saving.
+    """Adds the active LoRAs, at their scales, to the weights of every component and removes the adapter layers. This is
+    faster, and required before quantizing or saving.
 
-    Weights that are quantized already (GGUF) cannot take them; there they stay beside the weights, which computes the
-    same.
+    LoRAs on quantized weights (GGUF) stay separate, with the same result.
     """
     for component in COMPONENTS:
         model: Any = getattr(pipe, component, None)
@@ -92,12 +92,12 @@ def _fuse_layer(layer: Any) -> None:
 
 
 def _add(model: Any, deltas: Mapping[str, Delta], name: str, scale: float) -> None:
-    """Puts adapter layers around the named linears of `model` and makes them active beside those that are."""
+    """Wraps the named linear layers of `model` in adapter layers and activates these in addition to active ones."""
     active = next((list(layer.active_adapters) for layer in _adapted(model)), [])
-    names = "|".join(map(re.escape, deltas))  # whole: in a list, `proj_out` would be that of every block, too
+    names = "|".join(map(re.escape, deltas))  # an expression: in a list, `proj_out` would match that of every block
     config = LoraConfig(**ranks_of(deltas), target_modules=names, inference_mode=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
         inject_adapter_in_model(config, model, adapter_name=name, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True
     for target, delta in deltas.items():
@@ -105,15 +105,15 @@ def _add(model: Any, deltas: Mapping[str, Delta], name: str, scale: float) -> No
         weight = layer.get_base_layer().weight
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
 
-        def held(tensor: torch.Tensor, weight: Any = weight, dtype: torch.dtype = dtype) -> torch.nn.Parameter:
+        def frozen(tensor: torch.Tensor, weight: Any = weight, dtype: torch.dtype = dtype) -> torch.nn.Parameter:
             return torch.nn.Parameter(tensor.to(weight.device, dtype), requires_grad=False)
 
-        layer.lora_A[name].weight = held(delta.padded(layer.in_features).a)
-        layer.lora_B[name].weight = held(delta.b)
+        layer.lora_A[name].weight = frozen(delta.padded(layer.in_features).a)
+        layer.lora_B[name].weight = frozen(delta.b)
         if delta.bias is not None:
-            layer.lora_B[name].bias, layer.lora_bias[name] = held(delta.bias), True
+            layer.lora_B[name].bias, layer.lora_bias[name] = frozen(delta.bias), True
         if delta.magnitude is not None:
-            layer.lora_magnitude_vector[name] = Magnitude(held(delta.magnitude.float(), dtype=torch.float32))
+            layer.lora_magnitude_vector[name] = Magnitude(frozen(delta.magnitude.float(), dtype=torch.float32))
             layer.lora_variant[name], layer.use_dora[name] = Dora(), True
     for layer in _adapted(model):
         layer.set_adapter([*active, name], inference_mode=True)
@@ -133,13 +133,13 @@ def _unload(model: Any) -> None:
 
 
 def _module_name(model: Any, layer: str) -> str:
-    """The module's name in this model: transformers before version 5 had CLIP's layers inside `text_model`."""
+    """The module's name in this model. transformers before version 5 has CLIP's layers inside `text_model`."""
     return f"text_model.{layer}" if hasattr(model, "text_model") else layer
 
 
 def _widths(pipe: DiptychPipeline, layer: str) -> tuple[int, int, bool] | None:
-    """(in, out) features of a linear of the pipeline and whether it has a bias, looked at through an adapter that wraps
-    it already; None if there is none."""
+    """(in features, out features, has a bias) of a linear layer of the pipeline, or of the layer that an adapter wraps.
+    None if there is no such layer."""
     component, _, name = layer.partition(".")
     model = getattr(pipe, component, None)
     try:
@@ -147,9 +147,9 @@ def _widths(pipe: DiptychPipeline, layer: str) -> tuple[int, int, bool] | None:
     except AttributeError:
         return None
     module = getattr(module, "base_layer", module)
-    return (
-        (module.in_features, module.out_features, module.bias is not None) if hasattr(module, "in_features") else None
-    )
+    if not hasattr(module, "in_features"):
+        return None
+    return module.in_features, module.out_features, module.bias is not None
 
 
 def _free_name(pipe: DiptychPipeline, path: Path) -> str:
@@ -160,7 +160,7 @@ def _free_name(pipe: DiptychPipeline, path: Path) -> str:
 
 
 class Magnitude(torch.nn.Module):
-    """The magnitudes of one adapter of one layer, (out, 1) or (1, in)."""
+    """The magnitudes of one DoRA adapter of one layer, (out, 1) or (1, in)."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Magnitude(torch.nn.Module):
         self._scale: float | None = None
 
     def factor(self, layer: Any, name: str) -> torch.Tensor:
-        """m / ||W + s B A||, float32, for the scale that is set now."""
+        """m / ‖W + s B A‖, float32, for the current scale s."""
         scale = layer.scaling[name]
         if self._factor is None or self._scale != scale:
             a, b = (x.weight.float() for x in (layer.lora_A[name], layer.lora_B[name]))
@@ -185,7 +185,7 @@ class Dora(LoraVariant):
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         a, b, scale = module.lora_A[active_adapter], module.lora_B[active_adapter], module.scaling[active_adapter]
         scaled = module.lora_magnitude_vector[active_adapter].factor(module, active_adapter).to(x.device)
-        x = x[..., : a.weight.shape[1]]  # the release's x_embedder saw no condition
+        x = x[..., : a.weight.shape[1]]  # the release's x_embedder has no condition
         base = module.get_base_layer()
         if scaled.shape[1] == 1:
             rows = scaled[:, 0]
@@ -201,7 +201,9 @@ class Dora(LoraVariant):
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         raise UserError(
-            f"{active_adapter} is a DoRA; load it with fuse=True, or call diptych.student.weights.lora.fuse_loras(pipe)"
+            "lora_unsupported",
+            f"peft cannot fuse the DoRA {active_adapter}. Load it with fuse=True, or call "
+            "diptych.student.weights.lora.fuse_loras(pipe).",
         )
 
     @staticmethod
@@ -212,13 +214,13 @@ class Dora(LoraVariant):
 
 
 def _product(base: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """W x, by the layer itself, which may hold W quantized; of the first columns of W where x has no more."""
+    """W x, computed by the layer, whose W may be quantized. Zeros are appended to an x with fewer columns than W."""
     y = base(F.pad(x, (0, base.in_features - x.shape[-1])).to(dtype))
     return y if base.bias is None else y - base.bias.to(y.dtype)
 
 
 def _dense(base: Any) -> torch.Tensor:
-    """A layer's weight, float32, dequantized where it is not plain."""
+    """A layer's weight in float32, dequantized if it is quantized."""
     weight = base.weight.data if base.weight.dtype.is_floating_point else base.weight
     if hasattr(weight, "quant_type"):
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor

@@ -1,8 +1,8 @@
-"""Black Forest Labs' own keys of a FLUX transformer as diffusers' keys, and back: `original.yaml` names the layers.
+"""Black Forest Labs' keys of a FLUX transformer as diffusers' keys, and back. `original.yaml` names the layers.
 
-diffusers' own converter fixes the width at 3072; this one takes it from the tensors, and works on tensors that are
-still on disk. Black Forest Labs keep q, k and v (and, in single blocks, the MLP's first linear) in one matrix,
-which is cut by rows, and order shift and scale of the last modulation the other way round.
+diffusers' converter fixes the width at 3072. This one takes it from the tensors, and works on tensors that are still on
+disk. Black Forest Labs store q, k and v (and, in single blocks, the MLP's first linear) in one matrix, which is split
+by rows. They also order shift and scale of the last modulation the other way round.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from diptych.student.weights.tensors import Stored
 from diptych.utils.documents import facts
 
 INPUT = "img_in"
-MODULATION = "final_layer.adaLN_modulation.1"  # shift and scale the other way round
+MODULATION = "final_layer.adaLN_modulation.1"  # shift and scale are the other way round
 _LAYERS: Mapping[str, Mapping[str, list[str]]] = facts(__file__)
 _FOLDERS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 _NORMS = ("query_norm", "key_norm")  # their weight is called `scale`
 
 
 def layer_names(blocks: str = "") -> Iterable[str]:
-    """Names of the layers in a kind of block, as its owner writes them (`double_blocks`, `transformer_blocks`, …); or
-    of those outside of blocks, in both spellings."""
+    """Names of the layers in a kind of block, in the spelling that `blocks` belongs to (`double_blocks`,
+    `transformer_blocks`, …). For "", the layers outside of blocks, in both spellings."""
     if blocks in _FOLDERS:
         return _LAYERS[blocks]
     theirs = next((name for name, folder in _FOLDERS.items() if folder == blocks), "")
@@ -32,12 +32,12 @@ def layer_names(blocks: str = "") -> Iterable[str]:
 
 
 def folder_of(blocks: str) -> str:
-    """diffusers' name of a kind of block."""
+    """diffusers' name of a kind of block of Black Forest Labs."""
     return _FOLDERS[blocks]
 
 
 def layers_of(layer: str) -> tuple[str, ...]:
-    """diffusers' layers for one of Black Forest Labs', in the order of its rows; none if there is no such layer."""
+    """diffusers' layers for one of Black Forest Labs' layers, in the order of its rows. Empty for an unknown layer."""
     if layer in _LAYERS[""]:
         return tuple(_LAYERS[""][layer])
     blocks, _, rest = layer.partition(".")
@@ -48,17 +48,17 @@ def layers_of(layer: str) -> tuple[str, ...]:
 
 
 def original_of(layer: str) -> str | None:
-    """Black Forest Labs' layer that one of diffusers' is, or is a part of; None if there is no such layer."""
+    """Black Forest Labs' layer that a layer of diffusers is equal to, or a part of. None for an unknown layer."""
     folder, _, rest = layer.partition(".")
     number, _, inner = rest.partition(".")
     blocks = next((theirs for theirs, ours in _FOLDERS.items() if ours == folder), "")
     wanted = inner if blocks else layer
-    found = next((theirs for theirs, names in _LAYERS[blocks].items() if wanted in names), None)
-    return f"{blocks}.{number}.{found}" if found and blocks else found
+    name = next((theirs for theirs, names in _LAYERS[blocks].items() if wanted in names), None)
+    return f"{blocks}.{number}.{name}" if name and blocks else name
 
 
 def to_original(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """diffusers' keys as Black Forest Labs': the way back of `from_original`, bit for bit."""
+    """diffusers' keys as Black Forest Labs' keys: the inverse of `from_original`, bit for bit."""
     out: dict[str, Stored] = {}
     for key, tensor in tensors.items():
         layer, _, part = key.rpartition(".")
@@ -74,12 +74,12 @@ def to_original(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def is_original(keys: Iterable[str]) -> bool:
-    """Whether these are Black Forest Labs' own keys."""
+    """Whether these are Black Forest Labs' keys."""
     return f"{INPUT}.weight" in keys
 
 
 def from_original(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Black Forest Labs' keys as diffusers' keys. A key of neither keeps its name, to be refused by it later."""
+    """Black Forest Labs' keys as diffusers' keys. An unknown key keeps its name; a later check reports it."""
     width = tensors[f"{INPUT}.weight"].shape[0]
     out: dict[str, Stored] = {}
     for key, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""Tensors that stay on disk until they are wanted, and safetensors files written one tensor at a time.
+"""Tensors that stay on disk until they are needed, and safetensors files written one tensor at a time.
 
-A `Stored` knows its shape and dtype and how to be read. Converting 24 GB is then a matter of composing `Stored`s and
-writing them in order: what is in memory at once is one tensor. safetensors files are mapped, so even that one is the
-file's own pages.
+A `Stored` has the shape and dtype of a tensor and a function that reads it. Converting 24 GB composes `Stored`s and
+writes them in order, so only one tensor is in memory at a time. safetensors files are memory-mapped, so even that one
+consists of the file's pages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor not yet read. `read` may be called again and must give the same values."""
+    """A tensor that has not been read. `read` may be called several times and must return the same values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize if self.packed is None else self.packed
 
     def to(self, dtype: torch.dtype | None) -> Stored:
-        """Cast when read, if it is floating point and a dtype is given."""
+        """The same tensor, cast to `dtype` when it is read. Integers and None change nothing."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         return Stored(self.shape, dtype, lambda: self.read().to(dtype))
@@ -62,45 +62,47 @@ class Stored:
 
 
 def held(tensor: torch.Tensor) -> Stored:
-    """A tensor that is in memory already."""
+    """Wraps a tensor that is in memory."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Every tensor of a safetensors file, unread, and its metadata; UserError if it is missing, cut short or damaged.
+    """Every tensor of a safetensors file, unread, and the file's metadata.
 
-    The library holds the header against the file's size, so a truncated file is found here, before anything is read.
+    The library compares the header with the file's size, so a truncated file fails here, before anything is read.
+    UserError if the file is missing, truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise UserError(f"{path} is missing; is the folder complete?")
+        raise UserError("model_incomplete", f"Weights not found: {path}. Check that the folder is complete.")
     try:
         file: Any = safe_open(path, "pt")
-        shapes = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in shapes.items()}
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        headers = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
         metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise damaged(path, "safetensors", error) from error
-    if strange := sorted({name for _, name in found.values()} - _DTYPES.keys()):
-        raise UserError(f"{path} holds tensors of type {', '.join(strange)}, which cannot be opened here")
+    if unknown := sorted({name for _, name in headers.values()} - _DTYPES.keys()):
+        raise UserError("model_unsupported", f"{path} has tensors of an unsupported type: {', '.join(unknown)}.")
     read = file.get_tensor
     tensors = {
         key: Stored(shape, _DTYPES[name], lambda key=key: read(key))  # the library's copy-free mapping
-        for key, (shape, name) in found.items()
+        for key, (shape, name) in headers.items()
     }
     return tensors, metadata
 
 
 def damaged(path: Path, kind: str, error: Exception) -> UserError:
-    """What is said of a file that should be of a kind and is not."""
+    """The error for a file that cannot be read as its kind (`safetensors`, `GGUF`)."""
     with path.open("rb") as file:
-        pointer = file.read(len(_POINTER)) == _POINTER
-    if pointer:
-        return UserError(f"{path} is a Git LFS pointer and not the file itself; fetch that: git lfs pull")
+        is_pointer = file.read(len(_POINTER)) == _POINTER
+    if is_pointer:
+        return UserError("model_incomplete", f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull.")
     return UserError(
-        f"{path} ({path.stat().st_size:,} bytes) is not a whole {kind} file ({describe(error)}); "
-        "it was probably cut short while being copied: fetch it again"
+        "weights_damaged",
+        f"{path} ({path.stat().st_size:,} bytes) is not a complete {kind} file ({describe(error)}). "
+        "It was probably truncated while it was copied; fetch it again.",
     )
 
 
@@ -110,13 +112,14 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a safetensors file tensor by tensor; equal tensors and metadata give equal bytes.
+    """Writes a safetensors file tensor by tensor. Equal tensors and metadata give equal bytes.
 
-    The order is the library's own: wide dtypes first, then by name, which keeps every tensor aligned.
-    `report(done, total)` counts bytes.
+    The order is the library's: wide dtypes first, then by name, which keeps every tensor aligned. `format: pt` comes
+    before the sorted metadata, unless that has a `format`. `report(done, total)` counts bytes.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+    named = dict(sorted((metadata or {}).items()))
+    header: dict[str, Any] = {"__metadata__": named if "format" in named else {"format": "pt", **named}}
     total = 0
     for key in order:
         tensor, start = tensors[key], total
@@ -134,8 +137,3 @@ def write_safetensors(
             done += tensors[key].nbytes
             if report:
                 report(done, total)
-
-
-# One thread at a time makes modules. diffusers and transformers patch torch for the whole process while they read
-# weights, so a module that another thread builds meanwhile is left without values. A server with a worker for each
-# device has such threads.
