@@ -406,7 +406,7 @@ def tokens(arguments: argparse.Namespace) -> dict[str, Any]:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-        put_on(pipe, PRESETS["exact"])
+        apply_speed(pipe, PRESETS["exact"])
     cases: dict[str, Any] = {}
     for case, scales in (("unguided", UNGUIDED), ("guided", GUIDED)):
 
@@ -420,7 +420,7 @@ def tokens(arguments: argparse.Namespace) -> dict[str, Any]:
 
         cases[case] = _beside_diptych({name: way(pipe) for name, pipe in pipes.items()}, arguments, device)
     for pipe in pipes.values():
-        take_off(pipe)
+        remove_speed(pipe)
     cases["training step"] = _beside_diptych(
         {name: _training(pipe, side, text) for name, pipe in pipes.items()}, arguments, device
     )

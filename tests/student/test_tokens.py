@@ -17,7 +17,7 @@ from diptych.student.canvas import Canvas, kept_size
 from diptych.student.pipeline import DiptychPipeline
 from diptych.student.references import References, TokenStyle, token_ids
 from diptych.student.runtime import speed
-from diptych.student.runtime.applied import put_on, take_off
+from diptych.student.runtime.applied import apply_speed, remove_speed
 from diptych.student.settings import Settings, register
 from student.conftest import LENGTH, PANEL
 
@@ -220,14 +220,14 @@ def test_speed_settings_that_skip_nothing_change_nothing(student: Any, name: str
     call = (["a cat", "a dog", "snow", "moon"], [a, b, None, [a, b]], [0, 1, 2, 3])
     plain = drawn(student, *call, **GUIDED)
     switches = [] if name == "exact" else [name, "cache_threshold=0", "cache_warmup=4"]
-    put_on(student, speed.parse("exact", switches))
+    apply_speed(student, speed.parse("exact", switches))
     try:
         torch.testing.assert_close(drawn(student, *call, **GUIDED), plain, rtol=0, atol=5e-6)
         if student.runtime.step_cache is not None:  # the pass over the references is no step
             # Steps 0 and 1 are not guided; then three rows have three forwards, the one without a reference two.
             assert student.runtime.step_cache.computed == 2 * 4 + 2 * (3 * 3 + 2)
     finally:
-        take_off(student)
+        remove_speed(student)
 
 
 def test_a_step_cache_follows_the_target_and_narrows_the_keys(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_a_step_cache_follows_the_target_and_narrows_the_keys(teacher: Path, mon
     rows = attention.Keys.rows
     monkeypatch.setattr(attention.Keys, "rows", lambda keys, index: (narrowed.append(len(index)), rows(keys, index))[1])
     call = (["a cat", "a dog", "moon"], [picture(PANEL, PANEL, seed) for seed in range(3)], [0, 1, 2])
-    put_on(pipe, speed.parse("exact", ["cache=first_block", "cache_threshold=0.3", "cache_warmup=1"]))
+    apply_speed(pipe, speed.parse("exact", ["cache=first_block", "cache_threshold=0.3", "cache_warmup=1"]))
     together = drawn(pipe, *call, num_inference_steps=24)
     cache = pipe.runtime.step_cache
     assert cache is not None and cache.skipped > 0 and cache.computed > 0

@@ -149,7 +149,8 @@ def student_channels(config: Mapping[str, Any], where: str = "This transformer")
         if channels != out:
             raise UserError(
                 "model_mismatch",
-                f"{where} takes {channels} channels and gives {out}; one that takes tokens gives as many",
+                f"{where} has {channels} input channels and {out} output channels; with conditioning tokens, a student "
+                "has as many of both.",
             )
         return out
     if channels == out:
