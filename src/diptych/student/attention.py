@@ -1,10 +1,10 @@
 """Keys and values of reference tokens, computed once: attention for `distill.reference_attention: self`.
 
-Reference tokens that attend to themselves alone depend on nothing that changes while an image is sampled. So they go
-through the transformer once (`capture`), at noise level 0 and without text, and each attention layer's keys and values
-are recorded after the rotary embedding. In the main pass, text and target attend to their own tokens and to these.
+Reference tokens that attend only to themselves do not change while an image is sampled. So they pass through the
+transformer once (`capture`), at noise level 0 and without text, and each attention layer's keys and values are recorded
+after the rotary embedding. In the main pass, text and target attend to all their tokens and to these.
 
-    install(transformer)                                     # stock attention that can do both
+    install(transformer)                                     # adds both to stock attention
     keys = capture(transformer, tokens, ids)                 # one pass over the reference tokens
     transformer(..., joint_attention_kwargs={"references": keys})
 """
@@ -18,19 +18,19 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
 
-GUIDANCE = 1.0  # distilled guidance of the reference pass, whatever that of the main pass
+GUIDANCE = 1.0  # distilled guidance of the reference pass, independent of the main pass
 
 
 class Keys:
-    """Keys and values of the reference tokens in each attention layer; `rows` selects rows of the batch."""
+    """Keys and values of the reference tokens in each attention layer. `rows` selects rows of the batch."""
 
     def __init__(self) -> None:
         self._of: dict[FluxAttention, tuple[torch.Tensor, torch.Tensor]] = {}
         self._index: torch.Tensor | None = None
 
     def record(self, layer: FluxAttention, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Both are (B, R, heads, head size). A layer that is recorded already is left as it is: a checkpointed block
-        runs twice, and the main pass has read the first tensors."""
+        """Records key and value (B, R, heads, head size) of a layer. Later calls for a layer have no effect: a
+        checkpointed block runs twice, and the main pass uses the first tensors."""
         self._of.setdefault(layer, (key, value))
 
     def of(self, layer: FluxAttention) -> tuple[torch.Tensor, ...]:
@@ -43,16 +43,16 @@ class Keys:
         )
 
     def rows(self, index: torch.Tensor) -> Keys:
-        """Those of some rows, in this order; `index` (B,) may repeat rows."""
-        found = Keys()
-        found._of = self._of
-        found._index = index.cpu() if self._index is None else self._index[index.cpu()]
-        return found
+        """The keys and values of the rows in `index` (B,), which may repeat rows."""
+        selected = Keys()
+        selected._of = self._of
+        selected._index = index.cpu() if self._index is None else self._index[index.cpu()]
+        return selected
 
 
 class ReferenceAttnProcessor(FluxAttnProcessor):
-    """diffusers' `FluxAttnProcessor`, which with `captured` also records keys and values, and with `references` also
-    attends to recorded ones. Without either it is the stock processor."""
+    """diffusers' `FluxAttnProcessor` with two options: `captured` records keys and values, and `references` are further
+    keys and values to attend to. Without options it is the stock processor."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -91,19 +91,19 @@ class ReferenceAttnProcessor(FluxAttnProcessor):
 
 
 def install(transformer: torch.nn.Module) -> None:
-    """Gives each attention layer this processor, with the attention back-end that was set. Repeating it is harmless."""
+    """Sets this processor in each attention layer, with the layer's attention back-end. It may be called again."""
     for module in transformer.modules():
         if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
-            stock, own = module.processor, ReferenceAttnProcessor()
-            own._attention_backend, own._parallel_config = stock._attention_backend, stock._parallel_config
-            module.set_processor(own)
+            stock, processor = module.processor, ReferenceAttnProcessor()
+            processor._attention_backend, processor._parallel_config = stock._attention_backend, stock._parallel_config
+            module.set_processor(processor)
 
 
 def capture(transformer: Any, tokens: torch.Tensor, ids: torch.Tensor, attention: dict[str, Any] | None = None) -> Keys:
     """Keys and values of reference tokens (B, R, C) at positions `ids` (R, 3), from one pass at noise level 0, with no
     text tokens and zeros for the pooled text. `attention` is diffusers' joint_attention_kwargs.
 
-    `transformer` may wrap the model (DDP); gradients flow.
+    `transformer` may wrap the model (DDP). Gradients are computed.
     """
     keys, model = Keys(), getattr(transformer, "module", transformer)
     rows, config = len(tokens), model.config

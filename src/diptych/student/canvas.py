@@ -1,13 +1,13 @@
-"""The diptych canvas: where the two panels lie, in pixels and in tokens, and how a reference is fitted to one.
+"""The diptych canvas: the two panels in pixels and in tokens, and fitting a reference to a panel.
 
 The student denoises one 1×2 canvas [reference | target] (the release's 512×1024 canvas is two 512² panels).
-The VAE shrinks it by its factor, and FLUX packs 2×2 latents into one token, row by row. So the tokens of a panel are
-*columns* of the canvas, not one contiguous half of the sequence. Shapes: B batch, C latent channels, H×W canvas pixels,
-R×K token rows and columns.
+The VAE downsamples it by its factor, and FLUX packs 2×2 latents into one token, row by row. So the tokens of a panel
+are *columns* of the canvas, not one contiguous half of the sequence. Shapes: B batch, C latent channels, H×W canvas
+pixels, R×K token rows and columns.
 
-A student of the `channel` conditioning has a canvas of the target panel alone: its reference lies in the target's own
-condition channels, pixel on pixel, as stock FLUX-Control has it. So has one of the `tokens` conditioning, whose
-references are clean tokens beside the canvas (`references`). The left panel is then empty: no tokens, no pixels.
+A student of `channel` conditioning has a canvas with only the target panel. Its reference is in the target's condition
+channels, aligned pixel by pixel, as in stock FLUX-Control. A student of `tokens` conditioning has only the target panel
+too; its references are clean tokens beside the canvas (`references`). The left panel then has no tokens and no pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLACK = -1.0  # the right half of the condition canvas, in the VAE's range [-1, 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A 1×2 canvas of two panels, or of one. Sizes of a panel are in pixels; `factor` is the VAE's downsampling."""
+    """A 1×2 canvas of two panels, or of one panel. Sizes are in pixels; `factor` is the VAE's downsampling."""
 
     panel_height: int
     panel_width: int
@@ -64,22 +64,24 @@ class Canvas:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole canvas: the image sequence length that FLUX's schedule shift depends on."""
+        """Tokens of the whole canvas, on which FLUX's schedule shift depends."""
         return self.rows * self.columns
 
 
 def check_panel_size(height: int, width: int, factor: int) -> None:
-    """Raises UsageError unless both sides are positive multiples of 2 × the VAE factor (latents are packed 2×2)."""
+    """UsageError unless both sides are positive multiples of 2 × the VAE factor, because latents are packed 2×2."""
     unit = 2 * factor
     for name, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % unit:
             raise UsageError(
-                f"panel {name} {value!r} is not a multiple of {unit} pixels for this model; try {_near(value, unit)}"
+                "size_invalid",
+                f"The panel {name} must be a multiple of {unit} pixels for this model, not {value!r}. Try "
+                f"{_near(value, unit)}.",
             )
 
 
 def _near(value: object, unit: int) -> str:
-    """The multiples of `unit` on both sides of a number, to read."""
+    """The multiples of `unit` below and above a number, as text."""
     if not isinstance(value, (int, float)) or not unit < value < float("inf"):
         return str(unit)
     below = int(value // unit) * unit
@@ -127,23 +129,22 @@ def split_panels(canvas: torch.Tensor, panels: int = 2) -> tuple[torch.Tensor, t
 
 
 def join_panels(left: torch.Tensor, right: torch.Tensor, panels: int = 2) -> torch.Tensor:
-    """Two panels (B, C, H, w) side by side: (B, C, H, 2w); the right one alone on a canvas of one."""
+    """Two panels (B, C, H, w) side by side: (B, C, H, 2w). On a canvas of one panel, only the right one."""
     return torch.cat([left, right], dim=-1) if panels == 2 else right
 
 
 def condition_canvas(reference: torch.Tensor, panels: int = 2) -> torch.Tensor:
-    """[reference | black]: pixels (B, 3, H, w) in [-1, 1] to the condition canvas (B, 3, H, 2w); the reference itself
-    on a canvas of one panel."""
+    """Pixels (B, 3, H, w) in [-1, 1] to the condition canvas [reference | black], (B, 3, H, 2w). On a canvas of one
+    panel, only the reference."""
     return join_panels(reference, torch.full_like(reference, BLACK)) if panels == 2 else reference
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:
-    """`image` as an RGB panel of height × width pixels, its aspect ratio kept.
+    """`image` as an RGB panel of height × width pixels, with its aspect ratio.
 
-    - `crop`: scaled to cover the panel, the overhang cut evenly from both sides (the default).
-    - `pad`: scaled to fit inside, the rest filled with white.
-    - `contain`: scaled to fit inside, the rest filled by repeating the picture's own edge pixels, so that no hard bars
-      enter the reference.
+    - `crop`: scaled to cover the panel, and cropped evenly on both sides (the default).
+    - `pad`: scaled to fit inside, and padded with white.
+    - `contain`: scaled to fit inside, and padded with the image's edge pixels, so that the reference has no hard bars.
     """
     from PIL import Image, ImageOps
 

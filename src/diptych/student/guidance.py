@@ -1,13 +1,13 @@
-"""True guidance, as the release samples: which forwards a step needs, and how their velocities are combined.
+"""True guidance, as the release samples: the forward passes of a step, and the combination of their velocities.
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 
-It is a weighted sum with weights 1 − i, i − t and t, so a forward whose weight is 0 need not run: none of "null" where
-i = 1, none of "reference" where i = t (a third of the work, at equal scales), none of "cond" where t = 0.
+It is a weighted sum with weights 1 − i, i − t and t, so a forward pass with weight 0 is skipped: "null" if i = 1,
+"reference" if i = t (a third of the work, at equal scales), "cond" if t = 0.
 
-"null" is told of no reference, but on the canvas that all forwards share it sees one: the left panel, which shows the
-reference as soon as the noise lets it. What guidance should strengthen is then in both terms of the first difference.
-`NullPanel` gives "null" a left panel of its own, in which no reference ever was.
+The null pass gets no reference condition, but it still sees the reference on the shared canvas: the left panel shows
+the reference once the noise is low enough. Both terms of the first difference then contain what guidance should
+strengthen. `NullPanel` gives the null pass a separate left panel, which never shows the reference.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Branch = tuple["torch.Tensor | References", torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scales i (`image`) and t (`text`), and the steps that are guided: from index `first` up to the share `until`.
+    """Scales i (`image`) and t (`text`), and the guided steps: from index `first` up to the share `until`.
 
-    Guiding an interval of the steps only: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+    Guidance in an interval of the steps: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
     """
 
     image: float = 1.0
@@ -51,14 +51,14 @@ class Guidance:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The forwards of a guided step: those of "cond" (ref, text), "reference" (ref, "") and "null" (0, "") that
-        have a weight."""
+        """The forward passes of a guided step: those of "cond" (ref, text), "reference" (ref, "") and "null" (0, "")
+        whose weight is not 0."""
         weights = {"cond": self.text, "reference": self.image - self.text, "null": 1 - self.image}
         return tuple(name for name, weight in weights.items() if weight)
 
     def combine(self, v: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The formula on the velocities of `needed`."""
-        # Where a weight is 0 its velocity cancels, whatever it is: a neighbour takes its place.
+        # A velocity with weight 0 cancels, so any other one can replace it.
         null = v["null"] if "null" in v else v["reference"] if "reference" in v else v["cond"]
         reference = v.get("reference", null)
         text = v.get("cond", reference)
@@ -68,44 +68,44 @@ class Guidance:
 
 
 class NullPanel:
-    """The left panel of "null": it begins as noise at the first guided step and follows null's own velocity from there.
+    """The separate left panel of the null pass. It starts as noise at the first guided step and then follows the null
+    pass's velocity.
 
-    The right panel is the one that is drawn, so what "null" draws on the left comes to fit it, as the panels of a grid
-    fit each other, and tells it nothing more. The left panel that all see is not guided away from what null has on the
-    left: there null's velocity is replaced.
+    The null pass sees the generated right panel, so its left panel comes to match it, like the panels of a grid. The
+    shared left panel is not guided: there, the null pass's velocity is replaced.
     """
 
     def __init__(self, noise: torch.Tensor, canvas: Canvas, sigmas: torch.Tensor) -> None:
-        """`noise` (B, tokens, C) is what the canvas began as, `sigmas` (steps + 1,) the noise levels."""
+        """`noise` (B, tokens, C) is the canvas's initial noise, `sigmas` (steps + 1,) are the noise levels."""
         self._right = right_tokens(canvas).to(noise.device).view(1, -1, 1)
         self._noise, self._sigmas = noise, sigmas
-        self._own: torch.Tensor | None = None
+        self._left: torch.Tensor | None = None
 
     def see(self, x_t: torch.Tensor, step: int) -> torch.Tensor:
-        """The canvas that "null" is shown at this step: x_t's right panel beside its own left one."""
-        if self._own is None:
-            self._own = self._sigmas[step].to(x_t) * self._noise.to(x_t)
-        return torch.where(self._right, x_t, self._own)
+        """The null pass's canvas at this step: x_t's right panel beside the separate left one."""
+        if self._left is None:
+            self._left = self._sigmas[step].to(x_t) * self._noise.to(x_t)
+        return torch.where(self._right, x_t, self._left)
 
     def moved(self, v: Mapping[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
-        """Takes an Euler step on the left, and gives the velocities as they are to be combined."""
-        assert self._own is not None
-        self._own = self._own + (self._sigmas[step + 1] - self._sigmas[step]).to(self._own) * v["null"]
+        """Takes an Euler step of the left panel, and returns the velocities to combine."""
+        assert self._left is not None
+        self._left = self._left + (self._sigmas[step + 1] - self._sigmas[step]).to(self._left) * v["null"]
         beside = v["reference"] if "reference" in v else v["cond"]
         return {**v, "null": torch.where(self._right, v["null"], beside)}
 
 
 class Alike:
-    """The rows of a batch that are guided alike. Each group is sampled as a batch of its own, so an image does not
-    depend on what else is drawn with it."""
+    """The rows of a batch with equal guidance. Each group is sampled as a separate batch, so that an image does not
+    depend on what else is generated with it."""
 
     def __init__(self, rows: torch.Tensor | slice, guide: Guidance, mark: str = "") -> None:
-        """`rows` index the batch; `mark` tells the groups' forwards apart in step caches."""
+        """`rows` index the batch. `mark` separates the groups' forward passes in step caches."""
         self.rows, self.guide, self._mark = rows, guide, mark
         self._null: NullPanel | None = None
 
     def give_null_a_panel(self, noise: torch.Tensor, canvas: Canvas, sigmas: torch.Tensor) -> None:
-        """A left panel of its own for the null pass, if there is one; `noise` is the whole batch's."""
+        """Gives the null pass, if there is one, a separate left panel. `noise` is that of the whole batch."""
         if "null" in self.guide.needed:
             self._null = NullPanel(noise[self.rows], canvas, sigmas)
 
@@ -118,8 +118,8 @@ class Alike:
         steps: int,
         batched: bool,
     ) -> torch.Tensor:
-        """v of these rows at this step, guided if the step is; x_t (B, tokens, C) and `branches` are the whole
-        batch's, the rest as in `velocities`."""
+        """v of these rows at this step, guided if the step is. x_t (B, tokens, C) and `branches` are those of the whole
+        batch; for the other arguments, see `velocities`."""
 
         def marked(name: str, *inputs: torch.Tensor) -> torch.Tensor:
             return run(name + self._mark, *inputs)
@@ -140,23 +140,22 @@ class Alike:
 
 
 def alike(guides: Sequence[Guidance], layouts: Sequence[Hashable] | None = None) -> list[Alike]:
-    """The rows of a batch in groups that are guided alike, given the guidance of each, and, for reference tokens, the
-    layout of its references."""
+    """The rows of a batch in groups of equal guidance and, for reference tokens, equal `layouts` of references."""
     rows: dict[tuple[Guidance, Hashable], list[int]] = {}
     for row, (guide, layout) in enumerate(zip(guides, layouts or [None] * len(guides), strict=True)):
         rows.setdefault((guide if guide.on else Guidance(), layout), []).append(row)
     if len(rows) == 1:
         return [Alike(slice(None), next(iter(rows))[0])]
-    return [Alike(torch.tensor(own), guide, f" {n}") for n, ((guide, _), own) in enumerate(rows.items())]
+    return [Alike(torch.tensor(equal), guide, f" {n}") for n, ((guide, _), equal) in enumerate(rows.items())]
 
 
 def velocity(groups: Sequence[Alike], run: Callable[..., torch.Tensor], x_t: torch.Tensor, *given: Any) -> torch.Tensor:
-    """v of a whole batch (B, tokens, C) at x_t, from its groups; arguments as in `Alike.velocity`."""
-    made = [group.velocity(run, x_t, *given) for group in groups]
-    if len(made) == 1:
-        return made[0]
-    v = torch.empty_like(x_t, dtype=made[0].dtype)
-    for group, part in zip(groups, made, strict=True):
+    """v of a whole batch (B, tokens, C) at x_t, from its groups. The arguments are those of `Alike.velocity`."""
+    parts = [group.velocity(run, x_t, *given) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    v = torch.empty_like(x_t, dtype=parts[0].dtype)
+    for group, part in zip(groups, parts, strict=True):
         v[group.rows] = part
     return v
 
@@ -164,14 +163,17 @@ def velocity(groups: Sequence[Alike], run: Callable[..., torch.Tensor], x_t: tor
 def velocities(
     velocity: Callable[..., torch.Tensor], branches: Mapping[str, Branch], x: Mapping[str, torch.Tensor], batched: bool
 ) -> dict[str, torch.Tensor]:
-    """v of each branch at its x (B, tokens, C), from one forward of all, if `batched`, or one after another.
+    """v of each branch at its x (B, tokens, C), from one forward pass of all, if `batched`, or one after another.
 
-    `velocity(name, x, condition, text, pooled)` runs the transformer; `name` tells step caches the branches apart.
-    Branches with reference tokens and those without have sequences of different lengths, and are never one batch.
-    UsageError if branches of unequally long texts are to be batched.
+    `velocity(name, x, condition, text, pooled)` runs the transformer; `name` separates the branches in step caches.
+    Branches with and without reference tokens have sequences of different lengths, so they are never one batch.
+    UsageError for a batch of branches whose texts have different lengths.
     """
     if batched and len({text.shape[1] for _, text, _ in branches.values()}) > 1:
-        raise UsageError("batched guidance needs prompt and negative prompt embeddings of the same length")
+        raise UsageError(
+            "option_conflict",
+            "Batched guidance needs prompt and negative prompt embeddings of one length. Set batched_guidance=False.",
+        )
     batches: dict[Any, list[str]] = {}
     for name, (condition, _, _) in branches.items():
         batches.setdefault(getattr(condition, "layout", None) if batched else name, []).append(name)

@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, checked and matched up: a text, a reference and a seed for every image."""
+"""Inputs of a call of the pipeline, checked and matched: a text, a reference and a seed for every image."""
 
 from __future__ import annotations
 
@@ -28,31 +28,36 @@ if TYPE_CHECKING:
 Reference = Image.Image | torch.Tensor | None
 Seed = int | torch.Generator
 OUTPUTS = ("pil", "np", "pt", "latent")
-# Arguments of diffusers' other pipelines, and what stands for them here.
+# Arguments of diffusers' other pipelines, and what to use instead.
 ELSEWHERE = {
-    "control_image": "is stock FLUX-Control's whole canvas; give the reference alone, as image",
-    "true_cfg_scale": "is text_guidance_scale here, beside image_guidance_scale",
-    "ip_adapter_image": "needs an adapter; give the reference as image",
-    "max_area": "is for models that choose their size; give one panel's height and width",
-    "strength": "is for pipelines that start from an image; give the reference as image",
+    "control_image": "is the complete canvas of stock FLUX-Control. Pass the reference as image.",
+    "true_cfg_scale": "is called text_guidance_scale here, beside image_guidance_scale.",
+    "ip_adapter_image": "needs an adapter. Pass the reference as image.",
+    "max_area": "is for models that choose their size. Pass one panel's height and width.",
+    "strength": "is for pipelines that start from an image. Pass the reference as image.",
 }
 
 
-def refuse(unknown: Iterable[str], function: Callable[..., Any]) -> None:
+def refuse(unknown: Iterable[str], function: Callable[..., object]) -> None:
     """UsageError for arguments that a function does not have."""
     for name in unknown:
-        known = inspect.signature(function).parameters
-        raise UsageError(f"{name} {ELSEWHERE.get(name) or f'is no argument of this pipeline{nearest(name, known)}'}")
+        hint = nearest(name, inspect.signature(function).parameters)
+        reason = ELSEWHERE.get(name) or f"is not an argument of this pipeline{hint}"
+        raise UsageError("option_unsuited", f"{name} {reason}")
 
 
 def check(output_type: str, steps: int, repeats: int, shown: Sequence[str], can_be_shown: Sequence[str]) -> None:
-    """UsageError for an unknown output type, for counts below 1, and for tensors that no callback is given."""
+    """UsageError for an unknown output type, for counts below 1, and for tensors that callbacks cannot get."""
     if output_type not in OUTPUTS:
-        raise UsageError(f"unknown output_type '{output_type}': one of {', '.join(OUTPUTS)}")
+        raise UsageError("name_unknown", f"Unknown output_type '{output_type}'. Use one of {', '.join(OUTPUTS)}.")
     if steps < 1 or repeats < 1:
-        raise UsageError("num_inference_steps and num_images_per_prompt are at least 1")
+        raise UsageError("option_invalid", "num_inference_steps and num_images_per_prompt must be at least 1.")
     if others := sorted(set(shown) - set(can_be_shown)):
-        raise UsageError(f"callbacks can be given {list(can_be_shown)}, not {others}")
+        raise UsageError("name_unknown", f"Callbacks cannot get {others}. Use names of {list(can_be_shown)}.")
+
+
+def _wrong_type(name: str, wanted: str, value: object) -> UsageError:
+    return UsageError("argument_type", f"{name} must be {wanted}, not {type(value).__name__}.")
 
 
 def texts(value: str | Sequence[str] | None, count: int) -> list[str] | None:
@@ -60,11 +65,13 @@ def texts(value: str | Sequence[str] | None, count: int) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, (str, list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise UsageError(f"a prompt is a string or a list of strings, not {type(value).__name__}")
-    found = [value] if isinstance(value, str) else list(value)
-    if len(found) not in (1, count):
-        raise UsageError(f"{len(found)} texts for {count} images")
-    return found * count if len(found) == 1 else found
+        raise _wrong_type("A prompt", "a string or a list of strings", value)
+    listed = [value] if isinstance(value, str) else list(value)
+    if len(listed) not in (1, count):
+        raise UsageError(
+            "count_mismatch", f"{len(listed)} texts for {count} images. Pass one text, or one for each image."
+        )
+    return listed * count if len(listed) == 1 else listed
 
 
 def match(
@@ -72,42 +79,45 @@ def match(
 ) -> tuple[list[str] | None, list[Reference]]:
     """Prompts and references, one of each for every row of the batch."""
     if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise UsageError(f"prompt is a string or a list of strings, not {type(prompt).__name__}")
+        raise _wrong_type("prompt", "a string or a list of strings", prompt)
     if isinstance(reference, torch.Tensor) and reference.ndim == 4:
         reference = [*reference]
     references: list[Reference] = list(reference) if isinstance(reference, (list, tuple)) else [reference]  # pyright: ignore
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if prompt is not None else None
     rows = len(prompts) if prompts is not None else len(prompt_embeds) if prompt_embeds is not None else 0
     if not rows:
-        raise UsageError("give prompt or prompt_embeds (at least one)")
+        raise UsageError("option_missing", "Pass prompt or prompt_embeds.")
     count = max(rows, len(references))
     if {rows, len(references)} - {1, count}:
-        raise UsageError(f"{rows} prompts and {len(references)} references: give one of either, or as many of both")
+        raise UsageError(
+            "count_mismatch",
+            f"{rows} prompts and {len(references)} references. Pass one of either, or equal numbers of both.",
+        )
     if prompts is not None and len(prompts) == 1:
         prompts = prompts * count
     return prompts, references * count if len(references) == 1 else references
 
 
 def one_of(image: PipelineImageInput | None, reference: Reference | Sequence[Reference]) -> Any:
-    """The references, by our name or by diffusers' `image`: PIL images, arrays (h, w, 3) and tensors (3, h, w) with
-    values from 0 to 1, a list or a batch of these."""
+    """The references, from `reference` or from diffusers' `image`: PIL images, arrays (h, w, 3) and tensors (3, h, w)
+    with values from 0 to 1, a list or a batch of these."""
     if image is None:
         return reference
     if reference is not None:
-        raise UsageError("give image or reference, not both: they are two names for the reference image")
-    found: list[Any] = []
+        raise UsageError("option_conflict", "image and reference are two names of the reference. Pass one of them.")
+    references: list[Any] = []
     for each in image if isinstance(image, (list, tuple)) else [image]:
         if not isinstance(each, (np.ndarray, torch.Tensor)):
-            found.append(each)
+            references.append(each)
         elif each.min() < 0 or each.max() > 1:
-            raise UsageError("arrays and tensors given as image hold values from 0 to 1")
+            raise UsageError("argument_type", "Arrays and tensors passed as image must have values from 0 to 1.")
         elif isinstance(each, torch.Tensor):
-            found += VaeImageProcessor.numpy_to_pil(
+            references += VaeImageProcessor.numpy_to_pil(
                 VaeImageProcessor.pt_to_numpy(each if each.ndim == 4 else each[None])
             )
         else:
-            found += VaeImageProcessor.numpy_to_pil(each)
-    return found
+            references += VaeImageProcessor.numpy_to_pil(each)
+    return references
 
 
 def seeds(generator: Seed | Sequence[Seed] | None, count: int, repeats: int) -> list[Seed | None]:
@@ -115,12 +125,14 @@ def seeds(generator: Seed | Sequence[Seed] | None, count: int, repeats: int) -> 
     total = count * repeats
     if isinstance(generator, (list, tuple)):
         if len(generator) != total:
-            raise UsageError(f"{len(generator)} generators for {total} images: give one, or one for each image")
+            raise UsageError(
+                "count_mismatch", f"{len(generator)} generators for {total} images. Pass one, or one for each image."
+            )
         return list(generator)
     if isinstance(generator, int) and not isinstance(generator, bool):
         return [generator + j for _ in range(count) for j in range(repeats)]
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise UsageError(f"generator is a seed, a torch.Generator or a list of them, not {type(generator).__name__}")
+        raise _wrong_type("generator", "a seed, a torch.Generator or a list of these", generator)
     return [generator] * total
 
 
@@ -129,38 +141,40 @@ def panel(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
     if isinstance(reference, Image.Image):
         return to_pixels(fit_image(reference, canvas.panel_height, canvas.panel_width, fit))[None]
     if isinstance(reference, torch.Tensor):
-        wanted = (3, canvas.panel_height, canvas.panel_width)
-        if tuple(reference.shape) != wanted:
-            raise UsageError(f"a reference tensor is {wanted} here (a panel in [-1, 1]), not {tuple(reference.shape)}")
-        return reference[None]
-    raise UsageError(f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}")
+        return _checked(reference, (3, canvas.panel_height, canvas.panel_width))
+    raise _wrong_type("A reference", "a PIL image, a tensor or None", reference)
+
+
+def _checked(reference: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A reference tensor as a batch of one. UsageError if it has another shape."""
+    if tuple(reference.shape) != shape:
+        raise UsageError(
+            "argument_type",
+            f"A reference tensor must have shape {shape} and values in [-1, 1], not shape {tuple(reference.shape)}.",
+        )
+    return reference[None]
 
 
 def reference_pixels(reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-    """A reference of tokens conditioning as pixels (1, 3, h, w) in [-1, 1]: an image fitted to the panel or, with fit
-    `keep`, at its own aspect ratio and about the panel's area; a tensor as it is."""
+    """A reference of tokens conditioning as pixels (1, 3, h, w) in [-1, 1]. An image is fitted to the panel or, with
+    fit `keep`, to about the panel's area at its aspect ratio. A tensor may have any size."""
     if isinstance(reference, Image.Image):
         size = kept_size(reference, canvas) if fit == "keep" else (canvas.panel_height, canvas.panel_width)
         return to_pixels(fit_image(reference, *size, "crop" if fit == "keep" else fit))[None]
     if not isinstance(reference, torch.Tensor):
-        raise UsageError(
-            "argument_type", f"a reference is a PIL image, a tensor or None, not {type(reference).__name__}"
-        )
-    if reference.ndim != 3 or len(reference) != 3:
-        raise UsageError(
-            "argument_type", f"a reference tensor is (3, height, width) in [-1, 1], not {tuple(reference.shape)}"
-        )
+        raise _wrong_type("A reference", "a PIL image, a tensor or None", reference)
+    batch = _checked(reference, (3, *reference.shape[-2:]))
     check_panel_size(*reference.shape[1:], canvas.factor)
-    return reference[None]
+    return batch
 
 
 def conditions(
     pipe: DiptychPipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
 ) -> torch.Tensor | References:
-    """The condition of a batch: [reference | black] encoded jointly, (B, tokens, 4C), zeros for a reference of None; or
-    `References`, of which a row may have several.
+    """The condition of a batch: [reference | black] encoded jointly, (B, tokens, 4C), with zeros for a reference of
+    None; or, for tokens conditioning, `References`, of which a row may have several.
 
-    Encoded one at a time, each distinct image once, so that a batch gives the bits of the single calls.
+    Each distinct image is encoded once and separately, so that a batch gives the same bits as single calls.
     """
     if pipe.conditioning == "tokens":
         return _clean(pipe, references, canvas, fit)
@@ -170,16 +184,15 @@ def conditions(
         if isinstance(reference, (list, tuple)):
             raise UsageError(
                 "option_unsuited",
-                f"this student takes one reference an image ({pipe.conditioning} conditioning); several need a student "
-                "of tokens conditioning",
+                f"A student of {pipe.conditioning} conditioning has one reference for each image. Several references "
+                "need a student of tokens conditioning.",
             )
-        if id(reference) not in known:
-            known[id(reference)] = null if reference is None else _condition(pipe, reference, canvas, fit)
+        if reference is None:
+            known[id(reference)] = null
+        elif id(reference) not in known:
+            pixels = condition_canvas(panel(reference, canvas, fit), canvas.panels)
+            known[id(reference)] = _encoded(pipe, pixels)
     return torch.cat([known[id(reference)].float() for reference in references])
-
-
-def _condition(pipe: DiptychPipeline, reference: Reference, canvas: Canvas, fit: str) -> torch.Tensor:
-    return _encoded(pipe, condition_canvas(panel(reference, canvas, fit), canvas.panels))
 
 
 def _clean(
@@ -192,7 +205,7 @@ def _clean(
         images = list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row]
         if row is not None and not images:
             raise UsageError(
-                "count_mismatch", "an empty list of references was given; give None for an image without one"
+                "count_mismatch", "A list of references is empty. Pass None for an image without a reference."
             )
         key = tuple(map(id, images))
         if key not in known:
@@ -207,7 +220,7 @@ def _clean(
 
 
 def _encoded(pipe: DiptychPipeline, pixels: torch.Tensor) -> torch.Tensor:
-    """Packed latents of pixels (1, 3, H, W), remembered between calls if the speed setting says so."""
+    """Packed latents of pixels (1, 3, H, W), cached between calls if the speed setting has `remember`."""
     recall = pipe.runtime.recall
     if not recall.limit:
         return pipe.encode_canvas(pixels)
@@ -215,7 +228,7 @@ def _encoded(pipe: DiptychPipeline, pixels: torch.Tensor) -> torch.Tensor:
     return recall(key, lambda: (pipe.encode_canvas(pixels),))[0]
 
 
-# Texts, embedded -----------------------------------------------------------------------------------------------------
+# Text embeddings -----------------------------------------------------------------------------------------------------
 
 
 def embedded(
@@ -228,51 +241,55 @@ def embedded(
     count: int,
     device: torch.device,
 ) -> Text:
-    """Embeddings (count, L, D) and (count, P), which `encode` makes of texts, or which are given themselves."""
+    """Embeddings (count, L, D) and pooled embeddings (count, P): those passed, or those that `encode` makes of
+    texts."""
     if embeds is None:
         if texts_1 is None:
-            raise UsageError(f"give {what} or {what}_embeds")
+            raise UsageError("option_missing", f"Pass {what} or {what}_embeds.")
         embeds, pooled = encode(texts_1, texts_2)
     elif texts_1 is not None or texts_2 is not None:
-        raise UsageError(f"give {what} or {what}_embeds, not both")
+        raise UsageError("option_conflict", f"Pass {what} or {what}_embeds, not both.")
     elif pooled is None:
         name = "negative_pooled_prompt_embeds" if what.startswith("negative") else "pooled_prompt_embeds"
-        raise UsageError(f"{what}_embeds need {name} from the same text")
+        raise UsageError("option_missing", f"{what}_embeds needs {name} of the same text.")
     embeds, pooled = embeds.to(device), pooled.to(device)
     if {len(embeds), len(pooled)} - {1, count}:
-        raise UsageError(f"{what}: {len(embeds)} embeddings and {len(pooled)} pooled ones for {count} images")
+        raise UsageError(
+            "count_mismatch",
+            f"{what}: {len(embeds)} embeddings and {len(pooled)} pooled embeddings for {count} images.",
+        )
     return embeds.expand(count, -1, -1), pooled.expand(count, -1)
 
 
 def encode(
     pipe: FluxControlPipeline, runtime: Runtime, prompt: list[str], prompt_2: list[str] | None, length: int
 ) -> Text:
-    """What the pipeline's text encoders make of prompts, or made of them before."""
+    """Embeddings of prompts from the pipeline's text encoders, or from the cache."""
 
-    def made(first: list[str], second: list[str] | None) -> Text:
+    def encoded(first: list[str], second: list[str] | None) -> Text:
         runtime.stage("text")
         with _quiet_truncation():
             embeds, pooled, _ = pipe.encode_prompt(first, second, max_sequence_length=length)  # pyright: ignore
         assert embeds is not None and pooled is not None
         return embeds, pooled
 
-    kept = runtime.texts
-    if kept is None:
-        return made(prompt, prompt_2)
-    # Each text alone, so that an embedding does not depend on which others were encoded with it.
-    # A memory preset opens its text encoders again; otherwise another object is another encoder.
-    own = None if runtime.memory is not None else (id(pipe.text_encoder), id(pipe.text_encoder_2))
+    cache = runtime.texts
+    if cache is None:
+        return encoded(prompt, prompt_2)
+    # Each text separately, so that an embedding does not depend on the other texts.
+    # A memory preset loads its text encoders again; otherwise another object is another encoder.
+    encoders = None if runtime.memory is not None else (id(pipe.text_encoder), id(pipe.text_encoder_2))
     rows = []
     for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):
-        key = ("text", first, second, length, own, str(pipe._execution_device))
-        rows.append(kept(key, partial(made, [first], [second] if second is not None else None)))
+        key = ("text", first, second, length, encoders, str(pipe._execution_device))
+        rows.append(cache(key, partial(encoded, [first], [second] if second is not None else None)))
     embeds, pooled = (torch.cat(parts).to(pipe._execution_device) for parts in zip(*rows, strict=True))
     return embeds, pooled
 
 
 @contextmanager
 def _quiet_truncation() -> Iterator[None]:
-    """Holds back diffusers' own truncation messages: they come at every call, and name the wrong part of the text."""
+    """Suppresses diffusers' truncation messages, which come at every call and name the wrong part of the text."""
     logger = logging.getLogger("diffusers.pipelines.flux.pipeline_flux_control")
 
     def quiet(record: logging.LogRecord) -> bool:

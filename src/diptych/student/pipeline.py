@@ -1,10 +1,10 @@
-"""DiptychPipeline: the stock FLUX-Control pipeline, given a reference image. Its call prepares, schedules, denoises and
+"""DiptychPipeline: the stock FLUX-Control pipeline with a reference image. Its call prepares, schedules, denoises and
 decodes; `sampler` has these steps.
 
-Sampling follows the release (github primecai/diffusion-self-distillation), with image guidance > 1 or, unlike the
-release, text guidance > 1 alone, from step index 2 on (`guidance`). Two differences from the release make results
-repeatable: the condition takes the posterior's mode, not a sample; and noise comes from one generator per image, on the
-CPU for a seed: image i of a batch is the image made alone.
+Sampling follows the release (github primecai/diffusion-self-distillation). True guidance starts at step index 2
+(`guidance`), and may be text guidance without image guidance, unlike in the release. Two other differences make results
+repeatable: the condition is the posterior's mode, not a sample; and each image has its own generator, on the CPU for a
+seed, so that image i of a batch equals the image generated alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, Never, Self
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import FluxControlPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
+from PIL.Image import Image
 
 from diptych.errors import UsageError, UserError
 from diptych.student import inputs, sampler
@@ -38,6 +40,7 @@ from diptych.student.weights.lora_file import RELEASED_LORA
 from diptych.utils import models
 from diptych.utils.opening import check_pipeline
 
+Images = list[Image] | np.ndarray | torch.Tensor
 log = logging.getLogger("diptych.student")
 MAX_TEXT_TOKENS = 512
 MAX_PANEL = 512
@@ -45,14 +48,15 @@ MAX_PANEL = 512
 
 @dataclass
 class DiptychOutput(BaseOutput):
-    """`images`: the right panels. `references`: the reconstructed left panels, if they were asked for."""
+    """The output of a call: `images` are the right panels, `references` (with `return_reference`) the left ones."""
 
-    images: Any
-    references: Any = None
+    images: Images
+    references: Images | None = None
 
 
 class DiptychPipeline(FluxControlPipeline):
-    """Stock components, stock weights; see `__call__`. Text encoders may be absent: prompts then come as embeddings."""
+    """A diffusers pipeline of stock components and weights; see `__call__`. Without text encoders, pass prompts as
+    embeddings."""
 
     transformer: Any
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (diffusers' name)
@@ -72,19 +76,19 @@ class DiptychPipeline(FluxControlPipeline):
         )
         adopt(transformer)
         student_channels(transformer.config)
-        self.loaded_from: tuple[Path, ...] = ()  # the model folder and the base folder, as `student.load` found them
-        self.loras: tuple[tuple[Path, float], ...] = ()  # on top of these, each with its scale
-        self.bias_split: BiasSplit | None = None  # of a model that came in the released layout
-        self.ignored_adapters: tuple[str, ...] = ()  # adapter tensors inside its weights, which were not used
-        self.runtime = Runtime()  # memory preset, speed setting and caches that were put on
+        self.loaded_from: tuple[Path, ...] = ()  # paths of the model and of the base
+        self.loras: tuple[tuple[Path, float], ...] = ()  # further LoRAs with their scales
+        self.bias_split: BiasSplit | None = None  # of a model in the released layout
+        self.ignored_adapters: tuple[str, ...] = ()  # names of unused adapter tensors in the weights
+        self.runtime = Runtime()  # memory preset, speed setting and caches
         self._truncated: set[str] = set()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """diffusers'; a whole folder brings its settings and needs no other argument.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: object) -> Self:
+        """Opens a pipeline, with diffusers' arguments. A complete folder has its settings and needs no other argument.
 
-        UserError for a folder that brings code or pickles, one with a LoRA beside its weights, which diffusers would
-        leave out, and for a config that names more layers than its weights have.
+        UserError for a folder with code or pickles; with a LoRA beside its weights, which diffusers would not load; or
+        with a config that names more layers than its weights have.
         """
         folder = Path(pretrained_model_name_or_path)
         models.check_folder(folder)
@@ -93,8 +97,9 @@ class DiptychPipeline(FluxControlPipeline):
         lora = folder / RELEASED_LORA
         if lora.is_file():
             raise UserError(
-                f"{lora} belongs to this student, and DiptychPipeline.from_pretrained does not load it. Open the "
-                "folder with Student.load, or fuse the LoRA: diptych convert FOLDER OUT --to folded --fuse"
+                "lora_unsupported",
+                f"DiptychPipeline.from_pretrained does not load {lora}, which belongs to this student. Open the folder "
+                "with Student.load, or fuse the LoRA: diptych convert FOLDER OUT --to folded --fuse",
             )
         pipe: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if lora.parent.is_dir():
@@ -103,7 +108,7 @@ class DiptychPipeline(FluxControlPipeline):
 
     @property
     def settings(self) -> Settings:
-        """What it needs to be run right, from its transformer's config; setting it registers it there."""
+        """The settings in the transformer's config. Setting them registers them there."""
         return settings_of(self.transformer.config)
 
     @settings.setter
@@ -112,7 +117,7 @@ class DiptychPipeline(FluxControlPipeline):
 
     @property
     def conditioning(self) -> Conditioning:
-        """How the reference enters (`geometry`)."""
+        """How the reference enters."""
         return self.settings.conditioning
 
     @property
@@ -122,11 +127,12 @@ class DiptychPipeline(FluxControlPipeline):
 
     @property
     def default_panel_size(self) -> int:
-        """Side of a panel in pixels when none is asked for."""
+        """Default side of a panel in pixels."""
         return min(MAX_PANEL, int(self.vae.config.sample_size))
 
     def canvas(self, height: int | None = None, width: int | None = None) -> Canvas:
-        """The canvas for panels of this size in pixels, by default `default_panel_size`. UsageError if none fits."""
+        """The canvas for panels of this size in pixels, by default `default_panel_size`. UsageError for a size that the
+        model cannot have."""
         side = self.default_panel_size
         panels = 2 if self.conditioning == "diptych" else 1
         height, width = (side if value is None else value for value in (height, width))
@@ -134,7 +140,7 @@ class DiptychPipeline(FluxControlPipeline):
 
     @property
     def text_length(self) -> int:
-        """Text tokens, from the second tokenizer's own maximum length."""
+        """Number of text tokens, the second tokenizer's maximum length."""
         if self.tokenizer_2 is None:
             return MAX_TEXT_TOKENS
         return min(MAX_TEXT_TOKENS, int(self.tokenizer_2.model_max_length))
@@ -143,36 +149,31 @@ class DiptychPipeline(FluxControlPipeline):
     def encode_text(
         self, prompt: list[str], prompt_2: list[str] | None = None, max_sequence_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts to (prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)); warns once of each prompt cut short."""
+        """Prompts to (prompt_embeds (B, L, D), pooled_prompt_embeds (B, P)). Warns once of each truncated prompt."""
         absent = [n for n in self._optional_components if getattr(self, n) is None and n not in self.runtime.waiting]
         if absent:
             raise UserError(
-                f"this student was loaded without {', '.join(absent)}, so it cannot read a prompt: load it with a base "
-                "that has text encoders and tokenizers, or pass prompt_embeds and pooled_prompt_embeds"
+                "model_incomplete",
+                f"This student has no {', '.join(absent)} for its prompts. Load it with a base that has text encoders "
+                "and tokenizers, or pass prompt_embeds and pooled_prompt_embeds.",
             )
         read = self.settings.read
         prompt, prompt_2 = [read(text) for text in prompt], prompt_2 and [read(text) for text in prompt_2]
         length = max_sequence_length or self.text_length
-        self._warn_of_truncation(prompt_2 or prompt, length)
-
+        for text in prompt_2 or prompt:
+            if text not in self._truncated and (warning := self.unread(text, self.tokenizer_2, length)):
+                self._truncated.add(text)
+                log.warning(warning, extra={"quotes": True})
         return inputs.encode(self, self.runtime, prompt, prompt_2, length)
 
-    def _warn_of_truncation(self, prompts: list[str], length: int) -> None:
-        for prompt in prompts:
-            if prompt not in self._truncated and (cut := self.unread(prompt, self.tokenizer_2, length)):
-                self._truncated.add(prompt)
-                log.warning(cut, extra={"quotes": True})
-
     def unread(self, prompt: str, tokenizer: Any, length: int | None = None) -> str:
-        """What is beyond the tokens that the model reads of a prompt, as a warning; empty if nothing is. `tokenizer`
-        is the second one, or a copy of it."""
+        """A warning with the end of a prompt that the model does not read. Empty if it reads the whole prompt.
+        `tokenizer` is the second one, or a copy of it."""
         tokens, length = tokenizer(prompt).input_ids, length or self.text_length
         if len(tokens) <= length:
             return ""
         lost = tokenizer.decode(tokens[length - 1 :], skip_special_tokens=True)
-        return f"the prompt is longer than {length} tokens; not read: '{lost}'"
-
-    # Pictures and latents ------------------------------------------------------------------------------------------
+        return f"The prompt is longer than {length} tokens. The model does not read: '{lost}'"
 
     @torch.no_grad()
     def encode_canvas(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -193,19 +194,17 @@ class DiptychPipeline(FluxControlPipeline):
     def encode_reference(
         self, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str = "crop"
     ) -> Any:
-        """The condition of each: canvas tokens (B, tokens, 4C), or `References`; see `inputs.conditions`."""
+        """The condition of each reference: canvas tokens (B, tokens, 4C), or `References`; see `inputs.conditions`."""
         return inputs.conditions(self, references, canvas, fit)
 
     def noise(self, seeds: Sequence[Seed | None], canvas: Canvas) -> torch.Tensor:
-        """Packed standard noise (B, tokens, 4C) in float32: one seed gives the same noise in every batch and dtype."""
+        """Packed standard noise (B, tokens, 4C), float32. A seed gives the same noise in every batch and dtype."""
         shape = (1, self.channels // 4, 2 * canvas.rows, 2 * canvas.columns)
-        drawn = []
+        noise = []
         for seed in seeds:
             generator = torch.Generator("cpu").manual_seed(seed) if isinstance(seed, int) else seed
-            drawn.append(torch.randn(shape, generator=generator, device=generator.device if generator else "cpu").cpu())
-        return pack(torch.cat(drawn))
-
-    # The call ------------------------------------------------------------------------------------------------------
+            noise.append(torch.randn(shape, generator=generator, device=generator.device if generator else "cpu").cpu())
+        return pack(torch.cat(noise))
 
     @torch.no_grad()
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -241,63 +240,64 @@ class DiptychPipeline(FluxControlPipeline):
         return_reference: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        joint_attention_kwargs: dict[str, object] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         **unknown: Never,
-    ) -> DiptychOutput | tuple:
-        """Generates the right panel: the reference's subject as the prompt says. diffusers' arguments, and these:
+    ) -> DiptychOutput | tuple[Images] | tuple[Images, Images | None]:
+        """Generates the right panel: the reference's subject in the prompt's scene. The arguments are diffusers', and:
 
         Args:
-            height, width: of ONE panel in pixels, which is the size of the image that comes out; multiples of 2 × the
-                VAE factor; default `default_panel_size`.
-            reference: a PIL image, pixels (3, h, w) or (B, 3, h, w) in [-1, 1] of the panel's size, None (no reference:
-                text only), or a list of those, one for each prompt. One reference serves all prompts. A student of
-                tokens conditioning takes pixels of any size, and a list within the list: [[a, b]] is one image's two.
-            image: the same under diffusers' name, as diffusers takes it: PIL images, or arrays (h, w, 3) and tensors
-                (3, h, w) of any size with values from 0 to 1.
-            num_inference_steps: sampling steps. None, here and for the next three: the student's own (`settings`).
-            guidance_scale: distilled guidance; read only by a transformer that has `guidance_embeds`.
+            height, width: size of ONE panel in pixels, which is the size of the generated image; multiples of 2 × the
+                VAE factor. Defaults to `default_panel_size`.
+            reference: a PIL image, pixels (3, h, w) or (B, 3, h, w) in [-1, 1] of the panel's size, None (no
+                reference), or a list of these, one for each prompt. A single reference applies to all prompts. A
+                student of tokens conditioning accepts pixels of any size and nested lists: [[a, b]] is one image's two.
+            image: diffusers' name for the reference: PIL images, or arrays (h, w, 3) and tensors (3, h, w) of any size
+                with values from 0 to 1.
+            num_inference_steps: sampling steps. This and the next three default to the student's `settings`.
+            guidance_scale: distilled guidance, only for a transformer with `guidance_embeds`.
             image_guidance_scale, text_guidance_scale: i and t of the formula in `guidance`; 1 is off. A negative prompt
-                stands for the empty text.
-            generator: a seed or torch.Generator, or a list with one for each image. A single seed serves every prompt
-                (each image is then the one made alone), and counts up over `num_images_per_prompt`; a single Generator
-                is drawn from in order. Noise is drawn in float32, for a seed on the CPU.
+                replaces the empty text.
+            generator: a seed or torch.Generator, or a list with one for each image. A single seed applies to every
+                prompt, so that each image equals the one generated alone, and counts up over `num_images_per_prompt`. A
+                single Generator is used in order. Noise is float32, for a seed on the CPU.
             latents: packed noise of the whole canvas (B, tokens, 4C), instead of a generator.
-            fit: `crop`, `pad` or `contain` (`canvas.fit_image`); for tokens also `keep`: its own aspect ratio.
-            batched_guidance: run the forwards of one guided step as one batch. One after another needs the least
-                memory and gives each forward the very kernels of an unguided call. None, here and for the next five:
-                as the speed setting says, which is as the release does unless one was put on.
-            guidance_from, guidance_until: the first guided step, counted from 0, and the share of the steps after
-                which none is.
-            clamp_left: after each step, put the left panel where its known path has it: x(t) = (1 − t)·z + t·ε, with z
-                the reference's latents. What training saw, but not what the release does.
-            null_panel: the left panel that v(0, "") sees: `shared`, as released, which shows it the reference, or `own`
-                (`guidance.NullPanel`). If neither this nor the speed setting says, the student's own (`settings`).
-            decode: `canvas`, or `right` to decode the right half alone: less work, other pixels near the seam.
+            fit: `crop`, `pad` or `contain` (`canvas.fit_image`); for tokens also `keep`, the reference's aspect ratio.
+            batched_guidance: run the forward passes of a guided step as one batch. One after another needs less memory
+                and uses the same kernels as an unguided call. This and the next five default to the speed setting,
+                which without a preset is the release's.
+            guidance_from, guidance_until: first guided step, counted from 0, and the share of the steps at which
+                guidance stops.
+            clamp_left: after each step, set the left panel to its known path x(t) = (1 − t)·z + t·ε, where z are the
+                reference's latents. It matches training, but not the release.
+            null_panel: left panel that v(0, "") sees: `shared`, as released, which shows the reference, or `own`
+                (`guidance.NullPanel`). Without a speed setting, it defaults to the student's `settings`.
+            decode: `canvas`, or `right` to decode only the right half: less work, other pixels near the seam.
             return_reference: also decode the left panel, the model's reconstruction of the reference.
             output_type: `pil`, `np`, `pt`, or `latent` for the packed latents of the whole canvas.
 
         Returns:
-            DiptychOutput, or a tuple if not `return_dict`: (images,) or (images, references).
+            DiptychOutput, or without `return_dict` a tuple: (images,) or (images, references).
 
         Raises:
-            UsageError: sizes, counts or arguments that do not fit together. UserError: text without text encoders.
+            UsageError: sizes, counts or arguments that do not match.
+            UserError: a prompt without text encoders.
         """
         inputs.refuse(unknown, type(self).__call__)
-        own = self.settings
-        steps = own.steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = own.guidance if guidance_scale is None else guidance_scale
-        image_scale = own.image_guidance if image_guidance_scale is None else image_guidance_scale
-        text_scale = own.text_guidance if text_guidance_scale is None else text_guidance_scale
+        defaults = self.settings
+        steps = defaults.steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = defaults.guidance if guidance_scale is None else guidance_scale
+        image_scale = defaults.image_guidance if image_guidance_scale is None else image_guidance_scale
+        text_scale = defaults.text_guidance if text_guidance_scale is None else text_guidance_scale
         canvas = self.canvas(height, width)
         switches = self.runtime.switches(
             batched_guidance=batched_guidance,
             guidance_from=guidance_from,
             guidance_until=guidance_until,
             clamp_left=clamp_left,
-            null_panel=null_panel or self.runtime.speed.null_panel or own.null_panel,
+            null_panel=null_panel or self.runtime.speed.null_panel or defaults.null_panel,
             decode=decode,
         )
         shown = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -305,7 +305,7 @@ class DiptychPipeline(FluxControlPipeline):
         if return_reference and canvas.panels == 1:
             raise UsageError(
                 "option_unsuited",
-                f"a student of {own.conditioning} conditioning draws no left panel, so it has no reference to return",
+                f"A student of {defaults.conditioning} conditioning has no left panel. Leave return_reference out.",
             )
         self._guidance_scale, self._joint_attention_kwargs = guidance_scale, joint_attention_kwargs
         self._interrupt = False
@@ -316,7 +316,7 @@ class DiptychPipeline(FluxControlPipeline):
         second = inputs.texts(prompt_2, count)
         text = inputs.embedded(encode, "prompt", prompts, second, prompt_embeds, pooled_prompt_embeds, count, device)
         condition = self.encode_reference(references, canvas, fit)
-        # The formula's two differences vanish where i = 1 or t = 1, and i has no meaning for a row without a reference.
+        # The formula's differences vanish for i = 1 or t = 1, and i has no meaning for a row without a reference.
         guides = [
             Guidance(1.0 if each is None else image_scale, text_scale, switches.guidance_from, switches.guidance_until)
             for each in references
@@ -352,7 +352,7 @@ class DiptychPipeline(FluxControlPipeline):
 
     def _decoded(
         self, x_0: torch.Tensor, canvas: Canvas, output_type: str, return_reference: bool, decode: str
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Images, Images | None]:
         """The right panels of canvas latents (B, tokens, 4C), and the left ones or None."""
         if output_type == "latent":
             return x_0, None
@@ -368,8 +368,8 @@ class DiptychPipeline(FluxControlPipeline):
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict, adapter_name=None, hotswap=False, **kwargs
     ) -> None:
-        """Loads a LoRA from a file or folder on this machine, every key of it or nothing (`lora.apply_lora`). Tensors,
-        names on the hub and hot swapping are left to diffusers, whose reader skips what it does not know."""
+        """Loads a local LoRA file or folder completely or not at all (`lora.apply_lora`). diffusers loads tensors, hub
+        names and hot swaps; it skips unknown keys."""
         place = pretrained_model_name_or_path_or_dict
         path = Path(place, kwargs.get("weight_name") or "") if isinstance(place, (str, Path)) else None
         if path is None or hotswap or not path.exists():
@@ -378,7 +378,7 @@ class DiptychPipeline(FluxControlPipeline):
             apply_lora(self, path, name=adapter_name)
 
     def save_pretrained(self, *args, **kwargs):
-        """Writes an ordinary diffusers folder; its model_index names the stock pipeline that runs it, if there is one.
+        """Writes an ordinary diffusers folder whose model_index names the stock pipeline that runs it, if there is one.
 
         UserError for a student with an unfused LoRA or quantized weights, which would be lost.
         """
@@ -390,10 +390,10 @@ class DiptychPipeline(FluxControlPipeline):
             raise UserError(
                 "model_quantized", "Quantized weights cannot be saved. Dequantize them with `diptych convert`."
             )
-        self.settings = self.settings  # also where they are the family's: the folder is then not taken to say nothing
+        self.settings = self.settings  # registers default settings too, so that the folder has settings
         name = self.settings.pipeline_class
         with stock_parts(self):
-            if name == OWN_CLASS:  # no stock pipeline gives its images, so none is named
+            if name == OWN_CLASS:  # no stock pipeline generates the same images
                 super().save_pretrained(*args, **kwargs)
             else:
                 getattr(diffusers, name)(**self.components).save_pretrained(*args, **kwargs)

@@ -1,15 +1,15 @@
-"""References as the transformer takes them: a condition canvas, or, with `conditioning: tokens`, clean tokens.
+"""References of `conditioning: tokens`: clean tokens beside the target's.
 
-With tokens, the transformer is the teacher's: nothing is widened. Its input is [target tokens ; reference tokens], and
-the first N tokens of its output, the target's, are the velocity. Each reference is encoded alone, at any size that is a
+The transformer is the teacher's, without widening. Its input is [target tokens ; reference tokens], and the first N
+tokens of its output, the target's, are the velocity. Each reference is encoded separately, at any size that is a
 multiple of 2 × the VAE factor, and there may be any number of them. Their positions (`token_ids`) are an option:
 
-- `frame`: reference i has ids (1 + i, row, column), as FLUX.1 Kontext has it for one reference;
-- `left`: references stand to the left of the target in one wide image, as the left panel of a grid does. Ids are
+- `frame`: reference i has ids (1 + i, row, column), like the one reference of FLUX.1 Kontext;
+- `left`: references are to the left of the target in one wide image, like the left panel of a grid. Ids are
   (0, row, column), and the target's columns begin after the references'.
 
-With `reference_attention: joint`, all tokens attend to each other. With `self`, see `attention`. Rows of a batch may
-have different references, or none: rows of one `layout` run as one batch (`guidance.alike`), so that an image does not
+With `reference_attention: joint`, all tokens attend to each other. For `self`, see `attention`. Rows of a batch may
+have different references, or none. Rows of one `layout` run as one batch (`guidance.alike`), so that an image does not
 depend on what else is generated with it.
 """
 
@@ -30,17 +30,17 @@ Layout = tuple[tuple[int, int], ...]  # token rows and columns of each reference
 
 @dataclass(frozen=True)
 class TokenStyle:
-    """How references enter as tokens: `distill.positions` and `distill.reference_attention`."""
+    """The options of reference tokens: `distill.positions` and `distill.reference_attention`."""
 
     positions: str = "frame"
     attention: str = "joint"
 
 
 def token_ids(target: tuple[int, int], layout: Layout, style: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """FLUX's position ids of the target (N, 3) and of its references together (R, 3), float32.
+    """FLUX's position ids of the target (N, 3) and of all its references (R, 3), float32.
 
-    `target` and `layout` are in token rows and columns, `style` is `frame` or `left`. Without references, the target's
-    ids are the teacher's.
+    `target` and `layout` are in token rows and columns. `style` is `frame` or `left`. Without references, the target's
+    ids equal the teacher's.
     """
     column, parts = 0, [torch.zeros(0, 3)]
     for number, shape in enumerate(layout):
@@ -51,7 +51,7 @@ def token_ids(target: tuple[int, int], layout: Layout, style: str) -> tuple[torc
 
 
 class References:
-    """The clean reference tokens of the rows of a batch, (R, C) each; R = 0 for a row without a reference."""
+    """The clean reference tokens of the rows of a batch, (R, C) each, with R = 0 for a row without a reference."""
 
     def __init__(self, tokens: Sequence[torch.Tensor], layouts: Sequence[Layout], style: TokenStyle) -> None:
         self.tokens, self.layouts, self.style = list(tokens), list(layouts), style
@@ -68,12 +68,12 @@ class References:
 
     @property
     def layout(self) -> Layout:
-        """The layout that all rows have."""
+        """The layout of all rows, which must be equal."""
         (layout,) = set(self.layouts)
         return layout
 
     def __getitem__(self, rows: torch.Tensor | slice) -> References:
-        """Some rows; the same object whenever the same rows are selected, so that keys and values are kept."""
+        """Some rows. Equal selections are the same object, which keeps its keys and values."""
         index = list(range(len(self)))[rows] if isinstance(rows, slice) else rows.tolist()
         return self._part(tuple(index))
 
@@ -88,7 +88,7 @@ class References:
         return self._parts[index]
 
     def repeat(self, times: int) -> References:
-        """Each row N times in a row."""
+        """Each row N times, one after another."""
         return self._part(tuple(i for i in range(len(self)) for _ in range(times)))
 
     def doubled(self, times: int) -> References:
@@ -96,17 +96,17 @@ class References:
         return self._part(tuple(range(len(self))) * times)
 
     def none(self) -> References:
-        """As many rows without a reference."""
+        """The same number of rows, without references."""
         return References([tokens[:0] for tokens in self.tokens], [()] * len(self), self.style)
 
     def to(self, dtype: torch.dtype) -> References:
-        cast = {id(tokens): tokens.to(dtype) for tokens in self.tokens}  # a repeated one stays one
+        cast = {id(tokens): tokens.to(dtype) for tokens in self.tokens}  # repeated tokens stay one tensor
         return References([cast[id(tokens)] for tokens in self.tokens], self.layouts, self.style)
 
     # In the transformer's input -----------------------------------------------------------------------------------
 
     def beside(self, x: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """The transformer's input tokens, ids and attention arguments, for the target's tokens x (B, N, C)."""
+        """Input tokens, ids and attention arguments of the transformer, for the target's tokens x (B, N, C)."""
         target_ids, ids = self.ids(canvas, x.device, x.dtype)
         if not self.layout:
             return x, target_ids, {}
@@ -124,7 +124,7 @@ class References:
         return self._ids[key]
 
     def capture(self, transformer: Any, canvas: Canvas, given: dict[str, Any] | None) -> None:
-        """Computes keys and values, once for each distinct row; nothing for rows without a reference."""
+        """Computes keys and values, once for each distinct row. Does nothing for rows without a reference."""
         if not self.layout or self._keys is not None:
             return
         distinct = {id(tokens): tokens for tokens in self.tokens}

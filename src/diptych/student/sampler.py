@@ -1,12 +1,12 @@
-"""The sampler: rectified flow on the diptych canvas, as the paper's released code runs it.
+"""The sampler: rectified flow on the diptych canvas, as in the paper's released code.
 
-    call = prepare(canvas, ...)                               # what a call was given, one row for each image
+    call = prepare(canvas, ...)                               # the inputs of a call, one row for each image
     timesteps = schedule(scheduler, canvas, steps)            # noise levels σ, shifted for the canvas's size
     x_0 = denoise(pipe, call, timesteps, pipe.runtime)        # x_{i+1} = x_i + (σ_{i+1} − σ_i)·v(x_i)
 
 The canvas [reference | target] is denoised as one wide FLUX image with plain position ids. The condition, the VAE
-encoding of [reference | black], enters beside the noisy latents, channel by channel. A student of `tokens` conditioning
-denoises the target panel alone, with the references as clean tokens (`references`). v is guided (`guidance`):
+encoding of [reference | black], is joined to the noisy latents, channel by channel. A student of `tokens` conditioning
+denoises only the target panel, with the references as clean tokens (`references`). v is guided (`guidance`):
 
     v = v(0,"") + i·(v(ref,"") − v(0,"")) + t·(v(ref,text) − v(ref,""))
 """
@@ -43,7 +43,7 @@ Callback = Callable[
 
 @dataclass(frozen=True)
 class Call:
-    """What one call was given: B images, one row each."""
+    """The inputs of one call for B images, one row each."""
 
     canvas: Canvas
     noise: torch.Tensor  # (B, tokens, C), packed, of the whole canvas
@@ -67,13 +67,16 @@ def prepare(
     guides: Sequence[Guidance],
     **options: Any,
 ) -> Call:
-    """A call from one row of `text`, `empty` (None: unguided) and `condition` for each prompt, and one of `noise` and
-    `guides` for each image; computed in the dtype of the text. UsageError for noise of another shape."""
+    """A call from one row of `text`, `empty` (None: unguided) and `condition` for each prompt, and one row of `noise`
+    and `guides` for each image, in the dtype of the text. UsageError for noise of another shape."""
     embeds, _ = text
     channels = condition.channels if isinstance(condition, References) else condition.shape[-1]
     wanted = (len(guides), canvas.tokens, channels)
     if tuple(noise.shape) != wanted:
-        raise UsageError(f"latents are packed noise of the whole canvas, {wanted} here, not {tuple(noise.shape)}")
+        raise UsageError(
+            "argument_type",
+            f"latents must be packed noise of the whole canvas with shape {wanted}, not {tuple(noise.shape)}.",
+        )
     repeats = len(guides) // len(condition)
     condition = _repeated(condition.to(embeds.dtype), repeats)
     null = condition.none() if isinstance(condition, References) else torch.zeros_like(condition)
@@ -100,20 +103,20 @@ def _each(text: Text, times: int) -> Text:
 def schedule(
     scheduler: Any, canvas: Canvas, steps: int, sigmas: Sequence[float] | None, device: torch.device
 ) -> torch.Tensor:
-    """Sets the scheduler's noise levels, evenly spaced if not given, shifted for the canvas; timesteps, (S,), 0 to
-    1000."""
+    """Sets the scheduler's noise levels, evenly spaced by default and shifted for the canvas. Returns timesteps (S,),
+    0 to 1000."""
     mu = shift_exponent(scheduler.config, canvas.tokens)
     shift: Any = {} if mu is None else {"mu": mu}
-    given: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-    timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=given, **shift)
+    levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+    timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=levels, **shift)
     scheduler.set_begin_index(0)
     return timesteps  # pyright: ignore[reportReturnType]
 
 
 def shift_exponent(scheduler: Mapping[str, Any], tokens: int) -> float | None:
-    """FLUX's μ for a canvas of `tokens`: timesteps are shifted by e^μ. None for a scheduler with one fixed shift.
+    """FLUX's μ for a canvas of `tokens`: timesteps are shifted by e^μ. None for a scheduler with a fixed shift.
 
-    `scheduler` is its config, with diffusers' keys and FLUX.1-dev's values for those that are missing.
+    `scheduler` is a config with diffusers' keys. Missing ones have FLUX.1-dev's values.
     """
     if not scheduler.get("use_dynamic_shifting"):
         return None
@@ -134,7 +137,7 @@ def denoise(
 ) -> torch.Tensor:
     """x_0 (B, tokens, C), the packed latents of the whole canvas.
 
-    `callback` is diffusers' callback_on_step_end, which is given the tensors in `shown` and may return others.
+    `callback` is diffusers' callback_on_step_end. It gets the tensors in `shown` and may return others.
     """
     x_t, canvas, sigmas, switches = call.noise, call.canvas, pipe.scheduler.sigmas, call.switches
     condition = call.branches["cond"][0]
@@ -176,9 +179,9 @@ def velocity(
     text: torch.Tensor,
     pooled: torch.Tensor,
 ) -> torch.Tensor:
-    """v(condition, text) at x (B, tokens, C) and time t, for any rows of the batch, from one forward.
+    """v(condition, text) at x (B, tokens, C) and time t, for any rows of the batch, from one forward pass.
 
-    `name` tells step caches the branches of guidance apart.
+    `name` separates the branches of guidance in step caches.
     """
     distilled = None
     if transformer.config.guidance_embeds:
@@ -206,20 +209,20 @@ def velocity(
 
 
 def on_path(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Rectified flow's path from noise ε to clean latents z, where its noise level is `sigma`: (1 − σ)·z + σ·ε."""
+    """The point of rectified flow's path from noise ε to clean latents z at noise level `sigma`: (1 − σ)·z + σ·ε."""
     return (1 - sigma) * clean + sigma * noise
 
 
 def clamp_left(x_t: torch.Tensor, call: Call, sigma: torch.Tensor) -> torch.Tensor:
     """x_t (B, tokens, C) at noise level `sigma` with its left panel on the known path from the noise to the condition.
 
-    Rows without a reference (an all-zero condition) go free.
+    Rows without a reference (an all-zero condition) stay unchanged.
     """
     condition = call.branches["cond"][0]
     assert not isinstance(condition, References), "there is no left panel"
-    given = condition.flatten(1).any(dim=1).view(-1, 1, 1)
-    held = given & ~right_tokens(call.canvas).to(x_t.device).view(1, -1, 1)
-    return torch.where(held, on_path(condition, call.noise, sigma.to(x_t.device, x_t.dtype)), x_t)
+    has_reference = condition.flatten(1).any(dim=1).view(-1, 1, 1)
+    clamped = has_reference & ~right_tokens(call.canvas).to(x_t.device).view(1, -1, 1)
+    return torch.where(clamped, on_path(condition, call.noise, sigma.to(x_t.device, x_t.dtype)), x_t)
 
 
 def _called(
@@ -231,7 +234,7 @@ def _called(
     x_t: torch.Tensor,
     call: Call,
 ) -> tuple[torch.Tensor, Call]:
-    """x_t and the call as a callback returned them."""
+    """x_t and the call with the changes of a callback."""
     condition, embeds, pooled = call.branches["cond"]
     tensors = {"latents": x_t, "prompt_embeds": embeds}
     changed = callback(pipe, step, t, {key: tensors[key] for key in shown}) or {}

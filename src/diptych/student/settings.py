@@ -1,12 +1,12 @@
-"""What a student needs to be run right, registered in its transformer's config: how it takes its reference, how it is
-sampled by default, at which sizes it was trained, and which words it reads.
+"""The settings that a student needs to run correctly, registered in its transformer's config: conditioning, sampling
+defaults, training sizes, and vocabulary.
 
     {"_class_name": "FluxTransformer2DModel", …, "_diptych": {"conditioning": "diptych", "steps": 16, …}}
 
-The transformer is the part that every way of opening a student has: a whole folder, components, a copied
-`transformer/`, a single file (whose header holds the config), a LoRA file (the same header). diffusers keeps private
-config keys: its own classes load them without a warning and save them again. Folders written before have the same
-values in `sampling.json` and `words.json` beside the weights; they are read where the config says nothing.
+Every way of opening a student has the transformer: a complete folder, components, a copied `transformer/`, a single
+file (with the config in its header), a LoRA file (the same header). diffusers loads private config keys without a
+warning and saves them again. Older folders have the same values in `sampling.json` and `words.json` beside the weights,
+which are read if the config has no settings.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ReferenceAttention = Literal["joint", "self"]
 CONDITIONINGS: tuple[str, ...] = get_args(Conditioning)
 POSITIONS: tuple[str, ...] = get_args(Positions)
 REFERENCE_ATTENTIONS: tuple[str, ...] = get_args(ReferenceAttention)
-OF_TOKENS = ("positions", "reference_attention")  # settings of `tokens` conditioning alone
+OF_TOKENS = ("positions", "reference_attention")  # settings that only `tokens` conditioning has
 NULL_PANELS = ("shared", "own")  # as released, and `guidance.NullPanel`
 SAMPLING = ("steps", "guidance", "image_guidance", "text_guidance")
-RELIGHTING = ("image_guidance", "text_guidance", "null_panel")  # what may differ when relighting
+RELIGHTING = ("image_guidance", "text_guidance", "null_panel")  # settings that may differ for relighting
 MAX_STEPS = 1000
 _CHOICES = {
     "conditioning": CONDITIONINGS,
@@ -47,23 +47,37 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the FLUX.1 family's, as the released code samples: one forward a step."""
+    """A student's settings. The defaults are those of the released code for FLUX.1, with one forward pass a step.
 
-    conditioning: Conditioning = "diptych"  # how the reference enters
-    positions: Positions = "frame"  # of reference tokens (`references`)
-    reference_attention: ReferenceAttention = "joint"  # what reference tokens attend to
+    Attributes:
+        conditioning: how the reference enters.
+        positions: position ids of reference tokens (`references`).
+        reference_attention: what reference tokens attend to (`references`).
+        steps: sampling steps.
+        guidance: distilled guidance.
+        image_guidance: scale of the reference.
+        text_guidance: scale of the prompt.
+        null_panel: left panel that the null pass sees.
+        relight: other values of `RELIGHTING` for relighting.
+        sizes: (height, width) of the panels it was trained on. None if unknown.
+        words: vocabulary of a small model, lower-case. None for a model without such a limit.
+    """
+
+    conditioning: Conditioning = "diptych"
+    positions: Positions = "frame"
+    reference_attention: ReferenceAttention = "joint"
     steps: int = 28
-    guidance: float = 3.5  # distilled
+    guidance: float = 3.5
     image_guidance: float = 1.0
     text_guidance: float = 1.0
     null_panel: str = NULL_PANELS[0]
-    relight: Mapping[str, Any] = field(default_factory=dict)  # keys of `RELIGHTING`
-    sizes: tuple[tuple[int, int], ...] | None = None  # (height, width) of the panels it was trained on; None: not known
-    words: tuple[str, ...] | None = None  # all words that a small model was taught, lower-case; None: no such limit
+    relight: Mapping[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] | None = None
+    words: tuple[str, ...] | None = None
 
     @property
     def pipeline_class(self) -> str:
-        """The diffusers pipeline that runs such a student; `OWN_CLASS` where none does."""
+        """The diffusers pipeline that runs such a student. `OWN_CLASS` if there is none."""
         if self.conditioning != "tokens":
             return "FluxControlPipeline"
         stock = (self.positions, self.reference_attention) == ("frame", "joint")
@@ -75,60 +89,60 @@ class Settings:
         return {name: getattr(self, name) for name in SAMPLING}
 
     def values(self) -> dict[str, Any]:
-        """As plain JSON values, to be registered."""
-        said = {each.name: getattr(self, each.name) for each in fields(self)}
-        said = {name: value for name, value in said.items() if self.conditioning == "tokens" or name not in OF_TOKENS}
-        return {name: _plain(value) for name, value in said.items() if value is not None and value != {}}
+        """The settings as plain JSON values, to register."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {k: value for k, value in values.items() if self.conditioning == "tokens" or k not in OF_TOKENS}
+        return {name: _plain(value) for name, value in values.items() if value is not None and value != {}}
 
     def trained_at(self, height: int, width: int) -> bool:
-        """Whether panels of this size are among those that it was trained on; also true where that is not known."""
+        """Whether the student was trained on panels of this size. True if its sizes are unknown."""
         return self.sizes is None or (height, width) in self.sizes
 
     def read(self, text: str) -> str:
-        """A prompt as the model reads it: one with a word list was taught lower-case words alone."""
+        """A prompt as the model reads it: in lower case if it has a vocabulary, which is lower-case."""
         return text if self.words is None else text.lower()
 
 
-def parse(said: Any, where: str) -> Settings:
-    """Settings from JSON values; UserError naming `where` for unknown keys and values that cannot be theirs."""
+def parse(values: Any, where: str) -> Settings:
+    """Settings from JSON values. UserError that names `where`, for unknown keys and invalid values."""
     try:
-        return _parse(said)
+        return _parse(values)
     except ValueError as error:
-        raise UserError(f"{where} does not say how to sample this student ({error})") from error
+        raise UserError("json_invalid", f"{where} has invalid settings of a student: {error}.") from error
 
 
 def of(config: Mapping[str, Any]) -> Settings:
-    """The settings registered in a transformer's config; the family's where there are none."""
-    said = config.get(KEY)
-    return Settings() if said is None else parse(said, f"'{KEY}' in the transformer's config")
+    """The settings registered in a transformer's config. The defaults if there are none."""
+    values = config.get(KEY)
+    return Settings() if values is None else parse(values, f"'{KEY}' in the transformer's config")
 
 
 def register(transformer: Any, settings: Settings) -> None:
-    """Puts settings into a transformer's config, where saving and copying keep them. UserError for invalid ones."""
-    parse(settings.values(), "what is to be registered")
+    """Registers settings in a transformer's config, which saving and copying preserve. UserError for invalid ones."""
+    parse(settings.values(), "register(…)")
     transformer.register_to_config(**{KEY: settings.values()})
 
 
 def adopt(transformer: Any) -> None:
-    """Registers what lies in files beside the folder that diffusers opened this transformer from, if its config does
-    not say it. UserError for settings that are not valid."""
+    """Registers the settings in files beside the transformer's folder, if its config has none. UserError for invalid
+    ones."""
     settings, name = of(transformer.config), transformer.config.get("_name_or_path")
-    if name and Path(name).is_dir() and (found := resolve(transformer.config.get(KEY), [Path(name)])) != settings:
-        register(transformer, found)
+    if name and Path(name).is_dir() and (resolved := resolve(transformer.config.get(KEY), [Path(name)])) != settings:
+        register(transformer, resolved)
 
 
-def resolve(said: Mapping[str, Any] | None, places: Sequence[Path], where: str = "") -> Settings:
-    """A student's settings: what its weights `said` of themselves (`KEY`), else what the first of `places`, the model's
-    and then its base's, says: in a `sampling.json` in or beside it, or in its transformer's config. Words that are not
-    said come from the first `words.json`.
+def resolve(values: Mapping[str, Any] | None, places: Sequence[Path], where: str = "") -> Settings:
+    """A student's settings: the `values` in its weights (`KEY`), else those of the first of `places` that has some: the
+    model and then its base, in a `sampling.json` in or beside it, or in its transformer's config. A missing vocabulary
+    comes from the first `words.json`.
 
     UserError if the model's folder has a `sampling.json` that contradicts its weights.
     """
     beside = [path if (path := _beside(place) / SAMPLING_FILE).is_file() else None for place in places]
-    if said is None:
+    if values is None:
         settings = next(filter(None, map(_of_place, places, beside)), Settings())
     else:
-        settings = parse(said, where or f"'{KEY}' in the config of {places[0]}")
+        settings = parse(values, where or f"'{KEY}' in the config of {places[0]}")
         if beside[0] is not None and not places[0].is_file():
             _check_same(parse(_json(beside[0]), str(beside[0])), settings, beside[0])
     lists = [path for place in places if (path := _beside(place) / WORDS_FILE).is_file()]
@@ -136,7 +150,7 @@ def resolve(said: Mapping[str, Any] | None, places: Sequence[Path], where: str =
 
 
 def _of_place(place: Path, beside: Path | None) -> Settings | None:
-    """What a place says, in the file `beside` it or in its transformer's config; None if it says nothing."""
+    """The settings of a place, in the file `beside` it or in its transformer's config. None if it has none."""
     if beside is not None:
         return parse(_json(beside), str(beside))
     for config in (place / name / "config.json" for name in ("", *TRANSFORMER_FOLDERS)):
@@ -146,12 +160,12 @@ def _of_place(place: Path, beside: Path | None) -> Settings | None:
 
 
 def _check_same(beside: Settings, registered: Settings, path: Path) -> None:
-    other = [each.name for each in fields(Settings) if getattr(beside, each.name) != getattr(registered, each.name)]
-    if other := [name for name in other if name not in ("words", "sizes")]:
-        name = other[0]
+    names = [each.name for each in fields(Settings) if each.name not in ("words", "sizes")]
+    if name := next((name for name in names if getattr(beside, name) != getattr(registered, name)), None):
         raise UserError(
+            "model_mismatch",
             f"{path} contradicts the transformer's config: {name} is {getattr(beside, name)!r} in the file and "
-            f"{getattr(registered, name)!r} in the config ('{KEY}'). Remove the file, or correct the config"
+            f"{getattr(registered, name)!r} in the config ('{KEY}'). Remove the file, or correct the config.",
         )
 
 
@@ -164,73 +178,65 @@ def _json(path: Path) -> Any:
     try:
         return parse_json(path.read_text("utf8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); correct it, or fetch it again") from error
+        raise UserError(
+            "json_invalid", f"{path} is not valid JSON ({error}). Correct it, or fetch it again."
+        ) from error
 
 
 def _words(path: Path) -> tuple[str, ...]:
     words = _json(path)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{path} is not a JSON list of words; correct it, or fetch it again")
+        raise UserError("json_invalid", f"{path} is not a JSON list of words. Correct it, or fetch it again.")
     return tuple(sorted({word.lower() for word in words}))
 
 
-def _parse(said: Any) -> Settings:
-    known = [each.name for each in fields(Settings)]
-    _check_keys(said, known)
-    given = dict(said)
-    for name, value in given.items():
-        _check_value(name, value)
-    if "relight" in given:
-        _check_keys(given["relight"], RELIGHTING)
-        for name, value in given["relight"].items():
-            _check_value(name, value)
-        given["relight"] = dict(given["relight"])
-    if "words" in given:
-        given["words"] = tuple(given["words"])
-    if "sizes" in given:
-        given["sizes"] = tuple((height, width) for height, width in given["sizes"])
-    return Settings(**given)
+def _parse(values: Any) -> Settings:
+    _check(values, [each.name for each in fields(Settings)])
+    settings = dict(values)
+    if "relight" in settings:
+        _check(settings["relight"], RELIGHTING)
+        settings["relight"] = dict(settings["relight"])
+    if "words" in settings:
+        settings["words"] = tuple(settings["words"])
+    if "sizes" in settings:
+        settings["sizes"] = tuple((height, width) for height, width in settings["sizes"])
+    return Settings(**settings)
 
 
-def _check_keys(said: Any, known: Sequence[str]) -> None:
-    if not isinstance(said, Mapping):
-        raise ValueError(f"{said!r} is not a mapping of keys to values")
-    if unknown := sorted(set(said) - set(known)):
+def _check(values: Any, known: Sequence[str]) -> None:
+    """ValueError unless it is a mapping of known keys to valid values."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{values!r} is not a mapping of keys to values")
+    if unknown := sorted(set(values) - set(known)):
         hint = nearest(unknown[0], known)
         raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(known)}{hint}")
+    for name, value in values.items():
+        _check_value(name, value)
 
 
 def _check_value(name: str, value: Any) -> None:
-    for key, values in _CHOICES.items():
-        if name == key and value not in values:
-            raise ValueError(f"{name} is {' or '.join(values)}, not {value!r}")
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if name == "steps" and not (whole and 1 <= value <= MAX_STEPS):
-        raise ValueError(f"steps is a whole number from 1 to {MAX_STEPS}, not {value!r}")
-    if name.endswith("guidance") and not ((whole or isinstance(value, float)) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is a number of at least 0, not {value!r}")
-    if name == "sizes" and not _are_sizes(value):
-        raise ValueError(f"sizes is a list of [height, width] in pixels, not {value!r}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be {' or '.join(_CHOICES[name])}, not {value!r}")
+    if name == "steps" and not (_is_whole(value) and 1 <= value <= MAX_STEPS):
+        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {value!r}")
+    is_number = _is_whole(value) or isinstance(value, float)
+    if name.endswith("guidance") and not (is_number and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+    if name == "sizes" and not (isinstance(value, (list, tuple)) and value and all(map(_is_size, value))):
+        raise ValueError(f"sizes must be a list of [height, width] in pixels, not {value!r}")
     if name == "words" and not (isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)):
-        raise ValueError("words is not a list of words")
+        raise ValueError("words must be a list of words")
 
 
-def _are_sizes(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    return all(
-        isinstance(size, (list, tuple))
-        and len(size) == 2
-        and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
-        for size in value
-    )
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_whole(side) and side > 0 for side in value)
 
 
 def _plain(value: Any) -> Any:
-    return (
-        [_plain(each) for each in value]
-        if isinstance(value, tuple)
-        else dict(value)
-        if isinstance(value, Mapping)
-        else value
-    )
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return dict(value) if isinstance(value, Mapping) else value
