@@ -24,7 +24,7 @@ from diptych.run import plan
 from diptych.train import parts
 from diptych.train.cache import CachedPair
 from diptych.train.loop import Trainer
-from diptych.train.prepare import Job
+from diptych.train.prepare import TrainingJob
 from diptych.train.schedule import ahead, choose
 from diptych.utils import models
 
@@ -153,16 +153,16 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
     rows: Any = Rows(PAIRS, (buckets[0].canvas.tokens, config.in_channels // 2))
     words: Any = Words(16 if small else 512, config.joint_attention_dim, config.pooled_projection_dim, dtype)
     material: Any = SimpleNamespace(weights=[1.0])
-    return Trainer(Job(pipe, buckets, options, device, rows, words, list(range(PAIRS)), [], folder, material))
+    return Trainer(TrainingJob(pipe, buckets, options, device, rows, words, list(range(PAIRS)), [], folder, material))
 
 
 def timed(trainer: Trainer, quantize: str, rate: float, small: bool, optimizer: str = "adamw") -> dict[str, Any]:
     """One step to warm up, then `STEPS` on the clock."""
     device, batch = trainer.job.device, trainer.options.batch_size
-    batches: Any = ahead(trainer.assemble, range(trainer.step + 1, trainer.options.steps + 1), device)
+    batches: Any = ahead(trainer.next_batch, range(trainer.step + 1, trainer.options.steps + 1), device)
 
     def steps(count: int) -> list[dict[str, Any]]:
-        return [trainer.advance(each) for each in islice(batches, count)]
+        return [trainer.train_step(each) for each in islice(batches, count)]
 
     first, warm, first_peak, _ = measuring.clocked(lambda: steps(1), device)
     lines, seconds, peak, rest = measuring.clocked(lambda: steps(STEPS), device)

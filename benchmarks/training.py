@@ -120,8 +120,8 @@ def compare(recipe: Recipe, pairs: Dataset, folder: Path, rounds: int, steps: in
     device = trainer.job.device
 
     def ours(number: int) -> torch.Tensor:
-        batches = (trainer.assemble(trainer.step + 1).map(lambda tensor: tensor.to(device)) for _ in range(steps))
-        lines = [trainer.advance(batch) for batch in batches]
+        batches = (trainer.next_batch(trainer.step + 1).map(lambda tensor: tensor.to(device)) for _ in range(steps))
+        lines = [trainer.train_step(batch) for batch in batches]
         return torch.tensor(lines[-1]["loss"])
 
     def theirs(number: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_each_batch_is_of_one_size_and_an_epoch_has_every_pair(world: Any, mixed
     trainer = Trainer(job)
     shapes = Counter()
     for step in range(1, 7):  # six batches of four: one epoch
-        batch = trainer.assemble(step)
+        batch = trainer.next_batch(step)
         assert batch.clean.shape[1] == batch.canvas.tokens == batch.noise.shape[1]
         shapes[batch.canvas.panel_width] += 1
     assert shapes == {16: 4, 24: 2}

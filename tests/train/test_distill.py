@@ -213,12 +213,12 @@ def test_a_full_disk_is_told_and_costs_nothing(world: Any, straight: Any, tmp_pa
 def test_a_step_that_goes_wrong_leaves_a_report_of_its_batch(world: Any, tmp_path: Path) -> None:
     recipe = tiny_run.make_recipe(world.teacher, steps=8, checkpoint_every=2)
     trainer = Trainer(tiny_run.prepare(recipe, world.pairs, tmp_path / "out"))
-    trainer.advance(trainer.assemble(1))
-    batch = trainer.assemble(2)
+    trainer.train_step(trainer.next_batch(1))
+    batch = trainer.next_batch(2)
     batch.clean[0, 0, 0] = float("nan")
     before = [parameter.detach().clone() for parameter in trainer.trained.parameters]
     with raises("training_diverged", "Step 2", "nan", "stopped.json"):
-        trainer.advance(batch)
+        trainer.train_step(batch)
     assert all(map(torch.equal, before, trainer.trained.parameters))
     report = json.loads((tmp_path / "out" / "training" / "stopped.json").read_text())
     ids = {sample.id for sample in trainer.job.latents.samples}
@@ -230,7 +230,7 @@ def test_what_the_guard_has_seen_is_in_the_checkpoint(world: Any, tmp_path: Path
     job = tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out")
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(job)
-    trainer.advance(trainer.assemble(1))
+    trainer.train_step(trainer.next_batch(1))
     trainer.guard.spikes = 2
     trainer.save()
     again = Trainer(tiny_run.prepare(tiny_run.make_recipe(world.teacher), world.pairs, tmp_path / "out"))
@@ -338,7 +338,7 @@ def test_a_lora_on_a_bfloat16_base_is_drawn_as_its_file_will_be(world: Any, tmp_
             parameter.data = parameter.data.bfloat16()
     trainer.job.pipe.vae.to(torch.bfloat16)
     learnt = [parameter.detach().clone() for parameter in trainer.trained.parameters]
-    trainer.draw_samples()
+    trainer.generate_samples()
     assert all(map(torch.equal, learnt, trainer.trained.parameters))  # they are float32 again
     sheet = Image.open(out / "training" / "samples" / "step-000012.png").convert("RGB")
     pipe = student.load(out, base=world.teacher, device="cpu", dtype=torch.bfloat16)
@@ -426,7 +426,7 @@ def test_dropout_gives_the_null_reference_and_the_empty_prompt(world: Any, tmp_p
         job = tiny_run.prepare(
             tiny_run.make_recipe(world.teacher, **{**none, **dropout}), world.pairs, tmp_path / "out"
         )
-        return job, Trainer(job).assemble(1)
+        return job, Trainer(job).next_batch(1)
 
     job, plain = batch()
     empty, _ = job.text.gather([""])
@@ -465,7 +465,7 @@ def test_the_average_follows_its_decay(world: Any, tmp_path: Path) -> None:
     last = trainer.trained.names.index("proj_out.weight")
     average = trainer.trained.parameters[last].detach().clone()
     for step in range(1, 4):
-        trainer.advance(trainer.assemble(step))
+        trainer.train_step(trainer.next_batch(step))
         decay = min(0.9, (1 + step - 1) / (10 + step - 1)) if step > 1 else 0.0  # diffusers' ramp
         average = decay * average + (1 - decay) * trainer.trained.parameters[last].detach()
     torch.testing.assert_close(trainer.ema.shadow_params[last], average)

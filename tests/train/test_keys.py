@@ -54,7 +54,7 @@ def test_a_share_of_samples_is_told_the_instruction(world: Any, tmp_path: Path) 
     gather = trainer.job.text.gather
     trainer.job.text.gather = lambda captions: (asked.extend(captions), gather(captions))[1]  # pyright: ignore
     for step in range(1, 9):
-        trainer.assemble(step)
+        trainer.next_batch(step)
     share = sum(text.startswith("the same") for text in asked) / len(asked)
     assert 0.35 < share < 0.65 and len(asked) == 8 * 24
 

@@ -30,7 +30,7 @@ def test_it_starts_as_what_was_saved_and_is_saved_for_the_same_teacher(world: An
     recipe = tiny_run.make_recipe(world.teacher, **LORA | {"init": str(first.out), "steps": 4})
     trainer = Trainer(tiny_run.prepare(recipe, world.pairs, tmp_path / "start"))
     saved = student.load(first.out, base=world.teacher, device="cpu", fuse=True).transformer
-    batch = trainer.assemble(1)
+    batch = trainer.next_batch(1)
     with torch.no_grad():
         started, wanted = (trainer.losses(batch, model) for model in (trainer.transformer, saved))
     for got, want in zip(started, wanted, strict=True):

@@ -38,9 +38,9 @@ def seen_rows(trainer: Trainer) -> list[int]:
 def test_no_forward_pass_has_more_rows_than_the_micro_batch(trainer: Callable[..., Trainer]) -> None:
     small = trainer(micro_batch=2, sample_steps=2)
     rows = seen_rows(small)
-    small.advance(small.assemble(1))
+    small.train_step(small.next_batch(1))
     small.validate()
-    small.draw_samples()
+    small.generate_samples()
     assert max(rows) == 2 and rows.count(2) == 2 + 4 * 5 / 2  # a step's, and four pairs at five levels
 
 
@@ -121,7 +121,7 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     ("name", "step"),
     [
         ("validate", 4),
-        pytest.param("draw_samples", 5, marks=pytest.mark.soak),
+        pytest.param("generate_samples", 5, marks=pytest.mark.soak),
         pytest.param("validate", 12, marks=pytest.mark.soak),
     ],
 )
@@ -141,8 +141,10 @@ def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(
             last = checkpoint.load(out / "training")
             assert last is not None and last.step == step
     steps: list[int] = []
-    really = Trainer.advance
-    monkeypatch.setattr(Trainer, "advance", lambda self, batch: (steps.append(self.step + 1), really(self, batch))[1])
+    really = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self, batch: (steps.append(self.step + 1), really(self, batch))[1]
+    )
     distill(recipe, world.pairs, out)
     assert steps == list(range(step + 1, 13)) and kills.result(out) == wanted
     folders = [tmp_path / "straight" / "training", out / "training"]
@@ -158,6 +160,6 @@ def test_a_step_that_was_validated_is_not_validated_again(
     recipe = tiny_run.make_recipe(world.teacher, steps=4)
     first = train(tiny_run.prepare(recipe, world.pairs, tmp_path))
     monkeypatch.setattr(Trainer, "validate", lambda self: pytest.fail("validated twice"))
-    monkeypatch.setattr(Trainer, "draw_samples", lambda self: pytest.fail("drawn twice"))
+    monkeypatch.setattr(Trainer, "generate_samples", lambda self: pytest.fail("drawn twice"))
     again = train(tiny_run.prepare(recipe, world.pairs, tmp_path))
     assert again.step == 4 and again.best == first.best

@@ -73,7 +73,7 @@ def test_negatives_share_the_true_left_panel_and_differ_on_the_right(world: Any,
     negative = job.negatives.gather(job.train_rows)
     (left, right), (same, other) = (split_tokens(tokens, job.canvas) for tokens in (clean, negative))
     assert torch.equal(left, same) and (right - other).abs().mean() > 0.05
-    batch = Trainer(job).assemble(1)
+    batch = Trainer(job).next_batch(1)
     assert batch.negative is not None and batch.negative.shape == batch.clean.shape
     assert [len(part.sigma) for part in batch.split(3)] == [3, 1]
 

@@ -134,7 +134,7 @@ def test_spread_weights_are_dtensors_in_every_process(world: Any, tmp_path: Path
         f"out = Path({str(tmp_path / 'out')!r})\n"
         "job = tiny_run.prepare(recipe, Dataset(work / 'pairs'), out, None, processes, device)\n"
         "trainer = Trainer(job)\n"
-        "trainer.advance(trainer.assemble(1))\n"
+        "trainer.train_step(trainer.next_batch(1))\n"
         "spread = [isinstance(p, DTensor) for p in trainer.trained.parameters]\n"
         "own = sum(p.to_local().numel() for p in trainer.trained.parameters)\n"
         "print(all(spread), own, trainer.trained.count)\n"

@@ -1,8 +1,8 @@
-"""The training loop. Kill it at any step: the next call goes on from the last checkpoint as if nothing had happened.
+"""The training loop. It can be killed at any step; the next call resumes exactly from the last checkpoint.
 
-Exactness rests on three things: chance is keyed (`schedule`), the position in the data is a function of the step, and a
-checkpoint holds every number that the next step reads (weights, average, optimizer, the guard's memory). What is logged
-after the checkpoint is logged again, so `metrics.jsonl` has each step once.
+Three properties make this exact: random values are keyed (`schedule`), the position in the data is a function of the
+step, and a checkpoint has every value that the next step needs (weights, average, optimizer, the guard's losses). Lines
+after the checkpoint are dropped and logged again, so `metrics.jsonl` has each step once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diptych.train.export import as_loaded
 from diptych.train.metrics import METRICS, LossGuard, Metrics, Progress, Trackers, report
 from diptych.train.objective import Batch, image_ids, panel_losses, token_style
 from diptych.train.parts import Trained
-from diptych.train.prepare import Job
+from diptych.train.prepare import TrainingJob
 from diptych.train.processes import Interrupts
 from diptych.train.schedule import Schedule, ahead, draw
 from diptych.utils.io import write_atomic
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """A job in progress: `step` steps are done."""
+    """A training in progress, with `step` steps done."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainingJob) -> None:
         self.job = job
         self.options = job.options
         self.transformer = job.pipe.transformer
@@ -68,19 +68,19 @@ class Trainer:
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
         self.line: dict[str, Any] | None = None  # metrics of the last step, as its checkpoint has them
-        self.exported: int | None = None  # the step whose weights are there, if it is not the last
+        self.exported: int | None = None  # the step of the current weights, if it is not the last
         self.guard = LossGuard([])
         self.anchor = preference.Anchor(self.trained.local) if job.negatives is not None else None
         self._resume()
         if job.options.compile:
             self.transformer.compile()
-        # What training calls: DDP averages the gradients of whole copies, and spread weights do so by themselves.
+        # The model of forward passes: DDP averages gradients of copies, while sharded weights average theirs.
         copied = several and not self.spread
         self.model = processes.replicate(self.transformer, job.device) if copied else self.transformer
-        self._unproven = job.options.compile  # torch.compile was asked for, and no step has run with it yet
+        self._unproven = job.options.compile  # no step has run with torch.compile yet
 
     def select(self) -> Trained:
-        """What is trained of the transformer, which is put where it is trained."""
+        """The trained parameters of the transformer, which moves to its device."""
         job, precision = self.job, self.options.precision
         return parts.select(self.transformer, self.options, precision, job.device, self.spread, job.columns)
 
@@ -89,7 +89,7 @@ class Trainer:
         """Pairs in one forward pass of this process, with gradients or without."""
         return self.options.micro_batch or self.options.batch_size // self.processes.count
 
-    # What is due after a step; all of it after the last one.
+    # What is due after a step. After the last step, everything is.
 
     @property
     def validates(self) -> bool:
@@ -101,7 +101,7 @@ class Trainer:
 
     @property
     def saves(self) -> bool:
-        """A checkpoint comes before anything that may fail for want of memory."""
+        """A checkpoint precedes validation and samples, which may run out of memory."""
         return self.validates or self.samples or self._is_due(self.options.checkpoint_every)
 
     def _is_due(self, every: int) -> bool:
@@ -109,8 +109,8 @@ class Trainer:
 
     # One step -----------------------------------------------------------------------------------------------------
 
-    def assemble(self, step: int) -> Batch:
-        """This process's share of a step's batch, on the CPU: nothing but (seed, step) decides the batch."""
+    def next_batch(self, step: int) -> Batch:
+        """This process's share of a step's batch, on the CPU. The batch is a function of (seed, step)."""
         job = self.job
         places = self.processes.share(self.order.at(step))
         clean, condition = job.latents.gather([row for row, _ in places])
@@ -135,8 +135,9 @@ class Trainer:
             model, ids = model or self.transformer, self.img_ids[batch.canvas]
             return panel_losses(model, batch, ids, self.guidance, self.tokens, together=self.spread)
 
-    def advance(self, batch: Batch) -> dict[str, Any]:
-        """One optimizer step; its line for the metrics. UserError from the guard leaves the weights as they were."""
+    def train_step(self, batch: Batch) -> dict[str, Any]:
+        """Takes one optimizer step and returns its line for the metrics. If the guard raises UserError, the weights are
+        unchanged."""
         options, step = self.options, self.step + 1
         started = time.perf_counter()
         means = self._backward(batch)
@@ -170,17 +171,17 @@ class Trainer:
         return self.line
 
     def _terms(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Means over a batch: `loss`, which is descended, and what it is made of."""
-        options, wish = self.options, self.options.preference
-        if wish is None or self.anchor is None:
+        """Means over a batch: `loss`, which is minimized, and its terms."""
+        options, settings = self.options, self.options.preference
+        if settings is None or self.anchor is None:
             left, right = (side.mean() for side in self.losses(batch, self.model))
             return {"loss": options.left_weight * left + options.right_weight * right, "left": left, "right": right}
-        terms = preference.terms(batch, wish, self.anchor, self.losses, self.model)
+        terms = preference.terms(batch, settings, self.anchor, self.losses, self.model)
         loss = options.left_weight * terms["left"] + options.right_weight * terms["right"]
-        return {"loss": loss + wish.weight * terms["preference"], **terms}
+        return {"loss": loss + settings.weight * terms["preference"], **terms}
 
     def _backward(self, batch: Batch) -> dict[str, float]:
-        """Gradients of the weighted loss; the means of its terms over this process's share."""
+        """Computes the gradients of the weighted loss. Returns the means of its terms over this process's share."""
         total = len(batch.sigma)
         micro = batch.split(self.rows)
         sums: dict[str, float] = {}
@@ -194,10 +195,11 @@ class Trainer:
                     terms["loss"].backward()
                 sums = {name: sums.get(name, 0.0) + term.item() for name, term in terms.items()}
         except (RuntimeError, OSError) as error:
-            # No compiler, a graph break that cannot be: training goes on uncompiled, once. Anything else is a fault.
+            # Without a compiler, or at an unsupported graph break, training continues uncompiled. Other errors are
+            # faults.
             if not self._unproven or isinstance(error, torch.OutOfMemoryError):
                 raise
-            log.warning("distill.compile: torch.compile failed here (%s); going on without", str(error).split("\n")[0])
+            log.warning("distill.compile: torch.compile failed (%s). Training uncompiled.", str(error).split("\n")[0])
             self._unproven = False
             self.transformer._compiled_call_impl = None
             self.optimizer.zero_grad(set_to_none=True)
@@ -206,12 +208,12 @@ class Trainer:
         return sums
 
     def _report(self, step: int, numbers: dict[str, float]) -> None:
-        """Writes what the guard stopped: the step, its numbers, what was usual, and the samples of its batch."""
+        """Writes a report on a step that the guard stopped: its numbers, the losses before, and its batch's samples."""
         rows = self.order.at(step)
         batch = [{"id": self.job.latents.samples[row].id, "turn": turn} for row, turn in rows]
-        # JSON has no word for a number that is none.
-        said = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-        report = {"step": step, **said, "before": list(self.guard.recent), "batch": batch}
+        # JSON has no NaN and no infinity.
+        values = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        report = {"step": step, **values, "before": list(self.guard.recent), "batch": batch}
         if self.processes.first:
             write_atomic(self.job.folder / STOPPED, (json.dumps(report, indent=1) + "\n").encode())
 
@@ -226,18 +228,18 @@ class Trainer:
             f"batch. {remedy}, and train in a new --out."
         )
 
-    # Judging ------------------------------------------------------------------------------------------------------
+    # Validation and samples ---------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
-        """Validation loss of the averaged weights; each process computes a part of it."""
+        """Validation loss of the averaged weights, of which each process computes a part."""
         job = self.job
         pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows)
         with parts.averaged(self.ema, self.trained), _eager():
             return validate.validation_loss(self.losses, pairs, self.options, self.rows, job.device, self.processes)
 
     def consider(self, loss: float, marked: bool) -> None:
-        """Makes the checkpoint of this step the best one if its validation loss is the lowest so far. `marked`: its
-        folder says so already."""
+        """Makes this step's checkpoint the best one if its validation loss is the lowest so far. With `marked`, the
+        folder has that mark already."""
         if self.best is not None and loss >= self.best["loss"]:
             return
         self.best = {"step": self.step, "loss": loss}
@@ -250,27 +252,27 @@ class Trainer:
         """The file of this step's sample sheet."""
         return self.job.folder / SAMPLES / f"step-{self.step:06d}.png"
 
-    def draw_samples(self) -> None:
-        """The sample sheet of this step, drawn with the averaged weights (by all processes: one has only a part)."""
+    def generate_samples(self) -> None:
+        """Writes this step's sample sheet, generated with the averaged weights, by all processes, because one may have
+        only a part of them."""
         job = self.job
         rows = (job.validation_rows or job.train_rows)[: self.options.sample_pairs]
-        # Spread weights are not swapped: there, adapters in bfloat16 are drawn with up to rounding.
+        # Sharded weights are not swapped, so their images differ from those of a bfloat16 LoRA file by rounding.
         loaded = nullcontext() if self.spread else as_loaded(self.transformer, self.trained)
         with parts.averaged(self.ema, self.trained), loaded, _eager():
             sheet = validate.sample_sheet(job.pipe, job.buckets, job.latents, job.text, rows, self.options)
         pairs = [job.latents.samples[row].id for row in rows]
         if self.processes.first:
-            told = {"step": self.step, "pairs": pairs, "made_from": job.made_from}
-            save_image(sheet, self.sheet, told)
+            save_image(sheet, self.sheet, {"step": self.step, "pairs": pairs, "made_from": job.made_from})
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """What is saved in the end: the moving average, or the weights where there is none. All processes call it."""
+        """The exported weights: the moving average, or the weights if there is none. All processes must call this."""
         return self.trained.tensors() if self.ema is None else self.trained.averages(self.ema)
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of this step, not yet validated: a training that resumes from here validates first."""
+        """Writes a checkpoint of this step before its validation. A training that resumes from it validates first."""
         tensors = {"weights": self.trained.tensors(), "optimizer": parts.optimizer_tensors(self.optimizer)}
         average = 0
         if self.ema is not None:
@@ -287,50 +289,52 @@ class Trainer:
             "identity": self.job.identity(),
             "torch": torch.__version__,
         }
-        made = checkpoint.Checkpoint(self.step, state, tensors)
         with self.processes.together() as first:
             if first:
+                made = checkpoint.Checkpoint(self.step, state, tensors)
                 checkpoint.save(self.job.folder, made, self.options.keep)
 
     def _resume(self) -> None:
-        found = checkpoint.resume(self.job.folder, self.job.identity(), self.options.steps)
-        if found is None:
+        last = checkpoint.resume(self.job.folder, self.job.identity(), self.options.steps)
+        if last is None:
             return
-        self._put(found)
-        parts.put_optimizer(self.optimizer, dict(found.tensors["optimizer"]))
-        self.step = found.step
-        self.seconds = found.state["seconds"]
-        self.best = found.state["best"]
-        self.line = found.state["line"]
-        self.guard = LossGuard(found.state["guard"], found.state["spikes"])
-        log.info("going on from step %d of %d", self.step, self.options.steps)
+        self._load(last)
+        parts.put_optimizer(self.optimizer, dict(last.tensors["optimizer"]))
+        self.step = last.step
+        self.seconds = last.state["seconds"]
+        self.best = last.state["best"]
+        self.line = last.state["line"]
+        self.guard = LossGuard(last.state["guard"], last.state["spikes"])
+        log.info("resuming from step %d of %d", self.step, self.options.steps)
 
     def take_best(self) -> None:
-        """The weights with the best validation loss come in the place of the last ones, to be saved as the student."""
+        """Replaces the last weights by those with the best validation loss, for the export."""
         name = checkpoint.pointer(self.job.folder, checkpoint.BEST)
         if name is not None:
-            found = checkpoint.read(self.job.folder / name)
-            self._put(found)
-            self.exported = found.step
+            best = checkpoint.read(self.job.folder / name)
+            self._load(best)
+            self.exported = best.step
 
-    def _put(self, found: checkpoint.Checkpoint) -> None:
-        """A checkpoint's weights and their average."""
-        self.trained.put(dict(found.tensors["weights"]))
+    def _load(self, stored: checkpoint.Checkpoint) -> None:
+        """Loads a checkpoint's weights and their average."""
+        self.trained.put(dict(stored.tensors["weights"]))
         if self.ema is not None:
             for shadow, name, parameter in zip(
                 self.ema.shadow_params, self.trained.names, self.trained.parameters, strict=True
             ):
-                shadow.copy_(processes.local(processes.like(found.tensors["ema"][name], parameter)))
-            self.ema.optimization_step = found.state["average_steps"]
+                shadow.copy_(processes.local(processes.like(stored.tensors["ema"][name], parameter)))
+            self.ema.optimization_step = stored.state["average_steps"]
 
 
-def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trainer) -> Trainer:
+def train(job: TrainingJob, progress: Progress | None = None, kind: type[Trainer] = Trainer) -> Trainer:
     """Trains until `job.options.steps` steps are done, and returns the trainer with its last weights.
 
-    `kind` is another trainer for something else than a student.
+    `kind` is the trainer's class. Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; a second
+    one interrupts immediately.
 
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (a second one leaves at once).
-    Raises UserError (a step that went wrong, a full disk) and UsageError (a checkpoint of another training).
+    Raises:
+        UserError: a diverged step, or a full disk.
+        UsageError: a checkpoint of another training.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     trainer = kind(job)
@@ -342,18 +346,18 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
         with Interrupts() as interrupts:
             if trainer.line is not None:
                 written = job.processes.shared(metrics.of(trainer.step) if metrics is not None else None)
-                _judge(trainer, written or trainer.line, metrics, trackers, written is not None)
+                _after_step(trainer, written or trainer.line, metrics, trackers, written is not None)
             steps = range(trainer.step + 1, options.steps + 1)
-            for batch in ahead(trainer.assemble, steps, job.device):
-                line = trainer.advance(batch)
+            for batch in ahead(trainer.next_batch, steps, job.device):
+                line = trainer.train_step(batch)
                 if saved := trainer.saves:
                     if metrics is not None:
                         metrics.sync()
                     trainer.save()
-                _judge(trainer, line, metrics, trackers)
+                _after_step(trainer, line, metrics, trackers)
                 text = f"loss {line['loss']:.4f} (left {line['left']:.4f}, right {line['right']:.4f})"
                 report(progress, trainer.step, options.steps, text)
-                # Read once: what is asked from here on is answered after the next step.
+                # Read once, so that a later signal takes effect after the next step.
                 stopping = job.processes.most(interrupts.received or 0)
                 if stopping and trainer.step < options.steps:
                     if not saved:
@@ -368,11 +372,11 @@ def train(job: Job, progress: Progress | None = None, kind: type[Trainer] = Trai
     return trainer
 
 
-def _judge(
+def _after_step(
     trainer: Trainer, line: dict[str, Any], metrics: Metrics | None, trackers: Trackers, written: bool = False
 ) -> None:
-    """Validates and samples if it is time, and writes the step's line. `written`: a training that was stopped here had
-    got as far as that."""
+    """Validates and samples if they are due, and writes the step's line, unless it is already `written`, by a training
+    that stopped after that."""
     if trainer.validates and not written:
         line["validation"] = trainer.validate()
     if "validation" in line:
@@ -380,11 +384,11 @@ def _judge(
     if metrics is not None and not written:
         metrics.write(line)
         trackers.log(line)
-    drawn = written and trainer.job.processes.shared(trainer.sheet.exists())
-    if trainer.samples and not drawn:
-        trainer.draw_samples()
+    exists = written and trainer.job.processes.shared(trainer.sheet.exists())
+    if trainer.samples and not exists:
+        trainer.generate_samples()
 
 
 def _eager() -> Any:
-    """Validation and sampling run uncompiled: another graph for a few forward passes costs more than it saves."""
+    """A context without compilation, for validation and samples: compiling costs more than a few forward passes."""
     return torch.compiler.set_stance("force_eager")

@@ -1,15 +1,15 @@
-"""The two-panel flow-matching loss: the heart of Diffusion Self-Distillation (paper section 3.2).
+"""The two-panel flow-matching loss, the core of Diffusion Self-Distillation (paper section 3.2).
 
-Both panels of the canvas are noised and both are learnt. On the left the model sees its reference and learns the
+Both panels of the canvas are noised, and both have a loss. On the left the model sees its reference and learns the
 identity mapping; on the right it learns the edit. With clean latents x_0, noise ε and noise level σ:
 
     x_t = (1 − σ)·x_0 + σ·ε        v = model([x_t ; c], σ, text)        loss = ‖v − (ε − x_0)‖²
 
 c is the VAE encoding of [reference | black], joined to x_t channel by channel, token by token. With
-`distill.conditioning: channel` the canvas is the target panel alone and c the encoding of the reference: stock
-FLUX-Control, which the paper compares with. With `tokens` the canvas is the target panel alone as well, the reference's
-clean tokens follow the target's in the sequence, and only the target's have a loss. Shapes: B batch, N canvas tokens,
-R reference tokens, C channels of a token, L text tokens.
+`distill.conditioning: channel` the canvas is only the target panel and c the encoding of the reference: stock
+FLUX-Control, the paper's baseline. With `tokens` the canvas is only the target panel too, the reference's clean tokens
+follow the target's in the sequence, and only the target's have a loss. Shapes: B batch, N canvas tokens, R reference
+tokens, C channels of a token, L text tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Transformer = Callable[..., tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's tensors; a part of them comes to the model's device when it is computed."""
+    """The tensors of one step. Each part moves to the model's device when it is computed."""
 
     clean: torch.Tensor  # (B, N, C) x_0, packed latents of [reference | target]
     # (B, N, C) c, packed latents of [reference | black], all zero for the null reference; or (B, R, C) reference tokens
@@ -43,12 +43,12 @@ class Batch:
     prompt_embeds: torch.Tensor  # (B, L, D) T5's
     pooled: torch.Tensor  # (B, P) CLIP's
     negative: torch.Tensor | None = None  # (B, N, C) packed latents of [reference | negative] (preference.py)
-    bare: torch.Tensor | None = None  # (B,) bool: samples whose reference tokens are left out; None is none of them
+    bare: torch.Tensor | None = None  # (B,) bool: samples without reference tokens; None: no such samples
     canvas: Canvas = field(kw_only=True)  # of all samples
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that are there, by name."""
+        """The tensors that are not None, by name."""
         return {name: tensor for name, tensor in vars(self).items() if torch.is_tensor(tensor)}
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -56,7 +56,7 @@ class Batch:
         return Batch(**{name: change(tensor) for name, tensor in self.tensors.items()}, canvas=self.canvas)
 
     def select(self, rows: list[int]) -> Batch:
-        """Some of the samples, in this order; the batch itself for all of them."""
+        """Some of the samples, in this order. The batch itself if `rows` are all samples."""
         if rows == list(range(len(self.sigma))):
             return self
         index = torch.tensor(rows, device=self.sigma.device)
@@ -77,10 +77,13 @@ def panel_losses(
     tokens: TokenStyle | None = None,
     together: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32; on the left 0
-    where the canvas has no left panel. `img_ids` (N, 3) are FLUX's plain position ids of the whole canvas.
+    """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32. The left one
+    is 0 if the canvas has no left panel.
 
-    `tokens`: how reference tokens enter; None for a condition canvas. `together`: see `token_losses`.
+    Args:
+        img_ids: (N, 3), FLUX's plain position ids of the whole canvas.
+        tokens: options of reference tokens. None for a condition canvas.
+        together: see `token_losses`.
     """
     if tokens is not None:
         right = token_losses(transformer, batch, tokens, guidance, together)
@@ -94,7 +97,7 @@ def panel_losses(
 
 
 def token_style(options: Distill) -> TokenStyle | None:
-    """How a recipe's reference tokens enter; None for a condition canvas."""
+    """The options of a recipe's reference tokens. None for a condition canvas."""
     return TokenStyle(options.positions, options.reference_attention) if options.conditioning == "tokens" else None
 
 
@@ -103,14 +106,14 @@ def token_losses(
 ) -> torch.Tensor:
     """Mean squared velocity error of each sample on the target's tokens, (B,) float32.
 
-    Samples with a reference and samples without one are two passes: a dropped reference has no tokens at all.
-    `together`: both passes run in any case, because every process must call weights that are spread.
+    Samples with and without a reference need two passes, because a dropped reference has no tokens. With `together`
+    both passes always run, because every process must call sharded weights.
     """
     shape = batch.canvas.rows, batch.canvas.columns
     layout = (shape,) * (batch.condition.shape[1] // batch.canvas.tokens)
     bare = [False] * len(batch.sigma) if batch.bare is None else batch.bare.tolist()
     losses: dict[int, torch.Tensor] = {}
-    spare = batch.clean.new_zeros(())  # what a pass adds that runs for other processes alone
+    spare = batch.clean.new_zeros(())  # 0, from passes that run only for other processes
     for without in (False, True):
         rows = [row for row, is_bare in enumerate(bare) if is_bare == without]
         if not rows and not together:
@@ -152,11 +155,11 @@ def velocity_error(
     references: torch.Tensor | None = None,
     attention: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Squared error of each number of the velocity, (B, N, C) float32: flow matching, with or without a reference.
+    """Squared error of each value of the velocity, (B, N, C) float32: flow matching, with or without a reference.
 
-    `clean`, `noise` and `condition` are (B, N, C), `references` (B, R, C) clean tokens after them, which have no error,
-    `sigma` (B,), `text` (B, L, D) and (B, P), `img_ids` (N, 3) or (N + R, 3). `guidance` is passed to
-    guidance-distilled transformers, None to others; `attention` goes to the attention processors.
+    `clean`, `noise` and `condition` are (B, N, C), `references` (B, R, C) clean tokens after them, which have no loss,
+    `sigma` (B,), `text` (B, L, D) and (B, P), `img_ids` (N, 3) or (N + R, 3). `guidance` is for guidance-distilled
+    transformers, None for others. `attention` are the arguments of the attention processors.
     """
     level = sigma[:, None, None]
     x_t = (1 - level) * clean + level * noise

@@ -49,7 +49,7 @@ def loss(
     return -F.logsigmoid(-beta * ((target - target_0) - (negative - negative_0)))
 
 
-def terms(batch: Batch, wish: Preference, anchor: Anchor, losses: Losses, model: Any) -> dict[str, torch.Tensor]:
+def terms(batch: Batch, settings: Preference, anchor: Anchor, losses: Losses, model: Any) -> dict[str, torch.Tensor]:
     """Means over a batch with negatives: the `left` and `right` losses of the true targets, the `preference` loss, and
     the share of samples whose target is `preferred`."""
     assert batch.negative is not None
@@ -64,7 +64,7 @@ def terms(batch: Batch, wish: Preference, anchor: Anchor, losses: Losses, model:
     return {
         "left": left[:rows].mean(),
         "right": target.mean(),
-        "preference": loss(target, negative, target_0, negative_0, wish.beta).mean(),
+        "preference": loss(target, negative, target_0, negative_0, settings.beta).mean(),
         "preferred": ((target - target_0) < (negative - negative_0)).float().mean(),
     }
 

@@ -1,8 +1,8 @@
-"""Everything up to the first step of a training: models opened, pairs and captions encoded, some pairs held out.
+"""Preparation of a training: opening models, encoding pairs and captions, holding out pairs.
 
     trainer = loop.train(prepare(recipe, Material.open(recipe, pairs), folder))
 
-`Material` is what a student is trained on, `Job` all that the loop needs.
+`Material` has the data sets, and `TrainingJob` everything that the loop needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Material:
-    """The data sets to train on. `own` are the run's own pairs, if there are any."""
+    """The data sets to train on. `own` are the run's pairs, if there are any."""
 
     own: Dataset | None
     sets: Sequence[Pairs]
@@ -49,32 +49,30 @@ class Material:
 
     @classmethod
     def open(cls, recipe: Recipe, own: Dataset | None) -> Material:
-        """Those that `distill.data` names. UserError when one cannot be read or is empty."""
+        """The data sets that `distill.data` names. UserError if one cannot be read or is empty."""
         named = [data for data in recipe.distill.data or [Data(path=OWN)] if data.path != OWN or own is not None]
         sets: list[Pairs] = []
         for data in named:
-            found = own if data.path == OWN else open_pairs(data.path, {**data.columns}, data.split)
-            assert found is not None
-            if not len(found):
-                remedy = (
-                    "Lower curate.thresholds or paint more grids (write.count)" if found is own else "Use other data"
-                )
-                raise UserError("run_empty", f"No pairs to train on in {found.url}. {remedy}.")
-            sets.append(found)
+            pairs = own if data.path == OWN else open_pairs(data.path, {**data.columns}, data.split)
+            assert pairs is not None
+            if not len(pairs):
+                remedy = "Lower curate.thresholds or raise write.count" if pairs is own else "Use other data"
+                raise UserError("run_empty", f"No pairs to train on in {pairs.url}. {remedy}.")
+            sets.append(pairs)
         return cls(own, sets, [data.weight for data in named])
 
     def fingerprint(self) -> str:
-        """Of the run's own pairs if there is nothing else; else of all data sets and their weights."""
-        prints = [each.fingerprint() for each in self.sets]
+        """The fingerprint of the run's pairs alone, or of all data sets and their weights."""
+        fingerprints = [each.fingerprint() for each in self.sets]
         if list(self.sets) == [self.own] and self.weights == [1.0]:
-            return prints[0]
-        weighed = [[*both] for both in zip(prints, self.weights, strict=True)]
-        return sha256_json(weighed, sort_keys=False)
+            return fingerprints[0]
+        weighted = [[*both] for both in zip(fingerprints, self.weights, strict=True)]
+        return sha256_json(weighted, sort_keys=False)
 
 
 @dataclass
-class Job:
-    """All that a run of the loop needs. `pipe.transformer` is trained in place."""
+class TrainingJob:
+    """Everything that the loop needs. `pipe.transformer` is trained in place."""
 
     pipe: Any  # DiptychPipeline
     buckets: Sequence[schedule.Bucket]  # one, unless the recipe has more
@@ -85,12 +83,12 @@ class Job:
     train_rows: list[int]
     validation_rows: list[int]
     folder: Path  # checkpoints, metrics.jsonl, samples/
-    material: Material  # what the latents come from
+    material: Material  # the data sets of the latents
     made_from: dict[str, str] = field(default_factory=dict)  # fingerprints of the base and the pairs
     processes: Processes = ALONE
-    name: str = "student"  # what trackers call it
+    name: str = "student"  # of the run in trackers
     negatives: preference.Negatives | None = None  # with `options.preference`
-    columns: torch.Tensor | None = None  # (D, C) where the input layer's for the condition begin; None: as they are
+    columns: torch.Tensor | None = None  # (D, C), the initial columns of the input layer for the condition
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
@@ -104,11 +102,11 @@ class Job:
 
     @property
     def canvas(self) -> Canvas:
-        """The first bucket's."""
+        """The canvas of the first bucket."""
         return self.buckets[0].canvas
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this job."""
+        """The values that must equal a checkpoint's to resume from it."""
         return {**checkpoint.identity(self.options, self.options.seed or 0), **self.made_from}
 
 
@@ -119,8 +117,8 @@ def prepare(
     progress: Progress | None = None,
     processes: Processes | None = None,
     device: torch.device | None = None,
-) -> Job:
-    """Everything up to the first step: models opened, pairs and captions encoded, some held out."""
+) -> TrainingJob:
+    """Prepares a training: opens models, encodes pairs and captions, and holds out pairs."""
     from diptych.utils.machine import pick_device, pick_precision
 
     if recipe.threads is not None:
@@ -134,10 +132,10 @@ def prepare(
     made_from = sources(recipe, material)
     pipe = start(recipe, device)
     places = schedule.choose(pipe, settings.buckets, recipe.paint.panel_size, settings.shift)
-    decided = {"seed": recipe.training_seed, "precision": precision, "shift": places[0].shift}
-    options = settings.model_copy(update=decided)
-    at = checkpoint.pointer(folder, checkpoint.LATEST)
-    step = int(at.removeprefix("step-")) if at else 0
+    resolved = {"seed": recipe.training_seed, "precision": precision, "shift": places[0].shift}
+    options = settings.model_copy(update=resolved)
+    latest = checkpoint.pointer(folder, checkpoint.LATEST)
+    step = int(latest.removeprefix("step-")) if latest else 0
 
     def preparing(done: int, total: int, what: str) -> None:
         report(progress, step, settings.steps, f"{what} {done}/{total}")
@@ -171,7 +169,7 @@ def prepare(
             key = f"{made_from['base']} {made_from['pairs']}"
             negatives = sampler.generate(train_rows, folder, key, preparing, processes)
     made_from["panel_size"] = schedule.named(places)
-    return Job(
+    return TrainingJob(
         pipe=pipe,
         buckets=places,
         options=options,

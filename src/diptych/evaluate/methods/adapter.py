@@ -33,7 +33,7 @@ from diptych.recipe import tasks
 from diptych.train.loop import Trainer, train
 from diptych.train.objective import Batch, velocity_error
 from diptych.train.parts import Trained
-from diptych.train.prepare import Job, Material
+from diptych.train.prepare import Material, TrainingJob
 from diptych.utils import models
 from diptych.utils.documents import parse_json
 from diptych.utils.io import sha256_json, write_atomic
@@ -245,7 +245,7 @@ class AdapterTrainer(Trainer):
         right = error.mean(dim=(1, 2))
         return torch.zeros_like(right), right
 
-    def draw_samples(self) -> None:
+    def generate_samples(self) -> None:
         """None: the suite's pictures show what it can."""
 
 
@@ -284,7 +284,7 @@ def fit(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> dict
     return about
 
 
-def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Job:
+def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> TrainingJob:
     """Everything up to the first step: teacher and encoder opened, targets, references and captions encoded."""
     from PIL import Image
 
@@ -339,7 +339,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     _, seen = latents.gather([0])
     put(pipe, start(pipe, seen.shape[-1], seed_of(recipe.training_seed, KEY, "start")))
     train_rows, validation_rows = split(latents.samples, options.validation_pairs)
-    return Job(
+    return TrainingJob(
         pipe=pipe,
         buckets=[Bucket(canvas, shift)],
         options=options,
