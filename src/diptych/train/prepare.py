@@ -189,7 +189,7 @@ def prepare(
 
 
 def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.Tensor | None:
-    """Where the input layer's columns for the condition begin (`distill.condition_init`); None leaves them at zero."""
+    """The initial columns of the input layer for the condition (`distill.condition_init`). None leaves them at zero."""
     from PIL import Image
 
     from diptych.student.weights.fold import image_columns
@@ -204,7 +204,7 @@ def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.T
 
 
 def _set_aside(pipe: DiptychPipeline) -> None:
-    """Text encoders go back to main memory: every caption is encoded, and the device has better uses for its own."""
+    """Moves the text encoders to main memory, because all captions are encoded."""
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         if encoder is not None:
             encoder.to("cpu")  # pyright: ignore[reportArgumentType]
@@ -212,7 +212,7 @@ def _set_aside(pipe: DiptychPipeline) -> None:
 
 @contextmanager
 def _as_it_starts(pipe: DiptychPipeline, recipe: Recipe) -> Iterator[None]:
-    """The pipeline with the LoRA that training goes on from, if it does; without it again afterwards."""
+    """A context in which the pipeline has the LoRA that training starts from, if there is one."""
     from diptych.student.weights.lora import apply_lora
 
     if recipe.distill.mode == "full":
@@ -226,7 +226,7 @@ def _as_it_starts(pipe: DiptychPipeline, recipe: Recipe) -> Iterator[None]:
 
 
 def sources(recipe: Recipe, material: Material) -> dict[str, str]:
-    """Fingerprints of what a student is made from: the weights it starts from, and its pairs."""
+    """Fingerprints of a student's origin: the weights that its training starts from, and its pairs."""
     init = recipe.distill.init
     places = [models.resolve(init, "student")] if init else []
     if recipe.distill.mode == "lora" or not init:
@@ -261,7 +261,7 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     pipe = DiptychPipeline(transformer=transformer, **components)
     pipe.loaded_from = (teacher,)
     pipe.set_progress_bar_config(disable=True)
-    if settings.offload == "blocks":  # `parts.select` moves the rest of it
+    if settings.offload == "blocks":  # `parts.select` moves the transformer
         for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if part is not None:
                 part.to(device)
@@ -270,7 +270,7 @@ def start(recipe: Recipe, device: Any) -> DiptychPipeline:
 
 
 def check_init(recipe: Recipe, teacher: Path) -> None:
-    """UsageError if the student that `distill.init` names cannot be trained on so; nothing where it names none."""
+    """UsageError if training cannot start from the student that `distill.init` names. Nothing if it names none."""
     from diptych.student.settings import OF_TOKENS
     from diptych.student.weights.sources import locate, read_settings
 
@@ -303,7 +303,7 @@ def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: to
 
 
 def student_settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
-    """What the student registers: how the recipe evaluates it, where it says so, is how it is sampled by default."""
+    """The settings that the student registers. Sampling defaults are those with which the recipe evaluates it."""
     from diptych.student.settings import OF_TOKENS, Settings
 
     asked = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
