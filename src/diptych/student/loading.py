@@ -87,8 +87,8 @@ def load(
 
     dtype = dtype or pick_dtype(weights_place, device)
     source = open_source(path, base_folder, dtype)
-    own = source.lora if released_lora or layout == "control-lora" else None
-    loras = [*([(lora_file(own), 1.0)] if own else []), *given]
+    part = source.lora if released_lora or layout == "control-lora" else None
+    loras = [*([(lora_file(part), 1.0)] if part else []), *given]
     if preset is not None:
         quantized = sum(tensor.nbytes for tensor in source.tensors.values() if tensor.dtype == torch.uint8)
         preset.resolve(shapes_in(source.folded.config, places, quantized), dtype, places)

@@ -236,8 +236,8 @@ def sources(recipe: Recipe, material: Material) -> dict[str, str]:
 
 def start(recipe: Recipe, device: Any) -> DiptychPipeline:
     """The student before its first step: the teacher, widened unless its reference comes as tokens, or, in mode full,
-    the student that `distill.init` names; its frozen weights quantized as the recipe has it. A LoRA to go on from is
-    put on by `parts.select`."""
+    the student that `distill.init` names; its frozen weights quantized as the recipe says. `parts.select` adds a LoRA
+    that training continues from."""
     from diptych import student
     from diptych.student.loading import pick_dtype
     from diptych.student.pipeline import DiptychPipeline
@@ -306,11 +306,11 @@ def student_settings(recipe: Recipe, words: tuple[str, ...] | None) -> Settings:
     """The settings that the student registers. Sampling defaults are those with which the recipe evaluates it."""
     from diptych.student.settings import OF_TOKENS, Settings
 
-    asked = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
-    said = {name: value for name, value in asked.items() if value is not None}
+    sampling = recipe.evaluate.model_dump(include={"steps", "image_guidance", "text_guidance", "null_panel"})
+    sampling = {name: value for name, value in sampling.items() if value is not None}
     relight = recipe.evaluate.relighting.model_dump(exclude_none=True)
     entry = recipe.distill.model_dump(include={"conditioning", *OF_TOKENS})
     if entry["conditioning"] == "tokens":  # there is no left panel for the null pass
-        for values in (said, relight):
+        for values in (sampling, relight):
             values.pop("null_panel", None)
-    return Settings(**entry, relight=relight, words=words, **said)
+    return Settings(**entry, relight=relight, words=words, **sampling)

@@ -48,7 +48,7 @@ def validation_loss(
     """The mean losses `left` and `right` of the pairs at each level of `SIGMAS`, and `loss`, the mean of their weighted
     sum, without dropout.
 
-    `losses` is `objective.panel_losses` with the model; it gets at most `size` samples at once. Each process computes
+    `losses` is `objective.panel_losses` with the model; it gets at most `size` samples per call. Each process computes
     its share of the batches, and all return the same values.
     """
     batches = _batches(pairs.latents, pairs.rows, size)

@@ -131,7 +131,7 @@ class Family(ABC):
         return calculate_shift(tokens, *(scheduler.get(key, value) for key, value in known.items()))
 
     def sigmas(self, steps: int) -> Any:
-        """Noise levels before the shift, (steps,); None for the scheduler's own."""
+        """Noise levels before the shift, (steps,); None for those of the scheduler."""
         return np.linspace(1.0, 1 / steps, steps)
 
     def schedule(
@@ -171,7 +171,7 @@ class Family(ABC):
         Args:
             x: (B, N, C) noisy tokens of an image of `size`.
             sigma: (B,) noise levels in [0, 1].
-            references: clean references, appended with positions of their own (conditioning `tokens`).
+            references: clean references, appended with separate positions (conditioning `tokens`).
             condition: (B, N, C), joined to x channel by channel (`diptych` and `channel`); needs a widened input.
             guidance: distilled guidance; read only by a transformer with a guidance embedding.
             attention: passed to the attention processors.

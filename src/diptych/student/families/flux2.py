@@ -22,7 +22,7 @@ FRAME = 10  # T of the first reference, and from one to the next
 
 
 class Flux2(Family):
-    """In single blocks, one linear layer is the attention's and the MLP's at once, so both sets adapt it."""
+    """In single blocks, one linear layer belongs to both attention and MLP, so both sets adapt it."""
 
     name = "flux2"
     pipelines = ("Flux2KleinPipeline", "Flux2Pipeline")
@@ -49,7 +49,7 @@ class Flux2(Family):
         return Text(pipe.encode_prompt(list(prompts), max_sequence_length=length)[0])
 
     def shift(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float | None:
-        """From the tokens and the steps, by the stock pipeline's empirical fit, whatever the scheduler's config."""
+        """From the tokens and the steps, by the stock pipeline's empirical fit. The scheduler's config is not read."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         return compute_empirical_mu(tokens, steps)

@@ -26,7 +26,7 @@ MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 class StableDiffusion3(Family):
-    """A token here is a 2×2 patch of latents, as the transformer's own input layer reads it."""
+    """A token here is a 2×2 patch of latents, as the transformer's input layer reads it."""
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline",)
@@ -58,7 +58,7 @@ class StableDiffusion3(Family):
         return super().shift({"max_shift": 1.16, **scheduler}, tokens, steps)
 
     def sigmas(self, steps: int) -> None:
-        """The scheduler's own."""
+        """Those of the scheduler."""
 
     def velocity(
         self,

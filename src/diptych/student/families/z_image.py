@@ -1,7 +1,7 @@
 """Z-Image (base): `ZImageTransformer2DModel`; Qwen 3 reads the prompt, and texts keep their lengths.
 
 The transformer counts time from noise to image and gives clean − noise. It takes each row's latents as a short video,
-whose frames have positions of their own: a reference is a further frame, of the target's size. Its class fixes as many
+whose frames have separate positions: a reference is a further frame, of the target's size. Its class fixes as many
 channels out as in, so its input cannot be widened.
 """
 

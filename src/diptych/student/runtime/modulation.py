@@ -37,7 +37,7 @@ def adaln_layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 class Slot(torch.nn.Module):
-    """Replaces an AdaLN linear layer and returns the tensor (B, columns) that `Lookup` sets, whatever its input is.
+    """Replaces an AdaLN linear layer and returns the tensor (B, columns) that `Lookup` sets. Its input is not read.
 
     A tensor, not an offset into the table, so that all compiled blocks of one kind share one graph.
     """

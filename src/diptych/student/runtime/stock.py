@@ -66,7 +66,7 @@ def resolve_memory(
     """A memory preset for the pipeline in `folder`, chosen and checked from its configs, before anything is loaded.
 
     Args:
-        load: what is generated at once, for `memory.plan`: `rows`, `panel`, `text_tokens`.
+        load: the size of one batch, for `memory.plan`: `rows`, `panel`, `text_tokens`.
 
     UsageError if the preset does not work here, UserError if `auto` finds none that fits.
     """
