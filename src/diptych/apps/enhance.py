@@ -73,7 +73,7 @@ def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-end
     try:
         return Endpoint(base_url=url, model=model, api_key_env=key, max_tokens=1024, retries=2, concurrency=4)
     except ValidationError as error:
-        said = documents.said(error.errors()[0])
+        said = documents.explain(error.errors()[0])
         raise UsageError(f"{option} {said}") from None
 
 

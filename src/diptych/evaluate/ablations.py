@@ -114,7 +114,7 @@ def load(study: str) -> tuple[Study, Path]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        said = documents.said(first)
+        said = documents.explain(first)
         raise UsageError(f"{path}: {where}{': ' if where else ''}{said}") from error
 
 

@@ -210,7 +210,7 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluati
         lines = []
         for problem in error.errors():
             parts = [str(part) for part in problem["loc"]]
-            said = documents.said(problem)
+            said = documents.explain(problem)
             if problem["type"] == "extra_forbidden":
                 known = Judge if parts[0] == "judge" and len(parts) > 1 else Evaluation
                 known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)

@@ -1,2 +1,2 @@
-"""The judges: models that look at panels. `embedding` says how alike two subjects are, `attributes` what a picture
-shows. The judge that curates a student's data is never the one that scores the student."""
+"""The judges: models that compare panels. `embedding` measures how similar two subjects are, `attributes` reads what an
+image shows, and `vlm` answers a task's questions. The judge that curates pairs never scores the student."""

@@ -1,7 +1,7 @@
-"""Reads what a picture shows: its place, light, pose, kind, …, and an embedding of who is in it.
+"""Reads what an image shows (place, light, pose, kind, …) and an identity embedding of its subject.
 
-The reader is a stock image classifier whose labels are `group:value` ("place:beach"): a softmax within each group. The
-labels `identity:0`, `identity:1`, … are no classes but the coordinates of an identity embedding.
+The reader is a stock image classifier with labels `group:value` ("place:beach") and a softmax within each group. The
+labels `identity:0`, `identity:1`, … are not classes but the coordinates of an identity embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IDENTITY = "identity"
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one picture: the likeliest value of each group, its probability, and the identity embedding (length 1)."""
+    """What one image shows: the likeliest value of each group, its probability, and the identity embedding (norm 1)."""
 
     values: dict[str, str]
     probabilities: dict[str, float]
@@ -32,7 +32,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class AttributeReader:
-    """Reads pictures. `groups` are the values of each group; `columns` the logits they lie in."""
+    """Reads images. `groups` has the values of each group, and `columns` their logits."""
 
     vision: Vision
     groups: dict[str, tuple[str, ...]]
@@ -40,7 +40,7 @@ class AttributeReader:
 
     @classmethod
     def load(cls, name: str = "pocket", device: str = "cpu") -> AttributeReader:
-        """Opens `pocket`, a folder or a hub name. UserError if it is not whole or its labels are not `group:value`."""
+        """Loads `pocket`, a folder, or a hub name. UserError if weights are missing or labels are not `group:value`."""
         vision = open_vision(name, "reader", "AutoModelForImageClassification", device)
         refuse_missing(sorted(vision.missing), name)
         groups, columns = label_groups(vision.model.config.id2label, name)
@@ -48,7 +48,7 @@ class AttributeReader:
 
     @staticmethod
     def check(name: str) -> None:
-        """UserError if `load` would find no reader there. Reads no weights."""
+        """UserError if `load` would fail. Reads no weights."""
         label_groups(check(name, "reader", "AutoModelForImageClassification").id2label, name)
 
     @property
@@ -57,7 +57,7 @@ class AttributeReader:
         return self.vision.fingerprint
 
     def read(self, images: Sequence[Image]) -> list[Reading]:
-        """One reading for each image, in order; computed in batches of 32."""
+        """Returns a reading for each image, in order, computed in batches of 32."""
         readings: list[Reading] = []
         for pixels in self.vision.batches(images):
             readings += self._read(self.vision.model(pixel_values=pixels).logits.double().cpu().numpy())
@@ -66,34 +66,36 @@ class AttributeReader:
     def _read(self, logits: np.ndarray) -> list[Reading]:
         """Readings of logits (B, labels)."""
         values: list[dict[str, str]] = [{} for _ in logits]
-        certain: list[dict[str, float]] = [{} for _ in logits]
+        probabilities: list[dict[str, float]] = [{} for _ in logits]
         for group, names in self.groups.items():
             part = logits[:, self.columns[group]]
             chances = np.exp(part - part.max(1, keepdims=True))
             chances /= chances.sum(1, keepdims=True)
             for row, best in enumerate(chances.argmax(1)):
                 values[row][group] = names[best]
-                certain[row][group] = float(chances[row, best])
+                probabilities[row][group] = float(chances[row, best])
         identity = logits[:, self.columns.get(IDENTITY, [])]
         identity = identity / np.maximum(np.linalg.norm(identity, axis=1, keepdims=True), 1e-12)
-        return [Reading(*parts) for parts in zip(values, certain, identity.astype(np.float32), strict=True)]
+        return [Reading(*parts) for parts in zip(values, probabilities, identity.astype(np.float32), strict=True)]
 
 
 def label_groups(id2label: dict[int, str], name: str) -> tuple[dict[str, tuple[str, ...]], dict[str, list[int]]]:
-    """Each group's values and the columns of all groups, the identity's in the order of its coordinates."""
+    """The values and columns of each group; the identity's columns are in the order of its coordinates."""
     groups: dict[str, list[str]] = {}
     columns: dict[str, list[int]] = {}
     for column, label in sorted((int(i), label) for i, label in id2label.items()):
         group, colon, value = label.partition(":")
         if not colon or not group or not value:
-            raise UserError(f"'{name}' is no attribute reader: its label '{label}' is not of the form group:value")
+            message = f"'{name}' is not an attribute reader: its label '{label}' does not have the form group:value."
+            raise UserError("judge_invalid", message)
         groups.setdefault(group, []).append(value)
         columns.setdefault(group, []).append(column)
     if IDENTITY in groups:
         try:
             order = sorted(range(len(columns[IDENTITY])), key=lambda i: int(groups[IDENTITY][i]))
         except ValueError as error:
-            raise UserError(f"'{name}' is no attribute reader: its identity labels are not numbers") from error
+            message = f"'{name}' is not an attribute reader: its identity labels are not numbers."
+            raise UserError("judge_invalid", message) from error
         columns[IDENTITY] = [columns[IDENTITY][i] for i in order]
         del groups[IDENTITY]
     return {group: tuple(values) for group, values in groups.items()}, columns

@@ -1,12 +1,12 @@
-"""Embeddings: a judge of identity, which is any transformers vision model whose embeddings of the same subject lie
-close together, and CLIP, which embeds texts, too.
+"""Embeddings: a judge of identity (any transformers vision model that embeds images of one subject close together), and
+CLIP, which also embeds texts.
 
     judge = EmbeddingJudge.load("facebook/dinov2-base")
     judge.similarity(judge.embed(references), judge.embed(targets))      # cosines, 1 = the same
 
-An embedding is, of what the model offers, the first of: the projected image embedding (CLIP, SigLIP), the pooled
-output, the class token, the mean of the patch tokens or of the feature map. A pooling layer that the files do not hold
-would be random (DINO's checkpoints), so it is passed over.
+The embedding is the first of these that the model has: the projected image embedding (CLIP, SigLIP), the pooled output,
+the class token, the mean of the patch tokens or of the feature map. A pooling layer that is missing from the files
+(DINO's checkpoints) would be random and is not used.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbeddingJudge:
-    """Embeds images. On one machine the same images in the same order give the same bits."""
+    """Embeds images. On one machine, the same images in the same order give identical bits."""
 
     vision: Vision
-    pooled: bool  # whether the model's own pooling is whole
+    pooled: bool  # whether the files have the model's pooling layer
     class_token: bool
 
     @classmethod
     def load(cls, name: str = "pocket", role: str = "curator", device: str = "cpu") -> EmbeddingJudge:
-        """Opens `pocket`, a folder or a hub name, as the `curator` or the `scorer`. UserError if it is not whole."""
+        """Loads `pocket`, a folder, or a hub name as `curator` or `scorer`. UserError if weights are missing."""
         vision = open_vision(name, role, "AutoModel", device)
         random_pooler = {key for key in vision.missing if "pooler." in f"{key}."}
-        # A dual encoder's text tower is not needed here; it may be absent.
+        # The text encoder of a dual encoder is not needed here and may be missing.
         text = {key for key in vision.missing if key.startswith(("text_model.", "text_projection", "logit_"))}
         refuse_missing(sorted(vision.missing - random_pooler - text), name)
         class_token = any(key.endswith(("cls_token", "class_embedding")) for key, _ in vision.model.named_parameters())
@@ -47,7 +47,7 @@ class EmbeddingJudge:
 
     @staticmethod
     def check(name: str, role: str) -> None:
-        """UserError if `load` would find no model there. Reads no weights."""
+        """UserError if `load` would fail. Reads no weights."""
         check(name, role, "AutoModel")
 
     @property
@@ -56,7 +56,7 @@ class EmbeddingJudge:
         return self.vision.fingerprint
 
     def embed(self, images: Sequence[Image]) -> np.ndarray:
-        """Images of any size to float32 [N, D] of length 1. Computed in batches of 32, in order."""
+        """Images of any size to float32 [N, D] with norm 1, in order, computed in batches of 32."""
         import torch
 
         if not images:
@@ -68,8 +68,8 @@ class EmbeddingJudge:
         """Pixels (B, 3, H, W) to embeddings (B, D)."""
         model: Any = self.vision.model
         if hasattr(model, "get_image_features"):
-            found = model.get_image_features(pixel_values=pixels)
-            return getattr(found, "pooler_output", found)
+            features = model.get_image_features(pixel_values=pixels)
+            return getattr(features, "pooler_output", features)
         out = model(pixel_values=pixels)
         pooled = getattr(out, "pooler_output", None)
         if pooled is not None and self.pooled:
@@ -81,16 +81,16 @@ class EmbeddingJudge:
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosines (N,) of the rows of two arrays of embeddings [N, D]."""
+        """Cosine similarity (N,) of the rows of two arrays of embeddings [N, D]."""
         return (a * b).sum(1)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """CLIP, or any dual encoder of transformers: embeddings of images and of texts in one space.
+    """CLIP, or any dual encoder of transformers, which embeds images and texts in one space.
 
     clip = Clip.load("openai/clip-vit-base-patch32")
-    (clip.images(pictures) * clip.texts(prompts)).sum(1)      # CLIP-T
+    (clip.images(images) * clip.texts(prompts)).sum(1)      # CLIP-T
     """
 
     vision: Vision
@@ -98,42 +98,44 @@ class Clip:
 
     @classmethod
     def load(cls, name: str, device: str = "cpu") -> Clip:
-        """Opens a folder or a hub name. UserError if it is not whole, or embeds no texts."""
+        """Loads a folder or a hub name. UserError if weights are missing, or the model does not embed texts."""
         from transformers import AutoTokenizer
 
         vision = open_vision(name, "scorer", "AutoModel", device)
         if not hasattr(vision.model, "get_text_features"):
             raise UserError(
-                f"'{name}' embeds no texts; CLIP-T needs a dual encoder such as openai/clip-vit-base-patch32"
+                "judge_invalid",
+                f"'{name}' does not embed texts. CLIP-T needs a dual encoder such as openai/clip-vit-base-patch32.",
             )
         refuse_missing(sorted(vision.missing), name)
         try:
-            folder = models.resolve(name, "scorer")  # `open_vision` has looked at it
+            folder = models.resolve(name, "scorer")  # checked by `open_vision`
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the tokenizer of '{name}' cannot be opened ({describe(error, 200)})") from error
+            message = f"The tokenizer of '{name}' cannot be opened ({describe(error, 200)})."
+            raise UserError("judge_invalid", message) from error
         return cls(vision, tokenizer)
 
-    def images(self, pictures: Sequence[Image]) -> np.ndarray:
-        """Pictures as float32 [N, D] of length 1, in batches of 32."""
-        return _rows([self.vision.model.get_image_features(pixel_values=p) for p in self.vision.batches(pictures)])
+    def images(self, images: Sequence[Image]) -> np.ndarray:
+        """Images to float32 [N, D] with norm 1, in batches of 32."""
+        return _normalized([self.vision.model.get_image_features(pixel_values=p) for p in self.vision.batches(images)])
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts as float32 [N, D] of length 1; what is longer than the text encoder's length is cut off."""
+        """Texts to float32 [N, D] with norm 1, truncated to the text encoder's length."""
         import torch
 
         length = getattr(self.vision.model.config, "text_config", self.vision.model.config).max_position_embeddings
-        found = []
+        features = []
         with torch.no_grad():
-            for text in texts:  # one by one: no padding, so no model can read it
+            for text in texts:  # one at a time, because some models read padding
                 tokens = self.tokenizer([text], truncation=True, max_length=length, return_tensors="pt")
-                wanted = {key: tokens[key].to(self.vision.device) for key in ("input_ids", "attention_mask")}
-                found.append(self.vision.model.get_text_features(**wanted))
-        return _rows(found)
+                inputs = {key: tokens[key].to(self.vision.device) for key in ("input_ids", "attention_mask")}
+                features.append(self.vision.model.get_text_features(**inputs))
+        return _normalized(features)
 
 
-def _rows(found: Sequence[Any]) -> np.ndarray:
+def _normalized(features: Sequence[Any]) -> np.ndarray:
     import torch
 
-    tensors = [getattr(each, "pooler_output", each) for each in found]
+    tensors = [getattr(each, "pooler_output", each) for each in features]
     return torch.nn.functional.normalize(torch.cat(tensors).float(), dim=1).cpu().numpy()

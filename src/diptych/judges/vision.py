@@ -1,7 +1,7 @@
-"""Opens stock transformers vision models and their image processors, the same way for every judge.
+"""Opens stock transformers vision models and their image processors for every judge.
 
-Processors always run on Pillow: the torchvision back-end resizes a little differently, and a score must not change
-because a package is installed.
+Processors always use Pillow: torchvision resizes slightly differently, and scores must not depend on whether it is
+installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Vision:
-    """A model on its device and its processor. `missing`: weights that its files do not hold."""
+    """A model on its device, and its processor. `missing` are weights that the files lack."""
 
     model: Any
     processor: Any
@@ -44,25 +44,24 @@ class Vision:
 
 
 def open_vision(name: str, role: str, auto: str, device: str) -> Vision:
-    """The model `name` of `role` through the transformers class `auto`, in float32. UserError if it does not open."""
+    """Opens the model `name` of `role` with the transformers class `auto` in float32. UserError if that fails."""
     import torch
     import transformers
 
     folder = models.resolve(name, role)
-    place = pick_device(device)
+    target = pick_device(device)
     with _opening(folder, role), quiet_bars():
         loader = getattr(transformers, auto)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
         processor = _processor(folder)
-    # It asks for no gradients, so none are kept of what is done with it.
-    model = model.eval().requires_grad_(False).to(place)
-    return Vision(model, processor, place, models.fingerprint(folder), frozenset(info["missing_keys"]))
+    model = model.eval().requires_grad_(False).to(target)
+    return Vision(model, processor, target, models.fingerprint(folder), frozenset(info["missing_keys"]))
 
 
 def check(name: str, role: str, auto: str) -> Any:
-    """The config of the model that `open_vision` would open. UserError as there, and if there are no weights: none is
-    read."""
+    """The config of the model that `open_vision` would open. UserError if it would fail or if there are no
+    weights; none are read."""
     import torch
     import transformers
 
@@ -73,25 +72,25 @@ def check(name: str, role: str, auto: str) -> Any:
             getattr(transformers, auto).from_config(config)
         _processor(folder)
         if not any(folder.glob("*.safetensors")):
-            raise OSError("it holds no *.safetensors")
+            raise OSError("it has no *.safetensors")
     return config
 
 
 @contextmanager
 def _opening(folder: Path, role: str) -> Iterator[None]:
-    """UserError for a folder that brings code, and for what transformers raises when it cannot open a model."""
+    """UserError for a folder with code, and for errors of transformers."""
     refuse_code(folder)
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        said = describe(error)
-        raise UserError(f"the {role} in {folder} cannot be opened as a transformers vision model ({said})") from error
+        message = f"The {role} in {folder} cannot be opened as a transformers vision model ({describe(error)})."
+        raise UserError("judge_invalid", message) from error
 
 
 def pinned(name: str, role: str) -> dict[str, Any]:
-    """What tells a vision model and its preprocessing from others: name, hub revision, sha256 of its files, processor.
+    """What identifies a vision model and its preprocessing: name, hub revision, sha256 of its files, processor.
 
-    Nothing is opened. UserError if it is not there.
+    The model is not opened. UserError if it does not exist.
     """
     folder = models.resolve(name, role)
     revision = folder.name if folder.parent.name == "snapshots" else None
@@ -99,7 +98,7 @@ def pinned(name: str, role: str) -> dict[str, Any]:
     try:
         processor = parse_json(config.read_text("utf8")) if config.is_file() else None
     except ValueError as error:
-        raise UserError(f"{config} is not valid JSON; fetch the model again") from error
+        raise UserError("json_invalid", f"{config} is not valid JSON. Fetch the model again.") from error
     return {
         "name": name,
         "revision": revision,
@@ -110,10 +109,11 @@ def pinned(name: str, role: str) -> dict[str, Any]:
 
 
 def refuse_missing(missing: Sequence[str], name: str) -> None:
-    """UserError for weights that would be random."""
+    """UserError if weights are missing, because they would be random."""
     if missing:
         shown = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
-        raise UserError(f"the files of '{name}' lack {shown}: the model would be partly random; fetch it again")
+        message = f"The files of '{name}' lack {shown}, so the model would be partly random. Fetch it again."
+        raise UserError("model_incomplete", message)
 
 
 def _processor(folder: Path) -> Any:

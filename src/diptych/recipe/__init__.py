@@ -107,7 +107,7 @@ def _describe(errors: list[Any], where: str, from_set: dict[str, Any]) -> list[s
         elif kind in ("missing", "too_short", "too_long"):
             text, got = "has too many values" if kind == "too_long" else "has too few values", ""
         else:
-            text, got = documents.said(error), "" if kind == "value_error" else got
+            text, got = documents.explain(error), "" if kind == "value_error" else got
         wrong.setdefault(key, ([], got))[0].append(text)
     lines = []
     for key, (texts, got) in wrong.items():

@@ -1,6 +1,6 @@
-"""What a person sees while work goes on: a bar with rate and time left, or plain lines where there is no terminal.
+"""Progress and messages for people: a bar with rate and time left, or plain lines where there is no terminal.
 
-Everything goes to stderr; stdout belongs to results.
+Progress goes to stderr and results go to stdout.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-# What a terminal obeys (control characters, C1 among them, but for line ends and tabs) or what turns text around.
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters that a terminal interprets (C0 and C1, except line ends and tabs), and those that reverse text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 EVERY = 10.0  # seconds between plain lines
 Report = Callable[..., None]  # (done, total, note="")
 
 
 def printable(text: object) -> str:
-    """Text of any origin with nothing in it that a terminal would obey: escape sequences would move its cursor, change
-    its title or hide what follows. Line ends and tabs stay."""
-    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", str(text).replace("\r\n", "\n"))
+    """Text of any origin without control characters, which could move the cursor of a terminal, change its title, or
+    hide what follows. Line ends and tabs stay."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text).replace("\r\n", "\n"))
 
 
 def one_line(text: object) -> str:
-    """The same in one line: a text with a line end in it could pass for a line of ours."""
+    """`printable` in one line: a text with a line end could imitate a line of diptych."""
     return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
 def printable_json(value: object, indent: int | None = None) -> str:
-    """JSON with its letters as they are, and with everything a terminal would obey as an escape of JSON's."""
+    """JSON that keeps letters as they are and writes control characters as JSON escapes."""
     text = json.dumps(value, default=str, ensure_ascii=False, indent=indent)
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def show(text: object, news: bool = False) -> None:
-    """Prints a result to stdout, or `news` to stderr, as `printable` has it."""
+    """Prints a `printable` result to stdout, or with `news` a message to stderr."""
     print(printable(text), file=sys.stderr if news else sys.stdout, flush=news)
 
 
 @dataclass
 class Meter:
-    """Rate and time left from counts, leaving out what was there before this process began."""
+    """Rate and remaining time from counts, without what existed before this process started."""
 
     clock: Callable[[], float] = time.monotonic
     first: int | None = None
     started: float = field(default=0.0)
 
     def update(self, done: int, total: int) -> tuple[float, float | None]:
-        """Units a second, and seconds left or None while nothing can be said."""
+        """Units per second, and the seconds left or None while they are unknown."""
         if self.first is None:
             self.first, self.started = done, self.clock()
         elapsed = self.clock() - self.started
@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def rate_text(rate: float, unit: str) -> str:
-    """`3.1 grids/s`, or, below one a second, `2.5 s/grid`."""
+    """`3.1 grids/s`, or, below one per second, `2.5 s/grid`."""
     if rate <= 0:
         return ""
     one = unit[:-1] if unit.endswith("s") else unit
@@ -75,20 +75,20 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 class Display:
-    """Progress of several stages, one after the other. `quiet` shows nothing."""
+    """Progress of stages that run one after the other. `quiet` prints nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.terminal = sys.stderr.isatty() and not quiet
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Prints a message in one line."""
         if not self.quiet:
             show(text, news=True)
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Report]:
-        """A function to call as `report(done, total, note="")`, as often as it pleases."""
+        """Yields a function that shows progress: `report(done, total, note="")`."""
         if self.quiet:
             yield lambda *_, **__: None
         elif self.terminal:
@@ -147,7 +147,7 @@ class Display:
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Keeps the loading bars of diffusers and transformers off the terminal; downloads still show theirs."""
+    """Hides the loading bars of diffusers and transformers; downloads still show theirs."""
     from diffusers.utils import logging as of_diffusers
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as of_transformers

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and the sha256 that names what was made.
+"""Atomic writes, and sha256 of data and files.
 
-A reader never sees half a file, however the writer ended: everything is made under a temporary name beside its place,
-and renamed.
+A reader never sees an incomplete file, however the writer ended: everything is written under a temporary name in the
+same folder, then renamed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from diptych.utils.paths import is_remote
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, where the block makes a file or a folder. It takes the place of `path` when the
-    block ends well; if the block or the renaming fails, `path` is as it was before."""
+    """Yields a temporary path beside `path`, where the block makes a file or a folder. It replaces `path` when the
+    block succeeds. If the block or the renaming fails, `path` stays unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for _ in range(2))
     try:
@@ -50,7 +50,7 @@ def _remove(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file with `publish`, flushed to the disk; at an address (`paths.place`), with one put.
+    """Writes a file with `publish` and flushes it to the disk. At an address (`paths.place`) it is one put.
 
     UserError if it cannot be written.
     """
@@ -63,26 +63,28 @@ def write_atomic(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError("path_unwritable", f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one that `publish` gives, left by a writer that was killed."""
+    """Whether a name is a temporary one of `publish`, left by a writer that was killed."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
 def clean(folder: Path) -> None:
-    """Removes what killed writers left in a folder. Only the folder's one writer may call it."""
+    """Removes the temporary files of killed writers from a folder. Only the folder's single writer may call it."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(path.name):
             _remove(path)
 
 
 def check_writable(folder: Path) -> None:
-    """UserError where a folder, or the nearest one above it that exists, cannot be written by this user."""
+    """UserError if the user cannot write to a folder, or to the nearest existing one above it."""
     above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not is_remote(folder) and not os.access(above, os.W_OK):
-        raise UserError(f"{above}: cannot be written by this user; choose another folder or change its permissions")
+        raise UserError(
+            "path_unwritable", f"{above}: you may not write to it. Choose another folder or change its permissions."
+        )
 
 
 def sha256(data: bytes | str) -> str:
@@ -96,6 +98,6 @@ def sha256_json(value: Any, **options: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file, which is read in pieces."""
+    """The sha256 of a file, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The machine and the software that made something: beside every number and every file. Imports nothing heavy."""
+"""Versions, devices, precision, and peak memory of this machine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PACKAGES = ("diptych", "torch", "diffusers", "transformers", "pyarrow", "pillow"
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what bytes and numbers depend on."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = VERSION if name == "diptych" else "not installed"  # run from a checkout
-    return found
+            installed[name] = VERSION if name == "diptych" else "not installed"  # run from a checkout
+    return installed
 
 
 def machine() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name, as near as the system tells it."""
+    """The CPU's name, or the architecture if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf8", errors="replace").splitlines()
     except OSError:
@@ -48,7 +48,7 @@ def processor() -> str:
 
 
 def reset_peak(device: str) -> None:
-    """Forgets the most memory that was held: of a GPU what torch took, else (on Linux) of this process."""
+    """Resets the peak memory counter: of torch on a GPU, else (on Linux) of this process."""
     if device.startswith("cuda"):
         import torch
 
@@ -59,7 +59,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int | None:
-    """The most bytes held since `reset_peak`; None where the system does not tell."""
+    """Peak memory in bytes since `reset_peak`; None if the system does not report it."""
     if device.startswith("cuda"):
         import torch
 
@@ -72,13 +72,13 @@ def peak(device: str) -> int | None:
 
 
 def thread_variables(threads: int) -> dict[str, str]:
-    """Environment variables by which torch, when it is loaded, uses `threads` CPU threads: the three that
-    `torch.set_num_threads` itself decides."""
+    """Environment variables that make torch use `threads` CPU threads when it is loaded, as `torch.set_num_threads`
+    would."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
 
 
 def device_name(device: str) -> str:
-    """The GPU's own name for `cuda` and `cuda:N`, else `device` as it is."""
+    """The GPU's model name for `cuda` and `cuda:N`, else `device` as it is."""
     if device.startswith("cuda"):
         import torch
 
@@ -88,71 +88,70 @@ def device_name(device: str) -> str:
 
 
 _BUILDING = threading.RLock()
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def alone(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Calls of all functions marked so wait for each other, except for calls within one of them."""
+def alone(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes calls of all decorated functions wait for each other, except for calls within one of them."""
 
     @wraps(function)
-    def waits(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+    def waits(*args: P.args, **kwargs: P.kwargs) -> R:
         with _BUILDING:
             return function(*args, **kwargs)
 
     return waits
 
 
-# What the forward pass computes in, and how, on the machine at hand. Every automatic choice says why it was made.
-
-
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; for None or "auto" the accelerator this machine has, else the CPU."""
+    """The requested device; for None or "auto" the accelerator of this machine, else the CPU."""
     import torch
 
     if device is not None and str(device) != "auto":
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise UsageError(f"unknown device '{device}': auto, cpu, cuda, cuda:0, mps, …") from error
+            message = f"Unknown device '{device}'. Use auto, cpu, cuda, cuda:0, or mps."
+            raise UsageError("device_unavailable", message) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def check_device(device: str | torch.device | None) -> None:
-    """UsageError for an accelerator that this machine does not have, before a model is read for it."""
+    """UsageError if this machine does not have the accelerator. Call it before a model is loaded."""
     import torch
 
     kind = pick_device(device).type
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if kind in there and not there[kind]():
         raise UsageError(
-            f"device '{device}': this machine, or this installation of torch, has none; leave the device out"
+            "device_unavailable",
+            f"Device '{device}' is not available on this machine or in this torch installation. Choose cpu or auto.",
         )
 
 
-def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """`"float32"` or `"bfloat16"` for what a recipe asks (`"auto"` chooses), and the reason in words."""
+def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """`"float32"` or `"bfloat16"` for a recipe's `precision` (`"auto"` selects), and the reason."""
     import torch
 
-    if asked != "auto":
-        return asked, "the recipe asks for it"
+    if precision != "auto":
+        return precision, "the recipe sets it"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
-            return "bfloat16", "this GPU computes in it"
+            return "bfloat16", "this GPU supports it"
         return "float32", "this GPU has no bfloat16"
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return "bfloat16", "this CPU has AMX, which multiplies matrices several times faster in it"
+        return "bfloat16", "this CPU has AMX, which multiplies bfloat16 matrices several times faster"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16", "this CPU multiplies matrices faster in it (AVX-512 BF16)"
-    return "float32", f"this {device.type} gains nothing from bfloat16"
+        return "bfloat16", "this CPU multiplies bfloat16 matrices faster (AVX-512 BF16)"
+    return "float32", f"bfloat16 is not faster on this {device.type}"
 
 
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
-    """The context of a training forward pass: autocast, and the attention kernel of `attending`. Weights stay as they
-    are: each is cast where it is used, and not kept, since a forward pass uses it once."""
+    """The context of a training forward pass: autocast, and the attention kernel of `attending`. Weights keep their
+    type. Casts are not cached, because a forward pass uses each weight once."""
     import torch
 
     if precision == "float32":
@@ -164,14 +163,14 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def attending(precision: str, device: torch.device) -> Iterator[None]:
-    """The attention kernel of training in bfloat16; elsewhere torch's own choice.
+    """Selects the attention kernel for training in bfloat16; in float32 torch selects it.
 
-    A backward pass must run inside as well, without autocast: gradient checkpointing computes the forward pass there
-    once more, restores autocast by itself, and needs the kernel that the first pass had.
+    Run the backward pass inside as well, without autocast. Gradient checkpointing repeats the forward pass there,
+    restores autocast itself, and needs the same kernel as the first pass.
 
-    On a GPU any kernel but cuDNN's: the first backward pass of a pocket student on an H100 (torch 2.11) gave NaN there,
-    from a finite loss. On a CPU the math kernel: torch's flash attention has a bfloat16 backward pass there that is
-    four times slower than plain matrix products; in float32 flash is the faster one.
+    On a GPU, cuDNN's kernel is excluded: the first backward pass of a pocket student on an H100 (torch 2.11) gave NaN
+    from a finite loss. On a CPU, the math kernel is selected: the bfloat16 backward pass of torch's flash attention is
+    four times slower there than plain matrix products. In float32 flash is faster.
     """
     if precision == "float32":
         yield
@@ -187,10 +186,10 @@ def attending(precision: str, device: torch.device) -> Iterator[None]:
         if device.type == "cpu":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-            # Despite its name it governs the CPU's math kernel as well: without it, bfloat16 goes through float32.
+            # Despite its name it also applies to the CPU's math kernel, which otherwise converts bfloat16 to float32.
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
             stack.callback(torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, before)
-        # Query and key norms keep float32 weights under autocast; torch says each time that it has no fused kernel.
+        # Query and key norms keep float32 weights under autocast, and torch warns about it on every call.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield

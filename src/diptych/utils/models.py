@@ -1,7 +1,7 @@
-"""Where models come from: a name becomes a folder on this machine, and a folder becomes a fingerprint.
+"""Finds models: a name becomes a folder on this machine, and a folder gets a fingerprint.
 
-A name is `pocket` (weights inside the package), a path that exists, or `owner/name[@revision]` on the Hugging Face Hub.
-Nothing here loads a weight; what opens the folder decides what it holds.
+A name is `pocket` (weights inside the package), an existing path, or `owner/name[@revision]` on the Hugging Face Hub.
+No weights are loaded here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from diptych.utils.paths import packaged, refuse_special
 ROLES = ("teacher", "student", "curator", "screen", "scorer", "reader", "vlm")
 BUILT_IN = ("pocket",)
 SHIPPED = ("teacher", "student", "curator", "scorer", "reader")
-"""The roles that a built-in model has a folder for; the others are only ever somebody else's model."""
+"""The roles that the built-in models have a folder for."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-# A pipeline repository often repeats its weights as single files at its root: 24 GB nobody here reads.
+# A pipeline repository often repeats its weights as single files at its root: 24 GB that are never read.
 _HUB_FILES = {"teacher": ["*.json", "*/*"], "student": None}
 _HUB_IGNORE = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ckpt", "*.gguf"]
 
 HUB_SIZES = {"primecai/dsd_model": 24.6, "black-forest-labs/FLUX.1-dev": 33.7}
-"""GB that are downloaded of the models that the documentation names: the authors' weights and their base."""
+"""Download size in GB of the models in the documentation: the authors' weights and their base."""
 GATED = ("black-forest-labs/FLUX.1-dev",)
 
 FLUX_DEV_NOTE = (
@@ -44,19 +44,20 @@ _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
 def resolve(name: str, role: str) -> Path:
-    """The local folder (or single file) behind a model name, downloaded first if it is a hub name. A run's folder
-    stands for its student.
+    """The local folder (or single file) of a model. A hub name is downloaded first, and a run means its student.
 
-    `role` is one of `ROLES`; it picks the folder of a built-in model and the files worth downloading.
-    Raises UsageError for a name that can mean nothing, UserError when the hub does not give it.
+    `role` is one of `ROLES`; it selects the folder of a built-in model and the files to download.
+    UsageError for a name that cannot be a model, UserError if it cannot be downloaded.
     """
     assert role in ROLES, role
     if name in BUILT_IN:
         if role not in SHIPPED:
-            raise UsageError(f"there is no {name} {role}: name a local folder or a hub name (owner/name)")
+            raise UsageError(
+                "model_not_found", f"{name} has no {role}. Pass a local folder or a hub name (owner/name)."
+            )
         folder = packaged("pocket/weights") / role
         if not folder.is_dir():
-            raise UserError(f"the {name} {role} is not in this installation ({folder}); reinstall diptych")
+            raise UserError("model_incomplete", f"The {name} {role} is missing ({folder}). Reinstall diptych.")
         return folder
     path = Path(name).expanduser()
     if name and path.exists():
@@ -64,16 +65,19 @@ def resolve(name: str, role: str) -> Path:
         if role == "student" and run_of(path) == path:
             run, path = path, path / "student"
             if not holds_student(path):
-                raise UserError(f"{run} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
+                raise UserError(
+                    "run_incomplete", f"{run} has no student yet. Run: diptych distill {run}/recipe.yaml --out {run}"
+                )
         check_folder(path)
         note_licence(name, path)
         return path
     if not _HUB_NAME.fullmatch(name):
         if hint := _where_to_get(name):
-            raise UsageError(f"{role} model '{name}': no such folder here; {hint}")
+            raise UsageError("model_not_found", f"{role} model '{name}': no such folder here; {hint}")
         raise UsageError(
-            f"unknown {role} model '{name}': not a built-in model ({', '.join(BUILT_IN)}), not a local folder or file, "
-            f"and not a hub name (owner/name){nearest(name, BUILT_IN)}"
+            "model_not_found",
+            f"Unknown {role} model '{name}': not a built-in model ({', '.join(BUILT_IN)}), a local folder or file, or "
+            f"a hub name (owner/name){nearest(name, BUILT_IN)}",
         )
     path = _download(name, role)
     check_folder(path)
@@ -82,7 +86,7 @@ def resolve(name: str, role: str) -> Path:
 
 
 def _where_to_get(name: str) -> str:
-    """How to get a well-known model that is not on this machine; empty for any other."""
+    """How to get a documented model that is not on this machine; empty for other models."""
     known = {re.sub(r"\W", "", repo.split("/")[1]).lower(): repo for repo in HUB_SIZES}
     repo = known.get(re.sub(r"\W", "", Path(name).name).lower())
     if repo is None:
@@ -97,7 +101,7 @@ def _where_to_get(name: str) -> str:
 
 
 def run_of(model: str | Path) -> Path | None:
-    """The run whose student is named, by the run's folder or by the `student/` in it; None for any other model."""
+    """The run that a model is the student of, given the run's folder or the `student/` in it; None for other models."""
     path = Path(model).expanduser()
     if (path / "recipe.yaml").is_file() and not holds_student(path):
         return path
@@ -110,7 +114,7 @@ def holds_student(folder: Path) -> bool:
 
 
 def with_scale(text: str) -> tuple[Path, float]:
-    """A LoRA as one writes it, `PATH` or `PATH:SCALE`, as (path, scale); UsageError for a scale that is no number."""
+    """Parses `PATH` or `PATH:SCALE` as (path, scale). UsageError for a scale that is not a number."""
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return Path(text).expanduser(), 1.0
@@ -120,7 +124,8 @@ def with_scale(text: str) -> tuple[Path, float]:
         number = math.nan
     if not math.isfinite(number):
         raise UsageError(
-            f"--lora {text}: there is no such file, and after the last colon comes a scale, for instance {path}:0.8"
+            "lora_not_found",
+            f"--lora {text}: no such file, and '{scale}' after the last colon is not a scale. Example: {path}:0.8",
         )
     return Path(path).expanduser(), number
 
@@ -135,34 +140,40 @@ def _download(name: str, role: str) -> Path:
     )
 
     repo, _, revision = name.partition("@")
-    wanted = f"no local path '{name}', and"
-    # A folder that is not there may look like a hub name: models/FLUX.1-dev.
+    wanted = f"No local path '{name}', and"
+    # A missing folder may look like a hub name: models/FLUX.1-dev.
     known = "" if repo in HUB_SIZES else _where_to_get(repo)
-    instead = known or "give the path of a local copy, or try again with a network"
+    instead = known or "pass the path of a local copy, or try again with a network"
     try:
-        found = snapshot_download(
+        downloaded = snapshot_download(
             repo, revision=revision or None, allow_patterns=_HUB_FILES.get(role), ignore_patterns=_HUB_IGNORE
         )
     except GatedRepoError as error:
         raise UserError(
-            f"'{repo}' is gated{_size_of(repo)}: accept its license at https://huggingface.co/{repo}, then run "
-            "`hf auth login`; or give the path of a local copy"
+            "model_gated",
+            f"'{repo}' is gated{_size_of(repo)}. Accept its license at https://huggingface.co/{repo}, then run "
+            "`hf auth login`; or pass the path of a local copy.",
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"{wanted} the hub has no public model '{repo}'; {known or 'check the spelling'}") from error
+        raise UserError(
+            "model_not_found", f"{wanted} the hub has no public model '{repo}'; {known or 'check the spelling'}"
+        ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{wanted} the hub's '{repo}' has no revision '{revision}'") from error
+        raise UserError("model_not_found", f"{wanted} '{repo}' on the hub has no revision '{revision}'") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{wanted} the hub cannot be reached and no copy of '{repo}'{_size_of(repo)} is in its cache; {instead}"
+            "hub_unreachable",
+            f"{wanted} the hub cannot be reached and its cache has no copy of '{repo}'{_size_of(repo)}; {instead}",
         ) from error
     except Exception as error:
-        # A proxy in the way, a full disk, a broken stream: the hub client lets its HTTP library's own errors through,
-        # and has changed that library before.
+        # A proxy, a full disk, a broken stream: the hub client passes on errors of its HTTP library, which has changed
+        # before.
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        raise UserError(f"{wanted} it cannot be downloaded from the hub ({describe(error)}); {instead}") from error
-    return Path(found)
+        raise UserError(
+            "hub_unreachable", f"{wanted} the download from the hub failed ({describe(error)}); {instead}"
+        ) from error
+    return Path(downloaded)
 
 
 def _size_of(repo: str) -> str:
@@ -170,7 +181,7 @@ def _size_of(repo: str) -> str:
 
 
 def note_licence(name: str, path: Path) -> str | None:
-    """Logs FLUX.1-dev's licence note once a process when `path` looks like that base or something made from it."""
+    """Logs the license note of FLUX.1-dev once per process if `path` looks like that base or a model made from it."""
     if not _is_flux_dev(name, path):
         return None
     if FLUX_DEV_NOTE not in _noted:
@@ -180,9 +191,9 @@ def note_licence(name: str, path: Path) -> str | None:
 
 
 def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
-    """A base's licence, which what is made from it inherits: card fields, and a sentence.
+    """The license of a base, which models made from it inherit, as card fields and as a sentence.
 
-    `folder` is the model on this machine, if it is there: its README is read for the licence it states.
+    The README in `folder`, the model on this machine if it exists, states the license.
     """
     if name in BUILT_IN:
         return {"license": "apache-2.0"}, "Apache-2.0, as its base."
@@ -210,38 +221,35 @@ def _is_flux_dev(name: str, path: Path) -> bool:
             values = parse_json(refuse_special(config).read_text("utf8"))
         except (OSError, ValueError):
             continue
-        # What sets dev apart from schnell (Apache-2.0) is the guidance embedding; 24 heads, from small test models.
+        # The guidance embedding distinguishes dev from schnell (Apache-2.0), and 24 heads from small test models.
         if values.get("guidance_embeds") and values.get("num_attention_heads") == 24:
             return True
     return False
 
 
 TRAINING = "training"
-"""What a student's folder has beside the student: checkpoints, metrics, and what to go on training needs."""
-
-
-HASHED_BYTES = 2 * 2**30  # larger models are named but not hashed: FLUX would take minutes before its first image
+"""Folder inside a student with checkpoints, metrics, and the state that resumed training needs."""
+HASHED_BYTES = 2 * 2**30  # larger models are not hashed: FLUX would take minutes before its first image
 
 
 def fingerprint(path: str | Path, training: bool = False) -> str:
     """sha256 over the relative names, sizes and contents of a model's *.safetensors and *.json, in sorted order.
 
-    A student's own `training/` is left out: the student is the same without it; `training` includes it, as older
-    pictures have it. Cached per process until a file's size or modification time changes. A single file is its own
-    list.
+    A student's `training/` is left out, because it does not change the student; `training` includes it, as older images
+    have it. Cached per process until a file's size or modification time changes. A single file is a list of one.
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+        paths = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
         if not training:
-            found = [p for p in found if p.relative_to(path).parts[0] != TRAINING]
+            paths = [p for p in paths if p.relative_to(path).parts[0] != TRAINING]
     else:
-        found = [refuse_special(path)]
-    stats = [p.stat() for p in found]
-    key = tuple((str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(found, stats, strict=True))
+        paths = [refuse_special(path)]
+    stats = [p.stat() for p in paths]
+    key = tuple((str(p.absolute()), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True))
     if key not in _fingerprints:
         entries = []
-        for p, s in zip(found, stats, strict=True):
+        for p, s in zip(paths, stats, strict=True):
             name = p.relative_to(path).as_posix() if path.is_dir() else p.name
             entries.append((name, s.st_size, sha256_file(p)))
         _fingerprints[key] = fingerprint_of(entries)
@@ -263,51 +271,52 @@ def fingerprint_of(entries: Iterable[tuple[str, int, str]]) -> str:
 
 
 def without_places(data: bytes) -> bytes:
-    """A JSON file of a model without `_name_or_path`, where other libraries note the folder it was opened from; the
-    same bytes if it has none."""
+    """A JSON file of a model without `_name_or_path`, where other libraries record the folder that it was loaded from.
+    Returns the same bytes if it has none."""
     try:
         value = parse_json(data)
     except ValueError:
         return data
-    kept = _without(value)
-    return data if kept == value else (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+    cleaned = _without_paths(value)
+    return data if cleaned == value else (json.dumps(cleaned, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _without(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without(one) for key, one in value.items() if key not in ("_name_or_path", "name_or_path")}
-    return [_without(one) for one in value] if isinstance(value, list) else value
+        return {
+            key: _without_paths(each) for key, each in value.items() if key not in ("_name_or_path", "name_or_path")
+        }
+    return [_without_paths(each) for each in value] if isinstance(value, list) else value
 
 
 def files(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a student's folder by its name in it, `training/` left out."""
-    found: dict[str, str] = {}
+    """File name -> sha256, for every file of a student's folder except those in `training/`."""
+    hashes: dict[str, str] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if not name.startswith((f"{TRAINING}/", ".")):
-            found[name] = sha256_file(path)
-    return found
+            hashes[name] = sha256_file(path)
+    return hashes
 
 
 def weights(path: Path) -> frozenset[str]:
-    """sha256 of each weights file of a model, wherever it lies and whatever it is called: two models that share one are
-    the same model. The fingerprint where there is none."""
+    """sha256 of each weights file of a model, or its fingerprint if it has none. Two models that share a file are the
+    same model, whatever their names and paths."""
     inner = path.rglob("*") if path.is_dir() else [refuse_special(path)]
     files = sorted(p for p in inner if p.is_file() and (p == path or p.suffix in (".safetensors", ".bin")))
     return frozenset(map(sha256_file, files)) or frozenset({fingerprint(path)})
 
 
-# Refuses configs that name more layers than their files have tensors, before anything is built of them. A config of a
-# few lines may ask for ten million layers, and building those fills the memory, on the meta device too. Only the
-# heads of weight files are read.
+# Rejects configs with more layers than their files have tensors, before a model is built. A config of a few lines can
+# request ten million layers, which fill the memory even on the meta device. Only the headers of weight files are read.
 
-MOST = 1000  # layers that are built without comparing with the weights; no model has more
-LONGEST_HEAD = 100 * 2**20  # bytes, as safetensors itself has it
+MOST = 1000  # layers that are allowed without a look at the weights; no model has more
+LONGEST_HEAD = 100 * 2**20  # bytes of a header, the limit of safetensors
 _COUNTS = frozenset({"depth", "depths", "num_blocks", "n_blocks"})
 
 
 def check_folder(folder: Path) -> None:
-    """UserError if a config in a model's folder, or in those below it, names more layers than there are tensors."""
+    """UserError if a config in a model's folder, or in a folder inside it, has more layers than there are tensors."""
     for path in (folder / "config.json", *sorted(folder.glob("*/config.json"))):
         try:
             stamp = path.stat().st_mtime_ns
@@ -317,11 +326,11 @@ def check_folder(folder: Path) -> None:
 
 
 def check(config: Any, where: str, tensors: int = 0) -> None:
-    """UserError for a config that names more layers than `tensors` and than any model has."""
+    """UserError for a config that has more layers than `tensors`, and more than any model."""
     for key, value in _counts(config):
         if value > max(tensors, MOST):
             has = f"and the weights beside it have {tensors} tensors" if tensors else "which no model has"
-            raise UserError(f"{where}: {key} is {value}, {has}; the config is damaged, fetch it again")
+            raise UserError("file_damaged", f"{where}: {key} is {value}, {has}. The config is damaged; fetch it again.")
 
 
 @lru_cache(maxsize=64)
@@ -330,17 +339,17 @@ def _check_file(path: Path, stamp: int) -> None:
     try:
         config = parse_json(path.read_text("utf8"))
     except (OSError, ValueError):
-        return  # whoever opens it says what is wrong
+        return  # the code that opens it reports the error
     if any(value > MOST for _, value in _counts(config)):
         check(config, str(path), _tensors(path.parent))
 
 
 def _counts(config: Any) -> Iterator[tuple[str, int]]:
-    """Numbers of layers, in the config and in those inside it."""
+    """Numbers of layers in the config and in nested configs."""
     todo = [config]
     while todo:
-        one = todo.pop()
-        for key, value in one.items() if isinstance(one, Mapping) else ():
+        part = todo.pop()
+        for key, value in part.items() if isinstance(part, Mapping) else ():
             if isinstance(value, Mapping):
                 todo.append(value)
             elif "layer" in str(key) or key in _COUNTS:
@@ -349,7 +358,7 @@ def _counts(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def _tensors(folder: Path) -> int:
-    """How many tensors a folder's weights have, by their heads."""
+    """The number of tensors in a folder's weights, from their headers."""
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         try:

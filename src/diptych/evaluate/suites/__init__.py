@@ -320,4 +320,4 @@ def check(kind: type[_Model], values: dict[str, Any], where: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{where}: {key}: {documents.said(first)}") from error
+        raise UsageError(f"{where}: {key}: {documents.explain(first)}") from error

@@ -93,7 +93,7 @@ def wrong(error: Mapping[str, Any], fields: Sequence[Field]) -> str:
     kind, place = error["type"], _place(error)
     field = next((field for field in fields if field.name == place[0]), None)
     if field is None or kind == "value_error" or kind.startswith(("string_too_", "too_")):
-        return documents.said(error)
+        return documents.explain(error)
     if kind == "missing":
         return f"missing; it must be {field.allowed}"
     allowed = field.allowed
