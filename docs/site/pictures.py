@@ -65,7 +65,7 @@ def grids() -> Image.Image:
 
     from diptych.pocket import captions
     from diptych.pocket import world as pocket
-    from diptych.stages.paint import draw, open_teacher
+    from diptych.stages.paint import generate, open_teacher
     from diptych.utils.models import resolve
 
     rng = np.random.default_rng(2)
@@ -77,7 +77,9 @@ def grids() -> Image.Image:
             prompts.append(prompt)
     teacher = open_teacher(resolve("pocket", "teacher"), torch.float32)
     options: dict[str, Any] = {"height": 64, "width": 128, "num_inference_steps": 16, "max_sequence_length": 32}
-    drawn = draw(teacher, prompts, list(range(9)), true_cfg_scale=3.0, negative_prompt=[""] * len(prompts), **options)
+    drawn = generate(
+        teacher, prompts, list(range(9)), true_cfg_scale=3.0, negative_prompt=[""] * len(prompts), **options
+    )
     images = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in drawn]
     return sheet([images[n : n + 3] for n in range(0, 9, 3)])
 

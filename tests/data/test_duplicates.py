@@ -19,7 +19,7 @@ from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.recipe.schema import Duplicates, Thresholds
 from diptych.stages.curate import duplicates
-from diptych.stages.curate.duplicates import Table, Vectors, alike, pack, panel_hash, unpack
+from diptych.stages.curate.duplicates import HashTable, Vectors, alike, pack, panel_hash, unpack
 
 LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
 CODES = st.integers(0, 2**64 - 1)
@@ -104,14 +104,14 @@ def test_even_panels_have_one_hash_and_no_random_bits() -> None:
 def test_no_near_pair_is_missed_and_no_far_one_found(
     bits: int, reference: int, target: int, seed: int, one: int, two: int
 ) -> None:
-    table = Table(bits)
+    table = HashTable(bits)
     table.add("a", reference, target)
     near = one <= bits and two <= bits
     assert table.first(flipped(reference, one, seed), flipped(target, two, seed + 1)) == ("a" if near else None)
 
 
 def test_of_several_near_pairs_the_earliest_is_named() -> None:
-    table = Table(3)
+    table = HashTable(3)
     for number in range(3000):
         table.add(str(number), number << 40, 0)
     assert len(table) == 3000
@@ -125,7 +125,7 @@ def test_it_finds_what_comparing_every_two_finds() -> None:
         tuple(flipped(ideas[i], int(rng.integers(0, 4)), int(rng.integers(2**31))) for i in rng.integers(0, 40, 2) % 6)
         for _ in range(400)
     ]
-    table, kept = Table(4), []
+    table, kept = HashTable(4), []
     for number, (reference, target) in enumerate(codes):
         near = [
             i for i in kept if (codes[i][0] ^ reference).bit_count() <= 4 and (codes[i][1] ^ target).bit_count() <= 4

@@ -56,7 +56,7 @@ def test_the_model_sees_both_panels_in_order_and_every_step_of_the_task(serve: S
 
 
 def test_a_task_with_other_steps_has_another_answer() -> None:
-    assert schema.told(answer_type(1))["required"] == ["step_1", "same", "confidence", "reason"]
+    assert schema.full_schema(answer_type(1))["required"] == ["step_1", "same", "confidence", "reason"]
     with pytest.raises(schema.Invalid, match="confidence"):
         schema.read(json.dumps(answer(True, 6)), answer_type(3))
     with pytest.raises(schema.Invalid, match="same"):

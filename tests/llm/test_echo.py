@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from diptych.apps.story import Told, write_panels
 from diptych.errors import UserError
 from diptych.judges.vlm import VlmJudge, answer_type
-from diptych.llm import replies, schema
+from diptych.llm import schema
 from diptych.llm.client import Client
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.question import Question, quoted, system, user
@@ -49,7 +49,7 @@ def test_a_judge_that_repeats_the_schema_has_no_vote(serve: Serve, endpoint: Mak
 
 
 def test_a_story_of_the_schema_s_words_is_none(serve: Serve) -> None:
-    with pytest.raises(UserError, match="wrote no story"):
+    with pytest.raises(UserError):
         write_panels("a cat at sea", 4, Endpoint(base_url=serve(parrot).url, model="t", backoff=0.01, retries=0))
 
 
@@ -74,7 +74,7 @@ def judged(text: str) -> tuple[Any, Question]:
     ],
 )
 def test_what_repeats_the_question_is_found(text: str) -> None:
-    assert replies.found(*judged(text))
+    assert schema.echoed(*judged(text))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_repeats_the_question_is_found(text: str) -> None:
     ],
 )
 def test_what_only_shares_words_with_it_is_not(text: str) -> None:
-    assert not replies.found(*judged(text))
+    assert not schema.echoed(*judged(text))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_only_shares_words_with_it_is_not(text: str) -> None:
     ],
 )
 def test_the_words_of_every_schema_are_known(answer: type[BaseModel], values: dict[str, str]) -> None:
-    assert replies.found(values, Question((system(BRIEF), user("Now.")), answer))
+    assert schema.echoed(values, Question((system(BRIEF), user("Now.")), answer))
 
 
 def test_a_phrase_of_a_description_is_found_and_an_allowed_value_is_not() -> None:
@@ -114,15 +114,15 @@ def test_a_phrase_of_a_description_is_found_and_an_allowed_value_is_not() -> Non
         about: str = Field(description='The kind, in one or two words, such as "a tin robot".')
 
     question = Question((user("Which one?"),), Kind)
-    assert replies.found({"kind": "One or two words", "about": "x"}, question)
-    assert replies.found({"kind": "x", "about": "one or two words"}, question)
-    assert not replies.found({"kind": "robot", "about": "a tin robot"}, question)
+    assert schema.echoed({"kind": "One or two words", "about": "x"}, question)
+    assert schema.echoed({"kind": "x", "about": "one or two words"}, question)
+    assert not schema.echoed({"kind": "robot", "about": "a tin robot"}, question)
 
 
 def test_other_people_s_text_may_be_repeated() -> None:
     caption = "a red fox asleep on a windowsill, soft light"
     question = Question((user(quoted(caption), "Describe it, please, as you like."),), Words)
-    assert not replies.found({"description": caption, "instruction": "make it night"}, question)
+    assert not schema.echoed({"description": caption, "instruction": "make it night"}, question)
 
 
 @pytest.mark.parametrize("name", tasks.names())
@@ -133,5 +133,5 @@ def test_the_examples_of_a_task_are_answers(name: str) -> None:
     question = Question((system(brief), user(quoted("a fox"))), shape)
     good = {"subject": "tin robot", "description": "a tin robot with one green eye", "scene": "on a stone bridge"}
     good |= {"style": "a 35 mm film photograph", "panels": ["wearing a straw hat", "in heavy snow"]}
-    fields = schema.told(shape)["properties"]
-    assert not replies.found(schema.read(json.dumps({key: good[key] for key in fields}), shape), question)
+    fields = schema.full_schema(shape)["properties"]
+    assert not schema.echoed(schema.read(json.dumps({key: good[key] for key in fields}), shape), question)

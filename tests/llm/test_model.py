@@ -13,6 +13,7 @@ from diptych.llm.client import NobodyAnswers, answers, open_model
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.question import Question, user
 from llm.chat_server import Act, Call, Serve, refuse, say
+from raising import raises
 
 Make = Callable[..., Endpoint]
 
@@ -63,12 +64,12 @@ def test_a_model_that_cannot_answer_at_all_is_one_line_that_stops_the_stage(
     serve: Serve, endpoint: Make, verdict: type[BaseModel]
 ) -> None:
     server = serve(lambda call: refuse(401, "bad key"))
-    with pytest.raises(NobodyAnswers, match="refuses the key") as caught:
+    with raises("endpoint_refused", "bad key", kind=NobodyAnswers) as caught:
         answers(open_model(endpoint(server), cache=None), questions(verdict, 3))
     assert caught.value.stops and "\n" not in str(caught.value)
 
 
 def test_a_local_model_that_does_not_open_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=str(tmp_path / "none")) as caught:
         open_model(None, str(tmp_path / "none"), cache=None)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from diptych.llm.pace import LONGEST_PAUSE, Pace, pause, retry_after
+from diptych.llm.pace import MAX_PAUSE, Pace, pause, retry_after
 
 
 class Clock:
@@ -79,7 +79,7 @@ def test_without_limits_nothing_waits() -> None:
 
 def test_pauses_double_up_to_a_minute_and_are_partly_random() -> None:
     for attempt in range(200):
-        whole = min(LONGEST_PAUSE, 0.5 * 2.0**attempt)
+        whole = min(MAX_PAUSE, 0.5 * 2.0**attempt)
         assert whole / 2 <= pause(attempt, 0.5) <= whole
     assert len({pause(0, 1.0) for _ in range(20)}) > 1
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from diptych.errors import UserError
 from diptych.llm import schema
 from diptych.llm.cache import Cache
 from diptych.llm.client import Client
@@ -18,6 +17,7 @@ from diptych.llm.question import Outcome, Usage
 from llm.ask_some import Number
 from llm.chat_server import Act, Call, Serve, say
 from llm.counting import Make, number, number_of, right
+from raising import raises
 
 
 @pytest.mark.parametrize("place", ["reasoning_content", "reasoning"])
@@ -59,22 +59,22 @@ def test_an_empty_reply_is_a_failure_that_is_never_cached_and_still_billed(
 
 
 @pytest.mark.parametrize(
-    ("reply", "came"),
-    [(say(None), "the reply is empty"), (say("I cannot see any images."), "I cannot see any images.")],
+    ("reply", "code", "fact"),
+    [(say(None), "endpoint_unreachable", "empty"), (say("I cannot see."), "reply_invalid", "I cannot see.")],
 )
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_server_that_answers_nothing_of_use_stops_the_run_and_is_asked_again_when_mended(
-    serve: Serve, endpoint: Make, tmp_path: Path, reply: Act, came: str, cached: bool
+    serve: Serve, endpoint: Make, tmp_path: Path, reply: Act, code: str, fact: str, cached: bool
 ) -> None:
     mended: list[bool] = []
     server = serve(lambda call: right(call) if mended else reply)
     outcomes: list[Outcome] = []
     with Cache(tmp_path / "a.sqlite") as cache:
         client = Client(endpoint(server, stop_after=6), cache, keep_undecided=cached)
-        with pytest.raises(UserError, match=came) as caught:
+        with raises(code, fact) as caught:
             client.ask_many(map(number, range(200)), outcomes.append)
         counted = int(re.findall(r"(\d+) questions in a row", str(caught.value))[0])
-        assert 6 <= counted <= 6 + 4 and "\n" not in str(caught.value)  # some were under way when it stopped
+        assert 6 <= counted <= 6 + 4 and "\n" not in str(caught.value)  # some were in flight when it stopped
         assert len(server.calls) <= 2 * (6 + 4) and len(outcomes) < 6
         paid = cache.usage()["tiny-1"].calls
         assert paid == len(server.calls) and client.spent.usage.calls == paid
@@ -142,7 +142,7 @@ def ollama(call: Call, done: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "fact"),
     [
         (stream, "streaming"),
         (lambda call: b": ping\n\n" + stream(call), "streaming"),
@@ -155,10 +155,10 @@ def ollama(call: Call, done: bool = True) -> bytes:
     ],
 )
 def test_a_reply_of_another_protocol_is_named_with_the_remedy_at_once(
-    serve: Serve, endpoint: Make, body: Callable[[Call], bytes], says: str
+    serve: Serve, endpoint: Make, body: Callable[[Call], bytes], fact: str
 ) -> None:
     server = serve(lambda call: Act(body(call)))
-    with Client(endpoint(server, concurrency=1)) as client, pytest.raises(UserError, match=says) as caught:
+    with Client(endpoint(server, concurrency=1)) as client, raises("endpoint_unsuited", fact) as caught:
         client.ask_many(map(number, range(50)), lambda outcome: None)
     assert len(server.calls) == 1 and "\n" not in str(caught.value) and server.url in str(caught.value)
     assert server.calls[0].body["stream"] is False

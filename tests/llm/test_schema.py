@@ -45,7 +45,7 @@ GOOD = {"same": True, "score": 0.5}
 
 
 def test_what_servers_enforce_is_closed_complete_and_without_references() -> None:
-    found = schema.enforced(Answer)
+    found = schema.enforced_schema(Answer)
     panel = found["properties"]["panels"]["items"]
     assert "$" not in json.dumps(found)
     assert found["required"] == ["kind", "same", "panels", "note", "first"]
@@ -58,19 +58,19 @@ def test_what_servers_enforce_is_closed_complete_and_without_references() -> Non
 
 
 def test_what_the_model_is_told_keeps_every_constraint() -> None:
-    title = schema.told(Answer)["properties"]["first"]["properties"]["title"]
+    title = schema.full_schema(Answer)["properties"]["first"]["properties"]["title"]
     assert (title["minLength"], title["pattern"]) == (3, "^[a-z]+$")
-    assert json.dumps(schema.told(Answer)) in schema.in_words(Answer)
+    assert json.dumps(schema.full_schema(Answer)) in schema.in_words(Answer)
 
 
 def test_a_type_that_contains_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="Node contains itself"):
-        schema.told(Node)
+        schema.full_schema(Node)
 
 
 def test_the_form_is_asked_for_as_the_server_can_take_it() -> None:
     whole = schema.response_format(Small, "json_schema")["response_format"]
-    assert whole["json_schema"] == {"name": "Small", "strict": True, "schema": schema.enforced(Small)}
+    assert whole["json_schema"] == {"name": "Small", "strict": True, "schema": schema.enforced_schema(Small)}
     assert schema.response_format(Small, "json_object") == {"response_format": {"type": "json_object"}}
     assert schema.response_format(Small, "none") == {}
 

@@ -38,6 +38,7 @@ from diptych.stages.curate.stage import Curate
 from diptych.stages.write import llm_writer
 from llm.stand_in_vllm import API, LLM, modules
 from llm.test_local import save_tiny_llava
+from raising import raises
 
 # Every word that may stand in a schema: the backends of vLLM enforce these, or say plainly that they do not.
 SCHEMA_WORDS = {
@@ -81,9 +82,7 @@ Make = Callable[..., LocalModel]
 @pytest.fixture
 def load(installed: list[LLM], folder: Path) -> Make:
     def make(cache: Cache | None = None, **values: Any) -> LocalModel:
-        from diptych.llm import local
-
-        return local.load(Vllm(model=str(folder), **values), cache=cache, keep_undecided=True)
+        return vllm.load(Vllm(model=str(folder), **values), cache=cache, keep_undecided=True)
 
     return make
 
@@ -159,8 +158,8 @@ def test_every_answer_is_a_schema_of_words_that_decoding_can_be_held_to(name: st
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"extra": {"max_model_len": 9}}, "cannot hold max_model_len: they are keys of their own"),
-        ({"extra": {"trust_remote_code": True}}, "models whose files bring code of their own are not run"),
+        ({"extra": {"max_model_len": 9}}, "max_model_len"),
+        ({"extra": {"trust_remote_code": True}}, "trust_remote_code"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
         ({"tensor_parallel_size": 0}, "greater than or equal to 1"),
         ({"tensor_parallel": 2}, "Extra inputs are not permitted"),
@@ -176,35 +175,27 @@ def test_what_makes_no_sense_is_refused(values: dict[str, Any], message: str) ->
 
 def test_without_vllm_it_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    said = (
-        r"vllm: owner/name: vLLM is not installed; pip install 'diptych\[vllm\]', or name an endpoint or a local model"
-    )
-    with pytest.raises(UsageError, match=said):
+    with raises("dependency_missing", "owner/name", "pip install 'diptych[vllm]'", kind=UsageError):
         open_model(None, vllm=Vllm(model="owner/name"), cache=None)
 
 
 @pytest.mark.parametrize(
-    ("there", "message"),
-    [
-        (0, "vLLM needs 2 GPUs, and none can be seen here, or"),
-        (1, "and 1 can be seen here; lower tensor_parallel_size"),
-    ],
+    ("there", "fact"),
+    [(0, "2 GPUs"), (1, "lower tensor_parallel_size")],
 )
 def test_without_enough_gpus_it_says_so_before_anything_is_opened(
-    installed: list[LLM], monkeypatch: pytest.MonkeyPatch, there: int, message: str
+    installed: list[LLM], monkeypatch: pytest.MonkeyPatch, there: int, fact: str
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    with pytest.raises(UsageError, match=message):
+    with raises("device_unavailable", "owner/name", fact, kind=UsageError):
         open_model(None, vllm=Vllm(model="owner/name", tensor_parallel_size=2), cache=None)
     assert not installed
 
 
 def test_an_engine_that_does_not_start_is_one_line(load: Make) -> None:
-    with pytest.raises(
-        UserError, match=r"vLLM cannot run .*less than desired GPU memory.*see gpu_memory_util"
-    ) as found:
+    with raises("model_unsupported", "less than desired GPU memory", "gpu_memory_utilization") as found:
         load(gpu_memory_utilization=0.99)
     assert "\n" not in str(found.value) and type(found.value) is UserError
 
@@ -288,7 +279,7 @@ def test_an_engine_that_breaks_blames_no_question_and_is_no_error_of_the_users(
 
 
 def test_an_engine_that_refuses_everything_stops_the_run(load: Make, verdict: type[BaseModel]) -> None:
-    with pytest.raises(NobodyAnswers, match="20 questions in a row failed, the last because vLLM refuses"):
+    with raises("rows_failed", "20 questions", "vLLM refuses", kind=NobodyAnswers):
         answers(load(max_model_len=10), questions(verdict, *map(str, range(30))))
 
 
@@ -345,17 +336,16 @@ def test_a_judge_of_pictures_asks_it_too(installed: list[LLM], folder: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("sets", "message"),
+    ("sets", "fact"),
     [
-        (["judge.vllm.model=m"], "repeats at temperature 0 are one and the same; set judge.vllm.temperature"),
-        (["judge.vllm.modle=m"], "did you mean 'model'"),
-        (["judge.vllm={model: m, temperature: 1.0}", "judge.local=x"], "either endpoint or local or vllm"),
+        (["judge.vllm.model=m"], r"judge\.vllm\.temperature"),
+        (["judge.vllm.modle=m"], "'model'"),
+        (["judge.vllm={model: m, temperature: 1.0}", "judge.local=x"], "endpoint or local or vllm"),
     ],
 )
-def test_a_judge_of_pictures_is_checked(sets: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as found:
+def test_a_judge_of_images_is_checked(sets: list[str], fact: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=fact):
         evaluation.make({"suite": "folder", "data": "d"}, tmp_path, sets)
-    assert message in str(found.value)
 
 
 # ---- as a recipe
@@ -365,22 +355,22 @@ MODEL = "curate.vlm.vllm.model=owner/name"
 
 
 @pytest.mark.parametrize(
-    ("sets", "message"),
+    ("sets", "fact"),
     [
-        ([MODEL, "curate.vlm.local=x"], "endpoint (base_url and model), local"),
-        ([MODEL, "curate.vlm.votes=3"], "set vllm.temperature, for instance to 0.7"),
-        ([MODEL, "curate.vlm.vllm.tensor_paralel_size=2"], "no such key; did you mean 'tensor_parallel_size'?"),
-        ([MODEL, "ray.curate.gpus=0.5"], "takes 0.8 of the memory of 1 GPU; set gpu_memory_utilization to at most 0.5"),
-        ([MODEL, "ray.curate.gpus=0"], "ray.curate.gpus: a worker gets 0"),
-        ([MODEL, "curate.vlm.vllm.tensor_parallel_size=4", "ray.curate.gpus=2"], "of 4 GPUs; set it to 4, or null"),
-        (["write.writer=llm", "write.vllm.model=m", "ray.write.gpus=0"], "ray.write.gpus: a worker gets 0"),
+        ([MODEL, "curate.vlm.local=x"], "endpoint .*local"),
+        ([MODEL, "curate.vlm.votes=3"], r"vllm\.temperature"),
+        ([MODEL, "curate.vlm.vllm.tensor_paralel_size=2"], "'tensor_parallel_size'"),
+        ([MODEL, "ray.curate.gpus=0.5"], "0.8 .* gpu_memory_utilization .* 0.5"),
+        ([MODEL, "ray.curate.gpus=0"], r"ray\.curate\.gpus"),
+        ([MODEL, "curate.vlm.vllm.tensor_parallel_size=4", "ray.curate.gpus=2"], r"ray\.curate\.gpus.* 4"),
+        (["write.writer=llm", "write.vllm.model=m", "ray.write.gpus=0"], r"ray\.write\.gpus"),
         (["write.vllm.model=m", "write.endpoint={base_url: 'http://a', model: m}"], "only one"),
     ],
 )
-def test_a_recipe_is_checked_before_anything_runs(sets: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as found:
+def test_a_recipe_is_checked_before_anything_runs(sets: list[str], fact: str) -> None:
+    with pytest.raises(UsageError, match=fact) as caught:
         recipes.load("pocket", sets)
-    assert message in str(found.value) and ": :" not in str(found.value)
+    assert ": :" not in str(caught.value)
 
 
 def test_a_share_of_a_gpu_is_enough_for_a_share_of_its_memory() -> None:

@@ -50,12 +50,10 @@ def test_the_names_on_record_are_those_of_the_version_that_is_installed() -> Non
 
 
 def test_a_model_judges_pairs_and_its_answers_keep_to_the_schema(model: str, tmp_path: Path) -> None:
-    from diptych.llm import local
-
     settings = Vllm(model=model, gpu_memory_utilization=0.4, max_tokens=1500, extra={"enforce_eager": True})
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     with Cache(tmp_path / "answers.sqlite") as cache:
-        asked = local.load(settings, cache=cache, keep_undecided=True)
+        asked = vllm.load(settings, cache=cache, keep_undecided=True)
         pairs = [(f"pair-{n}", red, blue if n % 2 else red) for n in range(6)]
         judged = VlmJudge(asked, tasks.load("subject")).decide(pairs)
         votes = [judgement.votes[0] for judgement in judged.values()]

@@ -24,6 +24,7 @@ from diptych.stages.curate import alignment, duplicates
 from diptych.stages.curate.stage import Curate
 from diptych.utils.console import Display
 from llm.chat_server import Serve, say
+from raising import raises
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
@@ -45,7 +46,7 @@ LIMITS = Copies().limits()
 
 def measured(one: np.ndarray, other: np.ndarray, similarity: float = 0.5) -> dict[str, float]:
     return duplicates.measure(
-        duplicates.look(Image.fromarray(one)), duplicates.look(Image.fromarray(other)), similarity
+        duplicates.hash_both(Image.fromarray(one)), duplicates.hash_both(Image.fromarray(other)), similarity
     )
 
 
@@ -168,8 +169,6 @@ def test_a_recipe_without_them_is_the_recipe_it_was() -> None:
 
 
 def test_an_aligned_task_is_told_before_anything_is_drawn(tmp_path: Any) -> None:
-    with pytest.raises(
-        UsageError, match=r"curate\.copies refuses panels that show one picture, and the task 'relight'"
-    ):
+    with raises("recipe_conflict", "curate.copies", "'relight'", kind=UsageError):
         run(recipes.load("pocket", ["task=relight", "curate.copies={}"]), tmp_path / "a", display=Display(quiet=True))
     assert not (tmp_path / "a" / "prompts").exists()

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Thresholds, Vlm
 from diptych.stages.curate.stage import Curate
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
+from raising import raises
 
 
 def recipe_for(server: ChatServer, same: float = 0.5, near_copy: float = 0.045, seam: float = -1, **vlm: Any) -> Recipe:
@@ -188,7 +190,7 @@ def test_an_endpoint_that_dies_stops_the_stage_and_what_it_said_is_not_asked_aga
     server = serve(lambda call: look(call) if call.number < 6 else refuse(503, "gone"))
     rows = [grid(i, SAME) for i in range(10)]
     recipe = recipe_for(server, endpoint={"concurrency": 1, "retries": 1, "stop_after": 2})
-    with pytest.raises(NobodyAnswers, match="2 questions in a row got no answer") as caught:
+    with raises("endpoint_unreachable", "2 questions", kind=NobodyAnswers) as caught:
         curate(recipe, rows, tmp_path / "answers.sqlite")
     assert "\n" not in str(caught.value)
     back = serve(look)
@@ -269,22 +271,21 @@ def test_a_recipe_without_one_means_what_it_meant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "message"),
+    ("sets", "fact"),
     [
-        (["curate.vlm.votes=1"], "endpoint (base_url and model), local"),
-        ([URL, MODEL, "curate.vlm.local=x"], "endpoint (base_url and model), local"),
-        ([URL, MODEL, "curate.vlm.votes=3"], "set endpoint.temperature"),
-        (["curate.vlm.local=x", "curate.vlm.votes=3"], "set votes: 1"),
-        ([URL, "curate.vlm.endpoint.modle=m"], "curate.vlm.endpoint.modle: no such key; did you mean 'model'?"),
-        ([URL, MODEL, "curate.vlm.vote=3"], "curate.vlm.vote: no such key; did you mean 'votes'?"),
-        ([URL, MODEL, "curate.vlm.prefilter=2"], "curate.vlm.prefilter: must be less than or equal to 1, not 2"),
-        ([URL, MODEL, "curate.vlm.endpoint.timeout=yes"], "curate.vlm.endpoint.timeout: must be a number"),
+        (["curate.vlm.votes=1"], "(base_url and model), local"),
+        ([URL, MODEL, "curate.vlm.local=x"], "(base_url and model), local"),
+        ([URL, MODEL, "curate.vlm.votes=3"], "endpoint.temperature"),
+        (["curate.vlm.local=x", "curate.vlm.votes=3"], "local"),
+        ([URL, "curate.vlm.endpoint.modle=m"], "'model'"),
+        ([URL, MODEL, "curate.vlm.vote=3"], "'votes'"),
+        ([URL, MODEL, "curate.vlm.prefilter=2"], "curate.vlm.prefilter"),
+        ([URL, MODEL, "curate.vlm.endpoint.timeout=yes"], "curate.vlm.endpoint.timeout"),
     ],
 )
-def test_what_is_wrong_with_it_is_named(sets: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+def test_what_is_wrong_with_it_is_named(sets: list[str], fact: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(fact)):
         recipes.load("pocket", sets)
-    assert message in str(caught.value)
 
 
 def test_every_key_of_it_is_documented_and_survives_a_dump(tmp_path: Path) -> None:

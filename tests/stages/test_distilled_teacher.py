@@ -121,7 +121,7 @@ def test_forcing_it_is_a_key_that_may_change_and_trains_the_same_student(few: An
 def test_painting_with_one_says_which_steps_and_guidance_it_is_made_for(few: Any, teacher: Path) -> None:
     def told(steps: int, guidance: float) -> str:
         settings = few.paint.model_copy(update={"steps": steps, "true_guidance": guidance})
-        return " ".join(paint.doubts(few.model_copy(update={"paint": settings}), teacher))
+        return " ".join(paint.warnings(few.model_copy(update={"paint": settings}), teacher))
 
     assert "paint.steps=4" in told(20, 1.0) and "true_guidance" not in told(20, 1.0)
     assert "paint.true_guidance=1" in told(4, 2.0) and "paint.steps" not in told(4, 2.0)

@@ -70,7 +70,7 @@ def draw(pipe: Any, true_guidance: float, images: int = 2, steps: int = 2) -> tu
     settings = PaintSettings(steps=steps, true_guidance=true_guidance)
     options = paint.call_options(pipe, settings, images)
     with Watch(pipe) as seen:
-        drawn = paint.draw(pipe, ["a red cat", "a blue dog"][:images], [1, 2][:images], **SIZE, **options)
+        drawn = paint.generate(pipe, ["a red cat", "a blue dog"][:images], [1, 2][:images], **SIZE, **options)
     paint.check_size(pipe, drawn, **SIZE)
     return seen, drawn
 
@@ -101,7 +101,7 @@ def test_prompts_stay_as_written(pipe: Any) -> None:
         rewriter.forward = None  # type: ignore[assignment]
     options = paint.call_options(pipe, PaintSettings(steps=1, true_guidance=2.0), 1)
     state = torch.random.get_rng_state()
-    first, again = (paint.draw(pipe, ["a red cat"], [1], **SIZE, **options) for _ in range(2))
+    first, again = (paint.generate(pipe, ["a red cat"], [1], **SIZE, **options) for _ in range(2))
     assert torch.equal(first, again), "the second call was given another prompt, or drew from other noise"
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -170,4 +170,4 @@ def test_a_class_that_is_not_known_keeps_the_prompt_and_is_told_about(
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="no pipeline class"):
         paint.Paint(recipe.model_copy(update={"teacher": str(tmp_path)})).load()
     assert any("StableDiffusion9Pipeline" in r.getMessage() and "not known" in r.getMessage() for r in caplog.records)
-    assert not paint.doubts(recipe, teacher)
+    assert not paint.warnings(recipe, teacher)

@@ -18,14 +18,16 @@ import pytest
 
 from diptych.data import records
 from diptych.data.engine import Failure, Row
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.llm import schema
+from diptych.llm.client import NobodyAnswers
 from diptych.pocket.captions import count_words
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.run.runner import PromptShards
 from diptych.stages.write import grammar, llm_writer, seeds, stage
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
+from raising import raises
 
 NOUNS = "fox robot teapot violin owl bicycle baker lantern tortoise drone kettle heron otter cello wagon scarecrow"
 LOOKS = "amber brass coral dusty ebony frosted golden hollow ivory jagged knitted linen mossy narrow olive pale"
@@ -104,7 +106,7 @@ def test_every_caption_becomes_a_prompt_in_the_task_s_wording(serve: Serve, tmp_
 @pytest.mark.parametrize("name", tasks.names())
 def test_the_answer_that_is_asked_for_is_the_task_s_own(name: str) -> None:
     task = tasks.load(name)
-    asked = schema.told(llm_writer.answer_type(task, 3, 20))
+    asked = schema.full_schema(llm_writer.answer_type(task, 3, 20))
     assert asked == task.answer_schema(3)
 
 
@@ -161,7 +163,7 @@ def test_without_seed_captions_a_model_that_says_much_the_same_is_caught(
         found = run(recipe(serve(act), tmp_path, captions=None, endpoint={"temperature": 1.0}))
     told = reasons(found)
     assert len(told) >= 38 and sum("near duplicate of p-000000 (resemblance 0." in reason for reason in told) >= 30
-    assert "the writer repeats itself" in caplog.text and "give write.captions" in caplog.text
+    assert "the writer repeats itself" in caplog.text and "write.captions" in caplog.text
     assert re.search(r"\(\d+ % of their word pairs are distinct, mean distance 0\.[0-3]\d\)", caplog.text)
 
 
@@ -243,15 +245,13 @@ def test_a_run_whose_writer_repeats_itself_is_told_once(
 
 def test_a_dead_server_stops_the_stage_with_one_line(serve: Serve, tmp_path: Path) -> None:
     server = serve(lambda call: refuse(503, "gone"))
-    with pytest.raises(UserError) as caught:
+    with raises("endpoint_unreachable", "questions in a row", kind=NobodyAnswers) as caught:
         run(recipe(server, tmp_path))
-    assert "questions in a row got no answer" in str(caught.value) and "\n" not in str(caught.value)
-    assert getattr(caught.value, "stops", False)
-    few = recipe(server, tmp_path, shard_size=3)  # fewer than it takes to see it
-    with pytest.raises(UserError, match="none of 3 questions got an answer") as caught:
+    assert "\n" not in str(caught.value) and caught.value.stops
+    few = recipe(server, tmp_path, shard_size=3)  # fewer than `stop_after`
+    with raises("rows_failed", "3 questions", kind=NobodyAnswers):
         run(few, 3)
-    assert getattr(caught.value, "stops", False)
-    with pytest.raises(UserError, match="refuses the key"):
+    with raises("endpoint_refused", "401: no"):
         run(recipe(serve(lambda call: refuse(401, "no")), tmp_path))
 
 
@@ -268,7 +268,7 @@ def test_what_was_answered_before_a_stop_is_not_paid_for_again(serve: Serve, tmp
     mended: list[bool] = []
     server = serve(act)
     of = recipe(server, tmp_path)
-    with pytest.raises(UserError):
+    with raises("endpoint_quota", "no credit"):
         run(of)
     mended.append(True)
     found = run(of)
@@ -303,7 +303,7 @@ def test_quotas_are_even_and_go_by_the_captions_categories(serve: Serve, tmp_pat
     assert len({text for text, *_ in given}) == 24
     run(of, 4)
     assert "must be of this category: animal." in "".join(call.text(1) for call in server.calls)
-    with pytest.raises(UsageError, match=r"has the category 'animl'; there are: .* did you mean 'animal'"):
+    with raises("recipe_invalid", path, "'animl'", "'animal'", kind=UsageError):
         llm_writer.Inspiration(
             recipe(
                 server, tmp_path, **of.write.model_dump(include={"captions", "category_column"}), quotas={"animl": 1}
@@ -357,18 +357,18 @@ def test_what_is_no_caption_is_counted_and_left_out(tmp_path: Path) -> None:
 
 def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"captoin": "a fox"}')
-    with pytest.raises(UsageError, match="no column 'caption'; it has captoin; did you mean 'captoin'"):
+    with raises("recipe_invalid", "c.jsonl", "'caption'", "'captoin'", kind=UsageError):
         seeds.read(str(tmp_path / "c.jsonl"))
-    with pytest.raises(UserError, match="no such file or folder of seed captions"):
+    with raises("path_not_found", tmp_path / "none.txt"):
         seeds.read(str(tmp_path / "none.txt"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="cannot be read"):
+    with raises("path_unreadable", tmp_path / "broken.parquet"):
         seeds.read(str(tmp_path / "broken.parquet"))
     (tmp_path / "c.csv").write_text("a fox")
-    with pytest.raises(UsageError, match=r"\.txt, \.jsonl, \.parquet"):
+    with raises("file_format_unknown", "c.csv", ".txt, .jsonl, .parquet", kind=UsageError):
         seeds.read(str(tmp_path / "c.csv"))
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="no seed captions there"):
+    with raises("run_empty", "empty.txt"):
         seeds.read(str(tmp_path / "empty.txt"))
 
 
@@ -383,7 +383,7 @@ def test_the_digest_of_a_run_s_words_follows_its_captions(serve: Serve, tmp_path
 def test_a_recipe_says_what_the_writer_needs() -> None:
     with pytest.raises(ValueError, match="base_url"):
         Recipe.model_validate({"name": "x", "write": {"writer": "llm"}})
-    with pytest.raises(ValueError, match=r"clear_subject .* captions"):
+    with pytest.raises(ValueError, match="clear_subject"):
         Recipe.model_validate({"name": "x", "write": {"clear_subject": True}})
-    with pytest.raises(ValueError, match="category_column needs captions"):
+    with pytest.raises(ValueError, match="category_column"):
         Recipe.model_validate({"name": "x", "write": {"category_column": "kind"}})

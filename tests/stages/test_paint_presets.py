@@ -72,7 +72,7 @@ def test_lossy_speeds_run_the_steps_of_their_schedule_and_no_others(of: Any, fam
     pipe.transformer.proj_out.register_forward_hook(lambda *_: calls.append(1))
     canvas = {"height": 32, "width": 64, **paint.call_options(pipe, of.paint, 1)}
     with drawing.call():
-        paint.draw(pipe, ["a red cat"], [5], **canvas)
+        paint.generate(pipe, ["a red cat"], [5], **canvas)
     runner = sum(wanted.runs(step, 8) for step in range(8))
     assert len(calls) == runner * BRANCHES[family] and runner == {"fast": 6, "fastest": 5}[name]
 
@@ -84,7 +84,7 @@ def test_skipping_no_step_changes_no_byte_so_branches_are_kept_apart(of: Any) ->
     drawn = []
     for pipe, wanted in zip(pipes, (speed.PLAIN, every), strict=True):
         with stock.apply(pipe, None, wanted, torch.device("cpu")).call():
-            drawn.append(paint.draw(pipe, ["a red cat"], [5], **canvas))
+            drawn.append(paint.generate(pipe, ["a red cat"], [5], **canvas))
     assert torch.equal(*drawn)
 
 

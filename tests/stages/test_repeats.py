@@ -93,7 +93,7 @@ def test_the_wording_that_all_prompts_share_makes_no_two_of_them_alike(tmp_path:
         ]
         prompts.write_shard(shard, rows)
     failed = Dataset(tmp_path / "failed", records.schema(records.FAILED))
-    assert diversity.take_out(prompts, failed, task, layout, 0.5, "f") == 0 and len(prompts) == 12
+    assert diversity.remove_repeats(prompts, failed, task, layout, 0.5, "f") == 0 and len(prompts) == 12
 
 
 @pytest.mark.parametrize("name", [name for name in tasks.names() if name != "relight"])

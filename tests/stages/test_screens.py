@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diptych.judges.vlm import Judgement
 from diptych.recipe.schema import Classifier, Screens
 from diptych.stages.curate import screens
 from diptych.stages.curate.stage import Curate
+from raising import raises
 
 
 def photo(side: int, seed: int = 0) -> Image.Image:
@@ -112,25 +114,21 @@ CLASSIFIERS = "curate.screens.classifiers"
 
 
 @pytest.mark.parametrize(
-    ("sets", "message"),
+    ("sets", "fact"),
     [
-        (["curate.screens.blurr=1"], "--set curate.screens.blurr: no such key; did you mean 'blur'?"),
-        (["curate.screens.dark=2"], "--set curate.screens.dark: must be less than or equal to 1, not 2"),
-        (["curate.duplicates.hash=9"], "--set curate.duplicates.hash: must be less than or equal to 8, not 9"),
-        ([CLASSIFIERS + "=[{name: a, model: m}]"], f"--set {CLASSIFIERS}.label: missing"),
-        (
-            [CLASSIFIERS + "=[{name: a, model: m, lable: x}]"],
-            f"{CLASSIFIERS}.0.lable: no such key; did you mean 'label'?",
-        ),
-        ([CLASSIFIERS + "=[{name: A b, model: m, label: x}]"], f"{CLASSIFIERS}.name: must match"),
-        ([CLASSIFIERS + "=[{name: blur, model: m, label: x}]"], "the name 'blur' is taken"),
-        ([CLASSIFIERS + "=[{name: a, model: m, label: x}, {name: a, model: m, label: y}]"], "the name 'a' is taken"),
+        (["curate.screens.blurr=1"], "'blur'"),
+        (["curate.screens.dark=2"], "curate.screens.dark"),
+        (["curate.duplicates.hash=9"], "curate.duplicates.hash"),
+        ([CLASSIFIERS + "=[{name: a, model: m}]"], f"{CLASSIFIERS}.label"),
+        ([CLASSIFIERS + "=[{name: a, model: m, lable: x}]"], "'label'"),
+        ([CLASSIFIERS + "=[{name: A b, model: m, label: x}]"], f"{CLASSIFIERS}.name"),
+        ([CLASSIFIERS + "=[{name: blur, model: m, label: x}]"], "'blur'"),
+        ([CLASSIFIERS + "=[{name: a, model: m, label: x}, {name: a, model: m, label: y}]"], "'a'"),
     ],
 )
-def test_wrong_settings_are_named(sets: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+def test_wrong_settings_are_named(sets: list[str], fact: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(fact)):
         recipes.load("pocket", sets)
-    assert message in str(caught.value)
 
 
 def test_a_recipe_without_screens_or_duplicates_is_the_recipe_it_was() -> None:
@@ -176,9 +174,7 @@ def test_labels_that_stand_alone_have_probabilities_of_their_own(classifier: Pat
 
 
 def test_a_label_that_is_not_there_and_a_model_that_is_not_whole_are_told(classifier: Path, judge: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"classifiers seen: .*no label 'nfsw'; it has normal, nsfw, text; did you mean"
-    ):
+    with raises("name_unknown", "classifiers seen", "'nfsw'", "normal, nsfw, text", "'nsfw'", kind=UsageError):
         open_classifier(classifier, label="nfsw")
     with pytest.raises(UserError, match=r"lack classifier"):
         open_classifier(judge, label="LABEL_0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from diptych.errors import UsageError
 from diptych.stages.write import vocabulary
+from raising import raises
 
 PHOTO = vocabulary.load("photo")
 
@@ -61,13 +63,13 @@ def test_a_vocabulary_of_ones_own_is_one_file(tmp_path: Path) -> None:
         (("stiles",), [], "stiles: .*did you mean 'styles'"),
         (("styles",), [], "styles: "),
         (("subjects", "animals", "kinds"), [], "subjects.animals.kinds: "),
-        (("subjects", "more"), small()["subjects"]["animals"], "subjects.more.kinds: 'cat' is also one of animals"),
-        (("subjects", "animals", "description"), "{siz} {kind} {coat}", "field {siz}.*did you mean 'size'"),
-        (("subjects", "animals", "description"), "{kind} with {coat}", "lacks the field {size}"),
-        (("subjects", "animals", "looks", "coat"), ["a {color} coat"], "field {color}.*did you mean 'colour'"),
-        (("subjects", "animals", "suits"), {"palce": ["out"]}, "suits: no list 'palce'; did you mean 'place'"),
-        (("subjects", "animals", "suits"), {"place": ["ouT"]}, "suits.place: no group 'ouT'; did you mean 'out'"),
-        (("lists", "place", "groups", "in"), ["in bed, asleep"], "a phrase has no comma"),
+        (("subjects", "more"), small()["subjects"]["animals"], r"subjects\.more\.kinds: 'cat'.* animals"),
+        (("subjects", "animals", "description"), "{siz} {kind} {coat}", "{siz}.*'size'"),
+        (("subjects", "animals", "description"), "{kind} with {coat}", "{size}"),
+        (("subjects", "animals", "looks", "coat"), ["a {color} coat"], "{color}.*'colour'"),
+        (("subjects", "animals", "suits"), {"palce": ["out"]}, "suits: .*'palce'.*'place'"),
+        (("subjects", "animals", "suits"), {"place": ["ouT"]}, "suits.place: .*'ouT'.*'out'"),
+        (("lists", "place", "groups", "in"), ["in bed, asleep"], "'in bed, asleep'"),
         (("lists", "place", "ordred"), True, "lists.place.ordred: .*did you mean 'ordered'"),
     ],
 )
@@ -81,14 +83,15 @@ def test_a_wrong_file_is_refused_with_the_place(
     into[place[-1]] = value
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(UsageError, match=message):
+    with raises("vocabulary_invalid", path, kind=UsageError) as caught:
         vocabulary.load(str(path))
+    assert re.search(message, str(caught.value))
 
 
 def test_what_is_no_yaml_and_what_is_not_there_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
-    with pytest.raises(UsageError, match="not valid YAML"):
+    with pytest.raises(UsageError, match="broken"):
         vocabulary.load(str(path))
-    with pytest.raises(UsageError, match="unknown grammar 'fhoto'; known: auto, pocket, photo, or a vocabulary file"):
+    with raises("name_unknown", "'fhoto'", "auto, pocket, photo", "'photo'", kind=UsageError):
         vocabulary.load("fhoto")

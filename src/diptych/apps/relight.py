@@ -114,7 +114,7 @@ def prompt_of(light: str, scene: str = "", task: str = "relight") -> str:
     """The prompt for a light, in the wording of the task."""
     from diptych.stages.write import grammar
 
-    return grammar.asked(aligned(task), light.strip(), scene.strip())
+    return grammar.student_prompt(aligned(task), light.strip(), scene.strip())
 
 
 def aligned(task: str) -> Task:

@@ -347,9 +347,9 @@ class Told(BaseModel):
 
 def _different(panels: list[Told]) -> list[Told]:
     """No two panels that show the same, or nearly, and no sentence twice."""
-    guard = diversity.Guard(REPEATS)
+    accepted = diversity.NearDuplicates(REPEATS)
     for number, panel in enumerate(panels, 1):
-        if (near := guard.near(str(number), panel.shows)) is not None:
+        if (near := accepted.add(str(number), panel.shows)) is not None:
             raise ValueError(f"panel {number} shows what panel {near[0]} shows")
     if diversity.repeated([panel.shows for panel in panels]) or diversity.repeated([panel.says for panel in panels]):
         raise ValueError("two panels say the same")

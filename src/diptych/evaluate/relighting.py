@@ -69,7 +69,7 @@ class Relit(Method):
 
     def words(self, sample: Wish) -> str:
         """What the student reads."""
-        return sample.prompt if self.told else grammar.asked(self.task, sample.light)
+        return sample.prompt if self.told else grammar.student_prompt(self.task, sample.light)
 
     @property
     def guided(self) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Language and vision-language models that answer in JSON: any OpenAI-compatible server (`client`), or a model in this
-process (`local`), by transformers or by vLLM (`vllm_engine`), behind the same `ask` and `ask_many`. `model` opens any
-of them, and puts many questions.
+"""Language and vision-language models that answer in JSON: any OpenAI-compatible server, or a model in this process.
 
-Beneath: `endpoint` and `vllm` (settings), `question` (what is asked), `schema` (the answer's form), `settle` (ask,
-validate, one repair turn), `outcome` (what comes back, and its bill), `cache` (nothing is paid for twice), `transport`
-(HTTP and its retries), `pace` (rate limits).
+`client` opens them and sends questions. `question` has messages, replies and outcomes; `answering` asks, validates and
+repairs; `schema` has the form of an answer; `cache` stores replies. `endpoint`, `transport` and `pace` serve HTTP
+endpoints; `local` runs a model by transformers, and `vllm` by vLLM.
 """

@@ -1,7 +1,7 @@
-"""Replies kept in one SQLite file, by the hash of what was asked: what was paid for once is not paid for again.
+"""Replies in one SQLite file, by the hash of the request, so that no request is paid for twice.
 
-Safe with threads and processes on one machine, and through kill -9 (write-ahead log; a reply is committed before it is
-used). Not for network file systems: their locks do not hold what SQLite needs.
+Safe with threads and processes on one machine, and through kill -9: it uses a write-ahead log and commits a reply
+before the reply is used. Network file systems are not supported, because their locks are not sufficient for SQLite.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from diptych.llm.question import Reply, Usage
 from diptych.utils.paths import private_file
 
 VERSION = 2
-PATIENCE = 60.0  # seconds to wait for another process's write
-_MARK = 0x64707463  # "dptc", where SQLite files say whose they are
+TIMEOUT = 60.0  # seconds to wait for another process's write
+_MARK = 0x64707463  # "dptc", in the field that names the program of an SQLite file
 _TABLE = """
 CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY,
@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS replies (
     time REAL NOT NULL,  -- seconds since 1970
     reasoned INTEGER NOT NULL DEFAULT 0
 )"""
-# What was paid for replies that are not kept.
+# The cost of replies that are not stored.
 _UNKEPT = """
 CREATE TABLE IF NOT EXISTS unkept (
     model TEXT PRIMARY KEY,
@@ -50,7 +50,10 @@ Result = TypeVar("Result")
 
 
 class Cache:
-    """The cache in a file, made if need be, folders too. UserError if the file is something else or cannot be used."""
+    """The cache in a file, which is created with its folders if absent.
+
+    Raises UserError if the file is something else or cannot be used.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -61,7 +64,7 @@ class Cache:
         self._do(lambda connection: None)
 
     def get(self, key: str) -> Reply | None:
-        """The reply kept under a key. An empty one, as older versions kept, counts as none."""
+        """Return the reply under a key, or None. Empty replies, which older versions stored, are left out."""
         row = self._do(
             lambda connection: connection.execute(
                 "SELECT text, model, refused, cut, reasoned, calls, input_tokens, output_tokens FROM replies "
@@ -76,7 +79,7 @@ class Cache:
         return None if reply.empty else reply
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keeps a reply, or of an empty one what it cost; when this returns, it survives a kill."""
+        """Store a reply; of an empty reply, store only its cost. When this returns, the data survive a kill."""
         usage = reply.usage
         spent = (usage.calls, usage.input_tokens, usage.output_tokens)
         if reply.empty:
@@ -92,11 +95,11 @@ class Cache:
         self._do(replace)
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forgets replies, but not what they cost."""
+        """Remove replies, but not their cost."""
         self._do(lambda connection: _forget(connection, keys))
 
     def usage(self) -> dict[str, Usage]:
-        """What all replies so far cost, each once, by the model as its server names it."""
+        """Return the cost of all replies so far, each once, by the model's name on its server."""
         rows = self._do(
             lambda connection: connection.execute(
                 "SELECT model, SUM(calls), SUM(input_tokens), SUM(output_tokens) FROM "
@@ -109,7 +112,7 @@ class Cache:
         return self._do(lambda connection: connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
 
     def close(self) -> None:
-        """Closes the file; a later use opens it again."""
+        """Close the file; a later use opens it again."""
         with self._lock:
             if self._connection is not None and self._pid == os.getpid():
                 self._connection.close()
@@ -122,28 +125,29 @@ class Cache:
         self.close()
 
     def _do(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Work on the connection, committed. A connection must not cross a fork, so a child opens its own."""
+        """Do `work` on the connection and commit. A forked child opens another connection: they must not be shared."""
         with self._lock:
             try:
                 if self._connection is None or self._pid != os.getpid():
-                    # Not closed here: that would be the parent's.
+                    # Not closed here: that connection is the parent's.
                     self._inherited.append(self._connection)
                     self._connection, self._pid = self._open(), os.getpid()
                 with self._connection:
                     return work(self._connection)
             except sqlite3.Error as error:
-                raise UserError(
-                    f"{self.path}: the cache of answers cannot be used ({error}); if the file is broken or is no "
-                    "cache, move it away or name another"
-                ) from error
+                # SQLite raises the base class itself for a file that is damaged or not a database.
+                code = "file_damaged" if type(error) is sqlite3.DatabaseError else "path_unreadable"
+                how = "Move it away if it is damaged or not a cache, or name another file."
+                raise UserError(code, f"Cannot use the cache of answers {self.path} ({error}). {how}") from error
             except OSError as error:
-                raise UserError(f"{self.path}: cannot be made ({error.strerror or error})") from error
+                why = f"Cannot write the cache of answers {self.path} ({error.strerror or error}). Choose another path."
+                raise UserError("path_unwritable", why) from error
 
     def _open(self) -> sqlite3.Connection:
         if not self.path.is_dir():
             private_file(self.path)  # SQLite gives its log the permissions of the file
-        connection = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
-        until = time.monotonic() + PATIENCE
+        connection = sqlite3.connect(self.path, timeout=TIMEOUT, check_same_thread=False)
+        until = time.monotonic() + TIMEOUT
         while True:
             try:
                 self._prepare(connection)
@@ -159,13 +163,15 @@ class Cache:
                 raise
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        # Tables first: another process may make the file ours, all at once, between the two looks.
+        # Tables first: another process may create the whole cache between the two queries.
         filled = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] > 0
         mark = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if mark not in (0, _MARK) or version > VERSION or (mark == 0 and filled):
-            whose = "is of a newer diptych" if mark == _MARK else "belongs to another program"
-            raise UserError(f"{self.path}: this SQLite file {whose}; name another file for the cache of answers")
+            newer = mark == _MARK
+            why = "was made by a newer version of diptych" if newer else "belongs to another program"
+            message = f"The SQLite file {self.path} {why}. Name another file for the cache of answers."
+            raise UserError("store_damaged" if newer else "file_format_unknown", message)
         if mark == _MARK and version == VERSION:
             connection.execute("PRAGMA synchronous=NORMAL")
             return

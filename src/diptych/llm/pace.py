@@ -1,4 +1,8 @@
-"""When the next request may go out: rate limits, waits that a server asks for, and pauses before a retry."""
+"""When the next request may be sent: rate limits, waits that a server requests, pauses before a retry, and time-outs.
+
+HTTP libraries apply a time-out to each read, and a server that sends a byte now and then never exceeds it. `Network`
+limits the whole request: each read, write and handshake gets no more time than the request of its thread has left.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
+MAX_PAUSE = 60.0  # seconds between two tries, unless the server requests more
 
 
 class Pace:
-    """Spaces requests evenly, so that no minute holds more than is allowed. Shared by threads; it never sleeps itself.
+    """Spaces requests evenly, so that no minute has more than the limits. Threads share it; it never sleeps.
 
-    A call's tokens are known after it. Until then it is booked at the mean of the calls before it, the first ones at a
-    rough guess, and put right by `correct`.
+    The tokens of a call are known after it. Until then, the call is booked at the mean of the calls before it (the
+    first ones at an estimate), and `correct` replaces that number.
     """
 
     def __init__(
@@ -35,13 +39,13 @@ class Pace:
         self._next_request = self._next_token = self._held = float("-inf")
         self._calls = self._tokens = 0
 
-    def book(self, guess: float) -> tuple[float, float]:
-        """(seconds to wait before sending, tokens booked) for a call of about `guess` tokens."""
+    def book(self, estimate: float) -> tuple[float, float]:
+        """Return (seconds to wait before sending, tokens booked) for a call of about `estimate` tokens."""
         with self._lock:
             now = self._clock()
-            tokens = self._tokens / self._calls if self._calls else guess
+            tokens = self._tokens / self._calls if self._calls else estimate
             at = max(now, self._next_request, self._next_token, self._held)
-            # A limit that there is not must not remember when a call went out: the other one may be given back.
+            # Without a limit the time of a call is not stored: the booking of the other limit may be corrected.
             if self._per_request:
                 self._next_request = at + self._per_request
             if self._per_token:
@@ -49,7 +53,7 @@ class Pace:
             return at - now, tokens
 
     def correct(self, booked: float, spent: int) -> None:
-        """What a booked call really took; 0 for one that failed or was not metered."""
+        """Replace a booking by the real number of tokens: 0 for a call that failed or was not metered."""
         with self._lock:
             self._next_token += (spent - booked) * self._per_token
             if spent:
@@ -57,23 +61,23 @@ class Pace:
                 self._tokens += spent
 
     def hold(self, seconds: float) -> None:
-        """Nothing goes out for so long: the server said so."""
+        """Send nothing for `seconds`, because the server requests it."""
         with self._lock:
             self._held = max(self._held, self._clock() + seconds)
 
     def held(self) -> float:
-        """Seconds until it may."""
+        """Return the seconds until the next request may be sent."""
         with self._lock:
             return max(0.0, self._held - self._clock())
 
 
 def pause(attempt: int, first: float) -> float:
-    """Seconds before try `attempt` + 1 (the first is 0): doubled each time, between half and all of it."""
-    return min(LONGEST_PAUSE, first * 2.0 ** min(attempt, 30)) * random.uniform(0.5, 1.0)
+    """Return the seconds before try `attempt` + 1 (the first is 0): doubled each time, then 50 to 100 % of that."""
+    return min(MAX_PAUSE, first * 2.0 ** min(attempt, 30)) * random.uniform(0.5, 1.0)
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date); None if there is none to understand."""
+    """Return the seconds of a Retry-After header (a number or a date); None if it is absent or not understood."""
     if value is None:
         return None
     try:
@@ -87,13 +91,8 @@ def retry_after(value: str | None) -> float | None:
     return max(0.0, seconds) if seconds < float("inf") else None
 
 
-# A time-out for a whole request. HTTP libraries have one for each read, which a server that sends a byte now and then
-# never exceeds. Every connection of a client gets its network from `Network`, which gives each read, write and
-# handshake no more time than the request of its thread has left.
-
-
 class Network:
-    """The network of an httpx client (either of its names), with a deadline for each thread's request."""
+    """The network of an httpx or httpx2 client, with a deadline for each thread's request."""
 
     def __init__(self, client: Any) -> None:
         self._threads = threading.local()
@@ -105,7 +104,7 @@ class Network:
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Inside, nothing that this thread sends or receives ends later."""
+        """Limit everything that this thread sends and receives inside the block to `seconds` in total."""
         self._threads.until = time.monotonic() + seconds
         try:
             yield
@@ -113,7 +112,7 @@ class Network:
             self._threads.until = None
 
     def left(self, timeout: float | None) -> float | None:
-        """A time-out that ends with the request. The library's ReadTimeout if that is over."""
+        """Return a time-out that ends with the request. Raises the library's ReadTimeout if that time is over."""
         until = getattr(self._threads, "until", None)
         if until is None:
             return timeout
@@ -124,7 +123,7 @@ class Network:
 
 
 class _Backend:
-    """A network backend that gives out `_Stream`s."""
+    """A network backend that opens `_Stream` connections."""
 
     def __init__(self, inner: Any, network: Network) -> None:
         self._inner, self._network = inner, network

@@ -1,9 +1,10 @@
-"""What is asked: messages of text and pictures, the type of the answer, and a tag to know the answer by.
+"""Questions to a language model and what comes back: messages, replies, outcomes, and their cost.
 
-    question = Question((system("You compare pictures."), user("The same cat?", left, right)), Verdict, "pair-7")
+    question = Question((system("You compare images."), user("The same cat?", left, right)), Verdict, "pair-7")
 
-Text that others wrote (captions, prompts, a model's answers) goes in through `quoted`: it is data, and stays between
-marks that it cannot contain.
+A question has messages of text and images, the type of its answer, and a tag that identifies the answer. Text from
+other people (captions, prompts, a model's answers) is passed through `quoted`. It is data and stays between two marks
+that it cannot contain.
 """
 
 from __future__ import annotations
@@ -17,62 +18,69 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from diptych.errors import UserError
+from diptych.errors import UserError, describe
 from diptych.utils.io import sha256, sha256_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_BYTES = 20 * 2**20  # of one picture; hosted services refuse more
+MAX_BYTES = 20 * 2**20  # of one image; hosted services reject larger ones
 MAX_PIXELS = 64_000_000
-PROGRAMS = ("EPS", "WMF")  # drawn by running them: Pillow hands EPS to Ghostscript
+PROGRAMS = ("EPS", "WMF")  # formats that are rendered by running them: Pillow passes EPS to Ghostscript
 SENT = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _CONTROL = re.compile(r"(<(?=[^<>\s]+>)|\[(?=/?[A-Z_]+\]))")
-# Marks that turn the direction of text around, and the tag characters, which models read and people do not see.
+# Marks that reverse the direction of text, and tag characters, which models read and people do not see.
 _UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
-QUOTED = re.compile(r"<<<([\w-]+-[0-9a-f]{12})\n.*\n\1>>>", re.DOTALL)  # what `quoted` makes
-KEY_VERSION = 1  # raised when the same question is put to the model in other words
+QUOTED = re.compile(r"<<<([\w-]+-[0-9a-f]{12})\n.*\n\1>>>", re.DOTALL)  # what `quoted` returns
+KEY_VERSION = 1  # raised when the same question is worded differently for the model
+MAX_TEXT = 2000  # characters of an invalid reply that are stored as evidence
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is sent, and the hash it is known by: of its file, or of its pixels if it came without one."""
+class EncodedImage:
+    """An image as it is sent. `digest` is the hash of its file, or of its pixels if it was passed without a file."""
 
     data: bytes
     mime: str
     digest: str
 
     def url(self) -> str:
-        """As a data URL."""
+        """Return the image as a data URL."""
         return f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Parts are text, pictures (`PIL.Image` or the bytes of a file), or pictures made ready."""
+    """One turn of a conversation. Parts are text, images (`PIL.Image` or the bytes of a file), or encoded images."""
 
     role: Literal["system", "user", "assistant"]
-    parts: tuple[str | bytes | Image | Picture, ...]
+    parts: tuple[str | bytes | Image | EncodedImage, ...]
 
     def ready(self) -> Message:
-        """With every picture as a `Picture` and every text fit for JSON. UserError for a picture that is none."""
-        return Message(self.role, tuple(clean(part) if isinstance(part, str) else picture(part) for part in self.parts))
+        """Return the message with encoded images and with text that JSON can hold.
+
+        Raises UserError for an image that cannot be read.
+        """
+        return Message(self.role, tuple(clean(part) if isinstance(part, str) else encode(part) for part in self.parts))
 
 
 def system(text: str) -> Message:
-    """What the model is."""
+    """Return a system message."""
     return Message("system", (text,))
 
 
-def user(*parts: str | bytes | Image | Picture) -> Message:
-    """What it is asked."""
+def user(*parts: str | bytes | Image | EncodedImage) -> Message:
+    """Return a user message."""
     return Message("user", parts)
 
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is a pydantic model: its JSON schema is asked for, and the answer is validated by it. `sample` counts
-    askings of the same question, such as votes: each is asked and cached apart."""
+    """One question to a model.
+
+    `answer` is a pydantic model: its JSON schema is requested and validates the answer. `sample` numbers repetitions
+    of the same question, such as votes; each one is sent and cached separately.
+    """
 
     messages: tuple[Message, ...]
     answer: type[BaseModel]
@@ -80,39 +88,46 @@ class Question:
     sample: int = 0
 
 
-def picture(source: bytes | Image | Picture) -> Picture:
-    """A picture made ready: a PNG, JPEG, WebP or GIF file's own bytes; anything else as PNG.
+def encode(source: bytes | Image | EncodedImage) -> EncodedImage:
+    """Encode an image. The bytes of a PNG, JPEG, WebP or GIF file are kept; everything else becomes PNG.
 
-    UserError, in one line, for bytes that are empty, no image, or too large.
+    Raises UserError for bytes that are empty, not an image, or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(source, Picture):
+    if isinstance(source, EncodedImage):
         return source
     if not isinstance(source, bytes):
-        plain = _plain(source)  # a palette's numbers are not its colours
+        plain = _plain(source)  # the values of a palette image are not colors
         digest = sha256(f"{plain.mode} {plain.size}".encode() + plain.tobytes())
-        return Picture(_png(plain), SENT["PNG"], digest)
+        return EncodedImage(_png(plain), SENT["PNG"], digest)
     if not source:
-        raise UserError("a picture of the question is empty")
+        raise UserError("image_unreadable", "An image of the question is empty (0 bytes). Check its file.")
     if len(source) > MAX_BYTES:
-        raise UserError(f"a picture of {len(source) / 2**20:.0f} MiB is over the limit of {MAX_BYTES // 2**20} MiB")
+        size = f"{len(source) / 2**20:.0f} MiB; the limit is {MAX_BYTES // 2**20} MiB"
+        raise UserError("image_too_large", f"An image of the question has {size}. Scale it down.")
     digest = sha256(source)
     try:
         with Image.open(io.BytesIO(source)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"a picture of {image.width}×{image.height} is over {MAX_PIXELS // 10**6} megapixels")
+                size = f"{image.width}×{image.height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels"
+                raise UserError("image_too_large", f"An image of the question has {size}. Scale it down.")
             if image.format in PROGRAMS:
-                raise UserError(f"a picture of the question is {image.format}, a program that is not run here")
+                why = f"in the format {image.format}, which is a program and is not run"
+                raise UserError("image_unreadable", f"An image of the question is {why}. Save it as PNG.")
             if image.format in SENT:
-                return Picture(source, SENT[image.format], digest)
-            return Picture(_png(image), SENT["PNG"], digest)
+                return EncodedImage(source, SENT[image.format], digest)
+            return EncodedImage(_png(image), SENT["PNG"], digest)
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError("a picture of the question is not an image, or of a kind that is not known here") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"a picture of the question is broken ({str(error)[:120]})") from error
+        why = "An image of the question is not in a supported format. Save it as PNG, JPEG or WebP."
+        raise UserError("image_unreadable", why) from None
+    except Image.DecompressionBombError as error:
+        raise UserError("image_too_large", f"An image of the question is too large ({describe(error)}).") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        why = f"An image of the question is damaged ({describe(error, 120)}). Save it again."
+        raise UserError("image_unreadable", why) from error
 
 
 def _plain(image: Image) -> Image:
@@ -126,23 +141,25 @@ def _png(image: Image) -> bytes:
 
 
 def clean(text: str) -> str:
-    """Text without control characters (line breaks and tabs stay), halves of surrogate pairs, turned directions and
-    letters that nobody sees."""
+    """Return text without control characters (line breaks and tabs stay), halves of surrogate pairs, direction marks
+    and invisible characters."""
     whole = _UNSEEN.sub("", text.encode("utf8", "replace").decode("utf8"))
     return "".join(char for char in whole if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def defused(text: str) -> str:
-    """Text whose `<|im_end|>`, `</s>`, `<image>`, `[INST]` and the like have a space inside: servers and tokenizers
-    read those as control tokens wherever they stand, and only spelt exactly so."""
+    """Return text in which `<|im_end|>`, `</s>`, `<image>`, `[INST]` and the like have a space inside.
+
+    Servers and tokenizers read these as control tokens anywhere in a text, but only in this exact spelling.
+    """
     return _CONTROL.sub(r"\1 ", text)
 
 
 def quoted(text: str, name: str = "caption") -> str:
-    """Text that others wrote as a block to put into a message: data between two marks, whatever it says.
+    """Return text from other people as a block for a message: data between two marks.
 
-    The marks carry a hash of the text, and are changed until the text does not contain them, so nothing in it can end
-    the block; what chat templates use to end a turn is `defused`. `name` says what it is.
+    The marks have a hash of the text and are changed until the text does not contain them, so nothing in it can end
+    the block. Tokens with which chat templates end a turn are `defused`. `name` says what the text is.
     """
     text = defused(clean(text))
     nonce, mark = 0, ""
@@ -154,7 +171,7 @@ def quoted(text: str, name: str = "caption") -> str:
 
 
 def body(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Messages that are `ready` as the protocol has them. Text alone goes as a string: some servers take no parts."""
+    """Return `ready` messages in the form of the protocol. Text alone is a string: some servers accept no parts."""
     result: list[dict[str, Any]] = []
     for message in messages:
         if all(isinstance(part, str) for part in message.parts):
@@ -162,7 +179,7 @@ def body(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
             continue
         parts = [
             {"type": "image_url", "image_url": {"url": part.url()}}
-            if isinstance(part, Picture)
+            if isinstance(part, EncodedImage)
             else {"type": "text", "text": part}
             for part in message.parts
         ]
@@ -171,24 +188,23 @@ def body(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
 
 
 def key_of(identity: dict[str, Any], messages: tuple[Message, ...], schema: dict[str, Any], sample: int) -> str:
-    """sha256 of all that an answer depends on: `identity` (model and sampling), the messages (`ready`, pictures by
-    their hash), the answer's schema and the sample's number. Not of the address: a model may move."""
-    said = [
-        [message.role, *({"picture": part.digest} if isinstance(part, Picture) else part for part in message.parts)]
-        for message in messages
-    ]
-    whole = [KEY_VERSION, identity, said, schema, sample]
-    return sha256_json(whole)
+    """Return the SHA-256 of everything that an answer depends on.
 
+    That is `identity` (model and sampling), the messages (`ready`, images by their hash), the answer's schema and the
+    number of the sample. The server's address is not part of it: a model may move.
+    """
 
-# What comes back: a reply of a model, the outcome of a question, and what it all cost.
+    def values(message: Message) -> list[Any]:
+        parts = ({"picture": part.digest} if isinstance(part, EncodedImage) else part for part in message.parts)
+        return [message.role, *parts]
 
-MOST_TEXT = 2000  # characters kept as evidence of a reply that is no answer
+    turns = [values(message) for message in messages]
+    return sha256_json([KEY_VERSION, identity, turns, schema, sample])
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Calls that brought a reply, and their tokens as the server counted them (0 where it does not)."""
+    """Calls that returned a reply, and their tokens as the server counts them (0 if it does not)."""
 
     calls: int = 0
     input_tokens: int = 0
@@ -204,8 +220,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """One turn of a model. `refused` is why it did not answer, if it says so; `cut` means it ran out of tokens;
-    `reasoned` means that the text is its reasoning, because the answer's place was empty."""
+    """One turn of a model.
+
+    `refused` is the model's reason for not answering, if it gives one. `cut` means that it ran out of tokens.
+    `reasoned` means that the text is its reasoning, because the content was empty.
+    """
 
     text: str
     model: str
@@ -217,22 +236,22 @@ class Reply:
 
     @property
     def empty(self) -> bool:
-        """Whether the model neither said anything nor refused to."""
+        """Whether the reply has neither a text nor a refusal."""
         return not self.text.strip() and not self.refused
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one question.
+    """The outcome of one question.
 
-    answered: `answer` is the validated answer, as plain values.
-    undecided: the model could not be brought to a valid answer; `reason` says why.
-    failed: no model looked at it, or it said nothing; `reason` says why. `lost` if that may pass (a server that is
-    down, an empty reply): the same question may be answered next time.
+    - answered: `answer` is the validated answer, as plain values.
+    - undecided: the model gave no valid answer; `reason` says why.
+    - failed: no model evaluated the question, or the reply was empty; `reason` says why. `lost` means that the cause
+      may pass (a server that is down, an empty reply), so the same question may be answered next time.
 
-    `text` is the last reply, word for word; `reasoned` if it is the model's reasoning. `usage` is what the outcome cost
-    whenever it was paid for, `paid` the part paid now: nothing for what was cached. `model` is what the server says it
-    ran, `keys` the hashes of the turns that were asked.
+    `text` is the last reply, verbatim; `reasoned` means that it is the model's reasoning. `usage` is the total cost of
+    the outcome and `paid` the part of it that was not cached. `model` is the name that the server reports, and `keys`
+    are the hashes of the turns that were sent.
     """
 
     tag: str
@@ -249,28 +268,30 @@ class Outcome:
 
     @property
     def key(self) -> str:
-        """The hash of what was asked; "" for a question that could not be put."""
+        """The hash of the first turn; "" for a question that could not be sent."""
         return self.keys[0] if self.keys else ""
 
     @property
     def cached(self) -> bool:
-        """Settled without a call."""
+        """Whether the outcome needed no call."""
         return self.status != "failed" and self.paid.calls == 0
 
     def evidence(self) -> dict[str, Any]:
-        """As plain values to keep: the answer, or why there is none; who gave it; the hash of what was asked."""
+        """Return plain values to store: the answer or the reason, the model, and the hash of the question."""
         tokens = [self.usage.input_tokens, self.usage.output_tokens]
-        found: dict[str, Any] = {"status": self.status, "model": self.model, "key": self.key, "tokens": tokens}
+        values: dict[str, Any] = {"status": self.status, "model": self.model, "key": self.key, "tokens": tokens}
         if self.reasoned:
-            found["source"] = "reasoning"
+            values["source"] = "reasoning"
         if self.answer is not None:
-            return found | {"answer": self.answer}
-        return found | {"reason": self.reason, "text": self.text[:MOST_TEXT]}
+            return values | {"answer": self.answer}
+        return values | {"reason": self.reason, "text": self.text[:MAX_TEXT]}
 
 
 class GaveUp(Exception):
-    """One question cannot be put to the model; the message says why. The others go on. `passing` if trying again
-    later may help."""
+    """One question gets no reply; the message says why. The other questions continue.
+
+    `passing` means that another try later may help.
+    """
 
     def __init__(self, reason: str, passing: bool = False) -> None:
         super().__init__(reason)
@@ -279,10 +300,10 @@ class GaveUp(Exception):
 
 @dataclass(frozen=True)
 class Spent:
-    """The sums of many outcomes. `requests` is what went over the wire, failed tries included; `money` is None without
-    prices.
+    """The sums of many outcomes.
 
-    A server may charge for a request that timed out or was lost; only replies that arrived can be counted.
+    `requests` counts everything that was sent, failed tries included. `money` is None without prices. A server may
+    charge for a request that timed out or was lost; only replies that arrived are counted.
     """
 
     questions: int = 0
@@ -295,7 +316,7 @@ class Spent:
     money: float | None = None
 
     def plus(self, outcome: Outcome) -> Spent:
-        """With one more outcome."""
+        """Return the sums with one more outcome."""
         return replace(
             self,
             questions=self.questions + 1,
@@ -307,7 +328,7 @@ class Spent:
         )
 
     def line(self) -> str:
-        """For people."""
+        """Return the sums as one line of text."""
         parts = [f"{self.questions} questions: {self.answered} answered"]
         parts += [f"{n} {word}" for n, word in ((self.undecided, "undecided"), (self.failed, "failed")) if n]
         parts += [f"{self.cached} from the cache"] if self.cached else []

@@ -1,9 +1,9 @@
-"""One request of the chat-completions protocol, tried until it succeeds or cannot.
+"""One request of the chat-completions protocol, repeated until it succeeds or cannot succeed.
 
-What passes is tried again: 429, 5xx, time-outs, lost connections, replies that are none. What this question alone is
-guilty of (400, 413, 422 …) is given up. What every question would meet (a wrong key, an unknown model, no credit, a
-server that stays silent) stops the run with one line. The key is read from the environment for each request and is
-struck out of every word that comes back.
+Errors that may pass are retried: 429, 5xx, time-outs, lost connections, and replies that are not chat completions.
+Errors of one question (400, 413, 422 …) end that question. Errors that every question would meet (a wrong key, an
+unknown model, no credit, a silent server) stop the run with one message. The key is read from the environment for each
+request and is removed from everything that comes back.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from diptych.llm import question as questions
 from diptych.llm import schema
 from diptych.llm.endpoint import Endpoint
 from diptych.llm.pace import Network, Pace, pause, retry_after
-from diptych.llm.question import GaveUp, Message, Picture, Question, Reply, Usage, clean
-from diptych.llm.replies import foreign
+from diptych.llm.question import EncodedImage, GaveUp, Message, Question, Reply, Usage, clean
 
 MAX_REPLY = 16 * 2**20  # bytes
-LONGEST_WAIT = 600.0  # seconds; a server that asks for more has a quota that is used up
-PICTURE_TOKENS = 1000  # a guess, until the first reply says
-_SHORTEST_SECRET = 8  # characters; "EMPTY" and its like are no secrets, and may be words of an answer
-_MOST_TOKENS = 10**9  # of one reply; a server that counts more does not count
+MAX_WAIT = 600.0  # seconds; a server that requests a longer wait has an exhausted quota
+IMAGE_TOKENS = 1000  # an estimate until the first reply gives the real number
+_MIN_SECRET = 8  # characters; "EMPTY" and the like are not secrets and may be words of an answer
+_MAX_TOKENS = 10**9  # of one reply; larger counts of a server are errors
 _TRANSIENT = frozenset({408, 425, 429})
 _REASONING = ("reasoning_content", "reasoning")
 _FORM = re.compile(r"response_format|json_schema|guided|grammar|structured", re.IGNORECASE)
+_STREAM = re.compile(rb"\s*(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
+_UNSTREAMED = "Turn streaming off in the server or in the proxy before it."
+_OPENAI = "Set base_url to the server's OpenAI-compatible API, which mostly ends in /v1"
 
 
 class _Again(Exception):
-    """This try failed in a way that passes."""
+    """This try failed in a way that may pass."""
 
 
 class Transport:
-    """The connection to an endpoint, shared by threads. UserError if no HTTP library is installed."""
+    """The connection to an endpoint, shared by threads. Raises UserError if no HTTP library is installed."""
 
     def __init__(self, endpoint: Endpoint, pace: Pace | None = None) -> None:
         self.endpoint = endpoint
@@ -56,11 +58,14 @@ class Transport:
         self._http.close()
 
     def complete(self, messages: tuple[Message, ...], question: Question, stop: threading.Event) -> Reply:
-        """The model's next turn. GaveUp for this question alone, or once `stop` is set; UserError for the whole run."""
+        """Return the model's next turn.
+
+        Raises GaveUp for this question alone, or once `stop` is set, and UserError for the whole run.
+        """
         body = {"model": self.endpoint.model, "messages": questions.body(messages), **self.endpoint.sampling()}
-        body["stream"] = False  # some servers stream unless a request says no
+        body["stream"] = False  # some servers stream by default
         body |= schema.response_format(question.answer, self.endpoint.json_mode)
-        reply = self._persist(json.dumps(body).encode(), _guess(messages, self.endpoint), stop)
+        reply = self._persist(json.dumps(body).encode(), _estimate(messages, self.endpoint), stop)
         self._answered = True
         return reply
 
@@ -97,25 +102,27 @@ class Transport:
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         with self._lock:
             self.sent += 1
-        # `from None`: an HTTP library's exception holds the request, headers and all.
+        # `from None`: an HTTP library's exception has the request with its headers.
         try:
-            status, after, place, data = self._post(body, headers)
+            status, after, location, data = self._post(body, headers)
         except self._httpx.TimeoutException:
             raise _Again(f"no whole reply within {self.endpoint.timeout:g} s") from None
         except (self._httpx.RequestError, self._httpx.InvalidURL) as error:
             raise _Again(f"no connection ({_line(_hide(str(error), key)) or type(error).__name__})") from None
-        # Struck out before anything is cut short, and once more from what was escaped until it was parsed.
-        data = data.replace(key.encode(), b"***") if len(key) >= _SHORTEST_SECRET else data
+        # The key is removed before anything is shortened, and again after parsing, which undoes escapes.
+        data = data.replace(key.encode(), b"***") if len(key) >= _MIN_SECRET else data
+        where = self.endpoint.base_url
         if 300 <= status < 400:
-            raise UserError(f"{self.endpoint.base_url} has moved to {_line(_hide(place, key))}; set base_url to it")
+            moved = f"{where} has moved to {_line(_hide(location, key))}. Set base_url to the new address."
+            raise UserError("endpoint_unreachable", moved)
         if status != 200:
-            self._refused(status, after, _hide(_message(data), key), _code(data))
-        if not self._answered and (kind := foreign(data)):
-            raise UserError(f"{self.endpoint.base_url} answers, but not with a chat completion: {kind}")
+            self._raise_status(status, after, _hide(_message(data), key), _code(data))
+        if not self._answered and (kind := other_protocol(data)):
+            raise UserError("endpoint_unsuited", f"{where} does not reply with a chat completion but with {kind}")
         return _reply(data, key)
 
     def _post(self, body: bytes, headers: dict[str, str]) -> tuple[int, str | None, str, bytes]:
-        """(status, Retry-After, Location, body), from connecting to the last byte within the endpoint's time-out."""
+        """Return (status, Retry-After, Location, body). Everything happens within the endpoint's time-out."""
         data = bytearray()
         url = f"{self.endpoint.base_url}/chat/completions"
         within = self._network.within(self.endpoint.timeout)
@@ -124,52 +131,57 @@ class Transport:
                 data += chunk
                 if len(data) > MAX_REPLY:
                     raise _Again(f"a reply of more than {MAX_REPLY // 2**20} MiB")
-            place = response.headers.get("location", "elsewhere")
-            return response.status_code, response.headers.get("retry-after"), place, bytes(data)
+            location = response.headers.get("location", "an unknown address")
+            return response.status_code, response.headers.get("retry-after"), location, bytes(data)
 
-    def _refused(self, status: int, after: str | None, message: str, code: str) -> NoReturn:
-        """Raises what a status that is not 200 means."""
-        where, said = self.endpoint.base_url, f"{status}: {message}" if message else str(status)
+    def _raise_status(self, status: int, after: str | None, message: str, code: str) -> NoReturn:
+        """Raise the error that a status other than 200 means."""
+        where, reply = self.endpoint.base_url, f"{status}: {message}" if message else str(status)
         name = self.endpoint.api_key_env
         if status == 402 or (status == 429 and code == "insufficient_quota"):
-            raise UserError(f"{where} gives no more credit ({said})")
+            raise UserError("endpoint_quota", f"Quota exhausted at {where} ({reply}). Add credit, then run again.")
         if status == 401 or (status == 403 and not self._answered):
-            how = f"check the environment variable {name}" if name else "set api_key_env, and the variable it names"
-            raise UserError(f"{where} refuses the key ({said}); {how}")
+            how = f"Check the environment variable {name}." if name else "Set api_key_env and the variable it names."
+            raise UserError("endpoint_refused", f"{where} rejects the API key ({reply}). {how}")
         if status == 404:
             raise UserError(
-                f"{where} has no model '{self.endpoint.model}', or no /chat/completions ({said}); check model and "
-                "base_url, which mostly ends in /v1"
+                "endpoint_model_unknown",
+                f"{where} has no model '{self.endpoint.model}' or no /chat/completions ({reply}). Check model, and "
+                "base_url, which mostly ends in /v1.",
             )
         if status in (400, 422) and not self._answered and self.endpoint.json_mode != "none" and _FORM.search(message):
+            other = "json_object or none" if self.endpoint.json_mode == "json_schema" else "none"
             raise UserError(
-                f"{where} cannot answer in the form asked for ({said}); set json_mode to "
-                f"{'json_object or none' if self.endpoint.json_mode == 'json_schema' else 'none'}"
+                "endpoint_unsuited",
+                f"{where} does not support json_mode {self.endpoint.json_mode} ({reply}). Set json_mode to {other}.",
             )
         if status in _TRANSIENT or status >= 500:
             seconds = retry_after(after)
-            if seconds is not None and seconds > LONGEST_WAIT:
-                raise UserError(f"{where} asks to come back in {seconds / 3600:.1f} hours ({said}); run again then")
+            if seconds is not None and seconds > MAX_WAIT:
+                hours = f"{seconds / 3600:.1f} hours"
+                raise UserError("endpoint_quota", f"Rate limit exceeded at {where} ({reply}). Run again in {hours}.")
             if seconds:
                 self._pace.hold(seconds)
-            raise _Again(f"the server says {said}")
-        raise GaveUp(f"the server refuses this question ({said})")
+            raise _Again(f"the server says {reply}")
+        raise GaveUp(f"the server refuses this question ({reply})")
 
     def key(self) -> str:
-        """The key that the settings name, empty if none. UserError if there is no such variable, or no key in it."""
+        """Return the key that the settings name, or "". Raises UserError if the variable is not set or not a key."""
         name = self.endpoint.api_key_env
         if name is None:
             return ""
         key = os.environ.get(name, "").strip()
         if not key:
-            raise UserError(f"{self.endpoint.base_url} needs a key, and the environment variable {name} is not set")
+            unset = f"The environment variable {name}, which has the API key for {self.endpoint.base_url}, is not set."
+            raise UserError("endpoint_refused", unset)
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise UserError(f"the environment variable {name} holds no key: there are spaces or other letters in it")
+            wrong = f"The environment variable {name} has spaces or characters that API keys do not have. Correct it."
+            raise UserError("endpoint_refused", wrong)
         return key
 
 
 def _library() -> ModuleType:
-    """httpx by whichever name: huggingface_hub brings httpx2, older ones httpx; they are the same to us."""
+    """Return httpx2, which huggingface_hub installs, or httpx, which older versions install. Both work alike here."""
     try:
         import httpx2
 
@@ -181,17 +193,47 @@ def _library() -> ModuleType:
 
         return httpx
     except ImportError:
-        raise UserError("endpoints need an HTTP library; install it: pip install 'diptych[llm]'") from None
+        missing = "Endpoints need an HTTP library. Install it: pip install 'diptych[llm]'"
+        raise UserError("dependency_missing", missing) from None
 
 
-def _guess(messages: tuple[Message, ...], endpoint: Endpoint) -> float:
+def _estimate(messages: tuple[Message, ...], endpoint: Endpoint) -> float:
     parts = [part for message in messages for part in message.parts]
     text = sum(len(part) for part in parts if isinstance(part, str)) / 4
-    return text + PICTURE_TOKENS * sum(isinstance(part, Picture) for part in parts) + (endpoint.max_tokens or 1000)
+    images = sum(isinstance(part, EncodedImage) for part in parts)
+    return text + IMAGE_TOKENS * images + (endpoint.max_tokens or 1000)
+
+
+def other_protocol(data: bytes) -> str:
+    """Name the protocol of a reply that is not a chat completion, with a remedy; "" if it is not recognized."""
+    if _STREAM.match(data):
+        return f"a stream of server-sent events. {_UNSTREAMED}"
+    try:
+        # Ollama's stream is one object a line.
+        value: Any = json.loads(data if b"\n{" not in data.strip() else data.strip().splitlines()[0])
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(value, dict):
+        return ""
+    if "done" in value and ("message" in value or "response" in value):
+        return f"a reply of Ollama's native API. {_OPENAI}, for Ollama http://localhost:11434/v1."
+    if value.get("object") == "chat.completion.chunk":
+        return f"a piece of a stream. {_UNSTREAMED}"
+    if value.get("object") == "response" and "output" in value:
+        return f"a reply of the Responses API. {_OPENAI}, without /responses."
+    if value.get("type") == "message" and isinstance(value.get("content"), list):
+        return f"a reply of Anthropic's Messages API. {_OPENAI}."
+    if isinstance(value.get("candidates"), list):
+        return f"a reply of Gemini's native API. {_OPENAI}, for Gemini /v1beta/openai."
+    choices = value.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(first, dict) and "text" in first and "message" not in first:
+        return f"a plain text completion. {_OPENAI}."
+    return ""
 
 
 def _reply(data: bytes, key: str) -> Reply:
-    """A chat completion. _Again for anything else: a proxy's page, half a reply, an error in the place of one."""
+    """Parse a chat completion. Raises _Again for anything else, such as a proxy's page, half a reply or an error."""
     try:
         value: Any = json.loads(data)
         if isinstance(value, dict) and value.get("error"):
@@ -204,7 +246,7 @@ def _reply(data: bytes, key: str) -> Reply:
         finish = choice.get("finish_reason")
         refused = message.get("refusal") or ("its filter says no" if finish == "content_filter" else "")
         tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-        counted = Usage(1, *(min(max(0, count), _MOST_TOKENS) for count in tokens))
+        counted = Usage(1, *(min(max(0, count), _MAX_TOKENS) for count in tokens))
         if not isinstance(refused, str):
             raise TypeError
         model = clean(str(value.get("model") or ""))[:200]
@@ -216,7 +258,7 @@ def _reply(data: bytes, key: str) -> Reply:
 
 
 def _text(content: Any) -> str:
-    """A message's content, which may come in parts; TypeError if it is not text."""
+    """Return a message's content, which may have several parts. Raises TypeError if it is not text."""
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content or "", str):
@@ -225,13 +267,13 @@ def _text(content: Any) -> str:
 
 
 def _reasoning(message: dict[str, Any]) -> str:
-    """What a reasoning model thought aloud: vLLM, SGLang and DeepSeek call it `reasoning_content`, newer vLLM, Ollama
-    and OpenRouter `reasoning`."""
-    return next((said for name in _REASONING if isinstance(said := message.get(name), str) and said.strip()), "")
+    """Return a model's reasoning: `reasoning_content` in vLLM, SGLang and DeepSeek, and `reasoning` in newer vLLM,
+    Ollama and OpenRouter."""
+    return next((text for name in _REASONING if isinstance(text := message.get(name), str) and text.strip()), "")
 
 
 def _message(data: bytes) -> str:
-    """The server's own words about an error, in one short line."""
+    """Return the server's error message as one short line."""
     try:
         value: Any = json.loads(data)
         if isinstance(value, list) and value:
@@ -253,9 +295,9 @@ def _code(data: bytes) -> str:
 
 
 def _line(text: str) -> str:
-    """One line that is safe to print, 200 characters at most."""
+    """Return one line that is safe to print, with 200 characters at most."""
     return "".join(char for char in " ".join(text.split()) if char.isprintable())[:200]
 
 
 def _hide(text: str, key: str) -> str:
-    return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+    return text.replace(key, "***") if len(key) >= _MIN_SECRET else text

@@ -1,43 +1,58 @@
-"""What vLLM is told: a model that runs inside the process that asks, as a recipe can hold it, and what follows from it.
+"""A model that vLLM runs inside this process: its settings, as a recipe has them, and the engine.
 
     curate: {vlm: {vllm: {model: Qwen/Qwen3-VL-8B-Instruct, tensor_parallel_size: 2}}}
 
-Plain values throughout, so that all of it can be checked without vLLM and without a GPU; `vllm_engine` puts them to
-vLLM, and nothing else imports it. Keys are vLLM's own names. The sources of vLLM 0.20.0 and 0.33.0 were read: `LLM(…)`,
-`LLM.chat`, `SamplingParams`, `StructuredOutputsParams` (`guided_decoding`, its older name, ended with 0.12).
+    model = load(Vllm(model="Qwen/Qwen3-VL-8B-Instruct"), cache=Cache("answers.sqlite"))
+    model.ask_many(questions, on_answer)
+
+The engine is `vllm.LLM(...)` once, and `LLM.chat` for each batch of requests. Messages are those of an endpoint, with
+images as data URLs, and decoding is constrained to the answer's JSON schema. Answers are validated, repaired and cached
+as for any other model (`answering`, `local`).
+
+The settings are plain values, so they can be checked without vLLM and without a GPU. Keys are vLLM's names. Written
+after the sources of vLLM 0.20.0 and 0.33.0 (`guided_decoding`, the older name of `StructuredOutputsParams`, ended with
+0.12). `tests/llm/test_vllm_contract.py` runs it on machines with vLLM and a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from diptych.errors import UsageError
+from diptych.errors import UsageError, UserError, describe
 from diptych.llm import schema
+from diptych.llm.answering import Request
+from diptych.llm.cache import Cache
 from diptych.llm.endpoint import secret
-from diptych.llm.question import Question
+from diptych.llm.local import LocalModel
+from diptych.llm.question import GaveUp, Question, Reply, Usage, body, clean
+from diptych.utils import models
 
-# What `extra` cannot say, because it is a key of its own here.
+# Arguments that `extra` cannot have, because they have keys here.
 RESERVED = frozenset({"model", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len"})
-# Its log goes to stdout, where `--json` speaks, and it reports its use to its authors, unless told otherwise. What
-# somebody has set stays.
+# By default vLLM logs to stdout, where `--json` prints, and reports its use to its authors. Variables that are set stay
+# as they are.
 ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# For a worker that may be killed and that does nothing after: the engine is then no process of its own, which would
-# outlive its parent and hold the GPU's memory. In a run that trains afterwards it should be one, and is by default.
+# For a worker that may be killed and does nothing afterwards: the engine then runs in the worker. As a separate process
+# it would outlive the worker and keep the GPU's memory. A run that trains afterwards needs the separate process, which
+# is the default.
 IN_WORKERS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+UNFINISHED = ("abort", "error")  # finish reasons that leave no answer; the others are stop, length and repetition
 
 
 class Vllm(BaseModel):
-    """A model that vLLM runs on the GPUs of the process that asks: this one, or each of a stage's Ray workers."""
+    """A model that vLLM runs on the GPUs of the calling process: this one, or each of a stage's Ray workers."""
 
-    # As `Endpoint`.
+    # See `Endpoint`.
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -48,80 +63,168 @@ class Vllm(BaseModel):
     )
 
     model: str = Field(min_length=1)
-    """A folder, or a hub name."""
+    """Folder or hub name of the model."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
-    """GPUs that it is spread over, of one machine. A Ray worker asks for as many."""
+    """Number of GPUs of one machine that share the model. Each Ray worker requests as many."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
-    """Share of each GPU's memory that it takes, weights included; the stage's other models need some beside it."""
+    """Share of each GPU's memory that vLLM takes, weights included. The stage's other models need the rest."""
     max_model_len: int | None = Field(default=8192, ge=1)
-    """Longest question with its answer, in tokens; null is the model's own, which may not fit into the memory."""
+    """Maximum length of a question with its answer, in tokens. Null uses the model's limit, which may not fit in
+    memory."""
     temperature: float = Field(default=0.0, ge=0)
-    """Of sampling."""
+    """Sampling temperature. 0 is greedy decoding."""
     max_tokens: int = Field(default=2048, ge=1)
-    """Longest answer."""
+    """Maximum length of an answer, in tokens."""
     batch_size: int = Field(default=256, ge=1)
-    """Questions it is given at once; it runs as many of them together as the memory holds."""
+    """Questions passed to vLLM at once. vLLM runs as many of them together as fit in memory."""
     chat_template_kwargs: dict[str, Any] = {}
-    """For the model's chat template, such as {enable_thinking: false}."""
+    """Arguments of the model's chat template, such as `{enable_thinking: false}`."""
     extra: dict[str, Any] = {}
-    """More arguments of `vllm.LLM`, such as {quantization: fp8, limit_mm_per_prompt: {image: 2}}."""
+    """Further arguments of `vllm.LLM`, such as `{quantization: fp8, limit_mm_per_prompt: {image: 2}}`."""
 
     @field_validator("extra")
     @classmethod
     def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(RESERVED & value.keys()):
-            raise ValueError(f"cannot hold {', '.join(taken)}: they are keys of their own")
+            raise ValueError(f"cannot have {', '.join(taken)}; set these keys of vllm instead")
         if "trust_remote_code" in value:
-            raise ValueError("cannot hold trust_remote_code: models whose files bring code of their own are not run")
+            raise ValueError("cannot have trust_remote_code; models that bring code are not run")
         if name := secret(value):
-            raise ValueError(f"holds a key in '{name}'; leave it out, and set the environment variable that it is for")
+            raise ValueError(f"has an API key in '{name}'; leave it out and set its environment variable instead")
         return value
 
     def arguments(self, folder: Path) -> dict[str, Any]:
-        """Of `vllm.LLM`, for the model that lies in `folder`."""
-        told: dict[str, Any] = {
+        """Return the arguments of `vllm.LLM` for the model in `folder`."""
+        arguments: dict[str, Any] = {
             "model": str(folder),
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "load_format": "safetensors",
         }
         if self.max_model_len is not None:
-            told["max_model_len"] = self.max_model_len
+            arguments["max_model_len"] = self.max_model_len
         if self.tensor_parallel_size > 1:
-            # Processes of its own beside it, and not Ray's, even where it runs in a Ray worker: its GPUs are there.
-            told["distributed_executor_backend"] = "mp"
-        return told | self.extra
+            # Local processes instead of Ray's, also in a Ray worker, because its GPUs are on that machine.
+            arguments["distributed_executor_backend"] = "mp"
+        return arguments | self.extra
 
     def parameters(self, question: Question) -> dict[str, Any]:
-        """Of `SamplingParams`, for a question; `structured_outputs` holds the arguments of `StructuredOutputsParams`:
-        the answer's JSON schema, which no token that is sampled may leave."""
+        """Return the arguments of `SamplingParams` for a question.
+
+        `structured_outputs` has the arguments of `StructuredOutputsParams`: the JSON schema that constrains decoding.
+        """
         return {
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "seed": question.sample,
-            "structured_outputs": {"json": schema.enforced(question.answer)},
+            "structured_outputs": {"json": schema.enforced_schema(question.answer)},
         }
 
     def sampling(self) -> dict[str, Any]:
-        """What bears on the answer besides model and messages. How it is spread and batched does not."""
+        """Return the settings that change an answer, besides model and messages. GPUs and batch sizes do not."""
         names = ("temperature", "max_tokens", "chat_template_kwargs", "extra")
         return {name: getattr(self, name) for name in names}
 
 
 def problem(gpus: int = 1) -> str:
-    """Why vLLM cannot run a model on so many GPUs here, and what to do; empty if it can."""
+    """Return why vLLM cannot run a model on `gpus` GPUs here, and what to do; "" if it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed; pip install 'diptych[vllm]'"
     import torch
 
-    there = torch.cuda.device_count()
-    if there < gpus:
-        few = f"vLLM needs {gpus} GPU{'s' if gpus > 1 else ''}, and {there or 'none'} can be seen here"
-        return f"{few}; lower tensor_parallel_size" if there else few
+    visible = torch.cuda.device_count()
+    if visible < gpus:
+        few = f"vLLM needs {gpus} GPU{'s' if gpus > 1 else ''}, and {visible or 'none'} can be seen here"
+        return f"{few}; lower tensor_parallel_size" if visible else few
     return ""
 
 
 def check(settings: Vllm) -> None:
-    """UsageError where vLLM is not installed, or sees too few GPUs."""
-    if said := problem(settings.tensor_parallel_size):
-        raise UsageError(f"vllm: {settings.model}: {said}, or name an endpoint or a local model in its place")
+    """Raise UsageError if vLLM is not installed or sees too few GPUs."""
+    if why := problem(settings.tensor_parallel_size):
+        code = "device_unavailable" if importlib.util.find_spec("vllm") else "dependency_missing"
+        raise UsageError(code, f"vllm: {settings.model}: {why}, or use an endpoint or a local model instead")
+
+
+UNFINISHED = ("abort", "error")  # reasons to finish that leave no answer; the others are stop, length, repetition
+
+
+def load(settings: Vllm, *, cache: Cache | None = None, keep_undecided: bool = False) -> LocalModel:
+    """Open the model on this process's GPUs.
+
+    Raises UsageError if vLLM or a GPU is missing, UserError if vLLM cannot run the model.
+    """
+    check(settings)
+    folder = models.resolve(settings.model, "vlm")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    try:
+        engine = vllm.LLM(**settings.arguments(folder))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(
+            "model_unsupported",
+            f"vLLM cannot run '{settings.model}' ({describe(error)}). Check gpu_memory_utilization, max_model_len and "
+            "extra in the section vllm, and vLLM's log above.",
+        ) from error
+    return LocalModel(
+        _Engine(engine, settings),
+        {"engine": "vllm", "model": models.fingerprint(folder), "sampling": settings.sampling()},
+        cache,
+        keep_undecided=keep_undecided,
+        batch_size=settings.batch_size,
+    )
+
+
+class _Engine:
+    """Generates the model's next turns in batches."""
+
+    def __init__(self, engine: Any, settings: Vllm) -> None:
+        from vllm import exceptions  # pyright: ignore[reportMissingImports]
+
+        self.engine = engine
+        self.settings = settings
+        self.name = Path(settings.model).name
+        # The error for a rejected request: ValueError in older versions, a class of vLLM's in newer ones.
+        self.refusals = (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
+
+    def __call__(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:
+        """Return the next turn of each request.
+
+        Errors of the engine itself are raised. The engine is unusable then, and another worker, or another call of the
+        command, takes the shard.
+        """
+        try:
+            return self._batch(requests)
+        except self.refusals as error:
+            # One rejected request (too long, an unreadable image) ends the whole call before anything runs.
+            if len(requests) == 1:
+                return [GaveUp(f"vLLM refuses this question ({describe(error)})")]
+            half = len(requests) // 2
+            return [*self(requests[:half]), *self(requests[half:])]
+
+    def _batch(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:
+        outputs = self.engine.chat(
+            [body(request.messages) for request in requests],
+            sampling_params=[self._parameters(request.question) for request in requests],
+            use_tqdm=False,
+            chat_template_kwargs=self.settings.chat_template_kwargs or None,
+        )
+        assert len(outputs) == len(requests), f"vLLM returned {len(outputs)} outputs for {len(requests)} questions"
+        return [self._reply(output) for output in outputs]
+
+    def _parameters(self, question: Question) -> Any:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore[reportMissingImports]
+
+        values = self.settings.parameters(question)
+        form = StructuredOutputsParams(**values["structured_outputs"])
+        return SamplingParams(**values | {"structured_outputs": form})
+
+    def _reply(self, output: Any) -> Reply | GaveUp:
+        first = output.outputs[0]
+        if first.finish_reason in UNFINISHED:
+            return GaveUp(f"vLLM did not finish this question ({first.finish_reason})", passing=True)
+        usage = Usage(1, len(output.prompt_token_ids or ()), len(first.token_ids))
+        return Reply(clean(first.text), self.name, usage, cut=first.finish_reason == "length")

@@ -85,13 +85,13 @@ def paint(recipe: Recipe) -> None:
     """The teacher, and how it is held and hurried."""
     import torch
 
-    from diptych.stages.paint import doubts, memory_for
+    from diptych.stages.paint import memory_for, warnings
     from diptych.student.runtime import stock
     from diptych.utils.machine import pick_device, pick_precision
 
     folder, device = teacher(recipe), pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
-    doubts(recipe, folder)
+    warnings(recipe, folder)
     with _unsaid():  # the stage says it
         memory_for(recipe, folder, device, dtype)
         stock.resolve_speed(folder, recipe.paint.speed)

@@ -119,9 +119,9 @@ def settle(recipe: Recipe) -> Recipe:
         update[section] = getattr(recipe, section).model_copy(update={key: settled})
     recipe = recipe.model_copy(update=update)
     if recipe.paint.memory == "auto" and recipe.draws_pairs():
-        from diptych.stages.paint import settle_memory
+        from diptych.stages.paint import resolve_memory
 
-        memory = settle_memory(recipe)
+        memory = resolve_memory(recipe)
         recipe = recipe.model_copy(update={"paint": recipe.paint.model_copy(update={"memory": memory})})
     return recipe
 

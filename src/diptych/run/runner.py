@@ -152,10 +152,8 @@ class Pipeline:
         self.engine = engine = engine or LocalEngine()
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
         if recipe.curate.copies is not None and task.geometry == "aligned":
-            raise UsageError(
-                f"curate.copies refuses panels that show one picture, and the task '{task.name}' asks for such: leave "
-                "it out; what must differ there is the task's thresholds.change"
-            )
+            why = f"curate.copies rejects panels that show the same image, which the task '{task.name}' needs"
+            raise UsageError("recipe_conflict", f"{why}. Leave curate.copies out; use thresholds.change instead.")
 
     def stage(self, name: str) -> dict[str, Any]:
         """Runs the stage of this name."""
@@ -188,7 +186,7 @@ class Pipeline:
         from diptych.stages.write import diversity  # a language model may repeat itself; a grammar cannot
 
         def finish(output: Dataset, failed: Dataset) -> None:
-            diversity.take_out(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
+            diversity.remove_repeats(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
 
         painted = bool(Dataset(self.folder / "grids").shards())
         with self._billed("write"):
@@ -196,7 +194,7 @@ class Pipeline:
 
         prompts = Dataset(self.folder / "prompts")
         texts = (text for _, _, batch in batches(prompts, "prompt") for text in batch["prompt"])
-        spread = diversity.spread(texts, len(prompts)).values()
+        spread = diversity.measure(texts, len(prompts)).values()
         return {**result, "spread": spread, "asked": self._bill()}
 
     def paint(self) -> dict[str, Any]:

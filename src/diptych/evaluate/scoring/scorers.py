@@ -22,7 +22,7 @@ from diptych.data.images import open_image
 from diptych.data.store import Dataset
 from diptych.evaluate.scoring import metrics
 from diptych.llm.client import Model, answers
-from diptych.llm.question import Message, Outcome, Picture, Question, picture, quoted, user
+from diptych.llm.question import EncodedImage, Message, Outcome, Question, encode, quoted, user
 from diptych.utils.io import sha256_json
 from diptych.utils.paths import refuse_link
 
@@ -234,14 +234,14 @@ class VlmScorer:
         return values | {"judge_tokens": tokens}
 
 
-def concept(reference: Picture, image: Picture, debiased: bool = False) -> tuple[Message, ...]:
+def concept(reference: EncodedImage, image: EncodedImage, debiased: bool = False) -> tuple[Message, ...]:
     """How much of the reference's subject a picture keeps."""
     words = wording()["concept"]
     task = f"{words['task']}\n{words['debiased']}" if debiased else words["task"]
     return user(task), plan(words), user("The reference:", reference, "The picture:", image)
 
 
-def following(prompt: str, image: Picture) -> tuple[Message, ...]:
+def following(prompt: str, image: EncodedImage) -> tuple[Message, ...]:
     """How well a picture does what the prompt says."""
     words = wording()["prompt"]
     return user(words["task"]), plan(words), user(quoted(prompt, "prompt"), "The picture:", image)
@@ -252,7 +252,7 @@ def plan(words: dict[str, Any]) -> Message:
     return Message("assistant", (words["plan"],))
 
 
-def shown(cell: Any) -> Picture:
+def shown(cell: Any) -> EncodedImage:
     """A picture as the judge sees it: a square PNG of the rubric's size."""
     from PIL import Image
 
@@ -262,4 +262,4 @@ def shown(cell: Any) -> Picture:
         image = image.resize(side, Image.Resampling.BICUBIC)
     data = io.BytesIO()
     image.save(data, "PNG", compress_level=6)
-    return picture(data.getvalue())
+    return encode(data.getvalue())

@@ -1,21 +1,20 @@
-"""What shows the same again: the two panels of one pair (copies), or a pair and an earlier one (duplicates).
+"""Repeated images: the two panels of one pair (copies), or a pair and an earlier pair (duplicates).
 
     find(candidates, Duplicates(hash=4, embedding=0.95), thresholds)
-    # {"c-000731-01": Repeat("c-000012-10", "hash"), …}: the second shows the first again
-    measure(look(reference), look(target), similarity=0.93)
+    # {"c-000731-01": Repeat("c-000012-10", "hash"), …}: the first pair repeats the second
+    measure(hash_both(reference), hash_both(target), similarity=0.93)
     # {"hash": 22, "mirrored": 3, "embedding": 0.93}
 
-Both are told by a 64-bit perceptual hash, which sees shapes in grey and no brightness, and by the cosine of the
-embeddings of `curate.judge`, which see what is shown.
+Both are detected by a 64-bit perceptual hash, which responds to shapes and not to brightness or color, and by the
+cosine similarity of the embeddings of `curate.judge`, which respond to the content.
 
-A copy is one picture in another brightness or tint, mirrored, or drawn again; `alignment.copy_distance` finds only
-those that lie pixel on pixel. A student that learns from such a pair learns to give its reference back.
+A copy is the same image in another brightness or tint, mirrored, or generated again. `alignment.copy_distance` detects
+only copies that match pixel by pixel. A student trained on such pairs learns to return its reference.
 
-A pair repeats an earlier one if its reference lies near the other's reference, and its target near the other's target.
-One pass in the order of the run, over what curation left in the evidence; no picture is read, no model asked. A pair is
-compared with earlier pairs that stay, never with one that is refused itself, so a slow drift of pictures is not
-swallowed whole, and every refused pair has its twin in `pairs/`. Panels of one grid, and so the two orders of a pair,
-are never compared.
+A pair repeats an earlier one if its reference is near the other's reference, and its target near the other's target.
+The search is one pass in the order of the run over the stored evidence, without images or models. A pair is compared
+only with earlier pairs that stay. So a slow drift of images does not remove all of them, and every rejected pair has
+its counterpart in `pairs/`. Panels of one grid, and so the two orders of a pair, are never compared.
 """
 
 from __future__ import annotations
@@ -40,46 +39,50 @@ if TYPE_CHECKING:
 
     from diptych.recipe.schema import Duplicates
 
-SIDE = 32  # pixels a panel is reduced to
-LOW = 8  # frequencies along each side that the hash looks at
+SIDE = 32  # pixels to which a panel is reduced
+LOW = 8  # frequencies along each side that the hash uses
 BLOCK = 512  # pairs whose embeddings are compared at once
-BUCKETS = 65_521  # most buckets of a band: a prime, so that any band spreads over them
-_BOX = 4  # Pillow's resampling filter, whose import is left to whoever has an image
+BUCKETS = 65_521  # maximum buckets of a band: a prime, so that every band is distributed over all of them
+LEVELS = 127  # embeddings are stored as whole numbers from -127 to 127
+ROWS = 4096  # rows of the table that are compared at once
+DIGITS = 6  # digits of the stored cosine: it is rounded before it is tested, so that a repeated test gives the same
+_BOX = 4  # Pillow's resampling filter; only callers with an image import Pillow
 _COSINES = np.cos(np.pi / (2 * SIDE) * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1))
 _ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 _COLUMNS = ("id", "grid_id", "kept", "reason", "similarity", "copy_distance", "seam", "evidence")
 
 
 def panel_hash(panel: Image) -> str:
-    """A panel's perceptual hash, 64 bits as 16 hexadecimal digits: pHash.
+    """Return a panel's perceptual hash (pHash), 64 bits as 16 hexadecimal digits.
 
-    The lowest 8×8 frequencies (DCT-II) of the picture in grey at 32×32 pixels; a bit says whether one lies above their
-    median. Size, compression, a little blur or brightness move few bits; half of them differ between two pictures.
-    `imagehash.phash` reduces with another filter and its median counts the mean, so its bits are others.
+    It uses the lowest 8×8 frequencies (DCT-II) of the grayscale image at 32×32 pixels. A bit says whether a frequency
+    is above their median. Size, compression, slight blur or brightness change few bits; two different images differ in
+    half of them. The bits of `imagehash.phash` differ: it reduces with another filter, and its median includes the
+    mean.
     """
-    grey = np.asarray(panel.convert("L").resize((SIDE, SIDE), _BOX), dtype=np.float64)
-    # Rounded, so that an even panel, whose frequencies are all nought, has not the hash of rounding errors.
-    waves = np.round(_COSINES @ grey @ _COSINES.T, 3).ravel()
+    gray = np.asarray(panel.convert("L").resize((SIDE, SIDE), _BOX), dtype=np.float64)
+    # Rounded, so that the hash of a uniform panel, whose frequencies are all 0, does not depend on rounding errors.
+    waves = np.round(_COSINES @ gray @ _COSINES.T, 3).ravel()
     bits = waves > np.median(waves[1:])  # without the mean, which is far above
     return np.packbits(bits).tobytes().hex()
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """What a pair repeats: an earlier pair's id, and the test that says so, `hash` or `embedding`."""
+    """The earlier pair that a pair repeats, by id, and the test that detected it: `hash` or `embedding`."""
 
     of: str
     test: str
 
     @property
     def reason(self) -> str:
-        """For `failed/select/`."""
+        """The reason in `failed/select/`."""
         return f"{records.DUPLICATE} of {self.of}: {self.test}"
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """What is compared of a candidate: hashes and embeddings of reference and target, empty where the test is off."""
+    """The hashes and embeddings of a candidate's reference and target; empty if the test is off."""
 
     name: str
     grid: str
@@ -90,16 +93,16 @@ class _Pair:
 def find(
     candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds = records.NONE
 ) -> dict[str, Repeat]:
-    """What each pair repeats, of the candidates that thresholds and bounds keep; those that repeat none are left out.
+    """Return the repeats among the candidates that thresholds and bounds accept, by the pair's id.
 
-    Holds some 200 bytes for each pair that stays, with embeddings of D numbers 2·D more, and some 200 for each that
-    does not. UserError if a candidate lacks what a test needs.
+    It needs about 200 bytes of memory a pair, and 2·D more for each pair that stays with embeddings of D numbers.
+    Raises UserError if a candidate lacks the evidence that a test needs.
     """
-    by_hash = Table(settings.hash) if settings.hash is not None else None
+    by_hash = HashTable(settings.hash) if settings.hash is not None else None
     by_embedding = Vectors(settings.embedding) if settings.embedding is not None else None
-    found: dict[str, Repeat] = {}
+    repeats: dict[str, Repeat] = {}
     names: list[str] = []  # of the pairs in the table of embeddings
-    grid, of_grid = "", []  # the rows of a grid stand together; they go into the tables when all have been compared
+    grid, of_grid = "", []  # the rows of a grid are adjacent; they are added to the tables after all are compared
     for block in _blocks(_kept(candidates, settings, thresholds, bounds)):
         before = len(names)
         earlier = by_embedding.first(*_stacked(block)) if by_embedding is not None else np.empty(0)
@@ -116,14 +119,14 @@ def find(
             if by_hash is not None and (name := by_hash.first(*pair.hashes)) is not None:
                 repeat = Repeat(name, "hash")
             elif by_embedding is not None:
-                # Those put in since this block began were not there when all of it was compared.
+                # The block was compared before the pairs since its beginning were added.
                 number = earlier[i] if earlier[i] >= 0 else by_embedding.first(*_stacked([pair]), since=before)[0]
                 repeat = Repeat(names[number], "embedding") if number >= 0 else None
             if repeat is None:
                 of_grid.append(pair)
             else:
-                found[pair.name] = repeat
-    return found
+                repeats[pair.name] = repeat
+    return repeats
 
 
 def _kept(
@@ -146,11 +149,12 @@ def _kept(
 
 
 def _both(name: str, evidence: dict[str, Any], key: str) -> tuple[str, str]:
-    """What the evidence keeps of both panels, reference and target."""
-    found = evidence.get(key)
-    if found is None:
-        raise UserError(f"{name} has no {key} in its evidence; curate with curate.duplicates, in another --out")
-    return found["reference"], found["target"]
+    """Return the stored values of both panels, reference and target."""
+    values = evidence.get(key)
+    if values is None:
+        how = "Set curate.duplicates and curate again with another --out."
+        raise UserError("run_mismatch", f"The evidence of {name} has no {key}. {how}")
+    return values["reference"], values["target"]
 
 
 def _blocks(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
@@ -159,16 +163,16 @@ def _blocks(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
 
 
 def _stacked(pairs: Sequence[_Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the references and of the targets, each (N, D)."""
+    """Return the embeddings of the references and of the targets, each (N, D)."""
     references, targets = zip(*(pair.codes for pair in pairs), strict=True)
     return np.stack(references), np.stack(targets)
 
 
-class Table:
-    """Earlier pairs, found by parts of their reference's hash.
+class HashTable:
+    """Earlier pairs, indexed by parts of their reference's hash.
 
-    64 bits in `bits + 1` bands: two hashes that differ in at most `bits` places agree in at least one band. So only the
-    pairs in a band's bucket are compared, and none that is near is missed.
+    The 64 bits are split into `bits + 1` bands. Two hashes that differ in at most `bits` places agree in at least one
+    band, so comparing the pairs in the bucket of a band finds all of them.
     """
 
     def __init__(self, bits: int) -> None:
@@ -183,7 +187,7 @@ class Table:
         return len(self._names)
 
     def add(self, name: str, reference: int, target: int) -> None:
-        """Puts a pair in, after all others."""
+        """Add a pair after all others."""
         number = len(self._names)
         if number == self._codes.shape[1]:
             self._codes = np.concatenate([self._codes, np.empty_like(self._codes)], axis=1)
@@ -195,7 +199,7 @@ class Table:
             buckets[key].append(number)
 
     def first(self, reference: int, target: int) -> str | None:
-        """The name of the pair put in first whose panels both lie within `bits`; None if there is none."""
+        """Return the name of the earliest pair whose panels both differ in at most `bits` bits; None without one."""
         parts = [bucket for b, key in zip(self._buckets, self._keys(reference), strict=True) if (bucket := b.get(key))]
         if not parts:
             return None
@@ -209,35 +213,31 @@ class Table:
         return [(code >> low & mask) % BUCKETS for low, mask in self._bands]
 
 
-# Embeddings are kept as whole numbers from -127 to 127, a byte each: cosines are off by less than 0.002 (in the tests),
-# and a product of two is a sum of whole numbers, exact in float32. So a verdict does not depend on the machine, its
-# threads, or how many rows are compared at once.
-
-LEVELS = 127
-ROWS = 4096  # of the table that are compared at once
-
-
 def pack(embedding: np.ndarray) -> str:
-    """An embedding (D,) of any length as base64 of D signed bytes."""
-    most = float(np.abs(embedding).max(initial=0.0))
-    scaled = np.round(embedding * (LEVELS / most)) if 0 < most < np.inf else np.zeros(len(embedding))
+    """Return an embedding (D,) of any length as base64 of D signed bytes.
+
+    Cosines of packed embeddings are off by less than 0.002 (in the tests). A product of two is a sum of whole numbers,
+    exact in float32, so a verdict does not depend on the machine, its threads, or the number of rows compared at once.
+    """
+    largest = float(np.abs(embedding).max(initial=0.0))
+    scaled = np.round(embedding * (LEVELS / largest)) if 0 < largest < np.inf else np.zeros(len(embedding))
     return base64.b64encode(scaled.astype(np.int8).tobytes()).decode("ascii")
 
 
 def unpack(text: str) -> np.ndarray:
-    """What `pack` kept: int8 (D,)."""
+    """Return the embedding of `pack`, int8 (D,)."""
     return np.frombuffer(base64.b64decode(text), dtype=np.int8)
 
 
 def alike(a: np.ndarray, b: np.ndarray, least: float) -> np.ndarray:
-    """Which rows of `a` (N, D) have a cosine of at least `least` with which of `b` (M, D), int8: bool (N, M)."""
+    """Return which rows of `a` (N, D) and `b` (M, D), int8, have a cosine of at least `least`: bool (N, M)."""
     one, two = a.astype(np.float32), b.astype(np.float32)
     lengths = np.sqrt(np.outer((one**2).sum(1, dtype=np.float64), (two**2).sum(1, dtype=np.float64)))
     return (lengths > 0) & (one @ two.T >= least * lengths)
 
 
 class Vectors:
-    """Earlier pairs by the embeddings of their panels: 2·D bytes each."""
+    """Earlier pairs by the embeddings of their panels, 2·D bytes each."""
 
     def __init__(self, least: float) -> None:
         self.least = least
@@ -248,7 +248,7 @@ class Vectors:
         return self._count
 
     def add(self, reference: np.ndarray, target: np.ndarray) -> None:
-        """Puts a pair in, after all others; each int8 (D,)."""
+        """Add a pair, two int8 (D,), after all others."""
         if self._count == self._pairs.shape[1]:
             more = np.empty((2, max(1024, self._count), len(reference)), np.int8)
             self._pairs = np.concatenate([self._pairs, more], axis=1) if self._count else more
@@ -256,41 +256,43 @@ class Vectors:
         self._count += 1
 
     def first(self, references: np.ndarray, targets: np.ndarray, since: int = 0) -> np.ndarray:
-        """Of the pairs from number `since` on, that of the first whose panels are both alike, for each row of int8
-        (B, D); -1 for none."""
-        found = np.full(len(references), -1)
+        """Return the number of the earliest pair, from `since` on, whose panels are both similar, for each row.
+
+        References and targets are int8 (B, D). The result is (B,); -1 means none.
+        """
+        numbers = np.full(len(references), -1)
         for start in range(since, self._count, ROWS):
-            left = np.flatnonzero(found < 0)
+            left = np.flatnonzero(numbers < 0)
             known = self._pairs[:, start : min(start + ROWS, self._count)]
             both = alike(references[left], known[0], self.least)
-            some = both.any(1)  # few: the second panels of the others need no look
+            some = both.any(1)  # few rows; the targets of the others need not be compared
             both[some] &= alike(targets[left[some]], known[1], self.least)
             hit = both.any(1)
-            found[left[hit]] = start + both[hit].argmax(1)
-        return found
-
-
-DIGITS = 6  # of the cosine: rounded before anybody looks at it, so that a verdict from the stored one is the same
+            numbers[left[hit]] = start + both[hit].argmax(1)
+        return numbers
 
 
 @dataclass(frozen=True)
-class Look:
-    """A panel's perceptual hash, and that of its mirror image."""
+class PanelHashes:
+    """The perceptual hashes of a panel and of its mirror image."""
 
     hash: str
     mirrored: str
 
 
-def look(panel: Image) -> Look:
-    """Both hashes of a panel."""
+def hash_both(panel: Image) -> PanelHashes:
+    """Return the hashes of a panel and of its mirror image."""
     from PIL import Image as PIL
 
-    return Look(panel_hash(panel), panel_hash(panel.transpose(PIL.Transpose.FLIP_LEFT_RIGHT)))
+    return PanelHashes(panel_hash(panel), panel_hash(panel.transpose(PIL.Transpose.FLIP_LEFT_RIGHT)))
 
 
-def measure(one: Look, other: Look, similarity: float) -> dict[str, float]:
-    """How near two panels are to one picture: bits of 64 in which their hashes differ, as they are (`hash`) and with
-    one of them `mirrored` (the fewer of both), and the cosine of their `embedding`s."""
+def measure(one: PanelHashes, other: PanelHashes, similarity: float) -> dict[str, float]:
+    """Measure how similar two panels are.
+
+    `hash` and `mirrored` are the numbers of bits, of 64, in which their hashes differ, as they are and with one panel
+    mirrored (the smaller of both directions). `embedding` is the cosine similarity of their embeddings.
+    """
     mirrored = min(_bits(one.hash, other.mirrored), _bits(one.mirrored, other.hash))
     return {"hash": _bits(one.hash, other.hash), "mirrored": mirrored, "embedding": round(similarity, DIGITS)}
 

@@ -1,18 +1,18 @@
-"""Finds the seams between a grid's panels and cuts along them; says how sure it is that there is a seam at all.
+"""Detects the seams between a grid's panels and cuts along them; measures the confidence that there is a seam.
 
-First a flat border around the canvas is left out. A gutter is a stripe of one colour from edge to edge; so is a pole,
-so stripes are taken out and what was on either side of them is joined: two panels then show a seam, one picture goes
-on. Where there is neither, and the grid is even, panels are the canvas's very pixels.
+First a flat border around the canvas is removed. A gutter is a stripe of one color from edge to edge, but so is a pole.
+So stripes are removed and their two sides joined: between two panels there is then a seam, while one image continues.
+Without border and gutters, the panels of an even grid are the unchanged pixels of the canvas.
 
-A seam is a jump in colour that runs over the whole height. Outlines of things jump too, but over part of the height
-only, and textures jump everywhere. So the image is averaged over sixteen bands of rows, and in each band the jump at
-the cut is compared with the strongest one a few columns beside it:
+A seam is a jump in color over the whole height. Outlines of objects jump too, but only over part of the height, and
+textures jump everywhere. So the image is averaged over sixteen bands of rows, and in each band the jump at the cut is
+compared with the strongest jump a few columns beside it:
 
     strength = mean over bands of (jump − 0.8 · strongest near) / (jump + 0.8 · strongest near)
 
-1 is a clean seam, 0 a column about as strong as the strongest of its neighbours, and pictures without a seam lie well
-below 0. Dark and pale grids count as much as colourful ones. The search runs at about 64 pixels a panel, whatever its
-size.
+1 is a clean seam, 0 a column about as strong as the strongest of its neighbors, and images without a seam are well
+below 0. The measure does not depend on contrast, so dark and pale grids have the same strengths as colorful ones. The
+search runs at about 64 pixels a panel, independent of the panel's size.
 """
 
 from __future__ import annotations
@@ -31,59 +31,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SeamSearch:
-    """How seams are looked for. Lengths are pixels of the reduced image, at `work` pixels a panel, where not said."""
+    """The constants of the seam search. Lengths are in pixels of the reduced image, unless another unit is given."""
 
     work: int = 64
-    """Pixels of a panel's side while searching."""
+    """Pixels of a panel's side during the search."""
     near: int = 5
-    """Columns on either side that a seam is compared with."""
+    """Columns on each side with which a seam is compared."""
     reach: float = 1 / 16
-    """How far from its even place a seam is looked for, in panels."""
+    """Maximum distance of a seam from its even position, in panels."""
     span: int = 20
-    """Columns on either side of a seam's even place that are looked at."""
-    off_centre: float = 0.25
-    """An uneven cut must be this much stronger than the even one: renders have strong edges of their own."""
+    """Columns on each side of a seam's even position that are inspected."""
+    off_center: float = 0.25
+    """Strength by which an uneven cut must exceed the even one, because rendered images have strong edges."""
     slack: float = 0.8
-    """Share of the strongest jump near. It puts 0 halfway between grids and single pictures of the pocket world
+    """Share of the strongest jump nearby. It puts 0 halfway between grids and single images of the pocket world
     (docs/data.md)."""
     floor: float = 1 / 255
-    """Jumps below the last bit of 8 are none."""
+    """Jumps smaller than the last bit of 8 count as none."""
     flat: float = 5
-    """Levels of 255: the largest standard deviation of a gutter's pixels."""
+    """Maximum standard deviation of a gutter's pixels, in levels of 255."""
     clean: float = 1
-    """Levels: the standard deviation of pixels that no painted thing has, only a gutter."""
+    """Standard deviation, in levels of 255, up to which pixels are a gutter and not a painted object."""
     level: float = 3
-    """Levels: the spread of a stripe's column means that no painted thing has."""
+    """Range of a stripe's column means, in levels of 255, up to which it is a gutter and not a painted object."""
     ends: int = 5
-    """The most bands at the top and bottom in which a thing's edge breaks off, as no seam does."""
+    """Maximum number of bands at the top and bottom where an object's edge breaks off. Seams do not break off."""
     gone: float = 1 / 6
-    """There the edge has broken off where its jumps are at most this share of the others, …"""
+    """An edge has broken off in bands where its jumps are at most this share of its other jumps …"""
     faint: float = 2
-    """… at most so many times what is usual, …"""
+    """… and at most this multiple of the usual jump …"""
     gone_vote: float = 0.1
-    """… and vote no more than this."""
+    """… and the bands' vote is at most this."""
     unseen: float = 1.75
-    """Or, at one end, where they are at most so many times what is usual, …"""
+    """An edge has also broken off at one end where its jumps are at most this multiple of the usual jump …"""
     unseen_vote: float = -0.1
-    """… and vote no more than this."""
+    """… and the bands' vote is at most this."""
     broken: float = -0.25
-    """The strength of an edge that breaks off."""
+    """Strength of an edge that breaks off."""
     rival: int = 4
-    """Bands in a row in which another edge is stronger."""
+    """Number of bands in a row in which a rival, another edge nearby, is stronger than the seam."""
     around: int = 8
-    """Columns on either side in which such an edge is looked for."""
+    """Columns on each side that are searched for rivals."""
     clear: int = 12
-    """Bands in which a seam beside such an edge must stand out."""
+    """Minimum number of bands in which a seam with a rival stands out."""
     sure: float = 0.2
-    """The least strength of a seam beside such an edge."""
+    """Minimum strength of a seam with a rival."""
     beyond: int = 4
-    """Columns past a rival that are looked at."""
+    """Columns past a rival that are inspected."""
     past: float = 0.5
-    """The share of the seam's jump that is still there past a rival."""
+    """Minimum share of the seam's jump that remains past a rival."""
 
 
 SEARCH = SeamSearch()
-_ABOVE, _BELOW = np.indices((SEARCH.ends + 1, SEARCH.ends + 1))  # bands that are taken together
+_ABOVE, _BELOW = np.indices((SEARCH.ends + 1, SEARCH.ends + 1))  # bands that are combined
 _COUNTS = np.maximum(1, _ABOVE + _BELOW)
 _ONE_END = _ABOVE * _BELOW == 0
 _ENOUGH = (np.where(_ONE_END, 3, 2) <= _COUNTS) & (SEARCH.ends >= _COUNTS)
@@ -93,9 +93,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Seam:
-    """One cut. `axis` "x" is a vertical line before column `at`; `offset` is its distance from the even place.
+    """One cut. `axis` "x" is a vertical line before column `at`; `offset` is its distance from the even position.
 
-    Panels end `gutter // 2` pixels before `at`, and the next begin `gutter` pixels later.
+    Panels end `gutter // 2` pixels before `at`, and the next panels begin `gutter` pixels later.
     """
 
     axis: str
@@ -106,18 +106,18 @@ class Seam:
 
     @property
     def start(self) -> int:
-        """Where the panels before it end."""
+        """The position where the panels before the seam end."""
         return self.at - self.gutter // 2
 
     def evidence(self) -> dict[str, Any]:
-        """As plain values; of the gutter only if there is one."""
+        """Return plain values, with the gutter only if there is one."""
         values = asdict(self) | {"strength": round(self.strength, 4)}
         return values if self.gutter else {key: value for key, value in values.items() if key != "gutter"}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Panels in reading order, all of one size, the seams they were cut at, and their boxes on the canvas."""
+    """Panels in reading order, all of one size, with their seams and their boxes on the canvas."""
 
     panels: list[Image]
     seams: list[Seam]
@@ -125,19 +125,19 @@ class Cut:
 
     @property
     def strength(self) -> float:
-        """Of the weakest seam; infinite for a grid of one panel."""
+        """The strength of the weakest seam; infinite for a grid of one panel."""
         return min((seam.strength for seam in self.seams), default=float("inf"))
 
     def evidence(self) -> list[dict[str, Any]]:
-        """The seams as plain values."""
+        """Return the seams as plain values."""
         return [seam.evidence() for seam in self.seams]
 
 
 def cut(image: Image, rows: int, cols: int, panel_size: int) -> Cut:
-    """Cuts a grid of rows×cols panels at its seams. Always cuts; `Cut.strength` says whether there was anything to cut.
+    """Cut a grid of rows×cols panels at its seams. It always cuts; `Cut.strength` says whether there are seams.
 
-    Panels of an evenly divided grid are its very pixels; those of an uneven cut, and those with a border or gutter
-    left out, are resized to `panel_size`.
+    Panels of an evenly divided grid are its unchanged pixels. Panels of an uneven cut, or of a grid with a border or
+    gutters, are resized to `panel_size`.
     """
     from PIL import Image as PIL
 
@@ -155,28 +155,30 @@ def cut(image: Image, rows: int, cols: int, panel_size: int) -> Cut:
 
 
 def _spans(seams: list[Seam], first: int, last: int) -> list[tuple[int, int]]:
-    """Where the panels along one axis begin and end."""
+    """Return where the panels along one axis begin and end."""
     starts = [first, *(seam.start + seam.gutter for seam in seams)]
     return list(zip(starts, [*(seam.start for seam in seams), last], strict=True))
 
 
 def _seams(pixels: np.ndarray, parts: int, axis: str, first: int) -> list[Seam]:
-    """The vertical seams that part pixels (H, W, 3) into `parts`; `first` is where they begin on the canvas."""
+    """Return the vertical seams of pixels (H, W, 3) with `parts` panels; the pixels begin at `first` on the canvas."""
     width = pixels.shape[1]
     evens = [width * k // parts for k in range(1, parts)]
-    found = [_seam(pixels, even, width / parts, axis) for even in evens]
-    gutters = [seam.gutter for seam in found if seam.gutter]
-    if gutters and len(gutters) < len(found):  # a grid has gutters everywhere or nowhere, and of one width
+    seams = [_seam(pixels, even, width / parts, axis) for even in evens]
+    gutters = [seam.gutter for seam in seams if seam.gutter]
+    if gutters and len(gutters) < len(seams):  # a grid has gutters everywhere or nowhere, and all of one width
         for number, even in enumerate(evens):
-            again = found[number] if found[number].gutter else _seam(pixels, even, width / parts, axis, KNOWN_EDGES)
+            again = seams[number] if seams[number].gutter else _seam(pixels, even, width / parts, axis, KNOWN_EDGES)
             if min(gutters) - 2 <= again.gutter <= max(gutters) + 2:
-                found[number] = again
-    return [replace(seam, at=seam.at + first) for seam in found]
+                seams[number] = again
+    return [replace(seam, at=seam.at + first) for seam in seams]
 
 
 def _seam(pixels: np.ndarray, even: int, panel: float, axis: str, least: float = EDGES) -> Seam:
-    """As `find_seam`, past the stripes beside it; at one of them, a gutter, if that is where the seam is. Stripes stand
-    apart in the share `least` of the bands."""
+    """Return `find_seam` without the stripes nearby, or one of these stripes if it is the gutter.
+
+    Stripes contrast with their neighbors in at least the share `least` of the bands.
+    """
     around = round(panel * (SEARCH.reach + WIDEST + SEARCH.near / SEARCH.work))
     low, high = max(0, even - around), min(pixels.shape[1], even + around)
     stripes = [(low + a, low + b) for a, b in find_stripes(rows_in_bands(pixels[:, low:high]), panel, least)]
@@ -192,18 +194,21 @@ def _seam(pixels: np.ndarray, even: int, panel: float, axis: str, least: float =
     for start, end in stripes:
         join, middle = int(kept[:start].sum()), start + (end - start) // 2
         small, first = _reduce(joined, join, step)
-        strength = _apart(small, (join - first) // step, round((end - start) / step), pixels[:, start:end], panel)
+        strength = _stripe_strength(
+            small, (join - first) // step, round((end - start) / step), pixels[:, start:end], panel
+        )
         if abs(seam.at - join) <= step:
-            best = replace(best, strength=min(best.strength, strength))  # the join itself
+            best = replace(best, strength=min(best.strength, strength))  # the join
         if abs(middle - even) <= panel * SEARCH.reach and strength >= best.strength:
             best = Seam(axis, middle, middle - even, strength, end - start)
     return best
 
 
-def _apart(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: float) -> float:
-    """Strength of the seam before column `at` of bands, where the `stripe` (H, W, 3) of `lag` columns was taken out.
+def _stripe_strength(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: float) -> float:
+    """Return the strength of the seam before column `at` of bands, where a `stripe` (H, W, 3) of `lag` columns was.
 
-    A gutter parts its sides whatever they show; of a stripe that may be a pole, the picture must not go on behind it.
+    A gutter is a seam with any images on its sides. For a stripe that may be a pole, the image must not continue behind
+    it.
     """
     behind = _joined(bands, at, lag, None)
     if behind is None:
@@ -212,7 +217,7 @@ def _apart(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: floa
     middle = stripe[:, aside : stripe.shape[1] - aside].reshape(-1, 3)  # without its smeared sides
     spread = middle.std(0).max()
     smeared = max(1, round(panel / 128)) + 1
-    columns = stripe[:, smeared : stripe.shape[1] - smeared].mean(0)  # (W, 3): a pole is round, a gutter is not
+    columns = stripe[:, smeared : stripe.shape[1] - smeared].mean(0)  # (W, 3): a pole is shaded, a gutter is not
     level = len(columns) >= 3 and np.ptp(columns, axis=0).max() <= SEARCH.level
     parted = behind[0].mean() >= SEARCH.unseen_vote and behind[1].mean() > SEARCH.unseen * behind[2].mean()
     if spread > SEARCH.flat or not (spread <= SEARCH.clean or level or parted):
@@ -221,36 +226,35 @@ def _apart(bands: np.ndarray, at: int, lag: int, stripe: np.ndarray, panel: floa
     return -1.0 if beside is None else float(beside[0].mean())
 
 
-# ---- seams
-
-
 def find_seam(pixels: np.ndarray, even: int, panel: float, axis: str = "x") -> Seam:
-    """The vertical seam of pixels (H, W, 3), uint8, near column `even`; `panel` is a panel's width in pixels."""
+    """Return the vertical seam of pixels (H, W, 3), uint8, near column `even`; `panel` is a panel's width in pixels."""
     if len(pixels) < BANDS:
-        return Seam(axis, even, 0, -1.0)  # too small to look at: no grid
+        return Seam(axis, even, 0, -1.0)  # too small for a grid
     step = max(1, round(panel / SEARCH.work))
     small, first = _reduce(pixels, even, step)
-    centre = (even - first) // step
+    center = (even - first) // step
     reach = max(1, round(panel * SEARCH.reach / step))
-    votes = {at: v for at in range(centre - reach, centre + reach + 1) if (v := _votes(small, at)) is not None}
-    if centre not in votes:
+    votes = {at: v for at in range(center - reach, center + reach + 1) if (v := _votes(small, at)) is not None}
+    if center not in votes:
         return Seam(axis, even, 0, -1.0)
-    if _strength(votes[centre]) < 0:
-        votes[centre] = _past_rivals(small, centre, votes[centre])
+    if _strength(votes[center]) < 0:
+        votes[center] = _past_rivals(small, center, votes[center])
     scores = {at: _strength(vote) for at, vote in votes.items()}
-    best = max(scores, key=lambda at: (scores[at], -abs(at - centre)))
-    if best == centre or scores[best] - SEARCH.off_centre <= scores[centre]:
-        return Seam(axis, even, 0, float(scores[centre]))
+    best = max(scores, key=lambda at: (scores[at], -abs(at - center)))
+    if best == center or scores[best] - SEARCH.off_center <= scores[center]:
+        return Seam(axis, even, 0, float(scores[center]))
     at = _sharpest(pixels, first + best * step, step)
     small, first = _reduce(pixels, at, step)  # columns that begin at the seam itself show it best
     exact = _votes(small, (at - first) // step)
     strength = scores[best] if exact is None else _strength(exact)
-    return Seam(axis, at, at - even, strength - SEARCH.off_centre)
+    return Seam(axis, at, at - even, strength - SEARCH.off_center)
 
 
 def _reduce(pixels: np.ndarray, even: int, step: int) -> tuple[np.ndarray, int]:
-    """Bands (BANDS, ≤ 2·span, 3) in 0..1, `step` pixels to a column, one of them beginning at `even`; and where the
-    first begins."""
+    """Return bands (BANDS, ≤ 2·span, 3) in 0..1, with `step` pixels to a column, and the position of the first column.
+
+    One column begins at `even`.
+    """
     first = max(even % step, even - SEARCH.span * step)
     count = min(2 * SEARCH.span, (pixels.shape[1] - first) // step)
     bands = rows_in_bands(pixels[:, first : first + count * step]) / 255
@@ -258,17 +262,19 @@ def _reduce(pixels: np.ndarray, even: int, step: int) -> tuple[np.ndarray, int]:
 
 
 def _strength(seen: np.ndarray) -> float:
-    """Of a column as seen (3, BANDS), votes, jumps and usual jumps: the votes' mean; but what breaks off above or
-    below, like a door's edge, is no seam."""
+    """Return the strength of a column from its votes, jumps and usual jumps (3, BANDS): the mean of the votes.
+
+    An edge that breaks off above or below, like that of a door, is not a seam.
+    """
     mean = float(seen[0].mean())
     return SEARCH.broken if mean >= 0 and _breaks_off(seen) else mean
 
 
 def _breaks_off(seen: np.ndarray) -> bool:
-    """Whether there is nothing of an edge left in the first few bands, the last few, or both."""
+    """Whether an edge is absent in the first few bands, the last few, or both."""
     sums = np.cumsum(np.pad(seen, ((0, 0), (1, 0))), axis=1)  # (3, BANDS + 1)
     first, last = sums[:, : SEARCH.ends + 1], sums[:, -1:] - sums[:, BANDS - SEARCH.ends :][:, ::-1]
-    ends = first[:, :, None] + last[:, None, :]  # (3, above, below): sums over so many bands above and below
+    ends = first[:, :, None] + last[:, None, :]  # (3, above, below): sums over this number of bands above and below
     vote, jump, usual = ends / _COUNTS
     inner = (sums[1, -1] - ends[1]) / (BANDS - _COUNTS)
     gone = (jump <= SEARCH.gone * inner) & (jump <= SEARCH.faint * usual) & (vote <= SEARCH.gone_vote)
@@ -277,7 +283,7 @@ def _breaks_off(seen: np.ndarray) -> bool:
 
 
 def _jumps(bands: np.ndarray, at: int, reach: int) -> np.ndarray | None:
-    """Those (BANDS, 2·reach + 1) around column `at`, its own in the middle; None if too few columns are beside it."""
+    """Return the jumps (BANDS, 2·reach + 1) around column `at`, or None with too few columns beside it."""
     if at <= reach or at + reach >= bands.shape[1]:
         return None
     window = bands[:, at - reach - 1 : at + reach + 1]
@@ -285,32 +291,34 @@ def _jumps(bands: np.ndarray, at: int, reach: int) -> np.ndarray | None:
 
 
 def _compared(jump: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How each band votes on a jump (BANDS,), beside the others (BANDS, N); the jump; and what is usual among the
-    others: (3, BANDS)."""
+    """Return (3, BANDS): each band's vote on a jump (BANDS,) compared with the others (BANDS, N); the jump; and the
+    median of the others."""
     near, floor = others.max(1) * SEARCH.slack, SEARCH.floor
     middle = (others.shape[1] - 1) // 2
     return np.stack([(jump - near - floor) / (jump + near + floor), jump, np.partition(others, middle, 1)[:, middle]])
 
 
 def _votes(bands: np.ndarray, at: int) -> np.ndarray | None:
-    """How much, band by band, the jump before column `at` stands out; None if too few columns are beside it."""
-    jumps, own = _jumps(bands, at, SEARCH.near), SEARCH.near
-    # The next column on either side is left out: a decoder smears a seam over two or three.
-    return None if jumps is None else _compared(jumps[:, own], np.delete(jumps, (own - 1, own, own + 1), axis=1))
+    """Return how much the jump before column `at` stands out in each band, or None with too few columns beside it."""
+    jumps, middle = _jumps(bands, at, SEARCH.near), SEARCH.near
+    # The next column on each side is left out, because a decoder smears a seam over two or three columns.
+    if jumps is None:
+        return None
+    return _compared(jumps[:, middle], np.delete(jumps, (middle - 1, middle, middle + 1), axis=1))
 
 
 def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
-    """As seen without the edges that outdo `at` over a few bands, doors and poles beside a seam.
+    """Return `seen` without rivals: edges, as of doors and poles beside a seam, that are stronger over a few bands.
 
-    Taken only if the seam then stands out nearly everywhere, and most of its jump is still there between what lies on
-    its one side and what lies past the edges on the other: behind a pole in one picture, the picture goes on.
+    This applies only if the seam then stands out almost everywhere, and if most of its jump remains between the columns
+    on its one side and those past the rivals on the other. Behind a pole in one image, the image continues.
     """
     around = SEARCH.around
     jumps = _jumps(bands, at, around)
     if jumps is None:
         return seen
-    own = jumps[:, around]
-    stronger = np.asarray(jumps > SEARCH.slack * own[:, None])
+    jump = jumps[:, around]
+    stronger = np.asarray(jumps > SEARCH.slack * jump[:, None])
     stronger[:, around - 1 : around + 2] = False
     windows = np.lib.stride_tricks.sliding_window_view(stronger, SEARCH.rival, axis=0)
     runs: Any = windows.all(-1)  # (BANDS - rival + 1, columns)
@@ -323,16 +331,18 @@ def _past_rivals(bands: np.ndarray, at: int, seen: np.ndarray) -> np.ndarray:
     smeared[:, around - 1 : around + 2] = True
     if not rivals.any() or (~smeared).sum(1).min() < 2:
         return seen
-    least = np.where(smeared, np.inf, jumps).min(1, keepdims=True)  # in the place of what is left out
+    least = np.where(smeared, np.inf, jumps).min(1, keepdims=True)  # replaces the columns that are left out
     others = np.delete(np.where(smeared, least, jumps), (around - 1, around, around + 1), axis=1)
-    found = _compared(own, others)
-    clear = (found[0] > 0).sum() >= SEARCH.clear and found[0].mean() >= SEARCH.sure
-    return found if clear and np.median(_past(bands, at, rivals) / (own + SEARCH.floor)) >= SEARCH.past else seen
+    without = _compared(jump, others)
+    clear = (without[0] > 0).sum() >= SEARCH.clear and without[0].mean() >= SEARCH.sure
+    return without if clear and np.median(_past(bands, at, rivals) / (jump + SEARCH.floor)) >= SEARCH.past else seen
 
 
 def _past(bands: np.ndarray, at: int, rivals: np.ndarray) -> np.ndarray:
-    """The least difference (BANDS,) between the column on one side of `at` and those past the rivals of a band, (BANDS,
-    2·around + 1), on the other."""
+    """Return the least difference (BANDS,) between the column on one side of `at` and the columns past the rivals.
+
+    `rivals` is (BANDS, 2·around + 1).
+    """
     least = np.full(BANDS, np.inf)
     for way in (1, -1):
         here = bands[:, at - 1] if way > 0 else bands[:, at]
@@ -350,26 +360,26 @@ def _past(bands: np.ndarray, at: int, rivals: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(least), least, np.sqrt(((bands[:, at] - bands[:, at - 1]) ** 2).sum(1)))
 
 
-def _joined(bands: np.ndarray, at: int, lag: int, colour: np.ndarray | None) -> np.ndarray | None:
-    """The seam before column `at` of bands as seen (3, BANDS), where a stripe `lag` columns wide was taken out; None if
-    too few columns are beside it.
+def _joined(bands: np.ndarray, at: int, lag: int, color: np.ndarray | None) -> np.ndarray | None:
+    """Return votes, jumps and usual jumps (3, BANDS) of the seam before column `at`, where a stripe was removed.
 
-    One of a single `colour` must stand apart from both sides, and is a gutter. Behind any other a picture may go on:
-    the jump over it is compared with jumps near it over as many columns.
+    A stripe of a single `color` is a gutter and must contrast with both sides. Behind any other stripe, `lag` columns
+    wide, an image may continue: the jump over it is compared with jumps nearby over as many columns. The result is None
+    with too few columns beside the stripe.
     """
-    lag = 1 if colour is not None else lag + 1
+    lag = 1 if color is not None else lag + 1
     sides = bands[:, max(0, at - SEARCH.near - lag) : at], bands[:, at : at + SEARCH.near + lag]
     if any(side.shape[1] < SEARCH.near + lag for side in sides):
         return None
     others = np.concatenate([side[:, lag:] - side[:, :-lag] for side in sides], axis=1)
     left, right = bands[:, at - 1], bands[:, at]
-    jumps = [left - right] if colour is None else [left - colour, right - colour]
+    jumps = [left - right] if color is None else [left - color, right - color]
     jump = np.min([np.sqrt((jump**2).sum(1)) for jump in jumps], axis=0)
     return _compared(jump, np.sqrt((others**2).sum(2)))
 
 
 def _sharpest(pixels: np.ndarray, near: int, step: int) -> int:
-    """The column within `step` of `near` that the largest jump comes before."""
+    """Return the column within `step` of `near` with the largest jump before it."""
     low, high = max(1, near - step), min(pixels.shape[1] - 1, near + step)
     strip = pixels[:, low - 1 : high + 1].astype(np.float32)
     return low + int(np.abs(strip[:, 1:] - strip[:, :-1]).mean((0, 2)).argmax())

@@ -1,12 +1,12 @@
-"""Stage 3, curate: grids are cut into panels, the panels compared, and every ordered pair gets its verdict.
+"""Stage 3, curate: cuts grids into panels, compares the panels, and gives every ordered pair a verdict.
 
-For each grid: cut it where its seams are (`seams`), look at each panel alone (`screens`), lay its panels over one
-another (`alignment`), let the judge say how alike their subjects are, and put the pair into words. Nothing is thrown
-away: a refused pair is a row with its reason, and all numbers stay, so that other thresholds need no new look at any
-picture. docs/curation.md has all tests in their order.
+Each grid is cut at its seams (`seams`). Each panel is screened (`screens`), each two panels are aligned (`alignment`)
+and compared by the judge, and the pair gets a caption and an instruction. Nothing is deleted: a rejected pair is a row
+with its reason, and all measurements are stored, so that other thresholds need no new evaluation of any image.
+docs/curation.md has all tests in their order.
 
-The judge is the embedding model; or, with `curate.vlm`, a vision-language model, asked once about each two panels that
-all other tests let through, the embedding model's among them.
+The judge is the embedding model or, with `curate.vlm`, a vision-language model. The latter judges each two panels that
+pass all other tests, including the embedding model's, once.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from diptych.judges.vlm import Judgement, VlmJudge
     from diptych.recipe.schema import Recipe, Thresholds
 
-# For tasks whose panels show the same spot at the same pixel. Not thresholds of the recipe: a pair off by more than a
-# pixel and a half of 64, which at the border is what a twentieth of scale makes, is not aligned in any sense, and
-# unrelated scenes do not match.
+# For tasks whose panels show the same spot at the same pixel. Not thresholds of the recipe: a pair that is off by more
+# than 1.5 of 64 pixels (at the border, a change of scale of 1/20) is not aligned, and unrelated scenes do not match.
 ALIGNED_SHIFT = 1.5 / alignment.FINE
 ALIGNED_MATCH = 0.25
 MISALIGNED = "alignment"
@@ -49,23 +48,23 @@ PREFILTER = "prefilter"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of two panels, in whichever order."""
+    """The measurements of two panels, independent of their order."""
 
-    similarity: float  # the deciding judge's; NaN where it gave none
+    similarity: float  # of the deciding judge; NaN without a judgement
     copy: alignment.Alignment
     structure: alignment.Structure | None
-    change: float | None = None  # of the whole picture; None where panels need not align
-    least_change: float = 0.0  # the task's
-    unjudged: str = ""  # the reason to refuse it if no other test does: why the judge gave none
+    change: float | None = None  # of the whole image; None where panels need not align
+    least_change: float = 0.0  # the task's threshold
+    unjudged: str = ""  # why there is no judgement; the reason for rejection if the pair passes all other tests
     votes: tuple[dict[str, Any], ...] = ()
     embedding: float | None = None  # similarity by the embedding model, where a vision-language model decides
     screen: str = ""  # the first screen that one of the panels fails
-    likeness: dict[str, float] | None = None  # what tells a copy besides pixels; None where the recipe does not ask
-    copied: str = ""  # the first of its tests that says copy
+    likeness: dict[str, float] | None = None  # measurements for copies besides pixels; None without `curate.copies`
+    copied: str = ""  # the first of these tests that detects a copy
 
     @property
     def aligned(self) -> bool:
-        """True where nobody asked."""
+        """Whether the panels align; True for tasks that do not need it."""
         return self.structure is None or (
             self.structure.shift <= ALIGNED_SHIFT
             and self.structure.scale == 1
@@ -74,32 +73,33 @@ class Comparison:
 
     @property
     def changed(self) -> bool:
-        """True where nobody asked."""
+        """Whether the image as a whole changed enough; True for tasks that do not need it."""
         return self.change is None or self.change >= self.least_change
 
     def judged(self, judgement: Judgement) -> Comparison:
-        """With the judgement of a vision-language model."""
+        """Return the comparison with the judgement of a vision-language model."""
         unjudged = f"undecided: {judgement.reason}" if judgement.verdict == "undecided" else ""
         return replace(self, similarity=judgement.score, unjudged=unjudged, votes=judgement.votes)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A grid, cut, and what is known of every two of its panels."""
+    """A grid that is cut, and the measurements of every two of its panels."""
 
     row: Row
     cut: seams.Cut
     cells: list[dict[str, Any]]
     pairs: dict[tuple[int, int], Comparison]
-    scores: list[dict[str, float]]  # of each panel, by screen; empty where the recipe has no screens
-    hashes: list[str]  # of each panel; empty where the recipe looks for no duplicates
-    embeddings: list[str]  # of each panel, packed; as the hashes
+    scores: list[dict[str, float]]  # of each panel, by screen; empty if the recipe has no screens
+    hashes: list[str]  # of each panel; empty if the recipe does not search for duplicates
+    embeddings: list[str]  # of each panel, packed; empty like the hashes
 
 
 class Curate:
-    """Grid rows to candidate rows: both orders of every two panels.
+    """Turns grid rows into candidate rows: both orders of every two panels.
 
-    `answers` is where a vision-language model's answers are kept: nothing is asked twice, in this run or after a kill.
+    `answers` is the file that stores a vision-language model's answers, so that no question is sent twice, even after a
+    kill.
     """
 
     name = "curate"
@@ -114,7 +114,7 @@ class Curate:
         self.bounds = records.Bounds.of(recipe.curate)
 
     def load(self) -> Work:
-        """Opens the judges."""
+        """Open the judges."""
         import torch
 
         from diptych.judges.embedding import EmbeddingJudge
@@ -122,14 +122,14 @@ class Curate:
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
         judge = EmbeddingJudge.load(self.recipe.curate.judge, "curator", self.recipe.device)
-        looking = self.screens.classifiers if self.screens else ()
-        classifiers = [screens.PanelClassifier.load(settings, self.recipe.device) for settings in looking]
+        settings = self.screens.classifiers if self.screens else ()
+        classifiers = [screens.PanelClassifier.load(one, self.recipe.device) for one in settings]
         return self.work(judge, self._vlm(), classifiers)
 
     def work(
         self, judge: EmbeddingJudge, vlm: VlmJudge | None, classifiers: Sequence[screens.PanelClassifier] = ()
     ) -> Work:
-        """The stage with its judges, and the classifiers of its screens."""
+        """Return the stage with its judges and the classifiers of its screens."""
         return lambda rows: self._judge(rows, judge, vlm, classifiers)
 
     def _vlm(self) -> VlmJudge | None:
@@ -150,8 +150,8 @@ class Curate:
         vlm: VlmJudge | None,
         classifiers: Sequence[screens.PanelClassifier],
     ) -> list[list[Row] | Failure]:
-        # A broken grid becomes a Failure here and not an exception: the rest must stay one batch, the same bits.
-        cuts = [_open(row) for row in rows]
+        # A broken grid becomes a Failure and not an exception: the others must stay one batch, for the same bits.
+        cuts = [_cut(row) for row in rows]
         panels = [panel for cut in cuts if isinstance(cut, seams.Cut) for panel in cut.panels]
         scores = iter(screens.scores(panels, classifiers) if self.screens else ())
         embeddings = iter(judge.embed(panels) if panels else ())
@@ -160,11 +160,11 @@ class Curate:
             if isinstance(cut, Failure):
                 compared.append(cut)
             else:
-                own = np.stack([next(embeddings) for _ in cut.panels])
-                seen = [next(scores) for _ in cut.panels] if self.screens else []
-                compared.append(self._compare(row, cut, own, judge, seen))
+                vectors = np.stack([next(embeddings) for _ in cut.panels])
+                screened = [next(scores) for _ in cut.panels] if self.screens else []
+                compared.append(self._compare(row, cut, vectors, judge, screened))
         if vlm is not None:
-            compared = self._asked(vlm, compared)
+            compared = self._judged_by_vlm(vlm, compared)
         results = [grid if isinstance(grid, Failure) else self._pairs(grid, judge) for grid in compared]
         if vlm is not None and self.recipe.curate.vlm is not None and self.recipe.curate.vlm.captions:
             results = self._captioned(vlm, results)
@@ -182,8 +182,8 @@ class Curate:
         cells = [image_cell(panel, f"{row['id']}-{n}.{kind}", kind.upper()) for n, panel in enumerate(cut.panels)]
         hashes, packed = [], []
         if self.recipe.curate.duplicates:
-            hashes, packed = [panel_hash(panel) for panel in cut.panels], [pack(own) for own in embeddings]
-        looks = [duplicates.look(panel) for panel in cut.panels] if self.bounds.copies is not None else []
+            hashes, packed = [panel_hash(panel) for panel in cut.panels], [pack(vector) for vector in embeddings]
+        both = [duplicates.hash_both(panel) for panel in cut.panels] if self.bounds.copies is not None else []
         pairs = {}
         for a, b in combinations(range(len(cut.panels)), 2):
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
@@ -191,16 +191,18 @@ class Curate:
             if self.bounds.screens:
                 pair = replace(pair, screen=records.failed_screen((scores[a], scores[b]), self.bounds.screens))
             if self.bounds.copies is not None:
-                likeness = duplicates.measure(looks[a], looks[b], similarity)
+                likeness = duplicates.measure(both[a], both[b], similarity)
                 copied = records.failed_copy(likeness, self.bounds.copies)
                 pair = replace(pair, likeness=likeness, copied=copied)
             pairs[a, b] = pair
         return Compared(row, cut, cells, pairs, scores, hashes, packed)
 
-    def _asked(self, vlm: VlmJudge, grids: list[Compared | Failure]) -> list[Compared | Failure]:
-        """The grids with the vision-language model's judgement in the place of the embedding model's. A grid with a
-        question that got no reply is a failure, to be tried again."""
-        asked: dict[str, tuple[Compared, tuple[int, int]]] = {}
+    def _judged_by_vlm(self, vlm: VlmJudge, grids: list[Compared | Failure]) -> list[Compared | Failure]:
+        """Return the grids with the vision-language model's judgement instead of the embedding model's.
+
+        A grid with a question that got no reply is a failure, to be tried again.
+        """
+        questions: dict[str, tuple[Compared, tuple[int, int]]] = {}
         for grid in grids:
             if isinstance(grid, Failure):
                 continue
@@ -210,11 +212,11 @@ class Curate:
                 if not pair.similarity >= self._prefilter:
                     grid.pairs[panels] = replace(waiting, unjudged=PREFILTER)
                 elif passes:
-                    asked[records.pair_id(grid.row["id"], *panels)] = (grid, panels)
-        pictures = ((name, grid.cells[a]["bytes"], grid.cells[b]["bytes"]) for name, (grid, (a, b)) in asked.items())
+                    questions[records.pair_id(grid.row["id"], *panels)] = (grid, panels)
+        images = ((name, grid.cells[a]["bytes"], grid.cells[b]["bytes"]) for name, (grid, (a, b)) in questions.items())
         lost: dict[str, Failure] = {}
-        for name, judgement in vlm.decide(pictures).items():
-            grid, panels = asked[name]
+        for name, judgement in vlm.decide(images).items():
+            grid, panels = questions[name]
             grid.pairs[panels] = grid.pairs[panels].judged(judgement)
             if judgement.verdict == "lost":
                 lost[grid.row["id"]] = Failure(judgement.reason, lost=True)
@@ -225,7 +227,10 @@ class Curate:
         return self.recipe.curate.vlm.prefilter if self.recipe.curate.vlm else -math.inf
 
     def _captioned(self, vlm: VlmJudge, results: list[list[Row] | Failure]) -> list[list[Row] | Failure]:
-        """The kept pairs in the model's words. A grid with a pair that got no reply is a failure, to be tried again."""
+        """Return the pairs, the accepted ones with the model's captions.
+
+        A grid with a pair that got no reply is a failure, to be tried again.
+        """
         from diptych.stages.curate.captioning import caption
 
         kept = [pair for result in results if isinstance(result, list) for pair in result if pair["kept"]]
@@ -253,7 +258,7 @@ class Curate:
         name = records.pair_id(row["id"], reference, target)
         seed = records.seed_of(self.recipe.seed, name, "curate")
         caption = row["panels"][target]
-        words = grammar.instruction(self.task, row["subject"], caption, np.random.default_rng(seed))
+        instruction = grammar.instruction(self.task, row["subject"], caption, np.random.default_rng(seed))
         kept, reason = verdict(compared, cut.strength, self.thresholds)
         evidence = {
             "seams": cut.evidence(),
@@ -272,8 +277,8 @@ class Curate:
             evidence["prefilter"] = {"similarity": compared.embedding, "least": self._prefilter}
             evidence["vlm"] = {"votes": compared.votes}
         if self.screens is not None:
-            seen = {"reference": grid.scores[reference], "target": grid.scores[target]}
-            evidence["screens"] = {**seen, "limits": self.bounds.screens}
+            scores = {"reference": grid.scores[reference], "target": grid.scores[target]}
+            evidence["screens"] = {**scores, "limits": self.bounds.screens}
         if compared.likeness is not None:
             evidence["copies"] = {**compared.likeness, "limits": self.bounds.copies}
         if grid.hashes:
@@ -283,7 +288,7 @@ class Curate:
             "conditioning": cells[reference],
             "image": cells[target],
             "caption": caption,
-            "instruction": words,
+            "instruction": instruction,
             "id": name,
             "grid_id": row["id"],
             "reference_caption": row["panels"][reference],
@@ -306,8 +311,8 @@ def _final(pair: Row) -> Row:
     return {**pair, "evidence": json.dumps(pair["evidence"], ensure_ascii=False, sort_keys=True)}
 
 
-def _open(row: Row) -> seams.Cut | Failure:
-    """A grid's panels, or why there are none."""
+def _cut(row: Row) -> seams.Cut | Failure:
+    """Cut a grid into its panels, or return the reason why it cannot be cut."""
     rows, cols, size = row["rows"], row["cols"], row["panel_size"]
     if len(row["panels"]) != rows * cols or rows * cols < 2:
         return Failure(f"{len(row['panels'])} captions for a grid of {rows}×{cols} panels")
@@ -321,7 +326,7 @@ def _open(row: Row) -> seams.Cut | Failure:
 
 
 def compare(a: Image, b: Image, similarity: float, task: tasks.Task) -> Comparison:
-    """Two panels side by side; the judge's similarity is given."""
+    """Measure two panels; `similarity` is the judge's."""
     copy = alignment.copy_distance(a, b)
     if task.geometry != "aligned":
         return Comparison(similarity, copy, None)
@@ -330,18 +335,20 @@ def compare(a: Image, b: Image, similarity: float, task: tasks.Task) -> Comparis
 
 
 def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool, str]:
-    """Whether a pair is kept, and "kept" or why not. Whatever the thresholds say, panels that should align and do not
-    are refused, and those that do but show no change; and so is what a vision-language model was not asked, or could
-    not decide."""
+    """Return whether a pair is accepted, and "kept" or the reason for rejection.
+
+    With any thresholds, these pairs are rejected: panels that should align and do not, aligned panels without a change,
+    and pairs that a vision-language model did not judge or could not decide.
+    """
     if not compared.aligned:
         return False, MISALIGNED
     if not compared.changed:
         return False, UNCHANGED
     if compared.unjudged:
-        passes, reason = _tested(compared, math.inf, seam, limits)
+        passes, reason = _test(compared, math.inf, seam, limits)
         return False, compared.unjudged if passes else reason
-    return _tested(compared, compared.similarity, seam, limits)
+    return _test(compared, compared.similarity, seam, limits)
 
 
-def _tested(compared: Comparison, similarity: float, seam: float, limits: Thresholds) -> tuple[bool, str]:
+def _test(compared: Comparison, similarity: float, seam: float, limits: Thresholds) -> tuple[bool, str]:
     return records.verdict(similarity, compared.copy.distance, seam, limits, compared.screen, compared.copied)

@@ -1,7 +1,7 @@
-"""Stripes of one colour that run from edge to edge of a canvas: borders, gutters between panels, and poles.
+"""Stripes of one color that run from edge to edge of a canvas: borders, gutters between panels, and poles.
 
-They are looked for in sixteen bands of rows: a stripe's colour is the same in all of them, and in most of them another
-than what lies beside it. What a stripe means for a seam is decided in `seams`.
+They are searched in sixteen bands of rows. A stripe has the same color in all bands, and in most bands its neighbors
+have another color. `seams` decides what a stripe means for a seam.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 BANDS = 16  # bands of a panel's height
-WIDEST = 1 / 10  # of a panel: the widest border, gutter or pole
-STEADY = 24  # levels of 255: how much the colour of a stripe may vary along it, its bands averaged
-EDGE = 20  # levels: what parts a stripe from its neighbour …
-EDGES, BORDER_EDGES = 0.75, 0.5  # … in this share of the bands: a gutter meets others, and skies of its colour
-KNOWN_EDGES = 0.35  # … and in this one where the other seams have gutters
+WIDEST = 1 / 10  # maximum width of a border, gutter or pole, in panels
+STEADY = 24  # levels of 255: maximum variation of a stripe's color along it, averaged in each band
+EDGE = 20  # levels: minimum contrast of a stripe to its neighbors, in a share of the bands:
+EDGES = 0.75  # the share for a gutter, which may cross other gutters and touch a sky of its color
+BORDER_EDGES = 0.5  # the share for a border
+KNOWN_EDGES = 0.35  # the share for a gutter if the other seams have gutters
 
 
 def inside(pixels: np.ndarray, panel: float) -> tuple[int, int]:
-    """The first and last column (exclusive) of pixels (H, W, 3) inside a border, which has one colour on both sides."""
+    """Return the first and last column (exclusive) of pixels (H, W, 3) inside a border of one color on both sides."""
     width = pixels.shape[1]
     reach = min(width // 2, round(panel * 2 * WIDEST))
     first, last = (_border(strip, panel) for strip in (pixels[:, :reach], pixels[:, : width - reach - 1 : -1]))
@@ -27,13 +28,13 @@ def inside(pixels: np.ndarray, panel: float) -> tuple[int, int]:
 
 
 def _border(pixels: np.ndarray, panel: float) -> int:
-    """How many of the columns of pixels (H, W, 3), from the first on, are a border."""
-    found = find(rows_in_bands(pixels), panel, BORDER_EDGES, outermost=True)
-    return next((end for start, end in found if start == 0), 0)
+    """Return the number of columns of pixels (H, W, 3), from the first on, that are a border."""
+    stripes = find(rows_in_bands(pixels), panel, BORDER_EDGES, outermost=True)
+    return next((end for start, end in stripes if start == 0), 0)
 
 
 def rows_in_bands(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) averaged over bands of rows: float32 (BANDS, W, 3), 0..255. Empty if there are too few rows."""
+    """Return pixels (H, W, 3) averaged over bands of rows: float32 (BANDS, W, 3), 0..255; empty with too few rows."""
     if len(pixels) < BANDS:
         return np.zeros((BANDS, 0, 3), np.float32)
     edges = np.linspace(0, len(pixels), BANDS + 1).round().astype(int)
@@ -41,29 +42,30 @@ def rows_in_bands(pixels: np.ndarray) -> np.ndarray:
 
 
 def find(bands: np.ndarray, panel: float, least: float, outermost: bool = False) -> list[tuple[int, int]]:
-    """Columns [start, end) of bands (BANDS, W, 3) that are stripes of one colour from top to bottom, and stand apart in
-    the share `least` of the bands.
+    """Return columns [start, end) of bands (BANDS, W, 3) that are stripes of one color from top to bottom.
 
-    What a decoder smears of a stripe over its neighbours is part of it. With `outermost`, only one that begins at the
-    first column, and needs no edge there.
+    A stripe contrasts with its neighbors in at least the share `least` of the bands. Columns over which a decoder
+    smears the stripe are part of it. With `outermost`, only a stripe at the first column counts, without an edge there.
     """
     steady = np.ptp(bands, axis=0).max(1) <= STEADY
     changes = np.flatnonzero(np.diff(np.r_[False, steady, False]))
     soft = max(1, round(panel / 128))
-    found = []
+    stripes = []
     for start, end in changes.reshape(-1, 2):
         left = 0 if outermost and start == 0 else _edge(bands, start, -1, soft, least)
         right = _edge(bands, end - 1, 1, soft, least)
         if left is None or right is None or (outermost and start > 0):
             continue
         if end - start + left + right <= panel * WIDEST:
-            found.append((int(start - left), int(end + right)))
-    return found
+            stripes.append((int(start - left), int(end + right)))
+    return stripes
 
 
 def _edge(bands: np.ndarray, last: int, way: int, soft: int, least: float) -> int | None:
-    """How many columns beyond a stripe's `last` are smeared by it; None unless it stands apart from what lies beyond in
-    the share `least` of the bands."""
+    """Return the number of columns after a stripe's `last` that it smears into; None if the contrast is too small.
+
+    The columns after these must contrast with the stripe in at least the share `least` of the bands.
+    """
     beyond = last + way * (soft + 1)
     if not 0 <= beyond < bands.shape[1]:
         return None

@@ -1,15 +1,15 @@
-"""How much texts repeat each other: near duplicates in a shard and in a run, and the spread of a run's prompts.
+"""How much texts repeat each other: near duplicates in a shard and in a run, and the diversity of a run's prompts.
 
-    guard = Guard(limit=0.5)
-    guard.near("p-000001", "a red fox asleep on a rock")  # None: nothing like it was let in; it is now
+    accepted = NearDuplicates(limit=0.5)
+    accepted.add("p-000001", "a red fox asleep on a rock")  # None: no similar text yet, so this one is added
 
-Texts are compared by their shingles (pairs of neighbouring words): Broder, On the resemblance and containment of
-documents, 1997. A shard holds hundreds of drafts, so the overlap is counted exactly, and needs no MinHash.
+Texts are compared by their shingles (pairs of neighboring words): Broder, On the resemblance and containment of
+documents, 1997. A shard has hundreds of drafts, so the overlap is counted exactly, without MinHash.
 
-A language model's drafts are compared within their shard when they are written (`llm_writer`); two shards are written
-apart, on two machines perhaps, and may have the same idea. So all prompts of a run are compared once more before they
-are published (`take_out`): by their words without those of the task's own wordings, in row order, the earlier one
-stays. Done again, after a kill for instance, it ends with the same rows.
+A language model's drafts are compared within their shard when they are written (`llm_writer`). Two shards are written
+separately, perhaps on two machines, and may have the same idea. So all prompts of a run are compared again before they
+are published (`remove_repeats`): by their words without those of the task's templates, in row order, and the earlier
+prompt stays. Repeated, for instance after a kill, this ends with the same rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diptych.recipe.tasks import Grid, Task
 from diptych.stages.write import grammar
 
 WORDS = 2  # of a shingle
-SAMPLE = 1000  # texts that the spread of a run is taken over
+SAMPLE = 1000  # texts from which the diversity of a run is measured
 _WORD = re.compile(r"\w+")
 Shingle = tuple[str, ...]
 Shingles = frozenset[Shingle]
@@ -36,54 +36,54 @@ _NONE: Shingles = frozenset()
 
 
 def shingles(text: str) -> Shingles:
-    """A text's word pairs, in lower case and without punctuation; its single word if it has but one."""
+    """Return a text's word pairs, in lower case and without punctuation, or its only word."""
     words = _WORD.findall(text.casefold())
     size = min(WORDS, len(words))
     return frozenset(tuple(words[start : start + size]) for start in range(len(words) - size + 1)) if words else _NONE
 
 
 def resemblance(first: Shingles, second: Shingles) -> float:
-    """Jaccard's: what two texts share of all that either says, 0 to 1. Two empty texts are the same."""
+    """Return the Jaccard similarity of two sets, 0 to 1. Two empty sets are equal."""
     either = len(first | second)
     return len(first & second) / either if either else 1.0
 
 
-class Guard:
-    """Texts let in so far. One that resembles an earlier one by more than `limit` is not let in.
+class NearDuplicates:
+    """A set of texts. One that resembles an earlier text by more than `limit` is not added.
 
-    What is kept depends on the order in which texts are shown: callers show them in row order. Shingles in `ignored`
-    do not count. `often` says how many texts have a shingle, and makes the search quick among many texts: two sets
-    that are alike share one of their rarest shingles (prefix filtering: Chaudhuri et al., A primitive operator for
-    similarity joins, 2006), so only those are looked up.
+    The result depends on the order: callers add texts in row order. Shingles in `ignored` are not compared. `counts`
+    has the number of texts with each shingle and speeds up the search among many texts. Two similar sets share one of
+    their rarest shingles, so only these are looked up (prefix filtering: Chaudhuri et al., A primitive operator for
+    similarity joins, 2006).
     """
 
-    def __init__(self, limit: float, often: Mapping[Shingle, int] | None = None, ignored: Shingles = _NONE) -> None:
+    def __init__(self, limit: float, counts: Mapping[Shingle, int] | None = None, ignored: Shingles = _NONE) -> None:
         self.limit = limit
-        self._often = often or {}
+        self._counts = counts or {}
         self._ignored = ignored
         self._kept: list[tuple[str, Shingles]] = []
         self._holders: defaultdict[Shingle, list[int]] = defaultdict(list)
 
-    def near(self, name: str, text: str) -> tuple[str, float] | None:
-        """(name, resemblance) of the most alike earlier text if it is too alike; else None, and the text is let in."""
-        own = shingles(text) - self._ignored
-        rarest = self._rarest(own)
-        worst, found = 0.0, ""
+    def add(self, name: str, text: str) -> tuple[str, float] | None:
+        """Add a text and return None, or return (name, resemblance) of the earlier text that it is too similar to."""
+        new = shingles(text) - self._ignored
+        rarest = self._rarest(new)
+        highest, nearest = 0.0, ""
         for place in sorted({place for shingle in rarest for place in self._holders.get(shingle, ())}):
             other, others = self._kept[place]
-            if (alike := resemblance(own, others)) > worst:
-                worst, found = alike, other
-        if worst > self.limit:
-            return found, worst
+            if (similarity := resemblance(new, others)) > highest:
+                highest, nearest = similarity, other
+        if highest > self.limit:
+            return nearest, highest
         for shingle in rarest:
             self._holders[shingle].append(len(self._kept))
-        self._kept.append((name, own))
+        self._kept.append((name, new))
         return None
 
-    def _rarest(self, own: Shingles) -> list[Shingle]:
-        """So many of a set's shingles that any set which is too alike has one of them among its own."""
-        count = len(own) - math.ceil(self.limit * len(own)) + 1
-        return sorted(own, key=lambda shingle: (self._often.get(shingle, 0), shingle))[:count] if own else []
+    def _rarest(self, new: Shingles) -> list[Shingle]:
+        """Return the rarest shingles: enough of them that every set which is too similar has one of them."""
+        count = len(new) - math.ceil(self.limit * len(new)) + 1
+        return sorted(new, key=lambda shingle: (self._counts.get(shingle, 0), shingle))[:count] if new else []
 
 
 def repeated(texts: Sequence[str]) -> bool:
@@ -92,30 +92,33 @@ def repeated(texts: Sequence[str]) -> bool:
 
 
 def reason(near: tuple[str, float], limit: float) -> str:
-    """Why a text that is too near to another is left out."""
+    """Return the reason for which a text too similar to another is left out."""
     return f"near duplicate of {near[0]} (resemblance {near[1]:.2f}, limit {limit:g})"
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How varied texts are. All the same: `distinct` is 1 / texts and `distance` 0; nothing shared: both are 1."""
+class Diversity:
+    """How varied texts are.
+
+    For equal texts `distinct` is 1 / `texts` and `distance` is 0. Without common word pairs both are 1.
+    """
 
     texts: int
     distinct: float
-    """Different shingles, as a share of the shingles of all texts."""
+    """Share of different shingles among the shingles of all texts."""
     distance: float
     """Mean of 1 - resemblance over pairs of texts."""
 
     def values(self) -> dict[str, float]:
-        """As plain values, rounded."""
+        """Return rounded, plain values."""
         return {key: round(value, 4) for key, value in asdict(self).items()}
 
 
-def spread(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Spread:
-    """The spread of `count` texts, over at most `sample` of them, evenly picked; no others are held.
+def measure(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Diversity:
+    """Measure the diversity of `count` texts from at most `sample` of them, evenly spaced. Others are not stored.
 
-    Each is compared with its next neighbours, one, two, four, … further, round the end: some ten pairs a text, and the
-    same ones each time.
+    Each text is compared with those one, two, four, … places after it, and from the end on with the first ones. These
+    are about ten pairs a text, and always the same ones.
     """
     wanted = {count * i // sample for i in range(sample)} if count > sample else range(count)
     sets = [shingles(text) for place, text in enumerate(texts) if place in wanted]
@@ -123,18 +126,16 @@ def spread(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Spread:
     distinct = len(frozenset().union(*sets)) / pairs if pairs else 0.0
     steps = [2**power for power in range(20) if 2**power < len(sets)]
     apart = [1 - resemblance(one, sets[(place + step) % len(sets)]) for place, one in enumerate(sets) for step in steps]
-    return Spread(count, distinct, sum(apart) / len(apart) if apart else 0.0)
+    return Diversity(count, distinct, sum(apart) / len(apart) if apart else 0.0)
 
 
-def take_out(prompts: Dataset, failed: Dataset, task: Task, layout: Grid, limit: float, fingerprint: str) -> int:
-    """Moves near duplicates from `prompts` to `failed`; returns how many. All shards must be there."""
-    ignored = _of_wordings(task, layout)
-    often = Counter(shingle for _, text in _texts(prompts) for shingle in shingles(text) - ignored)
-    guard = Guard(limit, often, ignored)
-    reasons: dict[str, str] = {}
-    for name, text in _texts(prompts):
-        if (near := guard.near(name, text)) is not None:
-            reasons[name] = reason(near, limit)
+def remove_repeats(prompts: Dataset, failed: Dataset, task: Task, layout: Grid, limit: float, fingerprint: str) -> int:
+    """Move near duplicates from `prompts` to `failed` and return their number. All shards must exist."""
+    ignored = _template_shingles(task, layout)
+    counts = Counter(shingle for _, text in _texts(prompts) for shingle in shingles(text) - ignored)
+    accepted = NearDuplicates(limit, counts, ignored)
+    near = ((name, accepted.add(name, text)) for name, text in _texts(prompts))
+    reasons = {name: reason(earlier, limit) for name, earlier in near if earlier is not None}
     if reasons:
         _move(prompts, failed, reasons, fingerprint)
     return len(reasons)
@@ -145,8 +146,8 @@ def _texts(prompts: Dataset) -> Iterator[tuple[str, str]]:
         yield from zip(batch["id"], batch["prompt"], strict=True)
 
 
-def _of_wordings(task: Task, layout: Grid) -> Shingles:
-    """What every prompt of the task says."""
+def _template_shingles(task: Task, layout: Grid) -> Shingles:
+    """Return the shingles of the task's templates, which its prompts share."""
     templates = [*layout.templates, layout.panel, task.panel_template]
     literal = [text for template in templates for text, *_ in string.Formatter().parse(template)]
     return frozenset().union(*map(shingles, (*literal, *grammar.positions(layout))))
@@ -161,6 +162,6 @@ def _move(prompts: Dataset, failed: Dataset, reasons: dict[str, str], fingerprin
             continue
         known = failed.read_shard(shard) if shard in before else []
         merged = {row["id"]: row for row in (*known, *repeats)}
-        # Failures first, as everywhere: a row may be in both after a kill, and then is moved again.
+        # Failures first, as in every stage: after a kill a row may be in both, and is then moved again.
         failed.write_shard(shard, [merged[name] for name in sorted(merged)], fingerprint)
         prompts.write_shard(shard, [row for row in rows if row["id"] not in reasons], fingerprint)

@@ -1,12 +1,12 @@
-"""The writer that asks a language model: its task's brief and a row's seed caption in, a draft or a reason out.
+"""The writer that uses a language model: the task's brief and a seed caption in, a draft or a reason out.
 
-A row's question depends on its number and the run's seed alone, and so does its answer, once it is in the cache. Near
-duplicates are looked for within a batch (the engine's shard), in row order: of two drafts that repeat each other the
-row with the lower number stays, whichever answer came first. Between shards, seed captions keep drafts apart (each is
-used once before any is used again), and what still repeats is taken out at the end (`repeats`).
+A row's question depends only on its number and the run's seed, and so does its answer, once it is in the cache. Near
+duplicates are removed within a batch (the engine's shard), in row order: of two drafts that repeat each other, the row
+with the lower number stays, whichever answer came first. Between shards, seed captions keep drafts apart, because each
+is used once before any is used again. `diversity.remove_repeats` removes the remaining repeats at the end.
 
-The paper writes its prompts this way (section 3.1), and found that without seed captions the model collapses to cars
-and robots. Here the drafts that repeat others fail with that reason, and the run says so.
+The paper writes its prompts this way (section 3.1) and reports that the model collapses to cars and robots without seed
+captions. Here, drafts that repeat others fail with that reason, and the run prints a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diptych.data.engine import Failure, Row
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
 from diptych.llm.question import Question, quoted, system, user
-from diptych.recipe.tasks import Task, fields_of
+from diptych.recipe.tasks import Grid, Task, fields_of
 from diptych.stages.write import diversity, grammar, seeds
 from diptych.stages.write.grammar import Draft
 
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from diptych.llm.question import Outcome
     from diptych.recipe.schema import Recipe, Write
 
-# Most words of an answer's other parts; a task's own wording asks for fewer.
+# Maximum words of the other parts of an answer; the wording of a task requests fewer.
 LIMITS = {"subject": 5, "description": 32, "style": 16, "scene": 32}
-ALWAYS = 3  # grids of one subject that a shard may have whatever `subject_share` says
-TELL = 0.25  # share of drafts that repeat others from which on the run is told
+MIN_PER_SUBJECT = 3  # grids of one subject that a shard may have at any `subject_share`
+WARN_SHARE = 0.25  # share of drafts that repeat others at which the run prints a warning
+# This text and the docstring and descriptions of `Clear` are sent to models; cached answers depend on them.
 FILTER = (
     "You sort captions of pictures, for a data set in which a pair is: {task} Say what the caption is about, and "
     "whether that is one clear subject for such a pair, one that a picture can show: no list, no crowd, no chart, no "
@@ -54,68 +55,67 @@ class Clear(BaseModel):
 
 
 class LanguageModel:
-    """Drafts of a batch of rows: for each a `Draft`, or a `Failure` that says why there is none."""
+    """Writes drafts of a batch of rows: for each row a `Draft`, or a `Failure` with the reason."""
 
     def __init__(self, recipe: Recipe, task: Task, model: Model) -> None:
-        """UsageError if the task has no brief, UserError if the seed captions cannot be read or do not fit."""
-        if task.writer is None:
-            raise UsageError(f"the task '{task.name}' has no `writer`, so no language model can write it")
+        """Raises UsageError if the task has no brief, UserError if the seed captions cannot be read or do not fit."""
+        check_task(task)
+        assert task.writer is not None
         self.settings: Write = recipe.write
         self.task = task
         self.model = model
         self.layout = task.layout(recipe.write.layout)
         self.answer = answer_type(task, self.layout.panels, recipe.write.panel_words)
-        self.brief = task.writer.brief.format(
-            count=self.layout.panels, layout=self.layout.name, words=recipe.write.panel_words
-        )
+        self.brief = brief(task, self.layout, recipe.write.panel_words)
         self.inspiration = Inspiration(recipe.write, recipe.seed)
-        self._said = False
+        self._warned = False
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft | Failure]:
-        """Raises `NobodyAnswers` where every question would fail."""
+        """Write the drafts. Raises `NobodyAnswers` where every question would fail."""
         results: dict[str, Draft | Failure] = self._unclear(rows) if self.settings.clear_subject else {}
-        asked = [row for row in rows if row["id"] not in results]
-        for name, outcome in self._outcomes(asked, self.question).items():
-            results[name] = _unanswered(outcome) if outcome.answer is None else draft(self.task, outcome.answer)
-        return self._apart(rows, [results[row["id"]] for row in rows])
+        clear = [row for row in rows if row["id"] not in results]
+        for name, outcome in self._outcomes(clear, self.question).items():
+            results[name] = _failure(outcome) if outcome.answer is None else draft(self.task, outcome.answer)
+        return self._without_repeats(rows, [results[row["id"]] for row in rows])
 
     def _outcomes(self, rows: Sequence[Row], question: Callable[[Row], Question]) -> dict[str, Outcome]:
         from diptych.llm.client import NobodyAnswers, answers
 
-        found = answers(self.model, (question(row) for row in rows))
-        if rows and all(outcome.status == "failed" for outcome in found.values()):
-            # A shard may hold fewer rows than the client takes to see that a server is down.
-            raise NobodyAnswers(f"none of {len(rows)} questions got an answer: {found[rows[0]['id']].reason}")
-        return found
+        outcomes = answers(self.model, (question(row) for row in rows))
+        if rows and all(outcome.status == "failed" for outcome in outcomes.values()):
+            # A shard may have fewer rows than the failures after which the client reports that a server is down.
+            reason = outcomes[rows[0]["id"]].reason
+            raise NobodyAnswers("rows_failed", f"None of {len(rows)} questions got an answer. The first: {reason}")
+        return outcomes
 
     def _unclear(self, rows: Sequence[Row]) -> dict[str, Draft | Failure]:
-        """The rows, by id, whose caption names no clear subject, or of which that is not known."""
+        """Return the rows, by id, whose caption has no clear subject, or for which this is not known."""
 
         def question(row: Row) -> Question:
             caption, _, times = self.inspiration.of(row["index"])
-            brief = system(FILTER.format(task=self.task.description))
-            return Question((brief, user(quoted(caption, "caption"))), Clear, row["id"], sample=times)
+            filtering = system(FILTER.format(task=self.task.description))
+            return Question((filtering, user(quoted(caption, "caption"))), Clear, row["id"], sample=times)
 
-        refused: dict[str, Draft | Failure] = {}
+        unclear: dict[str, Draft | Failure] = {}
         for name, outcome in self._outcomes(rows, question).items():
             if outcome.answer is None:
-                refused[name] = _unanswered(outcome)
+                unclear[name] = _failure(outcome)
             elif not outcome.answer["clear"]:
-                refused[name] = Failure("its caption names no clear subject")
-        return refused
+                unclear[name] = Failure("its caption names no clear subject")
+        return unclear
 
     def question(self, row: Row) -> Question:
-        """What is asked for a row. Its caption is somebody else's text, and goes in as data."""
+        """Return a row's question. Its caption is other people's text and is passed as data."""
         caption, category, times = self.inspiration.of(row["index"])
         parts = [quoted(caption, "caption"), "Let the caption inspire you."] if caption else ["There is no caption."]
         if category:
             parts.append(f"The subject must be of this category: {category}.")
         return Question((system(self.brief), user(*parts)), self.answer, row["id"], sample=times)
 
-    def _apart(self, rows: Sequence[Row], drafts: list[Draft | Failure]) -> list[Draft | Failure]:
-        """The drafts, in row order; those that repeat an earlier one, or its subject too often, are failures."""
-        guard = diversity.Guard(self.settings.near_duplicate)
-        most = max(ALWAYS, math.ceil(self.settings.subject_share * len(rows)))
+    def _without_repeats(self, rows: Sequence[Row], drafts: list[Draft | Failure]) -> list[Draft | Failure]:
+        """Return the drafts in row order. Those that repeat an earlier draft, or a subject too often, are failures."""
+        repeats = diversity.NearDuplicates(self.settings.near_duplicate)
+        most = max(MIN_PER_SUBJECT, math.ceil(self.settings.subject_share * len(rows)))
         subjects: Counter[str] = Counter()
         kept: list[Draft | Failure] = []
         for row, one in zip(rows, drafts, strict=True):
@@ -125,28 +125,28 @@ class LanguageModel:
             subject = one.subject.casefold()
             if subjects[subject] >= most:
                 kept.append(Failure(f"the subject '{one.subject}' is in {most} grids of this shard already"))
-            elif (near := guard.near(row["id"], told(one))) is not None:
+            elif (near := repeats.add(row["id"], content(one))) is not None:
                 kept.append(Failure(diversity.reason(near, self.settings.near_duplicate)))
             else:
                 subjects[subject] += 1
                 kept.append(one)
         written = [one for one in drafts if isinstance(one, Draft)]
-        repeats = len(written) - sum(isinstance(one, Draft) for one in kept)
-        if repeats and repeats >= TELL * len(written) and not self._said:
-            self._said = True  # once: `failed/` has every row
-            self._warn(rows, written, repeats)
+        removed = len(written) - sum(isinstance(one, Draft) for one in kept)
+        if removed and removed >= WARN_SHARE * len(written) and not self._warned:
+            self._warned = True  # once: `failed/` has every row
+            self._warn(rows, written, removed)
         return kept
 
-    def _warn(self, rows: Sequence[Row], written: list[Draft], repeats: int) -> None:
-        spread = diversity.spread([told(one) for one in written], len(written))
+    def _warn(self, rows: Sequence[Row], written: list[Draft], removed: int) -> None:
+        spread = diversity.measure([content(one) for one in written], len(written))
         if self.settings.captions is None:
-            cure = "without seed captions models do that: give write.captions"
+            cure = "models repeat themselves without seed captions: set write.captions"
         else:
-            cure = "take more varied captions, a higher endpoint.temperature, or another model"
+            cure = "use more varied captions, a higher endpoint.temperature, or another model"
         log.warning(
             "the writer repeats itself: %d of %d drafts from %s on are left out (%.0f %% of their word pairs are "
             "distinct, mean distance %.2f); %s",
-            repeats,
+            removed,
             len(written),
             rows[0]["id"],
             100 * spread.distinct,
@@ -155,37 +155,49 @@ class LanguageModel:
         )
 
 
-def _unanswered(outcome: Outcome) -> Failure:
+def check_task(task: Task) -> None:
+    """Raise UsageError if a task has no brief for a language model."""
+    if task.writer is None:
+        how = "Use write.writer: grammar, or add `writer` to the task's file."
+        raise UsageError("task_unsuited", f"The task '{task.name}' has no `writer` for a language model. {how}")
+
+
+def brief(task: Task, layout: Grid, words: int) -> str:
+    """Return the instructions of a task that has a writer, for a layout and a limit of words a panel."""
+    assert task.writer is not None
+    return task.writer.brief.format(count=layout.panels, layout=layout.name, words=words)
+
+
+def _failure(outcome: Outcome) -> Failure:
     return Failure(f"{outcome.status}: {outcome.reason}", lost=outcome.lost)
 
 
 class Inspiration:
-    """Which seed caption and which category a row gets: even by construction, in an order that is the run's own."""
+    """Assigns a seed caption and a category to each row: evenly, in an order that depends on the run's seed."""
 
     def __init__(self, settings: Write, run_seed: int) -> None:
         self.run_seed = run_seed
         self.quotas = settings.quotas
         self.slots = [name for name, count in settings.quotas.items() for _ in range(count)]
         self.captions = read_captions(settings)
-        everywhere = list(range(len(self.captions.texts))) if self.captions else []
-        self.pools: dict[str, list[int]] = {"": everywhere}
+        self.pools: dict[str, list[int]] = {"": list(range(len(self.captions.texts))) if self.captions else []}
         if self.captions and settings.category_column:
             known = Counter(self.captions.categories)
             for name in settings.quotas:
                 if name not in known:
-                    there = ", ".join(sorted(known)[:20])
                     raise UsageError(
-                        f"write.quotas: no caption of {settings.captions} has the category '{name}'; there are: "
-                        f"{there}{nearest(name, known)}"
+                        "recipe_invalid",
+                        f"write.quotas: no caption of {settings.captions} has the category '{name}'. Categories: "
+                        f"{', '.join(sorted(known)[:20])}{nearest(name, known)}",
                     )
                 self.pools[name] = self.captions.of(name)
         if self.captions and (line := self.captions.line()):
             log.warning("%s: %s", settings.captions, line)
 
     def of(self, index: int) -> tuple[str, str, int]:
-        """(caption, category, times it was used before) of a row; "" for what the recipe does not ask for.
+        """Return (caption, category, times the caption was used before) of a row; "" for what the recipe does not set.
 
-        Without captions the third is the row's number, so that every row asks a question of its own.
+        Without captions, the third value is the row's number, so that every row has a different question.
         """
         category, before = self._category(index)
         if self.captions is None:
@@ -197,7 +209,7 @@ class Inspiration:
         return self.captions.texts[pool[order[place]]], category, times
 
     def _category(self, index: int) -> tuple[str, int]:
-        """A row's category, and how many rows before it have the same."""
+        """Return a row's category, and how many rows before it have the same category."""
         if not self.slots:
             return "", index
         block, place = divmod(index, len(self.slots))
@@ -214,15 +226,17 @@ def _shuffled(run_seed: int, purpose: str, count: int) -> list[int]:
 
 
 def read_captions(settings: Write) -> seeds.Captions | None:
-    """A recipe's seed captions; None if it has none."""
+    """Return a recipe's seed captions; None if it has none."""
     if settings.captions is None:
         return None
     return seeds.read(settings.captions, settings.caption_column, settings.category_column)
 
 
 def answer_type(task: Task, panels: int, words: int) -> type[BaseModel]:
-    """What a language model returns for a grid of a task, as the type that validates it: `Task.answer_schema`, and the
-    budget of words. An answer over it goes back once, with what is too long, like any other that does not match."""
+    """Return the type that validates a model's answer for a grid: `Task.answer_schema` and the limit of words.
+
+    A longer answer is sent back once with what is too long, like any other answer that does not match.
+    """
     assert task.writer is not None
     # A change is read back from a caption by the comma before it.
     plain = "change" in fields_of(task.panel_template)
@@ -257,7 +271,7 @@ def _different(panels: list[str]) -> list[str]:
 
 
 def draft(task: Task, answer: dict[str, Any]) -> Draft:
-    """A validated answer as a draft: its panels' captions follow the task's `panel_template`."""
+    """Return a validated answer as a draft, whose captions follow the task's `panel_template`."""
     changes = "change" in fields_of(task.panel_template)
     subject = re.sub(r"^(an?|the) ", "", answer["subject"], flags=re.IGNORECASE)
     captions = [
@@ -272,6 +286,6 @@ def draft(task: Task, answer: dict[str, Any]) -> Draft:
     return Draft(subject, captions, description=answer["description"], style=answer.get("style", ""))
 
 
-def told(one: Draft) -> str:
-    """What a draft says that others should not say again: its individual and its panels, without the template."""
+def content(one: Draft) -> str:
+    """Return the text of a draft that others must not repeat: its individual and its panels, without the template."""
     return " . ".join([one.description, *one.panels])

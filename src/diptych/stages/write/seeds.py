@@ -1,10 +1,10 @@
-"""Seed captions: what a language model is inspired by, so that its grids do not all show the same few things.
+"""Seed captions, which inspire a language model so that its grids do not all show the same few things.
 
     captions = read("captions.jsonl", column="text")
     captions.texts[0]
 
-A text file (one caption a line), JSONL or parquet; a folder of those; or any fsspec address of one, such as
-`hf://datasets/OWNER/NAME/data` on the hub. Captions are other people's text: they are data here and in every question.
+A source is a text file (one caption a line), a JSONL or parquet file, a folder of these, or an fsspec address such as
+`hf://datasets/OWNER/NAME/data` on the hub. Captions are other people's text, so they are data here and in questions.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from diptych.utils.documents import parse_json, stream_lines
 from diptych.utils.io import sha256_json
 
 KINDS = (".txt", ".jsonl", ".parquet")
-LONGEST = 1000  # characters of a caption
-MOST = 1_000_000  # captions of a source; what follows is not read
+MAX_LENGTH = 1000  # characters of a caption
+MAX_CAPTIONS = 1_000_000  # of a source; the rest is not read
 COLUMN = "caption"
 
 
 @dataclass(frozen=True)
-class Captions:
+class SeedCaptions:
     """Different captions in their source's order, each with its category ("" where none is read)."""
 
     texts: list[str]
     categories: list[str]
     left_out: dict[str, int]
-    """Reason → how many rows of the source are no caption."""
+    """Number of rows of the source that are not captions, by reason."""
     digest: str
-    """sha256 of the captions and their categories, wherever they lie."""
+    """SHA-256 of the captions and their categories, independent of their path."""
 
     def of(self, category: str) -> list[int]:
-        """The places in `texts` of a category."""
-        return [place for place, name in enumerate(self.categories) if name == category]
+        """Return the indices in `texts` of a category."""
+        return [index for index, name in enumerate(self.categories) if name == category]
 
     def line(self) -> str:
-        """What was left out, for people; "" if nothing was."""
+        """Return a line about the rows that were left out; "" if none were."""
         count = sum(self.left_out.values())
         why = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items())
         return f"{count} of {count + len(self.texts)} seed captions are left out ({why})" if count else ""
 
 
-def read(source: str, column: str = COLUMN, category_column: str | None = None) -> Captions:
-    """The captions of a source; rows that are none (empty, broken, too long, there already) are counted, not fatal.
+def read(source: str, column: str = COLUMN, category_column: str | None = None) -> SeedCaptions:
+    """Read the captions of a source. Rows that are not captions (empty, broken, too long, repeated) are counted.
 
-    UserError if it cannot be read or holds no caption, UsageError for a column that is not there.
+    Raises UserError if the source cannot be read or has no captions, UsageError for an unknown column.
     """
     return _read(source, column, category_column, _stamp(source))
 
 
 @lru_cache(maxsize=2)
-def _read(source: str, column: str, category_column: str | None, stamp: object) -> Captions:
-    """`stamp` tells one state of the source from another: a run asks for its captions several times."""
+def _read(source: str, column: str, category_column: str | None, stamp: object) -> SeedCaptions:
+    """`stamp` identifies the state of the source for the cache, because a run reads its captions several times."""
     texts: list[str] = []
     categories: list[str] = []
     seen: set[str] = set()
@@ -69,21 +69,20 @@ def _read(source: str, column: str, category_column: str | None, stamp: object) 
             left_out["not text"] += 1
             continue
         caption = " ".join(clean(text).split())
-        if not caption or len(caption) > LONGEST:
-            left_out[f"over {LONGEST} characters" if caption else "empty"] += 1
+        if not caption or len(caption) > MAX_LENGTH:
+            left_out[f"over {MAX_LENGTH} characters" if caption else "empty"] += 1
         elif caption.casefold() in seen:
             left_out["repeated"] += 1
         else:
             seen.add(caption.casefold())
             texts.append(caption)
             categories.append("" if category is None else " ".join(str(category).split()))
-            if len(texts) == MOST:
+            if len(texts) == MAX_CAPTIONS:
                 break
     if not texts:
-        found = ", ".join(f"{number} {reason}" for reason, number in left_out.items()) or "it is empty"
-        raise UserError(f"{source}: no seed captions there ({found})")
-    digest = sha256_json([texts, categories])
-    return Captions(texts, categories, dict(left_out), digest)
+        why = ", ".join(f"{number} {reason}" for reason, number in left_out.items()) or "it is empty"
+        raise UserError("run_empty", f"No seed captions in {source} ({why}). Check the file and write.caption_column.")
+    return SeedCaptions(texts, categories, dict(left_out), sha256_json([texts, categories]))
 
 
 def _stamp(source: str) -> object:
@@ -93,7 +92,7 @@ def _stamp(source: str) -> object:
 
 
 def _rows(source: str, column: str, category_column: str | None) -> Iterator[tuple[Any, Any]]:
-    """(caption, category) as the files hold them, None for what is broken."""
+    """Yield (caption, category) as the files have them, None for what is broken."""
     import fsspec
     import pyarrow as pa
 
@@ -104,11 +103,12 @@ def _rows(source: str, column: str, category_column: str | None) -> Iterator[tup
         if files.isdir(path):
             names = sorted(name for name in files.find(path) if Path(name).suffix.lower() in KINDS)
         elif not files.exists(path):
-            raise UserError(f"{source}: no such file or folder of seed captions")
+            raise UserError("path_not_found", f"Seed captions not found: {source}. Check write.captions.")
         for name in names:
             kind = Path(name).suffix.lower()
             if kind not in KINDS:
-                raise UsageError(f"{source}: seed captions are {', '.join(KINDS)} files, or folders of them")
+                known = f"Use {', '.join(KINDS)} files, or a folder of them."
+                raise UsageError("file_format_unknown", f"{source} is not in a format for seed captions. {known}")
             with files.open(name, "rb") as stream:
                 if kind == ".parquet":
                     yield from _parquet(stream, name, column, category_column)
@@ -117,18 +117,18 @@ def _rows(source: str, column: str, category_column: str | None) -> Iterator[tup
     except UserError:
         raise
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise UserError(f"{source}: the seed captions cannot be read ({describe(error)})") from error
+        raise UserError("path_unreadable", f"Cannot read the seed captions {source} ({describe(error)}).") from error
 
 
 def _parquet(stream: Any, name: str, column: str, category_column: str | None) -> Iterator[tuple[Any, Any]]:
     import pyarrow.parquet as pq
 
     part = pq.ParquetFile(stream)
-    wanted = [column, *([category_column] if category_column else [])]
-    for one in wanted:
+    columns = [column, *([category_column] if category_column else [])]
+    for one in columns:
         if one not in part.schema_arrow.names:
             raise _no_column(name, one, part.schema_arrow.names)
-    for batch in part.iter_batches(columns=wanted):
+    for batch in part.iter_batches(columns=columns):
         for row in batch.to_pylist():
             yield row[column], row[category_column] if category_column else None
 
@@ -137,8 +137,9 @@ def _lines(
     lines: Iterator[str], name: str, kind: str, column: str, category_column: str | None
 ) -> Iterator[tuple[Any, Any]]:
     if kind == ".txt" and category_column:
-        raise UsageError(f"{name}: a text file has no column '{category_column}'; use JSONL or parquet")
-    met = False
+        message = f"{name} is a text file and has no column '{category_column}'. Use JSONL or parquet."
+        raise UsageError("recipe_conflict", message)
+    checked = False
     for line in lines:
         if kind == ".txt" or not line.strip():
             yield line, None
@@ -152,11 +153,12 @@ def _lines(
             yield None, None
             continue
         for one in (column, category_column):
-            if one and one not in row and not met:
+            if one and one not in row and not checked:
                 raise _no_column(name, one, list(row))
-        met = True
+        checked = True
         yield row.get(column), row.get(category_column) if category_column else None
 
 
 def _no_column(name: str, column: str, known: list[str]) -> UsageError:
-    return UsageError(f"{name}: no column '{column}'; it has {', '.join(known)}{nearest(column, known)}")
+    message = f"{name} has no column '{column}'. Its columns: {', '.join(known)}{nearest(column, known)}"
+    return UsageError("recipe_invalid", message)

@@ -1,7 +1,8 @@
-"""Stage 1, write: prompts that ask a teacher for grids (paper section 3.1).
+"""Stage 1, write: prompts for grids (paper section 3.1).
 
-`Write` puts a writer's drafts into one of its task's wordings, a row each. The grammar writer speaks in the words its
-teacher knows (`write.grammar`): the pocket world's, or a vocabulary's; the language model's is `llm_writer`.
+`Write` turns a writer's drafts into prompts by the task's templates, one a row. The grammar writer uses a vocabulary
+that the teacher knows (`write.grammar`): the pocket world's or a vocabulary file. The other writer is a language model
+(`llm_writer`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diptych.data.engine import Failure, Row, Work
 from diptych.errors import UsageError, nearest
@@ -23,30 +24,31 @@ if TYPE_CHECKING:
 
     from diptych.recipe.schema import Recipe
 
-MAX_WORDS_PHOTO = 240  # about 200 words and their marks: with room to spare in T5's 512 tokens
+MAX_WORDS_PHOTO = 240  # about 200 words and their punctuation, well within T5's 512 tokens
 SHORT_TEXT = 77  # tokens: CLIP's text length, which every released text-to-image model reads
 POCKET, PHOTO = "pocket", "photo"
 TRIES = 200
-Drawn = Callable[["np.random.Generator"], Draft | Failure | None]
+Sample = Callable[["np.random.Generator"], Draft | Failure | None]
 
 
 @dataclass(frozen=True)
-class Writer:
-    """What drafts grids, and how long their prompts may be, in words and marks.
+class Drafter:
+    """A function that drafts grids, and the maximum length of their prompts in words and punctuation marks.
 
-    `begin` sees a batch of rows and gives for each the function that draws its drafts. One of None is drawn again, a
-    Failure is the row's end.
+    `begin` gets a batch of rows and returns for each row the function that samples its drafts. None is sampled again,
+    and a Failure ends the row.
     """
 
-    begin: Callable[[list[Row]], Sequence[Drawn]]
+    begin: Callable[[list[Row]], Sequence[Sample]]
     max_words: int
 
 
 class Write:
-    """Rows {id, index, seed} to prompt rows; each depends on its number and the recipe's seed alone, and, where a
-    language model writes, on the answers to its shard's questions.
+    """Turns rows {id, index, seed} into prompt rows.
 
-    `answers` is the file where those are kept: nothing is asked twice, in this run or after a kill.
+    A prompt depends only on the row's number and the recipe's seed and, if a language model writes, on the answers to
+    its shard's questions. `answers` is the file that stores these, so that no question is sent twice, even after a
+    kill.
     """
 
     name = "write"
@@ -54,93 +56,83 @@ class Write:
     def __init__(self, recipe: Recipe, answers: Path | None = None) -> None:
         self.recipe = recipe
         self.answers = answers
-        # A language model is asked for a shard at once, and its drafts are compared with each other.
+        # A language model writes a shard at once, and its drafts are compared with each other.
         self.batch_size = 100 if recipe.write.writer == "grammar" else recipe.write.shard_size
         self.task = tasks.load(recipe.task)
         self.layout = self.task.layout(recipe.write.layout)
 
     def load(self) -> Work:
-        """Raises UsageError if the writer does not know the recipe's task or layout."""
+        """Open the writer. Raises UsageError if it cannot write the recipe's task or layout."""
         writer = WRITERS[self.recipe.write.writer](self)
         return lambda rows: [
-            self._prompt(row, draw, writer.max_words) for row, draw in zip(rows, writer.begin(rows), strict=True)
+            self._prompt(row, sample, writer.max_words) for row, sample in zip(rows, writer.begin(rows), strict=True)
         ]
 
-    def _prompt(self, row: Row, draw: Drawn, max_words: int) -> list[Row] | Failure:
+    def _prompt(self, row: Row, sample: Sample, max_words: int) -> list[Row] | Failure:
         import numpy as np
 
         from diptych.pocket import captions
 
         rng = np.random.default_rng(row["seed"])
-        drawn: Draft | None = None
+        sampled = False
         for _ in range(TRIES):
-            found = draw(rng)
-            if isinstance(found, Failure):
-                return found
-            if found is None:
+            draft = sample(rng)
+            if isinstance(draft, Failure):
+                return draft
+            if draft is None:
                 continue
-            drawn = found
-            prompt = grid_prompt(self.task, self.layout, drawn, rng)
+            sampled = True
+            prompt = grid_prompt(self.task, self.layout, draft, rng)
             if captions.count_words(prompt) <= max_words:
-                panels = [styled(panel, drawn.style) for panel in drawn.panels]
-                text = {"id": row["id"], "prompt": prompt, "panels": panels, "subject": drawn.subject}
+                panels = [styled(panel, draft.style) for panel in draft.panels]
+                text = {"id": row["id"], "prompt": prompt, "panels": panels, "subject": draft.subject}
                 return [{**text, "task": self.task.name, "seed": row["seed"]}]
-        if drawn is None:
+        if not sampled:
             return Failure(f"{TRIES} drafts in turn did not say their place, or gave away their subject's looks")
         return Failure(f"no prompt of at most {max_words} words and marks in {TRIES} tries")
 
 
-def grammar(stage: Write) -> Writer:
-    """The writer that draws from words."""
+def grammar(stage: Write) -> Drafter:
+    """Return the writer that samples from a grammar."""
     from diptych.pocket import captions
 
     recipe, task = stage.recipe, stage.task
     name = grammar_of(recipe)
     rules = pocket_rules(recipe, task) if name == POCKET else _composed(name, recipe, task)
     limit = captions.LONGEST if name == POCKET else MAX_WORDS_PHOTO
-    return Writer(lambda rows: [partial(rules, Turn(recipe.seed, row["index"])) for row in rows], limit)
+    return Drafter(lambda rows: [partial(rules, Turn(recipe.seed, row["index"])) for row in rows], limit)
 
 
-def llm(stage: Write) -> Writer:
-    """The writer that asks a language model."""
+def llm(stage: Write) -> Drafter:
+    """Return the writer that uses a language model."""
     from diptych.llm.client import open_model
     from diptych.stages.write import llm_writer
 
     settings = stage.recipe.write
-    # A useless answer is a row that fails: nothing is made of it, so another try should get another answer.
-    cache = settings.cache or stage.answers
-    model = open_model(
-        settings.endpoint,
-        settings.local,
-        settings.vllm,
-        cache=cache,
-        device=stage.recipe.device,
-        keep_undecided=False,
-        sees=False,
-    )
+    options: dict[str, Any] = {"cache": settings.cache or stage.answers, "device": stage.recipe.device, "sees": False}
+    # A row with a useless answer fails, so another try should get another answer.
+    model = open_model(settings.endpoint, settings.local, settings.vllm, keep_undecided=False, **options)
     drafts = llm_writer.LanguageModel(stage.recipe, stage.task, model)
 
-    def begin(rows: list[Row]) -> list[Drawn]:
-        return [partial(_as_given, one) for one in drafts(rows)]
+    def begin(rows: list[Row]) -> list[Sample]:
+        return [lambda rng, draft=draft: draft for draft in drafts(rows)]
 
-    return Writer(begin, MAX_WORDS_PHOTO)
-
-
-def _as_given(draft: Draft | Failure, rng: np.random.Generator) -> Draft | Failure:
-    return draft
+    return Drafter(begin, MAX_WORDS_PHOTO)
 
 
 def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.Generator], Draft | None]:
-    """The pocket world's grammar for a task. UsageError if it has none, or not for the recipe's layout."""
+    """Return the pocket world's grammar for a task. Raises UsageError if the task or the layout has none."""
     layout = task.layout(recipe.write.layout)
     if layout.name != "1x2":
-        raise UsageError(f"write.layout: the pocket teacher draws 1x2 grids only, not {layout.name}")
+        how = "Set write.layout to 1x2, or use another teacher."
+        raise UsageError("task_unsuited", f"The pocket teacher generates 1x2 grids only, not {layout.name}. {how}")
     name = task.grammar.pocket if task.grammar else None
     if name is None or name not in GRAMMARS:
-        wants = f"the pocket grammar '{name}', which there is not" if name else "no pocket grammar"
+        named = f"names the unknown pocket grammar '{name}'" if name else "names no pocket grammar"
         raise UsageError(
-            f"the task '{task.name}' names {wants}; set grammar.pocket in its file to one of {', '.join(GRAMMARS)}"
-            f"{nearest(name or task.name, GRAMMARS)}, or write.grammar to {PHOTO} for a teacher that knows English"
+            "vocabulary_invalid",
+            f"The task '{task.name}' {named}. Set grammar.pocket in its file to one of {', '.join(GRAMMARS)}"
+            f"{nearest(name or task.name, GRAMMARS)}, or write.grammar to {PHOTO} for a teacher that knows English.",
         )
     return GRAMMARS[name]
 
@@ -151,13 +143,13 @@ def _composed(name: str, recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np
     return vocabulary.grids(vocabulary.load(name), task, task.layout(recipe.write.layout).panels)
 
 
-WRITERS: dict[str, Callable[[Write], Writer]] = {"grammar": grammar, "llm": llm}
+WRITERS: dict[str, Callable[[Write], Drafter]] = {"grammar": grammar, "llm": llm}
 
 
 def grammar_of(recipe: Recipe) -> str:
-    """Whose words the recipe's grammar uses, `auto` settled: `pocket` for a teacher that reads less than CLIP does.
+    """Return the recipe's grammar, with `auto` resolved: `pocket` for a teacher that reads less text than CLIP.
 
-    Looks at a local teacher's tokenizers and downloads nothing: a hub name is a teacher that knows English.
+    Reads the tokenizers of a local teacher and downloads nothing. A hub name stands for a teacher that knows English.
     """
     if recipe.write.grammar != "auto":
         return recipe.write.grammar
@@ -177,7 +169,7 @@ def _text_length(config: Path) -> float:
 
 
 def words_digest(recipe: Recipe) -> str:
-    """sha256 of the vocabulary or the seed captions a recipe writes from; "" for the pocket world's words, which are
+    """Return the SHA-256 of a recipe's vocabulary or seed captions; "" for the pocket world's vocabulary, which is
     code."""
     if recipe.write.writer == "llm":
         from diptych.stages.write.llm_writer import read_captions

@@ -1,4 +1,4 @@
-"""How a question is settled, by a model that says what it is told to say."""
+"""How a question is answered, by a model with prepared replies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from diptych.errors import UserError
+from diptych.llm.answering import AnswerCache, Request, answer_batch, answer_one
 from diptych.llm.cache import Cache
 from diptych.llm.local import STOP_AFTER, LocalModel
 from diptych.llm.question import GaveUp, Message, Outcome, Question, Reply, Usage, system, user
-from diptych.llm.settle import Memory, Turn, settle, settle_together
+from raising import raises
 
 GOOD, BAD = '{"same": true, "score": 1.0}', '{"same": "perhaps"}'
 
@@ -39,13 +39,13 @@ class Together(Model):
         super().__init__(*lines)
         self.batches: list[int] = []
 
-    def __call__(self, turns: Sequence[Turn]) -> list[Reply | GaveUp]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.batches.append(len(turns))
-        return [self._one(turn) for turn in turns]
+    def __call__(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.batches.append(len(requests))
+        return [self._one(request) for request in requests]
 
-    def _one(self, turn: Turn) -> Reply | GaveUp:
+    def _one(self, request: Request) -> Reply | GaveUp:
         try:
-            return super().__call__(turn.messages)
+            return super().__call__(request.messages)
         except GaveUp as error:
             return error
 
@@ -61,7 +61,7 @@ def question(verdict: type[BaseModel]) -> Question:
 
 def test_a_good_answer_needs_one_turn(question: Question) -> None:
     model = Model(GOOD)
-    outcome = settle(model, question, Memory({}))
+    outcome = answer_one(model, question, AnswerCache({}))
     assert (outcome.tag, outcome.status, outcome.answer) == ("pair-1", "answered", {"same": True, "score": 1.0})
     assert outcome.usage == outcome.paid == Usage(1, 10, 2)
     assert [message.role for message in model.heard[0]] == ["system", "user"]
@@ -69,7 +69,7 @@ def test_a_good_answer_needs_one_turn(question: Question) -> None:
 
 def test_two_bad_answers_are_undecided_and_the_last_is_kept(question: Question) -> None:
     model = Model("well…", BAD)
-    outcome = settle(model, question, Memory({}))
+    outcome = answer_one(model, question, AnswerCache({}))
     assert (outcome.status, outcome.answer, outcome.text) == ("undecided", None, BAD)
     assert "same: Input should be a valid boolean; score: Field required" in outcome.reason
     assert [message.role for message in model.heard[1]] == ["system", "user", "assistant", "user"]
@@ -77,12 +77,12 @@ def test_two_bad_answers_are_undecided_and_the_last_is_kept(question: Question) 
 
 def test_an_empty_answer_is_repaired_without_an_empty_turn(question: Question) -> None:
     model = Model("", GOOD)
-    assert settle(model, question, Memory({})).status == "answered"
+    assert answer_one(model, question, AnswerCache({})).status == "answered"
     assert model.heard[1][2].parts == ("(nothing)",)
 
 
 def test_a_model_lost_between_the_turns_is_a_failure_with_what_was_paid(question: Question) -> None:
-    outcome = settle(Model(BAD, GaveUp("gone")), question, Memory({}))
+    outcome = answer_one(Model(BAD, GaveUp("gone")), question, AnswerCache({}))
     assert (outcome.status, outcome.reason, outcome.text) == ("failed", "gone", BAD)
     assert outcome.paid == Usage(1, 10, 2)
     assert not outcome.cached
@@ -90,9 +90,9 @@ def test_a_model_lost_between_the_turns_is_a_failure_with_what_was_paid(question
 
 def test_the_first_of_two_turns_is_not_paid_for_twice(question: Question, tmp_path: Path) -> None:
     with Cache(tmp_path / "a.sqlite") as cache:
-        settle(Model(BAD, GaveUp("gone")), question, Memory({}, cache))
-        outcome = settle(Model(GOOD), question, Memory({}, cache))
-        again = settle(Model(), question, Memory({}, cache))
+        answer_one(Model(BAD, GaveUp("gone")), question, AnswerCache({}, cache))
+        outcome = answer_one(Model(GOOD), question, AnswerCache({}, cache))
+        again = answer_one(Model(), question, AnswerCache({}, cache))
     assert (outcome.status, outcome.usage, outcome.paid) == ("answered", Usage(2, 20, 4), Usage(1, 10, 2))
     assert (again.answer, again.usage, again.paid, again.cached) == (outcome.answer, outcome.usage, Usage(), True)
     assert again.key == outcome.key
@@ -100,19 +100,19 @@ def test_the_first_of_two_turns_is_not_paid_for_twice(question: Question, tmp_pa
 
 def test_failures_are_never_cached(question: Question, tmp_path: Path) -> None:
     with Cache(tmp_path / "a.sqlite") as cache:
-        settle(Model(GaveUp("gone")), question, Memory({}, cache, keep_undecided=True))
+        answer_one(Model(GaveUp("gone")), question, AnswerCache({}, cache, keep_undecided=True))
         assert len(cache) == 0
 
 
-def test_another_identity_asks_anew(question: Question, tmp_path: Path) -> None:
+def test_another_identity_asks_again(question: Question, tmp_path: Path) -> None:
     with Cache(tmp_path / "a.sqlite") as cache:
-        settle(Model(GOOD), question, Memory({"model": "a"}, cache))
+        answer_one(Model(GOOD), question, AnswerCache({"model": "a"}, cache))
         model = Model(BAD, BAD)
-        assert settle(model, question, Memory({"model": "b"}, cache)).status == "undecided"
+        assert answer_one(model, question, AnswerCache({"model": "b"}, cache)).status == "undecided"
     assert len(model.heard) == 2
 
 
-def test_a_local_model_settles_and_counts_like_a_client(question: Question, tmp_path: Path) -> None:
+def test_a_local_model_answers_and_counts_like_a_client(question: Question, tmp_path: Path) -> None:
     outcomes: list[Outcome] = []
     with Cache(tmp_path / "a.sqlite") as cache:
         model = LocalModel(Together(GOOD), {"model": "tiny"}, cache)
@@ -124,14 +124,14 @@ def test_a_local_model_settles_and_counts_like_a_client(question: Question, tmp_
 def test_a_local_model_that_only_fails_stops_the_run(question: Question) -> None:
     outcomes: list[Outcome] = []
     model = LocalModel(Together(*[GaveUp("no memory")] * 50), {})
-    with pytest.raises(UserError, match="20 questions in a row failed, the last because no memory"):
+    with raises("rows_failed", STOP_AFTER, "no memory"):
         model.ask_many([question] * 50, outcomes.append)
     assert len(outcomes) == STOP_AFTER - 1
 
 
-def test_many_are_settled_in_step_and_only_what_was_wrong_is_asked_again(verdict: type[BaseModel]) -> None:
+def test_many_are_answered_in_step_and_only_what_was_wrong_is_asked_again(verdict: type[BaseModel]) -> None:
     model = Together(GOOD, BAD, GaveUp("too long"), "well…", GOOD, BAD)
-    found = settle_together(model, questions(verdict, "a", "b", "c", "d"), Memory({}))
+    found = answer_batch(model, questions(verdict, "a", "b", "c", "d"), AnswerCache({}))
     assert model.batches == [4, 2]
     told = [(outcome.tag, outcome.status, outcome.usage.calls) for outcome in found]
     assert told == [("a", "answered", 1), ("b", "answered", 2), ("c", "failed", 0), ("d", "undecided", 2)]
@@ -140,16 +140,16 @@ def test_many_are_settled_in_step_and_only_what_was_wrong_is_asked_again(verdict
 
 def test_of_a_batch_only_what_the_cache_lacks_is_asked(verdict: type[BaseModel], tmp_path: Path) -> None:
     with Cache(tmp_path / "a.sqlite") as cache:
-        settle_together(Together(GOOD, GOOD), questions(verdict, "a", "c"), Memory({}, cache))
+        answer_batch(Together(GOOD, GOOD), questions(verdict, "a", "c"), AnswerCache({}, cache))
         model = Together(GOOD)
-        found = settle_together(model, questions(verdict, "a", "b", "c"), Memory({}, cache))
+        found = answer_batch(model, questions(verdict, "a", "b", "c"), AnswerCache({}, cache))
         assert [outcome.cached for outcome in found] == [True, False, True] and model.batches == [1]
-        assert settle_together(Together(), questions(verdict, "a", "b"), Memory({}, cache))[1].cached
+        assert answer_batch(Together(), questions(verdict, "a", "b"), AnswerCache({}, cache))[1].cached
 
 
 def test_the_same_question_twice_in_a_batch_is_asked_once_and_paid_for_once(verdict: type[BaseModel]) -> None:
     model = Together(BAD, GOOD)
-    first, second = settle_together(model, questions(verdict, "a", "a"), Memory({}))
+    first, second = answer_batch(model, questions(verdict, "a", "a"), AnswerCache({}))
     assert model.batches == [1, 1] and first.answer == second.answer
     assert (first.paid, second.paid) == (Usage(2, 20, 4), Usage()) and first.usage == second.usage
 
