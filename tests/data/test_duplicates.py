@@ -20,6 +20,7 @@ from diptych.errors import UserError
 from diptych.recipe.schema import Duplicates, Thresholds
 from diptych.stages.curate import duplicates
 from diptych.stages.curate.duplicates import HashTable, Vectors, alike, pack, panel_hash, unpack
+from raising import raises
 
 LIMITS = Thresholds(same=0.5, near_copy=0, seam=-1)
 CODES = st.integers(0, 2**64 - 1)
@@ -166,7 +167,7 @@ def test_a_drift_is_not_swallowed_and_every_repeat_has_a_twin_that_stays(tmp_pat
 
 
 def test_candidates_without_hashes_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"c-000000-01 has no hashes in its evidence; curate with curate\.duplicates"):
+    with raises("run_mismatch", "c-000000-01", "hashes", "curate.duplicates"):
         found(tmp_path, [judged_run.candidate(0, 0, 1, 0.9, 0.3, 1.0)])
 
 
