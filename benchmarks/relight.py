@@ -20,7 +20,7 @@ from diptych import recipe as recipes
 from diptych.evaluate import relighting
 from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
-from diptych.run.resolve import settle
+from diptych.run.resolve import resolve_auto
 from diptych.utils.console import Display
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     wanted = "student" if given.run else "student_shipped"
     if not given.run or wanted not in recipe.evaluate.methods:  # else the run's own result is this one
         chosen["methods"] = [wanted]
-    recipe = settle(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
+    recipe = resolve_auto(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
     folder = given.run or given.work
     with Display().stage("relight", "images") as report:
         found = relighting.evaluate(recipe, folder, report)

@@ -14,8 +14,10 @@ from diptych.errors import UsageError, UserError
 from diptych.provenance.trace import trace
 from diptych.recipe import load
 from diptych.run import recurate
+from diptych.run.derive import derive
 from diptych.run.runner import run
 from diptych.utils.console import Display
+from raising import raises
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")
@@ -66,7 +68,7 @@ def test_a_decision_on_one_order_is_taken_back_on_the_other(judged: Path, tmp_pa
     assert labels.decided(judged) == {second: True}
     labels.add(judged, first, "judge", "ben")
     assert labels.decided(judged) == {}
-    with pytest.raises(UsageError, match="name a threshold"):
+    with raises("option_missing", kind=UsageError):
         recurate.recurate(judged, [], tmp_path / "b", QUIET)
     assert not (tmp_path / "b").exists()
 
@@ -86,8 +88,8 @@ def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_pat
     recurate.recurate(tmp_path / "b", [], tmp_path / "c", QUIET)
     assert set(ids(tmp_path / "c")) == set(kept) - {*both(kept[0]), *both(kept[-1])}
     # A study's variants are of the run as it is, and not of what people said since.
-    recurate.derive(judged, load(judged / "recipe.yaml"), tmp_path / "d", QUIET)
-    recurate.derive(tmp_path / "b", load(judged / "recipe.yaml"), tmp_path / "e", QUIET)
+    derive(judged, load(judged / "recipe.yaml"), tmp_path / "d", QUIET)
+    derive(tmp_path / "b", load(judged / "recipe.yaml"), tmp_path / "e", QUIET)
     assert ids(tmp_path / "d") == kept and ids(tmp_path / "e") == ids(tmp_path / "b")
 
 

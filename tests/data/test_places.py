@@ -20,6 +20,7 @@ from diptych.recipe import load
 from diptych.run.runner import run
 from diptych.utils.console import Display
 from diptych.utils.paths import place
+from raising import raises
 
 QUIET = Display(quiet=True)
 pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
@@ -100,7 +101,7 @@ def test_a_run_in_a_bucket_goes_on_where_it_was(bucket: str, recipe_file: Path) 
     assert contents(url) == before
     # The folder is a recipe, too, and belongs to it.
     assert run(load(url), url, ["paint"], QUIET)["stages"]["paint"]["processed"] == 0
-    with pytest.raises(UsageError, match=r"was made by another recipe: seed \(0 there, 1 here\)"):
+    with raises("recipe_mismatch", "seed (0 there, 1 here)", kind=UsageError):
         run(load(recipe_file, ["seed=1"]), url, ["paint"], QUIET)
 
 

@@ -180,12 +180,12 @@ def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -
 def test_a_run_evaluates_relighting_where_its_recipe_asks(
     relit: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diptych.run.runner import Pipeline
+    from diptych.run.runner import Stages
     from diptych.utils.console import Display
 
     recipe, folder = relit
     asked: list[Any] = []
     monkeypatch.setattr(relight, "evaluate", lambda *given: asked.append(given))
     task: Any = SimpleNamespace(name="relight", version=3)
-    assert Pipeline(recipe, task, folder, Display(quiet=True)).evaluate() == {"relight": 2}
+    assert Stages(recipe, task, folder, Display(quiet=True)).evaluate() == {"relight": 2}
     assert asked[0][:2] == (recipe, folder)

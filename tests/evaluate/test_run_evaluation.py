@@ -60,7 +60,7 @@ def test_a_plan_counts_the_pictures_that_are_drawn(done: dict[str, Any], recipe:
     drawn = sum(len(Dataset(folder)) for folder in (run_dir / "samples").iterdir() if folder.is_dir())
     found = plan.make(recipe, run_dir=run_dir / "no run")
     assert found["stages"]["evaluate"] == {"suite": "pocket", "pictures": drawn} and drawn == (8 + 4) * 6
-    assert f"evaluate  {drawn} pictures" in "\n".join(plan.lines(found))
+    assert f"evaluate  {drawn} images" in "\n".join(plan.format_plan(found))
     twice = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"seeds": [0, 1]})})
     assert plan.make(twice, run_dir=run_dir / "no run")["stages"]["evaluate"]["pictures"] == 2 * drawn
 

@@ -15,12 +15,13 @@ import yaml
 from diptych import recipe as recipes
 from diptych.cli import app
 from diptych.data import places
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.recipe import load, tasks
 from diptych.recipe.schema import Recipe
-from diptych.run.plan import arithmetic, assumptions, lines, make, sizes
+from diptych.run.plan import arithmetic, assumptions, format_plan, make, sizes
 from diptych.student.runtime.presets import HEADROOM
 from diptych.utils.paths import packaged
+from raising import raises
 
 LLM = {
     "write.writer": "llm",
@@ -81,7 +82,7 @@ def test_a_forward_is_what_torch_counts() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert arithmetic.forward(shapes, arithmetic.Canvas(image, text)) == counter.get_total_flops()
+    assert arithmetic.forward(shapes, arithmetic.TokenCounts(image, text)) == counter.get_total_flops()
 
 
 def test_reference_tokens_are_what_torch_counts() -> None:
@@ -114,9 +115,9 @@ def test_reference_tokens_are_what_torch_counts() -> None:
                 model(**inputs, joint_attention_kwargs={"references": keys})
         counted.append(counter.get_total_flops())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    apart = arithmetic.Canvas(target + reference, text, apart=reference)
+    apart = arithmetic.TokenCounts(target + reference, text, apart=reference)
     assert arithmetic.forward(shapes, apart) == counted[1]
-    step = arithmetic.Canvas(target, text, keys=reference)
+    step = arithmetic.TokenCounts(target, text, keys=reference)
     assert arithmetic.forward(shapes, step) == counted[1] - counted[0]
 
 
@@ -224,8 +225,8 @@ def test_the_largest_phase_is_what_a_training_needs(tmp_path: Path) -> None:
     assert phases(*small)[0] in ("captions", "latents")
     eight = phases("distill.mode=full", "distill.sharding=full", assume=["devices=8"])
     assert eight[0] == "splitting" and eight[1]["splitting"] > 4 * 11.9e9
-    text = "\n".join(lines(plan("flux-subject", tmp_path, *small)))
-    assert "; the most is" in text
+    text = "\n".join(format_plan(plan("flux-subject", tmp_path, *small)))
+    assert "; the maximum is" in text
 
 
 def test_planning_a_flux_training_imports_neither_torch_nor_diffusers(tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_vision_model_is_asked_once_for_two_panels_and_each_vote(tmp_path: Pat
     curate = found["stages"]["curate"]
     assert (curate["votes"], curate["captions"], curate["calls"]) == (150, 0, 150)
     assert curate["money"] is None and found["totals"]["money"] is None
-    assert "money not known" in "\n".join(lines(found))
+    assert "money unknown" in "\n".join(format_plan(found))
     assert {"gpu_hour", "vlm_input_price", "vlm_output_price"} <= set(found["missing"])
     prices = ["vlm_input_price=1", "vlm_output_price=4", "gpu_hour=2", "keep_rate=0.5"]
     found = plan("flux-subject", tmp_path, "write.count=100", VLM[:-1] + ", captions: true}", assume=prices)
@@ -359,13 +360,13 @@ def test_models_on_vllm_cost_hours_where_they_are_known_and_name_what_they_need(
     curate = found["stages"]["curate"]
     assert (curate["money"], curate["vllm_gpus"]) == (0, 2) and found["missing"] == []
     assert curate["device_hours"] == pytest.approx(found["stages"]["paint"]["device_hours"] * 0.04)
-    text = "\n".join(lines(found))
+    text = "\n".join(format_plan(found))
     assert "Qwen/Qwen3-VL-32B-Instruct (vLLM, 2 GPUs a worker): " in text
     assert "note: curate.vlm.vllm: pip install 'diptych[vllm]' and GPUs where the stage runs" in text
     writer = ["write.writer=llm", "write.vllm.model=Qwen/Qwen3-8B"]
     found = plan("flux-subject", tmp_path, *writer, assume=["gpu_hour=2"])
     assert found["stages"]["write"]["money"] is None and found["totals"]["money"] is None
-    text = "\n".join(lines(found))
+    text = "\n".join(format_plan(found))
     assert "Qwen/Qwen3-8B (vLLM, 1 GPU a worker): " in text and "the hours of its GPUs are not counted" in text
     assert not [note for note in plan("flux-subject", tmp_path)["notes"] if "vllm" in note]
 
@@ -381,23 +382,23 @@ def test_every_assumption_has_a_unit_and_a_source_and_can_be_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "fact"),
     [
-        ("keep_rat=0.4", "unknown assumption; did you mean 'keep_rate'?"),
-        ("zzz=1", "there are keep_rate, devices"),
-        ("keep_rate", "write it as name=number"),
-        ("keep_rate=many", "must be a number above 0"),
-        ("keep_rate=nan", "must be a number above 0"),
-        ("keep_rate=1.5", "a share is at most 1"),
-        ("devices=0", "must be a number above 0"),
-        ("devices=1.5", "a whole number of devices"),
-        ("paint_share=0", "nothing would ever be done"),
+        ("keep_rat=0.4", "name_unknown", "'keep_rate'"),
+        ("zzz=1", "name_unknown", "keep_rate, devices"),
+        ("keep_rate", "option_invalid", "name=number"),
+        ("keep_rate=many", "option_invalid", "above 0"),
+        ("keep_rate=nan", "option_invalid", "above 0"),
+        ("keep_rate=1.5", "option_invalid", "at most 1"),
+        ("devices=0", "option_invalid", "above 0"),
+        ("devices=1.5", "option_invalid", "whole number"),
+        ("paint_share=0", "option_invalid", "above 0"),
     ],
 )
-def test_an_assumption_that_makes_no_sense_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+def test_an_invalid_assumption_is_an_error(text: str, code: str, fact: str) -> None:
+    with raises(code, text, fact, kind=UsageError) as caught:
         assumptions.collect(load("pocket"), [text])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_s_own_prices_count_and_an_option_beats_them() -> None:
@@ -408,22 +409,22 @@ def test_a_recipe_s_own_prices_count_and_an_option_beats_them() -> None:
 
 
 def test_a_device_or_teacher_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--gpu H20: .*did you mean 'H200'"):
+    with raises("hardware_unknown", "--gpu H20", "'H200'", kind=UsageError):
         plan("pocket", tmp_path, gpu="H20")
-    with pytest.raises(UserError, match=r"'black-forest-labs/FLUX.1-def' is not on this machine.*did you mean"):
+    with raises("model_not_found", "'black-forest-labs/FLUX.1-def'", "'black-forest-labs/FLUX.1-dev'"):
         plan("flux-subject", tmp_path, "teacher=black-forest-labs/FLUX.1-def")
     folder = tmp_path / "other" / "transformer"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
-    with pytest.raises(UserError, match="SD3Transformer2DModel"):
+    with raises("model_unsupported", folder.parent, "SD3Transformer2DModel"):
         plan("flux-subject", tmp_path, f"teacher={folder.parent}")
-    with pytest.raises(UsageError, match="not a multiple of 16"):
+    with raises("size_invalid", "500", "16", kind=UsageError):
         plan("flux-subject", tmp_path, "paint.panel_size=500")
-    with pytest.raises(UsageError, match=r"no set 'atention'; .*did you mean 'attention'"):
+    with raises("name_unknown", "'atention'", "'attention'", kind=UsageError):
         plan("pocket", tmp_path, "distill.lora_targets=atention")
-    with pytest.raises(UsageError, match=r"no linear layer is called 'to_quu'"):
+    with raises("layer_unknown", "'to_quu'", kind=UsageError):
         plan("pocket", tmp_path, "distill.lora_targets=[to_quu]")
-    with pytest.raises(UsageError, match="no 3x3 grid"):
+    with pytest.raises(UsageError, match="3x3"):
         plan("flux-subject", tmp_path, "write.layout=3x3")
 
 
@@ -444,7 +445,7 @@ def test_a_downloaded_teacher_is_counted_from_the_hub_s_cache(tmp_path: Path, mo
     pocket = packaged("pocket/weights") / "teacher"
     recipe = load("pocket", ["teacher=someone/flux-mini"])
     for part in ("transformer", "vae"):
-        with pytest.raises(UserError, match="not on this machine"):
+        with raises("model_not_found", "someone/flux-mini"):
             sizes.find(recipe)
         (repo / "snapshots" / "abc" / part).mkdir(parents=True)
         (repo / "snapshots" / "abc" / part / "config.json").write_bytes((pocket / part / "config.json").read_bytes())
@@ -483,7 +484,7 @@ def test_a_run_s_own_rates_take_the_place_of_assumptions(run: Path) -> None:
     assert found["counts"]["kept"] == 2 * load("pocket").write.count // 5
     assert found["assumed"]["keep_rate"]["of"] == "measured" and "Test CPU" in found["assumed"]["keep_rate"]["source"]
     assert any("measured" in note for note in found["notes"])
-    assert "measured: " in "\n".join(lines(found))
+    assert "measured: " in "\n".join(format_plan(found))
 
 
 def test_what_somebody_sets_beats_what_was_measured(run: Path, tmp_path: Path) -> None:
@@ -559,10 +560,10 @@ def test_the_command_prints_a_plan_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("plan pocket --assume keep_rat=1", "did you mean 'keep_rate'"),
-        ("plan pockt", "did you mean 'pocket'"),
-        ("plan pocket --set paint.stesp=1", "did you mean 'steps'"),
-        ("plan pocket --gpu H20", "did you mean 'H200'"),
+        ("plan pocket --assume keep_rat=1", "'keep_rate'"),
+        ("plan pockt", "'pocket'"),
+        ("plan pocket --set paint.stesp=1", "'steps'"),
+        ("plan pocket --gpu H20", "'H200'"),
     ],
 )
 def test_a_wrong_plan_is_one_line_and_exit_code_two(
@@ -607,5 +608,5 @@ def test_the_commented_settings_of_flux_subject_are_a_recipe(tmp_path: Path) -> 
 
 
 def test_a_recipe_on_other_peoples_pairs_is_refused() -> None:
-    with pytest.raises(UsageError, match="other people's pairs alone"):
+    with raises("recipe_conflict", "distill.data", kind=UsageError):
         make(load("demo", ["distill.data=[{path: runs/other}]"]))

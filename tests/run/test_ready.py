@@ -19,7 +19,7 @@ from diptych.errors import UsageError, UserError
 from diptych.recipe.schema import Recipe
 from diptych.recipe.tasks import load as load_task
 from diptych.run.ready import check
-from diptych.run.runner import STAGES, Pipeline, run
+from diptych.run.runner import STAGES, Stages, run
 from diptych.utils import models
 from diptych.utils.console import Display
 from diptych.utils.paths import packaged
@@ -137,7 +137,7 @@ def test_a_lora_to_go_on_from_must_fit_what_is_trained(tmp_path: Path) -> None:
 
 
 def check_only(wanted: Recipe, folder: Path, *stages: str) -> None:
-    check(Pipeline(wanted, load_task(wanted.task), folder, QUIET), stages, LocalEngine())
+    check(Stages(wanted, load_task(wanted.task), folder, QUIET), stages, LocalEngine())
 
 
 def test_a_stage_alone_looks_at_its_own_needs_alone(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ from diptych.apps import audit
 from diptych.cli import app
 from diptych.data import funnel, places
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.evaluate.report.gather import Run
 from diptych.recipe import load, tasks
 from diptych.recipe.schema import Recipe
 from diptych.run import recurate as again
+from diptych.run.derive import derive
 from diptych.run.runner import run
 from diptych.serve.runs import Runs
 from diptych.utils.console import Display
+from raising import raises
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")
@@ -116,8 +118,8 @@ def test_a_dry_run_counts_and_writes_nothing(judged: Path, tmp_path: Path) -> No
     assert found["moves"] == [{"from": "different", "to": "kept", "pairs": len(came)}]
     assert found["kept_after"] == found["kept_before"] + len(came) and found["candidates"] == len(rows)
     assert sorted(tmp_path.rglob("*")) == files
-    text = "\n".join(again.lines(found))
-    assert "same 0.3 → 0.1" in text and "nothing was written" in text
+    text = "\n".join(again.format_result(found))
+    assert "same 0.3 → 0.1" in text and "Nothing was written" in text
 
 
 def test_rows_that_say_same_of_what_is_different_are_read_as_before(judged: Path) -> None:
@@ -151,7 +153,7 @@ def test_what_another_test_refused_stays_refused(judged: Path) -> None:
 
 def test_a_derived_run_shares_what_its_recipe_does_not_change(judged: Path, recipe_file: Path, tmp_path: Path) -> None:
     later = load(recipe_file, ["distill.steps=7", "name=later"])
-    again.derive(judged, later, tmp_path / "b", QUIET)
+    derive(judged, later, tmp_path / "b", QUIET)
     for name in ("prompts", "grids", "candidates"):
         files = list((judged / name).glob("*.parquet"))
         assert files and all(path.samefile(tmp_path / "b" / name / path.name) for path in files)
@@ -159,7 +161,7 @@ def test_a_derived_run_shares_what_its_recipe_does_not_change(judged: Path, reci
     run(load(tmp_path / "b" / "recipe.yaml"), tmp_path / "b", stages=ROWS, display=QUIET)
     assert stages.CALLS == []  # nothing was left to do
     made = stages.data(tmp_path / "b")
-    again.derive(judged, later, tmp_path / "b", QUIET)
+    derive(judged, later, tmp_path / "b", QUIET)
     assert stages.data(tmp_path / "b") == made
     assert [event["event"] for event in places.read(tmp_path / "b")].count("derive") == 1
 
@@ -169,7 +171,7 @@ def test_a_derived_run_has_the_candidates_of_its_own_thresholds(
 ) -> None:
     stricter = load(recipe_file, ["curate.thresholds.same=0.6"])
     run(stricter, tmp_path / "anew", stages=ROWS, display=QUIET)
-    again.derive(judged, stricter, tmp_path / "b", QUIET)
+    derive(judged, stricter, tmp_path / "b", QUIET)
     assert stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
 
 
@@ -187,9 +189,9 @@ def test_a_killed_one_goes_on_where_it_was(judged: Path, tmp_path: Path) -> None
 
 def test_a_folder_of_other_thresholds_is_refused(judged: Path, tmp_path: Path) -> None:
     again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)
-    with pytest.raises(UsageError, match=r"another recipe: curate.thresholds.same \(0.6 there, 0.7 here\)"):
+    with raises("recipe_mismatch", "curate.thresholds.same (0.6 there, 0.7 here)", kind=UsageError):
         again.recurate(judged, ["same=0.7"], tmp_path / "b", QUIET)
-    with pytest.raises(UsageError, match="belongs to its own thresholds; choose another --out"):
+    with raises("option_conflict", judged, "--out", kind=UsageError):
         again.recurate(judged, ["same=0.7"], tmp_path / "b" / ".." / "a", QUIET)
 
 
@@ -197,8 +199,8 @@ def test_an_unfinished_run_can_be_compared_but_not_written(judged: Path, tmp_pat
     Dataset(judged / "candidates").drop_shard(4)
     Dataset(judged / "candidates").unpublish()
     found = again.recurate(judged, ["same=0.6"], display=QUIET)
-    assert found["complete"] is False and "of an unfinished run" in "\n".join(again.lines(found))
-    with pytest.raises(UserError, match="candidates is not complete"):
+    assert found["complete"] is False and "of an unfinished run" in "\n".join(again.format_result(found))
+    with raises("run_incomplete", judged / "candidates"):
         again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)
     assert not (tmp_path / "b").exists()
 
@@ -207,13 +209,13 @@ def test_candidates_of_an_older_version_are_compared_but_make_no_run(judged: Pat
     path = judged / "candidates/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "older"}))
     assert again.recurate(judged, ["same=0.6"], display=QUIET)["went"]
-    with pytest.raises(UserError, match=r"is not what .*recipe\.yaml makes today.*leave out --out"):
+    with raises("run_mismatch", judged / "recipe.yaml", "--out"):
         again.recurate(judged, ["same=0.6"], tmp_path / "b", QUIET)
     assert not (tmp_path / "b").exists()
 
 
 def test_thresholds_that_keep_nothing_write_nothing(judged: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="keep none of 36 candidate pairs; nothing was written"):
+    with raises("run_empty", "none of 36 candidate pairs"):
         again.recurate(judged, ["same=2"], tmp_path / "b", QUIET)
     assert not (tmp_path / "b").exists()
 
@@ -223,7 +225,7 @@ def test_a_default_that_the_task_overrules_is_told(recipe_file: Path, recipe: Re
     values["curation"]["thresholds"] = {"same": 0.4}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(values))
     run(load(recipe_file, [f"task={tmp_path}/own.yaml"]), tmp_path / "a", stages=ROWS, display=QUIET)
-    with pytest.raises(UsageError, match=r"same=0.5: that is the default, for which the task 'subject' takes 0.4"):
+    with raises("threshold_invalid", "same=0.5", "'subject'", "0.4", kind=UsageError):
         again.recurate(tmp_path / "a", ["same=0.5"], display=QUIET)
     assert again.recurate(tmp_path / "a", ["same=0.500001"], display=QUIET)["thresholds"]["after"]["same"] == 0.500001
 
@@ -231,13 +233,13 @@ def test_a_default_that_the_task_overrules_is_told(recipe_file: Path, recipe: Re
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
-        ([], "name a threshold to change"),
-        (["--set", "near_cpy=0.1"], "did you mean 'near_copy'?"),
-        (["--set", "distill.steps=7"], "only thresholds can change here"),
-        (["--set", "same"], "only thresholds can change here"),
-        (["--set", "same=high"], "curate.thresholds.same: must be a number"),
-        (["--set", "near_copy=-1"], "curate.thresholds.near_copy: must be"),
-        (["--set", "same=0.7", "--out", ""], "--out is empty"),
+        ([], "error[option_missing]"),
+        (["--set", "near_cpy=0.1"], "'near_copy'"),
+        (["--set", "distill.steps=7"], "error[threshold_invalid]"),
+        (["--set", "same"], "error[threshold_invalid]"),
+        (["--set", "same=high"], "curate.thresholds.same"),
+        (["--set", "near_copy=-1"], "curate.thresholds.near_copy"),
+        (["--set", "same=0.7", "--out", ""], "--out"),
     ],
 )
 def test_wrong_use_is_one_line(judged: Path, capsys: pytest.CaptureFixture[str], sets: list[str], words: str) -> None:

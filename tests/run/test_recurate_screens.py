@@ -26,6 +26,7 @@ from diptych.run import recurate as again
 from diptych.run.runner import run
 from diptych.stages.curate.stage import Curate as RealCurate
 from diptych.utils.console import Display
+from raising import raises
 
 QUIET = Display(quiet=True)
 ROWS = ("write", "paint", "curate")
@@ -191,8 +192,8 @@ def test_a_dry_run_tells_how_many_repeat_others(judged: Path) -> None:
     good = 2 * len(of_idea(*GOOD)) - 4
     found = again.recurate(judged, ["duplicates.hash=null"], display=QUIET)
     assert found["duplicates"] == {"before": good, "after": 0} and found["moves"] == []
-    text = "\n".join(again.lines(found))
-    assert "duplicates.hash 4 → off" in text and f"duplicates   {good} → 0 of the kept" in text
+    text = "\n".join(again.format_result(found))
+    assert "duplicates.hash 4 → off" in text and f"duplicates   {good} → 0 of the accepted" in text
     assert "screens.dark 0.1" in text and "screens.flat off" in text and "screens.red 1" in text
 
 
@@ -209,18 +210,17 @@ def test_the_funnel_tells_repeats_by_embedding(judged: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fact"),
     [
-        ("screens.dork=0.1", "did you mean 'screens.dark'?"),
-        ("screens.classifiers=[]", "only thresholds can change here"),
-        ("screens.red=2", "curate.screens.classifiers.most: must be less than or equal to 1"),
-        ("duplicates.hash=12", "curate.duplicates.hash: must be less than or equal to 8"),
+        ("screens.dork=0.1", r"'screens\.dark'"),
+        ("screens.classifiers=[]", r"screens\.classifiers"),
+        ("screens.red=2", r"curate\.screens\.classifiers\.most"),
+        ("duplicates.hash=12", r"curate\.duplicates\.hash"),
     ],
 )
-def test_wrong_limits_are_named(judged: Path, text: str, words: str) -> None:
-    with pytest.raises(UsageError) as caught:
+def test_wrong_limits_are_named(judged: Path, text: str, fact: str) -> None:
+    with pytest.raises(UsageError, match=fact):
         again.recurate(judged, [text], display=QUIET)
-    assert words in str(caught.value)
 
 
 def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path
     reasons = {row["reason"] for row in Dataset(tmp_path / "plain/candidates")}
     assert reasons <= {"seam", "near_copy", "different", "kept"}
     for text in ("screens.dark=0.1", "duplicates.hash=4", "duplicates.embedding=0.9"):
-        with pytest.raises(UsageError, match="only thresholds can change here"):
+        with raises("threshold_invalid", text, kind=UsageError):
             again.recurate(tmp_path / "plain", [text], display=QUIET)
 
 
@@ -262,7 +262,7 @@ def test_what_counts_as_a_copy_can_change_and_makes_the_bytes_of_a_run_with_it(
     found = again.recurate(tmp_path / "a", ["copies.hash=8"], tmp_path / "b", QUIET)
     copied = 2 * len(of_idea(GOOD[0]))
     assert stages.CALLS == [] and found["moves"] == [{"from": "kept", "to": "near_copy: hash", "pairs": copied}]
-    assert "copies.hash off → 8" in "\n".join(again.lines(found))
+    assert "copies.hash off → 8" in "\n".join(again.format_result(found))
     run(load(tmp_path / "b/recipe.yaml"), tmp_path / "anew", stages=ROWS, display=QUIET)
     assert stages.CALLS and stages.data(tmp_path / "b") == stages.data(tmp_path / "anew")
     manifest = Dataset(tmp_path / "b/pairs").manifest

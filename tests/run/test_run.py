@@ -25,6 +25,7 @@ from diptych.recipe.schema import Recipe
 from diptych.run.runner import PromptShards, run
 from diptych.utils import machine
 from diptych.utils.console import Display, Meter, duration, rate_text
+from raising import raises
 
 QUIET = Display(quiet=True)
 SCRIPT = Path(stages.__file__)
@@ -100,7 +101,7 @@ def test_a_finished_run_does_no_row_again(recipe: Recipe, tmp_path: Path) -> Non
 
 
 def test_stages_run_alone_and_in_order(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompts is not complete; first: diptych write .*recipe\.yaml --out"):
+    with raises("run_incomplete", "prompts", "diptych write", "recipe.yaml --out"):
         run(recipe, tmp_path / "a", stages=("paint",), display=QUIET)
     for stage in ("write", "paint", "curate", "distill", "evaluate"):
         run(recipe, tmp_path / "a", stages=(stage,), display=QUIET)
@@ -112,7 +113,7 @@ def test_another_recipe_is_refused_and_the_keys_are_named(recipe: Recipe, recipe
     run(recipe, tmp_path / "a", display=QUIET)
     before = stages.data(tmp_path / "a")
     other = load(recipe_file, ["distill.steps=7", "seed=1"])
-    with pytest.raises(UsageError, match=r"seed \(0 there, 1 here\), distill.steps \(4000 there, 7 here\).*--out"):
+    with raises("recipe_mismatch", "seed (0 there, 1 here)", "distill.steps (4000 there, 7 here)", kind=UsageError):
         run(other, tmp_path / "a", display=QUIET)
     assert stages.data(tmp_path / "a") == before
 
@@ -123,19 +124,19 @@ def test_what_the_machine_decided_stays_decided(recipe_file: Path, recipe: Recip
     frozen = load(tmp_path / "a" / "recipe.yaml")
     assert frozen.device != "auto" and frozen.threads is not None
     run(load(recipe_file, sets), tmp_path / "a", stages=("write",), display=QUIET)
-    with pytest.raises(UsageError, match="threads"):
+    with raises("recipe_mismatch", "threads", kind=UsageError):
         run(load(recipe_file, ["device=auto", "threads=77"]), tmp_path / "a", display=QUIET)
 
 
 def test_other_weights_under_the_same_name_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     run(recipe, tmp_path / "a", stages=("write", "paint"), display=QUIET)
     (Path(recipe.teacher) / "config.json").write_text('{"name": "another"}')
-    with pytest.raises(UserError, match=r"grids/part-00000\.parquet was made by other settings, inputs or weights"):
+    with pytest.raises(UserError, match=r"grids/part-00000\.parquet"):
         run(recipe, tmp_path / "a", display=QUIET)
 
 
 def test_keeping_no_pair_stops_the_run_with_the_reasons(recipe_file: Path, recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"kept none of 40 candidate pairs \(different: 40\)"):
+    with raises("run_empty", "none of 40 candidate pairs", "different: 40"):
         run(load(recipe_file, ["curate.thresholds.same=2"]), tmp_path / "a", display=QUIET)
 
 

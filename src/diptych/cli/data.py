@@ -57,7 +57,7 @@ def recurate(
     from diptych.utils.console import Display
 
     require_text(out=out)
-    print_result(again.recurate(run, sets or (), out, Display(quiet=as_json)), again.lines, as_json)
+    print_result(again.recurate(run, sets or (), out, Display(quiet=as_json)), again.format_result, as_json)
 
 
 @command(

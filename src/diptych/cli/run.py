@@ -127,7 +127,7 @@ def plan(
     from diptych.run import plan as plans
 
     result = plans.make(recipes.load(work.recipe, work.sets or ()), assume or (), gpu, work.out)
-    print_result(result, plans.lines, work.as_json)
+    print_result(result, plans.format_plan, work.as_json)
 
 
 @command("diptych ablate pocket --out runs/ablations --from runs/first", Input="study base only sets", Output="out")
@@ -156,7 +156,7 @@ def ablate(
 
     require_text(out=out)
     result = studies.ablate(study, out, Display(quiet=as_json), base, only or (), sets or ())
-    print_result(result, studies.lines, as_json)
+    print_result(result, studies.format_table, as_json)
 
 
 @command("diptych tasks", "diptych tasks show subject > mine.yaml", "diptych tasks mine.yaml", Input="words")

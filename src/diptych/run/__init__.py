@@ -1,1 +1,1 @@
-"""A run of a recipe: its stages in order, resumed, taken over, curated again, and planned before it costs anything."""
+"""A run of a recipe: its stages in order, resuming, reuse of an earlier run, other thresholds, and its cost."""

@@ -1,11 +1,11 @@
-"""Runs an ablation study (`evaluate.ablations`): what is missing of every variant and seed, and the table of them all.
+"""Runs an ablation study (`evaluate.ablations`): every variant with every seed, and a table of the results.
 
     ablate("pocket", "runs/ablations")
 
-The folder: `base/` has the prompts, grids and pairs that all share (or another run is named for them).
-`VARIANT/seed-N/` is a run like any other, whose prompts, grids and, where curation is the same, candidates are hard
-links to the base's: nothing is painted or judged again. `ablations.json` and `ablations.md` are the table, written anew
-after every run. Called again it goes on where it was.
+In the study's folder, `base/` has the prompts, grids and pairs that all variants share (you can name another run).
+`VARIANT/seed-N/` is a normal run. Its prompts, grids and, if curation is the same, candidates are hard links to those
+of the base, so nothing is painted or judged again. `ablations.json` and `ablations.md` are the table, rewritten after
+every run. Another call resumes the study.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diptych.evaluate import ablations
 from diptych.evaluate.ablations import Study, Variant
 from diptych.evaluate.evaluation import overlay
 from diptych.recipe.schema import Recipe
-from diptych.run.recurate import derive
+from diptych.run.derive import derive
 from diptych.run.runner import run
 from diptych.utils.console import Display
 from diptych.utils.documents import parse_json
@@ -45,30 +45,31 @@ def ablate(
     only: Sequence[str] = (),
     sets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Runs what is missing and returns the table, which it also writes.
+    """Run what is missing, write the table and return it.
 
     Args:
-        study: a file, or the name of one that ships.
+        study: a file, or the name of a shipped study.
         out: the study's folder.
-        base: a curated run to take prompts, grids and candidates from, whatever the study says of them; None makes one
-            in `out`.
-        only: variants to run; the others are shown as far as they are.
-        sets: keys laid over the recipe of every variant, as `"distill.steps=200"`.
+        base: a curated run with the prompts, grids and candidates, which overrides the study's settings for these
+            stages; None makes one in `out`.
+        only: variants to run. The table also has the existing results of the others.
+        sets: keys for the recipe of every variant, such as `"distill.steps=200"`.
 
-    Raises UsageError for a study that does not fit together; what its runs raise passes through.
+    Raises UsageError for an invalid study. Errors of its runs pass through.
     """
     display, out = display or Display(), Path(out).absolute()
     plan, file = ablations.load(study)
     for name in only:
         if name not in plan.variants:
-            raise UsageError(f"--only {name}: the study has {', '.join(plan.variants)}")
-    said = plan.sets if base is None else _later(plan.sets)
-    shared = overlay(said, *(recipes.parse_set(text) for text in sets))
+            known = f"Variants: {', '.join(plan.variants)}"
+            raise UsageError("name_unknown", f"--only {name}: the study has no such variant. {known}")
+    settings = plan.sets if base is None else _after_judging(plan.sets)
+    shared = overlay(settings, *(recipes.parse_set(text) for text in sets))
     if base is None:
-        source, beside = out / "base", file.parent / plan.recipe
-        start = recipes.load(beside if beside.is_file() else plan.recipe).values()
+        source, local = out / "base", file.parent / plan.recipe
+        start = recipes.load(local if local.is_file() else plan.recipe).values()
         recipe = recipes.check(overlay(start, shared, {"name": f"{plan.name}-base"}), str(file))
-        _recipes(plan, recipe, shared, out, file)  # what is wrong with a variant is told before hours of painting
+        _recipes(plan, recipe, shared, out, file)  # finds errors of a variant before hours of painting
         display.say(f"base: {source}")
         run(recipe, source, ROWS, display)
     else:
@@ -86,42 +87,43 @@ def ablate(
 
 
 def place(out: Path, name: str, seed: int) -> Path:
-    """The run folder of a variant's training."""
+    """Return the run folder of a variant's training."""
     return out / name / f"seed-{seed}"
 
 
 def _recipes(plan: Study, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> dict[tuple[str, int], Recipe]:
-    """The recipe of every run, in the order in which they run."""
+    """Return the recipe of every run, in order."""
     return {(name, seed): _recipe(plan, name, seed, base, shared, out, file) for name, seed in plan.runs()}
 
 
-def _later(sets: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study says of the stages after judging."""
+def _after_judging(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study's settings for the stages after judging."""
     limits = sets.get("curate", {}).get("thresholds")
     later = {key: value for key, value in sets.items() if key not in ROWS}
     return later | ({"curate": {"thresholds": limits}} if limits else {})
 
 
 def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> Recipe:
-    """The recipe of one run. UsageError if it changes what comes before curation's thresholds."""
+    """Return the recipe of one run. Raises UsageError if it changes a stage before curation's thresholds."""
     variant = plan.variants[name]
-    own = ablations.filled(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
-    # One run is enough to show what the scores can reach and how good the judges are.
+    filled = ablations.filled(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
+    # One run is enough for the range of the scores and the quality of the judges.
     evaluate = {"methods": [variant.method], "yardsticks": (name, seed) == (plan.full, plan.seeds[0])}
     fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": evaluate}
-    recipe = recipes.check(overlay(base.values(), shared, own, fixed), f"{file}: variants.{name}")
+    recipe = recipes.check(overlay(base.values(), shared, filled, fixed), f"{file}: variants.{name}")
     free = ("name", "distill.", "evaluate.", "curate.thresholds")
     if early := [key for key in base.differences(recipe) if not key.startswith(free)]:
         raise UsageError(
-            f"{file}: variants.{name} changes {', '.join(early)}: all variants share the prompts, grids and candidates "
-            "of one run, so only distill, evaluate and curate.thresholds can differ"
+            "recipe_conflict",
+            f"{file}: variants.{name} changes {', '.join(early)}. All variants share the prompts, grids and candidates "
+            "of one run, so only distill, evaluate and curate.thresholds can differ.",
         )
     return recipe
 
 
 def _run(plan: Study, name: str, seed: int, recipe: Recipe, source: Path, out: Path, display: Display) -> None:
     folder, first = place(out, name, seed), place(out, name, plan.seeds[0])
-    # The first seed's candidates are this variant's, judged under its thresholds: linked, and not written again.
+    # The first seed has the candidates with this variant's thresholds already, so they are linked.
     whole = first != folder and (first / "pairs" / "manifest.json").is_file()
     derive(first if whole else source, recipe, folder, display)
     frozen, method = recipes.load(folder / "recipe.yaml"), plan.variants[name].method
@@ -138,11 +140,8 @@ def _run(plan: Study, name: str, seed: int, recipe: Recipe, source: Path, out: P
     run(frozen, folder, ("evaluate",), display)
 
 
-# ---- the table
-
-
 def _write(plan: Study, out: Path) -> dict[str, Any]:
-    """The table of the runs that are scored, as `ablations.json` and `ablations.md`."""
+    """Write the table of the scored runs to `ablations.json` and `ablations.md`."""
     result = table(plan, out)
     if result["variants"]:
         write_atomic(out / "ablations.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
@@ -151,38 +150,37 @@ def _write(plan: Study, out: Path) -> dict[str, Any]:
 
 
 class Scored(NamedTuple):
-    """A run that is scored."""
+    """The scores of a run."""
 
     metrics: dict[str, Any]
-    lines: list[dict[str, Any]]  # one for each picture
-    seconds: float  # of training: of the run's student or adapter, of one subject, or none
-    method: str  # what of it is shown
+    lines: list[dict[str, Any]]  # one for each image
+    seconds: float  # of training the run's student or adapter, or of tuning for one subject; 0 without training
+    method: str  # the method that the table shows
 
 
 def table(plan: Study, out: Path) -> dict[str, Any]:
-    """All variants with a scored run: the main split, and the others under `splits`. `missing` are runs without one,
-    `seconds` what all stages of all runs took that reached their end."""
+    """Return all variants with a scored run: the main split, and the others under `splits`.
+
+    `missing` lists the runs without scores, and `seconds` is the time of all completed stages of all runs.
+    """
     from diptych.evaluate.suites import MAIN
 
-    scored = {(n, s): found for n, s in plan.runs() if (found := _scores(plan, out, n, s))}
+    scored = {(n, s): scores for n, s in plan.runs() if (scores := _scores(plan, out, n, s))}
     result: dict[str, Any] = {"name": plan.name, "full": plan.full, "seeds": list(plan.seeds)}
     result["missing"] = [f"{n} (seed {s})" for n, s in plan.runs() if (n, s) not in scored]
     result |= {"variants": {}, "splits": {}, "machine": machine(), "versions": versions()}
     result["seconds"] = round(_seconds(plan, out), 1)
     for name, variant in plan.variants.items():
-        own = {seed: scored[name, seed] for seed in plan.seeds if (name, seed) in scored}
-        if not own:
+        by_seed = {seed: scored[name, seed] for seed in plan.seeds if (name, seed) in scored}
+        if not by_seed:
             continue
-        metrics = next(iter(own.values())).metrics
+        metrics = next(iter(by_seed.values())).metrics
         if name == plan.full or "suite" not in result:
             result |= {key: metrics[key] for key in ("suite", "version", "prompts")}
             result["subjects"] = metrics["identities"]
         for split in (MAIN, *metrics["splits"]):
-            found = _row(plan, name, variant, own, scored, split)
-            if split == MAIN:
-                result["variants"][name] = found
-            else:
-                result["splits"].setdefault(split, {})[name] = found
+            rows = result["variants"] if split == MAIN else result["splits"].setdefault(split, {})
+            rows[name] = _row(plan, name, variant, by_seed, scored, split)
     return result
 
 
@@ -190,37 +188,39 @@ def _row(
     plan: Study,
     name: str,
     variant: Variant,
-    own: dict[int, Scored],
+    by_seed: dict[int, Scored],
     scored: dict[tuple[str, int], Scored],
     split: str,
 ) -> dict[str, Any]:
-    """A variant's row on one split; compared with the full method, and with what it stands beside, on the seeds that
-    both have and the pictures that the variant was asked for."""
+    """Return a variant's row on one split, with its differences from the full method and from the variants in `beside`.
+
+    Differences use the seeds that both variants have, and the images that this variant generated.
+    """
     from diptych.evaluate.scoring.summary import outcome
 
-    one = next(iter(own.values()))
-    asked = {line["id"] for line in one.lines}
+    one = next(iter(by_seed.values()))
+    images = {line["id"] for line in one.lines}
 
     def outcomes(of: str, seeds: Sequence[int]) -> list[Any]:
-        found = (scored[of, seed] for seed in seeds)
-        return [outcome([x for x in each.lines if x["id"] in asked], each.method, split) for each in found]
+        runs = (scored[of, seed] for seed in seeds)
+        return [outcome([x for x in each.lines if x["id"] in images], each.method, split) for each in runs]
 
     def gap(other: str) -> dict[str, Any]:
-        """Its difference from another variant, seed by seed where both have seeds; empty if that has no scores."""
-        ours, theirs = list(own), [seed for seed in plan.seeds if (other, seed) in scored]
+        """Return the difference from another variant, paired by seed if both have seeds; empty without scores."""
+        ours, theirs = list(by_seed), [seed for seed in plan.seeds if (other, seed) in scored]
         if variant.seeded and plan.variants[other].seeded:
-            ours = theirs = [seed for seed in theirs if seed in own]
+            ours = theirs = [seed for seed in theirs if seed in by_seed]
         if not theirs:
             return {}
-        found = ablations.row(outcomes(name, ours), outcomes(other, theirs), times).get("difference", {})
-        return found and {**found, "seeds": len(theirs)}
+        difference = ablations.row(outcomes(name, ours), outcomes(other, theirs), times).get("difference", {})
+        return difference and {**difference, "seeds": len(theirs)}
 
     times = one.metrics["settings"]["bootstrap"]
-    row = ablations.row(outcomes(name, list(own)), None, times)
-    if name != plan.full and (found := gap(plan.full)):
-        row["difference"] = found
-    row["beside"] = {other: found for other in variant.beside if (found := gap(other))}
-    row["training_seconds"] = round(sum(each.seconds for each in own.values()) / len(own), 2)
+    row = ablations.row(outcomes(name, list(by_seed)), None, times)
+    if name != plan.full and (difference := gap(plan.full)):
+        row["difference"] = difference
+    row["beside"] = {other: difference for other in variant.beside if (difference := gap(other))}
+    row["training_seconds"] = round(sum(each.seconds for each in by_seed.values()) / len(by_seed), 2)
     row["seconds_per_image"] = one.metrics["methods"][one.method]["seconds_per_image"]
     if variant.method == "tuned":
         row |= {"picked": one.method, "sweep": {each: s["cp_pf"] for each, s in one.metrics["methods"].items()}}
@@ -228,7 +228,7 @@ def _row(
 
 
 def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
-    """A run's scores; None if it is not scored."""
+    """Return a run's scores; None if it is not scored."""
     folder, method = place(out, name, seed), plan.variants[name].method
     trained = {"adapter": "baselines/adapter/adapter.json", "student": "student/training/summary.json"}.get(method)
     try:
@@ -238,22 +238,22 @@ def _scores(plan: Study, out: Path, name: str, seed: int) -> Scored | None:
     except (OSError, ValueError):
         return None
     lines, methods = [parse_json(line) for line in text.splitlines()], metrics["methods"]
-    if method == "tuned":  # the best of the sweep, picked with the scores in sight: in the baseline's favour
+    if method == "tuned":  # the best of the sweep by the scores, which favors the baseline
         method = max(methods, key=lambda each: methods[each]["cp_pf"])
         about = {"seconds": methods[method]["seconds_per_subject"]}
     return Scored(metrics, lines, float(about.get("summary", about)["seconds"]), method)
 
 
 def _seconds(plan: Study, out: Path) -> float:
-    """What the stages of the base, if it was made here, and of every run took."""
+    """Return the seconds of all stages of every run, and of the base if it is in `out`."""
     folders = [out / "base", *(place(out, name, seed) for name, seed in plan.runs())]
     spent = sum(sum(places.seconds(folder).values()) for folder in folders)
     for name, seed in plan.runs():
-        if plan.variants[name].method == "adapter" and (found := _scores(plan, out, name, seed)):
-            spent += found.seconds  # not a stage of the run
+        if plan.variants[name].method == "adapter" and (scores := _scores(plan, out, name, seed)):
+            spent += scores.seconds  # not a stage of the run
     return spent
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The table, for people."""
-    return ablations.markdown(result).splitlines() if result["variants"] else ["nothing has been scored yet"]
+def format_table(result: dict[str, Any]) -> list[str]:
+    """Return the table as lines of text."""
+    return ablations.markdown(result).splitlines() if result["variants"] else ["Nothing is scored yet."]

@@ -1,8 +1,8 @@
-"""What makes the rows of each stage: its settings, its models, and, through its input's own fingerprint, all before.
+"""Fingerprints of the rows of each stage: hashes of its settings, its models, and the fingerprint of its input.
 
     Fingerprints(recipe, task, Path("runs/first")).of("curate")
 
-Parts that were made by another fingerprint are made again, or refused; equal ones are taken over.
+Parts with another fingerprint are made again or are an error; parts with the same fingerprint are reused.
 """
 
 from __future__ import annotations
@@ -17,31 +17,36 @@ from diptych.recipe.schema import Recipe
 from diptych.utils import models
 from diptych.utils.io import sha256, sha256_json
 
-# Raised when the rows a stage makes from equal inputs change: parts of an older version are then not mixed in.
+# Raise a number when the rows that a stage makes from equal inputs change, so that parts of an older version are not
+# mixed with new ones.
 VERSIONS = {"write": 1, "paint": 1, "curate": 1, "select": 1}
-ALIGNED = 2  # the same, for what curation does with aligned panels alone
-WORDED = 2  # the same, for what is written by a language model or from a vocabulary, whose captions name the style
-TRAINING_KEYS = {"captions": {"instructions"}}  # of a task: no row depends on them
+ALIGNED = 2  # the same, for curation of tasks with aligned panels only
+WORDED = 2  # the same, for prompts of a language model or a vocabulary, whose captions name the style
+TRAINING_KEYS = {"captions": {"instructions"}}  # keys of a task on which no row depends
 
 
 class Fingerprints:
-    """Those of one run's stages."""
+    """The fingerprints of one run's stages."""
 
     def __init__(
         self, recipe: Recipe, task: tasks.Task, folder: Path, weights: Mapping[str, str] | None = None
     ) -> None:
-        """`weights` are the models' hashes by role (`teacher`, `curator`, `screen NAME`), as manifests name them; None
-        takes them from the models, which must then be here."""
+        """`weights` are the models' hashes by role, as in manifests (`teacher`, `curator`, `screen NAME`).
+
+        None computes them from the models, which must then be on this machine.
+        """
         self.recipe, self.task, self.folder, self._weights = recipe, task, folder, weights
 
     def teacher(self) -> str:
+        """Return the hash of the teacher."""
         return self._hash("teacher", "teacher", self.recipe.teacher)
 
     def judge(self) -> str:
+        """Return the hash of the judge that curates."""
         return self._hash("curator", "curator", self.recipe.curate.judge)
 
     def screens(self) -> dict[str, str]:
-        """Of the classifiers that screen panels, by the screen's name."""
+        """Return the hashes of the classifiers that screen panels, by the screen's name."""
         screens = self.recipe.curate.screens
         return (
             {c.name: self._hash(f"screen {c.name}", "screen", c.model) for c in screens.classifiers} if screens else {}
@@ -51,7 +56,7 @@ class Fingerprints:
         return models.fingerprint(models.resolve(model, kind)) if self._weights is None else self._weights[role]
 
     def of(self, stage: str) -> str:
-        """The fingerprint of `write`, `paint`, `curate` or `select`."""
+        """Return the fingerprint of `write`, `paint`, `curate` or `select`."""
         recipe = self.recipe
         settings: list[str]
         if stage == "write":

@@ -1,11 +1,11 @@
-"""What the stages need, checked before the first row is made: a mistake in the last stage costs nothing then.
+"""Checks what the stages need before the first row is made, so that an error in the last stage costs nothing.
 
     ready.distill(recipe)      # UsageError: distill.lora_targets: no linear layer is called 'to_x' …
 
-One function a stage, which raises what the stage itself would raise later. No weight is loaded: configs, headers of
-weights, names and packages are read, and models are built without memory (torch's meta device). What a name on the hub
-stands for is downloaded, since the stage needs it. On a cluster a check runs where its stage works. A stage that is
-complete is passed over.
+There is one function a stage, which raises the errors that the stage would raise later. No weights are loaded: it reads
+configs, headers of weights, names and packages, and builds models on torch's meta device. Models on the hub are
+downloaded, because the stage needs them. On a cluster, a check runs on the workers of its stage. Complete stages are
+skipped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from diptych.utils.opening import INDEX, check_pipeline
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
-    from diptych.run.runner import Pipeline
+    from diptych.run.runner import Stages
     from diptych.student.pipeline import DiptychPipeline
 
 ROWS = {"write": "prompts", "paint": "grids", "curate": "candidates"}  # a stage's output
 
 
-def check(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earlier: Path | None = None) -> None:
-    """Checks what these stages of a run need. `earlier` is a run from which complete stages are taken over.
+def check(run: Stages, stages: Sequence[str], engine: Engine, earlier: Path | None = None) -> None:
+    """Check what these stages of a run need. `earlier` is a run from which complete stages are taken over.
 
     Raises the UsageError or UserError that a stage would raise.
     """
@@ -46,29 +46,29 @@ def check(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earlier: Pa
         "evaluate": evaluate,
     }
     for name in stages:
-        if _complete(pipeline, name, earlier):
+        if _complete(run, name, earlier):
             continue
         if name == "distill":  # trains in this process
-            checks[name](pipeline.recipe)
+            checks[name](run.recipe)
         else:
-            engine.there(name, checks[name], pipeline.recipe)
+            engine.there(name, checks[name], run.recipe)
 
 
-def _complete(pipeline: Pipeline, stage: str, earlier: Path | None) -> bool:
-    folder = pipeline.folder
+def _complete(run: Stages, stage: str, earlier: Path | None) -> bool:
+    folder = run.folder
     if stage == "distill":
         return (desk(folder) / "student" / "training" / "summary.json").exists()
     if stage == "evaluate":
         return (folder / "report" / "metrics.json").exists()
-    here = [Dataset(run / ROWS[stage]) for run in (folder, earlier) if run is not None]
-    if not any(data.is_complete() for data in here):
+    outputs = [Dataset(path / ROWS[stage]) for path in (folder, earlier) if path is not None]
+    if not any(data.is_complete() for data in outputs):
         return False
-    fingerprint = pipeline.fingerprints.of(stage)
-    return any(data.is_complete(fingerprint) for data in here)
+    fingerprint = run.fingerprints.of(stage)
+    return any(data.is_complete(fingerprint) for data in outputs)
 
 
 def write(recipe: Recipe) -> None:
-    """The writer: its task, words or seed captions, and who is asked."""
+    """Check the writer: its task, its vocabulary or seed captions, and the language model."""
     from diptych.llm import client
     from diptych.stages.write import llm_writer
     from diptych.stages.write.stage import Write, grammar
@@ -77,12 +77,12 @@ def write(recipe: Recipe) -> None:
     if recipe.write.writer == "grammar":
         grammar(stage)
         return
-    llm_writer.LanguageModel(recipe, stage.task, None)  # pyright: ignore[reportArgumentType] (nothing is asked)
+    llm_writer.LanguageModel(recipe, stage.task, None)  # pyright: ignore[reportArgumentType] (no question is sent)
     client.check(recipe.write.endpoint, recipe.write.local, recipe.write.vllm, sees=False)
 
 
 def paint(recipe: Recipe) -> None:
-    """The teacher, and how it is held and hurried."""
+    """Check the teacher with its memory preset and speed preset."""
     import torch
 
     from diptych.stages.paint import memory_for, warnings
@@ -92,13 +92,13 @@ def paint(recipe: Recipe) -> None:
     folder, device = teacher(recipe), pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(recipe.paint.dtype, device)[0])
     warnings(recipe, folder)
-    with _unsaid():  # the stage says it
+    with _without_warnings():  # the stage prints them
         memory_for(recipe, folder, device, dtype)
         stock.resolve_speed(folder, recipe.paint.speed)
 
 
 def curate(recipe: Recipe) -> None:
-    """The judge, the classifiers of the screens, and the vision-language model."""
+    """Check the judge, the classifiers of the screens, and the vision-language model."""
     from diptych.judges.embedding import EmbeddingJudge
     from diptych.llm import client
     from diptych.stages.curate.screens import PanelClassifier
@@ -112,7 +112,7 @@ def curate(recipe: Recipe) -> None:
 
 
 def distill(recipe: Recipe) -> None:
-    """The data of others, the teacher, what is trained of it and from where, and the packages that training uses."""
+    """Check imported data, the teacher, the trained layers and their source, and the packages that training uses."""
     import torch
 
     from diptych.student.runtime import quantize
@@ -129,7 +129,7 @@ def distill(recipe: Recipe) -> None:
     if settings.init and settings.mode == "full":
         open_source(models.resolve(settings.init, "student"), folder)
     if problem := quantize.problem(settings.quantize, pick_device(recipe.device).type):
-        raise UsageError(f"distill.quantize: {problem}")
+        raise UsageError("device_unavailable", f"distill.quantize: {problem}")
     options = settings.model_copy(update={"offload": "none"})
     parts.optimizer(parts.Trained(["weight"], [torch.nn.Parameter(torch.zeros(1))], {}), options)
     pipe = student(recipe, folder)
@@ -138,14 +138,14 @@ def distill(recipe: Recipe) -> None:
 
 
 def teacher(recipe: Recipe) -> Path:
-    """The teacher's folder. UserError if it is no pipeline's, or brings code or pickles."""
+    """Return the teacher's folder. Raises UserError if it is not a pipeline, or has code or pickles."""
     folder = models.resolve(recipe.teacher, "teacher")
     check_pipeline(folder)
     return folder
 
 
 def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
-    """A student of the teacher in `folder` without weights: the shapes of its parts. UserError if it is no FLUX."""
+    """Return a student of the teacher in `folder` without weights. Raises UserError if it is not a FLUX.1 teacher."""
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
@@ -158,17 +158,19 @@ def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
     named = index.get("transformer") or [None, "no transformer"]
     if named[1] != "FluxTransformer2DModel":
         raise UserError(
-            f"the teacher in {folder} cannot be opened as a FLUX pipeline (it is a {index.get('_class_name')}, with "
-            f"{named[1]}): students are distilled from FLUX.1 teachers"
+            "model_unsupported",
+            f"The teacher in {folder} is not a FLUX pipeline but a {index.get('_class_name')} with {named[1]}. Use a "
+            "FLUX.1 teacher for training.",
         )
     config: Any = read_json(folder / "transformer" / "config.json")
     out = config.get("out_channels") or config["in_channels"]
     if config["in_channels"] != out:
-        raise UserError(f"{folder / 'transformer'} is widened already; the teacher must be the text-to-image model")
-    own = student_settings(recipe, None)
+        message = f"{folder / 'transformer'} is widened already. Use the text-to-image model as the teacher."
+        raise UserError("model_unsupported", message)
+    settings = student_settings(recipe, None)
     with torch.device("meta"):
-        wide = {"in_channels": (1 if own.conditioning == "tokens" else 2) * out, "out_channels": out}
-        transformer = FluxTransformer2DModel.from_config({**config, **wide, KEY: own.values()})
+        wide = {"in_channels": (1 if settings.conditioning == "tokens" else 2) * out, "out_channels": out}
+        transformer = FluxTransformer2DModel.from_config({**config, **wide, KEY: settings.values()})
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -176,8 +178,8 @@ def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
 
 
 @contextmanager
-def _unsaid() -> Iterator[None]:
-    """Keeps our own warnings back."""
+def _without_warnings() -> Iterator[None]:
+    """Suppress diptych's warnings inside the block."""
     log = logging.getLogger("diptych")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -188,7 +190,7 @@ def _unsaid() -> Iterator[None]:
 
 
 def evaluate(recipe: Recipe) -> None:
-    """The judges, which are not the one that curated, and the models of the methods. UsageError or UserError."""
+    """Check the judges, which must differ from the one that curated, and the models of the methods."""
     from diptych.judges.attributes import AttributeReader
     from diptych.judges.embedding import EmbeddingJudge
 

@@ -1,10 +1,9 @@
-"""The recipe of a folder: resolved and frozen when a run begins there, compared when it resumes, and named in full when
-it differs.
+"""The recipe of a run folder: resolved and frozen when the run begins, and compared when it resumes.
 
     recipe = freeze(load("recipes/pocket.yaml"), Path("runs/first"))
 
-What a recipe leaves to the machine (`device`, `threads`, precisions, `paint.memory: auto`) is decided once, by the
-machine that paints, or taken from the run whose stages the new one takes over.
+Keys that a recipe leaves to the machine (`device`, `threads`, precisions, `paint.memory: auto`) are resolved once, by
+the machine that paints, or taken from the run whose stages the new one takes over.
 """
 
 from __future__ import annotations
@@ -32,49 +31,50 @@ from diptych.utils.io import write_atomic
 from diptych.utils.machine import thread_variables
 from diptych.utils.paths import place
 
-# Keys whose `auto` is settled by the machine that starts a run, besides `device` and `threads`; the last by the task.
-OPEN = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"), ("distill", "instructions"))
+# Keys whose `auto` is resolved when a run begins, besides `device` and `threads`. The last depends on the task.
+AUTO = (("paint", "dtype"), ("paint", "memory"), ("distill", "precision"), ("distill", "instructions"))
 
 
 class OtherRecipe(UsageError):
-    """A folder that another recipe made: which keys differ, and the command that takes over what they leave alone."""
+    """A folder of another recipe. The message has the keys that differ and the command that reuses unchanged stages."""
 
     def __init__(self, folder: Path, differ: str, recipe: str = "RECIPE", more: Sequence[str] = ()) -> None:
-        """`recipe` is the recipe as the command line names it, and `more` its further words (`--set …`)."""
+        """`recipe` is the recipe's name on the command line, and `more` are its further arguments (`--set …`)."""
         self.folder, self.differ = folder, differ
         command = shlex.join(["diptych", "run", recipe, "--from", str(folder), "--out", free_name(folder), *more])
         super().__init__(
-            f"{folder} was made by another recipe: {differ}; choose another --out, and take over every stage that the "
-            f"change leaves as it was: {command}; or continue with {folder / 'recipe.yaml'}"
+            "recipe_mismatch",
+            f"{folder} was made with another recipe: {differ}. Continue with {folder / 'recipe.yaml'}, or choose "
+            f"another --out and reuse every stage that does not change: {command}",
         )
 
 
 def free_name(folder: Path) -> str:
-    """A name beside a folder's that nothing has yet."""
+    """Return the first unused name FOLDER-N."""
     return next(name for number in count(2) if not place(name := f"{folder}-{number}").exists())
 
 
 def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None, source: Recipe | None = None) -> Recipe:
-    """Writes the recipe that really runs to recipe.yaml, or checks that the one there is the same.
+    """Write the resolved recipe to recipe.yaml, or check that the existing one is the same; return it.
 
-    What is left open (`settle`) becomes what the machine that paints has, and on a later call what the folder says;
-    what is asked of a cluster (`ray`) is this call's, and so are the keys of training that change none of its weights
-    so far (`train.checkpoint.may_change`). Raises OtherRecipe with the keys that differ.
+    `auto` keys are resolved on the machine that paints (`resolve_auto`), and on a later call they are read from the
+    folder. Requirements of a cluster (`ray`) are those of this call, and so are keys of training that do not change its
+    weights so far (`train.checkpoint.may_change`). Raises OtherRecipe with the keys that differ.
 
-    `source` is the frozen recipe of a run whose stages this one takes over: its machine's decisions hold here as well.
+    `source` is the frozen recipe of a run whose stages this one takes over, with the `auto` keys of its machine.
     """
     path = folder / "recipe.yaml"
     if not path.exists():
         recipe = tasks.resolve(recipe)
-        recipe = decided(recipe, source) if source is not None else recipe
-        if unsettled(recipe):
-            recipe = (engine or LocalEngine()).there("paint", settle, recipe)
+        recipe = with_resolved(recipe, source) if source is not None else recipe
+        if has_auto(recipe):
+            recipe = (engine or LocalEngine()).there("paint", resolve_auto, recipe)
         write_atomic(path, recipe.dump().encode())
         return recipe
     frozen = recipes.load(path)
-    wanted = decided(recipe, frozen)
-    told = {key: getattr(recipe.distill, key) for key in may_change(frozen.distill, recipe.distill)}
-    before, frozen = frozen, frozen.model_copy(update={"distill": frozen.distill.model_copy(update=told)})
+    wanted = with_resolved(recipe, frozen)
+    changed = {key: getattr(recipe.distill, key) for key in may_change(frozen.distill, recipe.distill)}
+    before, frozen = frozen, frozen.model_copy(update={"distill": frozen.distill.model_copy(update=changed)})
     if differ := frozen.differences(wanted):
         there, here = frozen.flat(), wanted.flat()
         text = functools.partial(json.dumps, ensure_ascii=False)
@@ -86,26 +86,26 @@ def freeze(recipe: Recipe, folder: Path, engine: Engine | None = None, source: R
     return frozen.model_copy(update={"ray": recipe.ray})
 
 
-def decided(recipe: Recipe, frozen: Recipe) -> Recipe:
-    """A recipe whose open keys are as a frozen one has them."""
+def with_resolved(recipe: Recipe, frozen: Recipe) -> Recipe:
+    """Return a recipe with the `auto` keys of a frozen one."""
     kept: dict[str, Any] = {
         "device": frozen.device if recipe.device == "auto" else recipe.device,
         "threads": frozen.threads if recipe.threads is None else recipe.threads,
     }
-    for section, key in OPEN:
+    for section, key in AUTO:
         if getattr(mine := kept.get(section, getattr(recipe, section)), key) == "auto":
             kept[section] = mine.model_copy(update={key: getattr(getattr(frozen, section), key)})
     return recipe.model_copy(update=kept)
 
 
-def unsettled(recipe: Recipe) -> bool:
-    """Whether a recipe leaves `device`, `threads` or a key of `OPEN` open."""
-    asked = [getattr(getattr(recipe, section), key) for section, key in OPEN]
-    return recipe.device == "auto" or recipe.threads is None or "auto" in asked
+def has_auto(recipe: Recipe) -> bool:
+    """Whether `device`, `threads` or a key of `AUTO` is not resolved."""
+    values = [getattr(getattr(recipe, section), key) for section, key in AUTO]
+    return recipe.device == "auto" or recipe.threads is None or "auto" in values
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """`device`, `threads` and the keys of `OPEN`, where they are left open, as what this machine has."""
+def resolve_auto(recipe: Recipe) -> Recipe:
+    """Return a recipe with `device`, `threads` and the keys of `AUTO` resolved for this machine."""
     import torch
 
     from diptych.utils.machine import pick_precision
@@ -115,8 +115,8 @@ def settle(recipe: Recipe) -> Recipe:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     update: dict[str, Any] = {"device": device, "threads": recipe.threads or torch.get_num_threads()}
     for section, key in (("paint", "dtype"), ("distill", "precision")):
-        settled, _ = pick_precision(getattr(getattr(recipe, section), key), torch.device(device))
-        update[section] = getattr(recipe, section).model_copy(update={key: settled})
+        precision, _ = pick_precision(getattr(getattr(recipe, section), key), torch.device(device))
+        update[section] = getattr(recipe, section).model_copy(update={key: precision})
     recipe = recipe.model_copy(update=update)
     if recipe.paint.memory == "auto" and recipe.draws_pairs():
         from diptych.stages.paint import resolve_memory
@@ -127,9 +127,9 @@ def settle(recipe: Recipe) -> Recipe:
 
 
 def use_threads(threads: int | None) -> None:
-    """Tells torch how many CPU threads to use; if it is not loaded yet, it will read so when it is.
+    """Set torch's number of CPU threads. If torch is not loaded, set the variables that it reads later.
 
-    So a call that has nothing to compute does not wait seconds for torch.
+    So a call that computes nothing does not need the seconds in which torch loads.
     """
     if threads is None:
         return
@@ -141,10 +141,10 @@ def use_threads(threads: int | None) -> None:
 
 @contextmanager
 def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool, source: Recipe | None = None) -> Iterator[Recipe]:
-    """The folder is this run's alone inside; gives the recipe as it is frozen there. To train, what another machine has
-    trained is fetched. `source` is as for `freeze`.
+    """Lock the folder inside the block, and yield the recipe that is frozen there.
 
-    Of several processes the first locks and freezes, and the others read what it froze.
+    If the run trains, the training state of another machine is fetched. `source` is the argument of `freeze`. Of
+    several processes, the first locks and freezes, and the others read the frozen recipe.
     """
     if parallel.processes() == 1:
         with lock(folder):
@@ -158,7 +158,7 @@ def enter(recipe: Recipe, folder: Path, engine: Engine, trains: bool, source: Re
 
     processes, _ = join(pick_device(recipe.device))
     with ExitStack() as held:
-        held.callback(parallel.leave)  # also when stopped: torch's threads must not outlive Python
+        held.callback(parallel.leave)  # also after an interrupt: torch's threads must not outlive Python
         with processes.together() as first:
             if first:
                 held.enter_context(lock(folder))

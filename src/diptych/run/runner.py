@@ -2,9 +2,9 @@
 
     run(load("recipes/demo.yaml"), "runs/demo")
 
-The folder is that of docs/runs.md. The recipe is frozen in it, and a different one is refused; a lock keeps a second
-process out (the system drops it with its holder, so a killed run leaves nothing to clear); each stage does only what
-is missing. Started again after a kill, a run ends with the rows it would have had.
+docs/runs.md describes the folder. The recipe is frozen in it, and a different recipe is an error. A lock keeps other
+processes out; the system releases it when its process ends, so a killed run leaves no stale lock. Each stage does only
+what is missing: after a kill, a run ends with the same rows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.run.fingerprint import Fingerprints
-from diptych.run.resolve import decided, enter, use_threads
-from diptych.run.select import Select, refuse_none
-from diptych.run.takeover import Source
+from diptych.run.resolve import enter, use_threads, with_resolved
+from diptych.run.select import Select, none_accepted
+from diptych.run.takeover import EarlierRun
 from diptych.student.families import teachers
 from diptych.student.runtime import parallel
 from diptych.utils.console import Display
@@ -50,36 +50,42 @@ def run(
     address: str | None = None,
     source: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Runs `stages` of a recipe in the folder `out` (runs/NAME if None) and returns a summary of plain values.
+    """Run `stages` of a recipe in the folder `out` (runs/NAME if None) and return a summary of plain values.
 
-    `out` may be an address such as `s3://bucket/run` (`data.places`). `engine` is `local` or `ray`, the latter with the
-    `address` of a cluster (`data.ray_engine`); training runs in this process with either. `source` is an earlier run:
-    every stage whose fingerprint holds under this recipe is taken over from it (`takeover`), whatever `stages` are.
+    Args:
+        out: a folder or an address such as `s3://bucket/run` (`data.places`).
+        engine: `local` or `ray`, the latter with the `address` of a cluster (`data.ray_engine`). Training runs in this
+            process with both.
+        source: an earlier run. Every stage whose fingerprint is the same under this recipe is taken over from it
+            (`takeover`), independent of `stages`.
 
-    Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage cannot go
-    on. KeyboardInterrupt passes through and leaves a folder that the same call continues.
+    Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage fails.
+    KeyboardInterrupt passes through and leaves a folder that the same call resumes.
     """
     display = display or Display()
     if "distill" in stages:
         teachers.refuse(recipe.teacher, recipe.distill.allow_distilled_teacher)
     folder = place(out) if out is not None else Path("runs") / recipe.name
-    earlier = Source.open(source, folder) if source is not None else None
+    earlier = EarlierRun.open(source, folder) if source is not None else None
     task = tasks.load(recipe.task)
     started = time.monotonic()
     if (number := parallel.processes()) > 1 and tuple(stages) != ("distill",):
         raise UsageError(
-            f"started in {number} processes, and only training shares its work among them: run the other stages "
-            "without torchrun first, then: torchrun … -m diptych distill RECIPE"
+            "option_unsuited",
+            f"Started in {number} processes, but only training uses several. Run the other stages without torchrun "
+            "first, then: torchrun … -m diptych distill RECIPE",
         )
     if earlier is not None and number > 1:
         raise UsageError(
-            f"--from {source}: one process takes over a run; first, without torchrun: diptych curate RECIPE "
-            f"--from {source} --out {folder}"
+            "option_conflict",
+            f"--from {source} needs a single process. Run first, without torchrun: diptych curate RECIPE --from "
+            f"{source} --out {folder}",
         )
     if not recipe.draws_pairs():
         training = STAGES[STAGES.index("distill") :]
         if not set(stages) & set(training):
-            raise UsageError(f"distill.data has other people's pairs alone: there is nothing to {stages[0]}")
+            why = f"This recipe trains only on the pairs of distill.data, so there is nothing to {stages[0]}"
+            raise UsageError("recipe_conflict", f"{why}. Run diptych distill instead.")
         stages = [name for name in stages if name in training]
     first = parallel.is_first()
     display = display if first else Display(quiet=True)
@@ -87,21 +93,21 @@ def run(
     with ExitStack() as held:
         workers = held.enter_context(open_engine(engine, address)).of(recipe)
         if number == 1:
-            _look_ahead(Pipeline(_as_decided(recipe, folder, earlier), task, folder, display), stages, workers, earlier)
+            _check_first(Stages(_with_auto(recipe, folder, earlier), task, folder, display), stages, workers, earlier)
         recipe = held.enter_context(enter(recipe, folder, workers, trains, earlier.recipe if earlier else None))
         use_threads(recipe.threads)
         if first:
-            told = {"source": str(earlier.folder)} if earlier is not None else {}
-            about: dict[str, Any] = {"stages": list(stages), "engine": engine, **told}
+            about: dict[str, Any] = {"stages": list(stages), "engine": engine}
+            about |= {"source": str(earlier.folder)} if earlier is not None else {}
             places.append(folder, "start", **about, machine=machine(), versions=versions())
-        pipeline = Pipeline(recipe, task, folder, display, workers, earlier)
+        run_stages = Stages(recipe, task, folder, display, workers, earlier)
         if earlier is not None:
-            pipeline.take_over(earlier)
+            run_stages.take_over(earlier)
         done: dict[str, Any] = {}
         for name in STAGES:
             if name in stages:
                 before = time.monotonic()
-                result = pipeline.stage(name)
+                result = run_stages.stage(name)
                 seconds = round(time.monotonic() - before, 2)
                 done[name] = {**result, "seconds": seconds}
                 if first:
@@ -114,27 +120,25 @@ def run(
     return summary
 
 
-def _as_decided(recipe: Recipe, folder: Path, earlier: Source | None) -> Recipe:
-    """The recipe with what a machine has decided already: here, or in the run that is taken over."""
-    there = folder / "recipe.yaml"
-    frozen = recipes.load(there) if there.is_file() else earlier.recipe if earlier is not None else None
-    return decided(recipe, frozen) if frozen is not None else recipe
+def _with_auto(recipe: Recipe, folder: Path, earlier: EarlierRun | None) -> Recipe:
+    """Return the recipe with the `auto` keys that are resolved already, in this folder or in the earlier run."""
+    path = folder / "recipe.yaml"
+    frozen = recipes.load(path) if path.is_file() else earlier.recipe if earlier is not None else None
+    return with_resolved(recipe, frozen) if frozen is not None else recipe
 
 
-def _look_ahead(pipeline: Pipeline, stages: Sequence[str], engine: Engine, earlier: Source | None) -> None:
-    """Finds what would stop one of the stages, before the first of them makes anything or the folder is anyone's."""
+def _check_first(run: Stages, stages: Sequence[str], engine: Engine, earlier: EarlierRun | None) -> None:
+    """Raise the errors that would stop a stage, before the first stage starts and the folder is created."""
     from diptych.run.ready import check
 
-    if earlier is not None and pipeline.recipe.draws_pairs():
-        earlier.refuse_unlike(pipeline.fingerprints.of("write"), pipeline.recipe)
-    use_threads(pipeline.recipe.threads)
-    check(
-        pipeline, [name for name in STAGES if name in stages], engine, earlier.folder if earlier is not None else None
-    )
+    if earlier is not None and run.recipe.draws_pairs():
+        earlier.check_prompts(run.fingerprints.of("write"), run.recipe)
+    use_threads(run.recipe.threads)
+    check(run, [name for name in STAGES if name in stages], engine, earlier.folder if earlier is not None else None)
 
 
-class Pipeline:
-    """The stages of one run, each knowing what made its input."""
+class Stages:
+    """The stages of one run, with the fingerprints of their inputs."""
 
     def __init__(
         self,
@@ -143,10 +147,10 @@ class Pipeline:
         folder: Path,
         display: Display,
         engine: Engine | None = None,
-        source: Source | None = None,
+        source: EarlierRun | None = None,
         weights: Mapping[str, str] | None = None,
     ) -> None:
-        """`weights` are the models' hashes, where the models need not be here (`Fingerprints`)."""
+        """`weights` are the hashes of the models, if these need not be on this machine (`Fingerprints`)."""
         self.fingerprints = Fingerprints(recipe, task, folder, weights)
         self.recipe, self.task, self.folder, self.display, self.source = recipe, task, folder, display, source
         self.engine = engine = engine or LocalEngine()
@@ -156,11 +160,11 @@ class Pipeline:
             raise UsageError("recipe_conflict", f"{why}. Leave curate.copies out; use thresholds.change instead.")
 
     def stage(self, name: str) -> dict[str, Any]:
-        """Runs the stage of this name."""
+        """Run the stage of this name."""
         return getattr(self, name)()
 
-    def take_over(self, source: Source) -> None:
-        """Takes over from an earlier run what holds under this recipe, the training included, and says what that is."""
+    def take_over(self, source: EarlierRun) -> None:
+        """Take over the parts of an earlier run that this recipe would make again, also the training, and list them."""
         taken: dict[str, int] = {}
         if self.recipe.draws_pairs():
             for output, stage in (("prompts", "write"), ("grids", "paint"), ("candidates", "curate")):
@@ -168,36 +172,38 @@ class Pipeline:
             source.decisions(self.folder)
             taken["pairs"] = source.rows("pairs", Select.name, self.folder, self.fingerprints.of("select"))
             source.answers(self.folder, everywhere=not isinstance(self.engine, LocalEngine))
-        said = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
+        shown = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
         trained = source.student(self.recipe, self.folder)
         places.append(self.folder, "take over", source=str(source.folder), parts=taken, training=trained)
-        self.display.say(f"from {source.folder}: {', '.join([*said, *([trained] if trained else [])]) or 'nothing'}")
-
-    # ---- rows
+        self.display.say(f"from {source.folder}: {', '.join([*shown, *([trained] if trained else [])]) or 'nothing'}")
 
     def write(self) -> dict[str, Any]:
+        """Write `prompts/`."""
         from diptych.stages.write.stage import Write
 
         shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
         stage = Write(self.recipe, self.answers)
-        print_ = self.fingerprints.of("write")
+        fingerprint = self.fingerprints.of("write")
         if self.recipe.write.writer != "llm":
-            return self._rows(stage, shards, "prompts", "prompts", print_, {})
+            return self._rows(stage, shards, "prompts", "prompts", fingerprint, {})
         from diptych.stages.write import diversity  # a language model may repeat itself; a grammar cannot
 
         def finish(output: Dataset, failed: Dataset) -> None:
-            diversity.remove_repeats(output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, print_)
+            diversity.remove_repeats(
+                output, failed, self.task, stage.layout, self.recipe.write.near_duplicate, fingerprint
+            )
 
         painted = bool(Dataset(self.folder / "grids").shards())
         with self._billed("write"):
-            result = self._rows(stage, shards, "prompts", "prompts", print_, {}, retry=not painted, finish=finish)
-
+            options: dict[str, Any] = {"retry": not painted, "finish": finish}
+            result = self._rows(stage, shards, "prompts", "prompts", fingerprint, {}, **options)
         prompts = Dataset(self.folder / "prompts")
         texts = (text for _, _, batch in batches(prompts, "prompt") for text in batch["prompt"])
         spread = diversity.measure(texts, len(prompts)).values()
         return {**result, "spread": spread, "asked": self._bill()}
 
     def paint(self) -> dict[str, Any]:
+        """Paint `grids/`."""
         from diptych.stages.paint import Paint
 
         prompts = self._input("prompts", "write", self.fingerprints.of("write"))
@@ -205,17 +211,18 @@ class Pipeline:
         return self._rows(Paint(self.recipe), prompts, "grids", "grids", self.fingerprints.of("paint"), teacher)
 
     def curate(self) -> dict[str, Any]:
+        """Make `candidates/` and `pairs/`."""
         from diptych.stages.curate.stage import Curate
 
         grids = self._input("grids", "paint", self.fingerprints.of("paint"))
         made_by: dict[str, Any] = {"judge": self.recipe.curate.judge, "judge_sha256": self.fingerprints.judge()}
         if classifiers := self.fingerprints.screens():
             made_by["screens_sha256"] = classifiers
-        print_ = self.fingerprints.of("curate")
+        fingerprint = self.fingerprints.of("curate")
         stage = Curate(self.recipe, self.answers)
         trained = (self.folder / "student").exists()
         with self._billed("curate") if self.recipe.curate.vlm else nullcontext():
-            result = self._rows(stage, grids, "candidates", "grids", print_, made_by, retry=not trained)
+            result = self._rows(stage, grids, "candidates", "grids", fingerprint, made_by, retry=not trained)
             if result["processed"]:
                 self._drop_pairs()
             result["pairs"] = self.select()
@@ -224,7 +231,7 @@ class Pipeline:
         return result | ({"asked": self._bill()} if self.recipe.curate.vlm else {})
 
     def _drop_pairs(self) -> None:
-        """Removes what was selected among candidates of which some were made again since."""
+        """Remove the selection, because some of its candidates are new."""
         for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / Select.name)):
             data.unpublish()
             for shard in data.shards():
@@ -232,7 +239,7 @@ class Pipeline:
 
     @contextmanager
     def _billed(self, stage: str) -> Iterator[None]:
-        """Says at its end, however it ends, what the run's language models cost so far."""
+        """Print the costs of the run's language models so far at the end of the block, also after an error."""
         try:
             yield
         finally:
@@ -243,19 +250,19 @@ class Pipeline:
         return bills.bill(self.folder, self.recipe)
 
     def select(self) -> int:
-        """`pairs/`: the candidates that the thresholds keep and no earlier one shows already; those that repeat one
-        are in `failed/select/`. Reads stored numbers only."""
+        """Make `pairs/` from stored measurements, and return the number of pairs.
+
+        It has the candidates that the thresholds accept. Those that repeat an earlier pair go to `failed/select/`.
+        """
         candidates = self._input("candidates", "curate", self.fingerprints.of("curate"))
         stage = Select(candidates, self.recipe, self.task, labels.applied(self.folder))
-        print_ = self.fingerprints.of("select")
-        result = self._rows(
-            stage, candidates, "pairs", "pairs", print_, stage.made_by(), quiet=True, engine=LocalEngine()
-        )
+        fingerprint, local = self.fingerprints.of("select"), LocalEngine()
+        result = self._rows(stage, candidates, "pairs", "pairs", fingerprint, stage.made_by(), quiet=True, engine=local)
         if result["failed"]:
-            again = f"select: {result['failed']} pairs show again what an earlier one shows, or people rejected them"
-            self.display.say(f"{again}; see {self.folder / 'failed' / 'select'}")
+            why = f"select: {result['failed']} pairs repeat an earlier pair or were rejected by people"
+            self.display.say(f"{why}; see {self.folder / 'failed' / 'select'}")
         if not result["rows"]:
-            refuse_none(candidates, self.folder)
+            raise none_accepted(candidates, self.folder)
         return result["rows"]
 
     def _rows(
@@ -271,11 +278,11 @@ class Pipeline:
         retry: bool = True,
         finish: Callable[[Dataset, Dataset], object] | None = None,
     ) -> dict[str, Any]:
-        """One stage through the engine, into the folder `output`."""
+        """Run one stage through the engine, into the folder `output`."""
         target = Dataset(self.folder / output, records.schema(records.COLUMNS[output]))
         failed = Dataset(self.folder / "failed" / stage.name, records.schema(records.FAILED))
         manifest: dict[str, Any] = {"run": self.recipe.name, "task": self.task.name, "task_version": self.task.version}
-        manifest |= {"seed": self.recipe.seed, **made_by}  # versions are in the log: they alone make no other rows
+        manifest |= {"seed": self.recipe.seed, **made_by}  # versions are in the log: they do not change rows
         if isinstance(inputs, Dataset):
             manifest["inputs"] = {Path(inputs.url).name: inputs.manifest_hash()}
         display = Display(quiet=True) if quiet else self.display
@@ -285,51 +292,51 @@ class Pipeline:
             )
         if result.failed and not quiet:
             first = f" (first: {result.reasons[0]})" if result.reasons else ""
-            again = f"; run the same command again to ask for {result.lost} of them" if result.lost and retry else ""
+            again = f"; run the same command again to retry {result.lost} of them" if result.lost and retry else ""
             self.display.say(
                 f"{stage.name}: {result.failed} of {result.inputs} rows failed{first}; see {failed.url}{again}"
             )
         return asdict(result)
 
     def _input(self, name: str, made_by: str, fingerprint: str) -> Dataset:
+        """Return the complete output of the stage `made_by`. Raises UserError if it is not complete."""
         data = Dataset(self.folder / name, records.schema(records.COLUMNS[name]))
         data.shards_done(fingerprint)
         if not data.is_complete(fingerprint):
-            raise UserError(
-                f"{data.url} is not complete; first: diptych {made_by} {self.folder}/recipe.yaml --out {self.folder}"
-            )
+            first = f"Run first: diptych {made_by} {self.folder}/recipe.yaml --out {self.folder}"
+            raise UserError("run_incomplete", f"{data.url} is not complete. {first}")
         return data
 
-    # ---- training and scores
-
     def distill(self) -> dict[str, Any]:
+        """Train `student/`."""
         from diptych.train.distill import distill
 
-        own = self._input("pairs", "curate", self.fingerprints.of("select")) if self.recipe.draws_pairs() else None
+        pairs = self._input("pairs", "curate", self.fingerprints.of("select")) if self.recipe.draws_pairs() else None
         with self.display.stage("distill", "steps") as report:
             recipe = sha256_file(self.folder / "recipe.yaml")
-            numbers = distill(self.recipe, own, desk(self.folder) / "student", report, recipe_sha256=recipe)
+            numbers = distill(self.recipe, pairs, desk(self.folder) / "student", report, recipe_sha256=recipe)
         if parallel.is_first():
             send(self.folder, "student")
         return {
             "steps": self.recipe.distill.steps,
-            "pairs": numbers["pairs"] if own is None else len(own),
+            "pairs": numbers["pairs"] if pairs is None else len(pairs),
             "training": numbers,
         }
 
     def evaluate(self) -> dict[str, Any]:
+        """Generate and score images, and write the report."""
         result: dict[str, Any] = {}
         if self.recipe.evaluate.suite != "none":
             from diptych.evaluate.harness import evaluate_run
 
             with self.display.stage("evaluate", "images") as report:
-                evaluate_run(self.recipe, self.folder, report, engine=self.engine, **self._drawn_before())
+                evaluate_run(self.recipe, self.folder, report, engine=self.engine, **self._earlier_images())
             result["suite"] = self.recipe.evaluate.suite
         if self.recipe.evaluate.relight:
             from diptych.evaluate import relighting
 
             with self.display.stage("relight", "images") as report:
-                relighting.evaluate(self.recipe, self.folder, report, self.engine, **self._drawn_before())
+                relighting.evaluate(self.recipe, self.folder, report, self.engine, **self._earlier_images())
             result["relight"] = self.recipe.evaluate.relight
         from diptych.evaluate.report import run_report
 
@@ -338,14 +345,13 @@ class Pipeline:
             progress(1, 1)
         return result
 
-    def _drawn_before(self) -> dict[str, Any]:
-        """Where else pictures of this evaluation may have been drawn already."""
+    def _earlier_images(self) -> dict[str, Any]:
+        """Return where else images of this evaluation may exist."""
         return {"source": self.source.folder} if self.source is not None else {}
 
 
 class PromptShards(Sequence[list[Row]]):
-    """The input of the first stage, a shard at a time, made when it is asked for: for each grid to ask for its id, its
-    number and its seed."""
+    """The input of the first stage: the id, number and seed of each prompt, made one shard at a time."""
 
     def __init__(self, seed: int, total: int, shard_size: int) -> None:
         self.seed, self.total, self.shard_size = seed, total, shard_size
@@ -354,7 +360,7 @@ class PromptShards(Sequence[list[Row]]):
         return -(-self.total // self.shard_size)
 
     def __getitem__(self, index: Any) -> Any:
-        """The rows of shard `index`, from 0."""
+        """Return the rows of shard `index`, from 0."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.shard_size

@@ -1,11 +1,11 @@
-"""What a run takes over from an earlier one: every stage whose fingerprint holds under the new recipe.
+"""Reuse of an earlier run: every stage whose fingerprint is the same under the new recipe is taken over.
 
-    source = Source.open("runs/first", Path("runs/second"))
-    run(recipe, "runs/second", source="runs/first")            # what uses it
+    earlier = EarlierRun.open("runs/first", Path("runs/second"))
+    run(recipe, "runs/second", source="runs/first")            # uses it
 
-Prompts, grids, candidates, pairs and the pictures of an evaluation are taken part by part (`data.places.share`), so an
-unfinished stage resumes where it was. A training is taken with its checkpoints and latents: the student is then
-exported again, as the new recipe has it. Nothing in the earlier run changes.
+Prompts, grids, candidates, pairs and the images of an evaluation are taken part by part (`data.places.share`), so an
+unfinished stage resumes where it stopped. A training is taken with its checkpoints and latents, and the student is
+exported again with the settings of the new recipe. Nothing in the earlier run changes.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from diptych.utils.paths import inside, is_remote, place, private_file
 
 TRAINING = "student/training"
 SUMMARY = "summary.json"
-# Of `TRAINING`: what a resumed training needs. What the training writes to in place is copied.
+# Files in `TRAINING` that a resumed training needs. Files to which the training appends are copied.
 LINKED = ("step-*/*", "samples/*.png", "negatives-*/*", "best", "latest")  # the pointers come last
 COPIED = ("metrics.jsonl",)
 LATENTS = "latents/*/part-*.safetensors"
 
 
 @dataclass(frozen=True)
-class Source:
+class EarlierRun:
     """An earlier run, and its frozen recipe."""
 
     folder: Path
     recipe: Recipe
 
     @classmethod
-    def open(cls, run: str | Path, out: Path) -> Source:
-        """UsageError if it is not a run, or is `out` itself."""
+    def open(cls, run: str | Path, out: Path) -> EarlierRun:
+        """Open a run. Raises UsageError if the folder is not a run, or is `out` itself."""
         folder = place(run)
         if not (folder / "recipe.yaml").is_file():
-            raise UsageError(f"--from {run}: not a run's folder; there is no recipe.yaml in it")
+            raise UsageError("run_not_found", f"--from {run} is not a run's folder: it has no recipe.yaml.")
         if desk(folder).resolve() == desk(out).resolve():
-            raise UsageError(f"--from {run}: that is the folder to write as well; name another --out")
+            raise UsageError("option_conflict", f"--from {run} is also the folder to write. Choose another --out.")
         return cls(folder, recipes.load(folder / "recipe.yaml" if is_remote(folder) else inside(folder, "recipe.yaml")))
 
-    def refuse_unlike(self, fingerprint: str, recipe: Recipe) -> None:
-        """UsageError if the prompts, on which all else rests, were made otherwise than this recipe makes them: then
-        nothing holds, and everything would be made again."""
+    def check_prompts(self, fingerprint: str, recipe: Recipe) -> None:
+        """Raise UsageError if this recipe makes other prompts, because then no stage could be reused."""
         prompts = Dataset(self.folder / "prompts")
         if not (shards := prompts.shards()) or prompts.part_fingerprint(shards[0]) == fingerprint:
             return
         first = ("seed", "task", "teacher", "write.")
         keys = [key for key in self.recipe.differences(recipe) if key.startswith(first)]
-        why = f"{', '.join(keys)} differ" if keys else "the task, its words or diptych's own stages changed since"
+        why = f"{', '.join(keys)} differ" if keys else "the task, its vocabulary or diptych's stages changed"
         raise UsageError(
-            f"--from {self.folder}: nothing of it can be taken over: {why}, and all stages rest on the prompts; "
-            "leave out --from to make everything again"
+            "run_mismatch",
+            f"--from {self.folder}: no stage can be reused, because {why}, and all stages depend on the prompts. "
+            "Leave out --from to make everything again.",
         )
 
     def rows(self, output: str, stage: str, out: Path, fingerprint: str) -> int:
-        """The parts of a stage's output that were made with this fingerprint; how many `out` has then.
+        """Take over the parts of a stage's output with this fingerprint; return their number in `out`.
 
-        A shard's failures come first: where the shard is, they are known to be there too.
+        A shard's failures come first, so that they exist wherever the shard exists.
         """
         share(self.folder / "failed" / stage, out / "failed" / stage, fingerprint)
         return share(self.folder / output, out / output, fingerprint)
 
     def decisions(self, out: Path) -> None:
-        """People's decisions on single pairs, if `out` has the same grids and no pairs yet: it follows them."""
+        """Take over people's decisions on single pairs, if `out` has the same grids and no pairs yet."""
         grids = [Dataset(folder / "grids") for folder in (self.folder, out)]
         if not all(each.is_complete() for each in grids) or grids[0].fingerprint() != grids[1].fingerprint():
             return
@@ -82,7 +82,7 @@ class Source:
         labels.copy(self.folder, out)
 
     def answers(self, out: Path, everywhere: bool) -> None:
-        """The language models' answers so far, unless `out` has some: what was paid for is not asked again."""
+        """Take over the language models' answers, unless `out` has some, so that no question is paid for twice."""
         theirs, mine = (answers(folder, everywhere).expanduser() for folder in (self.folder, out))
         if mine.exists() or not theirs.is_file():
             return
@@ -91,7 +91,10 @@ class Source:
             read.backup(write)
 
     def student(self, recipe: Recipe, out: Path) -> str:
-        """The latents, and the training if the recipe trains on the same pairs in the same way; what was taken."""
+        """Take over the latents, and the training if this recipe trains in the same way on the same pairs.
+
+        Returns what was taken, or "".
+        """
         there, here = bring(self.folder, "student").parent / TRAINING, desk(out) / TRAINING
         if (here / SUMMARY).exists() or (any(here.glob("step-*/manifest.json")) and (here / "latest").exists()):
             return ""  # trained here already, or taken before
@@ -101,7 +104,7 @@ class Source:
         if not any(there.glob("step-*/manifest.json")):
             if not (there / SUMMARY).exists():
                 return ""
-            # Its checkpoints were removed, as they may be: the student is taken as it is.
+            # Its checkpoints were removed, so the student is taken as it is.
             link_all(there.parent, here.parent, "**/*")
             return f"the student, without checkpoints: it is exported as {self.folder}/recipe.yaml has it"
         here.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,7 @@ class Source:
         return f"the training up to {inside(there, 'latest').read_text('utf8').strip()}"
 
     def _trains_alike(self, recipe: Recipe, out: Path) -> bool:
-        """Whether what the earlier run has trained is what this recipe trains first."""
+        """Whether the training of the earlier run is the beginning of this recipe's training."""
         before = self.recipe
         keys = ("teacher", "task", "paint.panel_size", "distill.data", "distill.buckets")
         if before.fingerprint(*keys) != recipe.fingerprint(*keys) or before.distill.steps > recipe.distill.steps:

@@ -1,7 +1,7 @@
-"""The sums: what a FLUX transformer computes and holds, from the shapes of its matrices. No torch.
+"""Operations and memory of a FLUX transformer, from the shapes of its matrices and without torch.
 
-A product of T tokens with a matrix (out, in) is 2·T·in·out operations; attention over N tokens of width W is 4·N²·W a
-block, for the scores and for the values. Which tokens a layer sees is told by its name (`tokens_of`).
+A product of T tokens with a matrix (out, in) is 2·T·in·out operations. Attention over N tokens of width W is 4·N²·W
+operations a block, for the scores and the values. A layer's name determines which tokens it processes (`tokens_of`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 
 Shapes = Mapping[str, tuple[int, ...]]
 TEXT_LAYERS = (".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj", ".attn.to_add_out", ".ff_context.")
-TRAINED_BYTES = 4  # what is trained is float32
-# Of an optimizer's state for each trained number: two moments, in float32 or 8 bits; Prodigy keeps two more numbers.
+TRAINED_BYTES = 4  # trained weights are float32
+# Bytes of an optimizer's state for each trained number: two moments, in float32 or 8 bits. Prodigy has two more.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """Tokens that a transformer sees at once. `apart` of the image tokens attend to themselves alone, in a separate
-    pass; `keys` are tokens of which only keys and values are there, for the others to attend to."""
+class TokenCounts:
+    """Tokens that a transformer processes at once.
+
+    `apart` of the image tokens attend only to themselves, in a separate pass. `keys` are tokens that provide only keys
+    and values for the others.
+    """
 
     image: int
     text: int
@@ -29,6 +32,7 @@ class Canvas:
 
     @property
     def all(self) -> int:
+        """Image and text tokens."""
         return self.image + self.text
 
     @property
@@ -38,12 +42,12 @@ class Canvas:
 
 
 def image_tokens(height: int, width: int, factor: int) -> int:
-    """Tokens of a picture in pixels: the VAE shrinks it by `factor`, and FLUX packs 2×2 latents into one."""
+    """Return the tokens of an image in pixels: the VAE shrinks it by `factor`, and FLUX packs 2×2 latents into one."""
     return (height // (2 * factor)) * (width // (2 * factor))
 
 
-def tokens_of(layer: str, canvas: Canvas) -> int:
-    """How many tokens go through a layer, for each row of a batch. Modulation sees one vector a pass and no tokens."""
+def tokens_of(layer: str, canvas: TokenCounts) -> int:
+    """Return the number of tokens of a layer, for each row of a batch. Modulation processes one vector a pass."""
     if "norm" in layer or layer.startswith("time_text_embed"):
         return 2 if canvas.apart else 1
     if layer.startswith("single_transformer_blocks"):
@@ -54,7 +58,7 @@ def tokens_of(layer: str, canvas: Canvas) -> int:
 
 
 def linears(shapes: Shapes) -> dict[str, tuple[int, int]]:
-    """The matrices of a state dict by layer: (out, in)."""
+    """Return the matrices of a state dict by layer: (out, in)."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
@@ -63,34 +67,34 @@ def linears(shapes: Shapes) -> dict[str, tuple[int, int]]:
 
 
 def blocks(shapes: Shapes) -> int:
-    """Transformer blocks of both kinds."""
+    """Return the number of transformer blocks of both kinds."""
     return len({".".join(name.split(".")[:2]) for name in shapes if "transformer_blocks." in name})
 
 
 def block_matrices(shapes: Shapes) -> dict[str, int]:
-    """Numbers in the matrices of each block."""
-    found: dict[str, int] = {}
+    """Return the parameters in the matrices of each block."""
+    sizes: dict[str, int] = {}
     for name, (out, into) in linears(shapes).items():
         if "transformer_blocks." in name:
             block = ".".join(name.split(".")[:2])
-            found[block] = found.get(block, 0) + out * into
-    return found
+            sizes[block] = sizes.get(block, 0) + out * into
+    return sizes
 
 
 def width(shapes: Shapes) -> int:
-    """Numbers of a token inside the blocks."""
+    """Return the width of a token inside the blocks."""
     return shapes["x_embedder.weight"][0]
 
 
-def forward(shapes: Shapes, canvas: Canvas) -> float:
-    """Operations of one forward pass of one row."""
+def forward(shapes: Shapes, canvas: TokenCounts) -> float:
+    """Return the operations of one forward pass of one row."""
     products = sum(2 * tokens_of(name, canvas) * a * b for name, (a, b) in linears(shapes).items())
     return products + blocks(shapes) * 4 * canvas.pairs * width(shapes)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What learns: numbers, the operations that low-rank adapters add to a forward pass, and their layers (out, in)."""
+class TrainedSize:
+    """Trained parameters, the operations that adapters add to a forward pass, and their layers (out, in)."""
 
     numbers: int
     adapter: float
@@ -100,14 +104,16 @@ class Trained:
 
 
 def widened(shapes: Shapes) -> Shapes:
-    """A student's shapes from its teacher's: the input layer takes the condition's channels as well."""
+    """Return a student's shapes from its teacher's: the input layer also has the condition's channels."""
     out, into = shapes["x_embedder.weight"]
     return {**shapes, "x_embedder.weight": (out, 2 * into)}
 
 
-def adapted(shapes: Shapes, targets: Sequence[str], rank: int, canvas: Canvas, input_layer: bool = True) -> Trained:
-    """Adapters of `rank` on the student's layers whose names end as `targets`, and the whole input layer, if that is
-    trained."""
+def adapted(
+    shapes: Shapes, targets: Sequence[str], rank: int, canvas: TokenCounts, input_layer: bool = True
+) -> TrainedSize:
+    """Return adapters of `rank` on the student's layers whose names end with `targets`, and the whole input layer if it
+    is trained."""
     layers = {
         name: sizes
         for name, sizes in linears(shapes).items()
@@ -116,14 +122,14 @@ def adapted(shapes: Shapes, targets: Sequence[str], rank: int, canvas: Canvas, i
     out, into = shapes["x_embedder.weight"]
     numbers = sum(rank * (a + b) for a, b in layers.values()) + (out * into + out if input_layer else 0)
     flops = sum(2.0 * tokens_of(name, canvas) * rank * (a + b) for name, (a, b) in layers.items())
-    return Trained(numbers, flops, whole=False, rank=rank, layers=layers)
+    return TrainedSize(numbers, flops, whole=False, rank=rank, layers=layers)
 
 
-def training(forward_flops: float, trained: Trained, checkpointing: bool) -> float:
-    """Operations of one sample: forward, again if it is recomputed, and backward.
+def training(forward_flops: float, trained: TrainedSize, checkpointing: bool) -> float:
+    """Return the operations of one sample: forward, again if it is recomputed, and backward.
 
-    Backward costs a forward for the gradients of the activations, which go down to the input layer, and another for
-    those of the weights: of all of them, or of the adapters alone.
+    The backward pass costs one forward for the gradients of the activations, down to the input layer, and another one
+    for the gradients of the trained weights.
     """
     passes = 2 + checkpointing
     return forward_flops * (passes + trained.whole) + trained.adapter * (passes + 1)
@@ -131,8 +137,11 @@ def training(forward_flops: float, trained: Trained, checkpointing: bool) -> flo
 
 @dataclass(frozen=True)
 class Widths:
-    """What a FLUX block holds of each token, in widths: what its backward pass waits for in a double and in a single
-    block, what is there besides at most while that runs, and what a forward pass without gradients holds."""
+    """Memory of a FLUX block for each token, in token widths.
+
+    `double` and `single` are kept for the backward pass of a double and a single block. `backward` is the maximum that
+    this pass needs besides, and `forward` the memory of a forward pass without gradients.
+    """
 
     double: float
     single: float
@@ -140,7 +149,7 @@ class Widths:
     forward: float
 
 
-# By whether all weights are trained, and bytes of a number. Counted on blocks of full size that hold no data, with the
+# By whether all weights are trained, and the bytes of a number. Counted on blocks of full size without data, with the
 # casts of autocast on a GPU (tests/train/test_live_bytes.py counts them again).
 WIDTHS = {
     (False, 2): Widths(16.1, 14.1, 12.4, 18.3),
@@ -148,16 +157,18 @@ WIDTHS = {
     (True, 2): Widths(34.1, 30.1, 5.0, 16.5),
     (True, 4): Widths(24.1, 21.1, 3.4, 15.2),
 }
-ENDS = 2  # widths of a token that wait before and after the blocks
-LARGEST = 9  # bytes for each number of the largest matrix while its gradient is made and added
+ENDS = 2  # token widths that are kept before and after the blocks
+LARGEST = 9  # bytes for each parameter of the largest matrix while its gradient is computed and added
 
 
-def step_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, checkpointing: bool, number: int) -> float:
-    """Bytes of a training step besides weights, their gradients and the optimizer's state: what the backward pass waits
-    for, at its most. `number`: bytes of what it computes in.
+def step_bytes(
+    shapes: Shapes, canvas: TokenCounts, rows: int, trained: TrainedSize, checkpointing: bool, number: int
+) -> float:
+    """Return the maximum bytes of activations in a training step. `number` is the bytes of a number in the computation.
 
-    With checkpointing a block keeps its input alone, and one block at a time the rest. In bfloat16 each matrix that
-    learns has a copy in it, and so has what an adapter sees, which is cast twice.
+    Weights, gradients and the optimizer's state are not included. With checkpointing, each block keeps only its input,
+    and one block at a time keeps the rest. In bfloat16 each trained matrix has a copy in it, and the input of an
+    adapter is cast twice.
     """
     widths, one = WIDTHS[trained.whole, number], rows * canvas.all * width(shapes) * number
     kept, outside = _kept(shapes, canvas, rows, trained, number)
@@ -172,19 +183,21 @@ def step_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, chec
         return sum(kept.values()) + backward + ends
     doubles = [size for block, size in kept.items() if block.startswith("transformer_blocks")]
     singles = [size for block, size in kept.items() if block.startswith("single")]
-    # The single blocks go backward first, when the inputs of all blocks still wait.
+    # The backward pass begins with the single blocks, when the inputs of all blocks are still kept.
     peaks = [len(kept) * one + max(singles, default=0), len(doubles) * one + max(doubles, default=0)]
     return max(peaks) + backward + ends
 
 
-def forward_bytes(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, number: int) -> float:
-    """Bytes of a forward pass without gradients, besides the weights."""
+def forward_bytes(shapes: Shapes, canvas: TokenCounts, rows: int, trained: TrainedSize, number: int) -> float:
+    """Return the bytes of a forward pass without gradients, besides the weights."""
     cast = number * _largest(shapes) if trained.whole and number == 2 else 0
     return WIDTHS[trained.whole, number].forward * rows * canvas.all * width(shapes) * number + cast
 
 
-def _kept(shapes: Shapes, canvas: Canvas, rows: int, trained: Trained, number: int) -> tuple[dict[str, float], float]:
-    """Bytes that each block's backward pass waits for, and those of what is outside the blocks."""
+def _kept(
+    shapes: Shapes, canvas: TokenCounts, rows: int, trained: TrainedSize, number: int
+) -> tuple[dict[str, float], float]:
+    """Return the bytes that each block keeps for its backward pass, and those outside the blocks."""
     widths, one = WIDTHS[trained.whole, number], rows * canvas.all * width(shapes) * number
     kept: dict[str, float] = {}
     outside = 0.0
@@ -209,10 +222,10 @@ def _largest(shapes: Shapes) -> int:
 
 
 def hours(flops: float, tflops: float, share: float) -> float:
-    """Device hours."""
+    """Return the device hours of operations."""
     return flops / (tflops * 1e12 * share) / 3600
 
 
 def tokens(text: str, chars_per_token: float) -> int:
-    """Tokens of a text."""
+    """Return the number of tokens of a text."""
     return math.ceil(len(text) / chars_per_token)

@@ -1,12 +1,11 @@
-"""What a plan cannot count and has to assume: each with its value, its unit and where it comes from
-(`assumptions.yaml`).
+"""Assumptions of a plan, each with its value, its unit and its source (`assumptions.yaml`).
 
-`--assume NAME=VALUE` sets one. What a run of the same recipe measured replaces a default, never what somebody set.
-Prices have no default: a plan with no price says so instead of guessing one.
+`--assume NAME=VALUE` sets one. Rates that a run of the same recipe measured replace defaults, but not values that are
+set. Prices have no default, and a plan without a price lists it as missing.
 
-A run's log holds each stage's seconds and rows; its folders hold bytes; its candidates hold the tokens of each answer.
-A measured rate counts where the recipe agrees in every key that it depends on; how many grids or steps are asked for is
-no such key.
+A run's log has the seconds and rows of each stage, its folders have the bytes, and its candidates the tokens of each
+answer. A measured rate applies if the recipe agrees in every key that the rate depends on. The number of grids or steps
+is not such a key.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ SHARES = ("keep_rate", "judge_share", "local_vlm_share", "paint_share", "train_s
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan may run on. `tflops`: what its matrix products reach, 10^12 a second, in bfloat16 on a GPU.
+    """A device for a plan.
 
-    `paint_share` and `train_share`: how much of that drawing and training reach. `memory` in bytes; None: not known.
+    `tflops` is the speed of its matrix products, 10^12 operations a second, in bfloat16 on a GPU. `paint_share` and
+    `train_share` are the shares of it that painting and training reach. `memory` is in bytes; None means unknown.
     """
 
     tflops: float
@@ -46,37 +46,37 @@ class Device:
 
 @dataclass(frozen=True)
 class Assumption:
-    """One of them. `value` None: nobody said. `low` and `high` bound what is published, `of` says who set it."""
+    """An assumption. `value` None means unknown, and `low` and `high` are the range of published values."""
 
     value: float | None
     unit: str
     source: str
     low: float | None = None
     high: float | None = None
-    of: str = "default"  # or "set", or "measured"
+    of: str = "default"  # or "set", "measured", "recipe": where the value comes from
 
     def values(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """Return plain values for JSON."""
         shown = {"value": self.value, "unit": self.unit, "of": self.of, "source": self.source}
         return shown | ({"low": self.low, "high": self.high} if self.low is not None else {})
 
 
-# `auto` and null agree with what a run has settled.
-OPEN = ("device", "threads", "paint.dtype", "paint.memory", "distill.precision")
-_PICTURES = ("teacher", "task", "write.layout", "paint.")
-_PAIRS = (*_PICTURES, "write.writer", "write.grammar", "write.captions", "curate.judge", "curate.vlm")
+# `auto` and null agree with the resolved values of a run.
+AUTO = ("device", "threads", "paint.dtype", "paint.memory", "distill.precision")
+_IMAGES = ("teacher", "task", "write.layout", "paint.")
+_PAIRS = (*_IMAGES, "write.writer", "write.grammar", "write.captions", "curate.judge", "curate.vlm")
 _PAIRS += ("curate.screens", "curate.copies", "curate.duplicates")
 DEPENDS: dict[str, tuple[str, ...]] = {
-    "seconds_per_grid": (*_PICTURES, "device", "threads"),
+    "seconds_per_grid": (*_IMAGES, "device", "threads"),
     "seconds_per_step": ("teacher", "paint.panel_size", "distill.", "device", "threads"),
-    "grid_bytes": _PICTURES,
+    "grid_bytes": _IMAGES,
     "candidate_bytes": (*_PAIRS, "curate.format"),
     "keep_rate": (*_PAIRS, "curate.thresholds."),
     "judge_input_tokens": ("task", "paint.panel_size", "curate.vlm"),
     "judge_answer_tokens": ("task", "paint.panel_size", "curate.vlm"),
 }
-HARMLESS = ("distill.steps", "distill.keep", "distill.checkpoint_every")  # no rate of a step depends on them
-MOST_ROWS = 2000  # candidates whose evidence is read
+HARMLESS = ("distill.steps", "distill.keep", "distill.checkpoint_every")  # the seconds of a step do not depend on them
+MAX_ROWS = 2000  # candidates whose evidence is read
 
 
 @cache
@@ -85,94 +85,99 @@ def _table() -> dict[str, Any]:
 
 
 def devices() -> dict[str, Device]:
-    """What a plan may run on, by name."""
+    """Return the known devices by name."""
     return {name: Device(**of) for name, of in _table()["devices"].items()}
 
 
 def defaults(recipe: Recipe, gpu: str | None = None) -> dict[str, Assumption]:
-    """Every assumption by name, as far as the recipe and the device decide it. UsageError for an unknown device."""
+    """Return every assumption by name, for a recipe and a device. Raises UsageError for an unknown device."""
     name, table = device_name(recipe, gpu), _table()
     device, sources = devices()[name], table["shares"]["cpu" if name == "cpu" else "gpu"]
-    told = table["assumptions"] | (table["pocket"] if recipe.teacher == "pocket" else {})
-    found = {key: Assumption(**one) for key, one in told.items()}
+    values = table["assumptions"] | (table["pocket"] if recipe.teacher == "pocket" else {})
+    known = {key: Assumption(**one) for key, one in values.items()}
     painting = {"value": device.paint_share, "source": sources["paint_share"]}
     if recipe.paint.speed is not None and name != "cpu":
         painting = table["shares"]["compiled"]
-    found["tflops"] = replace(found["tflops"], value=device.tflops, source=device.source)
-    found["paint_share"] = replace(found["paint_share"], **painting)
-    found["train_share"] = replace(found["train_share"], value=device.train_share, source=sources["train_share"])
+    known["tflops"] = replace(known["tflops"], value=device.tflops, source=device.source)
+    known["paint_share"] = replace(known["paint_share"], **painting)
+    known["train_share"] = replace(known["train_share"], value=device.train_share, source=sources["train_share"])
     gib = device.memory and round(device.memory / 2**30, 1)
-    found["device_gib"] = replace(found["device_gib"], value=gib)
-    return found
+    known["device_gib"] = replace(known["device_gib"], value=gib)
+    return known
 
 
 def device_name(recipe: Recipe, gpu: str | None = None) -> str:
-    """Where a plan takes a recipe to run: on `gpu` (in any case of its letters), else the pocket world, unless it says
-    otherwise, on a CPU and the rest on an H200. UsageError for an unknown one."""
+    """Return the device of a plan: `gpu`, in any case of its letters, else a CPU for the pocket world and an H200 for
+    other teachers, unless the recipe's `device` says otherwise. Raises UsageError for an unknown device."""
     if gpu is None:
         small = recipe.device == "cpu" or (recipe.device == "auto" and recipe.teacher == "pocket")
         return "cpu" if small else "H200"
     known = {name.lower(): name for name in devices()}
     if gpu.lower() not in known:
         raise UsageError(
-            f"--gpu {gpu}: what it reaches is not known here; known: {', '.join(devices())}{nearest(gpu, devices())}; "
-            "for any other say --assume tflops=… and --assume device_gib=…"
+            "hardware_unknown",
+            f"--gpu {gpu}: the speed of this device is not known. Known: {', '.join(devices())}"
+            f"{nearest(gpu, devices())}. For another device, pass --assume tflops=… and --assume device_gib=…",
         )
     return known[gpu.lower()]
 
 
 def collect(recipe: Recipe, sets: Sequence[str] = (), gpu: str | None = None) -> dict[str, Assumption]:
-    """The defaults with `sets` (`"keep_rate=0.4"`) laid over. UsageError for a name or a value that makes no sense."""
-    found = defaults(recipe, gpu)
+    """Return the defaults with `sets` (`"keep_rate=0.4"`) applied. Raises UsageError for an invalid name or value."""
+    known = defaults(recipe, gpu)
     if gpu is not None:
-        found |= {name: replace(found[name], of="set") for name in ("tflops", "device_gib")}
+        known |= {name: replace(known[name], of="set") for name in ("tflops", "device_gib")}
     for text in sets:
-        name, value = parse(text, found)
-        found[name] = replace(found[name], value=value, low=None, high=None, of="set", source="--assume")
+        name, value = parse(text, known)
+        known[name] = replace(known[name], value=value, low=None, high=None, of="set", source="--assume")
     vlm = recipe.curate.vlm
     for role, endpoint in (("writer", recipe.write.endpoint), ("vlm", vlm.endpoint if vlm else None)):
         for way in ("input", "output"):
             price = getattr(endpoint, f"{way}_price", None)
             name = f"{role}_{way}_price"
-            if price is not None and found[name].of == "default":
-                found[name] = replace(found[name], value=price, of="recipe", source=f"endpoint.{way}_price")
-    return found
+            if price is not None and known[name].of == "default":
+                known[name] = replace(known[name], value=price, of="recipe", source=f"endpoint.{way}_price")
+    return known
 
 
 def parse(text: str, known: Mapping[str, Assumption]) -> tuple[str, float]:
-    """`"keep_rate=0.4"` as ("keep_rate", 0.4)."""
+    """Parse `"keep_rate=0.4"` into ("keep_rate", 0.4). Raises UsageError for an invalid name or value."""
     name, equals, given = (part.strip() for part in text.partition("="))
     if not equals or not name:
-        raise UsageError(f"--assume {text}: write it as name=number, for instance --assume keep_rate=0.4")
+        raise _invalid(text, "write it as name=number, for instance --assume keep_rate=0.4")
     if name not in known:
-        hint = nearest(name, known) or f"; there are {', '.join(known)}"
-        raise UsageError(f"--assume {text}: unknown assumption{hint}")
+        hint = nearest(name, known) or f"; known: {', '.join(known)}"
+        raise UsageError("name_unknown", f"--assume {text}: unknown assumption{hint}")
     try:
         value = float(given)
     except ValueError:
         value = math.nan
     priced = name.endswith("_price") or name == "gpu_hour"
     if not math.isfinite(value) or value < 0 or (value == 0 and not (priced or name in SHARES)):
-        raise UsageError(f"--assume {text}: {known[name].unit} must be a number above 0")
+        raise _invalid(text, f"the value ({known[name].unit}) must be a number above 0")
     if name in SHARES and value > 1:
-        raise UsageError(f"--assume {text}: a share is at most 1")
+        raise _invalid(text, "a share is at most 1")
     if name == "devices" and value != int(value):
-        raise UsageError(f"--assume {text}: a whole number of devices")
+        raise _invalid(text, "the number of devices must be a whole number")
     if name in ("paint_share", "train_share") and value == 0:
-        raise UsageError(f"--assume {text}: nothing would ever be done")
+        raise _invalid(text, "the value must be above 0")
     return name, value
 
 
+def _invalid(text: str, why: str) -> UsageError:
+    return UsageError("option_invalid", f"--assume {text}: {why}.")
+
+
 @dataclass(frozen=True)
-class Measured:
-    """A rate, and the run it is of."""
+class Rate:
+    """A measured rate, and the run that measured it."""
 
     value: float
     source: str
 
 
-def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
-    """The names of `DEPENDS` that the run folder has a value for; none if it is not a run's folder."""
+def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Rate]:
+    """Return the rates of `DEPENDS` that a run folder has; none if it is not a run."""
     folder = Path(run_dir)
     if not (folder / "recipe.yaml").is_file():
         return {}
@@ -181,19 +186,19 @@ def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Measured]:
     machines = [event["machine"] for event in events if event.get("event") == "start" and "machine" in event]
     machine = f" on {machines[-1].get('processor', '?')}, {machines[-1].get('cores', '?')} cores" if machines else ""
     source = f"in {folder}{machine}"
-    found = _logged([event for event in events if event.get("event") == "stage"], folder, frozen.paint.images)
+    values = _logged([event for event in events if event.get("event") == "stage"], folder, frozen.paint.images)
     if recipe.curate.vlm is not None:
-        found |= _tokens(folder)
-    return {name: Measured(value, source) for name, value in found.items() if agree(recipe, frozen, DEPENDS[name])}
+        values |= _tokens(folder)
+    return {name: Rate(value, source) for name, value in values.items() if agree(recipe, frozen, DEPENDS[name])}
 
 
 def agree(mine: Recipe, theirs: Recipe, keys: tuple[str, ...]) -> bool:
-    """Whether two recipes say the same of these keys (`"paint."` is all of that section)."""
+    """Whether two recipes have the same values of these keys (`"paint."` is the whole section)."""
     one, two = mine.flat(), theirs.flat()
     for key in one.keys() | two.keys():
         if key in HARMLESS or one.get(key) == two.get(key):
             continue
-        if key in OPEN and one.get(key) in ("auto", None):
+        if key in AUTO and one.get(key) in ("auto", None):
             continue
         if any(key == wanted or key.startswith(wanted if wanted[-1] == "." else f"{wanted}.") for wanted in keys):
             return False
@@ -201,24 +206,24 @@ def agree(mine: Recipe, theirs: Recipe, keys: tuple[str, ...]) -> bool:
 
 
 def _logged(stages: list[dict[str, Any]], folder: Path, images: int) -> dict[str, float]:
-    """Rates from the log's stages; `images` were drawn of each prompt."""
-    found: dict[str, float] = {}
+    """Return the rates from the stages of the log, with `images` grids a prompt."""
+    values: dict[str, float] = {}
     last = {event["stage"]: event["result"] for event in stages}
     painted = [event for event in stages if event["stage"] == "paint"]
     processed = images * sum(event["result"].get("processed", 0) for event in painted)
     if processed:
-        found["seconds_per_grid"] = sum(event["seconds"] for event in painted) / processed
+        values["seconds_per_grid"] = sum(event["seconds"] for event in painted) / processed
     if rows := last.get("paint", {}).get("rows"):
-        found["grid_bytes"] = _bytes(folder / "grids") / rows
+        values["grid_bytes"] = _bytes(folder / "grids") / rows
     curated = last.get("curate", {})
     if rows := curated.get("rows"):
-        found["candidate_bytes"] = _bytes(folder / "candidates") / rows
+        values["candidate_bytes"] = _bytes(folder / "candidates") / rows
         if "pairs" in curated:
-            found["keep_rate"] = curated["pairs"] / rows
+            values["keep_rate"] = curated["pairs"] / rows
     training = last.get("distill", {}).get("training", {})
     if training.get("steps") and training.get("seconds"):
-        found["seconds_per_step"] = training["seconds"] / training["steps"]
-    return {name: value for name, value in found.items() if value}
+        values["seconds_per_step"] = training["seconds"] / training["steps"]
+    return {name: value for name, value in values.items() if value}
 
 
 def _bytes(folder: Path) -> int:
@@ -226,7 +231,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _tokens(folder: Path) -> dict[str, float]:
-    """Mean tokens in and out of a vote, over the first candidates that were asked about."""
+    """Return the mean input and output tokens of a vote, from the first candidates that were judged."""
     from diptych.data.scan import batches
     from diptych.data.store import Dataset
 
@@ -237,7 +242,7 @@ def _tokens(folder: Path) -> dict[str, float]:
             votes = json.loads(text).get("vlm", {}).get("votes", [])
             spent += [vote["tokens"] for vote in votes if vote["status"] == "answered" and any(vote["tokens"])]
         seen += len(batch["evidence"])
-        if seen >= MOST_ROWS:
+        if seen >= MAX_ROWS:
             break
     if not spent:
         return {}
@@ -247,7 +252,7 @@ def _tokens(folder: Path) -> dict[str, float]:
 
 @dataclass
 class Book:
-    """The assumptions, and which of them a plan has used."""
+    """The assumptions, and which of them a plan uses."""
 
     known: dict[str, Assumption]
     used: dict[str, Assumption] = field(default_factory=dict)
@@ -258,24 +263,24 @@ class Book:
         return value
 
     def maybe(self, name: str) -> float | None:
-        """An assumption that may have no value."""
+        """Return an assumption that may have no value."""
         self.used[name] = self.known[name]
         return self.known[name].value
 
     def derived(self, name: str, value: float) -> float:
-        """An assumption, or, where nobody said or measured one, what follows from others."""
+        """Return an assumption, or `value`, which follows from others, if it is not set or measured."""
         one = self.known[name]
         self.used[name] = one = replace(one, value=value) if one.value is None else one
         assert one.value is not None
         return one.value
 
-    def measure(self, found: Mapping[str, Measured]) -> None:
-        """Measured values replace defaults."""
-        for name, one in found.items():
+    def measure(self, rates: Mapping[str, Rate]) -> None:
+        """Replace defaults by measured rates."""
+        for name, one in rates.items():
             if self.known[name].of == "default":
                 new = replace(self.known[name], value=one.value, source=one.source, low=None, high=None)
                 self.known[name] = replace(new, of="measured")
 
     def was_set(self, *names: str) -> bool:
-        """Whether somebody chose one of these."""
+        """Whether one of these assumptions is set."""
         return any(self.known[name].of == "set" for name in names)

@@ -1,4 +1,4 @@
-"""What each stage of a recipe will cost: plain values, None where nobody said what it takes to know."""
+"""The cost of each stage of a recipe, as plain values; None where a price is unknown."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ from diptych.run.plan import arithmetic
 from diptych.run.plan.sizes import painting_memory
 from diptych.run.plan.workload import TrainingMemory, Workload
 
-TEXT_IN_MEMORY = 2 * 2**30  # bytes: train/text.py encodes captions once if they fit, else in every step
-LEVELS = 5  # noise levels of a validation, `train.validate.SIGMAS`
+TEXT_IN_MEMORY = 2 * 2**30  # bytes: training encodes captions once if they fit, else in every step
+LEVELS = 5  # noise levels of a validation (`train.validate.SIGMAS`)
 
 
 def write(work: Workload) -> dict[str, Any]:
-    """Prompts, and the language model's calls, tokens and money."""
+    """Return the prompts, and the language model's calls, tokens and money."""
     settings = work.recipe.write
-    found: dict[str, Any] = {"writer": settings.writer, "prompts": settings.count, "calls": 0}
-    found |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, "model": None, "vllm_gpus": 0}
+    cost: dict[str, Any] = {"writer": settings.writer, "prompts": settings.count, "calls": 0}
+    cost |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, "model": None, "vllm_gpus": 0}
     if settings.writer == "llm":
         from diptych.llm import schema
         from diptych.stages.write import llm_writer
 
-        if work.task.writer is None:
-            raise UsageError(f"the task '{work.task.name}' has no `writer`, so no language model can write it")
+        llm_writer.check_task(work.task)
+        assert work.task.writer is not None
         panels = work.layout.panels
         answer = llm_writer.answer_type(work.task, panels, settings.panel_words)
-        brief = work.task.writer.brief.format(count=panels, layout=work.layout.name, words=settings.panel_words)
+        brief = llm_writer.brief(work.task, work.layout, settings.panel_words)
         parts = work.task.writer.answer
         words = sum(llm_writer.LIMITS.get(name, 0) for name in parts) + panels * settings.panel_words
         form = json.dumps({name: [""] * panels if name == "panels" else "" for name in parts})
         longest = math.ceil(words / work.book["words_per_token"]) + _tokens(work, form)
-        asked = _quotation(work, bool(settings.captions)) + _tokens(work, brief + schema.in_words(answer))
-        told = work.book.derived("writer_answer_tokens", longest)
-        found["calls"], spent = settings.count, [asked, told]
+        question = _quotation(work, bool(settings.captions)) + _tokens(work, brief + schema.in_words(answer))
+        cost["calls"], spent = settings.count, [question, work.book.derived("writer_answer_tokens", longest)]
         if settings.clear_subject:
             clear = llm_writer.FILTER + schema.in_words(llm_writer.Clear)
-            found["calls"] *= 2
+            cost["calls"] *= 2
             spent[0] += _quotation(work, True) + _tokens(work, clear)
             spent[1] += math.ceil(llm_writer.LIMITS["subject"] / work.book["words_per_token"]) + 12  # its JSON
-        found["tokens"] = {way: round(n * settings.count) for way, n in zip(("in", "out"), spent, strict=True)}
-        found |= {"model": settings.model, "vllm_gpus": settings.vllm.tensor_parallel_size if settings.vllm else 0}
-        # How fast a model on this machine writes is not known.
-        found["money"] = None if settings.vllm or settings.local else work.money("writer", found["tokens"])
-    found["disk"] = round(settings.count * work.book["row_bytes"] + _answers(work, found))
-    return found
+        cost["tokens"] = {way: round(n * settings.count) for way, n in zip(("in", "out"), spent, strict=True)}
+        cost |= {"model": settings.model, "vllm_gpus": settings.vllm.tensor_parallel_size if settings.vllm else 0}
+        # The speed of a model on this machine is unknown.
+        cost["money"] = None if settings.vllm or settings.local else work.money("writer", cost["tokens"])
+    cost["disk"] = round(settings.count * work.book["row_bytes"] + _answers(work, cost))
+    return cost
 
 
 def paint(work: Workload) -> dict[str, Any]:
-    """Forward passes, operations, device hours, memory and disk of the grids."""
+    """Return the forward passes, operations, device hours, memory and disk of the grids."""
     settings, layout = work.recipe.paint, work.layout
     call, index = work.teacher.call, work.teacher.index
     prompts = call.branches(settings.true_guidance, index)
@@ -83,73 +82,72 @@ def paint(work: Workload) -> dict[str, Any]:
 
 
 def _steps_run(name: str | None, steps: int) -> int:
-    """How many of the sampling steps a speed computes."""
+    """Return how many of the sampling steps a speed preset computes."""
     from diptych.student.runtime import speed
 
-    wanted = speed.parse(name)
-    return sum(wanted.runs(step, steps) for step in range(steps))
+    preset = speed.parse(name)
+    return sum(preset.runs(step, steps) for step in range(steps))
 
 
 def curate(work: Workload, painting_hours: float) -> dict[str, Any]:
-    """Judge calls, the vision-language model's calls, tokens and money, and the core hours of cutting and comparing."""
+    """Return the calls, tokens and money of the judges, and the core hours of cutting and comparing."""
     vlm = work.recipe.curate.vlm
     core = work.grids * work.book["seam_ms"] + work.pairs * work.book["compare_ms"]
-    found: dict[str, Any] = {"judge": work.recipe.curate.judge, "judge_calls": work.grids * work.layout.panels}
-    found |= {"core_hours": core / 3.6e6, "vlm": None, "vllm_gpus": 0, "votes": 0, "captions": 0, "calls": 0}
-    found |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, **_time(work, 0.0)}
+    cost: dict[str, Any] = {"judge": work.recipe.curate.judge, "judge_calls": work.grids * work.layout.panels}
+    cost |= {"core_hours": core / 3.6e6, "vlm": None, "vllm_gpus": 0, "votes": 0, "captions": 0, "calls": 0}
+    cost |= {"tokens": {"in": 0, "out": 0}, "money": 0.0, **_time(work, 0.0)}
     if vlm is not None:
-        asked = round(work.pairs * work.book["judge_share"])
-        votes, captions = asked * vlm.votes, work.kept if vlm.captions else 0
-        pictures = 2 * work.book.derived("image_tokens", math.ceil(work.size / 28) ** 2)
-        judged, captioned = _questions(work)
-        asked_tokens = work.book.derived("judge_input_tokens", judged + pictures)
-        pictures = max(0.0, asked_tokens - judged)  # as measured, if it was
-        spent = {"in": votes * asked_tokens + captions * (captioned + pictures)}
+        judged = round(work.pairs * work.book["judge_share"])
+        votes, captions = judged * vlm.votes, work.kept if vlm.captions else 0
+        images = 2 * work.book.derived("image_tokens", math.ceil(work.size / 28) ** 2)
+        judging, captioning = _questions(work)
+        vote_tokens = work.book.derived("judge_input_tokens", judging + images)
+        images = max(0.0, vote_tokens - judging)  # as measured, if a run measured it
+        spent = {"in": votes * vote_tokens + captions * (captioning + images)}
         spent["out"] = votes * work.book["judge_answer_tokens"]
         spent["out"] += captions * work.book["caption_answer_tokens"] if captions else 0
-        found["vllm_gpus"] = vlm.vllm.tensor_parallel_size if vlm.vllm else 0
-        found |= {"vlm": vlm.model, "votes": votes, "captions": captions, "calls": votes + captions}
-        found["tokens"] = {way: round(n) for way, n in spent.items()}
+        cost["vllm_gpus"] = vlm.vllm.tensor_parallel_size if vlm.vllm else 0
+        cost |= {"vlm": vlm.model, "votes": votes, "captions": captions, "calls": votes + captions}
+        cost["tokens"] = {way: round(n) for way, n in spent.items()}
         if vlm.endpoint is None:
-            found |= _time(work, painting_hours * work.book["local_vlm_share"])
+            cost |= _time(work, painting_hours * work.book["local_vlm_share"])
         else:
-            found["money"] = work.money("vlm", found["tokens"])
+            cost["money"] = work.money("vlm", cost["tokens"])
     pair = work.row_bytes("candidate_bytes", 2)
-    found["disk"] = {
-        "candidates": round(work.candidates * pair + _answers(work, found)),
+    cost["disk"] = {
+        "candidates": round(work.candidates * pair + _answers(work, cost)),
         "pairs": round(work.kept * pair),
     }
-    return found
+    return cost
 
 
 def distill(work: Workload) -> dict[str, Any]:
-    """Steps, samples, operations, device hours, memory and disk of the training."""
+    """Return the steps, samples, operations, device hours, memory and disk of the training."""
     settings = work.recipe.distill
     canvas, tokens = _student_canvas(work), settings.conditioning == "tokens"
     shapes = work.counts.shapes if tokens else arithmetic.widened(work.counts.shapes)
     one = arithmetic.forward(shapes, canvas)
     step = one
-    if canvas.apart:  # an image's reference goes through once, and its keys and values serve every step
+    if canvas.apart:  # an image's reference is processed once, and its keys and values are used in every step
         apart = canvas.apart
-        step = arithmetic.forward(shapes, arithmetic.Canvas(canvas.image - apart, canvas.text, keys=apart))
+        step = arithmetic.forward(shapes, arithmetic.TokenCounts(canvas.image - apart, canvas.text, keys=apart))
     trained = _trained(work, shapes, canvas)
     samples = settings.steps * settings.batch_size
     captions = min(work.kept, work.grids * work.layout.panels) + (work.kept if settings.instructions else 0)
-    wide = 4 if work.on_cpu else 2  # what the text encoders and the VAE compute in
+    wide = 4 if work.on_cpu else 2  # bytes of a number in the text encoders and the VAE
     embedding = work.teacher.text_tokens * work.counts.shapes["context_embedder.weight"][1] * wide
     online = captions * embedding > TEXT_IN_MEMORY
     per_sample = arithmetic.training(one, trained, settings.gradient_checkpointing)
-    wish, sides, negatives, pairs = settings.preference, 1, 0, work.kept
-    if wish:  # each target beside its negative, both also without gradients through what training started from
-        sides, pairs = 2, min(wish.pairs, work.kept)
+    preference, sides, negatives, pairs = settings.preference, 1, 0, work.kept
+    if preference:  # each target and its negative, both also without gradients through the reference model
+        sides, pairs = 2, min(preference.pairs, work.kept)
         negatives = pairs
         per_sample = sides * (per_sample + one)
     texts = samples if online else captions
     checks = LEVELS * settings.validation_pairs * math.ceil(settings.steps / settings.validate_every)
     sheets = 1 + (settings.steps // settings.sample_every if settings.sample_every else 0)
-    drawn = sheets * settings.sample_pairs * settings.sample_steps
-    drawn += negatives * settings.sample_steps
-    flops = samples * per_sample + texts * work.text_flops + checks * one + drawn * step
+    sampled = (sheets * settings.sample_pairs + negatives) * settings.sample_steps
+    flops = samples * per_sample + texts * work.text_flops + checks * one + sampled * step
     hours = work.hours("seconds_per_step", settings.steps, flops, "train_share")
     memory = TrainingMemory(work, shapes, canvas, _canvas_pixels(work), trained, online)
     phases = memory.phases()
@@ -161,7 +159,7 @@ def distill(work: Workload) -> dict[str, Any]:
     disk = {
         "latents": work.kept * 2 * memory.tokens * channels * wide,
         "negatives": negatives * memory.tokens * channels * 4,
-        "checkpoints": trained.numbers * state * (settings.keep + 2),  # the best, and the one being written
+        "checkpoints": trained.numbers * state * (settings.keep + 2),  # the best one, and the one being written
         "student": whole if trained.whole else trained.numbers * 4,
     }
     return {
@@ -184,7 +182,7 @@ def distill(work: Workload) -> dict[str, Any]:
 
 
 def evaluate(work: Workload) -> dict[str, Any]:
-    """Pictures to draw and to score: of every split, by every method and the anchors."""
+    """Return the images to generate and score: of every split, by every method and the anchors."""
     settings = work.recipe.evaluate
     if settings.suite == "none":
         return {"suite": "none", "pictures": 0}
@@ -197,46 +195,49 @@ def evaluate(work: Workload) -> dict[str, Any]:
 
 
 def _canvas_pixels(work: Workload) -> tuple[int, int]:
-    """Height and width of a training sample, at the largest of the recipe's sizes."""
+    """Return height and width of a training sample at the largest of the recipe's sizes."""
     settings = work.recipe.distill
     panels = 2 if settings.conditioning == "diptych" else 1
-    sizes = settings.buckets if settings.buckets != "auto" else []  # its ladder keeps the square's area
+    sizes = settings.buckets if settings.buckets != "auto" else []  # its sizes have the area of the square
     height, width = max(sizes or [(work.size, work.size)], key=lambda size: size[0] * size[1])
     return height, panels * width
 
 
-def _student_canvas(work: Workload) -> arithmetic.Canvas:
-    """What a training sample is, at the largest of the recipe's sizes: with reference tokens, a reference of the
-    target's size beside it."""
+def _student_canvas(work: Workload) -> arithmetic.TokenCounts:
+    """Return the tokens of a training sample at the largest of the recipe's sizes.
+
+    With reference tokens, they include a reference of the target's size.
+    """
     settings, (height, width) = work.recipe.distill, _canvas_pixels(work)
     tokens, text = arithmetic.image_tokens(height, width, work.teacher.factor), work.teacher.text_tokens
     if settings.conditioning != "tokens":
-        return arithmetic.Canvas(tokens, text)
-    return arithmetic.Canvas(2 * tokens, text, apart=tokens if settings.reference_attention == "self" else 0)
+        return arithmetic.TokenCounts(tokens, text)
+    return arithmetic.TokenCounts(2 * tokens, text, apart=tokens if settings.reference_attention == "self" else 0)
 
 
-def _trained(work: Workload, shapes: arithmetic.Shapes, canvas: arithmetic.Canvas) -> arithmetic.Trained:
+def _trained(work: Workload, shapes: arithmetic.Shapes, canvas: arithmetic.TokenCounts) -> arithmetic.TrainedSize:
     settings = work.recipe.distill
     out, channels = work.counts.shapes["x_embedder.weight"]
     widens = settings.conditioning != "tokens"
     if settings.mode == "full":
-        return arithmetic.Trained(work.counts.transformer + (out * channels if widens else 0), 0.0, whole=True)
+        return arithmetic.TrainedSize(work.counts.transformer + (out * channels if widens else 0), 0.0, whole=True)
     targets = settings.lora_targets
     if isinstance(targets, str):
         if targets not in LORA_TARGETS:
-            hint = nearest(targets, LORA_TARGETS)
-            raise UsageError(f"distill.lora_targets: no set '{targets}'; sets: {', '.join(LORA_TARGETS)}{hint}")
+            known = f"Sets: {', '.join(LORA_TARGETS)}{nearest(targets, LORA_TARGETS)}"
+            raise UsageError("name_unknown", f"distill.lora_targets: no set of layers is named '{targets}'. {known}")
         targets = LORA_TARGETS[targets]
     names = list(arithmetic.linears(shapes))
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = {name.split(".", 2)[-1] for name in names}
-            raise UsageError(f"distill.lora_targets: no linear layer is called '{target}'{nearest(target, known)}")
+            message = f"distill.lora_targets: no linear layer is named '{target}'{nearest(target, known)}"
+            raise UsageError("layer_unknown", message)
     return arithmetic.adapted(shapes, targets, settings.rank, canvas, input_layer=widens)
 
 
 def _questions(work: Workload) -> tuple[int, int]:
-    """Tokens of the words of a judge's question and of a captioner's."""
+    """Return the text tokens of a judge's question and of a captioner's."""
     from diptych.judges import vlm
     from diptych.llm import schema
     from diptych.stages.curate import captioning
@@ -259,9 +260,9 @@ def _tokens(work: Workload, text: str) -> int:
     return arithmetic.tokens(text, work.book["chars_per_token"])
 
 
-def _answers(work: Workload, found: dict[str, Any]) -> float:
-    """Bytes of the file of answers: the replies, and a row's numbers."""
-    return found["tokens"]["out"] * work.book["chars_per_token"] + found["calls"] * 200 if found["calls"] else 0.0
+def _answers(work: Workload, cost: dict[str, Any]) -> float:
+    """Return the bytes of the file of answers: the replies, and the numbers of each row."""
+    return cost["tokens"]["out"] * work.book["chars_per_token"] + cost["calls"] * 200 if cost["calls"] else 0.0
 
 
 def _time(work: Workload, device_hours: float) -> dict[str, float]:

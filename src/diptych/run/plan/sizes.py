@@ -1,6 +1,6 @@
-"""The teacher's real sizes: its configs from a folder, the hub's cache or the table below.
+"""The sizes of the teacher's parts, from its configs: in a folder, in the hub's cache or in the table below.
 
-No weight is read and nothing is downloaded.
+No weights are read and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FLUX: dict[str, dict[str, Any]] = {
         "feed_forward_proj": "gated-gelu",
     },
 }
-# Published configs of teachers that are mostly planned for before they are downloaded.
+# Published configs of teachers, so that they can be planned for before they are downloaded.
 KNOWN: dict[str, dict[str, dict[str, Any]]] = {
     "black-forest-labs/FLUX.1-dev": _FLUX,
     "black-forest-labs/FLUX.1-schnell": {**_FLUX, "transformer": {**_TRANSFORMER, "guidance_embeds": False}},
@@ -63,41 +63,42 @@ KNOWN: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class TeacherSizes:
-    """A FLUX teacher's configs, where they are from, and the most tokens of text it reads."""
+    """A FLUX teacher's configs, their source, and the maximum number of text tokens."""
 
     name: str
     configs: Mapping[str, Mapping[str, Any]]
     source: str
     text_tokens: int
     index: Mapping[str, Any]
-    """Its model_index.json."""
+    """The contents of model_index.json."""
 
     @property
     def call(self) -> teachers.Traits:
-        """How its pipeline takes guidance."""
+        """The guidance arguments of its pipeline."""
         return teachers.of(str(self.index["_class_name"]))
 
     @property
     def distilled(self) -> teachers.Distilled | None:
-        """What shows that it is step-distilled."""
+        """The evidence that it is step-distilled; None without any."""
         return teachers.examine(self.name)
 
     @property
     def factor(self) -> int:
-        """Pixels of a latent's side."""
+        """Pixels on a latent's side."""
         return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
 
-    def panel(self, asked: int | None) -> int:
-        """Pixels of a panel's side, as painting takes it. UsageError for one that the teacher cannot draw."""
-        size = asked or min(MAX_PANEL, int(self.configs["vae"].get("sample_size") or MAX_PANEL))
+    def panel(self, size: int | None) -> int:
+        """Return a panel's side in pixels, as in painting. Raises UsageError if the teacher cannot generate it."""
+        size = size or min(MAX_PANEL, int(self.configs["vae"].get("sample_size") or MAX_PANEL))
         if size % (2 * self.factor):
-            raise UsageError(f"paint.panel_size {size} is not a multiple of {2 * self.factor} pixels for this teacher")
+            why = f"paint.panel_size {size} is not a multiple of {2 * self.factor} pixels, as this teacher needs."
+            raise UsageError("size_invalid", why)
         return size
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers in a teacher's parts, and the shapes of its transformer's tensors."""
+    """Parameters of a teacher's parts, and the shapes of its transformer's tensors."""
 
     shapes: Mapping[str, tuple[int, ...]]
     transformer: int
@@ -106,32 +107,34 @@ class Counts:
 
 
 def find(recipe: Recipe) -> TeacherSizes:
-    """The recipe's teacher. UserError if its sizes are not to be found, or it is not FLUX."""
+    """Return the sizes of the recipe's teacher. Raises UserError if they are unknown, or it is not a FLUX teacher."""
     name = recipe.teacher
     folder = folder_of(name)
-    configs = {part: found for part in PARTS if (found := read(name, f"{part}/config.json"))}
+    configs = {part: config for part in PARTS if (config := read(name, f"{part}/config.json"))}
     if folder is not None:
         lengths = [read_file(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
-        source = "its own config files"
+        source = "its config files"
     elif {"transformer", "vae"} <= configs.keys():
         lengths, source = [], "its config files in the hub's cache"
-    elif found := {key.lower(): values for key, values in KNOWN.items()}.get(name.partition("@")[0].lower()):
-        configs, lengths, source = found, [], "its published config"
+    elif published := {key.lower(): values for key, values in KNOWN.items()}.get(name.partition("@")[0].lower()):
+        configs, lengths, source = published, [], "its published config"
     else:
         raise UserError(
-            f"the teacher '{name}' is not on this machine, and its sizes are not known here (known: pocket, "
-            f"{', '.join(KNOWN)}); give a local folder{nearest(name, ['pocket', *KNOWN])}"
+            "model_not_found",
+            f"The teacher '{name}' is not on this machine, and its sizes are not known (known: pocket, "
+            f"{', '.join(KNOWN)}). Pass a local folder{nearest(name, ['pocket', *KNOWN])}",
         )
     family = configs.get("transformer", {}).get("_class_name", "no diffusers pipeline")
     if family != FAMILY or "vae" not in configs:
-        raise UserError(f"plan counts FLUX.1 teachers, which diptych can distil; '{name}' is none ({family})")
+        message = f"'{name}' ({family}) is not a FLUX.1 teacher, and only these can be planned and distilled."
+        raise UserError("model_unsupported", message)
     index = {"_class_name": PIPELINE} | read(name, INDEX)
     longest = max((int(tokenizer.get("model_max_length") or 0) for tokenizer in lengths), default=0)
     return TeacherSizes(name, configs, source, min(MAX_TEXT_TOKENS, longest or MAX_TEXT_TOKENS), index)
 
 
 def count(teacher: TeacherSizes) -> Counts:
-    """The numbers of its parts."""
+    """Count the parameters of a teacher's parts."""
     shapes = memory_shapes(teacher)
     transformer = shapes.tensors("transformer")
     text = sum(shapes.tensors(part).count for part in shapes.texts())
@@ -147,18 +150,18 @@ def painting_memory(
     name: str | None,
     room: float | None,
 ) -> tuple[int, str | None, str]:
-    """Bytes that drawing `rows` pictures of `size` (height, width) at once holds at most: `student.memory`'s plan.
+    """Return the maximum bytes for generating `rows` images of `size` (height, width) at once.
 
     Args:
-        name: `paint.memory`; `room` is the device's bytes, for `auto`. None: a CPU's, enough for anything.
+        name: `paint.memory`.
+        room: the device's bytes, for `auto`. None stands for a CPU, whose memory is not limited here.
 
-    Returns:
-        (bytes, the preset's name, what it does in words). UsageError for one that cannot work here.
+    Returns (bytes, the preset's name, its description). Raises UsageError for a preset that does not work here.
     """
     from diptych.student.runtime.memory import Preset, choose, pick
     from diptych.student.runtime.memory import plan as memory_plan
 
-    half = (size[0], size[1] // 2)  # that plan's pictures are two panels wide
+    half = (size[0], size[1] // 2)  # the images of that plan are two panels wide
     device = "cpu" if cpu else "cuda"
     options: dict[str, Any] = {"dtype_bytes": bytes_, "panel": half, "text_tokens": teacher.text_tokens}
     options |= {"rows": rows, "device": device, "reopened": False}
@@ -172,16 +175,16 @@ def painting_memory(
 
 
 def frozen_bytes(teacher: TeacherSizes, quantization: str, bytes_: int) -> int:
-    """Bytes of the frozen transformer: its blocks quantized (`student.quantize`), the rest numbers of `bytes_`."""
+    """Return the bytes of the frozen transformer with quantized blocks and `bytes_` for each other number."""
     from diptych.student.runtime.memory import Preset
     from diptych.student.runtime.memory import plan as memory_plan
 
-    found = memory_plan(memory_shapes(teacher), Preset(transformer=quantization), dtype_bytes=bytes_)
-    return found.blocks + found.modulation + found.other
+    plan = memory_plan(memory_shapes(teacher), Preset(transformer=quantization), dtype_bytes=bytes_)
+    return plan.blocks + plan.modulation + plan.other
 
 
 def memory_shapes(teacher: TeacherSizes) -> Any:
-    """As `student.memory` takes them."""
+    """Return the configs in the form of `student.runtime.memory`."""
     from diptych.student.runtime.memory import Shapes
 
     parts: dict[str, Any] = {part: teacher.configs[part] for part in PARTS if part in teacher.configs}
