@@ -32,7 +32,7 @@ from PIL import Image
 from released_way import ReleasedWay, from_folder, split_input
 
 from diptych import student
-from diptych.run.plan.sizes import KNOWN
+from diptych.run.plan.sizes import known
 from diptych.student.canvas import Canvas
 from diptych.student.runtime import speed
 from diptych.student.runtime.applied import apply_speed, remove_speed
@@ -49,7 +49,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 RANK = 128
 H200_RATE = 790e12  # measured bf16 product rate; the floor of 1.33 s for 28 forwards rests on it
 FLUX: dict[str, Any] = {
-    key: value for key, value in KNOWN["black-forest-labs/FLUX.1-dev"]["transformer"].items() if not key.startswith("_")
+    key: value for key, value in known()["black-forest-labs/FLUX.1-dev"]["transformer"].items() if not key.startswith("_")
 }
 MIDSIZE: dict[str, Any] = {
     "in_channels": 64,

@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.run.plan.sizes import KNOWN
+from diptych.run.plan.sizes import known
 from diptych.student.runtime import memory
 from diptych.student.runtime.memory import GIB, PRESETS, Preset, Shapes, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
+DEV = known()["black-forest-labs/FLUX.1-dev"]
 VAE: dict[str, Any] = dict(DEV["vae"])
 FLUX = Shapes(
     {**DEV["transformer"], "in_channels": 128, "out_channels": 64}, VAE, DEV["text_encoder"], DEV["text_encoder_2"]

@@ -26,7 +26,7 @@ from diptych.data import records
 from diptych.data.images import image_cell, open_image
 from diptych.data.store import Dataset
 from diptych.recipe.schema import Recipe
-from diptych.run.plan.sizes import KNOWN
+from diptych.run.plan.sizes import known
 from diptych.student.canvas import condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.loop import Trainer
 from diptych.train.objective import Batch, image_ids, panel_losses
@@ -36,7 +36,7 @@ from diptych.utils.machine import pick_precision
 GOAL = 1.3  # times the plain loop's samples a second, on the CPU
 PAIRS = 512
 H200_RATE = 790e12
-FULL = KNOWN["black-forest-labs/FLUX.1-dev"]
+FULL = known()["black-forest-labs/FLUX.1-dev"]
 
 
 class PlainLoop:

@@ -112,7 +112,7 @@ def test_a_newer_cache_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with raises("store_damaged", path, "newer"):
+    with raises("store_damaged", path, "version 99"):
         Cache(path)
 
 

@@ -162,22 +162,3 @@ def test_a_reply_of_another_protocol_is_named_with_the_remedy_at_once(
         client.ask_many(map(number, range(50)), lambda outcome: None)
     assert len(server.calls) == 1 and "\n" not in str(caught.value) and server.url in str(caught.value)
     assert server.calls[0].body["stream"] is False
-
-
-def test_a_cache_of_the_first_version_is_taken_over_without_its_empty_replies(tmp_path: Path) -> None:
-    import sqlite3
-
-    path = tmp_path / "a.sqlite"
-    with Cache(path):
-        pass
-    with sqlite3.connect(path) as old:
-        old.execute("ALTER TABLE replies DROP COLUMN reasoned")
-        old.execute("DROP TABLE unkept")
-        old.execute("PRAGMA user_version = 1")
-        for key, text in (("full", GOOD), ("empty", "")):
-            old.execute("INSERT INTO replies VALUES (?, ?, 'tiny', '', 0, 1, 10, 2, 0.0)", (key, text))
-    old.close()
-    with Cache(path) as cache:
-        found = cache.get("full")
-        assert found is not None and found.text == GOOD and cache.get("empty") is None
-        assert cache.usage() == {"tiny": Usage(2, 20, 4)}

@@ -14,7 +14,7 @@ from live_bytes import LiveBytes, fake, live
 from diptych.recipe import load
 from diptych.recipe.schema import Distill
 from diptych.run.plan import make
-from diptych.run.plan.sizes import KNOWN
+from diptych.run.plan.sizes import known
 from diptych.student.canvas import Canvas
 from diptych.student.families import shapes
 from diptych.train import canvases_at_once, captions_at_once, parts
@@ -22,7 +22,7 @@ from diptych.train.export import as_loaded
 from diptych.train.objective import Batch, image_ids, panel_losses
 from diptych.utils.machine import computing
 
-DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
+DEV = known()["black-forest-labs/FLUX.1-dev"]
 CPU, META = torch.device("cpu"), torch.device("meta")
 CANVAS = Canvas(512, 512, 8)
 SHALLOW, DEEP = (1, 2), (19, 38)  # double and single blocks; each is of full size

@@ -64,7 +64,7 @@ class Cache:
         self._do(lambda connection: None)
 
     def get(self, key: str) -> Reply | None:
-        """Return the reply under a key, or None. Empty replies, which older versions stored, are left out."""
+        """Return the reply under a key, or None."""
         row = self._do(
             lambda connection: connection.execute(
                 "SELECT text, model, refused, cut, reasoned, calls, input_tokens, output_tokens FROM replies "
@@ -75,8 +75,7 @@ class Cache:
         if row is None:
             return None
         text, model, refused, cut, reasoned, *usage = row
-        reply = Reply(text, model, Usage(*usage), refused, bool(cut), reasoned=bool(reasoned))
-        return None if reply.empty else reply
+        return Reply(text, model, Usage(*usage), refused, bool(cut), reasoned=bool(reasoned))
 
     def put(self, key: str, reply: Reply) -> None:
         """Store a reply; of an empty reply, store only its cost. When this returns, the data survive a kill."""
@@ -167,12 +166,11 @@ class Cache:
         filled = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] > 0
         mark = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if mark not in (0, _MARK) or version > VERSION or (mark == 0 and filled):
-            newer = mark == _MARK
-            why = "was made by a newer version of diptych" if newer else "belongs to another program"
-            message = f"The SQLite file {self.path} {why}. Name another file for the cache of answers."
-            raise UserError("store_damaged" if newer else "file_format_unknown", message)
-        if mark == _MARK and version == VERSION:
+        if mark not in (0, _MARK) or (mark == 0 and filled) or (mark == _MARK and version != VERSION):
+            code = "store_damaged" if mark == _MARK else "file_format_unknown"
+            why = f"is of version {version} of the cache" if mark == _MARK else "belongs to another program"
+            raise UserError(code, f"The SQLite file {self.path} {why}. Name another file for the cache of answers.")
+        if mark == _MARK:
             connection.execute("PRAGMA synchronous=NORMAL")
             return
         connection.execute("PRAGMA journal_mode=WAL")
@@ -180,9 +178,6 @@ class Cache:
         with connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(_TABLE)
-            columns = [row[1] for row in connection.execute("PRAGMA table_info(replies)")]
-            if "reasoned" not in columns:  # of version 1
-                connection.execute("ALTER TABLE replies ADD COLUMN reasoned INTEGER NOT NULL DEFAULT 0")
             connection.execute(_UNKEPT)
             connection.execute(f"PRAGMA application_id = {_MARK}")
             connection.execute(f"PRAGMA user_version = {VERSION}")

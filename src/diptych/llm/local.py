@@ -22,6 +22,7 @@ from diptych.llm.cache import Cache
 from diptych.llm.question import EncodedImage, GaveUp, Message, Outcome, Question, Reply, Spent, Usage, body, clean
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
+from diptych.utils.machine import pick_device
 from diptych.utils.opening import refuse_code
 
 STOP_AFTER = 20  # questions in a row without an answer, after which the model is taken not to work here
@@ -68,33 +69,21 @@ class LocalModel:
 
         Raises UserError if it is neither a vision-language model nor a language model with a chat template.
         """
-        import torch
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            AutoTokenizer,
-        )
-
         folder = models.resolve(name, "vlm")
         refuse_code(folder)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         with _opening(name):
             with quiet_bars():
                 options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
-                sees = hasattr(AutoConfig.from_pretrained(str(folder), local_files_only=True), "vision_config")
-                loader: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+                config, loader, reader = _classes(folder)
                 model, info = loader.from_pretrained(str(folder), output_loading_info=True, **options)
-                reader: Any = AutoProcessor if sees else AutoTokenizer
                 processor = reader.from_pretrained(str(folder), local_files_only=True)
-            model = model.eval().to(device)
+            model = model.eval().to(pick_device(device))
         if info["missing_keys"]:
             shown = ", ".join(sorted(info["missing_keys"])[:3])
             raise UserError("model_incomplete", f"The files of '{name}' lack {shown}. Download the model again.")
         _check_template(processor, name)
         identity = {"model": models.fingerprint(folder), "dtype": str(model.dtype), "max_tokens": max_tokens}
+        sees = hasattr(config, "vision_config")
         generate = _Generate(model, processor, Path(name).name, max_tokens, sees)
         return cls(generate, identity, cache, keep_undecided=keep_undecided, sees=sees)
 
@@ -104,19 +93,14 @@ class LocalModel:
 
         Also raises one for a model without vision, if it has to read images (`sees`).
         """
-        import transformers
-
         folder = models.resolve(name, "vlm")
         refuse_code(folder)
         with _opening(name):
-            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-            vision = hasattr(config, "vision_config")
-            kind: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-            if type(config) not in kind._model_mapping:
+            config, loader, reader = _classes(folder)
+            if type(config) not in loader._model_mapping:
                 raise ValueError(f"a {config.model_type} is neither")
-            reader: Any = transformers.AutoProcessor if vision else transformers.AutoTokenizer
             processor = reader.from_pretrained(str(folder), local_files_only=True)
-        if sees and not vision:
+        if sees and not hasattr(config, "vision_config"):
             raise blind(name)
         _check_template(processor, name)
 
@@ -155,6 +139,16 @@ def _opening(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         kinds = "a vision-language model or a language model of transformers"
         raise UserError("model_unsupported", f"Cannot open '{name}' as {kinds} ({describe(error)}).") from error
+
+
+def _classes(folder: Path) -> tuple[Any, Any, Any]:
+    """Return a model's config, and the classes of transformers that open its weights and its processor."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if hasattr(config, "vision_config"):
+        return config, transformers.AutoModelForImageTextToText, transformers.AutoProcessor
+    return config, transformers.AutoModelForCausalLM, transformers.AutoTokenizer
 
 
 def blind(name: str) -> UserError:
@@ -198,7 +192,8 @@ class _Generate:
             return error
         new = tokens[0, prompt:]
         text = self.processor.decode(new, skip_special_tokens=True)
-        cut = len(new) >= self.max_tokens and int(new[-1]) not in _ends(self.model.generation_config.eos_token_id)
+        eos = self.model.generation_config.eos_token_id
+        cut = len(new) >= self.max_tokens and int(new[-1]) not in (eos if isinstance(eos, list) else [eos])
         return Reply(clean(text), self.name, Usage(1, prompt, len(new)), cut=cut)
 
     def _inputs(self, messages: tuple[Message, ...]) -> Any:
@@ -230,7 +225,3 @@ def _turn(message: Message) -> dict[str, Any]:
         else:
             content.append({"type": "text", "text": part})
     return {"role": message.role, "content": content}
-
-
-def _ends(eos: int | list[int] | None) -> list[int]:
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]

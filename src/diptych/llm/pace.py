@@ -132,13 +132,6 @@ class _Backend:
         inner = self._inner.connect_tcp(host, port, timeout=self._network.left(timeout), **more)
         return _Stream(inner, self._network)
 
-    def connect_unix_socket(self, path: str, timeout: float | None = None, **more: Any) -> _Stream:
-        inner = self._inner.connect_unix_socket(path, timeout=self._network.left(timeout), **more)
-        return _Stream(inner, self._network)
-
-    def sleep(self, seconds: float) -> None:
-        self._inner.sleep(seconds)
-
 
 class _Stream:
     """A connection whose every step ends with the request."""

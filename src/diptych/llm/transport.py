@@ -116,7 +116,8 @@ class Transport:
             moved = f"{where} has moved to {_line(_hide(location, key))}. Set base_url to the new address."
             raise UserError("endpoint_unreachable", moved)
         if status != 200:
-            self._raise_status(status, after, _hide(_message(data), key), _code(data))
+            message, code = _error(data)
+            self._raise_status(status, after, _hide(message, key), code)
         if not self._answered and (kind := other_protocol(data)):
             raise UserError("endpoint_unsuited", f"{where} does not reply with a chat completion but with {kind}")
         return _reply(data, key)
@@ -237,7 +238,7 @@ def _reply(data: bytes, key: str) -> Reply:
     try:
         value: Any = json.loads(data)
         if isinstance(value, dict) and value.get("error"):
-            raise _Again(_hide(f"the server says: {_message(data)}", key))
+            raise _Again(_hide(f"the server says: {_error(data)[0]}", key))
         choice = value["choices"][0]
         message, usage = choice["message"], value.get("usage") or {}
         content = _text(message.get("content"))
@@ -272,26 +273,21 @@ def _reasoning(message: dict[str, Any]) -> str:
     return next((text for name in _REASONING if isinstance(text := message.get(name), str) and text.strip()), "")
 
 
-def _message(data: bytes) -> str:
-    """Return the server's error message as one short line."""
+def _error(data: bytes) -> tuple[str, str]:
+    """Return the message of a server's error, as one short line, and its code, or ""."""
     try:
         value: Any = json.loads(data)
-        if isinstance(value, list) and value:
-            value = value[0]
-        for name in ("error", "message", "detail"):
-            if isinstance(value, dict) and value.get(name):
-                value = value[name]
-        return _line(value if isinstance(value, str) else json.dumps(value))
     except (ValueError, RecursionError):
-        return _line(data[:400].decode("utf8", "replace"))
-
-
-def _code(data: bytes) -> str:
-    try:
-        error = json.loads(data)["error"]
-        return str(error.get("code") or error.get("type") or "")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return ""
+        return _line(data[:400].decode("utf8", "replace")), ""
+    code = ""
+    if isinstance(value, list) and value:
+        value = value[0]
+    for name in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+            if isinstance(value, dict):
+                code = str(value.get("code") or value.get("type") or "")
+    return _line(value if isinstance(value, str) else json.dumps(value)), code
 
 
 def _line(text: str) -> str:

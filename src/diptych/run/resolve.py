@@ -108,14 +108,12 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     """Return a recipe with `device`, `threads` and the keys of `AUTO` resolved for this machine."""
     import torch
 
-    from diptych.utils.machine import pick_precision
+    from diptych.utils.machine import pick_device, pick_precision
 
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    update: dict[str, Any] = {"device": device, "threads": recipe.threads or torch.get_num_threads()}
+    device = pick_device(recipe.device)
+    update: dict[str, Any] = {"device": str(device), "threads": recipe.threads or torch.get_num_threads()}
     for section, key in (("paint", "dtype"), ("distill", "precision")):
-        precision, _ = pick_precision(getattr(getattr(recipe, section), key), torch.device(device))
+        precision, _ = pick_precision(getattr(getattr(recipe, section), key), device)
         update[section] = getattr(recipe, section).model_copy(update={key: precision})
     recipe = recipe.model_copy(update=update)
     if recipe.paint.memory == "auto" and recipe.draws_pairs():

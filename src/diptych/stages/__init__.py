@@ -1,1 +1,1 @@
-"""The stages of a run: write, paint, curate, distill. Each maps rows to rows and knows nothing of files or machines."""
+"""The stages of a run: write, paint, curate, distill. Each maps rows to rows, independent of files and machines."""

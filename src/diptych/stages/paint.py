@@ -76,7 +76,8 @@ class Paint:
                 canvas = {"height": layout.rows * size, "width": layout.cols * size}
                 painted: dict[str, list[Row | Failure]] = {row["id"]: [] for row in group}
                 for number in range(settings.images):
-                    seeds = [seed_of(self.recipe.seed, row["id"], _purpose(number)) for row in group]
+                    purpose = f"paint {number}" if number else "paint"
+                    seeds = [seed_of(self.recipe.seed, row["id"], purpose) for row in group]
                     with runtime.call():
                         images = generate(pipe, [row["prompt"] for row in group], seeds, **canvas, **options)
                     check_size(pipe, images, **canvas)
@@ -102,11 +103,6 @@ class Paint:
                 results.update({row["id"]: failure for row in group})
             else:
                 yield layout, group
-
-
-def _purpose(number: int) -> str:
-    """Return the purpose of an image's seed, which differs between the images of a prompt."""
-    return f"paint {number}" if number else "paint"
 
 
 def _together(grids: list[Row | Failure]) -> list[Row] | Failure:

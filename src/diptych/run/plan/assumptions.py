@@ -168,16 +168,8 @@ def _invalid(text: str, why: str) -> UsageError:
     return UsageError("option_invalid", f"--assume {text}: {why}.")
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A measured rate, and the run that measured it."""
-
-    value: float
-    source: str
-
-
-def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Rate]:
-    """Return the rates of `DEPENDS` that a run folder has; none if it is not a run."""
+def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, tuple[float, str]]:
+    """Return the rates of `DEPENDS` that a run folder has, each with its source; none if it is not a run."""
     folder = Path(run_dir)
     if not (folder / "recipe.yaml").is_file():
         return {}
@@ -189,7 +181,7 @@ def rates(recipe: Recipe, run_dir: str | Path) -> dict[str, Rate]:
     values = _logged([event for event in events if event.get("event") == "stage"], folder, frozen.paint.images)
     if recipe.curate.vlm is not None:
         values |= _tokens(folder)
-    return {name: Rate(value, source) for name, value in values.items() if agree(recipe, frozen, DEPENDS[name])}
+    return {name: (value, source) for name, value in values.items() if agree(recipe, frozen, DEPENDS[name])}
 
 
 def agree(mine: Recipe, theirs: Recipe, keys: tuple[str, ...]) -> bool:
@@ -274,12 +266,11 @@ class Book:
         assert one.value is not None
         return one.value
 
-    def measure(self, rates: Mapping[str, Rate]) -> None:
+    def measure(self, rates: Mapping[str, tuple[float, str]]) -> None:
         """Replace defaults by measured rates."""
-        for name, one in rates.items():
-            if self.known[name].of == "default":
-                new = replace(self.known[name], value=one.value, source=one.source, low=None, high=None)
-                self.known[name] = replace(new, of="measured")
+        for name, (value, source) in rates.items():
+            if (known := self.known[name]).of == "default":
+                self.known[name] = replace(known, value=value, source=source, low=None, high=None, of="measured")
 
     def was_set(self, *names: str) -> bool:
         """Whether one of these assumptions is set."""

@@ -26,7 +26,7 @@ def format_plan(plan: dict[str, Any]) -> list[str]:
         *_row("paint", _paint(stages["paint"])),
         *_row("curate", _curate(stages["curate"])),
         *_row("distill", _distill(stages["distill"])),
-        *_row("evaluate", [_evaluate(stages["evaluate"])]),
+        *_row("evaluate", [f"{images:,} images" if (images := stages["evaluate"]["pictures"]) else "no suite"]),
         *_row("total", _total(totals, device)),
     ]
     text += ["", "assumptions (change one with --assume NAME=VALUE):"]
@@ -98,10 +98,6 @@ def _distill(stage: dict[str, Any]) -> list[str]:
         f"memory {gib(phases['steps'])}: {memory} ({stage['rows_at_once']} rows at once){most}",
         f"disk {disk}",
     ]
-
-
-def _evaluate(stage: dict[str, Any]) -> str:
-    return f"{stage['pictures']:,} images" if stage["pictures"] else "no suite"
 
 
 def _total(stage: dict[str, Any], device: dict[str, Any]) -> list[str]:

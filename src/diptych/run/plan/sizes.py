@@ -1,4 +1,4 @@
-"""The sizes of the teacher's parts, from its configs: in a folder, in the hub's cache or in the table below.
+"""The sizes of the teacher's parts, from its configs: in a folder, in the hub's cache or in teachers.yaml.
 
 No weights are read and nothing is downloaded.
 """
@@ -7,58 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from diptych.errors import UsageError, UserError, nearest
 from diptych.recipe.schema import Recipe
 from diptych.student.families import teachers
+from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.opening import INDEX, folder_of, read, read_file
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 FAMILY, PIPELINE = "FluxTransformer2DModel", "FluxPipeline"
 MAX_PANEL, MAX_TEXT_TOKENS = 512, 512  # as in stages/paint.py
 
-_TRANSFORMER: dict[str, Any] = {
-    "_class_name": FAMILY,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-_FLUX: dict[str, dict[str, Any]] = {
-    "transformer": _TRANSFORMER,
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "text_encoder_2": {
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_heads": 64,
-        "num_layers": 24,
-        "vocab_size": 32128,
-        "feed_forward_proj": "gated-gelu",
-    },
-}
-# Published configs of teachers, so that they can be planned for before they are downloaded.
-KNOWN: dict[str, dict[str, dict[str, Any]]] = {
-    "black-forest-labs/FLUX.1-dev": _FLUX,
-    "black-forest-labs/FLUX.1-schnell": {**_FLUX, "transformer": {**_TRANSFORMER, "guidance_embeds": False}},
-}
+
+@cache
+def known() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the published configs of teachers by hub name and part."""
+    path = Path(__file__).with_name("teachers.yaml")
+    return parse_yaml(read_text(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -116,13 +84,13 @@ def find(recipe: Recipe) -> TeacherSizes:
         source = "its config files"
     elif {"transformer", "vae"} <= configs.keys():
         lengths, source = [], "its config files in the hub's cache"
-    elif published := {key.lower(): values for key, values in KNOWN.items()}.get(name.partition("@")[0].lower()):
+    elif published := {key.lower(): values for key, values in known().items()}.get(name.partition("@")[0].lower()):
         configs, lengths, source = published, [], "its published config"
     else:
         raise UserError(
             "model_not_found",
             f"The teacher '{name}' is not on this machine, and its sizes are not known (known: pocket, "
-            f"{', '.join(KNOWN)}). Pass a local folder{nearest(name, ['pocket', *KNOWN])}",
+            f"{', '.join(known())}). Pass a local folder{nearest(name, ['pocket', *known()])}",
         )
     family = configs.get("transformer", {}).get("_class_name", "no diffusers pipeline")
     if family != FAMILY or "vae" not in configs:

@@ -33,53 +33,35 @@ if TYPE_CHECKING:
 class SeamSearch:
     """The constants of the seam search. Lengths are in pixels of the reduced image, unless another unit is given."""
 
-    work: int = 64
-    """Pixels of a panel's side during the search."""
-    near: int = 5
-    """Columns on each side with which a seam is compared."""
-    reach: float = 1 / 16
-    """Maximum distance of a seam from its even position, in panels."""
-    span: int = 20
-    """Columns on each side of a seam's even position that are inspected."""
+    work: int = 64  # pixels of a panel's side during the search
+    near: int = 5  # columns on each side with which a seam is compared
+    reach: float = 1 / 16  # maximum distance of a seam from its even position, in panels
+    span: int = 20  # columns on each side of a seam's even position that are inspected
+    # By how much an uneven cut must be stronger than the even one, because rendered images have strong edges.
     off_center: float = 0.25
-    """Strength by which an uneven cut must exceed the even one, because rendered images have strong edges."""
+    # Share of the strongest jump nearby. It puts 0 halfway between grids and single images of the pocket world
+    # (docs/data.md).
     slack: float = 0.8
-    """Share of the strongest jump nearby. It puts 0 halfway between grids and single images of the pocket world
-    (docs/data.md)."""
-    floor: float = 1 / 255
-    """Jumps smaller than the last bit of 8 count as none."""
-    flat: float = 5
-    """Maximum standard deviation of a gutter's pixels, in levels of 255."""
-    clean: float = 1
-    """Standard deviation, in levels of 255, up to which pixels are a gutter and not a painted object."""
-    level: float = 3
-    """Range of a stripe's column means, in levels of 255, up to which it is a gutter and not a painted object."""
-    ends: int = 5
-    """Maximum number of bands at the top and bottom where an object's edge breaks off. Seams do not break off."""
-    gone: float = 1 / 6
-    """An edge has broken off in bands where its jumps are at most this share of its other jumps …"""
-    faint: float = 2
-    """… and at most this multiple of the usual jump …"""
-    gone_vote: float = 0.1
-    """… and the bands' vote is at most this."""
-    unseen: float = 1.75
-    """An edge has also broken off at one end where its jumps are at most this multiple of the usual jump …"""
-    unseen_vote: float = -0.1
-    """… and the bands' vote is at most this."""
-    broken: float = -0.25
-    """Strength of an edge that breaks off."""
-    rival: int = 4
-    """Number of bands in a row in which a rival, another edge nearby, is stronger than the seam."""
-    around: int = 8
-    """Columns on each side that are searched for rivals."""
-    clear: int = 12
-    """Minimum number of bands in which a seam with a rival stands out."""
-    sure: float = 0.2
-    """Minimum strength of a seam with a rival."""
-    beyond: int = 4
-    """Columns past a rival that are inspected."""
-    past: float = 0.5
-    """Minimum share of the seam's jump that remains past a rival."""
+    floor: float = 1 / 255  # jumps smaller than the last bit of 8 count as none
+    # A gutter, in levels of 255:
+    flat: float = 5  # maximum standard deviation of its pixels
+    clean: float = 1  # standard deviation up to which pixels cannot be a painted object
+    level: float = 3  # range of the column means up to which a stripe cannot be a painted object
+    # An object's edge breaks off at the top or bottom, which no seam does:
+    ends: int = 5  # in at most this number of bands
+    gone: float = 1 / 6  # its jumps there are at most this share of its other jumps,
+    faint: float = 2  # at most this multiple of the usual jump,
+    gone_vote: float = 0.1  # and the bands' vote is at most this;
+    unseen: float = 1.75  # or, at one end, its jumps are at most this multiple of the usual jump,
+    unseen_vote: float = -0.1  # and the bands' vote is at most this
+    broken: float = -0.25  # strength of such an edge
+    # A rival is another edge nearby, such as a door's, that is stronger than the seam over a few bands:
+    rival: int = 4  # minimum number of bands in a row
+    around: int = 8  # columns on each side that are searched
+    clear: int = 12  # minimum number of bands in which a seam with a rival stands out
+    sure: float = 0.2  # minimum strength of a seam with a rival
+    beyond: int = 4  # columns past a rival that are inspected
+    past: float = 0.5  # minimum share of the seam's jump that remains past a rival
 
 
 SEARCH = SeamSearch()

@@ -168,7 +168,10 @@ class Curate:
         results = [grid if isinstance(grid, Failure) else self._pairs(grid, judge) for grid in compared]
         if vlm is not None and self.recipe.curate.vlm is not None and self.recipe.curate.vlm.captions:
             results = self._captioned(vlm, results)
-        return [result if isinstance(result, Failure) else [_final(pair) for pair in result] for result in results]
+        for result in results:
+            for pair in result if isinstance(result, list) else ():
+                pair["evidence"] = json.dumps(pair["evidence"], ensure_ascii=False, sort_keys=True)
+        return results
 
     def _compare(
         self,
@@ -240,9 +243,8 @@ class Curate:
             if isinstance(result, Failure):
                 return result
             pairs = [written.get(pair["id"], pair) for pair in result]
-            return next((pair for pair in pairs if isinstance(pair, Failure)), None) or [
-                pair for pair in pairs if not isinstance(pair, Failure)
-            ]
+            lost = [pair for pair in pairs if isinstance(pair, Failure)]
+            return lost[0] if lost else pairs  # pyright: ignore[reportReturnType]
 
         return [one(result) for result in results]
 
@@ -305,10 +307,6 @@ class Curate:
             "judge": judge.fingerprint,
             "evidence": evidence,
         }
-
-
-def _final(pair: Row) -> Row:
-    return {**pair, "evidence": json.dumps(pair["evidence"], ensure_ascii=False, sort_keys=True)}
 
 
 def _cut(row: Row) -> seams.Cut | Failure:

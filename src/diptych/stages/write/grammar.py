@@ -1,8 +1,8 @@
 """How a grid is described: drafts sampled from a grammar, and the task's templates that turn them into prompts.
 
 A grammar is a function from a grid's number and a generator to a `Draft`. The grammars in `GRAMMARS` use the pocket
-world's vocabulary (`diptych.pocket.captions`), the only one that its teacher knows; a task names its grammar in
-`grammar.pocket`. Grammars for teachers that know English come from a vocabulary file (`vocabulary`).
+world's vocabulary (`diptych.pocket.captions`), the only one that its teacher understands; a task names its grammar in
+`grammar.pocket`. Grammars for teachers that understand English come from a vocabulary file (`vocabulary`).
 
 Kinds and places are evenly distributed. With N kinds, each N grids in a row have every kind once, in a random order. So
 the first thousand grids of a run are as varied as all of them.
@@ -38,7 +38,7 @@ class Draft:
     panels: list[str]
     """The caption of each panel, in the form of the task's `panel_template`. It names only the subject's kind."""
     templates: Sequence[str] = ()
-    """The grid templates that the teacher knows, if they are not the task's."""
+    """The grid templates that the teacher was trained on, if they are not the task's."""
     description: str = ""
     """The individual, with an article. The same words for every panel make a teacher generate it several times."""
     style: str = ""

@@ -1,8 +1,8 @@
 """Stage 1, write: prompts for grids (paper section 3.1).
 
 `Write` turns a writer's drafts into prompts by the task's templates, one a row. The grammar writer uses a vocabulary
-that the teacher knows (`write.grammar`): the pocket world's or a vocabulary file. The other writer is a language model
-(`llm_writer`).
+that the teacher understands (`write.grammar`): the pocket world's or a vocabulary file. The other writer is a language
+model (`llm_writer`).
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ class Write:
 def grammar(stage: Write) -> Drafter:
     """Return the writer that samples from a grammar."""
     from diptych.pocket import captions
+    from diptych.stages.write import vocabulary
 
     recipe, task = stage.recipe, stage.task
     name = grammar_of(recipe)
-    rules = pocket_rules(recipe, task) if name == POCKET else _composed(name, recipe, task)
-    limit = captions.LONGEST if name == POCKET else MAX_WORDS_PHOTO
+    if name == POCKET:
+        rules, limit = pocket_rules(recipe, task), captions.LONGEST
+    else:
+        panels = task.layout(recipe.write.layout).panels
+        rules, limit = vocabulary.grids(vocabulary.load(name), task, panels), MAX_WORDS_PHOTO
     return Drafter(lambda rows: [partial(rules, Turn(recipe.seed, row["index"])) for row in rows], limit)
 
 
@@ -132,15 +136,9 @@ def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.
         raise UsageError(
             "vocabulary_invalid",
             f"The task '{task.name}' {named}. Set grammar.pocket in its file to one of {', '.join(GRAMMARS)}"
-            f"{nearest(name or task.name, GRAMMARS)}, or write.grammar to {PHOTO} for a teacher that knows English.",
+            f"{nearest(name or task.name, GRAMMARS)}, or write.grammar to {PHOTO} for other teachers.",
         )
     return GRAMMARS[name]
-
-
-def _composed(name: str, recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.Generator], Draft | None]:
-    from diptych.stages.write import vocabulary
-
-    return vocabulary.grids(vocabulary.load(name), task, task.layout(recipe.write.layout).panels)
 
 
 WRITERS: dict[str, Callable[[Write], Drafter]] = {"grammar": grammar, "llm": llm}
@@ -149,7 +147,7 @@ WRITERS: dict[str, Callable[[Write], Drafter]] = {"grammar": grammar, "llm": llm
 def grammar_of(recipe: Recipe) -> str:
     """Return the recipe's grammar, with `auto` resolved: `pocket` for a teacher that reads less text than CLIP.
 
-    Reads the tokenizers of a local teacher and downloads nothing. A hub name stands for a teacher that knows English.
+    Reads the tokenizers of a local teacher and downloads nothing. A teacher on the hub is taken to understand English.
     """
     if recipe.write.grammar != "auto":
         return recipe.write.grammar
