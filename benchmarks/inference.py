@@ -48,9 +48,8 @@ UNGUIDED = {"image_guidance": 1.0, "text_guidance": 1.0}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 RANK = 128
 H200_RATE = 790e12  # measured bf16 product rate; the floor of 1.33 s for 28 forwards rests on it
-FLUX: dict[str, Any] = {
-    key: value for key, value in known()["black-forest-labs/FLUX.1-dev"]["transformer"].items() if not key.startswith("_")
-}
+DEV = known()["black-forest-labs/FLUX.1-dev"]["transformer"]
+FLUX: dict[str, Any] = {key: value for key, value in DEV.items() if not key.startswith("_")}
 MIDSIZE: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 4,
