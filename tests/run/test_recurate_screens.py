@@ -139,7 +139,7 @@ def test_one_pair_of_each_idea_stays_and_the_others_name_it(recipe: Recipe, tmp_
         for order in ("01", "10")
     }
     assert summary["pairs"] == 4 and summary["duplicates"] == len(refused) == 2 * (len(of_idea(*GOOD)) - 2)
-    assert [line for line in said if line.startswith(f"select: {len(refused)} pairs show again")]
+    assert [line for line in said if line.startswith(f"select: {len(refused)} pairs repeat")]
     reasons = Counter(row["reason"] for row in Dataset(tmp_path / "a/candidates"))
     expected = {"screen: dark": (BLACK,), "screen: blur": (SOFT,), "different": (OTHER,), "kept": GOOD}
     assert reasons == {reason: 2 * len(of_idea(*ideas)) for reason, ideas in expected.items()}

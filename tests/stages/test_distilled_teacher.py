@@ -133,7 +133,7 @@ def test_plan_says_so_and_counts_what_the_pipeline_runs(tmp_path: Path) -> None:
     recipe = load("flux-subject", ["teacher=black-forest-labs/FLUX.1-schnell", "paint.true_guidance=2"])
     found = plan.make(recipe, run_dir=tmp_path)
     notes = " ".join(found["notes"])
-    assert found["teacher"]["distilled"] and "distill refuses it" in notes and "paint.true_guidance=1" in notes
+    assert found["teacher"]["distilled"] and "distill rejects it" in notes and "paint.true_guidance=1" in notes
     assert found["stages"]["paint"]["forwards_per_grid"] == 2 * recipe.paint.steps
     usual = plan.make(load("flux-subject"), run_dir=tmp_path)
     assert usual["teacher"]["distilled"] is None and "step-distilled" not in " ".join(usual["notes"])
