@@ -1,8 +1,9 @@
-"""Runs that lie at an address: on a real server that speaks S3's protocol, and in fsspec's memory."""
+"""Runs at an address: on a real server that speaks the S3 protocol, and in fsspec's memory."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ import pytest
 import plain_stages
 from diptych.cli.app import call
 from diptych.data import places
-from diptych.data import places as log
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.recipe import load
@@ -31,16 +31,16 @@ pytest.importorskip("upath", reason="the extra `s3` is not installed")
 def server() -> Iterator[str]:
     """Address of an S3 server on this machine."""
     moto = pytest.importorskip("moto.server", reason="moto is not installed")
-    found = moto.ThreadedMotoServer(port=0)
-    found.start()
-    host, port = found.get_host_and_port()
+    moto_server = moto.ThreadedMotoServer(port=0)
+    moto_server.start()
+    host, port = moto_server.get_host_and_port()
     yield f"http://{host}:{port}"
-    found.stop()
+    moto_server.stop()
 
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A new bucket, `s3://…`, that this process may write. Its runs' desks lie in `tmp_path`."""
+    """A new bucket, `s3://…`, that this process may write to. The desks of its runs are in `tmp_path`."""
     import s3fs
 
     for name, value in {
@@ -75,8 +75,8 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def contents(url: str) -> dict[str, bytes]:
     """Every file of a run at an address that must not differ between two runs of one recipe."""
     root = place(url)
-    found = {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
-    return {str(name): file.read_bytes() for name, file in found.items() if str(name) != "log.jsonl"}
+    files = {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
+    return {str(name): file.read_bytes() for name, file in files.items() if str(name) != "log.jsonl"}
 
 
 def test_a_whole_run_in_a_bucket_has_the_bytes_of_one_on_disk(bucket: str, recipe_file: Path, tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_a_whole_run_in_a_bucket_has_the_bytes_of_one_on_disk(bucket: str, recip
     run(recipe, tmp_path / "disk", display=QUIET)
     assert contents(url) == plain_stages.data(tmp_path / "disk")
     assert summary["run"] == url and summary["report"] == f"{url}/report/report.html"
-    assert {event["event"] for event in log.read(url)} == {"start", "stage"} and len(log.read(url)) == 6
+    assert {event["event"] for event in places.read(url)} == {"start", "stage"} and len(places.read(url)) == 6
     assert (places.desk(url) / "student" / "student.json").is_file()
 
 
-def test_a_run_in_a_bucket_goes_on_where_it_was(bucket: str, recipe_file: Path) -> None:
+def test_a_run_in_a_bucket_resumes(bucket: str, recipe_file: Path) -> None:
     url = f"{bucket}/small"
     assert call(["write", str(recipe_file), "--out", url]) == 0
     assert call(["paint", str(recipe_file), "--out", url]) == 0
@@ -105,7 +105,7 @@ def test_a_run_in_a_bucket_goes_on_where_it_was(bucket: str, recipe_file: Path) 
         run(load(recipe_file, ["seed=1"]), url, ["paint"], QUIET)
 
 
-def test_what_one_machine_has_trained_another_one_fetches(
+def test_what_one_machine_trained_another_fetches(
     bucket: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{bucket}/small"
@@ -118,18 +118,32 @@ def test_what_one_machine_has_trained_another_one_fetches(
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
     assert not places.desk(url).exists()
     student = places.bring(url, "student")
-    found = sorted(str(file.relative_to(student)) for file in student.rglob("*") if file.is_file())
-    assert found == ["student.json", "training/summary.json"]
+    assert sorted(str(file.relative_to(student)) for file in student.rglob("*") if file.is_file()) == [
+        "student.json",
+        "training/summary.json",
+    ]
     (student / "student.json").write_text("x")
     assert (places.bring(url, "student") / "student.json").read_text() != "x", "a file of another size is fetched again"
 
 
-def test_two_processes_of_one_machine_do_not_write_one_address(bucket: str, recipe_file: Path) -> None:
-    from diptych.data.places import lock
-
+def test_two_processes_of_one_machine_do_not_write_to_one_address(bucket: str, recipe_file: Path) -> None:
     url = place(f"{bucket}/small")
-    with lock(url), pytest.raises(UserError, match=r"another diptych .* is writing s3://"), lock(url):
+    with places.lock(url), raises("output_busy", os.getpid(), "s3://"), places.lock(url):
         pass
+
+
+def test_a_lock_outlives_its_block_no_longer_and_does_not_follow_links(tmp_path: Path) -> None:
+    for _ in range(2):
+        with places.lock(tmp_path / "run"):
+            assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+    (tmp_path / "run" / ".lock").unlink()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"run/\.lock"), places.lock(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with raises("path_unwritable", tmp_path / "file"), places.lock(tmp_path / "file"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_bucket_that_is_not_there_is_one_line(
@@ -140,11 +154,11 @@ def test_a_bucket_that_is_not_there_is_one_line(
     assert "bucket" in error and "Traceback" not in error
 
 
-def test_answers_lie_with_the_run_or_on_each_machine(tmp_path: Path) -> None:
+def test_replies_are_stored_with_the_run_or_on_each_machine(tmp_path: Path) -> None:
     assert places.answers(tmp_path, everywhere=False) == tmp_path / "answers.sqlite"
-    own = places.answers(tmp_path, everywhere=True)
-    assert own.parts[:3] == ("~", ".cache", "diptych") and own.name == "answers.sqlite"
-    assert own != places.answers(tmp_path / "other", everywhere=True)
+    local = places.answers(tmp_path, everywhere=True)
+    assert local.parts[:3] == ("~", ".cache", "diptych") and local.name == "answers.sqlite"
+    assert local != places.answers(tmp_path / "other", everywhere=True)
     assert places.answers("s3://bucket/run", everywhere=True) == places.answers("s3://bucket/run/", everywhere=True)
 
 
