@@ -52,7 +52,7 @@ def test_each_model_has_its_calls_tokens_and_money_whenever_they_were_paid_for(t
         },
         {"model": "small", "calls": 1, "tokens": {"in": 7, "out": 3}, "money": None},
     ]
-    assert bill.lines(found) == [
+    assert bill.format_bill(found) == [
         "big-2026-01-01: 2 calls, 1,500 tokens in, 150 out, 0.0045 spent",
         "small: 1 calls, 7 tokens in, 3 out",
     ]
@@ -116,4 +116,4 @@ def test_a_grammar_asks_nobody_and_repeats_nothing(tmp_path: Path) -> None:
     judged_run.make(tmp_path / "run", [(0.9, True)] * 4)
     found = funnel.measure(tmp_path / "run")
     assert found["asked"] == [] and found["spread"] is None
-    assert not any(line.startswith(("asked", "prompts:")) for line in funnel.lines(found))
+    assert not any(line.startswith(("asked", "prompts:")) for line in funnel.format_report(found))

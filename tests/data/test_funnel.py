@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import judged_run
 from diptych.cli import app
 from diptych.data import funnel, records
-from diptych.data.funnel import CELL, Spread
+from diptych.data.funnel import CELL, Distribution
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 
@@ -70,7 +70,7 @@ def test_an_unfinished_run_says_what_still_waits(run: Path) -> None:
     cut = found["steps"][2]
     assert cut["name"] == "cut" and cut["count"] == 50 and cut["waiting"] == 75 - 50 - 3
     assert found["complete"] == {"prompts": True, "grids": True, "candidates": False, "pairs": False}
-    assert "unfinished: candidates, pairs" in funnel.lines(found)[0] and "22 not yet" in "\n".join(funnel.lines(found))
+    assert "incomplete: candidates, pairs" in funnel.format_report(found)[0] and "22 to come" in "\n".join(funnel.lines(found))
 
 
 def test_a_run_that_has_only_prompts_is_measured(run: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_run_that_has_only_prompts_is_measured(run: Path) -> None:
     found = funnel.measure(run)
     assert [step["count"] for step in found["steps"]] == [77, 0, 0, 0, 0, 0] and found["numbers"] == {}
     assert found["steps"][1]["waiting"] == 75 and found["steps"][3]["share"] is None
-    assert funnel.lines(found)
+    assert funnel.format_report(found)
 
 
 def test_numbers_and_balance_are_those_of_the_rows(run: Path) -> None:
@@ -106,7 +106,7 @@ def test_prompts_are_counted_by_the_grids_drawn_of_each(run: Path) -> None:
 
 
 def test_too_many_kinds_are_counted_together(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(funnel, "TOLD_APART", 2)
+    monkeypatch.setattr(funnel, "MAX_NAMES", 2)
     by_name = funnel.measure(run)["balance"]["subject"]["by_name"]
     assert len(by_name) == 3 and sum(row["pairs"] for row in by_name.values()) == 144
     assert by_name[funnel.OTHERS]["pairs"] == 48
@@ -142,7 +142,7 @@ def test_pictures_are_not_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_models_words_reach_the_terminal_without_control_characters(run: Path) -> None:
     data = Dataset(run / "candidates", records.schema(records.PAIR))
     data.write_shard(0, [{**row, "subject": "\x1b[31mcat\n"} for row in data.read_shard(0)])
-    text = funnel.lines(funnel.measure(run))
+    text = funnel.format_report(funnel.measure(run))
     assert "�[31mcat�" in "\n".join(text) and not any("\x1b" in line or "\n" in line for line in text)
 
 
@@ -153,7 +153,7 @@ def test_a_models_words_reach_the_terminal_without_control_characters(run: Path)
     st.floats(0, 1),
 )
 def test_quantiles_lie_between_the_neighbours_of_the_exact_rank(values: list[float | None], share: float) -> None:
-    spread = Spread()
+    spread = Distribution()
     for start in range(0, len(values), 3):
         spread.add(values[start : start + 3])
     known = np.array([value for value in values if value is not None and value == value])

@@ -152,7 +152,7 @@ def test_the_funnel_counts_each_refusal_at_its_step(judged: Path) -> None:
     assert found["kept"]["lost"] == {"different": other, "duplicate: hash": good - 4} and found["kept"]["count"] == 4
     assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in found.values())
     assert funnel.measure(judged)["balance"]["subject"]["by_name"]["cat"]["kept"] == 4
-    assert f"{good - 4} duplicate: hash" in "\n".join(funnel.lines(funnel.measure(judged)))
+    assert f"{good - 4} duplicate: hash" in "\n".join(funnel.format_report(funnel.measure(judged)))
 
 
 def test_a_selection_that_was_killed_ends_with_the_same_bytes(recipe: Recipe, judged: Path) -> None:

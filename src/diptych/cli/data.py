@@ -28,7 +28,7 @@ def stats(run: Run, as_json: Json = False) -> None:
     """
     from diptych.data import funnel
 
-    print_result(funnel.measure(run), funnel.lines, as_json)
+    print_result(funnel.measure(run), funnel.format_report, as_json)
 
 
 @command("diptych data recurate runs/first --set same=0.7 --out runs/stricter", Input="run sets", Output="out")

@@ -79,8 +79,8 @@ def generate(
     with --engine ray, each worker generates its share of the images.
     """
     from diptych.apps import batch as batches
-    from diptych.data.engines import open_engine
     from diptych.data.images import kind_of
+    from diptych.data.ray_engine import open_engine
     from diptych.student.runtime import parallel
     from diptych.utils.console import Display
 

@@ -353,8 +353,8 @@ def _evaluate_suite(
     as_json: bool,
     cluster: Cluster,
 ) -> None:
-    from diptych.data.engines import open_engine
     from diptych.data.places import lock
+    from diptych.data.ray_engine import open_engine
     from diptych.evaluate import evaluation, harness
     from diptych.evaluate.report import suite_report
     from diptych.utils.console import Display

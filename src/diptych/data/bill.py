@@ -1,10 +1,10 @@
-"""What a run's language models cost so far: the replies that are on file, by model, at the prices of its recipe.
+"""The cost of a run's language models: stored replies, by model, at the prices of the recipe.
 
-    lines(bill("runs/first", recipe))      # ["tiny: 12,400 calls, 31,000,000 tokens in, 3,100,000 out, 4.2100 spent"]
+    format_bill(bill("runs/first", recipe))  # ["tiny: 12,400 calls, 31,000,000 tokens in, 3,100,000 out, 4.2100 spent"]
 
-A reply is on file the moment it arrives, so this holds for all sittings of a run, killed ones too; what a server
-charges for a request whose reply never came is in no file. With `--engine ray` each machine has a file of its own, and
-this one's is read.
+A reply is stored when it arrives, so the cost includes interrupted attempts of a run. It does not include requests
+whose reply never came, although a server may charge for them. With `--engine ray` each machine has its file, and only
+this machine's is read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from diptych.recipe.schema import Recipe
 
 
 def bill(run_dir: str | Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """Calls, tokens and money of each model as its server names it; money is None where no price is known. Empty for a
-    run that asks nobody. A file that other runs share (`write.cache`, `curate.vlm.cache`) counts as a whole."""
-    found: dict[str, Usage] = {}
+    """Calls, tokens and money of each model, by its server's name for it. Money is None without a price.
+
+    Empty for a run without language models. A file that runs share (`write.cache`, `curate.vlm.cache`) counts whole.
+    """
+    usages: dict[str, Usage] = {}
     for path in _files(run_dir, recipe):
-        with Cache(path) as kept:
-            for model, usage in kept.usage().items():
-                found[model] = found.get(model, Usage()) + usage
+        with Cache(path) as cache:
+            for model, usage in cache.usage().items():
+                usages[model] = usages.get(model, Usage()) + usage
     endpoints = _endpoints(recipe)
     return [
         {
@@ -35,28 +37,28 @@ def bill(run_dir: str | Path, recipe: Recipe) -> list[dict[str, Any]]:
             "tokens": {"in": usage.input_tokens, "out": usage.output_tokens},
             "money": _money(model, usage, endpoints),
         }
-        for model, usage in sorted(found.items())
+        for model, usage in sorted(usages.items())
     ]
 
 
-def lines(found: list[dict[str, Any]]) -> list[str]:
-    """A line for each model, for people."""
-    told = []
-    for one in found:
-        money = "" if one["money"] is None else f", {one['money']:.4f} spent"
-        spent = f"{one['calls']:,} calls, {one['tokens']['in']:,} tokens in, {one['tokens']['out']:,} out"
-        told.append(f"{one['model'] or 'a model without a name'}: {spent}{money}")
-    return told
+def format_bill(items: list[dict[str, Any]]) -> list[str]:
+    """A bill as text, one line per model."""
+    lines = []
+    for item in items:
+        money = "" if item["money"] is None else f", {item['money']:.4f} spent"
+        usage = f"{item['calls']:,} calls, {item['tokens']['in']:,} tokens in, {item['tokens']['out']:,} out"
+        lines.append(f"{item['model'] or 'a model without a name'}: {usage}{money}")
+    return lines
 
 
 def _files(run_dir: str | Path, recipe: Recipe) -> list[Path]:
-    """Where the run's answers are, each file once."""
+    """Existing files of the run's replies, each once."""
     vlm = recipe.curate.vlm
-    asked = [recipe.write.cache] if recipe.write.writer == "llm" else []
-    asked += [vlm.cache] if vlm else []
-    own = [answers(run_dir, everywhere) for everywhere in (False, True)]
-    wanted = [path for cache in asked for path in ([Path(cache)] if cache else own)]
-    return [path for path in dict.fromkeys(path.expanduser() for path in wanted) if path.is_file()]
+    caches = [recipe.write.cache] if recipe.write.writer == "llm" else []
+    caches += [vlm.cache] if vlm else []
+    default = [answers(run_dir, everywhere) for everywhere in (False, True)]
+    paths = [path for cache in caches for path in ([Path(cache)] if cache else default)]
+    return [path for path in dict.fromkeys(path.expanduser() for path in paths) if path.is_file()]
 
 
 def _endpoints(recipe: Recipe) -> list[Endpoint]:
@@ -65,7 +67,7 @@ def _endpoints(recipe: Recipe) -> list[Endpoint]:
 
 
 def _money(model: str, usage: Usage, endpoints: list[Endpoint]) -> float | None:
-    """By the endpoint whose model this is: a server may add a date to the name. None where two prices may be meant."""
+    """Cost by the endpoint with this model; a server may add a date to the name. None if two prices may apply."""
     named = [one for one in endpoints if one.model == model] or [
         one for one in endpoints if model.startswith(one.model)
     ]

@@ -1,4 +1,4 @@
-"""Which image files are opened, what must be installed for some of them, and which files of a folder are images.
+"""Image formats: how a file is opened, which files of a folder are images, and how any image becomes sRGB.
 
 HEIC and HEIF, as phones write them, need the plug-in `pillow-heif` (the extra `heic`); AVIF needs Pillow 11.3.
 """
@@ -20,35 +20,36 @@ if TYPE_CHECKING:
 
 HEIF = (".heic", ".heif")
 READ = (".png", ".webp", ".jpg", ".jpeg", ".jfif", ".jpe", ".gif", ".bmp", ".tif", ".tiff", ".avif", *HEIF)
-NAMED = 5  # left-out files that a warning names
+NAMED = 5  # ignored files that a warning lists
 _BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 log = logging.getLogger(__name__)
 
 
 def open_header(data: bytes, label: str, formats: Sequence[str] | None = None) -> Image:
-    """A file's bytes as Pillow opens them, not decoded yet. UserError, with what to do, if nothing here can.
+    """Opens an image without decoding it. UserError, with the remedy, if the format is not supported.
 
-    `formats` are Pillow's names of those to try; None: any. Other errors are those of Pillow's decoders.
+    `formats` are Pillow's names of the formats to try; None is all. Pillow's decoders may raise other errors.
     """
     from PIL import Image, UnidentifiedImageError
 
     kind = _of_iso(data)
     if kind == "HEIF" and (formats is None or kind in formats) and not _register_heif():
-        raise UserError(f"{label}: HEIC images need a plug-in: pip install 'diptych[heic]'; or save it as JPEG or PNG")
-    # Pillow knows no such name before the plug-in is there.
+        cure = "HEIC images need a plug-in: pip install 'diptych[heic]'; or save it as JPEG or PNG"
+        raise UserError("dependency_missing", f"{label}: {cure}")
+    # Without the plug-in Pillow has no format of this name.
     tried = None if formats is None else [name for name in formats if name != "HEIF" or kind == name]
     try:
         return Image.open(io.BytesIO(data), formats=tried)
     except UnidentifiedImageError:
         if kind == "AVIF" and (formats is None or kind in formats):
             cure = "AVIF images need Pillow 11.3 or newer: pip install -U pillow; or save it as JPEG or PNG"
-            raise UserError(f"{label}: cannot be opened; {cure}") from None
+            raise UserError("dependency_missing", f"{label}: {cure}") from None
         known = "PNG, JPEG, WebP, GIF, TIFF, BMP, AVIF, HEIC" if formats is None else ", ".join(formats)
-        raise UserError(f"{label}: not an image in a supported format ({known})") from None
+        raise UserError("image_unreadable", f"{label}: not an image in a supported format ({known})") from None
 
 
 def _of_iso(data: bytes) -> str:
-    """HEIF or AVIF by the brands in a file's first box (ISO/IEC 14496-12); "" for any other file."""
+    """HEIF or AVIF, by the brands in the first box of a file (ISO/IEC 14496-12); "" for any other file."""
     if data[4:8] != b"ftyp":
         return ""
     end = min(int.from_bytes(data[:4], "big"), 256)
@@ -60,7 +61,7 @@ def _of_iso(data: bytes) -> str:
 
 @cache
 def _register_heif() -> bool:
-    """Whether Pillow opens HEIF here."""
+    """Registers the HEIF plug-in. Returns whether it is installed."""
     try:
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -70,51 +71,44 @@ def _register_heif() -> bool:
 
 
 def pictures_in(folder: Path, beside: Sequence[str] = (), deep: bool = False) -> list[Path]:
-    """The image files of a folder by their names, with `deep` those of its subfolders too.
+    """The image files of a folder, by their names. With `deep`, also those of its subfolders.
 
-    Whatever else is there is counted and named in a warning, but for hidden files and those that end in one of
-    `beside`, such as captions.
+    A warning counts and lists all other entries, except hidden files and those with a suffix in `beside`, such as
+    captions.
     """
-    there = sorted(folder.rglob("*") if deep else folder.iterdir())
-    there = [p for p in there if not any(part[0] == "." for part in p.relative_to(folder).parts)]
-    found = [p for p in there if p.suffix.lower() in READ and p.is_file()]
-    left = [p for p in there if p not in set(found) and p.suffix.lower() not in beside and not (deep and p.is_dir())]
-    if left:
-        names = [f"{p.relative_to(folder)}{'/' * p.is_dir()}" for p in left]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        log.warning(
-            "%s: %d of %d entries are left out, because their names are not those of images (%s): %s%s",
-            folder,
-            len(left),
-            len(there),
-            ", ".join(READ),
-            ", ".join(names[:NAMED]),
-            more,
-        )
-    return found
+    entries = sorted(folder.rglob("*") if deep else folder.iterdir())
+    entries = [p for p in entries if not any(part[0] == "." for part in p.relative_to(folder).parts)]
+    images = {p: None for p in entries if p.suffix.lower() in READ and p.is_file()}
+    rest = [p for p in entries if p not in images and p.suffix.lower() not in beside and not (deep and p.is_dir())]
+    if rest:
+        names = ", ".join(f"{p.relative_to(folder)}{'/' * p.is_dir()}" for p in rest[:NAMED])
+        more = f" and {len(rest) - NAMED} more" if len(rest) > NAMED else ""
+        message = "%s: ignored %d of %d entries, whose names do not end like those of images (%s): %s%s"
+        log.warning(message, folder, len(rest), len(entries), ", ".join(READ), names, more)
+    return list(images)
 
 
-# Any Pillow image as plain RGB: upright, 8-bit, in sRGB, transparency laid over a color. An embedded color profile is
-# judged by what it does to values, never by its name: a profile that leaves sRGB values where they are is passed
-# over, and every other one is applied, whether it describes RGB, gray, CMYK or Lab values.
+# Any Pillow image as plain RGB: upright, 8-bit, in sRGB, transparency over a color. An embedded color profile is judged
+# by its effect on values, never by its name. A profile that leaves sRGB values unchanged is ignored; every other one is
+# applied, whether it describes RGB, gray, CMYK or Lab values.
 
 WHITE = "white"
-SAME = 2  # levels of 255 by which a profile may differ from sRGB and still be sRGB: rounding, and curves of few points
+SAME = 2  # levels of 255 within which a profile counts as sRGB: rounding, and curves with few points
 _ORIENTATION = 0x0112
 _SPACES = {"L": ("GRAY", "RGB "), "RGB": ("RGB ",), "CMYK": ("CMYK",), "LAB": ("Lab ",)}  # mode → profiles that fit it
 _PLAIN = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
-_DARK = 16  # what is nowhere brighter would be all but black on a scale of 255
+_DARK = 16  # an image with no larger value would be almost black on a scale of 255
 
 
 def to_rgb(image: Image, background: str = WHITE) -> Image:
-    """Any Pillow image as upright 8-bit sRGB; the very object if it is that already.
+    """Any Pillow image as upright 8-bit sRGB; the same object if it already is.
 
-    EXIF rotation is applied; an embedded color profile is converted; 16-bit, 32-bit and float gray are scaled;
-    transparency is laid over `background`, a color's name or `#rrggbb`. UsageError for no such color.
+    Applies EXIF rotation, converts an embedded color profile, scales 16-bit, 32-bit and float gray, and puts
+    transparency over `background`, a color's name or `#rrggbb`. UsageError for an unknown color.
     """
     from PIL import Image, ImageOps
 
-    under = colour(background)
+    under = color(background)
     turned = image.getexif().get(_ORIENTATION, 1) != 1
     if image.mode == "RGB" and not turned and not {"transparency", "icc_profile"} & image.info.keys():
         return image
@@ -125,7 +119,7 @@ def to_rgb(image: Image, background: str = WHITE) -> Image:
         shown, alpha = _deep_gray(image, profile)
     else:
         if image.has_transparency_data:
-            # Before the profile: a transparent color is named by the value that the file has for it.
+            # Before the profile, because the file gives the transparent color by its original value.
             image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
             shown, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
         else:
@@ -134,11 +128,11 @@ def to_rgb(image: Image, background: str = WHITE) -> Image:
     if alpha is not None:
         shown.putalpha(alpha)
         shown = Image.alpha_composite(Image.new("RGBA", shown.size, (*under, 255)), shown).convert("RGB")
-    shown.info = {}  # what was applied must not be applied again
+    shown.info = {}  # rotation and profile must not be applied again
     return shown
 
 
-def colour(name: str) -> tuple[int, int, int]:
+def color(name: str) -> tuple[int, int, int]:
     """A color's name or `#rrggbb` as (red, green, blue), 0 to 255. UsageError if it is neither."""
     from PIL import ImageColor
 
@@ -146,13 +140,14 @@ def colour(name: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except (ValueError, AttributeError):
         hint = nearest(str(name), ImageColor.colormap)
-        raise UsageError(f"unknown colour '{name}': a name such as white or grey, or #rrggbb{hint}") from None
+        raise UsageError(
+            "option_invalid", f"unknown color '{name}'; use a name such as white or gray, or #rrggbb{hint}"
+        ) from None
     return red, green, blue
 
 
 def _in_srgb(image: Image, profile: bytes | None) -> Image:
-    """An opaque image as RGB, its values converted by `profile`. A broken profile, or one for other values than the
-    image has, is ignored."""
+    """An opaque image as RGB, converted by `profile`. A broken profile, or one for another color space, is ignored."""
     transform = _transform(image.mode, profile)
     if transform is None:
         return image.convert("RGB")
@@ -161,25 +156,23 @@ def _in_srgb(image: Image, profile: bytes | None) -> Image:
 
 
 def _transform(mode: str, profile: bytes | None) -> tuple[str, Any] | None:
-    """The mode that an image of `mode` needs, and the function that takes it to sRGB; None if its values are sRGB
-    already, as far as anyone can tell."""
+    """The mode that an image of `mode` needs, and the function that converts it to sRGB; None if it counts as sRGB."""
     try:
         from PIL import ImageCms
 
-        if mode == "LAB":  # values that mean the same in every file
-            found = ImageCms.createProfile("LAB")
+        if mode == "LAB":  # its values need no profile
+            source = ImageCms.createProfile("LAB")
         elif not profile:
             return None
         else:
-            found = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
-        if found.xcolor_space not in _SPACES.get(mode, ()):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile
+        if source.xcolor_space not in _SPACES.get(mode, ()):
             return None
-        if mode == "L" and found.xcolor_space == "RGB ":
+        if mode == "L" and source.xcolor_space == "RGB ":
             mode = "RGB"
-        transform = ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(found), ImageCms.createProfile("sRGB"), mode, "RGB"
-        )
-        if mode in ("L", "RGB") and _leaves(transform, _probe(mode)):
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(source), srgb, mode, "RGB")
+        if mode in ("L", "RGB") and _keeps(transform, _probe(mode)):
             return None
     except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
         return None
@@ -188,7 +181,7 @@ def _transform(mode: str, profile: bytes | None) -> tuple[str, Any] | None:
 
 @cache
 def _probe(mode: str) -> Image:
-    """All gray levels, or RGB values from everywhere in the cube."""
+    """An image of all gray levels, or of RGB values across the whole cube."""
     import numpy as np
     from PIL import Image
 
@@ -200,8 +193,8 @@ def _probe(mode: str) -> Image:
     return Image.fromarray(np.concatenate([cube, np.stack([gray] * 3, axis=-1)[None]], axis=1))
 
 
-def _leaves(transform: Any, probe: Image) -> bool:
-    """Whether a transform leaves values where they are."""
+def _keeps(transform: Any, probe: Image) -> bool:
+    """Whether a transform leaves values unchanged, within `SAME` levels."""
     import numpy as np
     from PIL import ImageCms
 
@@ -211,7 +204,7 @@ def _leaves(transform: Any, probe: Image) -> bool:
 
 
 def _deep_gray(image: Image, profile: bytes | None) -> tuple[Image, Image | None]:
-    """16-bit, 32-bit or float gray as RGB, through its profile before anything is rounded; and its transparency."""
+    """16-bit, 32-bit or float gray as RGB, converted by its profile before rounding; and its transparency."""
     import numpy as np
     from PIL import Image
 
@@ -227,10 +220,10 @@ def _deep_gray(image: Image, profile: bytes | None) -> tuple[Image, Image | None
 
 
 def _top(values: np.ndarray, mode: str) -> float:
-    """The value that is white: files of these kinds do not say.
+    """The value of white, which files of these kinds do not state.
 
-    Whole numbers: the end of the smallest usual range that holds them, 16 bits at least. Floats: 1, unless so many are
-    larger that this is a picture on a scale of 255 (or 65535); a few that are larger are highlights, and white.
+    Integers: the end of the smallest usual range that contains them, at least 16 bits. Floats: 1, unless more than 1 %
+    are so large that the scale must be 255 (or 65535); a few larger values are highlights.
     """
     import numpy as np
 

@@ -1,9 +1,9 @@
-"""The funnel of a run: prompted → painted → cut → pre-filtered → judged → kept, and why the rest was lost.
+"""The funnel of a run: prompted → painted → cut → pre-filtered → judged → kept, with the reasons of losses.
 
-    for line in lines(measure("runs/first")): print(line)
+    for line in format_report(measure("runs/first")): print(line)
 
-Reads the numbers that the stages left, never a picture, a batch of rows at a time; an unfinished run is measured as far
-as it is. Each lost row is counted once, at the step whose test it failed first.
+Reads the scores that the stages stored, in batches and without images. An incomplete run is measured as far as it is.
+Each lost row is counted once, at the step whose test it failed first.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.utils.console import one_line
 
-# Refusals by the seam are the grid's; these two rest on the judge; all others (copies, misaligned panels, …) are tests
-# that need no judge.
+# A rejection by the seam concerns the grid, the next two need the judge, and all others (copies, misaligned panels, …)
+# need no judge.
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
 BY_THE_JUDGE = (records.DIFFERENT, UNDECIDED)
-# What comes after all judging: pairs that repeat an earlier one, or that people rejected. Their candidates say "kept",
-# which is what they are by themselves; the selection refused them. What people accepted counts as kept.
+# The selection follows all judging. It rejects repeats and what people rejected, although those candidates say "kept".
+# What people accepted counts as kept.
 OF_THE_SELECTION = (records.DUPLICATE, records.REJECTED)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 12
-TOLD_APART = 10_000  # kinds or reasons; what comes after is counted together, so that memory stays flat
-SHOWN = 12  # of them in the text
+MAX_NAMES = 10_000  # kinds or reasons; further ones are counted together, so that memory stays constant
+SHOWN = 12  # names in the text
 OTHERS = "(others)"
 
 
 def reached_judge(reason: str) -> bool:
-    """Whether a candidate with this `reason` went as far as the judge's decision."""
+    """Whether a candidate with this `reason` reached the judge's decision."""
     return reason == "kept" or reason.partition(":")[0] in BY_THE_JUDGE
 
 
 class Tally(Counter[str]):
-    """Counts by name; at most `TOLD_APART` names."""
+    """Counts of at most `MAX_NAMES` names."""
 
     def put(self, name: str, times: int = 1) -> None:
-        """Counts a name, or `OTHERS` when there are too many."""
-        self[name if name in self or len(self) < TOLD_APART else OTHERS] += times
+        """Counts a name, or `OTHERS` if there are too many."""
+        self[name if name in self or len(self) < MAX_NAMES else OTHERS] += times
 
 
 def measure(run_dir: str | Path) -> dict[str, Any]:
-    """Everything `diptych data stats` says, as plain values. UsageError if the folder is no run's or holds no rows."""
+    """The values of `diptych data stats`. UsageError if the folder is not a run or has no rows."""
     folder, recipe, task = open_run(run_dir)
     limits = task.thresholds(recipe.curate.thresholds)
     sets = {name: Dataset(folder / name) for name in ("prompts", "grids", "candidates", "pairs")}
     rows = {name: len(data) for name, data in sets.items()}
     if not rows["prompts"] and not rows["candidates"]:
-        raise UsageError(f"{folder} holds no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}")
+        message = f"{folder} has no rows yet; first: diptych write {folder}/recipe.yaml --out {folder}"
+        raise UsageError("run_empty", message)
     seen = _candidates(folder)
     failed = {stage: _failures(folder, stage) for stage in ("write", "paint", "curate")}
     return {
@@ -82,13 +83,13 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _spread(folder: Path) -> dict[str, float] | None:
-    """How varied the prompts are (`stages.diversity.Spread`), as the writer left it in the log; None for a grammar."""
-    told = [event.get("result", {}).get("spread") for event in places.read(folder) if event.get("stage") == "write"]
-    return next((one for one in reversed(told) if one), None)
+    """Diversity of the prompts (`stages.diversity.Spread`) that the writer logged last; None for a grammar."""
+    logged = [event.get("result", {}).get("spread") for event in places.read(folder) if event.get("stage") == "write"]
+    return next((spread for spread in reversed(logged) if spread), None)
 
 
 class _Seen:
-    """What one pass over the candidates counts; of two, the first is of all pairs and the second of those kept."""
+    """Counts of one pass over the candidates. Of two counts, the first is of all pairs, the second of accepted ones."""
 
     def __init__(self) -> None:
         self.pairs = 0
@@ -97,12 +98,12 @@ class _Seen:
         self.reasons = Tally()
         self.subjects = (Tally(), Tally())
         self.tasks = (Tally(), Tally())
-        self.numbers = {column: (Spread(), Spread()) for column in NUMBERS}
+        self.numbers = {column: (Distribution(), Distribution()) for column in NUMBERS}
 
 
 def _candidates(folder: Path) -> _Seen:
     seen = _Seen()
-    last, last_is_cut = None, False  # the rows of a grid stand together
+    last, last_is_cut = None, False  # rows of one grid are consecutive
     for batch in selected(folder, "grid_id", "subject", "task", *NUMBERS):
         seen.pairs += len(batch["reason"])
         for grid, reason in zip(batch["grid_id"], batch["reason"], strict=True):
@@ -134,10 +135,10 @@ def _failures(folder: Path, stage: str) -> Tally:
 
 
 def _steps(
-    asked: int, images: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Seen
+    requested: int, images: int, rows: dict[str, int], failed: dict[str, Tally], seen: _Seen
 ) -> list[dict[str, Any]]:
-    """The steps in order: how many are left, of how many, what was lost and why, what still waits. Prompts are counted
-    by the `images` to be drawn of each."""
+    """The steps in order: how many rows are left, of how many, the losses by reason, and how many are still to come. A
+    prompt counts once for each of its `images`."""
     prompts, grids = images * rows["prompts"], rows["grids"]
     written, painted = (Tally({why: images * n for why, n in failed[stage].items()}) for stage in ("write", "paint"))
     lost_at: dict[str, Tally] = {"cut": Tally(), "pre-filtered": Tally(), "judged": Tally(), "kept": Tally()}
@@ -163,7 +164,7 @@ def _steps(
         return {"name": name, "unit": unit, "count": count, "of": of, "share": share, "lost": why, "waiting": waiting}
 
     return [
-        step("prompted", "grids", prompts, images * asked, written),
+        step("prompted", "grids", prompts, images * requested, written),
         step("painted", "grids", grids, prompts, painted),
         step("cut", "grids", seen.cut_grids, grids, lost_at["cut"]),
         step("pre-filtered", "pairs", left, pairs, lost_at["pre-filtered"]),
@@ -172,7 +173,7 @@ def _steps(
     ]
 
 
-def _numbers(every: Spread, kept: Spread, threshold: float) -> dict[str, Any]:
+def _numbers(every: Distribution, kept: Distribution, threshold: float) -> dict[str, Any]:
     edges = every.edges(BINS)
     values = [every.low, *every.quantiles(*QUANTILES), every.high]
     names = ["min", *(f"p{round(100 * share):02d}" for share in QUANTILES), "max"]
@@ -191,7 +192,8 @@ def _numbers(every: Spread, kept: Spread, threshold: float) -> dict[str, Any]:
 
 
 def _balance(every: Tally, kept: Tally) -> dict[str, Any]:
-    """Pairs and kept pairs by name, and how even the kept ones are: `even` equal names would be as spread as these."""
+    """All and accepted pairs by name, and the evenness of the accepted ones: `even` equally frequent names have the
+    same entropy."""
     total = kept.total()
     shares = [times / total for times in kept.values() if times]
     return {
@@ -204,58 +206,55 @@ def _balance(every: Tally, kept: Tally) -> dict[str, Any]:
     }
 
 
-# ---- as text
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """What `measure` found, for people."""
-    open_ = [name for name, complete in found["complete"].items() if not complete]
-    state = f"unfinished: {', '.join(open_)}" if open_ else "complete"
-    text = [f"{found['run']} · recipe {found['recipe']} · task {found['task']} · {state}", ""]
+def format_report(report: dict[str, Any]) -> list[str]:
+    """The result of `measure` as text."""
+    incomplete = [name for name, complete in report["complete"].items() if not complete]
+    state = f"incomplete: {', '.join(incomplete)}" if incomplete else "complete"
+    text = [f"{report['run']} · recipe {report['recipe']} · task {report['task']} · {state}", ""]
     text.append(f"{'':<13}{'left':>9} {'of':>9} {'share':>7}")
-    for step in found["steps"]:
+    for step in report["steps"]:
         share = "" if step["share"] is None else f"{100 * step['share']:.1f} %"
         why = [f"{times} {reason}" for reason, times in _first(step["lost"], 4)]
-        why += [f"{step['waiting']} not yet"] if step["waiting"] else []
+        why += [f"{step['waiting']} to come"] if step["waiting"] else []
         row = f"{step['name']:<13}{step['count']:>9} {step['of']:>9} {share:>7}  {step['unit']}"
         text.append(row + (f"; lost: {', '.join(why)}" if why else ""))
-    text.append(f"pairs/ holds {found['rows']['pairs']} rows to train on")
-    if (spread := found["spread"]) is not None:
+    text.append(f"pairs/ has {report['rows']['pairs']} pairs for training")
+    if (spread := report["spread"]) is not None:
         distinct = f"{100 * spread['distinct']:.0f} % of their word pairs are distinct"
-        text.append(f"prompts: {distinct}, mean distance {spread['distance']:.2f} (0: all the same, 1: nothing shared)")
-    text += [f"asked {one_line(line)}" for line in bills.lines(found["asked"])]
-    for column, numbers in found["numbers"].items():
+        text.append(f"prompts: {distinct}, mean distance {spread['distance']:.2f} (0: all equal, 1: nothing in common)")
+    text += [f"language model {one_line(line)}" for line in bills.format_bill(report["asked"])]
+    for column, numbers in report["numbers"].items():
         text += ["", *_histogram(column, numbers)]
-    for word, balance in found["balance"].items():
+    for word, balance in report["balance"].items():
         if balance["by_name"]:
             text += ["", *_kinds(word, balance)]
     return text
 
 
 def _first(counts: dict[str, int], shown: int) -> list[tuple[str, int]]:
-    """The most frequent, and the rest in one."""
-    most = [(one_line(name), times) for name, times in counts.items()]
-    rest = sum(times for _, times in most[shown:])
-    return most[:shown] + ([("for other reasons", rest)] if rest else [])
+    """The most frequent names, and the sum of the others."""
+    named = [(one_line(name), times) for name, times in counts.items()]
+    rest = sum(times for _, times in named[shown:])
+    return named[:shown] + ([("for other reasons", rest)] if rest else [])
 
 
 def _histogram(column: str, numbers: dict[str, Any]) -> list[str]:
     q = numbers["quantiles"]
     missing = f" · {numbers['missing']} without" if numbers["missing"] else ""
     head = f"{column}  n {numbers['n']}{missing} · threshold {numbers['threshold']:g} · median {q['p50']:.3f} · "
-    head += f"5–95 % {q['p05']:.3f} to {q['p95']:.3f} · █ kept ░ refused"
+    head += f"5–95 % {q['p05']:.3f} to {q['p95']:.3f} · █ kept ░ rejected"
     text = [head]
-    most = max(numbers["histogram"]["all"]) or 1
+    highest = max(numbers["histogram"]["all"]) or 1
     edges = numbers["histogram"]["edges"]
     for i, (every, kept) in enumerate(zip(numbers["histogram"]["all"], numbers["histogram"]["kept"], strict=True)):
-        width = math.ceil(40 * every / most)
-        filled = min(width, round(40 * kept / most))
+        width = math.ceil(40 * every / highest)
+        filled = min(width, round(40 * kept / highest))
         text.append(f"  {edges[i]:>7.3f} {'█' * filled}{'░' * (width - filled)}{' ' if width else ''}{every}")
     return text
 
 
 def _kinds(word: str, balance: dict[str, Any]) -> list[str]:
-    head = f"by {word}: {balance['names']}, kept pairs as even as {balance['even']:g} equal ones"
+    head = f"by {word}: {balance['names']}, as even as {balance['even']:g} of equal size"
     rows = list(balance["by_name"].items())
     text = [head]
     for name, row in rows[:SHOWN]:
@@ -263,20 +262,18 @@ def _kinds(word: str, balance: dict[str, Any]) -> list[str]:
             f"  {one_line(name)[:24]:<24} {row['pairs']:>8} pairs {row['kept']:>8} kept {100 * row['share']:>6.1f} %"
         )
     if len(rows) > SHOWN:
-        text.append(f"  … and {len(rows) - SHOWN} more (--json names them)")
+        text.append(f"  … and {len(rows) - SHOWN} more (--json lists them)")
     return text
 
 
-# Where many numbers lie, in little memory: counts on a fine lattice, and from them quantiles and histograms.
-
-CELL = 1 / 4096  # width of a lattice cell: what a quantile may be off by
-_FAR = 2**52  # cells from 0: numbers beyond are all in the last one
+CELL = 1 / 4096  # width of a lattice cell, which is the error of a quantile
+_FAR = 2**52  # cells from 0; values beyond are in the last cell
 
 
-class Spread:
-    """Numbers added batch by batch. None and NaN are counted apart, as missing.
+class Distribution:
+    """Values, added in batches, as counts on a fine lattice, which give quantiles and histograms in little memory.
 
-    Judges' numbers lie between -1 and 1, so there are at most some 8,000 cells, for any number of rows.
+    None and NaN are counted as missing. Scores are between -1 and 1, so there are about 8,000 cells at most.
     """
 
     def __init__(self) -> None:
@@ -288,7 +285,7 @@ class Spread:
         self._cells: Counter[int] = Counter()
 
     def add(self, values: Sequence[float | None] | np.ndarray) -> None:
-        """Counts values (N,)."""
+        """Adds values (N,)."""
         numbers = np.array(values, dtype=float)
         known = numbers[np.isfinite(numbers)]
         self.missing += len(numbers) - len(known)
@@ -302,29 +299,29 @@ class Spread:
 
     @property
     def mean(self) -> float | None:
-        """None if nothing was added."""
+        """Mean of the values; None if there are none."""
         return self.total / self.count if self.count else None
 
     def quantiles(self, *shares: float) -> list[float]:
-        """Values below which these shares (0 to 1) lie, each right to a cell. At least one number must be there."""
-        assert self.count, "no numbers, no quantiles"
+        """Quantiles for shares from 0 to 1, exact to one cell. There must be at least one value."""
+        assert self.count, "quantiles need values"
         cells = np.array(sorted(self._cells))
         ends = np.cumsum([self._cells[cell] for cell in cells.tolist()])
-        found = []
+        result = []
         for share in shares:
             rank = share * (self.count - 1) + 0.5
             place = min(int(np.searchsorted(ends, rank)), len(cells) - 1)
             inside = 1 - (ends[place] - rank) / self._cells[int(cells[place])]
-            found.append(float(np.clip((cells[place] + inside) * CELL, self.low, self.high)))
-        return found
+            result.append(float(np.clip((cells[place] + inside) * CELL, self.low, self.high)))
+        return result
 
     def edges(self, bins: int) -> list[float]:
-        """The bounds of `bins` equal bins over all numbers."""
-        assert self.count, "no numbers, no bins"
+        """Edges of `bins` bins of equal width over all values."""
+        assert self.count, "bins need values"
         low, high = np.floor(self.low / CELL) * CELL, (np.floor(self.high / CELL) + 1) * CELL
         return np.linspace(low, high, bins + 1).tolist()
 
     def histogram(self, edges: Sequence[float]) -> list[int]:
-        """How many numbers lie in each bin between `edges`; a cell counts where its middle is."""
+        """Number of values in each bin between `edges`. A cell counts in the bin of its middle."""
         middles = np.array([(cell + 0.5) * CELL for cell in self._cells])
         return np.histogram(middles, bins=np.array(edges), weights=list(self._cells.values()))[0].astype(int).tolist()

@@ -1,8 +1,8 @@
-"""Images in and out. In: whatever people have, refused before it can hurt. Out: a picture that says what made it.
+"""Images in and out: any image file becomes RGB, and results are saved with their provenance inside.
 
-A file is opened only after its size in bytes and in pixels is known to be sane, so a decompression bomb is refused
-before it is decoded. What comes back is always plain RGB, upright, in sRGB, alpha laid over white or a chosen colour;
-of an animation, the first frame. What goes out is PNG, lossless WebP or JPEG, its provenance inside.
+A file is decoded only after its size in bytes and in pixels has been checked, so a decompression bomb does no harm. The
+result is always plain RGB, upright, in sRGB, with alpha over white or another color; of an animation it is the first
+frame. Images are written as PNG, lossless WebP or JPEG.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_BYTES = 200 * 1024 * 1024
-MAX_PIXELS = 64_000_000  # a 100-megapixel bomb is out, every camera in use is in
-PROGRAMS = ("EPS", "WMF")  # drawn by running them: Pillow hands EPS to Ghostscript
+MAX_PIXELS = 64_000_000  # excludes a 100-megapixel bomb and no camera in common use
+PROGRAMS = ("EPS", "WMF")  # opening them runs a program: Pillow passes EPS to Ghostscript
 PROVENANCE = "diptych"  # the PNG text chunk that holds the JSON
-READABLE = "parameters"  # and the one that image viewers of this field show
-KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # what is written, by the name's end
+READABLE = "parameters"  # the PNG text chunk that image viewers of this field show
+KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}  # formats that are written, by suffix
 _SAVING: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 6},
-    "WEBP": {"lossless": True, "quality": 80, "method": 4},  # lossless: `quality` is effort here
+    "WEBP": {"lossless": True, "quality": 80, "method": 4},  # with `lossless`, `quality` is effort
     "JPEG": {"quality": 95, "subsampling": 0},
 }
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_ASCII = b"ASCII\0\0\0"  # EXIF's name for the text that follows
+_ASCII = b"ASCII\0\0\0"  # EXIF's marker of the text's encoding
 _MAX_JPEG_EXIF = 65_000  # bytes; a JPEG segment holds 64 KiB
 
 
@@ -50,87 +50,103 @@ def open_image(
     background: str = WHITE,
     formats: Sequence[str] | None = None,
 ) -> Image:
-    """An image file, its bytes, or a row's `{bytes, path}` cell as upright RGB; any mode, alpha over `background`.
+    """Opens an image file, its bytes, or a row's `{bytes, path}` cell as upright RGB, alpha over `background`.
 
-    Raises UserError, one line that says what is wrong with which image: missing, empty, not an image, a program that
-    would draw one, cut short, larger than `max_bytes` or `max_pixels`, or of a kind that is not one of
-    `formats` (Pillow's names; None: any). `name` is what the message calls bytes.
+    Args:
+        source: the image.
+        max_bytes: limit of the file's size.
+        max_pixels: limit of width times height.
+        name: what messages call an image that is given as bytes.
+        background: a color's name or `#rrggbb`.
+        formats: Pillow's names of the allowed formats; None is all.
+
+    Raises UserError if the image is missing, empty, damaged, too large, of another format, or a program that would
+    generate one.
     """
     from PIL import Image
 
-    if isinstance(source, dict):
-        # A row is data: what its path names on this machine is none of its business.
+    place = source.get("bytes") if isinstance(source, dict) else source
+    if isinstance(source, dict):  # a row is data, so its path is only a name
         name = name or source.get("path")
-        place: str | Path | bytes | None = source.get("bytes")
-    else:
-        place = source
     if place is None:
-        raise UserError(f"{name or 'image'}: there is no image")
-    label = name or ("image" if isinstance(place, bytes) else str(place))
-    data = place if isinstance(place, bytes) else _read(Path(place), max_bytes)
+        raise UserError("image_missing", f"{name or 'image'}: no image")
+    label, data = name or _label(place), _bytes(place, max_bytes)
     if not data:
-        raise UserError(f"{label}: the file is empty")
+        raise UserError("image_unreadable", f"{label}: the file is empty")
     if len(data) > max_bytes:
-        raise UserError(f"{label}: {documents.size(len(data))} is over the limit of {documents.size(max_bytes)}")
+        raise _too_large(label, len(data), max_bytes)
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb warning comes at another limit; ours is checked before anything is decoded.
+            # Pillow warns of bombs at another limit; ours is checked before decoding.
             warnings.simplefilter("ignore")
             image = open_header(data, label, formats)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UserError(
-                    f"{label}: {width}×{height} is {width * height / 1e6:.0f} megapixels, "
-                    f"over the limit of {max_pixels / 1e6:.0f}; make it smaller first"
-                )
+            _check_pixels(label, image, max_pixels)
             if image.format in PROGRAMS:
-                raise UserError(f"{label}: {image.format} is a program that draws, not run here; make it a PNG")
+                raise UserError("image_unreadable", f"{label}: {image.format} files are programs; save it as PNG")
             image.load()
             return to_rgb(image, background)
     except Image.DecompressionBombError:
-        raise UserError(f"{label}: far more pixels than the limit of {max_pixels / 1e6:.0f} megapixels") from None
+        limit = f"{max_pixels / 1e6:.0f} megapixels"
+        raise UserError("image_too_large", f"{label}: far more pixels than the limit of {limit}") from None
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise anything on broken files, AVIF's a RuntimeError
-        raise UserError(f"{label}: the image is broken or cut short ({describe(error)})") from error
+    except Exception as error:  # Pillow's decoders raise any exception on damaged files
+        raise UserError("image_unreadable", f"{label}: damaged or incomplete ({describe(error)})") from error
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    path = here_or_packaged(path)
+def _too_large(label: str, size: int, limit: int) -> UserError:
+    return UserError("image_too_large", f"{label}: {documents.size(size)} is over the limit of {documents.size(limit)}")
+
+
+def _check_pixels(label: str, image: Image, limit: int) -> None:
+    width, height = image.size
+    if width * height > limit:
+        raise UserError(
+            "image_too_large",
+            f"{label}: {width}×{height} is {width * height / 1e6:.0f} megapixels, over the limit of {limit / 1e6:.0f}; "
+            "scale it down",
+        )
+
+
+def _bytes(source: str | Path | bytes, max_bytes: int = MAX_BYTES) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    path = here_or_packaged(source)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise UserError(f"{path}: {documents.size(size)} is over the limit of {documents.size(max_bytes)}")
+        if (size := path.stat().st_size) > max_bytes:
+            raise _too_large(str(path), size, max_bytes)
         with path.open("rb") as stream:
             data = stream.read(max_bytes + 1)  # a device has no size and no end
         if len(data) > max_bytes:
-            raise UserError(f"{path}: over the limit of {documents.size(max_bytes)}")
+            raise _too_large(str(path), len(data), max_bytes)
         return data
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError("image_not_found", f"Image not found: {path}. Check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not an image") from None
+        raise UserError("path_wrong_kind", f"{path}: a folder, not an image file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError("path_unreadable", f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _label(source: str | Path | bytes) -> str:
+    return "image" if isinstance(source, bytes) else str(source)
 
 
 def check_image(path: str | Path) -> str:
-    """sha256 of a picture's bytes; UserError for what its size and header already tell against it. Decodes nothing."""
+    """sha256 of an image file. UserError if its size or header shows that it cannot be opened. Decodes nothing."""
     from PIL import Image
 
-    data = _read(Path(path), MAX_BYTES)
+    data = _bytes(path)
     if not data:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError("image_unreadable", f"{path}: the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            width, height = open_header(data, str(path)).size
+            _check_pixels(str(path), open_header(data, str(path)), MAX_PIXELS)
     except UserError:
         raise
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not an image that can be opened ({describe(error)})") from error
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path}: {width}×{height} is over the limit of {MAX_PIXELS / 1e6:.0f} megapixels")
+        raise UserError("image_unreadable", f"{path}: not a readable image ({describe(error)})") from error
     return sha256(data)
 
 
@@ -140,11 +156,11 @@ def encode_png(image: Image, provenance: dict[str, Any] | None = None) -> bytes:
 
 
 def encode(image: Image, kind: str, provenance: dict[Any, Any] | None = None) -> bytes:
-    """An image as PNG, WEBP (lossless) or JPEG: the same bytes for the same picture and provenance.
+    """An image as PNG, WEBP (lossless) or JPEG. Equal images and provenance give equal bytes.
 
-    `provenance` is JSON with sorted keys: in a PNG the text chunk `diptych`, beside a line to read in `parameters`; in
-    the others the EXIF UserComment, as `{"diptych": …}` in ASCII. It is sealed (`data.seal`). UserError if a JPEG
-    cannot hold that much of it.
+    `provenance` is stored as JSON with sorted keys, with a seal (`data.seal`). A PNG has it in the text chunk
+    `diptych`, beside a readable line in `parameters`; the others in the EXIF UserComment, as `{"diptych": …}` in ASCII.
+    UserError if it is too long for a JPEG.
     """
     options = dict(_SAVING[kind])
     if provenance is not None:
@@ -152,12 +168,14 @@ def encode(image: Image, kind: str, provenance: dict[Any, Any] | None = None) ->
         provenance = seal.sealed(provenance, shown)
         options |= {"pnginfo": _png_text(provenance)} if kind == "PNG" else {"exif": _exif(provenance)}
         if kind == "JPEG" and len(options["exif"]) > _MAX_JPEG_EXIF:
-            raise UserError("the provenance, prompt included, is too long for a JPEG; write a PNG or WebP")
+            raise UserError(
+                "image_unwritable", "the provenance, with its prompt, is too long for a JPEG; save as PNG or WebP"
+            )
     out = io.BytesIO()
-    # `info` of an opened file (profiles, dpi, old text) must not leak into ours.
-    documents = image.copy()
-    documents.info = {}
-    documents.save(out, kind, **options)
+    # `info` of an opened file (profiles, dpi, old text) must not get into ours.
+    plain = image.copy()
+    plain.info = {}
+    plain.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -189,70 +207,61 @@ def _readable(provenance: dict[str, Any]) -> str:
 
 
 def image_cell(image: Image, path: str | None = None, kind: str = "PNG") -> dict[str, Any]:
-    """An image as a row's cell: `{"bytes": …, "path": path}`. PNG and WEBP lose nothing; JPEG is fastest by far."""
+    """An image as a row's cell: `{"bytes": …, "path": path}`. PNG and WEBP are lossless; JPEG is the fastest."""
     return {"bytes": encode(image, kind), "path": path}
 
 
 def kind_of(path: str | Path) -> str:
-    """PNG, WEBP or JPEG, by how a file's name ends. UsageError for any other."""
+    """PNG, WEBP or JPEG, by a file's suffix. UsageError for any other."""
     suffix = Path(path).suffix.lower()
     if suffix not in KINDS:
-        raise UsageError(f"{path}: pictures are written as PNG, WebP or JPEG; end the name in .png, .webp or .jpg")
+        raise UsageError(
+            "file_format_unknown", f"{path}: images are saved as PNG, WebP or JPEG; use .png, .webp or .jpg"
+        )
     return KINDS[suffix]
 
 
 def save_image(image: Image, path: str | Path, provenance: dict[Any, Any] | None = None) -> Path:
-    """Writes a PNG, WebP or JPEG with its provenance, whole or not at all; makes the folder. UserError if it cannot."""
+    """Writes a PNG, WebP or JPEG with its provenance, atomically, and creates its folder. UserError if it cannot."""
     path = Path(path)
     kind = kind_of(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot be made ({error.strerror or error})") from error
+        raise UserError("path_wrong_kind", f"{path}: a folder; pass a file name")
     write_atomic(path, encode(image, kind, provenance))
     return path
 
 
 def read_provenance(source: str | Path | bytes) -> dict[str, Any] | None:
-    """What made a PNG, WebP or JPEG (a file, or its bytes); None if it does not say. UserError if it is no image."""
-    told = _read_text(_label(source), _bytes(source))
-    return None if told is None else {key: value for key, value in told.items() if key != seal.KEY}
+    """Provenance of a PNG, WebP or JPEG (a file, or its bytes); None if it has none. UserError if it is not an
+    image."""
+    text = _read_text(_label(source), _bytes(source))
+    return None if text is None else {key: value for key, value in text.items() if key != seal.KEY}
 
 
 def broken_seal(source: str | Path | bytes) -> list[str] | None:
-    """What of a picture is not as it was written: `pixels` (in a JPEG `image data`), `text`, a chunk of the file; None
-    if it has no seal. Bytes behind the end of the image are not part of it.
+    """The parts of an image that changed since it was written: `pixels` (in a JPEG `image data`), `text`, a chunk of
+    the file. None if it has no seal. Bytes after the end of the image are ignored.
 
-    UserError if it is no image, or one that can no longer be decoded.
+    UserError if it is not an image, or can no longer be decoded.
     """
     data = _bytes(source)
-    told = _read_text(_label(source), data)
-    if told is None or not isinstance(said := told.get(seal.KEY), dict):
+    text = _read_text(_label(source), data)
+    if text is None or not isinstance(hashes := text.get(seal.KEY), dict):
         return None
-    broken = [] if seal.text_hash(told) == said.get("text") else ["text"]
+    broken = [] if seal.text_hash(text) == hashes.get("text") else ["text"]
     if data.startswith(b"\xff\xd8"):
         part, shown = "image data", seal.coded_hash(data)
     else:
         part, shown = "pixels", seal.pixels_hash(open_image(data, name=_label(source)))
-    if shown != said.get("picture"):
+    if shown != hashes.get("picture"):
         broken.append(part)
     if not broken and data.startswith(b"\x89PNG") and (chunk := seal.broken_chunk(data)):
         broken.append(f"{chunk} chunk")
     return broken
 
 
-def _bytes(source: str | Path | bytes) -> bytes:
-    return source if isinstance(source, bytes) else _read(Path(source), MAX_BYTES)
-
-
-def _label(source: str | Path | bytes) -> str:
-    return "image" if isinstance(source, bytes) else str(source)
-
-
 def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
-    """The provenance in a file's bytes, seal and all; None if there is none."""
+    """The provenance in a file's bytes, with its seal; None if there is none."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -263,24 +272,24 @@ def _read_text(path: str, data: bytes) -> dict[str, Any] | None:
             comment = None if text is not None else image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         chunk = seal.broken_chunk(data) if data.startswith(b"\x89PNG") else None
-        damaged = "cut short" if chunk == "end" else f"its {chunk} chunk is damaged"
+        damaged = "incomplete" if chunk == "end" else f"its {chunk} chunk is damaged"
         reason = damaged if chunk else describe(error)
-        raise UserError(f"{path}: not a readable image ({reason})") from error
+        raise UserError("image_unreadable", f"{path}: not a readable image ({reason})") from error
     if text is None:
         return _from_comment(comment)
     try:
-        found = parse_json(text)
+        provenance = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path}: its provenance is not valid JSON") from error
-    return found if isinstance(found, dict) else None
+        raise UserError("trace_invalid", f"{path}: its provenance is not valid JSON") from error
+    return provenance if isinstance(provenance, dict) else None
 
 
 def _from_comment(comment: object) -> dict[str, Any] | None:
-    """Our provenance from an EXIF UserComment; None for anything else that people and cameras put there."""
+    """Our provenance from an EXIF UserComment; None for other comments."""
     if not isinstance(comment, bytes) or not comment.startswith(_ASCII):
         return None
     try:
-        found = parse_json(comment.removeprefix(_ASCII))
+        value = parse_json(comment.removeprefix(_ASCII))
     except ValueError:
         return None
-    return found.get(PROVENANCE) if isinstance(found, dict) else None
+    return value.get(PROVENANCE) if isinstance(value, dict) else None

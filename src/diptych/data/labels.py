@@ -1,7 +1,7 @@
-"""Human labels: a JSONL file that is only ever added to, and a spreadsheet that is filled in and read back.
+"""Human labels: an append-only JSONL file, and a spreadsheet to fill in and read back.
 
-A line is `{"id", "label", "labeller", "time"}`; the last line of a labeller about a pair holds. Each line is flushed to
-the disk before the next, so a kill costs at most the label being given.
+A line is `{"id", "label", "labeller", "time"}`; a labeller's last line about a pair is valid. Each line is flushed to
+the disk before the next, so an interruption costs at most one label.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _SHORT = {label[0]: label for label in LABELS}
 
 
 class Labels:
-    """A labels file. What a kill left of a last line is cut off, or ended if the line is whole."""
+    """A labels file. An incomplete last line is removed; a complete one without a newline gets it."""
 
     def __init__(self, path: str | Path, choices: Sequence[str] = LABELS) -> None:
         self.path, self.choices = Path(path), choices
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             refuse_link(self.path)
-            self._mend()
+            self._repair()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+            raise UserError("path_unwritable", f"cannot write {self.path}: {error.strerror or error}") from error
 
     def add(self, id: str, label: str, labeller: str) -> None:
-        """One label, on the disk when this returns."""
+        """Appends one label. It is on the disk when this returns."""
         assert label in self.choices, label
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"id": id, "label": label, "labeller": labeller, "time": now}
@@ -49,9 +49,9 @@ class Labels:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise UserError(f"{self.path}: the label could not be written ({error.strerror or error})") from error
+            raise UserError("path_unwritable", f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         if not self.path.exists():
             return
         data = self.path.read_bytes()
@@ -68,18 +68,18 @@ class Labels:
 
 
 def read(path: str | Path) -> dict[str, dict[str, str]]:
-    """`{labeller: {id: label}}` of a labels file. UsageError names a line that is no label; a cut last line is not one.
+    """Reads `{labeller: {id: label}}` from a labels file. An incomplete last line is ignored.
 
-    A file that is not there raises UsageError.
+    UsageError for a file that cannot be read, and, with its number, for a line that is not a label.
     """
     path = Path(path)
     try:
         whole, end, rest = path.read_bytes().rpartition(b"\n")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UsageError("path_unreadable", f"cannot read {path}: {error.strerror or error}") from error
     if _is_json(rest):
         whole += end + rest
-    found: dict[str, dict[str, str]] = {}
+    labels: dict[str, dict[str, str]] = {}
     for number, line in enumerate(decode(whole, str(path)).split("\n"), 1):
         if not line.strip():
             continue
@@ -87,43 +87,47 @@ def read(path: str | Path) -> dict[str, dict[str, str]]:
             row = parse_json(line)
             pair, label, labeller = row["id"], row["label"], row["labeller"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} line {number}: not a label, {{id, label, labeller, time}}") from error
+            message = f"{path} line {number}: not a label, {{id, label, labeller, time}}"
+            raise UsageError("labels_invalid", message) from error
         if not isinstance(pair, str) or not isinstance(labeller, str):
-            raise UsageError(f"{path} line {number}: id and labeller must be text")
-        found.setdefault(labeller, {})[pair] = _label(label, f"{path} line {number}")
-    return found
+            raise UsageError("labels_invalid", f"{path} line {number}: id and labeller must be text")
+        labels.setdefault(labeller, {})[pair] = _label(label, f"{path} line {number}")
+    return labels
 
 
 def write_sheet(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """A spreadsheet to fill in, with the columns of `SHEET`."""
-    # What a spreadsheet would run as a formula gets the apostrophe that makes it text.
+    """Writes a spreadsheet to fill in, with the columns of `SHEET`."""
+    # An apostrophe turns what a spreadsheet would run as a formula into text.
     safe = ([f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell for cell in row] for row in rows)
     text = io.StringIO(newline="")
     csv.writer(text).writerows([SHEET, *safe])
-    # With a byte order mark: without one Excel takes the file for Latin letters.
+    # Excel needs a byte order mark to recognize UTF-8.
     write_atomic(path, text.getvalue().encode("utf-8-sig"))
 
 
 def read_sheet(path: Path) -> dict[str, str]:
-    """`{id: label}` of a filled-in sheet; empty cells are left out. UsageError names the line that is wrong."""
+    """Reads `{id: label}` from a sheet; empty cells are left out. UsageError names the invalid line."""
     text = read_text(path)
     first = text.partition("\n")[0]
-    # Spreadsheets of half the world write semicolons.
+    # In many languages, spreadsheets write semicolons.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
     missing = {"id", "label"} - set(reader.fieldnames or ())
     if missing:
-        raise UsageError(f"{path}: the first line must name the columns {', '.join(SHEET)}; it lacks {min(missing)}")
-    found: dict[str, str] = {}
+        raise UsageError(
+            "labels_invalid", f"{path}: the first line lacks the column {min(missing)}; it needs {', '.join(SHEET)}"
+        )
+    labels: dict[str, str] = {}
     for row in reader:
-        if (given := (row["label"] or "").strip()) and row["id"]:
-            found[row["id"].removeprefix("'")] = _label(given.lower(), f"{path} line {reader.line_num}")
-    return found
+        if (text := (row["label"] or "").strip()) and row["id"]:
+            labels[row["id"].removeprefix("'")] = _label(text.lower(), f"{path} line {reader.line_num}")
+    return labels
 
 
-def _label(given: object, where: str) -> str:
-    label = _SHORT.get(str(given), given)
+def _label(value: object, where: str) -> str:
+    label = _SHORT.get(str(value), value)
     if label not in LABELS:
-        raise UsageError(f"{where}: '{given}' is no label; write {', '.join(LABELS)}{nearest(str(given), LABELS)}")
+        hint = nearest(str(value), LABELS)
+        raise UsageError("labels_invalid", f"{where}: '{value}' is not a label; use {', '.join(LABELS)}{hint}")
     return str(label)
 
 
@@ -134,32 +138,32 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-# People's own verdicts on pairs. What they said of a run, and which of it a run's `pairs/` follows.
-# `audit/decisions.jsonl` is only ever added to, and changes nothing of its run: `accept` takes a pair whatever its
-# numbers say, `reject` keeps it out, and `judge` leaves it to the judge and the thresholds again. The last line about
-# two panels holds, and it holds for both of their orders, (a, b) and (b, a). `diptych data recurate RUN --out NEW`
-# makes a run that follows them. They are then fixed in its `decisions.json`, which its fingerprint names, as its
-# recipe is fixed in `recipe.yaml`; so what people say of a run later cannot make its pairs others than those it was
-# trained on.
+# Decisions of people on pairs. `audit/decisions.jsonl` is append-only and does not change its run. `accept` takes a
+# pair whatever its scores, `reject` excludes it, and `judge` leaves it to the judge and the thresholds. The last line
+# about two panels is valid, for both of their orders, (a, b) and (b, a). `diptych data recurate RUN --out NEW` makes
+# a run that follows the decisions. They are then frozen in its `decisions.json`, which its fingerprint includes, as
+# the recipe is frozen in `recipe.yaml`, so later decisions cannot change the pairs that it was trained on.
 
 VERDICTS = ("accept", "reject", "judge")
 FIXED = "decisions.json"
 
 
 def path(run_dir: str | Path) -> Path:
-    """The file of what people said of a run."""
+    """The file of people's decisions on a run."""
     return place(run_dir) / "audit" / "decisions.jsonl"
 
 
 def add(run_dir: str | Path, id: str, verdict: str, who: str) -> None:
-    """One decision, on the disk when this returns."""
+    """Appends one decision. It is on the disk when this returns."""
     Labels(path(run_dir), VERDICTS).add(id, verdict, who)
 
 
 def decided(run_dir: str | Path) -> dict[str, bool]:
-    """`{pair: accepted}` of the pairs that people decided on, each under the one of its two ids that was named last;
-    empty if there is no file. UserError for a wrong line."""
-    file, found = path(run_dir), {}
+    """`{pair: accepted}` of the pairs that people decided on, under the id (of either order) that was used last.
+
+    Empty if there is no file. UserError for an invalid line.
+    """
+    file, decisions = path(run_dir), {}
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -169,13 +173,14 @@ def decided(run_dir: str | Path) -> dict[str, bool]:
             id, verdict = str(row["id"]), row["label"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
-                break  # cut by a kill; the next decision mends it
-            raise UserError(f"{file} line {number}: not a decision, {{id, label, labeller, time}}") from None
+                break  # incomplete; the next decision removes it
+            message = f"{file} line {number}: not a decision, {{id, label, labeller, time}}"
+            raise UserError("labels_invalid", message) from None
         for same in (id, *records.mirrors(id)):
-            found.pop(same, None)
+            decisions.pop(same, None)
         if verdict != "judge":
-            found[id] = verdict == "accept"
-    return found
+            decisions[id] = verdict == "accept"
+    return decisions
 
 
 def both_ways(decided: Mapping[str, bool]) -> dict[str, bool]:
@@ -184,30 +189,30 @@ def both_ways(decided: Mapping[str, bool]) -> dict[str, bool]:
 
 
 def counts(decided: Mapping[str, bool]) -> dict[str, int]:
-    """How many decisions accept and how many reject two panels."""
+    """Number of decisions that accept, and that reject."""
     return {"accepted": sum(decided.values()), "rejected": len(decided) - sum(decided.values())}
 
 
 def applied(run_dir: str | Path) -> dict[str, bool]:
-    """`{pair: accepted}` of the decisions that a run's `pairs/` follows; empty for a run that was made without."""
+    """`{pair: accepted}` of the decisions that a run's `pairs/` follows; empty for a run without decisions."""
     file = place(run_dir) / FIXED
     try:
         return json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError:
-        raise UserError(f"{file} is not valid JSON; make the run again in another --out") from None
+        raise UserError("json_invalid", f"{file}: invalid JSON; make the run again in another --out") from None
 
 
 def fix(out: Path, decided: Mapping[str, bool]) -> None:
-    """Makes a new run follow `decided`, before its `pairs/` is made. UsageError if the folder follows others."""
+    """Freezes the decisions of a new run, before its `pairs/` is made. UsageError if the folder follows others."""
     if applied(out) == decided:
         return
     if (out / FIXED).exists() or Dataset(out / "pairs").shards():
-        raise UsageError(f"{out} holds a run that was made with other decisions of people; choose another --out")
+        raise UsageError("run_mismatch", f"{out}: a run that was made with other decisions; choose another --out")
     write_atomic(out / FIXED, json.dumps(dict(sorted(decided.items())), indent=1).encode() + b"\n")
 
 
 def copy(run_dir: Path, out: Path) -> None:
-    """What people said of a run, for a new run of the same grids, unless they said something of that already."""
+    """Copies the decisions on a run to a new run of the same grids, unless that has some."""
     if decided(run_dir) and not path(out).exists():
         path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path(out), path(run_dir).read_bytes())

@@ -1,7 +1,7 @@
-"""A row of somebody else's data as a pair, or the reason why not: the one set of checks, for training and for import.
+"""Validation of pairs from other sources: the same checks for training and for import.
 
-Columns are found by the names that people use, or named; their types are looked at before any row is read. A row then
-becomes one of `records.PAIR` in `pair`, which refuses a row that is not a pair and says why.
+Columns are recognized by common names, or named by the user. Their types are checked before any row is read. `pair`
+then turns a row into one of `records.PAIR`, or raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 SIDES = {"conditioning": "reference", "image": "target"}
 TEXTS = ("caption", "instruction")
-# What hub data sets call their columns (the released data set's names first).
+# Column names of hub data sets, those of the released data set first.
 NAMES = {
     "conditioning": ("conditioning", "original_image", "input_image", "source_image", "reference"),
     "image": ("image", "edited_image", "target_image", "output_image", "target"),
     "caption": ("caption", "prompt", "text"),
     "instruction": ("instruction", "edit_prompt", "edit_instruction"),
 }
-TASK = "subject"  # of rows that do not say
-# What a row of another format does not say. Numbers of a curation that was not ours stay empty.
+TASK = "subject"  # of rows without a task
+# Values that a row of another format lacks. Scores of curation stay empty.
 _DEFAULTS: dict[str, Any] = {
     "caption": "",
     "instruction": "",
@@ -51,41 +51,46 @@ _KINDS = {
 _IDS = ("id", "grid_id")  # numbers in many data sets
 
 
-def find_columns(there: list[str], asked: Mapping[str, str], where: str) -> dict[str, str]:
-    """Ours → theirs. UsageError for an asked one that is not there, or a needed one that nothing there is called."""
-    for theirs in asked.values():
-        if theirs not in there:
-            raise UsageError(f"{where} has no column '{theirs}'{nearest(theirs, there)}; it has: {', '.join(there)}")
-    found = {ours: next((name for name in names if name in there), "") for ours, names in NAMES.items()}
-    found = {ours: theirs for ours, theirs in (found | dict(asked)).items() if theirs}
+def find_columns(existing: list[str], requested: Mapping[str, str], where: str) -> dict[str, str]:
+    """Maps our column names to theirs.
+
+    Args:
+        existing: their column names.
+        requested: columns that the user named, ours → theirs.
+        where: the data set, for messages.
+
+    Raises UsageError if a requested column does not exist, or no existing one fits.
+    """
+    has = f"it has: {', '.join(existing)}"
+    for theirs in requested.values():
+        if theirs not in existing:
+            hint = nearest(theirs, existing)
+            raise UsageError("row_invalid", f"{where} has no column '{theirs}'{hint}; {has}")
+    columns = {ours: next((name for name in names if name in existing), "") for ours, names in NAMES.items()}
+    columns = {ours: theirs for ours, theirs in (columns | dict(requested)).items() if theirs}
     for ours, role in SIDES.items():
-        if ours not in found:
-            raise UsageError(
-                f"{where}: which column is the {role} picture? "
-                f"Say it with columns: {{{ours}: NAME}}; it has: {', '.join(there)}"
-            )
-    if "caption" not in found and "instruction" not in found:
-        raise UsageError(
-            f"{where}: which column is the text? Say it with columns: {{caption: NAME}} or {{instruction: NAME}}; "
-            f"it has: {', '.join(there)}"
-        )
-    return found
+        if ours not in columns:
+            message = f"{where}: no known column for the {role} image; set columns: {{{ours}: NAME}}; {has}"
+            raise UsageError("row_invalid", message)
+    if not columns.keys() & set(TEXTS):
+        fix = "set columns: {caption: NAME} or {instruction: NAME}"
+        raise UsageError("row_invalid", f"{where}: no known column for the text; {fix}; {has}")
+    return columns
 
 
 def check_types(schema: pa.Schema, columns: Mapping[str, str], where: str) -> None:
-    """UsageError for a column of pictures or texts that holds something else in every row, named with what it holds."""
+    """UsageError if a column of images or texts has another type. The message names the column and the type."""
     for ours, theirs in columns.items():
         kind = schema.field(theirs).type
         if ours in SIDES:
-            wanted, fits = f"the {SIDES[ours]} pictures (binary, or a struct with `bytes`)", _holds_bytes(kind)
-            cure = "put the pictures' bytes into the rows"
+            needed, fits = f"bytes, or a struct with `bytes`, for the {SIDES[ours]} images", _holds_bytes(kind)
         else:
-            wanted, fits = f"the {ours}, one text a row", _holds_text(kind)
-            cure = "make it one text"
+            needed, fits = f"text for the {ours}", _holds_text(kind)
         if not fits:
             raise UsageError(
-                f"{where}: column '{theirs}' is read as {wanted}, and holds {kind}; "
-                f"{cure}, or name another column with columns: {{{ours}: NAME}}"
+                "row_invalid",
+                f"{where}: column '{theirs}' has the type {kind}; it needs {needed}. Change its type, or set another "
+                f"column with columns: {{{ours}: NAME}}",
             )
 
 
@@ -105,12 +110,12 @@ def _holds_text(kind: pa.DataType) -> bool:
     kind = getattr(kind, "storage_type", kind)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    # A column that is null in every row of one file may have texts in the next.
+    # A column that is null throughout one file may have texts in the next.
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
 def named(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A row of theirs under our names (`names`: ours → theirs); what is neither goes into `evidence`, if JSON can."""
+    """A row under our names (`names`: ours → theirs). Other values go into `evidence`, if JSON can store them."""
     out = {ours: values.get(theirs) for ours, theirs in names.items()}
     taken, extra = set(names.values()), {}
     for key, value in values.items():
@@ -136,12 +141,11 @@ def _is_plain(value: Any) -> bool:
 def pair(values: Mapping[str, Any], number: int, task: str = TASK, decode: bool = True) -> dict[str, Any]:
     """A complete row of `records.PAIR`. UserError, with the reason, if it is not a pair.
 
-    Pictures are decoded once, to know that they can be; their bytes stay as they are, their paths are dropped.
-    `decode=False` leaves that to whoever opens them.
+    Images are decoded once as a check, unless `decode` is False. Their bytes stay as they are; paths are dropped.
     """
     row: dict[str, Any] = {}
     for side in SIDES:
-        row[side] = {"bytes": _picture(side, values.get(side)), "path": None}
+        row[side] = {"bytes": _image(side, values.get(side)), "path": None}
         if decode:
             open_image(row[side], name=side)
     for column, kind in PAIR.items():
@@ -149,23 +153,23 @@ def pair(values: Mapping[str, Any], number: int, task: str = TASK, decode: bool 
             row[column] = _value(column, kind, values.get(column))
     row["caption"] = row["caption"] if row["caption"].strip() else row["instruction"]
     if not row["caption"].strip():
-        raise UserError("there is no text, neither a caption nor an instruction")
+        raise UserError("row_invalid", "no text: neither a caption nor an instruction")
     row["id"] = row["id"] or f"i-{number:06d}"
-    # Pairs of one reference are held out of training together.
+    # Pairs with the same reference are held out of training together.
     row["grid_id"] = row["grid_id"] or sha256(row["conditioning"]["bytes"])[:16]
     row["task"] = row["task"] or task
     row["evidence"] = row["evidence"] or "{}"
     return row
 
 
-def _picture(side: str, cell: Any) -> bytes:
-    """The bytes of a picture's cell. What a path in a row names on this machine is none of its business."""
-    held = cell.get("bytes") if isinstance(cell, dict) else cell
-    if isinstance(held, bytes) and held:
-        return held
+def _image(side: str, cell: Any) -> bytes:
+    """The bytes of an image cell. A path in a row is never opened."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(data, bytes) and data:
+        return data
     if isinstance(cell, dict) and cell.get("path"):
-        raise UserError(f"{side} holds a path and no picture; embed the pictures, and export the data set again")
-    raise UserError(f"{side}: there is no picture")
+        raise UserError("image_missing", f"{side} has a path and no image; export the data set with embedded images")
+    raise UserError("image_missing", f"{side}: no image")
 
 
 def _value(column: str, kind: str, value: Any) -> Any:
@@ -175,16 +179,16 @@ def _value(column: str, kind: str, value: Any) -> Any:
         return _DEFAULTS.get(column, "" if kind == "string" else None)
     if column in _IDS and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
         value = str(int(value))
-    wanted, word = _KINDS[kind]
+    expected, description = _KINDS[kind]
     if kind == "float64" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise UserError(f"{column} is {json.dumps(value, default=str)[:40]}, not {word}")
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise UserError("row_invalid", f"{column} is {json.dumps(value, default=str)[:40]}, not {description}")
     if kind == "int64" and not -(2**63) <= value < 2**63:
-        raise UserError(f"{column} is {value}, more than 64 bits hold")
+        raise UserError("row_invalid", f"{column} is {value}, which does not fit in 64 bits")
     if kind == "string":
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{column} holds half a character, which no text in UTF-8 can") from None
+            raise UserError("row_invalid", f"{column} has half a character, which UTF-8 cannot encode") from None
     return value

@@ -1,10 +1,10 @@
-"""Shards on a Ray cluster. The only module that knows of Ray, of which it needs actors and `ray.wait`.
+"""Shards on a Ray cluster. This is the only module that uses Ray, and it needs only actors and `ray.wait`.
 
-A pool of actors holds the stage's models, each actor works on one shard at a time and writes it itself, to storage that
-all nodes share; the driver moves only shard numbers, keeps the list of what is missing, and publishes the manifest.
-So one shard is what is under way in a worker, what a death costs, and what is given to another worker. A worker gets
-its first shard when it runs: one that has no room yet waits in Ray's own queue, which is what makes Ray's autoscaler
-add nodes, and holds up nothing. A worker with nothing left to do ends, so that nodes fall idle and can go.
+A pool of actors holds the stage's models. Each actor works on one shard at a time and writes it to storage that all
+nodes share. The driver sends shard numbers, keeps the list of missing shards, and publishes the manifest, so a worker
+that dies costs one shard, which another worker gets. A worker gets its first shard once it runs: a worker without room
+waits in Ray's queue, which makes Ray's autoscaler add nodes, and delays nothing. A worker without work ends, so that
+idle nodes can be removed.
 """
 
 from __future__ import annotations
@@ -17,24 +17,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diptych.data.engine import Engine, Job, Row, Setup, Timed, Work, idle
+from diptych.data.engine import Engine, LocalEngine, Row, Setup, StageJob, Timed, Work, idle
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError, describe
+from diptych.errors import UsageError, UserError, describe, nearest
 from diptych.llm.vllm import IN_WORKERS
 from diptych.recipe.schema import Pool, Recipe
 from diptych.utils.machine import thread_variables
 
-TICK = 2.0  # seconds between two looks at a cluster in which nothing has happened
+TICK = 2.0  # seconds between two checks of an idle cluster
 GIB = 2**30
+ENGINES = ("local", "ray")
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def connect(address: str | None = None) -> Iterator[RayEngine]:
-    """The cluster at `address` (`auto`, HOST:PORT, ray://HOST:PORT). None is $RAY_ADDRESS, a cluster that runs on this
-    machine, or else one of this machine alone, which ends with the block. A connection that is there already is used.
+def open_engine(name: str = "local", address: str | None = None) -> Iterator[Engine]:
+    """Opens an engine: `local`, in this process, or `ray`, on the cluster at `address`. UsageError for other names."""
+    if name == "ray":
+        with connect(address) as engine:
+            yield engine
+        return
+    if name != "local":
+        hint = nearest(name, ENGINES)
+        raise UsageError("option_invalid", f"--engine {name}: unknown engine; use local or ray{hint}")
+    if address is not None:
+        raise UsageError("option_conflict", "--address is the address of a Ray cluster; add --engine ray")
+    yield LocalEngine()
 
-    UsageError if Ray is not installed, UserError if no cluster answers.
+
+@contextmanager
+def connect(address: str | None = None) -> Iterator[RayEngine]:
+    """Connects to the cluster at `address` (`auto`, HOST:PORT, ray://HOST:PORT), or uses an existing connection.
+
+    None is $RAY_ADDRESS, or a cluster that runs on this machine, or a new one on this machine alone, which ends with
+    the block. UsageError if Ray is not installed, UserError if no cluster answers.
     """
     try:
         import ray
@@ -49,8 +65,9 @@ def connect(address: str | None = None) -> Iterator[RayEngine]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"at {address} " if address else ""
+        reason = describe(error, limit=200)
         raise UserError(
-            f"no Ray cluster {where}can be used ({describe(error, limit=200)}); see `ray status`"
+            "process_failed", f"cannot use a Ray cluster {where}({reason}); check it with `ray status`"
         ) from error
     try:
         yield RayEngine()
@@ -60,26 +77,26 @@ def connect(address: str | None = None) -> Iterator[RayEngine]:
 
 @dataclass(frozen=True)
 class RayEngine(Engine):
-    """Runs a stage on the cluster that `connect` has joined. `recipe` says what a stage's workers need."""
+    """Runs a stage on the cluster of `connect`, with the workers that `recipe` requests."""
 
     recipe: Recipe | None = None
 
     def of(self, recipe: Recipe) -> RayEngine:
-        """The same cluster, with the pools, device and threads of `recipe`."""
+        """The same cluster with the pools, device and threads of `recipe`."""
         return replace(self, recipe=recipe)
 
-    def make(self, job: Job, missing: dict[int, int], report: Callable[..., None], timed: Timed) -> None:
-        """Each shard by one worker; UserError, with what happened on which node, if shards were lost too often."""
+    def make(self, job: StageJob, missing: dict[int, int], report: Callable[..., None], timed: Timed) -> None:
+        """Makes each shard in one worker. UserError, with the reason and the node, if shards were lost too often."""
         shards = list(missing)
         listed = None if isinstance(job.inputs, Dataset) else job.inputs
         setup = _Shards(job if listed is None else replace(job, inputs=()))
-        # Rows that lie in no data set travel with their shard's number.
+        # Rows that are not in a data set are sent with the number of their shard.
         items = [(shard, None if listed is None else listed[shard]) for shard in shards]
         seen: set[str] = set()
         count = 0
 
         def again(index: int) -> None:
-            job.failed.drop_shard(shards[index])  # the next worker's failures may be fewer
+            job.failed.drop_shard(shards[index])  # the next worker may have fewer failures
 
         def news(note: str) -> None:
             report(count, note)
@@ -88,8 +105,9 @@ class RayEngine(Engine):
         for index, node, times in pool.results(news):
             if node not in seen and shards[index] not in job.output.shards():
                 raise UserError(
-                    f"{job.output.url}: what {node} wrote is not to be seen from here; --out must be on storage that "
-                    "all nodes share: a network file system, s3://…"
+                    "path_not_found",
+                    f"{job.output.url}: shards that {node} wrote are not visible here; choose an --out that all nodes "
+                    "share, such as a network file system or s3://…",
                 )
             seen.add(node)
             count += missing[shards[index]]
@@ -100,28 +118,27 @@ class RayEngine(Engine):
     def each(
         self, name: str, setup: Setup, items: Sequence[Any], say: Callable[[str], None]
     ) -> Iterator[tuple[int, Any]]:
-        """(index, result) of every item, as they come. `say` hears how many workers there are."""
+        """Yields (index, result) of every item as it finishes. Calls `say` with the number of workers."""
         for index, _, result in self._pool(name, setup, items, lambda index: None).results(say):
             yield index, result
 
     def there(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """In a worker as those of the stage `where` are."""
+        """Calls the function in a worker like those of the stage `where`."""
         [(_, result)] = self.each(where, _Call(function, arguments), [None], lambda note: None)
         return result
 
     def _pool(self, name: str, setup: Setup, items: Sequence[Any], again: Callable[[int], None]) -> _Workers:
         recipe = self.recipe or Recipe(name="none")
-        asked = recipe.ray.pool(name)
+        request = recipe.ray.pool(name).model_copy(update={"gpus": _gpus(recipe, name)})
         variables = thread_variables(recipe.threads) if recipe.threads else {}
         if recipe.vllm(name) is not None:
             variables |= IN_WORKERS
-        asked = asked.model_copy(update={"gpus": _gpus(recipe, name)})
-        return _Workers(name, setup, items, again, asked, variables, recipe.ray.retries, recipe.ray.wait)
+        return _Workers(name, setup, items, again, request, variables, recipe.ray.retries, recipe.ray.wait)
 
 
 def _gpus(recipe: Recipe, stage: str) -> float:
-    """GPUs of a worker; where a recipe leaves them open, those of its vLLM model, or one if it computes on GPUs, or
-    would if there were any."""
+    """GPUs of a worker. If the recipe does not set them, those of its vLLM model, or one if the stage computes on a
+    GPU."""
     import ray
 
     gpus = recipe.ray.pool(stage).gpus
@@ -137,16 +154,16 @@ def _gpus(recipe: Recipe, stage: str) -> float:
 
 @dataclass(frozen=True)
 class _Shards:
-    """What a worker does with a shard; its models are opened with the first that has rows."""
+    """Makes a shard in a worker. The models are opened for the first shard that has rows."""
 
-    job: Job
+    job: StageJob
 
     def __call__(self) -> Callable[[Any], Any]:
         works: list[Work] = []
 
         def make(item: tuple[int, list[Row] | None]) -> list[tuple[int, float]]:
-            shard, given = item
-            rows = self.job.rows(shard) if given is None else given
+            shard, listed = item
+            rows = self.job.rows(shard) if listed is None else listed
             if rows and not works:
                 works.append(self.job.stage.load())
             times: list[tuple[int, float]] = []
@@ -158,7 +175,7 @@ class _Shards:
 
 @dataclass(frozen=True)
 class _Call:
-    """A function, once."""
+    """Calls a function once."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -169,40 +186,41 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Raised:
-    """An exception in a worker. One that users can cause ends the run, as it does in one process."""
+    """An exception in a worker. A UserError ends the run, as it does in one process."""
 
     message: str
-    fatal: type[UserError] | None
+    kind: type[UserError] | None = None
+    code: str = ""
 
 
 class _Worker:
-    """The actor: one process, which holds what `setup` opens."""
+    """The actor: one process, which holds the models that `setup` opens."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.work: Callable[[Any], Any] | None = None
 
     def node(self) -> str:
-        """Where it runs."""
+        """The node that it runs on."""
         import ray
 
         return f"node {ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
     def do(self, item: Any) -> Any:
-        """The item's result, or a `_Raised`: an exception need not survive its way to the driver."""
+        """The item's result, or a `_Raised`, because not every exception can be sent to the driver."""
         try:
             if self.work is None:
                 self.work = self.setup()
             return self.work(item)
         except UserError as error:
-            return _Raised(str(error), UsageError if isinstance(error, UsageError) else UserError)
+            return _Raised(str(error), UsageError if isinstance(error, UsageError) else UserError, error.code)
         except Exception as error:
-            return _Raised(describe(error, limit=500, kind=True), None)
+            return _Raised(describe(error, limit=500, kind=True))
 
 
 @dataclass
 class _Member:
-    """A worker as the driver sees it: `node` is empty until it runs, `item` None until it has one."""
+    """A worker, as the driver sees it. `node` is empty until it runs, `item` is None until it has one."""
 
     actor: Any
     node: str = ""
@@ -211,27 +229,28 @@ class _Member:
 
 @dataclass
 class _Workers:
-    """The pool of one stage. `again(index)` is called before an item is given out once more."""
+    """The pool of one stage. `again(index)` is called before an item is sent to another worker."""
 
     name: str
     setup: Setup
     items: Sequence[Any]
     again: Callable[[int], None]
-    asked: Pool
+    request: Pool
     variables: dict[str, str]
     retries: int
     patience: float
-    members: dict[Any, _Member] = field(default_factory=dict)  # by the call that is under way
-    losses: dict[int, list[str]] = field(default_factory=dict)  # item → where and how it was lost
-    starts: list[str] = field(default_factory=list)  # how the last starts went wrong
+    members: dict[Any, _Member] = field(default_factory=dict)  # by their current call
+    losses: dict[int, list[str]] = field(default_factory=dict)  # item → the node and reason of each loss
+    starts: list[str] = field(default_factory=list)  # reasons of the last failed starts
     done: int = 0
 
     def results(self, say: Callable[[str], None]) -> Iterator[tuple[int, str, Any]]:
-        """(index, node, result) of every item, as they come. UserError at the end if items were lost for good."""
+        """Yields (index, node, result) of every item as it finishes. UserError at the end if items were lost for
+        good."""
         import ray
 
         self.waiting = deque(range(len(self.items)))
-        self.seen = time.monotonic()  # when a worker was last known to run
+        self.seen = time.monotonic()  # when a worker last ran
         try:
             while self.waiting or any(member.item is not None for member in self.members.values()):
                 self._fill()
@@ -241,19 +260,19 @@ class _Workers:
                 if any(member.node for member in self.members.values()):
                     self.seen = time.monotonic()
                 elif time.monotonic() - self.seen > self.patience:
-                    raise UserError(self._no_room())
+                    raise UserError("process_failed", self._no_room())
                 if not calls:
                     say(self.note())
         finally:
             for member in self.members.values():
                 ray.kill(member.actor)
             self.members.clear()
-        lost = [index for index, told in self.losses.items() if len(told) > self.retries]
+        lost = [index for index, losses in self.losses.items() if len(losses) > self.retries]
         if lost:
-            raise UserError(self._report(lost))
+            raise UserError("process_failed", self._report(lost))
 
     def note(self) -> str:
-        """`6 workers on 3 nodes`, and what was lost."""
+        """The state of the pool: `6 workers on 3 nodes, 1 lost`."""
         nodes = {member.node for member in self.members.values() if member.node}
         running = sum(bool(member.node) for member in self.members.values())
         starting = len(self.members) - running
@@ -263,25 +282,25 @@ class _Workers:
         return ", ".join(parts)
 
     def _fill(self) -> None:
-        """Asks Ray for workers, as many as there is work for, at most as many as the recipe or the cluster allows."""
+        """Requests workers from Ray: one for each item, up to the limit of the recipe or the cluster."""
         import ray
 
         busy = sum(member.item is not None for member in self.members.values())
         wanted = len(self.waiting) + busy
-        if len(self.members) >= wanted or len(self.members) >= (limit := self.asked.workers or self._room()):
+        if len(self.members) >= wanted or len(self.members) >= (limit := self.request.workers or self._room()):
             return
-        options: dict[str, Any] = {"num_cpus": self.asked.cpus, "num_gpus": self.asked.gpus}
-        if self.asked.memory is not None:
-            options["memory"] = int(self.asked.memory * GIB)
+        options: dict[str, Any] = {"num_cpus": self.request.cpus, "num_gpus": self.request.gpus}
+        if self.request.memory is not None:
+            options["memory"] = int(self.request.memory * GIB)
         if self.variables:
             options["runtime_env"] = {"env_vars": self.variables}
-        made = ray.remote(_Worker).options(**options)
+        worker = ray.remote(_Worker).options(**options)
         for _ in range(min(limit, wanted) - len(self.members)):
-            actor = made.remote(self.setup)
+            actor = worker.remote(self.setup)
             self.members[actor.node.remote()] = _Member(actor)
 
     def _take(self, call: Any) -> Iterator[tuple[int, str, Any]]:
-        """A call that has ended: the worker gets its next item, and its result goes out."""
+        """Handles a finished call: yields its result and gives the worker its next item."""
         import ray
 
         member = self.members.pop(call)
@@ -291,9 +310,9 @@ class _Workers:
             self._lost(member, describe(error, limit=500, kind=True))
             return
         if isinstance(value, _Raised):
-            if value.fatal is not None:
-                raise value.fatal(f"{value.message} (on {member.node})")
-            ray.kill(member.actor)  # after a CUDA error, say, it is good for nothing
+            if value.kind is not None:
+                raise value.kind(value.code, f"{value.message} (on {member.node})")
+            ray.kill(member.actor)  # it may be unusable, for instance after a CUDA error
             self._lost(member, value.message)
             return
         if member.item is None:
@@ -310,35 +329,38 @@ class _Workers:
             yield finished, member.node, value
 
     def _lost(self, member: _Member, reason: str) -> None:
-        """Gives the item of a lost worker to another, if it was not lost too often."""
+        """Gives the item of a lost worker to another one, unless it was lost too often."""
         index = member.item
         if index is None:
             self.starts.append(reason)
             if len(self.starts) > self.retries:
-                raise UserError(f"{self.name}: {len(self.starts)} workers in turn did not start; the last: {reason}")
+                count = len(self.starts)
+                raise UserError(
+                    "process_failed", f"{self.name}: {count} workers in a row did not start; the last: {reason}"
+                )
             return
-        told = self.losses.setdefault(index, [])
-        told.append(f"{member.node}: {reason}")
-        if len(told) <= self.retries:
-            log.warning("%s: shard %d was lost on %s; another worker takes it", self.name, index, told[-1])
+        losses = self.losses.setdefault(index, [])
+        losses.append(f"{member.node}: {reason}")
+        if len(losses) <= self.retries:
+            log.warning("%s: shard %d was lost on %s; another worker takes it", self.name, index, losses[-1])
             self.again(index)
             self.waiting.appendleft(index)
         elif not self.done:
-            raise UserError(self._report([index]))  # nothing works: the other shards would go the same way
+            raise UserError("process_failed", self._report([index]))  # the other shards would fail in the same way
 
     def _report(self, lost: list[int]) -> str:
-        told = "; ".join(f"shard {index}: {', '.join(self.losses[index])}" for index in lost[:3])
+        losses = "; ".join(f"shard {index}: {', '.join(self.losses[index])}" for index in lost[:3])
         return (
-            f"{self.name}: {_several(len(lost), 'shard')} lost {self.retries + 1} times each ({told}); "
-            "the same command tries again what is missing"
+            f"{self.name}: {_several(len(lost), 'shard')} lost {self.retries + 1} times each ({losses}); "
+            "run the same command again to make what is missing"
         )
 
     def _room(self) -> int:
-        """How many such workers the cluster holds when it does nothing else; at least one, which may bring a node."""
+        """Number of workers that fit into the idle cluster; at least one, for which the autoscaler may add a node."""
         import ray
 
-        memory = (self.asked.memory or 0) * GIB
-        needs = {"CPU": self.asked.cpus, "GPU": self.asked.gpus or 0, "memory": memory}
+        memory = (self.request.memory or 0) * GIB
+        needs = {"CPU": self.request.cpus, "GPU": self.request.gpus or 0, "memory": memory}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fit = (min((int(has.get(k, 0) // n) for k, n in needs.items() if n), default=1) for has in nodes)
         return max(1, sum(fit))
@@ -348,8 +370,8 @@ class _Workers:
 
         has = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU", "memory")}
         return (
-            f"{self.name}: for {self.patience:g} s no worker could start. One asks for {self.asked.cpus:g} CPUs, "
-            f"{self.asked.gpus:g} GPUs{f', {self.asked.memory:g} GiB' if self.asked.memory else ''} (recipe: "
+            f"{self.name}: no worker started within {self.patience:g} s. Each needs {self.request.cpus:g} CPUs, "
+            f"{self.request.gpus:g} GPUs{f', {self.request.memory:g} GiB' if self.request.memory else ''} (recipe: "
             f"ray.{self.name}); the whole cluster has {has['CPU']:g} CPUs, {has['GPU']:g} GPUs, "
             f"{has['memory'] / GIB:.1f} GiB"
         )

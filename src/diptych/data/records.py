@@ -1,9 +1,9 @@
-"""What a row is, at each step of the way: arrow schemas, ids, seeds, and the rule that keeps a pair.
+"""Rows of each stage: arrow schemas, ids, seeds, and the rule that accepts a pair.
 
 prompts → grids → candidates → pairs. A pair's columns start with those of the released data set
-(`primecai/dsd_data`: `conditioning`, `image`, `caption`), so that its readers open ours.
-Image columns are the Hugging Face `Image` struct `{bytes, path}`, and the schema metadata says so:
-`datasets.load_dataset("parquet", …)` and the hub's viewer show pictures.
+(`primecai/dsd_data`: `conditioning`, `image`, `caption`), so that its readers open ours. Image columns are the Hugging
+Face `Image` struct `{bytes, path}`, and the schema metadata says so: `datasets.load_dataset("parquet", …)` and the
+hub's viewer show images.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from diptych.recipe import tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from diptych.recipe.schema import Curate, Recipe
+    from diptych.recipe.schema import Curate, Recipe, Thresholds
 
 IMAGE = "image"
 
-# Column name → type, in order. `image` is the struct, `list[string]` a list of strings; the rest are arrow's names.
+# Column name → type, in order. `image` is the struct, `list[string]` a list of strings; the others are arrow types.
 PROMPT = {
     "id": "string",
-    "prompt": "string",  # of the whole grid
+    "prompt": "string",  # for the whole grid
     "panels": "list[string]",  # the caption of each panel, row by row
-    "subject": "string",  # its kind, one word or a short phrase
+    "subject": "string",  # kind of the subject, one word or a short phrase
     "task": "string",
     "seed": "int64",
 }
@@ -43,8 +43,8 @@ GRID = {
     "subject": "string",
     "task": "string",
     "seed": "int64",
-    "rows": "int64",  # panels down
-    "cols": "int64",  # panels across
+    "rows": "int64",  # of panels
+    "cols": "int64",  # of panels
     "panel_size": "int64",  # pixels
     "model": "string",  # fingerprint of the teacher
 }
@@ -61,13 +61,13 @@ PAIR = {
     "reference_panel": "int64",
     "target_panel": "int64",
     "seed": "int64",
-    "similarity": "float64",  # the judge's, higher = more surely the same subject
+    "similarity": "float64",  # by the judge; higher means more likely the same subject
     "copy_distance": "float64",  # pixels after alignment, 0 = a copy
-    "seam": "float64",  # strength of the seam the grid was cut at
+    "seam": "float64",  # strength of the seam at which the grid was cut
     "kept": "bool",
-    "reason": "string",  # "kept", or why not: the first test that failed
-    "judge": "string",  # fingerprint
-    "evidence": "string",  # JSON: everything else the verdict rests on
+    "reason": "string",  # "kept", or the first test that failed
+    "judge": "string",  # fingerprint of the judge
+    "evidence": "string",  # JSON: all other data behind the verdict
 }
 FAILED = {"stage": "string", "id": "string", "reason": "string", "row": "string"}
 
@@ -75,7 +75,7 @@ COLUMNS = {"prompts": PROMPT, "grids": GRID, "candidates": PAIR, "pairs": PAIR, 
 
 
 def schema(columns: dict[str, str]) -> pa.Schema:
-    """The arrow schema of a column table, with the metadata that lets `datasets` read images as images."""
+    """The arrow schema of a column table, with the metadata that makes `datasets` decode images."""
     import pyarrow as pa
 
     types = {
@@ -99,28 +99,28 @@ def schema(columns: dict[str, str]) -> pa.Schema:
 
 
 def prompt_id(index: int) -> str:
-    """`p-000012`, the 13th prompt of a run."""
+    """Id of a prompt: the 13th of a run is `p-000012`."""
     return f"p-{index:06d}"
 
 
 def grid_id(from_prompt: str, image: int = 0) -> str:
-    """The grid of a prompt has its number: `p-000012` → `g-000012`, and its second image is `g-000012.1`."""
+    """Id of a grid, by its prompt: `p-000012` → `g-000012`; the second image is `g-000012.1`."""
     return "g-" + from_prompt.partition("-")[2] + (f".{image}" if image else "")
 
 
 def prompt_of(grid: str) -> str:
-    """What all grids of one prompt have in common: `g-000012`, for its second image `g-000012.1` too."""
+    """Common id of all grids of a prompt: `g-000012` for `g-000012` and `g-000012.1`."""
     return re.sub(r"(g-\d+)\.\d+$", r"\1", grid)
 
 
 def pair_id(from_grid: str, reference: int, target: int) -> str:
-    """An ordered pair of a grid's panels: `g-000012`, 0, 1 → `c-000012-01`."""
+    """Id of an ordered pair of a grid's panels: `g-000012`, 0, 1 → `c-000012-01`."""
     return f"c-{from_grid.partition('-')[2]}-{reference}{target}"
 
 
 def mirrors(pair: str) -> list[str]:
-    """The id of the pair of the same two panels in the other order: `c-000012-01` → `c-000012-10`. A number of three
-    digits can be read in two ways, and both are given."""
+    """Id of the pair of the same two panels in the other order: `c-000012-01` → `c-000012-10`. Three digits can be
+    split in two ways, so there are two ids."""
     head, _, panels = pair.rpartition("-")
     if not head or not panels.isdecimal() or len(panels) < 2:
         return []
@@ -129,48 +129,37 @@ def mirrors(pair: str) -> list[str]:
 
 
 def seed_of(run_seed: int, row_id: str, purpose: str = "") -> int:
-    """A row's own 63-bit seed, from the run's seed and the row's id, so that no order or batch changes it.
+    """A row's 63-bit seed, from the run's seed and the row's id, so that it does not depend on order or batch.
 
-    `purpose` gives one row several independent seeds (its wording, its noise, …).
+    `purpose` gives a row several independent seeds (for its template, its noise, …).
     """
     digest = hashlib.sha256(f"{run_seed}\0{row_id}\0{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class Thresholds(Protocol):
-    """The part of a recipe that decides (`sections.Thresholds`)."""
+TESTS = ("seam", "near_copy", "same")  # thresholds, in the order of the tests
+DIFFERENT = "different"  # reason of a pair below the threshold `same`
+SCREEN = "screen"  # `screen: NAME` is the reason of a pair with a panel that a screen rejects
+COPY = "near_copy"  # `near_copy: hash` is the reason of a pair whose target is a copy by the test `hash`
+COPY_TESTS = {"hash": "hash", "mirrored": "hash", "embedding": "embedding"}  # score → its limit
+UNASKED = "unasked"  # reason of a pair that new limits send to a judge which has not seen it
+DUPLICATE = "duplicate"  # `duplicate of ID: TEST` is the reason of a repeat, in `failed/select/`
+ACCEPTED, REJECTED = "accepted by hand", "rejected by hand"  # reasons in `pairs/` and `failed/select/`; see `labels`
 
-    @property
-    def same(self) -> float: ...
-    @property
-    def near_copy(self) -> float: ...
-    @property
-    def seam(self) -> float: ...
-
-
-TESTS = ("seam", "near_copy", "same")  # thresholds, in the order in which they are applied
-DIFFERENT = "different"  # the reason of a pair whose panels do not show the same subject: below the threshold `same`
-SCREEN = "screen"  # the reason of a pair with a panel that a screen refuses is `screen: NAME`
-COPY = "near_copy"  # … and of one whose panels are one picture by another test than pixels, `near_copy: hash`
-COPY_TESTS = {"hash": "hash", "mirrored": "hash", "embedding": "embedding"}  # what is measured → its limit
-UNASKED = "unasked"  # other limits let it through to a judge who was never asked about it
-DUPLICATE = "duplicate"  # what the selection refuses has the reason `duplicate of ID: TEST`, in `failed/select/`
-ACCEPTED, REJECTED = "accepted by hand", "rejected by hand"  # reasons in `pairs/` and `failed/select/`; see `decisions`
-
-Limits = Mapping[str, Mapping[str, float]]  # of `recipe.Screens.limits`: name → {"least" or "most": number}
+Limits = Mapping[str, Mapping[str, float]]  # `Screens.limits`: name → {"least" or "most": number}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What decides besides the thresholds, where a recipe had it measured: the limits of its screens (`Screens.limits`)
-    and of its tests of copies (`Copies.limits`). None: nothing was measured, and the evidence holds no numbers."""
+    """Limits in addition to the thresholds: of screens (`Screens.limits`) and of tests for copies (`Copies.limits`).
+    None means that the run has not measured them, so the evidence has no scores."""
 
     screens: Limits | None = None
     copies: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, curate: Curate) -> Bounds:
-        """A recipe's."""
+        """The bounds of a recipe."""
         screens, copies = curate.screens, curate.copies
         return cls(screens.limits() if screens else None, copies.limits() if copies else None)
 
@@ -179,18 +168,17 @@ NONE = Bounds()
 
 
 def reason_now(stored: str) -> str:
-    """A stored reason by its present name: rows of older versions say `same` of what is not the same."""
+    """A stored reason by its present name. Rows of older versions have `same` instead of `different`."""
     return DIFFERENT if stored == "same" else stored
 
 
 def verdict(
     similarity: float, copy_distance: float, seam: float, thresholds: Thresholds, screen: str = "", copy: str = ""
 ) -> tuple[bool, str]:
-    """Whether thresholds keep a pair, and `"kept"`, the first test of `TESTS` that failed (`DIFFERENT` for `same`), or
-    the `screen` or the test of copies that did.
+    """Whether the thresholds accept a pair, and the reason: `"kept"`, or the first test that failed.
 
-    Geometry first, then single panels, then the copy tests, then identity: a bad cut makes the later numbers
-    meaningless. NaN fails its test.
+    The order is geometry, single panels, copies, identity, because a bad cut makes the later scores meaningless.
+    `screen` and `copy` name the screen and the test for copies that failed, if any. NaN fails its test.
     """
     if not seam >= thresholds.seam:
         return False, "seam"
@@ -206,9 +194,9 @@ def verdict(
 
 
 def failed_screen(panels: Sequence[Mapping[str, float]], limits: Limits) -> str:
-    """The first screen of `limits` that one of a pair's panels fails, by its scores `{name: score}`; `""` if none.
+    """The first screen of `limits` that one of the panels fails, by their scores `{name: score}`; `""` if none does.
 
-    A score that is NaN, or is not there, fails.
+    A score that is NaN or missing fails.
     """
     for name, limit in limits.items():
         for scores in panels:
@@ -219,20 +207,20 @@ def failed_screen(panels: Sequence[Mapping[str, float]], limits: Limits) -> str:
 
 
 def failed_copy(measured: Mapping[str, float], limits: Mapping[str, float]) -> str:
-    """What says first that two panels are one picture: `hash` (bits), `mirrored` (bits) or `embedding` (cosine); `""`
-    if nothing does. A number that is NaN, or is not there, fails."""
+    """The first test by which the target is a copy: `hash` (bits), `mirrored` (bits) or `embedding` (cosine); `""` if
+    none. A score that is NaN or missing counts as a copy."""
     for name, limit in COPY_TESTS.items():
-        number = measured.get(name, math.nan)
-        if limit in limits and not (number < limits[limit] if name == "embedding" else number > limits[limit]):
+        score = measured.get(name, math.nan)
+        if limit in limits and not (score < limits[limit] if name == "embedding" else score > limits[limit]):
             return name
     return ""
 
 
 def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds = NONE) -> tuple[bool, str]:
-    """A candidate's verdict under other thresholds, from its stored numbers: no judge, no picture.
+    """A candidate's verdict under other thresholds, from its stored scores, without a judge or images.
 
-    `bounds` need the column `evidence`; without them no screen and no test of copies is looked at. A candidate refused
-    for another reason than these stays refused; one that no judge was asked about and now comes so far is `unasked`.
+    `bounds` need the column `evidence`; without them, screens and tests for copies are skipped. A candidate that was
+    rejected for another reason stays rejected. One that now reaches a judge which has not seen it is `unasked`.
     """
     before = reason_now(row["reason"])
     again = row["kept"] or before in ("seam", "near_copy", DIFFERENT, UNASKED)
@@ -255,26 +243,19 @@ def judged_again(row: Mapping[str, Any], thresholds: Thresholds, bounds: Bounds 
 
 
 def select(rows: list[dict[str, Any]], thresholds: Thresholds, bounds: Bounds = NONE) -> list[dict[str, Any]]:
-    """The rows of `candidates` that `thresholds` and `bounds` keep, their verdict brought up to date."""
-    kept = []
-    for row in rows:
-        keep, reason = judged_again(row, thresholds, bounds)
-        if keep:
-            kept.append({**row, "kept": keep, "reason": reason})
-    return kept
-
-
-# Which tests of curation can refuse a pair under a recipe: what a card may say of how pairs were chosen.
+    """The candidates that `thresholds` and `bounds` accept, with their new verdicts."""
+    verdicts = [(row, *judged_again(row, thresholds, bounds)) for row in rows]
+    return [{**row, "kept": keep, "reason": reason} for row, keep, reason in verdicts if keep]
 
 
 def in_force(recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
-    """The tests of curation that can refuse a pair under this recipe, in words, and their limits; both empty where
-    every threshold is off."""
+    """The tests that can reject a pair under this recipe, in words for a card, and their limits; both are empty if all
+    tests are off."""
     task, settings = tasks.load(recipe.task), recipe.curate
     thresholds = task.thresholds(settings.thresholds)
     tests: list[str] = []
     limits: dict[str, Any] = {}
-    if thresholds.same > (0 if settings.vlm else -1):  # the least that a judge can say
+    if thresholds.same > (0 if settings.vlm else -1):  # the lowest score of a judge
         tests.append("its panels show the same subject")
         limits |= {"judge": settings.vlm.model if settings.vlm else settings.judge, "threshold: same": thresholds.same}
     copies = settings.copies.limits() if settings.copies else {}

@@ -1,6 +1,6 @@
-"""Reading a run's parts without its pictures: some columns a batch at a time, one row's pictures when asked.
+"""Reading a run without its images: some columns in batches, or one row.
 
-Memory stays that of one batch however long the data set is. An unfinished data set is read as far as it is.
+Memory holds one batch, however large the data set is. Of an incomplete data set, the published parts are read.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ BATCH = 8192  # rows
 
 
 def open_run(run_dir: str | Path) -> tuple[Path, Recipe, tasks.Task]:
-    """A run's folder, its frozen recipe and its task. UsageError if the folder is no run's."""
+    """A run's folder, its frozen recipe and its task. UsageError if the folder is not a run."""
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; name a run's folder, for instance runs/first")
+        raise UsageError("run_not_found", f"{folder}: no such folder; pass a run's folder, for instance runs/first")
     if not (folder / "recipe.yaml").is_file():
-        raise UsageError(f"{folder} is not a run's folder: there is no recipe.yaml in it")
+        raise UsageError("run_not_found", f"{folder}: not a run's folder, because it has no recipe.yaml")
     recipe = recipes.load(inside(folder, "recipe.yaml"))
     return folder, recipe, tasks.load(recipe.task)
 
 
 def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, list[Any]]]]:
-    """Shard, number of the first row in it, and `{column: values}`, in the order of the data set."""
+    """Yields (shard, number of the batch's first row in it, `{column: values}`) in the order of the data set."""
     for shard in data.shards():
         start = 0
         with data.open_part(shard) as part:
@@ -45,32 +45,32 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
 
 
 def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]]:
-    """`batches` of a run's candidates, `columns` with `id`, `kept` and `reason` as the selection left them.
+    """Yields batches of a run's candidates: `columns`, and `id`, `kept` and `reason` after the selection.
 
-    A candidate says what it is by itself. What `pairs/` did not take though it was kept is not kept here: a repeat has
-    the reason `duplicate: hash` or `duplicate: embedding`, and people's decisions hold whatever the numbers say.
+    A stored candidate has its verdict before the selection. Here repeats are rejected with the reason `duplicate: hash`
+    or `duplicate: embedding`, and decisions by people replace verdicts.
     """
-    refused = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
+    rejected = Dataset(Path(folder) / "failed" / "select", records.schema(records.FAILED))
     decided = labels.both_ways(labels.applied(folder))
-    parts = set(refused.shards())
-    part, again = None, dict[str, str]()
+    parts = set(rejected.shards())
+    part, reasons = None, dict[str, str]()
     names = list(dict.fromkeys(("id", "kept", "reason", *columns)))
     for shard, _, batch in batches(Dataset(Path(folder) / "candidates"), *names):
-        if shard != part:  # failures lie in parts of the same numbers as the rows they are of
+        if shard != part:  # failures are in the part with the same number as their rows
             part = shard
-            again = {row["id"]: row["reason"] for row in refused.read_shard(shard)} if shard in parts else {}
-        for i, name in enumerate(batch["id"] if again or decided else ()):
+            reasons = {row["id"]: row["reason"] for row in rejected.read_shard(shard)} if shard in parts else {}
+        for i, name in enumerate(batch["id"] if reasons or decided else ()):
             if name in decided:
                 batch["kept"][i] = decided[name]
                 batch["reason"][i] = "kept" if decided[name] else records.REJECTED
-            elif name in again and again[name].startswith(records.DUPLICATE):
+            elif reasons.get(name, "").startswith(records.DUPLICATE):
                 batch["kept"][i] = False
-                batch["reason"][i] = f"{records.DUPLICATE}:{again[name].rpartition(':')[2]}"
+                batch["reason"][i] = f"{records.DUPLICATE}:{reasons[name].rpartition(':')[2]}"
         yield batch
 
 
 def row(data: Dataset, shard: int, number: int, *columns: str) -> dict[str, Any]:
-    """Some columns of one row: reads its row group, not the part."""
+    """These columns of one row. Reads its row group, not the whole part."""
     with data.open_part(shard) as part:
         for group in range(part.metadata.num_row_groups):
             rows = part.metadata.row_group(group).num_rows

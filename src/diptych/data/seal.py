@@ -1,9 +1,9 @@
-"""The hashes that a picture carries of itself, so that `diptych trace` finds a byte that changed since it was written.
+"""Seals: hashes inside an image, with which `diptych trace` detects bytes that changed since it was written.
 
-`seal` in the provenance holds two: of what the picture shows, and of what it says. What it shows is, in a PNG or a
-lossless WebP, the pixels: a program that packs them better changes nothing. A JPEG's pixels depend on who decodes them,
-so there it is every byte of the file but the EXIF segment and a C2PA manifest. A seal is no signature: who forges one
-may forge both. `diptych sign` adds one.
+`seal` in the provenance has two hashes: of the image and of the text. In a PNG or a lossless WebP the image is the
+pixels, so better compression changes nothing. The pixels of a JPEG depend on the decoder, so there it is every byte of
+the file except the EXIF segment and a C2PA manifest. A seal is not a signature: anyone who edits an image can also
+rewrite its hashes. `diptych sign` adds a signature.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _EXIF_SEGMENT = 0xE1
 
 
 def pixels_hash(image: Image) -> str:
-    """sha256 of an RGB picture's size and pixels."""
+    """sha256 of the size and pixels of an RGB image."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return sha256(f"{rgb.width}x{rgb.height}\0".encode() + rgb.tobytes())
 
 
 def coded_hash(data: bytes) -> str:
-    """sha256 of a JPEG's image: the file up to its end marker, without its EXIF segment and a C2PA manifest, which is
-    put in later. Bytes behind the end are no part of the image."""
+    """sha256 of a JPEG up to its end marker, without its EXIF segment and without a C2PA manifest, which is added
+    later. Bytes after the end are not part of the image."""
     kept, at = bytearray(data[:2]), 2
     for start, end, is_manifest in segments(data):
         if data[start + 1] != _EXIF_SEGMENT and not is_manifest:
@@ -41,20 +41,19 @@ def coded_hash(data: bytes) -> str:
 
 
 def text_hash(provenance: dict[str, Any]) -> str:
-    """sha256 of what a picture says, the seal left out."""
-    told = {key: value for key, value in provenance.items() if key != KEY}
-    return sha256_json(told, ensure_ascii=False)
+    """sha256 of the provenance without its seal."""
+    return sha256_json({key: value for key, value in provenance.items() if key != KEY}, ensure_ascii=False)
 
 
 def sealed(provenance: dict[str, Any], picture: str) -> dict[str, Any]:
     """The provenance with its seal; `picture` is `pixels_hash` or `coded_hash`."""
-    # As it will be read: JSON knows no tuples and no keys but texts.
-    told = json.loads(json.dumps(provenance))
-    return {**told, KEY: {"picture": picture, "text": text_hash(told)}}
+    # As it will be read back: JSON has no tuples, and only text as keys.
+    text = json.loads(json.dumps(provenance))
+    return {**text, KEY: {"picture": picture, "text": text_hash(text)}}
 
 
 def broken_chunk(data: bytes) -> str | None:
-    """The kind of the first chunk of a PNG whose checksum is not that of its bytes; `"end"` if there is no end."""
+    """The kind of the first chunk of a PNG with a wrong checksum; `"end"` if the end is missing."""
     for kind, start, end in chunks(data):
         if struct.pack(">I", zlib.crc32(kind + data[start:end])) != data[end : end + 4]:
             return kind.decode("latin-1")
@@ -63,17 +62,17 @@ def broken_chunk(data: bytes) -> str | None:
     return "end"
 
 
-# Whether a picture's file holds a C2PA manifest, told from its bytes alone: the library that reads one is an extra.
-# In a PNG it is the chunk `caBX`, in a WebP the chunk `C2PA`, in a JPEG one or more APP11 segments that together are
-# one JUMBF box of C2PA's kind (C2PA specification 2, "Embedding manifests into various file formats").
+# Detecting a C2PA manifest from the bytes alone, because the library that reads one is an extra. In a PNG it is the
+# chunk `caBX`, in a WebP the chunk `C2PA`, in a JPEG one or more APP11 segments that together form a JUMBF box of its
+# kind (C2PA specification 2, "Embedding manifests into various file formats").
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_SCAN, _END, _APP11 = 0xDA, 0xD9, 0xEB  # from a scan's marker to the end's a JPEG is coded pixels
-_STORE = b"jumdc2pa\x00\x11\x00\x10\x80\x00\x00\xaa\x00\x38\x9b\x71"  # the box that says what a JUMBF box holds
+_SCAN, _END, _APP11 = 0xDA, 0xD9, 0xEB  # between the markers of scan and end, a JPEG is coded pixels
+_STORE = b"jumdc2pa\x00\x11\x00\x10\x80\x00\x00\xaa\x00\x38\x9b\x71"  # the box that names the kind of a JUMBF box
 
 
 def holds_manifest(data: bytes) -> bool:
-    """Whether a PNG, JPEG or WebP carries a manifest; False for anything else. Reads no further than it must."""
+    """Whether a PNG, JPEG or WebP has a C2PA manifest; False for anything else."""
     if data.startswith(b"\xff\xd8"):
         return any(is_manifest for _, _, is_manifest in segments(data))
     if data.startswith(PNG_SIGNATURE):
@@ -84,8 +83,8 @@ def holds_manifest(data: bytes) -> bool:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, bool]]:
-    """A JPEG's segments before its first scan: start, end, and whether it is of a C2PA manifest."""
-    boxes: set[bytes] = set()  # numbers of the boxes that are C2PA's: one longer than a segment goes on in the next
+    """Segments of a JPEG before its first scan: start, end, and whether it belongs to a C2PA manifest."""
+    boxes: set[bytes] = set()  # numbers of C2PA's boxes; a long box continues in the next segment
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
         end = at + 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
@@ -99,13 +98,13 @@ def segments(data: bytes) -> Iterator[tuple[int, int, bool]]:
 
 
 def jpeg_end(data: bytes) -> int:
-    """Where a JPEG's image ends, behind its end marker; the file's length if it has none."""
+    """Position after a JPEG's end marker; the file's length if it has none."""
     at = next((end for _, end, _ in reversed(list(segments(data)))), 2)
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
         if marker == _END:
             return at + 2
-        # Coded pixels write a byte of 255 as FF 00 and hold restart markers; FF FF is padding. All else has a length.
+        # In coded pixels, FF 00 is a byte of 255 and FF FF is padding; restart markers occur. Others have a length.
         if marker == 0xFF:
             at += 1
         elif marker == 0x00 or 0xD0 <= marker <= 0xD7:
@@ -116,7 +115,7 @@ def jpeg_end(data: bytes) -> int:
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """A PNG's whole chunks: kind, where their bytes start and end. The checksum follows the end."""
+    """Complete chunks of a PNG: kind, start and end of their bytes. The checksum follows the end."""
     at = len(PNG_SIGNATURE)
     while at + 12 <= len(data):
         start = at + 8

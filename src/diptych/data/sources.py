@@ -1,12 +1,12 @@
-"""Pairs to train on that other people made: any parquet with a reference, a target and a text, read where it lies.
+"""Pairs to train on from any source: parquet with a reference, a target and a text, read in place.
 
-    data = open_pairs("hf://datasets/primecai/dsd_data")        # a hub data set, a row group at a time
+    data = open_pairs("hf://datasets/primecai/dsd_data")        # a hub data set, streamed
     data = open_pairs("edits/", {"image": "after"})             # a folder of parquet files, one column named
     data = open_pairs("runs/other")                             # another run's pairs
 
-What comes out has the interface of a run's own pairs as training reads them: shards of rows, each to be checked by
-`pairs.pair`. Nothing is copied; an fsspec address is streamed. Pictures must lie in the rows: a path in one is not
-opened. Of files that name their splits, those to train on are read.
+The result has the interface of a run's pairs as training reads them: shards of rows, each to be validated by
+`pairs.pair`. Nothing is copied; an fsspec address is streamed one row group at a time. Images must be in the rows;
+paths are not opened. If files name their splits, those for training are read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from diptych.utils.paths import inside, refuse_special
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-SHARD = 128  # rows, at most; a large row group is read once and cut
-READER = 2  # raised when the rows read of equal files change
+SHARD = 128  # maximum number of rows; a large row group is read once and split
+READER = 2  # increase it when the rows read from equal files change
 
 
 class Pairs(Protocol):
-    """What training reads of a data set of pairs."""
+    """A data set of pairs, as training reads it."""
 
     url: str
 
@@ -48,33 +48,36 @@ class Pairs(Protocol):
 
 
 def open_pairs(path: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> Pairs:
-    """The pairs at a path or an fsspec address: a run, a data set that diptych published, or anyone's parquet.
+    """Opens the pairs at a path or an fsspec address: a run, a data set that diptych published, or any parquet.
 
-    `columns` maps ours ("conditioning", "image", "caption", "instruction") to theirs; what it leaves out is looked for
-    under the usual names. `split` names the files to read; None reads those to train on (`splits.choose`). UserError if
-    there is nothing to read or it is unfinished, UsageError for a column or a split that is not there.
+    Args:
+        path: the folder, file or address.
+        columns: column names of the data set, by ours ("conditioning", "image", "caption", "instruction"). Common
+            names are recognized and can be left out.
+        split: the split to read, or `all`; None reads the files for training (`choose`).
+
+    Raises UserError if there is nothing to read or it is incomplete, UsageError for an unknown column or split.
     """
     url = path.rstrip("/")
     local = Path(url).expanduser()
     if "://" not in url:
         if not local.exists():
-            known = "a run's folder, a folder of parquet files, or an fsspec address such as hf://datasets/OWNER/NAME"
-            raise UserError(f"{path}: there is no such data; give {known}")
+            kinds = "a run's folder, a folder of parquet files, or an fsspec address such as hf://datasets/OWNER/NAME"
+            raise UserError("path_not_found", f"{path}: no such data; pass {kinds}")
         if (local / "pairs" / MANIFEST).is_file():
             local = local / "pairs"
         if (local / MANIFEST).is_file() and not columns:
             data = Dataset(local)
-            if not data.is_complete():
-                raise UserError(f"{local} is not complete; run the stage that makes it first")
+            data.check_complete()
             if split not in (None, TRAIN, ALL):
-                raise UsageError(f"{local} has no split '{split}': all of its pairs are to train on")
+                raise UsageError("name_unknown", f"{local} has no split '{split}': all of its pairs are for training")
             return data
         url = str(local)
     return Parquet(url, columns, split)
 
 
 class Parquet:
-    """A folder (or one file) of parquet that somebody else made."""
+    """A folder of parquet files, or one file, from any source."""
 
     def __init__(self, url: str, columns: Mapping[str, str] | None = None, split: str | None = None) -> None:
         self.url = url
@@ -86,14 +89,14 @@ class Parquet:
         for name in self.files if "://" not in url and is_folder else ():
             inside(Path(root), Path(name).relative_to(root).as_posix())
         if not self.files or not self._system.exists(self.files[0]):
-            raise UserError(f"{url} holds no parquet files")
-        if is_folder:  # a file is named, and with it its split
+            raise UserError("path_not_found", f"{url} has no parquet files")
+        if is_folder:  # a file that is named is read, whatever its split
             held = {name[len(root) :]: name for name in self.files}
             self.files = [held[name] for name in choose(list(held), split, url)]
-        self._places: list[tuple[int, int, int, int]] = []  # file, row group, first row in it, rows
+        self._places: list[tuple[int, int, int, int]] = []  # file, row group, its first row, number of rows
         self._digest = hashlib.sha256(repr((READER, sorted((columns or {}).items()))).encode())
         self.columns: dict[str, str] = {}  # ours → theirs
-        self.there: list[str] = []  # every column of the files, by their names
+        self.there: list[str] = []  # all column names of the first file
         self._group: tuple[tuple[int, int, tuple[str, ...]], list[dict[str, Any]]] | None = None
         for number, name in enumerate(self.files):
             with self._open(number) as file:
@@ -101,7 +104,9 @@ class Parquet:
                     self.there = list(file.schema_arrow.names)
                     self.columns = find_columns(self.there, columns or {}, url)
                 if missing := [theirs for theirs in self.columns.values() if theirs not in file.schema_arrow.names]:
-                    raise UsageError(f"{name} has no column '{missing[0]}', which the files before it have")
+                    raise UsageError(
+                        "row_invalid", f"{name} has no column '{missing[0]}', which the files before it have"
+                    )
                 if file.metadata.num_rows:
                     check_types(file.schema_arrow, self.columns, name)
                 groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
@@ -120,24 +125,24 @@ class Parquet:
         return sum(rows for *_, rows in self._places)
 
     def fingerprint(self) -> str:
-        """sha256 over the files' names, sizes and row groups, and the columns asked for; no picture is read for it."""
+        """sha256 of the files' names, sizes and row groups, and of `columns`. Reads no image."""
         return self._digest.hexdigest()
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
-        """Rows as pairs, their ids their places. A row that is not a pair is left for `pairs.pair` to refuse."""
+        """Rows as pairs, whose ids are their positions. A row that is not a pair is left for `pairs.pair` to reject."""
         number, group, first, _ = self._places[shard]
         columns = self.columns | {"grid_id": "grid_id"} if "grid_id" in self.there else self.columns
         rows = self.read_raw(shard, list(dict.fromkeys(columns.values())))
-        found = []
+        result = []
         for place, raw in enumerate(rows, first):
             row = named(raw, columns) | {"id": f"{number:05d}-{group}-{place}"}
             with suppress(UserError):
                 row = pair(row, place, decode=False)
-            found.append(row)
-        return found
+            result.append(row)
+        return result
 
     def read_raw(self, shard: int, names: list[str]) -> list[dict[str, Any]]:
-        """Rows as they lie there, of these columns; one that a file lacks is left out."""
+        """Unchanged rows with these columns; columns that a file lacks are left out."""
         number, group, first, count = self._places[shard]
         key = (number, group, tuple(names))
         if self._group is None or self._group[0] != key:
@@ -160,12 +165,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{url}: {describe(error)}") from error
+        raise UsageError("dependency_missing", f"{url}: {describe(error)}") from error
 
 
-# Which files of a data set are read: those to train on, unless a split is named. Data sets on the hub come with test
-# and validation files beside those to train on, and say which is which in the names of files and folders, as
-# `datasets` reads them: `test-00000-of-00001.parquet`, `data/validation/0.parquet`.
+# Which files of a data set are read: those for training, unless a split is named. Data sets on the hub also have test
+# and validation files, and mark them in the names of files and folders, as `datasets` reads them:
+# `test-00000-of-00001.parquet`, `data/validation/0.parquet`.
 
 TRAIN = "train"
 ALL = "all"
@@ -173,54 +178,55 @@ HELD_OUT = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_WORDS = HELD_OUT | {TRAIN: ("train", "training")}  # held-out names first: of `train_test` the careful reading
+_WORDS = HELD_OUT | {TRAIN: ("train", "training")}  # held-out names first, so that `train_test` is held out
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+.*")
 _ENDING = re.compile(r"\.(parquet|tgz|tar(\.\w+)?)$")
 log = logging.getLogger(__name__)
 
 
 def split_of(name: str) -> str:
-    """The split of a file by its path inside the data set; "" if that names none."""
+    """The split of a file, from its path in the data set; "" if the path names none."""
     *folders, file = name.strip("/").split("/")
     stem = _ENDING.sub("", file)
     for part in (stem, *reversed(folders)):
-        if found := _known(part):
-            return found
+        if split := _known(part):
+            return split
     shard = _SHARD.fullmatch(stem)
     return shard[1] if shard else ""
 
 
 def _known(part: str) -> str:
-    # Whole words: `latest` is no test; `test2` and `my_test` are.
+    # Whole words only: `latest` is not a test split, `test2` and `my_test` are.
     words = set(re.findall(r"[a-z]+", part.lower()))
     return next((split for split, names in _WORDS.items() if words & set(names)), "")
 
 
 def choose(files: Sequence[str], wanted: str | None, where: str) -> list[str]:
-    """The files of a split, in their order; `wanted` is its name, `all`, or None for those to train on.
+    """The files of a split, in order. `wanted` is its name, `all`, or None for training files.
 
-    Files that name no split are to train on. What is left out is said in a warning. UsageError for a split that is not
-    there, and for None where no file is clearly one to train on.
+    Files that name no split are training files. A warning reports files that are left out. UsageError for an unknown
+    split, and for None if no file is clearly for training.
     """
     if wanted == ALL:
         return list(files)
     by: dict[str, list[str]] = {}
     for file in files:
         by.setdefault(split_of(file), []).append(file)
-    there = ", ".join(f"{name or 'no split'} ({len(own)} of {len(files)} files)" for name, own in by.items())
+    counts = ", ".join(f"{name or 'no split'} ({len(names)} of {len(files)} files)" for name, names in by.items())
     training = by.keys() & {"", TRAIN}
     name = wanted and (_known(wanted) or wanted)
     if name is None:
         chosen = training or set(by)
         if not training and (len(by) > 1 or by.keys() & HELD_OUT.keys()):
-            raise UsageError(f"{where}: which split is to be read? Its files name {there}; name one, or all")
+            raise UsageError(
+                "option_missing", f"{where}: no split for training; its files name {counts}; pass one, or all"
+            )
     else:
         chosen = training if name == TRAIN else by.keys() & {name}
     if not chosen:
-        raise UsageError(f"{where} has no split '{wanted}'{nearest(str(wanted), by)}; its files name {there}")
-    found = [file for file in files if split_of(file) in chosen]
-    if wanted is None and len(found) < len(files):
-        log.warning(
-            "%s: %d of %d files are read, those to train on; they name %s", where, len(found), len(files), there
-        )
-    return found
+        hint = nearest(str(wanted), by)
+        raise UsageError("name_unknown", f"{where} has no split '{wanted}'{hint}; its files name {counts}")
+    selected = [file for file in files if split_of(file) in chosen]
+    if wanted is None and len(selected) < len(files):
+        log.warning("%s: reading %d of %d files, those for training: %s", where, len(selected), len(files), counts)
+    return selected

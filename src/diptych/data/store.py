@@ -1,15 +1,15 @@
-"""A data set is a folder: `part-00000.parquet`, `part-00001.parquet`, … and, last, `manifest.json`.
+"""Data sets: a folder with `part-00000.parquet`, `part-00001.parquet`, … and, last, `manifest.json`.
 
-A part is published whole (a temporary name and a rename on a local disk, one put elsewhere: object stores have no
-rename, and make a put visible at once), so a process killed at any moment leaves only whole parts. The manifest comes
-last and says that nothing is missing. Each part carries the fingerprint of what made it; a part with another one is
-refused, never mixed in. The bytes hold no time, host or path: the same rows make the same file.
+A part is published whole, so a process that is killed at any moment leaves only complete parts. On a local disk this is
+a temporary name and a rename; elsewhere it is one put, because object stores make a put visible at once. The manifest
+comes last and means that nothing is missing. Each part carries the fingerprint of what made it; a part with another
+fingerprint is an error. The bytes contain no time, host or path: equal rows make equal files.
 
-Rows that are read are first held against the sha256 that the manifest names for their part, once for each part and
-process, so that no stage, training or evaluation works on damaged or swapped files. Single columns and rows, which
-statistics and pages read, are not.
+Before rows are read, the sha256 of their part is compared with the manifest, once per part and process, so that no
+stage, training or evaluation works on damaged or swapped files. Single columns and rows, which statistics and pages
+read, are not checked.
 
-Any fsspec URL works (`memory://`, `s3://`, …). One writer at a time per folder: `run.py` holds the lock.
+Any fsspec URL works (`memory://`, `s3://`, …). A folder has one writer at a time (`places.lock`).
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-BLOCK = 8 * 2**20  # bytes of a file at an address that are read at once for its hash
-ROW_GROUP = 100  # rows; what the hub's viewer wants of image data
+BLOCK = 8 * 2**20  # bytes read at once to hash a file at an address
+ROW_GROUP = 100  # rows; the size that the hub's viewer needs for image data
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _FINGERPRINT = b"diptych.fingerprint"
-_CHECKED: set[tuple[str, str, Any]] = set()  # part, sha256 and state of the files that this process has found whole
+_CHECKED: set[tuple[str, str, Any]] = set()  # part, sha256 and state of files that this process has verified
 
 
 class Dataset:
-    """A sharded parquet folder. `schema` may be left out to read; it is then the parts' own.
+    """A folder of sharded parquet. Rows are dicts; an image is `{"bytes": …, "path": …}`.
 
-    Rows are dicts; an image is `{"bytes": …, "path": …}`.
+    Args:
+        url: the folder, or an fsspec address.
+        schema: the columns; for reading it may be left out, and is then that of the parts.
     """
 
     def __init__(self, url: str | Path, schema: pa.Schema | None = None) -> None:
         self.url = str(url).rstrip("/")
         self.schema = schema
         self._hashes: dict[int, str] = {}
-        self._named: tuple[Any, dict[str, str]] = (None, {})  # the manifest's state, and the hashes it names
+        self._named: tuple[Any, dict[str, str]] = (None, {})  # state of the manifest, and its hashes
         self._files = _Remote(self.url) if is_remote(self.url) else _Local(self.url)
 
     def __repr__(self) -> str:
@@ -64,54 +66,54 @@ class Dataset:
         return f"part-{shard:05d}.parquet"
 
     def shards(self) -> list[int]:
-        """The numbers of the parts that are there, in order."""
+        """The numbers of the published parts, in order."""
         return sorted(int(m[1]) for name in self._files.names() if (m := _PART.fullmatch(name)))
 
     def shards_done(self, fingerprint: str | None = None) -> set[int]:
-        """The shards that are published. With `fingerprint`, a part made by anything else raises UserError."""
+        """The published shards. UserError if a part has another fingerprint than the one given."""
         done = self.shards()
-        if fingerprint is not None:
-            for shard in done:
-                found = self.part_fingerprint(shard)
-                if found != fingerprint:
-                    raise UserError(
-                        f"{self.url}/{self.part_name(shard)} was made by other settings, inputs or weights than this "
-                        f"run's (fingerprint {found[:12] or 'missing'}, wanted {fingerprint[:12]}); "
-                        f"remove {self.url} to make it again, or choose another --out"
-                    )
+        for shard in done if fingerprint is not None else ():
+            stored = self.part_fingerprint(shard)
+            if stored != fingerprint:
+                raise UserError(
+                    "run_mismatch",
+                    f"{self.url}/{self.part_name(shard)} was made by other settings, inputs or weights (fingerprint "
+                    f"{stored[:12] or 'missing'}, expected {str(fingerprint)[:12]}); remove {self.url} to make it "
+                    "again, or choose another --out",
+                )
         return set(done)
 
     def part_fingerprint(self, shard: int) -> str:
-        """The fingerprint stored in a part, `""` if none."""
+        """The fingerprint stored in a part, or `""`."""
         with self.open_part(shard) as part:
             return (part.schema_arrow.metadata or {}).get(_FINGERPRINT, b"").decode()
 
     def write_shard(self, shard: int, rows: Sequence[dict[str, Any]], fingerprint: str = "") -> None:
-        """Publishes a shard whole, replacing one of the same number. Columns must be exactly the schema's."""
-        assert self.schema is not None, "a data set that is written needs its schema"
+        """Publishes a shard whole, in place of one with the same number. The columns must be those of the schema."""
+        assert self.schema is not None, "writing needs a schema"
         data = encode(rows, self.schema, fingerprint)
         self._files.put(self.part_name(shard), data)
         self._hashes[shard] = sha256(data)
 
     def drop_shard(self, shard: int) -> None:
-        """Removes a shard if it is there."""
+        """Removes a shard if it exists."""
         self._hashes.pop(shard, None)
         if shard in self.shards():
             self._files.remove(self.part_name(shard))
 
     def read_shard(self, shard: int) -> list[dict[str, Any]]:
-        """All rows of a shard. UserError if the part is missing or not readable."""
+        """All rows of a shard. UserError if the part is missing or damaged."""
         self.check(shard)
         with self._reading(shard), self.open_part(shard) as part:
             return part.read().to_pylist()
 
     def rows_in(self, shard: int) -> int:
-        """How many rows a shard has, from its footer alone."""
+        """Number of rows of a shard; reads only its footer."""
         with self.open_part(shard) as part:
             return part.metadata.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Rows in shard order, a row group at a time: memory stays flat."""
+        """Rows in shard order. Memory holds one row group at a time."""
         for shard in self.shards():
             self.check(shard)
             with self._reading(shard), self.open_part(shard) as part:
@@ -122,7 +124,7 @@ class Dataset:
         return sum(self.rows_in(shard) for shard in self.shards())
 
     def columns(self, *names: str) -> list[dict[str, Any]]:
-        """All rows, but only these columns: reads no picture that is not asked for."""
+        """These columns of all rows; reads no other column."""
         rows: list[dict[str, Any]] = []
         for shard in self.shards():
             with self._reading(shard), self.open_part(shard) as part:
@@ -130,25 +132,24 @@ class Dataset:
         return rows
 
     def open_part(self, shard: int) -> pq.ParquetFile:
-        """A part as pyarrow's reader, to be closed; UserError if it is missing or damaged."""
+        """A part as pyarrow's reader, which the caller closes. UserError if it is missing or damaged."""
         import pyarrow.parquet as pq
 
         with self._reading(shard):
             part = pq.ParquetFile(self._files.source(self.part_name(shard)))
         if self.schema is None:
-            own = part.schema_arrow
-            metadata = {k: v for k, v in (own.metadata or {}).items() if k != _FINGERPRINT}
-            self.schema = own.with_metadata(metadata or None)
+            metadata = {k: v for k, v in (part.schema_arrow.metadata or {}).items() if k != _FINGERPRINT}
+            self.schema = part.schema_arrow.with_metadata(metadata or None)
         return part
 
     def _reading(self, shard: int) -> AbstractContextManager[None]:
-        again = "; run the stage that makes it again", "; remove it and run again"
-        return reading(f"{self.url}/{self.part_name(shard)}", *again)
+        remedies = "; run the stage that makes it again", "; remove it and run again"
+        return reading(f"{self.url}/{self.part_name(shard)}", *remedies)
 
     # ---- files as they are
 
     def names(self) -> list[str]:
-        """The names of all files of the folder."""
+        """Names of all files in the folder."""
         return self._files.names()
 
     def read_file(self, name: str) -> bytes:
@@ -163,7 +164,7 @@ class Dataset:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """What `publish` wrote, or None while the data set is unfinished."""
+        """The manifest that `publish` wrote, or None while the data set is incomplete."""
         try:
             text = self._files.read(MANIFEST)
         except FileNotFoundError:
@@ -171,24 +172,29 @@ class Dataset:
         try:
             return parse_json(text)
         except ValueError as error:
-            raise UserError(f"{self.url}/{MANIFEST} is not valid JSON; remove it and run again") from error
+            raise UserError("store_damaged", f"{self.url}/{MANIFEST}: invalid JSON; remove it and run again") from error
 
     def manifest_hash(self) -> str:
-        """sha256 of the manifest file: names the data set's whole content. Raises UserError while unfinished."""
+        """sha256 of the manifest file, which identifies the whole content. UserError while the data set is
+        incomplete."""
         try:
             return sha256(self._files.read(MANIFEST))
         except FileNotFoundError:
-            raise UserError(f"{self.url} is not complete; run the stage that makes it first") from None
+            self.check_complete()
+            raise
+
+    def check_complete(self) -> None:
+        """UserError while the data set is incomplete."""
+        if not self.is_complete():
+            raise UserError("run_incomplete", f"{self.url} is not complete; run the stage that makes it first")
 
     def fingerprint(self) -> str:
-        """What the parts hold: sha256 over the manifest's hashes of them. UserError while unfinished."""
-        manifest = self.manifest
-        if manifest is None or not self.is_complete():
-            raise UserError(f"{self.url} is not complete; run the stage that makes it first")
-        return sha256_json([part["sha256"] for part in manifest["parts"]])
+        """sha256 of the manifest's hashes of the parts. UserError while the data set is incomplete."""
+        self.check_complete()
+        return sha256_json([part["sha256"] for part in (self.manifest or {})["parts"]])
 
     def publish(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Writes the manifest, last: `manifest`'s own keys, then counts and the sha256 of every part."""
+        """Writes the manifest, last: the keys of `manifest`, then counts and the sha256 of every part."""
         parts = []
         for shard in self.shards():
             if shard not in self._hashes:
@@ -199,27 +205,27 @@ class Dataset:
         return whole
 
     def unpublish(self) -> None:
-        """Removes the manifest: the data set is unfinished again."""
+        """Removes the manifest, so that the data set is incomplete again."""
         if MANIFEST in self._files.names():
             self._files.remove(MANIFEST)
 
     def is_complete(self, fingerprint: str | None = None) -> bool:
-        """Whether a manifest is there (of `fingerprint`, if given) with every part it names."""
+        """Whether there is a manifest (of `fingerprint`, if given) and every part that it lists."""
         manifest = self.manifest
         if manifest is None or (fingerprint is not None and manifest.get("fingerprint") != fingerprint):
             return False
         return {part["name"] for part in manifest["parts"]} == {self.part_name(shard) for shard in self.shards()}
 
     def verify(self) -> None:
-        """`check` for every part that the manifest names."""
+        """Applies `check` to every part that the manifest lists."""
         for name in self._hashes_named():
-            if found := _PART.fullmatch(name):
-                self.check(int(found[1]))
+            if match := _PART.fullmatch(name):
+                self.check(int(match[1]))
 
     def check(self, shard: int) -> None:
-        """Compares a part's sha256 with the manifest's, once in this process while the file stays as it is.
+        """Compares the sha256 of a part with the manifest, once in this process while the file does not change.
 
-        UserError if it differs or the part is missing. Parts of an unfinished data set have no hash yet and pass.
+        UserError if it differs or the part is missing. Parts of an incomplete data set have no hash yet and pass.
         """
         name = self.part_name(shard)
         wanted = self._hashes_named().get(name)
@@ -229,16 +235,17 @@ class Dataset:
             key = (f"{self.url}/{name}", wanted, self._files.state(name))
             if key in _CHECKED:
                 return
-            found = self._files.sha256(name)
-        if found != wanted:
+            actual = self._files.sha256(name)
+        if actual != wanted:
             raise UserError(
-                f"{self.url}/{name} is damaged or another file (its sha256 differs from the one in {MANIFEST}); remove "
-                "it and run again what made it, or restore it from a copy"
+                "store_damaged",
+                f"{self.url}/{name}: its sha256 is not the one in {MANIFEST}, so it is damaged or another file; remove "
+                "it and run the stage that makes it again, or restore it from a copy",
             )
         _CHECKED.add(key)
 
     def _hashes_named(self) -> dict[str, str]:
-        """The sha256 of each part by its name, of the manifest as it is now; empty while unfinished."""
+        """sha256 of each part by its name, from the present manifest; empty while the data set is incomplete."""
         try:
             state = self._files.state(MANIFEST)
         except FileNotFoundError:
@@ -247,17 +254,17 @@ class Dataset:
             try:
                 hashes = {str(part["name"]): str(part["sha256"]) for part in (self.manifest or {"parts": []})["parts"]}
             except (KeyError, TypeError) as error:
-                raise UserError(f"{self.url}/{MANIFEST} is damaged; remove it and run again") from error
+                raise UserError("store_damaged", f"{self.url}/{MANIFEST}: damaged; remove it and run again") from error
             self._named = state, hashes
         return self._named[1]
 
     def clean(self) -> None:
-        """Removes what killed writers left behind. Only the folder's one writer may call it."""
+        """Removes what killed writers left. Only the folder's writer may call it."""
         self._files.clean()
 
 
 def encode(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str = "") -> bytes:
-    """Rows as one parquet file, the same bytes for the same rows. A row with other columns is an AssertionError."""
+    """Rows as one parquet file; equal rows give equal bytes. AssertionError for a row with other columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -272,14 +279,14 @@ def encode(rows: Sequence[dict[str, Any]], schema: pa.Schema, fingerprint: str =
 
 
 def part_name(name: Any) -> str:
-    """The name of a part as a manifest has it. UserError for any other name: it would be a path to somewhere else."""
+    """The name of a part from a manifest. UserError for any other name, which could be a path to another place."""
     if not isinstance(name, str) or not _PART.fullmatch(name):
-        raise UserError(f"{str(name)[:80]!r} is not the name of a part, such as part-00000.parquet")
+        raise UserError("path_unsafe", f"{str(name)[:80]!r}: not the name of a part, such as part-00000.parquet")
     return name
 
 
 class _Local:
-    """A folder on a local disk: a write is a temporary name, a flush to the disk and a rename."""
+    """A folder on a local disk. A write is a temporary name, a flush to the disk and a rename."""
 
     def __init__(self, url: str) -> None:
         self.folder = Path(url)
@@ -294,7 +301,7 @@ class _Local:
         return inside(self.folder, name).read_bytes()
 
     def state(self, name: str) -> Any:
-        """What changes when a file is written again. FileNotFoundError if it is not there."""
+        """A value that changes when the file is written again. FileNotFoundError if it does not exist."""
         stat = inside(self.folder, name).stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -313,16 +320,18 @@ class _Local:
 
 
 class _Remote:
-    """Any other fsspec file system: a write is one put, which such stores make visible whole or not at all."""
+    """Any other fsspec file system. A write is one put, which such stores make visible whole or not at all."""
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
 
         try:
-            # Other machines write there too: what was listed a moment ago is no longer true.
+            # Other machines write there too, so listings must not be cached.
             self.fs, self.root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"{url}: {error}; for s3:// addresses: pip install 'diptych[s3]'") from None
+            raise UsageError(
+                "dependency_missing", f"{url}: {error}; for s3:// run: pip install 'diptych[s3]'"
+            ) from None
 
     def names(self) -> list[str]:
         try:
@@ -350,7 +359,7 @@ class _Remote:
         try:
             self.fs.pipe_file(f"{self.root}/{name}", data)
         except OSError as error:
-            raise UserError(f"cannot write {self.root}/{name}: {error.strerror or error}") from error
+            raise UserError("path_unwritable", f"cannot write {self.root}/{name}: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
         self.fs.rm_file(f"{self.root}/{name}")
@@ -361,12 +370,14 @@ class _Remote:
 
 @contextmanager
 def reading(place: str, if_missing: str = "", if_damaged: str = "") -> Iterator[None]:
-    """Where parquet is opened or read: UserError, with what to do, if the file is missing, or damaged anywhere."""
+    """Turns errors of opening and reading parquet into a UserError with a remedy: a missing or damaged file."""
     import pyarrow as pa
 
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{place} is missing{if_missing}") from None
+        raise UserError("path_not_found", f"{place} is missing{if_missing}") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{place} is not a readable parquet file ({describe(error)}){if_damaged}") from error
+        raise UserError(
+            "store_damaged", f"{place} is not a readable parquet file ({describe(error)}){if_damaged}"
+        ) from error

@@ -20,8 +20,8 @@ from diptych import recipe as recipes
 from diptych.data import bill as bills
 from diptych.data import labels, places, records
 from diptych.data.engine import Engine, LocalEngine, Result, Row
-from diptych.data.engines import open_engine
 from diptych.data.places import answers, desk, send
+from diptych.data.ray_engine import open_engine
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
@@ -243,7 +243,7 @@ class Stages:
         try:
             yield
         finally:
-            for line in bills.lines(self._bill()):
+            for line in bills.format_bill(self._bill()):
                 self.display.say(f"{stage}: {line}, so far")
 
     def _bill(self) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ def check_fit(fit: str) -> None:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """UsageError for sampling options that are invalid for every model. None is always valid."""
-    from diptych.data.formats import colour
+    from diptych.data.formats import color
 
     for name, value in options.items():
         if value is None:
@@ -181,7 +181,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name == "fit":
             check_fit(str(value))
         if name == "background":
-            colour(str(value))
+            color(str(value))
 
 
 def read_size(value: Any) -> Any:

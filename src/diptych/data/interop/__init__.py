@@ -1,9 +1,9 @@
-"""Data in and out: what people have, as pairs that training takes; and pairs, as what other trainers take.
+"""Data in and out: import data sets of other formats as pairs, and export pairs for other trainers.
 
     import_data("edits/", "edits-pairs", "imagefolder")
     export_data("runs/first", "for-uno", "uno")
 
-One file a format; `rows` holds the protocol they follow and the one place where a row is checked.
+One file per format; `rows` has their protocol.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ FORMATS: dict[str, Format] = {
 
 
 def find(name: str) -> Format:
-    """The format of a name; UsageError with the nearest one."""
+    """The format of this name. UsageError, with the nearest name, if there is none."""
     if name not in FORMATS:
-        raise UsageError(f"unknown format '{name}'{nearest(name, FORMATS)}; there are {', '.join(FORMATS)}")
+        known = ", ".join(FORMATS)
+        raise UsageError("name_unknown", f"unknown format '{name}'{nearest(name, FORMATS)}; the formats are {known}")
     return FORMATS[name]
 
 
 def table() -> str:
-    """The formats, for people."""
+    """The list of formats as text."""
     return "\n".join(f"{each.name:<13}{each.about}" for each in FORMATS.values())

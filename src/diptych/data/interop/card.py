@@ -1,4 +1,4 @@
-"""The card of a data set: where its pairs come from, what was lost on the way, the models, thresholds and licences."""
+"""The card of a data set: the source of its pairs, losses by stage, models, thresholds and licenses."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from diptych.utils.machine import VERSION
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _PARTS = "part-*.parquet"
-_UNKNOWN = "Not known: look up the licence of the source before you publish."
+_UNKNOWN = "Unknown. Check the license of the source before you publish."
 
 
 def of_import(data: Dataset) -> str:
     """README.md of an imported data set."""
     manifest = data.manifest
     assert manifest is not None
-    said = manifest["imported"]
-    lost = said["rows"] - manifest["rows"]
+    source = manifest["imported"]
+    lost = source["rows"] - manifest["rows"]
     facts = {
         "pairs": f"{manifest['rows']:,}",
-        "imported from": f"{said['name']} ({said['format']}, {said['rows']:,} rows)",
-        "rows that are no pair": f"{lost:,}; failed/import says why" if lost else "none",
-        "curation": "none by diptych: similarity, copy_distance and seam are empty",
+        "imported from": f"{source['name']} ({source['format']}, {source['rows']:,} rows)",
+        "rejected rows": f"{lost:,}; the reasons are in failed/import" if lost else "none",
+        "curation": "none by diptych; similarity, copy_distance and seam are empty",
     }
     licence = manifest["licence"]
     terms = _UNKNOWN if licence == "unknown" else licence
     front = _front(manifest["rows"], {"license": "other" if licence == "unknown" else licence}, _PARTS)
-    return _page(front, said["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
+    return _page(front, source["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
 def of_export(source: str, data: Pairs, kind: Format, rows: int) -> str:
-    """README.md of an export of a run's pairs, of an import, or of anyone's parquet."""
+    """README.md of an export: of a run's pairs, of an import, or of other parquet."""
     facts: dict[str, Any] = {"pairs": f"{rows:,}", "format": kind.about}
     tables: list[tuple[str, dict[str, Any]]] = []
     licence, terms = {"license": "other"}, _UNKNOWN
@@ -56,14 +56,14 @@ def of_export(source: str, data: Pairs, kind: Format, rows: int) -> str:
         facts["from"] = Path(source.rstrip("/")).name
     files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
     front = _front(rows, licence, files.get(kind.name))
-    # The page names no folder: an export says the same wherever it lies.
+    # The page names no folder, so that it does not depend on where the export is.
     name = facts.get("recipe") or (manifest["imported"]["name"] if manifest and "imported" in manifest else "")
     title = f"{name or facts.get('from', 'pairs')}, pairs as {kind.name}"
     return _page(front, title, facts, tables, terms, kind.loads.format(folder="."))
 
 
 def of_rows(data: Dataset) -> str:
-    """README.md of a data set as a run has it in its folder: `pairs`, or the candidates or grids it came from."""
+    """README.md of a data set in a run's folder: `pairs`, `candidates` or `grids`."""
     manifest = data.manifest
     assert manifest is not None
     run = Path(data.url).resolve().parent
@@ -78,7 +78,7 @@ def of_rows(data: Dataset) -> str:
 
 
 def _of_run(run: Path, facts: dict[str, Any], tables: list[Any]) -> tuple[dict[str, str], str]:
-    """Adds what a run knows of its pairs; gives the licence of what they were drawn with."""
+    """Adds the facts of a run's pairs. Returns the license of the teacher."""
     _, recipe, task = open_run(run)
     writer = recipe.write.writer
     judge = recipe.curate.vlm.model if recipe.curate.vlm else recipe.curate.judge
@@ -125,7 +125,7 @@ def _front(rows: int, licence: dict[str, str], files: str | None) -> dict[str, A
         **licence,
         "task_categories": ["image-to-image", "text-to-image"],
         "tags": ["diptych", "diffusion-self-distillation"],
-        "size_categories": [next((name for most, name in SIZES if rows < most), "n>1M")],
+        "size_categories": [next((name for limit, name in SIZES if rows < limit), "n>1M")],
     }
     if files:
         front["configs"] = [{"config_name": "default", "data_files": files}]
@@ -141,7 +141,7 @@ def _page(front: dict[str, Any], title: str, facts: dict[str, Any], tables: list
     lines += [about, "", *_table(facts), "", "```", loads, "```", ""]
     for name, rows in tables:
         lines += [f"## {name}", "", *_table(rows), ""]
-    lines += ["## Columns", "", ", ".join(f"`{name}`" for name in records.PAIR), "", "## Licence", "", terms, ""]
+    lines += ["## Columns", "", ", ".join(f"`{name}`" for name in records.PAIR), "", "## License", "", terms, ""]
     return "\n".join(lines)
 
 

@@ -1,31 +1,32 @@
-"""A folder of pictures with `metadata.jsonl`, as `datasets` reads it: `NAME_file_name` for pictures."""
+"""A folder of images with `metadata.jsonl`, as `datasets` reads it: the columns `NAME_file_name` name images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diptych.data.interop.folders import Rows, folder_of, picture, put, write_sides
-from diptych.data.interop.rows import Format, Options, columns_of
+from diptych.data.interop.folders import ListedReader, folder_of, read_image, write_sides
+from diptych.data.interop.rows import Format, NamedRows, Options, columns_of
 from diptych.data.pairs import find_columns, named
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json, read_lines
+from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside
 
 LIST = "metadata.jsonl"
 _SUFFIX = "_file_name"
 
 
-def read(place: str, options: Options) -> Rows:
-    """A reader of the folder, or of the folder that a named metadata.jsonl lies in."""
+def read(place: str, options: Options) -> ListedReader:
+    """A reader of the folder, or of the folder of a metadata.jsonl."""
     root = folder_of(place)
     path = root / LIST
     if not path.is_file():
         splits = sorted(each.parent.name for each in root.glob(f"*/{LIST}"))
-        choice = f"; name the split to read, one of the folders in it: {', '.join(splits)}" if splits else ""
-        raise UserError(f"{root} holds no {LIST}{choice}")
+        choice = f"; pass the folder of one split: {', '.join(splits)}" if splits else ""
+        raise UserError("path_not_found", f"{root} has no {LIST}{choice}")
     listed = [(n, line) for n, line in enumerate(read_lines(inside(root, LIST)), 1) if line.strip()]
     first = _columns(listed[0][1]) if listed else {}
     names = find_columns(list(first), options.columns, str(path))
@@ -33,27 +34,25 @@ def read(place: str, options: Options) -> Rows:
     def load(line: str) -> dict[str, Any]:
         values = _columns(line)
         for side in ("conditioning", "image"):
-            values[names[side]] = picture(root, values.get(names[side]))
+            values[names[side]] = read_image(root, values.get(names[side]))
         return named(values, names)
 
-    return Rows(root, [(f"{LIST}:{number}", line) for number, line in listed], load)
+    return ListedReader(root, [(f"{LIST}:{number}", line) for number, line in listed], load)
 
 
 def _columns(line: str) -> dict[str, Any]:
-    """A line's object; `X_file_name` is the column X, and a plain `file_name` is `image`."""
+    """The object of a line. `X_file_name` is the column X, and `file_name` is `image`."""
     try:
         values = parse_json(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({str(error)[:80]})") from error
+        raise UserError("json_invalid", f"invalid JSON ({str(error)[:80]})") from error
     if not isinstance(values, dict):
-        raise UserError(f"not a JSON object but a {type(values).__name__}")
+        raise UserError("json_invalid", f"a JSON {type(values).__name__}, not an object")
     return {"image" if key == "file_name" else key.removesuffix(_SUFFIX): value for key, value in values.items()}
 
 
-def write(
-    folder: Path, shard: int, of: int, rows: Sequence[tuple[str, dict[str, Any]]], options: Options
-) -> list[dict[str, Any]]:
-    """The pictures of a shard; gives the lines of the list."""
+def write(folder: Path, shard: int, of: int, rows: NamedRows, options: Options) -> list[dict[str, Any]]:
+    """Writes the images of a shard. Returns the lines of the list."""
     lines = []
     for name, row in rows:
         files = write_sides(folder, name, row)
@@ -62,9 +61,9 @@ def write(
 
 
 def finish(folder: Path, records: Iterable[dict[str, Any]], options: Options) -> None:
-    """metadata.jsonl, which makes the folder a data set."""
-    put(folder / LIST, b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in records))
+    """Writes metadata.jsonl, which makes the folder a data set."""
+    write_atomic(folder / LIST, b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in records))
 
 
 _LOADS = 'load_dataset("imagefolder", data_dir="{folder}", split="train")'
-FORMAT = Format("imagefolder", "a folder of pictures with metadata.jsonl", read, write, finish, True, _LOADS)
+FORMAT = Format("imagefolder", "a folder of images with metadata.jsonl", read, write, True, _LOADS, finish)

@@ -1,7 +1,8 @@
-"""`diptych data import`: a data set of another format becomes a folder of pairs that training takes as it is.
+"""`diptych data import`: a data set of another format becomes a folder of pairs for training.
 
-Parts of `SHARD` rows are published whole, the manifest last: killed and started again it goes on with what is missing.
-A row that is no pair stops the import with its number and the reason, or, with `skip`, is listed in OUT/failed.
+Parts of `SHARD` rows are published whole, the manifest last, so that an interrupted import resumes with what is
+missing. A row that is not a pair stops the import with its number and the reason, or, with `skip`, is listed in
+OUT/failed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from diptych.errors import UsageError, UserError
 from diptych.utils.console import Report
 from diptych.utils.io import sha256_json, write_atomic
 
-SHARD = 256  # rows of theirs to a part
-VERSION = 2  # raised when the rows made of equal inputs change
+SHARD = 256  # source rows per part
+VERSION = 2  # increase it when the rows made from equal inputs change
 NAME = "import"
 
 
@@ -34,39 +35,29 @@ def import_data(
     licence: str = "",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Reads `source` into the folder `out`; returns counts.
+    """Imports `source` into the folder `out`. Returns counts.
 
-    Raises UsageError for an unknown format or column, or a folder that holds something else; UserError for a source
-    that cannot be read, and for the first row that is no pair (unless `skip`), with its number from 0 and the reason.
+    Raises UsageError for an unknown format or column, or a folder that has other files; UserError for a source that
+    cannot be read, and, unless `skip`, for the first row that is not a pair, with its number from 0 and the reason.
     """
     options = options or Options()
     kind = find(format)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a folder")
+    check_folder(out)
     reader = kind.open(source, options)
-    told = [
-        NAME,
-        VERSION,
-        format,
-        reader.fingerprint(),
-        sorted(options.columns.items()),
-        options.text,
-        options.split,
-        options.task,
-        skip,
-    ]
-    fingerprint = sha256_json(told)
+    settings = [sorted(options.columns.items()), options.text, options.split, options.task, skip]
+    fingerprint = sha256_json([NAME, VERSION, format, reader.fingerprint(), *settings])
     target = Dataset(out, records.schema(records.PAIR))
     failed = Dataset(out / "failed" / NAME, records.schema(records.FAILED))
-    _check_free(out, target)
+    if not target.shards():
+        check_free(out, "failed")
     with lock(out):
         target.clean()
         done = target.shards_done(fingerprint)
         if not target.is_complete(fingerprint):
             _read(reader, kind.name, options, target, failed, done, fingerprint, skip, report)
             if not len(target):
-                raise UserError(f"{source}: there is not one pair in it")
+                raise UserError("run_empty", f"{source}: it has no pairs")
             manifest = {
                 "fingerprint": fingerprint,
                 "imported": {"format": format, "name": Path(source.rstrip("/")).name, "rows": len(reader)},
@@ -82,13 +73,18 @@ def import_data(
     return {"out": str(out), "format": format, "rows": len(target), "failed": len(failed), "continued": bool(done)}
 
 
-def _check_free(out: Path, target: Dataset) -> None:
-    """UsageError where the folder holds something that no import left there."""
-    if target.shards() or not out.is_dir():
-        return
-    others = sorted(p.name for p in out.iterdir() if p.name not in (".lock", "failed") and not p.name.endswith(".tmp"))
+def check_folder(out: Path) -> None:
+    """UsageError if `out` is a file."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("path_wrong_kind", f"{out} is a file; pass a folder")
+
+
+def check_free(out: Path, *allowed: str) -> None:
+    """UsageError if a folder has files that an interrupted import or export did not leave."""
+    names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    others = [name for name in names if name not in (".lock", *allowed) and not name.endswith(".tmp")]
     if others:
-        raise UsageError(f"{out} holds {others[0]} already, and no import; choose another folder")
+        raise UsageError("output_exists", f"{out} already has other files ({others[0]}); choose another folder")
 
 
 def _read(
@@ -115,13 +111,13 @@ def _read(
             try:
                 row = pair(entry.load(), number, options.task)
                 if row["id"] in seen:
-                    raise UserError(f"its id {row['id']} is that of {seen[row['id']]} already")
+                    raise UserError("row_invalid", f"its id {row['id']} is already that of {seen[row['id']]}")
             except UserError as error:
                 if isinstance(error, UsageError):
                     raise
                 reason = f"{format} row {number} ({entry.where}): {error}"
                 if not skip:
-                    raise UserError(f"{reason}. --skip lists such rows and goes on") from error
+                    raise UserError(error.code, f"{reason}. Pass --skip to list such rows and continue") from error
                 lost.append({"stage": NAME, "id": f"row-{number:06d}", "reason": reason, "row": "{}"})
                 continue
             seen[row["id"]] = f"row {number}"

@@ -1,7 +1,7 @@
-"""The protocol that every format follows, and what they share.
+"""The protocol of all formats, and their common functions.
 
-A reader gives entries in an order that never changes, each with a place to name in a message and a way to read it. What
-it reads becomes a row of `records.PAIR` in `data.pairs`, so that all formats check, name and refuse in the same way.
+A reader yields entries in a fixed order, each with its place, for messages, and a function that reads it. `data.pairs`
+turns the result into a row of `records.PAIR`, so that all formats have the same checks.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _GIVEN = re.compile(r"row-\d+")
 class Options:
     """How a data set is read or written."""
 
-    columns: Mapping[str, str] = field(default_factory=dict)  # ours → theirs, where they are called unusually
-    text: str = "caption"  # what the one text of a format that has one is: caption or instruction
-    task: str = TASK  # of rows that do not say
-    split: str | None = None  # which files, where their names say; None: those to train on
+    columns: Mapping[str, str] = field(default_factory=dict)  # ours → theirs, for names that are not recognized
+    text: str = "caption"  # what the text of a format with one text is: caption or instruction
+    task: str = TASK  # of rows without a task
+    split: str | None = None  # split to read; None is the training files
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that has not been read yet."""
+    """A row that has not been read yet."""
 
     where: str  # the file, and the place in it
-    load: Callable[[], dict[str, Any]]  # our columns, pictures as bytes; UserError if it cannot be read
+    load: Callable[[], dict[str, Any]]  # returns our columns, images as bytes; UserError if it cannot be read
 
 
 class Reader(Protocol):
@@ -46,41 +46,47 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Changes when a file is added, taken away, or has another size."""
+        """A hash that changes if a file is added or removed, or has another size."""
         ...
 
     def entries(self, start: int) -> Iterator[Entry]:
-        """From row `start` on, in an order that never changes."""
+        """Yields the entries from row `start` on, in a fixed order."""
         ...
+
+
+NamedRows = Sequence[tuple[str, dict[str, Any]]]  # (name of its files, row)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is read, and how it is written a shard at a time."""
+    """A format: how it is read, and how it is written shard by shard."""
 
     name: str
     about: str
     open: Callable[[str, Options], Reader]
-    # (folder, shard, of how many, (name, row) of each row, options) → what `finish` needs to know of each row
-    write: Callable[[Path, int, int, Sequence[tuple[str, dict[str, Any]]], Options], list[dict[str, Any]]]
-    finish: Callable[[Path, Iterable[dict[str, Any]], Options], None]  # writes what lists all rows, last
-    whole: bool  # whether every column comes back, or only pictures, name and text
-    loads: str  # how others open it, for the card; {folder} is its path
+    write: Callable[[Path, int, int, NamedRows, Options], list[dict[str, Any]]]
+    """Writes a shard: (folder, shard, number of shards, rows, options) → a record of each row for `finish`."""
+    whole: bool
+    """Whether every column is stored, or only images, name and text."""
+    loads: str
+    """How others open the folder, for the card; {folder} is its path."""
+    finish: Callable[[Path, Iterable[dict[str, Any]], Options], None] | None = None
+    """Writes the list of all rows, last."""
 
 
-def told(row: Mapping[str, Any], text: str) -> str:
-    """The text of a format that has one: the instruction if it is wanted and there is one, else the caption."""
+def text_of(row: Mapping[str, Any], text: str) -> str:
+    """The text for a format with one text: the instruction if `text` says so and the row has one, else the caption."""
     return (row["instruction"] if text == "instruction" and row["instruction"] else row["caption"]).strip()
 
 
 def file_name(row: Mapping[str, Any], number: int) -> str:
-    """A row's name as files can have it: its id, or its number where an id holds what a name must not."""
+    """A row's name for files: its id, or its number if the id is not a safe file name."""
     name = row["id"]
     return name if _NAME.fullmatch(name) and not _GIVEN.fullmatch(name) else f"row-{number:06d}"
 
 
 def extension(data: bytes) -> str:
-    """What a picture's file is called, by its own first bytes."""
+    """Suffix of an image file, by its first bytes."""
     import io
 
     from PIL import Image
@@ -88,11 +94,11 @@ def extension(data: bytes) -> str:
     try:
         return EXTENSIONS.get(Image.open(io.BytesIO(data)).format or "", ".png")
     except OSError as error:
-        raise UserError(f"a picture that cannot be read: {error}") from error
+        raise UserError("image_unreadable", f"an image cannot be read: {error}") from error
 
 
 def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a row but its pictures, as JSON can hold it."""
+    """A row without its images, as JSON values."""
     return {key: _plain(row[key]) for key, kind in PAIR.items() if kind != IMAGE}
 
 
