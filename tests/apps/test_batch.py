@@ -100,9 +100,9 @@ def test_rows_take_what_they_do_not_say_from_the_command(tmp_path: Path) -> None
         ({"reference": "a.png", "prompt": "x", "size": "big"}, "2: size big"),
         ({"reference": "a.png", "prompt": "x", "size": [1, 2, 3]}, "2: size"),
         ({"reference": "a.png", "prompt": "x", "fit": "cropp"}, "2: unknown fit 'cropp'; one of|did you mean 'crop'"),
-        ({"reference": "a.png", "prompt": "x", "background": "whit"}, "2: unknown colour 'whit'"),
+        ({"reference": "a.png", "prompt": "x", "background": "whit"}, "2: unknown color 'whit'"),
         ({"reference": "a.png", "prompt": "x", "out": "../x.png"}, "2: out is a file's name inside"),
-        ({"reference": "a.png", "prompt": "x", "out": "x.gif"}, "end the name in .png"),
+        ({"reference": "a.png", "prompt": "x", "out": "x.gif"}, ".png"),
     ],
 )
 def test_a_wrong_row_is_named_before_anything_is_done(tmp_path: Path, row: Any, says: str) -> None:
@@ -119,9 +119,9 @@ def test_a_wrong_row_is_named_before_anything_is_done(tmp_path: Path, row: Any, 
         ("out/{seed.real}.png", "unknown field {seed.real}"),
         ("out/{seed:x!}.png", "Invalid|format"),
         ("out/{seed", "written as {reference}"),
-        ("out/{seed}-{reference}.tiff", "end the name in .png"),
+        ("out/{seed}-{reference}.tiff", ".png"),
         ("cat.png", "is one file for 4 pictures"),
-        ("cat.gif", "end the name in .png"),
+        ("cat.gif", ".png"),
         (None, "4 pictures need a folder"),
     ],
 )

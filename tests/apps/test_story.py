@@ -158,7 +158,7 @@ def test_a_page_is_saved_with_what_made_it_and_always_the_same(reference: Path, 
     assert first == second and first.startswith(b"%PDF") and b"Date" not in first
     assert b"/Title (\xfe\xff" + "Far from home)".encode("utf-16-be")[:-2] in first
     assert '"caption": "Then it got lost."'.encode("utf-16-be") in first
-    with pytest.raises(UsageError, match=r"end the name in .png"):
+    with pytest.raises(UsageError, match=r"\.png"):
         page.save(tmp_path / "page.doc")
 
 
@@ -209,7 +209,7 @@ def test_a_story_with_a_panel_twice_is_sent_back(serve: Serve, again: dict[str, 
         ([], "error[option_missing]"),
         (["--panel", "a"], "4 to 10 panels, not 1"),
         (["--idea", "a cat at sea"], "--llm-endpoint"),
-        ([x for text in TEXTS for x in ("--panel", text)] + ["--out", "page.doc"], "end the name in"),
+        ([x for text in TEXTS for x in ("--panel", text)] + ["--out", "page.doc"], ".png"),
         ([x for text in TEXTS for x in ("--panel", text)] + ["--speed", "fastr"], "fastr"),
     ],
 )

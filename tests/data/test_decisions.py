@@ -10,7 +10,7 @@ import pytest
 import plain_stages as stages
 from diptych.data import funnel, labels, records
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.provenance.trace import trace
 from diptych.recipe import load
 from diptych.run import recurate
@@ -83,7 +83,7 @@ def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_pat
     labels.add(tmp_path / "b", kept[-1], "reject", "ben")
     run(load(tmp_path / "b" / "recipe.yaml"), tmp_path / "b", stages=ROWS, display=QUIET)
     assert kept[-1] in ids(tmp_path / "b")
-    with pytest.raises(UsageError, match="other decisions"):
+    with raises("run_mismatch", judged, kind=UsageError):
         recurate.recurate(tmp_path / "b", [], judged, QUIET)
     recurate.recurate(tmp_path / "b", [], tmp_path / "c", QUIET)
     assert set(ids(tmp_path / "c")) == set(kept) - {*both(kept[0]), *both(kept[-1])}
@@ -125,5 +125,5 @@ def test_a_cut_last_line_is_no_decision_and_a_wrong_one_is_named(tmp_path: Path)
     labels.add(tmp_path, "c-000002-01", "reject", "ana")
     assert labels.decided(tmp_path) == {"c-000001-01": True, "c-000002-01": False}
     file.write_bytes(json.dumps({"id": "x"}).encode() + b"\n" + whole)
-    with pytest.raises(UserError, match="line 1"):
+    with raises("labels_invalid", "line 1"):
         labels.decided(tmp_path)

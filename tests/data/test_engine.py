@@ -13,6 +13,7 @@ from diptych.data import records
 from diptych.data.engine import Failure, LocalEngine, Row, Work
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from raising import raises
 
 PROMPTS = records.schema(records.PROMPT)
 FAILED = records.schema(records.FAILED)
@@ -108,7 +109,7 @@ def test_a_stage_that_loses_rows_is_caught(tmp_path: Path) -> None:
 
 def test_all_rows_failing_is_an_error_with_the_reason(tmp_path: Path) -> None:
     for _ in range(2):  # and stays one when tried again
-        with pytest.raises(UserError, match="all 3 rows failed; the first reason: bad"):
+        with raises("rows_failed", "all 3 rows", "bad"):
             Run(tmp_path)(Doubling(bad=[0, 1, 2]), shards(3))
 
 
@@ -160,14 +161,14 @@ def test_any_order_of_shards_gives_the_same_files(tmp_path: Path) -> None:
 def test_parts_of_another_fingerprint_stop_the_stage(tmp_path: Path) -> None:
     Run(tmp_path)(Doubling(), shards(3), "old")
     before = Run(tmp_path).files()
-    with pytest.raises(UserError, match="other settings"):
+    with raises("run_mismatch", tmp_path):
         Run(tmp_path)(Doubling(), shards(3), "new")
     assert Run(tmp_path).files() == before
 
 
 def test_parts_that_the_input_does_not_have_stop_the_stage(tmp_path: Path) -> None:
     Run(tmp_path)(Doubling(), shards(3, 3))
-    with pytest.raises(UserError, match="parts that its input does not"):
+    with raises("run_mismatch", tmp_path):
         Run(tmp_path)(Doubling(), shards(3))
 
 
@@ -206,7 +207,7 @@ def test_a_stage_does_not_work_on_swapped_parts_and_goes_on_once_they_are_back(t
     whole = [part.read_bytes() for part in parts]
     for part, other in zip(parts, whole[::-1], strict=True):
         part.write_bytes(other)
-    with pytest.raises(UserError, match="part-00001"):
+    with raises("store_damaged", "part-00001"):
         second(Doubling(), Dataset(tmp_path / "a/out"))
     assert second.output.manifest is None
     for part, data in zip(parts, whole, strict=True):

@@ -18,6 +18,7 @@ from diptych.data import funnel, records
 from diptych.data.funnel import CELL, Distribution
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
+from raising import raises
 
 
 @pytest.fixture
@@ -70,7 +71,8 @@ def test_an_unfinished_run_says_what_still_waits(run: Path) -> None:
     cut = found["steps"][2]
     assert cut["name"] == "cut" and cut["count"] == 50 and cut["waiting"] == 75 - 50 - 3
     assert found["complete"] == {"prompts": True, "grids": True, "candidates": False, "pairs": False}
-    assert "incomplete: candidates, pairs" in funnel.format_report(found)[0] and "22 to come" in "\n".join(funnel.lines(found))
+    text = funnel.format_report(found)
+    assert "incomplete: candidates, pairs" in text[0] and "22 to come" in "\n".join(text)
 
 
 def test_a_run_that_has_only_prompts_is_measured(run: Path) -> None:
@@ -187,5 +189,5 @@ def test_a_run_without_rows_says_what_comes_first(run: Path) -> None:
     for name in ("prompts", "candidates"):
         for part in (run / name).iterdir():
             part.unlink()
-    with pytest.raises(UsageError, match="no rows yet; first: diptych write"):
+    with raises("run_empty", "diptych write", kind=UsageError):
         funnel.measure(run)

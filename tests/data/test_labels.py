@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from diptych.data import labels
 from diptych.errors import UsageError
+from raising import raises
 
 
 def test_a_cut_line_is_mended_and_a_wrong_one_named(tmp_path: Path) -> None:
@@ -20,10 +19,10 @@ def test_a_cut_line_is_mended_and_a_wrong_one_named(tmp_path: Path) -> None:
         labels.Labels(path).add("c", "unsure", "me")
         assert len(labels.read(path)["me"]) == kept + 1 and path.read_bytes().endswith(b"\n")
     path.write_bytes(b"{\n" + whole)
-    with pytest.raises(UsageError, match="line 1: not a label"):
+    with raises("labels_invalid", path, "line 1", kind=UsageError):
         labels.read(path)
     path.write_bytes(whole.replace(b'"same"', b'"smae"'))
-    with pytest.raises(UsageError, match=r"line 1: 'smae' is no label; .* did you mean 'same'"):
+    with raises("labels_invalid", path, "line 1", "'smae'", "did you mean 'same'"):
         labels.read(path)
 
 

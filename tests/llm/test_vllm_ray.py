@@ -82,7 +82,7 @@ def test_a_share_of_a_gpu_lets_workers_share_it(cluster: Any) -> None:
 
 def test_more_gpus_than_there_are_is_told(cluster: Any, tmp_path: Path) -> None:
     recipe = recipe_for("owner/name", "curate.vlm.vllm.tensor_parallel_size=8", "ray.wait=0.1")
-    with pytest.raises(UserError, match=r"One asks for 1 CPUs, 8 GPUs \(recipe: ray.curate.*has 2 CPUs, 4 GPUs"):
+    with pytest.raises(UserError, match=r"1 CPUs, 8 GPUs .*ray\.curate.*has 2 CPUs, 4 GPUs"):
         curate(engine_of(recipe), tmp_path, StandInCurate(recipe, tmp_path / "diary"))
 
 

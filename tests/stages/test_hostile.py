@@ -79,11 +79,11 @@ PICTURES: dict[str, tuple[Callable[[], bytes | None], str]] = {
     "nothing in the cell": (lambda: None, "no image"),
     "a zero-byte file": (lambda: b"", "empty"),
     "a web page": (lambda: SCRIPT.encode(), "not an image"),
-    "a cut file": (lambda: png()[:4000], "broken or cut short"),
-    "a head and noise": (lambda: png()[:60] + random.Random(0).randbytes(4000), "broken or cut short"),
+    "a cut file": (lambda: png()[:4000], "damaged or incomplete"),
+    "a head and noise": (lambda: png()[:60] + random.Random(0).randbytes(4000), "damaged or incomplete"),
     "100 megapixels": (bomb, "megapixels"),
-    "a swollen text": (swollen, "broken or cut short"),
-    "a program": (program, "not run here"),
+    "a swollen text": (swollen, "damaged or incomplete"),
+    "a program": (program, "files are programs"),
     "another size": (lambda: png((64, 64)), "64×64 pixels are not 1×2 panels of 64"),
 }
 

@@ -322,7 +322,7 @@ def test_links_in_a_tar_are_not_members(tmp_path: Path, secret: Path) -> None:
             member = tarfile.TarInfo(f"x.{ending}")
             member.type, member.linkname = tarfile.SYMTYPE, str(secret)
             tar.addfile(member)
-    with pytest.raises(UserError, match="not one pair"):
+    with pytest.raises(UserError, match="no pairs"):
         import_data(str(tmp_path / "a.tar"), tmp_path / "out", "webdataset")
 
 
