@@ -88,7 +88,7 @@ def varied(call: Call) -> Act:
     return say({"subject": words[8], "description": f"a {' '.join(words[8:])}", "style": "a photo", "panels": panels})
 
 
-def test_a_run_says_what_it_asked_and_its_stats_tell_that_and_how_varied_the_prompts_are(
+def test_a_run_reports_its_bill_and_stats_also_report_the_variety_of_prompts(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(varied)
@@ -97,14 +97,14 @@ def test_a_run_says_what_it_asked_and_its_stats_tell_that_and_how_varied_the_pro
     values = {"name": "asked", "device": "cpu", "threads": 1, "distill": {"precision": "float32"}, **sections}
     (tmp_path / "asked.yaml").write_text(json.dumps(values))
     run, line = str(tmp_path / "run"), "tiny-1: 6 calls, 600 tokens in, 60 out, 0.0018 spent"
-    for _ in range(2):  # the second time nothing is asked, and the bill is the same
+    for _ in range(2):  # the second time there are no requests, and the bill is the same
         assert app.call(["write", str(tmp_path / "asked.yaml"), "--out", run]) == 0
         assert f"write: {line}, so far" in capsys.readouterr().err
     assert len(server.calls) == 6
     assert app.call(["data", "stats", run]) == 0
-    told = capsys.readouterr().out
-    assert f"asked {line}" in told
-    assert re.search(r"prompts: \d\d % of their word pairs are distinct, mean distance 0\.[3-9]\d", told)
+    text = capsys.readouterr().out
+    assert f"language model {line}" in text
+    assert re.search(r"prompts: \d\d % of their word pairs are distinct, mean distance 0\.[3-9]\d", text)
     assert app.call(["data", "stats", run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     logged = [event["result"] for event in places.read(run) if event["event"] == "stage"]
@@ -112,8 +112,8 @@ def test_a_run_says_what_it_asked_and_its_stats_tell_that_and_how_varied_the_pro
     assert found["asked"] == logged[-1]["asked"] and found["asked"][0]["tokens"] == {"in": 600, "out": 60}
 
 
-def test_a_grammar_asks_nobody_and_repeats_nothing(tmp_path: Path) -> None:
+def test_a_grammar_has_no_bill_and_no_variety(tmp_path: Path) -> None:
     judged_run.make(tmp_path / "run", [(0.9, True)] * 4)
     found = funnel.measure(tmp_path / "run")
     assert found["asked"] == [] and found["spread"] is None
-    assert not any(line.startswith(("asked", "prompts:")) for line in funnel.format_report(found))
+    assert not any(line.startswith(("language model", "prompts:")) for line in funnel.format_report(found))

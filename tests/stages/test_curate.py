@@ -132,11 +132,8 @@ def test_a_broken_grid_costs_itself_and_changes_no_other_row(recipe: Any, subjec
     cut = {**rows[1], "image": {"bytes": rows[1]["image"]["bytes"][:300], "path": None}}
     small = {**rows[1], "panel_size": 32}
     unsaid = {**rows[1], "panels": ["a cat"]}
-    for broken, reason in (
-        (cut, "damaged or incomplete"),
-        (small, "are not 1×2 panels of 32"),
-        (unsaid, "1 captions for a grid"),
-    ):
+    cases = ((cut, "damaged or incomplete"), (small, "are not 1×2 panels of 32"), (unsaid, "1 captions for a grid"))
+    for broken, reason in cases:
         first, failure, last = curate(recipe, [rows[0], broken, rows[2]])
         assert isinstance(failure, Failure) and reason in failure.reason
         assert [first, last] == whole

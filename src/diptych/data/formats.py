@@ -228,10 +228,10 @@ def _top(values: np.ndarray, mode: str) -> float:
     import numpy as np
 
     known = values[np.isfinite(values)]
-    most = float(known.max(initial=0))
+    largest = float(known.max(initial=0))
     if mode.startswith("I"):
-        return next(top for top in (2.0**16 - 1, 2.0**24 - 1, 2.0**31 - 1) if most <= top)
-    whole = most > _DARK and bool((known == known.round()).all())
-    if most <= _DARK or not (whole or np.quantile(known, 0.99) > _DARK):
+        return next(top for top in (2.0**16 - 1, 2.0**24 - 1, 2.0**31 - 1) if largest <= top)
+    whole = largest > _DARK and bool((known == known.round()).all())
+    if largest <= _DARK or not (whole or np.quantile(known, 0.99) > _DARK):
         return 1.0
-    return next((top for top in (255.0, 65535.0) if most <= top), most)
+    return next((top for top in (255.0, 65535.0) if largest <= top), largest)

@@ -88,7 +88,7 @@ def row_text(data: bytes, name: str) -> str:
         raise UserError(error.code, str(error)) from None
 
 
-def pictures(folder: Path) -> dict[str, str]:
+def image_names(folder: Path) -> dict[str, str]:
     """Stem → file name of the images directly in a folder. UserError if two have the same stem."""
     names: dict[str, str] = {}
     for path in pictures_in(folder, beside=(".txt",)):
@@ -100,7 +100,7 @@ def pictures(folder: Path) -> dict[str, str]:
 
 def twins(root: Path, reference: Path, target: Path, options: Options) -> ListedReader:
     """Pairs by equal names: the reference in one folder, the target and its caption file in the other."""
-    references, targets = pictures(reference), pictures(target)
+    references, targets = image_names(reference), image_names(target)
 
     def load(name: str) -> dict[str, Any]:
         for folder, files in ((target, targets), (reference, references)):

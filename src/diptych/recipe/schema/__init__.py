@@ -28,7 +28,8 @@ __all__ = [
 
 
 class Recipe(Section):
-    """All keys of a recipe, which defines a run completely."""
+    """A recipe defines a run completely. When a run starts, its recipe is frozen in its folder, with every `auto`
+    resolved."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     """Name of the run. Its folder is `runs/NAME` unless `--out` names another."""

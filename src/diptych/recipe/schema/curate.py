@@ -36,7 +36,7 @@ class Vlm(Section):
     votes: int = Field(default=1, ge=1, le=99)
     """Votes for each pair. The majority of the valid replies decides. More than one needs a temperature above 0."""
     prefilter: float = Field(default=-1.0, ge=-1, le=1)
-    """Minimum similarity, by the embedding model `curate.judge`, of the pairs that the model sees. -1 shows it all."""
+    """Minimum similarity, by the embedding model `curate.judge`, of the pairs that the model sees; -1 is all pairs."""
     captions: bool = False
     """Also let the model write the captions and instructions of the accepted pairs."""
     cache: str | None = Field(default=None, min_length=1)
