@@ -33,9 +33,9 @@ def of_import(data: Dataset) -> str:
         "rejected rows": f"{lost:,}; the reasons are in failed/import" if lost else "none",
         "curation": "none by diptych; similarity, copy_distance and seam are empty",
     }
-    license_ = manifest["licence"]
-    terms = _UNKNOWN if license_ == "unknown" else license_
-    front = _front(manifest["rows"], {"license": "other" if license_ == "unknown" else license_}, _PARTS)
+    terms_tag = manifest["licence"]
+    terms = _UNKNOWN if terms_tag == "unknown" else terms_tag
+    front = _front(manifest["rows"], {"license": "other" if terms_tag == "unknown" else terms_tag}, _PARTS)
     return _page(front, source["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
@@ -43,19 +43,19 @@ def of_export(source: str, data: Pairs, kind: Format, rows: int) -> str:
     """README.md of an export: of a run's pairs, of an import, or of other parquet."""
     facts: dict[str, Any] = {"pairs": f"{rows:,}", "format": kind.about}
     tables: list[tuple[str, dict[str, Any]]] = []
-    license_, terms = {"license": "other"}, _UNKNOWN
+    terms_tag, terms = {"license": "other"}, _UNKNOWN
     run = Path(data.url).parent
     manifest = data.manifest if isinstance(data, Dataset) else None
     if (run / "recipe.yaml").is_file():
-        license_, terms = _of_run(run, facts, tables)
+        terms_tag, terms = _of_run(run, facts, tables)
     elif manifest and "imported" in manifest:
         facts["imported from"] = f"{manifest['imported']['name']} ({manifest['imported']['format']})"
         if manifest["licence"] != "unknown":
-            license_, terms = {"license": manifest["licence"]}, manifest["licence"]
+            terms_tag, terms = {"license": manifest["licence"]}, manifest["licence"]
     else:
         facts["from"] = Path(source.rstrip("/")).name
     files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
-    front = _front(rows, license_, files.get(kind.name))
+    front = _front(rows, terms_tag, files.get(kind.name))
     # The page names no folder, so that it does not depend on where the export is.
     name = facts.get("recipe") or (manifest["imported"]["name"] if manifest and "imported" in manifest else "")
     title = f"{name or facts.get('from', 'pairs')}, pairs as {kind.name}"
@@ -69,10 +69,10 @@ def of_rows(data: Dataset) -> str:
     run = Path(data.url).resolve().parent
     facts: dict[str, Any] = {"rows": f"{manifest['rows']:,}"}
     tables: list[tuple[str, dict[str, Any]]] = []
-    license_, terms = {"license": "other"}, _UNKNOWN
+    terms_tag, terms = {"license": "other"}, _UNKNOWN
     if (run / "recipe.yaml").is_file():
-        license_, terms = _of_run(run, facts, tables)
-    front = _front(manifest["rows"], license_, _PARTS)
+        terms_tag, terms = _of_run(run, facts, tables)
+    front = _front(manifest["rows"], terms_tag, _PARTS)
     title = f"{run.name}, {Path(data.url).name}"
     return _page(front, title, facts, tables, terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
@@ -119,10 +119,10 @@ def _lost(why: dict[str, int]) -> str:
     return f"; lost: {named}" if named else ""
 
 
-def _front(rows: int, license_: dict[str, str], files: str | None) -> dict[str, Any]:
+def _front(rows: int, terms_tag: dict[str, str], files: str | None) -> dict[str, Any]:
     """The hub's front matter."""
     front: dict[str, Any] = {
-        **license_,
+        **terms_tag,
         "task_categories": ["image-to-image", "text-to-image"],
         "tags": ["diptych", "diffusion-self-distillation"],
         "size_categories": [next((name for limit, name in SIZES if rows < limit), "n>1M")],
