@@ -326,7 +326,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str, list[str]]] = [
     ("imagefolder", _edit_list("metadata.jsonl", _set(3, "caption", "\ud800")), "row_invalid", ["caption"]),
     ("imagefolder", _break_file("image/*", b""), "image_missing", ["image: "]),
     ("ai-toolkit", _break_file("control/*", None), "image_missing", ["c-000003-01", "control/"]),
-    ("ai-toolkit", _break_file("target/*.txt", b"\xff\xfe"), "text_invalid", ["UTF-8"]),
+    ("ai-toolkit", _break_file("target/*.txt", b"\xff\xfe"), "file_format_unknown", ["UTF-8"]),
     ("ai-toolkit", _break_file("target/*.txt", b"  \n"), "row_invalid", ["caption"]),
     ("simpletuner", _break_file("image/*.txt", None), "path_not_found", ["c-000003-01.txt"]),
     ("simpletuner", _break_file("conditioning/*", b"MZ"), "image_unreadable", ["conditioning: "]),
