@@ -33,7 +33,7 @@ def shards(count: int, size: int) -> list[list[Row]]:
 class Doubling:
     """Gives each row twice, after `seconds` a row; every seventh fails.
 
-    What else befalls it is told by `Trouble`. Each batch that is begun leaves a line in `diary`: process and first row.
+    What else befalls it is text by `Trouble`. Each batch that is begun leaves a line in `diary`: process and first row.
     """
 
     name = "doubling"
@@ -103,9 +103,9 @@ def run(engine: Engine, folder: str | Path, stage: Doubling, inputs: list[list[R
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file of the two data sets."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert not [name for name in found if name.endswith(".tmp")], "leftovers of a killed writer"
-    return found
+    result = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not [name for name in result if name.endswith(".tmp")], "leftovers of a killed writer"
+    return result
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_sample_is_dense_near_the_threshold_and_its_weights_are_known(known: t
         assert len(inside) == band.size and pair.above == sum(s >= pair.similarity for s in inside)
 
 
-def test_a_seed_draws_the_same_and_a_larger_sample_holds_the_smaller(known: tuple[Path, dict[str, str]]) -> None:
+def test_a_seed_gives_the_same_sample_and_a_larger_one_contains_the_smaller(known: tuple[Path, dict[str, str]]) -> None:
     def ids(size: int, seed: int) -> list[str]:
         return [pair.id for pair in audit.draw(known[0], size, seed).pairs]
 
@@ -44,7 +44,7 @@ def test_a_seed_draws_the_same_and_a_larger_sample_holds_the_smaller(known: tupl
     assert ids(40, 0) != sorted(ids(40, 0))  # the order tells nothing
 
 
-def test_the_two_orders_of_a_grid_count_apart_where_the_judge_said_otherwise(known: tuple[Path, Any]) -> None:
+def test_the_two_orders_of_a_grid_count_separately_where_the_judge_differs(known: tuple[Path, Any]) -> None:
     data = Dataset(known[0] / "candidates", records.schema(records.PAIR))
     rows = data.read_shard(0)
     rows[1] |= {"kept": False, "reason": "undecided: two yes, two no", "similarity": None}
@@ -65,25 +65,25 @@ def test_allocation_grows_and_takes_no_more_than_there_is() -> None:
 
 def test_with_every_pair_labelled_the_numbers_are_exact(known: tuple[Path, dict[str, str]]) -> None:
     sample = audit.draw(known[0], 1000, 0)
-    found = precision.report(sample, [{"me": known[1]}], wanted=0.85)
+    result = precision.report(sample, [{"me": known[1]}], wanted=0.85)
     p, r = at(0.5)
     exact = {"value": round(p, 4), "ci95": [round(p, 4)] * 2}, {"value": round(r, 4), "ci95": [round(r, 4)] * 2}
-    assert (found["threshold"]["precision"], found["threshold"]["recall"]) == exact
+    assert (result["threshold"]["precision"], result["threshold"]["recall"]) == exact
     least = min(s for s, _ in STEPS if at(s)[0] >= 0.85)
-    better = found["wanted"]["threshold"]
+    better = result["wanted"]["threshold"]
     assert better["same"] == pytest.approx(least, abs=1e-6) and better["same"] <= least and least > 0.5
     assert better["precision"]["value"] == round(at(least)[0], 4)
     assert better["recall"]["value"] == round(at(least)[1], 4)
     assert better["recall"]["ci95"] == [better["recall"]["value"]] * 2
 
 
-def test_a_lower_threshold_is_found_when_less_precision_will_do(known: tuple[Path, dict[str, str]]) -> None:
-    found = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=0.6)
+def test_a_lower_threshold_is_suggested_when_less_precision_is_enough(known: tuple[Path, dict[str, str]]) -> None:
+    result = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=0.6)
     least = min(s for s, _ in STEPS if at(s)[0] >= 0.6)
-    assert found["wanted"]["threshold"]["same"] == pytest.approx(least, abs=1e-6) and least < 0.5
-    # The very best: from 0.955 on not one is different. Nobody's labels, nobody's threshold.
-    found = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=1)
-    assert found["wanted"]["threshold"]["same"] == pytest.approx(0.955, abs=1e-6)
+    assert result["wanted"]["threshold"]["same"] == pytest.approx(least, abs=1e-6) and least < 0.5
+    # The best possible: from 0.955 on none is different. Without labels there is no threshold.
+    result = precision.report(audit.draw(known[0], 1000, 0), [{"me": known[1]}], wanted=1)
+    assert result["wanted"]["threshold"]["same"] == pytest.approx(0.955, abs=1e-6)
     assert precision.report(audit.draw(known[0], 1000, 0), [], wanted=0.5)["wanted"]["threshold"] is None
 
 
@@ -91,11 +91,11 @@ def test_two_labellers_are_compared_and_their_disputes_left_out(known: tuple[Pat
     sample = audit.draw(known[0], 1000, 0)
     first, *rest = [pair.id for pair in sample.pairs]
     other = {**known[1], first: "different" if known[1][first] == "same" else "same", rest[0]: "unsure"}
-    found = precision.report(sample, [{"me": known[1]}, {"me": other}])
-    (agreed,) = found["agreement"]
+    result = precision.report(sample, [{"me": known[1]}, {"me": other}])
+    (agreed,) = result["agreement"]
     assert (agreed["a"], agreed["b"], agreed["pairs"]) == ("me", "me (file 2)", 200)
     assert agreed["agree"] == round(198 / 200, 4) and 0.9 < agreed["kappa"] < 1
-    counts = {key: found["labels"][key] for key in ("used", "unsure", "disputed", "missing", "outside")}
+    counts = {key: result["labels"][key] for key in ("used", "unsure", "disputed", "missing", "outside")}
     assert counts == {"used": 199, "unsure": 0, "disputed": 1, "missing": 0, "outside": 200}
 
 

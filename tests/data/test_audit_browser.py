@@ -67,7 +67,9 @@ def test_a_sample_is_labelled_by_keyboard_and_mouse(
     page.close()
 
 
-def test_who_goes_on_before_a_label_is_kept_labels_the_pair_that_was_shown(server: AuditServer, browser: Any) -> None:
+def test_a_label_given_before_the_last_is_stored_is_for_the_pair_that_was_shown(
+    server: AuditServer, browser: Any
+) -> None:
     page = browser.new_page()
     page.route("**/label", lambda route: (page.wait_for_timeout(300), route.continue_()))
     page.goto(server.url)

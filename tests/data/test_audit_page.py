@@ -1,4 +1,4 @@
-"""The audit's page: it shows the sample and no verdict, takes labels from nobody else, and loses none."""
+"""The audit page shows the sample without verdicts, accepts labels from this machine only, and loses none."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_labels_are_on_the_disk_when_the_page_hears_so(server: AuditServer) -> N
     assert set(row) == {"id", "label", "labeller", "time"}
 
 
-def test_only_sampled_pictures_and_labels_are_taken(server: AuditServer) -> None:
+def test_only_sampled_images_and_labels_are_accepted(server: AuditServer) -> None:
     drawn = {pair.id for pair in server.sample.pairs}
     other = next(row["id"] for row in Dataset(server.sample.run / "candidates").columns("id") if row["id"] not in drawn)
     for path in (
@@ -100,7 +100,7 @@ def test_only_sampled_pictures_and_labels_are_taken(server: AuditServer) -> None
     assert not server.labels.path.exists()
 
 
-def test_other_sites_are_refused(server: AuditServer) -> None:
+def test_other_sites_are_rejected(server: AuditServer) -> None:
     body = {"id": server.sample.pairs[1].id, "label": "same"}
     assert ask(server, "GET", "/state", Host="evil.example")[0] == 403
     assert ask(server, "POST", "/label", body, Origin="https://evil.example")[0] == 403
@@ -120,9 +120,9 @@ def test_a_killed_session_has_every_label_and_the_next_one_reports(known: tuple[
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear, env=dict(os.environ)
         )
         assert process.stderr is not None
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stderr.readline())
-        assert found is not None
-        return process, type("Port", (), {"server_port": int(found[1])})
+        result = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stderr.readline())
+        assert result is not None
+        return process, type("Port", (), {"server_port": int(result[1])})
 
     process, port = begin()
     pairs = json.loads(ask(port, "GET", "/state")[2])["pairs"]

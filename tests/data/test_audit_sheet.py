@@ -55,7 +55,7 @@ def test_a_sheet_is_written_filled_in_and_read_back(
     assert len(error.splitlines()) == 1
 
 
-def test_a_sheet_of_another_sample_is_refused(
+def test_a_sheet_of_another_sample_is_an_error(
     known: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels.write_sheet(tmp_path / "sheet.csv", [["c-999999-01", "same", "cat", "", ""]])

@@ -66,7 +66,7 @@ def test_a_name_that_no_endpoint_knows_has_the_price_of_the_only_one_there_is(tm
     assert unknown["money"] is None
 
 
-def test_files_that_a_recipe_names_are_read_and_a_run_that_asks_nobody_has_none(
+def test_files_that_a_recipe_names_are_read_and_a_run_without_language_models_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

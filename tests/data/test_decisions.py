@@ -1,4 +1,4 @@
-"""People's own verdicts on pairs make a new run, and leave the one they are about as it was trained."""
+"""Decisions of people on pairs make a new run, and leave the old one as it was trained."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_pat
         recurate.recurate(tmp_path / "b", [], judged, QUIET)
     recurate.recurate(tmp_path / "b", [], tmp_path / "c", QUIET)
     assert set(ids(tmp_path / "c")) == set(kept) - {*both(kept[0]), *both(kept[-1])}
-    # A study's variants are of the run as it is, and not of what people said since.
+    # A study's variants start from the run as it is, without later decisions.
     derive(judged, load(judged / "recipe.yaml"), tmp_path / "d", QUIET)
     derive(tmp_path / "b", load(judged / "recipe.yaml"), tmp_path / "e", QUIET)
     assert ids(tmp_path / "d") == kept and ids(tmp_path / "e") == ids(tmp_path / "b")
@@ -96,9 +96,9 @@ def test_a_new_run_keeps_to_the_decisions_it_was_made_with(judged: Path, tmp_pat
 def test_other_thresholds_take_the_decisions_along(judged: Path, tmp_path: Path) -> None:
     kept = ids(judged)[0]
     labels.add(judged, kept, "reject", "ana")
-    found = recurate.recurate(judged, ["same=0.2"], tmp_path / "b", QUIET)
+    result = recurate.recurate(judged, ["same=0.2"], tmp_path / "b", QUIET)
     assert kept not in ids(tmp_path / "b") and labels.applied(tmp_path / "b") == {kept: False}
-    assert found["decided"] == {"accepted": 0, "rejected": 1}
+    assert result["decided"] == {"accepted": 0, "rejected": 1}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_mirror_is_the_other_order_of_the_same_panels(pair: str, wanted: list[
     assert records.mirrors(pair) == wanted
 
 
-def test_a_cut_last_line_is_no_decision_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_not_a_decision_and_an_invalid_one_is_named(tmp_path: Path) -> None:
     labels.add(tmp_path, "c-000001-01", "accept", "ana")
     file = labels.path(tmp_path)
     whole = file.read_bytes()

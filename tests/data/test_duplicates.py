@@ -1,4 +1,4 @@
-"""A picture drawn again is found, whatever its size or compression; others, one grid and drifts are left alone."""
+"""A repeated image is detected, whatever its size or compression; others, one grid and drifts are left alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODES = st.integers(0, 2**64 - 1)
 
 
 def picture(seed: int, side: int = 128) -> Image.Image:
-    """Soft shapes of its own."""
+    """Soft shapes."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -84,7 +84,7 @@ def flipped(code: int, bits: int, seed: int = 0) -> int:
 # ---- hashes
 
 
-def test_the_same_picture_keeps_its_hash_and_others_are_far() -> None:
+def test_the_same_image_keeps_its_hash_and_others_are_far() -> None:
     for seed in range(20):
         image = picture(seed)
         same = [image.resize((300, 300)), compressed(image), image.filter(ImageFilter.GaussianBlur(1))]
@@ -102,7 +102,7 @@ def test_even_panels_have_one_hash_and_no_random_bits() -> None:
 
 
 @given(st.integers(0, 8), CODES, CODES, st.integers(0, 2**32), st.integers(0, 8), st.integers(0, 8))
-def test_no_near_pair_is_missed_and_no_far_one_found(
+def test_no_near_pair_is_missed_and_no_far_one_reported(
     bits: int, reference: int, target: int, seed: int, one: int, two: int
 ) -> None:
     table = HashTable(bits)
@@ -166,12 +166,12 @@ def test_a_drift_is_not_swallowed_and_every_repeat_has_a_twin_that_stays(tmp_pat
     assert not set(again) & set(again.values())
 
 
-def test_candidates_without_hashes_are_told(tmp_path: Path) -> None:
+def test_candidates_without_hashes_are_an_error(tmp_path: Path) -> None:
     with raises("run_mismatch", "c-000000-01", "hashes", "curate.duplicates"):
         found(tmp_path, [judged_run.candidate(0, 0, 1, 0.9, 0.3, 1.0)])
 
 
-def test_memory_is_a_few_bytes_a_pair_and_none_for_pictures(tmp_path: Path) -> None:
+def test_memory_is_a_few_bytes_per_pair_and_none_for_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data = Dataset(tmp_path / "candidates", judged_run.records.schema(judged_run.records.PAIR))
     peaks = []
@@ -225,7 +225,9 @@ def test_vectors_find_what_comparing_every_two_finds(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("block", [1, 3, 512])
-def test_what_shows_the_same_drawn_anew_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_the_same_content_generated_again_is_a_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     monkeypatch.setattr(duplicates, "BLOCK", block)
     a, b, c = np.eye(64)[:3]
     near, far = turned(a, 0.97, 1), turned(a, 0.93, 2)
@@ -236,7 +238,7 @@ def test_what_shows_the_same_drawn_anew_repeats_it(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("block", [2, 512])
-def test_an_embedding_never_repeats_its_own_grid_and_has_a_twin_that_stays(
+def test_an_embedding_never_repeats_its_grid_and_has_a_twin_that_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(duplicates, "BLOCK", block)
@@ -262,6 +264,6 @@ def test_each_test_is_named_and_both_can_be_off(tmp_path: Path) -> None:
     assert found_by(tmp_path / "off", rows, hash=None) == {}
 
 
-def test_candidates_without_embeddings_are_told(tmp_path: Path) -> None:
+def test_candidates_without_embeddings_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c-000000-01 has no embeddings in its evidence; curate with curate\.dupl"):
         found_by(tmp_path, [row(0, 0, 1, 1, 1)], hash=4, embedding=0.9)

@@ -1,4 +1,4 @@
-"""Phones' and browsers' formats are opened, or it is said what to install; what a folder holds besides is named."""
+"""Formats of phones and browsers are opened, or the error says what to install; other files in a folder are listed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def near_red(image: Image.Image) -> bool:
 def test_heic_is_opened_where_its_plug_in_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
-    exif[0x0112] = 6  # cameras write it beside the file's own rotation, which the decoder has applied
+    exif[0x0112] = 6  # cameras also write the rotation that the decoder has applied
     path = tmp_path / "IMG_0001.HEIC"
     RED.save(path, "HEIF", quality=95, exif=exif)
     assert near_red(open_image(path)) and check_image(path)
@@ -59,7 +59,7 @@ def test_heic_is_opened_where_its_plug_in_is_installed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("brands", [(b"heic", b"mif1"), (b"mif1", b"heic"), (b"msf1", b"hevc")])
-def test_without_the_plug_in_it_is_said_what_to_install(
+def test_without_the_plug_in_the_message_names_what_to_install(
     tmp_path: Path, brands: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "_register_heif", lambda: False)  # as where it is not installed
@@ -70,7 +70,7 @@ def test_without_the_plug_in_it_is_said_what_to_install(
             look(path)
 
 
-def test_without_the_plug_in_nothing_else_is_asked_for() -> None:
+def test_without_the_plug_in_other_formats_work() -> None:
     code = """
         import sys
         sys.modules["pillow_heif"] = None  # not installed
@@ -105,7 +105,7 @@ def test_what_needs_no_plug_in_is_opened_where_heif_is_one_of_the_formats() -> N
         open_image(b"GIF89a", formats=("HEIF", "PNG"))
 
 
-def test_other_files_are_told_which_formats_there_are(tmp_path: Path) -> None:
+def test_the_error_for_other_files_lists_the_formats(tmp_path: Path) -> None:
     (tmp_path / "film.png").write_bytes(box(b"isom", b"mp42"))
     for look in (open_image, check_image):
         with raises("image_unreadable", "film.png", "PNG, ", "HEIC"):
@@ -131,8 +131,8 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_a_folder_of_references_names_what_it_leaves_out(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = plan({"reference": str(mixed), "prompt": "a cat"}, None, str(mixed.parent / "out/"))
-    assert [request.reference.name for request in found.requests if request.reference] == [
+    result = plan({"reference": str(mixed), "prompt": "a cat"}, None, str(mixed.parent / "out/"))
+    assert [request.reference.name for request in result.requests if request.reference] == [
         "a.png",
         "b.JFIF",
         "c.jpe",
@@ -148,7 +148,7 @@ def test_a_folder_of_references_names_what_it_leaves_out(mixed: Path, caplog: py
     assert len(pictures_in(mixed)) == 5 and "24 of 29" in said(caplog) and "and 19 more" in caplog.text
 
 
-def test_a_suite_of_ones_own_pictures_names_them_too(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_suite_of_local_images_lists_them_too(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     (mixed / "a.txt").write_text("a red thing\nat the beach")
     (mixed.parent / "prompts.txt").write_text("on the moon")
     suite = pictures.open_suite("folder", str(mixed.parent), size=16)

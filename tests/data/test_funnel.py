@@ -1,4 +1,4 @@
-"""The funnel counts every row once, at the step where it was lost, and reads no picture."""
+"""The funnel counts every row once, at the step where it was lost, and reads no image."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def steps(run: Path) -> dict[str, Any]:
 
 
 def test_every_lost_row_is_counted_once_where_it_was_lost(run: Path) -> None:
-    found = steps(run)
-    assert list(found) == ["prompted", "painted", "cut", "pre-filtered", "judged", "kept"]
-    counts = [(step["of"], step["count"], step["lost"]) for step in found.values()]
+    result = steps(run)
+    assert list(result) == ["prompted", "painted", "cut", "pre-filtered", "judged", "kept"]
+    counts = [(step["of"], step["count"], step["lost"]) for step in result.values()]
     assert counts == [
         (77, 77, {}),
         (77, 75, {"out of memory": 2}),
@@ -45,9 +45,9 @@ def test_every_lost_row_is_counted_once_where_it_was_lost(run: Path) -> None:
         (120, 120, {}),
         (120, 80, {"different": 40}),
     ]
-    assert [step["share"] for step in found.values()] == [1, 0.974, 0.9067, 0.8824, 1, 0.6667]
-    assert not any(step["waiting"] for step in found.values())
-    assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in found.values())
+    assert [step["share"] for step in result.values()] == [1, 0.974, 0.9067, 0.8824, 1, 0.6667]
+    assert not any(step["waiting"] for step in result.values())
+    assert all(step["of"] == step["count"] + sum(step["lost"].values()) for step in result.values())
 
 
 def test_a_reason_of_a_later_day_has_its_step(run: Path) -> None:
@@ -56,9 +56,9 @@ def test_a_reason_of_a_later_day_has_its_step(run: Path) -> None:
     for row, reason in zip(rows, ("text in the image", "undecided: no JSON", "undecided: no JSON"), strict=False):
         row |= {"kept": False, "reason": reason, "similarity": None}
     data.write_shard(0, rows)
-    found = steps(run)
-    assert found["pre-filtered"]["lost"] == {"near_copy": 16, "text in the image": 1}
-    assert found["judged"]["lost"] == {"undecided: no JSON": 2} and found["kept"]["count"] == 77
+    result = steps(run)
+    assert result["pre-filtered"]["lost"] == {"near_copy": 16, "text in the image": 1}
+    assert result["judged"]["lost"] == {"undecided: no JSON": 2} and result["kept"]["count"] == 77
     assert funnel.measure(run)["numbers"]["similarity"]["missing"] == 3
 
 
@@ -67,11 +67,11 @@ def test_an_unfinished_run_says_what_still_waits(run: Path) -> None:
     Dataset(run / "candidates").unpublish()
     for part in (run / "pairs").iterdir():
         part.unlink()
-    found = funnel.measure(run)
-    cut = found["steps"][2]
+    result = funnel.measure(run)
+    cut = result["steps"][2]
     assert cut["name"] == "cut" and cut["count"] == 50 and cut["waiting"] == 75 - 50 - 3
-    assert found["complete"] == {"prompts": True, "grids": True, "candidates": False, "pairs": False}
-    text = funnel.format_report(found)
+    assert result["complete"] == {"prompts": True, "grids": True, "candidates": False, "pairs": False}
+    text = funnel.format_report(result)
     assert "incomplete: candidates, pairs" in text[0] and "22 to come" in "\n".join(text)
 
 
@@ -79,25 +79,25 @@ def test_a_run_that_has_only_prompts_is_measured(run: Path) -> None:
     for name in ("grids", "candidates", "pairs"):
         for part in (run / name).iterdir():
             part.unlink()
-    found = funnel.measure(run)
-    assert [step["count"] for step in found["steps"]] == [77, 0, 0, 0, 0, 0] and found["numbers"] == {}
-    assert found["steps"][1]["waiting"] == 75 and found["steps"][3]["share"] is None
-    assert funnel.format_report(found)
+    result = funnel.measure(run)
+    assert [step["count"] for step in result["steps"]] == [77, 0, 0, 0, 0, 0] and result["numbers"] == {}
+    assert result["steps"][1]["waiting"] == 75 and result["steps"][3]["share"] is None
+    assert funnel.format_report(result)
 
 
 def test_numbers_and_balance_are_those_of_the_rows(run: Path) -> None:
-    found = funnel.measure(run)
-    similarity = found["numbers"]["similarity"]
+    result = funnel.measure(run)
+    similarity = result["numbers"]["similarity"]
     assert similarity["n"] == 144 and similarity["threshold"] == 0.5
     assert similarity["quantiles"]["min"] == 0.2 and similarity["quantiles"]["max"] == 0.99
     assert sum(similarity["histogram"]["all"]) == 144 and sum(similarity["histogram"]["kept"]) == 80
     rows = Dataset(run / "candidates").columns("subject", "kept")
-    by_name = found["balance"]["subject"]["by_name"]
+    by_name = result["balance"]["subject"]["by_name"]
     assert {name: row["kept"] for name, row in by_name.items()} == {
         kind: sum(row["kept"] for row in rows if row["subject"] == kind) for kind in judged_run.KINDS
     }
-    assert found["balance"]["subject"]["even"] == pytest.approx(3, abs=0.01)
-    assert found["balance"]["task"]["by_name"] == {"subject": {"pairs": 144, "kept": 80, "share": 0.5556}}
+    assert result["balance"]["subject"]["even"] == pytest.approx(3, abs=0.01)
+    assert result["balance"]["task"]["by_name"] == {"subject": {"pairs": 144, "kept": 80, "share": 0.5556}}
 
 
 def test_prompts_are_counted_by_the_grids_drawn_of_each(run: Path) -> None:
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_rows(run: Path) -> None:
     assert peaks[1] < peaks[0] * 1.2 and peaks[1] < 4e6, peaks
 
 
-def test_pictures_are_not_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_not_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
     real = funnel.batches
 
@@ -159,9 +159,9 @@ def test_quantiles_lie_between_the_neighbours_of_the_exact_rank(values: list[flo
     for start in range(0, len(values), 3):
         spread.add(values[start : start + 3])
     known = np.array([value for value in values if value is not None and value == value])
-    (found,) = spread.quantiles(share)
+    (result,) = spread.quantiles(share)
     low, high = np.quantile(known, share, method="lower"), np.quantile(known, share, method="higher")
-    assert low - CELL <= found <= high + CELL
+    assert low - CELL <= result <= high + CELL
     assert spread.count == len(known) and spread.missing == len(values) - len(known)
     assert sum(spread.histogram(spread.edges(7))) == len(known)
 

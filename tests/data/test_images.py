@@ -249,7 +249,7 @@ def test_sixteen_bit_and_float_grey_are_scaled_not_clipped() -> None:
         assert values.tolist() == [0, 128, 255]
 
 
-def test_the_same_picture_makes_the_same_png() -> None:
+def test_the_same_image_makes_the_same_png() -> None:
     first, again = gradient(), gradient()
     again.info["dpi"] = (72, 72)  # what a file brought along must not show
     again.info["icc_profile"] = b"x"
@@ -282,7 +282,7 @@ def test_every_kind_of_file_says_what_made_it(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "most"), [("PNG", 0), ("WEBP", 0), ("JPEG", 6)])
-def test_a_cell_is_of_the_kind_that_was_asked_for(kind: str, most: int) -> None:
+def test_a_cell_is_of_the_requested_kind(kind: str, most: int) -> None:
     cell = image_cell(gradient(), "c-000012-0", kind)
     assert Image.open(io.BytesIO(cell["bytes"])).format == kind and cell["path"] == "c-000012-0"
     seen = np.asarray(open_image(cell)).astype(int)
@@ -290,7 +290,7 @@ def test_a_cell_is_of_the_kind_that_was_asked_for(kind: str, most: int) -> None:
     assert image_cell(gradient())["bytes"] == encode_png(gradient())
 
 
-def test_what_others_write_into_a_comment_is_no_provenance(tmp_path: Path) -> None:
+def test_other_comments_are_not_provenance(tmp_path: Path) -> None:
     for number, comment in enumerate((b"ASCII\0\0\0{broken", b"ASCII\0\0\0[1]", b"UNICODE\0h\0i", b"ASCII\0\0\0{}")):
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0x9286] = comment
@@ -331,7 +331,7 @@ def test_the_limit_is_below_what_hurts() -> None:
 
 
 def profile(kind: str, gamma: float | None, name: str = "sRGB IEC61966-2.1") -> bytes:
-    """An ICC profile called `name` of a gamma (None: sRGB's own curve), for RGB, gray or CMYK values.
+    """An ICC profile called `name` of a gamma (None: the sRGB curve), for RGB, gray or CMYK values.
 
     RGB has sRGB's primaries. CMYK is a press on which only K prints, and gray rises with 1 - K.
     """
@@ -417,7 +417,7 @@ def test_an_srgb_profile_of_any_name_leaves_every_pixel() -> None:
     assert open_image(encoded(image, icc_profile=profile("RGB", None, "whatever"))).tobytes() == image.tobytes()
 
 
-def test_transparency_is_found_by_the_files_own_values_and_laid_over_after_the_profile() -> None:
+def test_transparency_is_read_from_the_values_in_the_file_and_applied_after_the_profile() -> None:
     image = Image.new("RGB", (2, 1), (55, 55, 55))
     image.putpixel((1, 0), (60, 60, 60))
     linear = profile("RGB", 1.0)

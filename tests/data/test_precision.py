@@ -19,13 +19,13 @@ def test_the_intervals_hold_the_truth_and_the_estimates_are_not_skewed() -> None
             Stratum(i < 2, len(all_), 0.0, tuple(Labelled(0.5, bool(s), 1) for s in rng.permutation(all_)[:n]))
             for i, (all_, n) in enumerate(zip(whole, drawn, strict=True))
         ]
-        found = precision.estimate(strata)
+        result = precision.estimate(strata)
         same = [int(all_.sum()) for all_ in whole]
         truth = {"precision": sum(same[:2]) / 900, "recall": sum(same[:2]) / sum(same)}
-        assert found.precision is not None and found.recall is not None
-        for name, measured in (("precision", found.precision), ("recall", found.recall)):
+        assert result.precision is not None and result.recall is not None
+        for name, measured in (("precision", result.precision), ("recall", result.recall)):
             held[name] += measured.low <= truth[name] <= measured.high
-        points.append([found.precision.value - truth["precision"], found.recall.value - truth["recall"]])
+        points.append([result.precision.value - truth["precision"], result.recall.value - truth["recall"]])
     assert all(0.9 <= n / rounds <= 0.995 for n in held.values()), held
     assert np.abs(np.mean(points, axis=0)).max() < 0.02
 
@@ -33,14 +33,14 @@ def test_the_intervals_hold_the_truth_and_the_estimates_are_not_skewed() -> None
 def test_the_weights_matter() -> None:
     few = Stratum(True, 900, 0.6, tuple(Labelled(0.7, True, 1) for _ in range(10)))
     many = Stratum(True, 100, 0.5, tuple(Labelled(0.5, False, 1) for _ in range(50)))
-    found = precision.estimate([few, many]).precision
-    assert found is not None and found.value == pytest.approx(0.9) and found.low < 0.9 < found.high
+    result = precision.estimate([few, many]).precision
+    assert result is not None and result.value == pytest.approx(0.9) and result.low < 0.9 < result.high
 
 
 def test_labels_of_one_side_only_say_nothing_of_recall() -> None:
     kept = Stratum(True, 10, 0.6, (Labelled(0.7, True, 3),))
-    found = precision.estimate([kept, Stratum(False, 10, 0.1)])
-    assert found.precision is not None and found.recall is None
+    result = precision.estimate([kept, Stratum(False, 10, 0.1)])
+    assert result.precision is not None and result.recall is None
     assert precision.estimate([Stratum(True, 10, 0.6)]).precision is None
 
 

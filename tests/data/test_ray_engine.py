@@ -143,7 +143,7 @@ def test_a_pool_larger_than_the_cluster_waits_for_room_without_holding_shards(en
     assert len(Dataset(tmp_path / "out").shards()) == 24
 
 
-def test_what_no_node_has_is_told_with_what_there_is(engine: Any, tmp_path: Path) -> None:
+def test_resources_that_no_node_has_are_an_error_with_those_of_the_cluster(engine: Any, tmp_path: Path) -> None:
     greedy = engine.of(engine.recipe.model_copy(update={"ray": Ray(wait=0.1, evaluate=Pool(gpus=4, cpus=2))}))
     with raises("process_failed", "2 CPUs, 4 GPUs", "ray.doubling", "3 CPUs, 0 GPUs"):
         stages.run(greedy, tmp_path, Doubling(), shards(2, 2))
@@ -175,7 +175,7 @@ def test_a_run_on_the_cluster_is_the_run_of_one_process(
     runs.run(spread, tmp_path / "spread", display=Display(quiet=True), engine="ray")
     there, here = plain_stages.data(tmp_path / "spread"), plain_stages.data(tmp_path / "alone")
     assert there.pop("recipe.yaml") != here.pop("recipe.yaml") and there == here
-    # What is asked of a cluster decides no row: the same run may go on without one.
+    # The resources of a cluster change no row, so the same run may resume without one.
     assert runs.run(recipe, tmp_path / "spread", display=Display(quiet=True))["stages"]["paint"]["processed"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Folders that the user may read and not write: data is read from them, and writing is refused with their name."""
+"""Read-only folders: data is read from them, and writing is an error that names them."""
 
 from __future__ import annotations
 

@@ -56,6 +56,6 @@ def test_select_follows_new_thresholds_without_a_judge(pair_rows: list[dict[str,
     assert all(row["kept"] and row["reason"] == "kept" for row in records.select(pair_rows, T))
 
 
-def test_select_never_revives_a_pair_refused_for_another_reason(pair_rows: list[dict[str, Any]]) -> None:
+def test_select_never_accepts_a_pair_rejected_for_another_reason(pair_rows: list[dict[str, Any]]) -> None:
     refused = {**pair_rows[0], "kept": False, "reason": "blurred"}
     assert records.select([refused], T) == []

@@ -1,4 +1,4 @@
-"""Other people's parquet as pairs: columns found or named, row groups read in place, local or over fsspec."""
+"""Parquet from other sources as pairs: columns recognized or named, row groups read in place, local or over fsspec."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def png(value: int) -> bytes:
 
 
 def table(rows: int, names: tuple[str, str, str] = ("conditioning", "image", "caption")) -> pa.Table:
-    """Row n shows colour n // 2 (two pairs of each reference) and colour n."""
+    """Row n shows color n // 2 (two pairs of each reference) and color n."""
     reference, target, text = names
     cells = {reference: [{"bytes": png(n // 2), "path": None} for n in range(rows)]}
     cells |= {target: [{"bytes": png(n), "path": None} for n in range(rows)]}
@@ -63,7 +63,7 @@ def test_the_released_data_set_is_read_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names", [("original_image", "edited_image", "edit_prompt"), ("input_image", "image", "instruction")]
 )
-def test_the_names_that_edit_data_sets_use_are_known(tmp_path: Path, names: tuple[str, str, str]) -> None:
+def test_the_column_names_of_edit_data_sets_are_recognized(tmp_path: Path, names: tuple[str, str, str]) -> None:
     row = rows_of(open_pairs(str(write(tmp_path / "edits", names=names))))[3]
     assert row["instruction"] == row["caption"] == "a cat, number 3"  # no caption there: the instruction is the text
     assert row["conditioning"]["bytes"] == png(1) and row["image"]["bytes"] == png(3)
@@ -114,7 +114,7 @@ def test_a_path_in_a_row_is_not_opened(tmp_path: Path) -> None:
         open_image(first["image"])
 
 
-def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+def test_data_that_cannot_be_read_is_a_one_line_error(tmp_path: Path) -> None:
     with raises("path_not_found", tmp_path / "missing"):
         open_pairs(str(tmp_path / "missing"))
     with raises("path_not_found", tmp_path, "parquet"):
@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_column_of_another_type_is_refused_by_training_and_import_alike(what: str, tmp_path: Path) -> None:
+def test_a_column_of_another_type_is_an_error_for_training_and_import(what: str, tmp_path: Path) -> None:
     column, values, holds = WRONG[what]
     folder = odd(tmp_path / "data", **{column: values})
     for read in (
@@ -178,7 +178,7 @@ def test_a_column_of_another_type_is_refused_by_training_and_import_alike(what: 
     assert not list(tmp_path.glob("out/*.parquet"))
 
 
-def test_a_type_that_changes_between_files_is_refused_with_the_file(tmp_path: Path) -> None:
+def test_a_type_that_changes_between_files_is_an_error_with_the_file(tmp_path: Path) -> None:
     odd(tmp_path / "data", name="0.parquet")
     with raises("row_invalid", "1.parquet", "'caption'"):
         open_pairs(odd(tmp_path / "data", name="1.parquet", caption=LISTS))

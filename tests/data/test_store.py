@@ -1,4 +1,4 @@
-"""The store publishes whole parts, the manifest last, and refuses what it did not make."""
+"""The store publishes whole parts, the manifest last, and rejects what it did not make."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_set_is_complete_only_with_its_manifest_and_every_part(url: str) -> No
         data.verify()
 
 
-def test_a_part_of_another_fingerprint_is_refused_not_mixed_in(url: str) -> None:
+def test_a_part_with_another_fingerprint_is_an_error(url: str) -> None:
     Dataset(url, PROMPTS).write_shard(0, [prompt(0)], "old")
     data = Dataset(url, PROMPTS)
     assert data.shards_done() == {0}
@@ -85,7 +85,7 @@ def test_the_same_rows_make_the_same_bytes_and_manifest(tmp_path: Path, pair_row
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_changed_part_is_found_by_its_hash(url: str) -> None:
+def test_a_changed_part_is_detected_by_its_hash(url: str) -> None:
     data = Dataset(url, PROMPTS)
     data.write_shard(0, [prompt(0)], "f")
     data.publish()
@@ -122,7 +122,7 @@ def test_rows_are_read_only_from_the_parts_that_the_manifest_names(url: str, rea
     assert read(data) != [] and Dataset(url).read_shard(0) == [prompt(0)]
 
 
-def test_one_flipped_byte_and_swapped_parts_are_found(tmp_path: Path) -> None:
+def test_one_flipped_byte_and_swapped_parts_are_detected(tmp_path: Path) -> None:
     data = Dataset(tmp_path, PROMPTS)
     for shard in range(3):
         data.write_shard(shard, [prompt(shard, prompt="x" * 50)], "f")

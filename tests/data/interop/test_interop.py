@@ -1,4 +1,4 @@
-"""Data in and out: 1,000 rows through every format and back, kills, damage, and what others' own loaders read."""
+"""Data in and out: 1,000 rows through every format and back, kills, damage, and what other loaders read."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def test_a_thousand_rows_go_out_and_come_back_the_same(name: str, thousand: Path
     assert out["rows"] == ROWS and not out["verified"]
     back = import_data(str(tmp_path / "out"), tmp_path / "back", name)
     assert back["rows"] == ROWS and back["failed"] == 0
-    found = {one["id"]: one for one in Dataset(tmp_path / "back")}
+    result = {one["id"]: one for one in Dataset(tmp_path / "back")}
     for n in range(ROWS):
-        wanted, got = row(n), found[f"c-{n:06d}-01"]
-        if not FORMATS[name].whole:  # these formats hold pictures, a name and one text
+        wanted, got = row(n), result[f"c-{n:06d}-01"]
+        if not FORMATS[name].whole:  # these formats store images, a name and one text
             assert got["caption"] == wanted["caption"]
             wanted, got = ({key: one[key] for key in ("conditioning", "image")} for one in (wanted, got))
         assert got == wanted
@@ -116,10 +116,10 @@ def test_the_instruction_can_be_the_text(name: str, few: Path, tmp_path: Path) -
     options = Options(text="instruction")
     export_data(str(few), tmp_path / "out", name, options)
     import_data(str(tmp_path / "out"), tmp_path / "back", name, options)
-    found = {one["id"]: one for one in Dataset(tmp_path / "back")}
-    assert found["c-000003-01"]["instruction"] == "show cat 3"
+    result = {one["id"]: one for one in Dataset(tmp_path / "back")}
+    assert result["c-000003-01"]["instruction"] == "show cat 3"
     if not FORMATS[name].whole:  # row 5 has no instruction: its caption is its text
-        assert found["c-000005-01"]["instruction"] == row(5)["caption"]
+        assert result["c-000005-01"]["instruction"] == row(5)["caption"]
 
 
 @pytest.mark.parametrize(("name", "loader"), [(n, n) for n in ("parquet", "webdataset", "imagefolder")])
@@ -127,7 +127,7 @@ def test_the_datasets_library_reads_what_is_written(name: str, loader: str, tmp_
     from datasets import load_dataset
 
     folder = tmp_path / "out"
-    rows = [row(3 * n) for n in range(6)]  # of one kind of picture: its reader of tars wants that
+    rows = [row(3 * n) for n in range(6)]  # of one image format, which its tar reader needs
     export_data(str(write(tmp_path / "pairs", rows)), folder, name)
     ending = {"parquet": "*.parquet", "webdataset": "*.tar"}.get(name)
     files: dict[str, Any] = {"data_files": str(folder / ending)} if ending else {"data_dir": str(folder)}
@@ -173,13 +173,13 @@ def test_other_trainers_find_what_they_look_for(few: Path, tmp_path: Path) -> No
     assert Path(backends["targets"]["instance_data_dir"], f"{stem}.txt").is_file()
     (item,) = (i for i in json.loads((tmp_path / "uno/data.json").read_text()) if i["diptych"]["id"] == stem)
     assert item["prompt"] == row(3)["caption"]
-    # As UNO's own loader joins them.
+    # As UNO's loader joins them.
     assert [(tmp_path / "uno" / path).is_file() for path in (*item["image_paths"], item["image_tgt_path"])] == [
         True
     ] * 2
 
 
-def test_a_row_that_curation_refused_is_not_exported(tmp_path: Path) -> None:
+def test_a_row_that_curation_rejected_is_not_exported(tmp_path: Path) -> None:
     rows = [row(n) | ({"kept": False, "reason": "same"} if n == 1 else {}) for n in range(3)]
     export_data(str(write(tmp_path / "pairs", rows)), tmp_path / "out", "imagefolder")
     lines = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_bytes().split(b"\n") if line]
@@ -365,7 +365,7 @@ def test_a_link_out_of_the_folder_is_not_followed(few: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_place_that_is_not_of_the_format_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+def test_a_path_without_the_format_is_a_one_line_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for place in ("missing", "empty"):
         with pytest.raises(UserError, match=place) as caught:
@@ -377,13 +377,13 @@ def test_a_tar_that_is_cut_short_says_where(few: Path, tmp_path: Path) -> None:
     export_data(str(few), tmp_path / "out", "webdataset")
     first = sorted((tmp_path / "out").glob("*.tar"))[0]
     whole = first.read_bytes()
-    for length in (3000, 1024 + 512):  # in the middle of a block; where a picture should begin
+    for length in (3000, 1024 + 512):  # in the middle of a block; where an image should begin
         first.write_bytes(whole[:length])
         with raises("file_damaged", "train-00000.tar", "incomplete"):
             import_data(str(tmp_path / "out"), tmp_path / "back", "webdataset")
 
 
-def test_a_verified_export_finds_a_disk_that_lies(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verified_export_detects_a_faulty_disk(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diptych.data.interop import folders
 
     honest = folders.put_small
@@ -400,7 +400,7 @@ def test_a_verified_export_finds_a_disk_that_lies(few: Path, tmp_path: Path, mon
 # ---- again, and after a kill
 
 
-def test_a_finished_one_is_left_alone_and_another_is_refused(few: Path, tmp_path: Path) -> None:
+def test_a_finished_one_is_left_alone_and_another_is_an_error(few: Path, tmp_path: Path) -> None:
     export_data(str(few), tmp_path / "out", "uno")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.name != ".lock"}
     assert export_data(str(few), tmp_path / "out", "uno")["rows"] == 6
@@ -444,8 +444,8 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(verb: str, thousand
         assert (out / started).read_bytes() == kept
 
     def files(folder: Path) -> dict[str, bytes]:
-        found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        return {path: data for path, data in found.items() if path != ".lock"}
+        result = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return {path: data for path, data in result.items() if path != ".lock"}
 
     assert files(out) == files(whole)
 
