@@ -10,9 +10,11 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from diptych.data import records
 from diptych.data.store import Dataset
@@ -72,27 +74,33 @@ def read(path: str | Path) -> dict[str, dict[str, str]]:
 
     UsageError for a file that cannot be read, and, with its number, for a line that is not a label.
     """
-    path = Path(path)
     try:
-        whole, end, rest = path.read_bytes().rpartition(b"\n")
+        lines = list(_lines(Path(path)))
     except OSError as error:
         raise UsageError("path_unreadable", f"cannot read {path}: {error.strerror or error}") from error
+    labels: dict[str, dict[str, str]] = {}
+    for where, row in lines:
+        try:
+            pair, label, labeller = row["id"], row["label"], row["labeller"]
+        except (KeyError, TypeError) as error:
+            raise UsageError("labels_invalid", f"{where}: not a label, {{id, label, labeller, time}}") from error
+        if not isinstance(pair, str) or not isinstance(labeller, str):
+            raise UsageError("labels_invalid", f"{where}: id and labeller must be text")
+        labels.setdefault(labeller, {})[pair] = _label(label, where)
+    return labels
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value) of each line, without an incomplete last one. The value is None for invalid JSON."""
+    whole, end, rest = path.read_bytes().rpartition(b"\n")
     if _is_json(rest):
         whole += end + rest
-    labels: dict[str, dict[str, str]] = {}
     for number, line in enumerate(decode(whole, str(path)).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            pair, label, labeller = row["id"], row["label"], row["labeller"]
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"{path} line {number}: not a label, {{id, label, labeller, time}}"
-            raise UsageError("labels_invalid", message) from error
-        if not isinstance(pair, str) or not isinstance(labeller, str):
-            raise UsageError("labels_invalid", f"{path} line {number}: id and labeller must be text")
-        labels.setdefault(labeller, {})[pair] = _label(label, f"{path} line {number}")
-    return labels
+        if line.strip():
+            value = None
+            with suppress(ValueError):
+                value = parse_json(line)
+            yield f"{path} line {number}", value
 
 
 def write_sheet(path: Path, rows: Iterable[Sequence[str]]) -> None:
@@ -164,18 +172,11 @@ def decided(run_dir: str | Path) -> dict[str, bool]:
     Empty if there is no file. UserError for an invalid line.
     """
     file, decisions = path(run_dir), {}
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, row in _lines(file) if file.is_file() else ():
         try:
-            row = parse_json(line)
             id, verdict = str(row["id"]), row["label"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break  # incomplete; the next decision removes it
-            message = f"{file} line {number}: not a decision, {{id, label, labeller, time}}"
-            raise UserError("labels_invalid", message) from None
+        except (KeyError, TypeError):
+            raise UserError("labels_invalid", f"{where}: not a decision, {{id, label, labeller, time}}") from None
         for same in (id, *records.mirrors(id)):
             decisions.pop(same, None)
         if verdict != "judge":
