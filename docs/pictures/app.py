@@ -1,9 +1,9 @@
-"""Pictures of the web app for docs/serve.md: `python docs/pictures/app.py [runs]`.
+"""Screenshots of the web app for docs/serve.md: `python docs/pictures/app.py [runs]`.
 
 `runs` is a folder of runs, as `make demo` makes; without it there are no tabs Data and Runs.
 
-Starts a server of its own, does in Chromium on each tab what the tab is for, and writes app-TAB-desk.png (light) and
-app-TAB-phone.png (dark) beside this file.
+The script starts a server, uses each tab in Chromium, and writes app-TAB-desk.png (light) and app-TAB-phone.png (dark)
+beside this file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REFERENCES = packaged("examples/references")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # fmt: skip
 SIZES = {"desk": (1100, 800, "light"), "phone": (390, 844, "dark")}
-TALLEST = 1500  # pixels of a picture; what is below it tells nothing new
+TALLEST = 1500  # pixels of a screenshot; the rest below it shows nothing new
 PATIENCE = 120_000  # milliseconds
 STORY = """a cat on the beach | One morning it set out.
 a cat in a forest, dim blue light from above | At night it was lost.
@@ -39,8 +39,8 @@ def create(page: Page) -> None:
     give(page, "reference", "cat")
     page.locator("#prompt textarea").fill("a cat on the beach, soft golden light from the left")
     page.locator("#seed input, #seed textarea").fill("7")
-    page.get_by_label("number input for Pictures").locator("visible=true").fill("2")
-    drawn(page, "#pictures", "Draw")
+    page.get_by_label("number input for Images").locator("visible=true").fill("2")
+    run(page, "#pictures", "Generate")
 
 
 def relight(page: Page) -> None:
@@ -48,15 +48,15 @@ def relight(page: Page) -> None:
     for light in ("soft golden light from the left", "dim blue light from above", "bright pink light from the right"):
         page.get_by_label(light).check()
     page.locator("#relight-seed input, #relight-seed textarea").fill("1")
-    drawn(page, "#relit", "Relight")
+    run(page, "#relit", "Relight")
 
 
 def story(page: Page) -> None:
     give(page, "story-reference", "cat")
     page.get_by_label("Title").fill("Far from home")
-    page.get_by_label("Panels, one a line").fill(STORY)
+    page.get_by_label("Panels, one per line").fill(STORY)
     page.locator("#story-seed input, #story-seed textarea").fill("3")
-    drawn(page, "#story", "Draw the story")
+    run(page, "#story", "Generate story")
 
 
 def data(page: Page) -> None:
@@ -65,7 +65,7 @@ def data(page: Page) -> None:
 
 def runs(page: Page) -> None:
     expect(page.locator("#run-state")).to_contain_text("candidates")
-    # The page asks again and again, so its network is never idle.
+    # The page polls, so its network is never idle.
     page.wait_for_function("[...document.images].every(image => image.complete)")
     page.wait_for_timeout(2000)
 
@@ -74,14 +74,14 @@ TABS = {"Create": create, "Relight": relight, "Story": story, "Data": data, "Run
 
 
 def give(page: Page, to: str, reference: str) -> None:
-    """A reference for one of the drop zones."""
+    """Adds a reference to one of the drop zones."""
     zone = page.locator(f".dq-drop[data-to={to}]")
     zone.locator("input").set_input_files(str(REFERENCES / f"{reference}.png"))
     expect(zone.locator("img")).not_to_have_js_property("naturalWidth", 0)
 
 
-def drawn(page: Page, where: str, button: str) -> None:
-    """Presses a button, and returns when its pictures are there."""
+def run(page: Page, where: str, button: str) -> None:
+    """Presses a button, and returns when its images are shown."""
     page.get_by_role("button", name=button, exact=True).locator("visible=true").click()
     page.wait_for_function(
         "where => document.querySelector(`${where} [data-status=done]`) && "
@@ -91,7 +91,7 @@ def drawn(page: Page, where: str, button: str) -> None:
 
 
 def keep(page: Page, tab: str, size: str) -> None:
-    """The page as a small PNG of at most 256 colours."""
+    """Saves the page as a small PNG of at most 256 colors."""
     page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
     shot = Image.open(io.BytesIO(page.screenshot(full_page=True, animations="disabled"))).convert("RGB")
     shot = shot.crop((0, 0, shot.width, min(shot.height, TALLEST)))
@@ -129,7 +129,7 @@ def visit(started: Any, server: Any, tabs: list[str]) -> None:
         for name in tabs:
             page = context.new_page()
             page.goto(f"{address.group()}/app/")
-            expect(page.locator("#about")).to_contain_text("draws")
+            expect(page.locator("#about")).to_contain_text("generates")
             page.get_by_role("tab", name=name, exact=True).click()
             TABS[name](page)
             keep(page, name, size)

@@ -1,7 +1,7 @@
-"""The nodes, thin over the library: load a student, draw with it, relight, enhance a prompt.
+"""The nodes, thin over the library: load a student, generate with it, relight, enhance a prompt.
 
-ComfyUI's pictures are float tensors (B, H, W, 3) in 0..1, its masks (B, H, W); the library's are PIL's. A 0 in a
-number whose tooltip says so means the model's own setting.
+ComfyUI's images are float tensors (B, H, W, 3) in 0..1, its masks (B, H, W); the library's are PIL images. For numbers
+whose tooltip says so, 0 means the model's default.
 """
 
 from __future__ import annotations
@@ -22,37 +22,40 @@ MEMORY = ["none", "auto", "8", "12", "16", "24", "48", "80"]
 SPEED = ["as released", "exact", "fast", "fastest"]
 
 
-def to_pictures(tensor: torch.Tensor) -> list[Image.Image]:
-    """(B, H, W, C) in 0..1 to RGB: 1 channel is gray, and a second or fourth one is transparency, laid over white as
-    the library does with files. UserError for an empty batch or another number of channels."""
+def to_images(tensor: torch.Tensor) -> list[Image.Image]:
+    """Converts (B, H, W, C) in 0..1 to RGB images.
+
+    One channel is gray. A second or fourth one is transparency, laid over white as for files. UserError for an empty
+    batch or another number of channels.
+    """
     if tensor.ndim != 4 or not len(tensor) or not 1 <= tensor.shape[-1] <= 4:
         shape = " × ".join(str(size) for size in tensor.shape)
-        raise UserError(f"an IMAGE is a batch of pictures with 1 to 4 channels, (B, H, W, C); this one is {shape}")
+        raise UserError("argument_type", f"An IMAGE must be a batch (B, H, W, C) with 1 to 4 channels, not {shape}.")
     pixels = (tensor.float().nan_to_num(0).clamp(0, 1) * 255).round().byte().cpu().numpy()
     if tensor.shape[-1] == 1:
         pixels = pixels[..., 0]
-    return [to_rgb(Image.fromarray(picture)) for picture in pixels]
+    return [to_rgb(Image.fromarray(image)) for image in pixels]
 
 
 def to_masks(tensor: torch.Tensor) -> list[Image.Image | None]:
-    """(B, H, W) or (H, W) in 0..1 to PIL; None where all is black: so Load Image says that nobody painted a mask."""
+    """Converts (B, H, W) or (H, W) in 0..1 to masks; None for an all-black one, as Load Image gives without a mask."""
     masks = tensor.reshape(-1, *tensor.shape[-2:])
-    drawn = to_pictures(masks[..., None].expand(*masks.shape, 3))
-    return [picture if mask.any() else None for picture, mask in zip(drawn, masks, strict=True)]
+    images = to_images(masks[..., None].expand(*masks.shape, 3))
+    return [image if mask.any() else None for image, mask in zip(images, masks, strict=True)]
 
 
-def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    """PIL to (B, H, W, 3), float32 in 0..1."""
-    return torch.stack([torch.from_numpy(np.asarray(p.convert("RGB"), dtype=np.float32) / 255) for p in pictures])
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """Converts images to (B, H, W, 3), float32 in 0..1."""
+    return torch.stack([torch.from_numpy(np.asarray(i.convert("RGB"), dtype=np.float32) / 255) for i in images])
 
 
-def settings(**asked: float) -> dict[str, Any]:
-    """Those that are set: 0 leaves the model's own."""
-    return {name: value for name, value in asked.items() if value}
+def settings(**options: float) -> dict[str, Any]:
+    """Returns the options that are set; 0 leaves the model's default."""
+    return {name: value for name, value in options.items() if value}
 
 
 def progress(total: int) -> Callable[..., dict[str, Any]]:
-    """A diffusers callback that moves ComfyUI's bar; outside ComfyUI it does nothing."""
+    """Returns a diffusers callback that advances ComfyUI's progress bar; outside ComfyUI it does nothing."""
     try:
         from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -67,23 +70,26 @@ def progress(total: int) -> Callable[..., dict[str, Any]]:
 
 
 def _scale(name: str) -> tuple[str, dict[str, Any]]:
-    tooltip = f"{OPTIONS[name].help} 0: the model's own."
+    tooltip = f"{OPTIONS[name].help} 0: the model's default."
     return ("FLOAT", {"default": 0.0, "min": 0.0, "max": 20.0, "step": 0.1, "tooltip": tooltip})
 
 
 SAMPLING: dict[str, Any] = {
     "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "tooltip": SEED}),
-    "steps": ("INT", {"default": 0, "min": 0, "max": 200, "tooltip": "0: the model's own."}),
+    "steps": ("INT", {"default": 0, "min": 0, "max": 200, "tooltip": "Sampling steps. 0: the model's default."}),
     "guidance": _scale("guidance"),
     "image_guidance": _scale("image_guidance"),
     "text_guidance": _scale("text_guidance"),
-    "size": ("INT", {"default": 0, "max": 4096, "step": 16, "tooltip": "Pixels of a side. 0: the model's own."}),
-    "fit": (list(FITS), {"tooltip": "How a reference that is not square becomes a panel."}),
+    "size": (
+        "INT",
+        {"default": 0, "max": 4096, "step": 16, "tooltip": "Image side in pixels. 0: the model's default."},
+    ),
+    "fit": (list(FITS), {"tooltip": "How to fit a reference that is not square."}),
 }
 
 
 class DiptychLoad:
-    """Opens a student once; the others use it."""
+    """Opens a student for the other nodes."""
 
     CATEGORY, FUNCTION = "diptych", "load"
     RETURN_TYPES, RETURN_NAMES = ("DIPTYCH_STUDENT",), ("student",)
@@ -94,12 +100,15 @@ class DiptychLoad:
         return {
             "required": {
                 "model": ("STRING", {"default": "pocket", "tooltip": "pocket, a folder, a .safetensors or .gguf file"}),
-                "base": ("STRING", {"default": "", "tooltip": "The teacher beside it, such as a FLUX.1-dev folder."}),
-                "memory": (MEMORY, {"tooltip": "Preset for a card of so many GiB; auto looks at the card."}),
-                "speed": (SPEED, {"tooltip": "exact changes nothing beyond rounding; the others trade quality."}),
+                "base": ("STRING", {"default": "", "tooltip": "Base model that supplies missing components."}),
+                "memory": (MEMORY, {"tooltip": "Memory preset for a GPU of N GiB; auto reads the GPU's memory."}),
+                "speed": (
+                    SPEED,
+                    {"tooltip": "exact equals the released sampler up to rounding; others trade quality."},
+                ),
             },
             "optional": {
-                "lora": ("STRING", {"default": "", "tooltip": "A LoRA file to add, or empty."}),
+                "lora": ("STRING", {"default": "", "tooltip": "LoRA file to add, or empty."}),
                 "lora_scale": ("FLOAT", {"default": 1.0, "min": -4.0, "max": 4.0, "step": 0.05}),
             },
         }
@@ -119,11 +128,11 @@ class DiptychLoad:
 
 
 class DiptychGenerate:
-    """Every picture of the batch is a reference; each gives one picture."""
+    """Generates one image for each reference of a batch."""
 
     CATEGORY, FUNCTION = "diptych", "generate"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
-    DESCRIPTION = "The reference's subject in the scene that the prompt says."
+    DESCRIPTION = "Shows the reference's subject in the scene of the prompt."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -151,28 +160,28 @@ class DiptychGenerate:
         fit: str,
         negative_prompt: str = "",
     ) -> tuple[torch.Tensor]:
-        references = to_pictures(reference)
-        asked = settings(
+        references = to_images(reference)
+        options = settings(
             steps=steps, guidance=guidance, image_guidance=image_guidance, text_guidance=text_guidance, size=size
         )
-        drawn = student.generate(
+        images = student.generate(
             references,
             prompt,
             seed=seed,
             fit=fit,
             negative_prompt=negative_prompt or None,
             callback_on_step_end=progress(len(references) * int(steps or student.sampling["steps"])),
-            **asked,
+            **options,
         )
-        return (to_tensor(drawn),)
+        return (to_tensor(images),)
 
 
 class DiptychRelight:
-    """Every picture of the batch under one light."""
+    """Relights each image of a batch."""
 
     CATEGORY, FUNCTION = "diptych", "relight"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
-    DESCRIPTION = "The same scene under another light, everything in its place."
+    DESCRIPTION = "Shows the same scene under another light, everything in its place."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -181,7 +190,7 @@ class DiptychRelight:
                 "student": ("DIPTYCH_STUDENT",),
                 "reference": ("IMAGE",),
                 "light": ("STRING", {"default": "soft golden light from the left"}),
-                "scene": ("STRING", {"default": "", "tooltip": "What the picture shows, if the model should be told."}),
+                "scene": ("STRING", {"default": "", "tooltip": "What the image shows, in words. It helps the model."}),
                 "detail": (
                     "FLOAT",
                     {
@@ -189,13 +198,13 @@ class DiptychRelight:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.05,
-                        "tooltip": "Share of the fine detail that is the reference's own.",
+                        "tooltip": "Share of the fine detail that comes from the reference.",
                     },
                 ),
                 **SAMPLING,
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "What is painted may change, the rest stays. Nothing painted: all may."})
+                "mask": ("MASK", {"tooltip": "The painted part may change, the rest stays. Unpainted: all may change."})
             },
         }
 
@@ -215,15 +224,15 @@ class DiptychRelight:
         fit: str,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        asked = settings(
+        options = settings(
             steps=steps, guidance=guidance, image_guidance=image_guidance, text_guidance=text_guidance, size=size
         )
-        pictures = to_pictures(reference)
+        references = to_images(reference)
         masks = [None] if mask is None else to_masks(mask)
-        bar = progress(len(pictures) * int(steps or student.sampling["steps"]))
-        drawn = [
+        bar = progress(len(references) * int(steps or student.sampling["steps"]))
+        images = [
             student.relight(
-                picture,
+                image,
                 light,
                 scene=scene,
                 detail=detail,
@@ -231,21 +240,21 @@ class DiptychRelight:
                 seed=seed,
                 fit=fit,
                 callback_on_step_end=bar,
-                **asked,
+                **options,
             )
-            for number, picture in enumerate(pictures)
+            for number, image in enumerate(references)
         ]
-        return (to_tensor(drawn),)
+        return (to_tensor(images),)
 
 
 class DiptychEnhance:
-    """A vision-language model sees the reference and fills the prompt out, in the user's own words."""
+    """Extends the prompt with a vision-language model that sees the reference. The user's words stay."""
 
     CATEGORY, FUNCTION = "diptych", "enhance"
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("prompt",)
     DESCRIPTION = (
-        "Fills a prompt out from the reference, the first of a batch. "
-        "The key, if one is needed, is read from DIPTYCH_LLM_KEY."
+        "Extends a prompt from the reference, the first of a batch. "
+        "The API key, if one is needed, is read from DIPTYCH_LLM_KEY."
     )
 
     @classmethod
@@ -254,16 +263,19 @@ class DiptychEnhance:
             "required": {
                 "reference": ("IMAGE",),
                 "prompt": ("STRING", {"multiline": True, "default": "a cat on the beach"}),
-                "endpoint": ("STRING", {"default": "", "tooltip": "OpenAI-compatible; empty: $DIPTYCH_LLM_URL."}),
-                "model": ("STRING", {"default": "", "tooltip": "Empty: $DIPTYCH_LLM_MODEL."}),
+                "endpoint": (
+                    "STRING",
+                    {"default": "", "tooltip": "OpenAI-compatible address. Empty: $DIPTYCH_LLM_URL."},
+                ),
+                "model": ("STRING", {"default": "", "tooltip": "Model name. Empty: $DIPTYCH_LLM_MODEL."}),
             }
         }
 
     def enhance(self, reference: torch.Tensor, prompt: str, endpoint: str, model: str) -> tuple[str]:
         from diptych.apps.enhance import endpoint_of, enhance
 
-        found = endpoint_of(endpoint.strip() or None, model.strip() or None)
-        return (enhance(prompt, to_pictures(reference)[0], found),)
+        chosen = endpoint_of(endpoint.strip() or None, model.strip() or None)
+        return (enhance(prompt, to_images(reference)[0], chosen),)
 
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
@@ -274,7 +286,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 }
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "DiptychLoad": "Load student (diptych)",
-    "DiptychGenerate": "Draw from reference (diptych)",
+    "DiptychGenerate": "Generate from reference (diptych)",
     "DiptychRelight": "Relight (diptych)",
     "DiptychEnhance": "Enhance prompt (diptych)",
 }

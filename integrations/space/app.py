@@ -1,6 +1,6 @@
-"""A student as a Gradio Space, in one file: a reference, a prompt and a seed in, a picture out.
+"""A student as a Gradio Space, in one file: a reference, a prompt and a seed give an image.
 
-DIPTYCH_MODEL=pocket python app.py        # or owner/name; DIPTYCH_BASE names its teacher where it needs one
+DIPTYCH_MODEL=pocket python app.py        # or owner/name; DIPTYCH_BASE is its teacher, if it needs one
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ student = Student.load(MODEL, os.environ.get("DIPTYCH_BASE") or None, progress_b
 
 
 def draw(reference: str | None, prompt: str, seed: float):
-    """The reference's subject as the prompt asks. What is wrong with a request is shown in the page."""
+    """Generates an image of the reference's subject that follows the prompt. Errors are shown on the page."""
     if reference is None:
-        raise gr.Error("give a reference picture")
+        raise gr.Error("Add a reference image.")
     try:
         return student.generate(reference, prompt, seed=int(seed))
     except UserError as error:
@@ -30,10 +30,10 @@ page = gr.Interface(
     draw,
     [
         gr.Image(label="Reference", type="filepath"),
-        gr.Textbox(label="Prompt", placeholder="what the new picture shows, the whole of it"),
+        gr.Textbox(label="Prompt", placeholder="everything the new image shows"),
         gr.Number(label="Seed", value=0, precision=0, minimum=0),
     ],
-    gr.Image(label="Picture", type="pil", format="png"),
+    gr.Image(label="Image", type="pil", format="png"),
     title=f"diptych: {MODEL}",
     api_name="draw",
     flagging_mode="never",

@@ -106,7 +106,7 @@ def test_without_a_tokenizer_no_text_is_taken_for_shorter_than_clip_makes_it(tex
 
 def test_the_drawing_model_s_own_tokenizer_counts_where_it_has_one(tmp_path: Path) -> None:
     length = enhance.length_of("pocket")
-    assert length.most == 32  # that teacher reads no more
+    assert length.limit == 32  # that teacher reads no more
     assert length.count("a cat") == 4 and length.count("a cat " * 40) == 82
     assert enhance.merge("a cat", "a cat", "a cat " + "on the moon " * 8, length) == "a cat " + "on the moon " * 7 + (
         "on the moon"
@@ -114,13 +114,13 @@ def test_the_drawing_model_s_own_tokenizer_counts_where_it_has_one(tmp_path: Pat
     assert enhance.merge("a cat", "a dog", "a cat " + "on the moon " * 10, length) == "a cat, a dog"
     (tmp_path / "student").mkdir()
     by_base = enhance.length_of(str(tmp_path / "student"), "pocket")
-    assert (by_base.most, by_base.count("a cat")) == (32, 4)
+    assert (by_base.limit, by_base.count("a cat")) == (32, 4)
     assert enhance.length_of(str(tmp_path / "student")) is enhance.ESTIMATED
-    with pytest.raises(UsageError, match="unknown student model"):
+    with pytest.raises(UsageError, match="no such model"):
         enhance.length_of("no such model")
     (tmp_path / "student" / "tokenizer").mkdir()
     (tmp_path / "student" / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"')
-    with pytest.raises(UserError, match=r"tokenizer_config.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
         enhance.length_of(str(tmp_path / "student"))
 
 
@@ -134,11 +134,11 @@ def test_a_model_that_gives_no_answer_leaves_the_prompt_and_a_dead_one_is_told(
     serve: Serve, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert enhance.enhance(PROMPT, picture, quick(serve(lambda call: say("no JSON")))) == PROMPT
-    assert "the prompt is used as it is: the answer holds no JSON" in caplog.text
+    assert "the prompt stays unchanged" in caplog.text
     with raises("endpoint_refused"):
         enhance.enhance(PROMPT, picture, quick(serve(lambda call: refuse(401, "no"))))
     assert enhance.enhance(PROMPT, picture, None) == PROMPT
-    assert "--enhance needs a vision-language model" in caplog.text
+    assert "--enhance-endpoint" in caplog.text
     assert enhance.enhance(PROMPT, None, quick(serve(merging))) == PROMPT
 
 
@@ -159,7 +159,7 @@ def test_the_endpoint_comes_from_the_options_or_the_environment(monkeypatch: pyt
     monkeypatch.setenv(enhance.KEY, "sk-secret-secret")
     found = enhance.endpoint_of("http://option/v1", "mine")
     assert found and (found.base_url, found.model, found.api_key_env) == ("http://option/v1", "mine", enhance.KEY)
-    with pytest.raises(UsageError, match="--enhance-endpoint must be an address") as caught:
+    with raises("option_invalid", "--enhance-endpoint", kind=UsageError) as caught:
         enhance.endpoint_of("sk-secret-secret", "mine")
     assert "secret" not in str(caught.value)
 

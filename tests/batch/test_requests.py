@@ -9,6 +9,7 @@ import pytest
 
 from diptych.apps import batch
 from diptych.errors import UsageError
+from raising import raises
 
 
 def test_a_prompt_may_hold_whatever_unicode_calls_the_end_of_a_line(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_a_prompt_may_hold_whatever_unicode_calls_the_end_of_a_line(tmp_path: Pa
 
 def test_a_row_nested_beyond_reason_is_named(tmp_path: Path) -> None:
     (tmp_path / "jobs.jsonl").write_text("\n" + "[" * 100_000)
-    with pytest.raises(UsageError, match=r"jobs\.jsonl:2: not JSON"):
+    with raises("json_invalid", "jobs.jsonl:2", kind=UsageError):
         batch.plan({}, tmp_path / "jobs.jsonl", tmp_path / "out")
 
 

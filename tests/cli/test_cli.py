@@ -181,8 +181,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate --reference {picture}", 2, "error[option_missing]: missing option --prompt"),
         ("generate --reference {picture} --prompt x --out x.gif", 2, ".png"),
         ("generate --reference {picture} --prompt x --preview x.gif", 2, ".png"),
-        ("generate --reference {picture} --prompt x --prompt y", 2, "2 pictures need a folder"),
-        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "one file for 2 pictures"),
+        ("generate --reference {picture} --prompt x --prompt y", 2, "2 images need a folder"),
+        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "one file for 2 images"),
         ("generate --reference {picture} --prompt x --fit croop", 2, "did you mean 'crop'"),
         ("generate --reference {picture} --prompt x --background blu", 2, "did you mean 'blue'"),
         ("generate --batch nope.jsonl --out x", 1, "nope.jsonl: cannot be read"),
@@ -255,11 +255,11 @@ def test_many_pictures_are_drawn_once_and_failures_are_the_exit_code(
     broken.write_bytes(b"no picture")
     args = ["generate", "--prompt", "a cat", "--prompt", "a dog", "--seed", "1", "--seed", "2", "--out", str(out)]
     code, stdout, err = call(capsys, *args, "--reference", str(picture))
-    assert (code, "4 drawn" in err) == (0, True)
+    assert (code, "4 generated" in err) == (0, True)
     assert sorted(stdout.split()) == sorted(str(path) for path in out.iterdir())
     code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken))
     assert (code, stdout) == (1, "")
-    assert "0 drawn, 4 there already, 4 failed" in err and "error[rows_failed]: 4 of 8 " in err
+    assert "0 generated, 4 unchanged, 4 failed" in err and "error[rows_failed]: 4 of 8 " in err
     code, stdout, err = call(capsys, *args, "--reference", str(picture), "--reference", str(broken), "--json")
     result = json.loads(stdout)
     assert (code, len(result["skipped"]), len(result["failed"]), result["pictures"]) == (1, 4, 4, [])

@@ -10,8 +10,8 @@ import pytest
 from diptych.apps import audit, precision
 from diptych.data import records
 from diptych.data.store import Dataset
-from diptych.errors import UserError
 from known_truth import STEPS, at
+from raising import raises
 
 
 def test_the_population_is_what_reached_the_judge_once_a_pair(known: tuple[Path, dict[str, str]]) -> None:
@@ -19,12 +19,12 @@ def test_the_population_is_what_reached_the_judge_once_a_pair(known: tuple[Path,
     assert sample.population == len(sample.pairs) == 200 and sample.left_out == 20
     assert {pair.id for pair in sample.pairs} == {id for id in known[1] if id.endswith("-01")}
     assert sum(band.size for band in sample.bands if band.kept) == 100
-    assert all(band.drawn == band.size for band in sample.bands)
+    assert all(band.sampled == band.size for band in sample.bands)
 
 
 def test_a_sample_is_dense_near_the_threshold_and_its_weights_are_known(known: tuple[Path, dict[str, str]]) -> None:
     sample = audit.draw(known[0], 80, 0)
-    drawn = {(band.kept, band.name): (band.size, band.drawn) for band in sample.bands}
+    drawn = {(band.kept, band.name): (band.size, band.sampled) for band in sample.bands}
     assert sum(count for _, count in drawn.values()) == len(sample.pairs) == 80
     for kept in (True, False):
         near, far = drawn[kept, "near"], drawn[kept, "far"]
@@ -102,5 +102,5 @@ def test_two_labellers_are_compared_and_their_disputes_left_out(known: tuple[Pat
 def test_a_run_without_judged_pairs_says_what_comes_first(known: tuple[Path, Any]) -> None:
     for part in (known[0] / "candidates").iterdir():
         part.unlink()
-    with pytest.raises(UserError, match="no pair that a judge decided on; first: diptych curate"):
+    with raises("run_incomplete", known[0], "diptych curate"):
         audit.draw(known[0], 10, 0)

@@ -97,6 +97,6 @@ def test_no_text_of_a_run_is_run(server: AuditServer, browser: Any) -> None:
     check(page, EVIL)
     page.keyboard.press("d")
     playwright.expect(page.locator("#count")).to_contain_text("all done")
-    assert server.said == {pairs[0].id: "same", EVIL: "different"}
+    assert server.answers == {pairs[0].id: "same", EVIL: "different"}
     check(page, EVIL)
     page.close()

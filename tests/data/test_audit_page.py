@@ -56,7 +56,7 @@ def test_the_page_serves_the_sample_and_nothing_that_tells_the_verdict(server: A
     state = json.loads(ask(server, "GET", "/state")[2])
     assert [set(pair) for pair in state["pairs"]] == [{"id", "subject"}] * 12
     assert [pair["id"] for pair in state["pairs"]] == [pair.id for pair in server.sample.pairs]
-    assert state["said"] == {state["pairs"][0]["id"]: "unsure"} and "same individual" in state["question"]
+    assert state["answers"] == {state["pairs"][0]["id"]: "unsure"} and "same individual" in state["question"]
     rows = {row["id"]: row for row in Dataset(server.sample.run / "candidates")}
     for pair in state["pairs"]:
         for side, column in (("reference", "conditioning"), ("target", "image")):
@@ -132,7 +132,7 @@ def test_a_killed_session_has_every_label_and_the_next_one_reports(known: tuple[
     process.communicate(timeout=120)
     process, port = begin()
     state = json.loads(ask(port, "GET", "/state")[2])
-    assert state["said"] == {pair["id"]: truth[pair["id"]] for pair in pairs[:7]}
+    assert state["answers"] == {pair["id"]: truth[pair["id"]] for pair in pairs[:7]}
     for pair in pairs[7:]:
         assert ask(port, "POST", "/label", {"id": pair["id"], "label": truth[pair["id"]]})[0] == 200
     assert ask(port, "POST", "/finish", {})[0] == 200

@@ -46,7 +46,7 @@ def test_read_only_folders_are_read_and_not_written(tmp_path: Path) -> None:
     try:
         said = python(f"""
             from pathlib import Path
-            from diptych.apps.batch import draw, plan
+            from diptych.apps.batch import generate, plan
             from diptych.utils.console import Display
             from diptych.data.interop.importing import import_data
             from diptych.data.places import lock
@@ -58,13 +58,14 @@ def test_read_only_folders_are_read_and_not_written(tmp_path: Path) -> None:
             def never():
                 raise AssertionError("a model is loaded though its images could not be written")
 
+            quiet = Display(quiet=True)
             references = {{"reference": str(data / "image"), "prompt": "a cat"}}
             for what in (
                 lambda: import_data(out, data, "parquet"),
                 lambda: import_data(str(data), data / "inside", "imagefolder"),
                 lambda: lock(data / "image").__enter__(),
-                lambda: draw(plan(references, None, f"{{data}}/"), {{"model": "pocket"}}, never, Display(quiet=True)),
-                lambda: draw(plan(references, None, f"{{data}}/x/"), {{"model": "pocket"}}, never, Display(quiet=True)),
+                lambda: generate(plan(references, None, f"{{data}}/"), {{"model": "pocket"}}, never, quiet),
+                lambda: generate(plan(references, None, f"{{data}}/x/"), {{"model": "pocket"}}, never, quiet),
             ):
                 try:
                     what()

@@ -16,6 +16,7 @@ from PIL import Image
 from diptych import Student
 from diptych.errors import UserError
 from diptych.pocket import world
+from raising import raises
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 REFERENCE = Path(__file__).parents[2] / "examples" / "references" / "cat.png"
@@ -116,16 +117,16 @@ def test_pictures_of_any_channels_are_what_the_library_opens(nodes: Any, mode: s
     picture = picture.convert(mode)
     pixels = np.asarray(picture, dtype=np.float32).reshape(picture.height, picture.width, -1) / 255
     batch = torch.from_numpy(pixels).to(dtype)[None].repeat(2, 1, 1, 1)
-    seen = nodes.nodes.to_pictures(batch)
+    seen = nodes.nodes.to_images(batch)
     assert len(seen) == 2 and {one.mode for one in seen} == {"RGB"}
     apart = np.abs(np.asarray(seen[1], dtype=int) - np.asarray(to_rgb(picture), dtype=int))
     assert apart.max() <= (0 if dtype is torch.float32 else 4)
 
 
-def test_what_is_no_batch_of_pictures_is_refused(nodes: Any) -> None:
+def test_a_tensor_that_is_not_a_batch_of_images_is_rejected(nodes: Any) -> None:
     for shape in ((0, 8, 8, 3), (8, 8, 3), (1, 8, 8, 5), (1, 8, 8, 0)):
-        with pytest.raises(UserError, match=str(shape[-2])):
-            nodes.nodes.to_pictures(torch.zeros(shape))
+        with raises("argument_type", shape[-2]):
+            nodes.nodes.to_images(torch.zeros(shape))
 
 
 def test_a_prompt_stays_as_it_is_without_an_endpoint(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:

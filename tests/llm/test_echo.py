@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from diptych.apps.story import Told, write_panels
-from diptych.errors import UserError
+from diptych.apps.story import WrittenPanel, write_panels
 from diptych.judges.vlm import VlmJudge, answer_type
 from diptych.llm import schema
 from diptych.llm.client import Client
@@ -21,6 +20,7 @@ from diptych.stages.curate.captioning import BRIEF, Words
 from diptych.stages.write import llm_writer
 from llm.chat_server import Call, Serve, say
 from llm.counting import Make
+from raising import raises
 
 SUBJECT = tasks.load("subject")
 
@@ -49,7 +49,7 @@ def test_a_judge_that_repeats_the_schema_has_no_vote(serve: Serve, endpoint: Mak
 
 
 def test_a_story_of_the_schema_s_words_is_none(serve: Serve) -> None:
-    with pytest.raises(UserError):
+    with raises("reply_invalid"):
         write_panels("a cat at sea", 4, Endpoint(base_url=serve(parrot).url, model="t", backoff=0.01, retries=0))
 
 
@@ -98,8 +98,8 @@ def test_what_only_shares_words_with_it_is_not(text: str) -> None:
     [
         (Words, {"description": "The target, as the first brief asks", "instruction": "make it night"}),
         (Words, {"description": "a cat on the moon", "instruction": "As the second brief asks."}),
-        (Told, {"shows": "What the panel shows: character, action, place, light.", "says": "He ran."}),
-        (Told, {"shows": "a cat at sea", "says": "The sentence below it."}),
+        (WrittenPanel, {"shows": "What the panel shows: character, action, place, light.", "says": "He ran."}),
+        (WrittenPanel, {"shows": "a cat at sea", "says": "The sentence below it."}),
     ],
 )
 def test_the_words_of_every_schema_are_known(answer: type[BaseModel], values: dict[str, str]) -> None:

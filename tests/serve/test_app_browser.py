@@ -74,7 +74,7 @@ def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(pag
     page.get_by_role("button", name="More settings").locator("visible=true").click()
     page.locator("#steps input, #steps textarea").fill("4")
     seed = page.locator("#seed input, #seed textarea")
-    first = pictures(page, "#pictures", "Draw")
+    first = pictures(page, "#pictures", "Generate")
     after = page.locator("#pictures .dq-compare img.after")
     playwright.expect(after).to_have_css("clip-path", "inset(0px 0px 0px 0%)")  # the picture covers its reference
     page.get_by_label("from the reference").fill("25")
@@ -83,11 +83,11 @@ def test_a_reference_and_a_prompt_make_a_picture_and_its_seed_makes_it_again(pag
     page.keyboard.press("Enter")
     playwright.expect(seed).not_to_have_value("")
     playwright.expect(page.locator("#pictures figcaption")).to_contain_text(f"seed {seed.input_value()}")
-    again = pictures(page, "#pictures", "Draw")
+    again = pictures(page, "#pictures", "Generate")
     seed.fill(str(int(seed.input_value()) + 1))
-    other = pictures(page, "#pictures", "Draw")
+    other = pictures(page, "#pictures", "Generate")
     assert pixels(first[0]) == pixels(again[0]) != pixels(other[0])
-    playwright.expect(page.locator("#pictures")).to_contain_text("does not know 'spaceport'")
+    playwright.expect(page.locator("#pictures")).to_contain_text("'spaceport'")
 
 
 CARRY = """([selector, data, kind]) => {
@@ -115,10 +115,10 @@ def test_what_is_being_drawn_can_be_stopped(page: Any) -> None:
     page.locator("#prompt textarea").fill("a cat")
     page.get_by_role("button", name="More settings").locator("visible=true").click()
     page.locator("#steps input, #steps textarea").fill("100")
-    page.get_by_label("number input for Pictures").locator("visible=true").fill("8")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Drawing: step")
-    playwright.expect(page.locator("#pictures")).to_contain_text("from text alone")
+    page.get_by_label("number input for Images").locator("visible=true").fill("8")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Generating: step")
+    playwright.expect(page.locator("#pictures")).to_contain_text("text alone")
     playwright.expect(page.locator("#pictures img[alt=preview]").first).to_be_visible()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
     playwright.expect(page.locator("#pictures [role=status]")).to_contain_text("Stopped")
@@ -126,7 +126,7 @@ def test_what_is_being_drawn_can_be_stopped(page: Any) -> None:
 
 def test_a_picture_is_relit_under_several_lights_where_its_mask_is_white(page: Any, tmp_path: Path) -> None:
     open_tab(page, "Relight")
-    playwright.expect(page.get_by_text("only the light changes")).to_contain_text("beyond it")
+    playwright.expect(page.get_by_text("Only the light changes")).to_contain_text("small model")
     give(page, "relight-reference", CAT)
     cat = Image.open(CAT).convert("RGB")
     mask = Image.new("L", cat.size, 0)
@@ -145,25 +145,25 @@ def test_a_picture_is_relit_under_several_lights_where_its_mask_is_white(page: A
     right = (side // 2 + 1, 0, side, side)
     kept = [Image.open(io.BytesIO(data)).convert("RGB").crop(right).tobytes() for data in (blue, pink)]
     assert kept[0] == kept[1]  # the black half stays
-    strip = page.get_by_role("link", name="Save all as one strip").get_attribute("href")
+    strip = page.get_by_role("link", name="Save as a strip").get_attribute("href")
     saved = page.request.get(page.evaluate("path => new URL(path, location).href", strip), timeout=PATIENCE)
     assert Image.open(io.BytesIO(saved.body())).width == 2 * side + 2
 
 
 def test_a_story_of_four_panels_becomes_a_page_to_save(page: Any) -> None:
     open_tab(page, "Story")
-    playwright.expect(page.get_by_text("No language model is set up here")).to_be_visible()
+    playwright.expect(page.get_by_text("has no language model")).to_be_visible()
     give(page, "story-reference", CAT)
     page.get_by_label("Title").fill("Far from home")
     lines = ["a cat on the beach | Day one.", "a cat in a forest", "a cat on the moon"]
-    panels = page.get_by_label("Panels, one a line")
+    panels = page.get_by_label("Panels, one per line")
     panels.fill("\n".join(lines))
     page.get_by_role("button", name="More settings").locator("visible=true").click()
     page.locator("#story-steps input, #story-steps textarea").fill("2")
-    page.get_by_role("button", name="Draw the story").click()
+    page.get_by_role("button", name="Generate story").click()
     playwright.expect(page.locator("#story [role=alert]")).to_contain_text("4 to 10 panels, not 3")
     panels.fill("\n".join([*lines, "a cat sleeping in a kitchen | Home."]))
-    sheet, *drawn = pictures(page, "#story", "Draw the story")
+    sheet, *drawn = pictures(page, "#story", "Generate story")
     assert len(drawn) == 4 and len({pixels(data) for data in drawn}) == 4
     told = Image.open(io.BytesIO(sheet))
     assert told.width == 1240 and json.loads(told.info["diptych"])["title"] == "Far from home"
@@ -174,7 +174,7 @@ def test_a_story_of_four_panels_becomes_a_page_to_save(page: Any) -> None:
     seeds = page.locator("#story-seed input, #story-seed textarea").input_value().split()
     assert len(seeds) == 4
     page.locator("#story-seed input, #story-seed textarea").fill(" ".join([*seeds[:3], "7"]))
-    _, *again = pictures(page, "#story", "Draw the story")
+    _, *again = pictures(page, "#story", "Generate story")
     equal = [pixels(a) == pixels(b) for a, b in zip(drawn, again, strict=True)]
     assert equal == [True, True, True, False]
 
@@ -204,21 +204,21 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     panel = page.locator("#pairs")
     playwright.expect(panel).to_contain_text("pairs")
     playwright.expect(panel.locator("img").first).not_to_have_js_property("naturalWidth", 0)
-    choose(page, "Pairs", "kept")
+    choose(page, "Pairs", "accepted")
     panel.locator(f"[data-pair='{before[0]}']").get_by_role("button", name="Reject").click()
-    playwright.expect(page.locator("#told")).to_contain_text("0 accepted and 1 rejected")
+    playwright.expect(page.locator("#decisions")).to_contain_text("0 accepted and 1 rejected")
     for id in gone:
         card = panel.locator(f"[data-pair='{id}']")
         playwright.expect(card).to_contain_text(records.REJECTED)
-        playwright.expect(card).not_to_contain_text("kept")
+        playwright.expect(card).not_to_contain_text("accepted")
         playwright.expect(card.get_by_role("button", name="Reject")).to_have_attribute("aria-pressed", "true")
-    choose(page, "Pairs", "refused")
-    playwright.expect(panel.locator(f"[data-pair='{refused}']")).to_contain_text("refused: different")
+    choose(page, "Pairs", "rejected")
+    playwright.expect(panel.locator(f"[data-pair='{refused}']")).to_contain_text("rejected: different")
     panel.locator(f"[data-pair='{refused}']").get_by_role("button", name="Accept").focus()
     page.keyboard.press("Enter")
-    playwright.expect(page.locator("#told")).to_contain_text("1 accepted and 1 rejected")
+    playwright.expect(page.locator("#decisions")).to_contain_text("1 accepted and 1 rejected")
     page.get_by_role("button", name="Apply decisions").click()
-    playwright.expect(page.locator("#told")).to_contain_text("The run first-decided has")
+    playwright.expect(page.locator("#decisions")).to_contain_text("The run first-decided has")
     assert {row["id"] for row in Dataset(runs.parent / "first-decided" / "pairs")} == {*before, *come} - {*gone}
     assert {path: path.read_bytes() for path in whole} == whole  # the run itself is as it was
 
@@ -226,15 +226,15 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     playwright.expect(slider).to_have_value("0.3")
     slider.fill("0.6")
     slider.press("Enter")
-    playwright.expect(page.locator("#funnel")).to_contain_text("would go")
+    playwright.expect(page.locator("#funnel")).to_contain_text("more rejected")
     page.get_by_label("Name of a new run").fill("stricter")
-    page.get_by_role("button", name="Make it").click()
+    page.get_by_role("button", name="Start run").click()
     playwright.expect(page.locator("#funnel")).to_contain_text("The run stricter has")
     stricter = list(Dataset(runs.parent / "stricter" / "pairs"))
     assert stricter and all(row["similarity"] >= 0.6 or row["id"] in come for row in stricter)
     choose(page, "Run", "first-decided")
     page.get_by_role("button", name="Apply decisions").click()
-    playwright.expect(page.locator("#told [role=alert]")).to_contain_text("follows all decisions already")
+    playwright.expect(page.locator("#decisions [role=alert]")).to_contain_text("has all decisions already")
 
     open_tab(page, "Runs")
     state = page.locator("#run-state")
@@ -242,7 +242,7 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     playwright.expect(state.get_by_role("img", name="loss")).to_be_visible()
     playwright.expect(state.get_by_role("img", name="samples, step-000040")).not_to_have_js_property("naturalWidth", 0)
     with page.expect_popup() as report:
-        state.get_by_role("link", name="The report").click()
+        state.get_by_role("link", name="Report").click()
     playwright.expect(report.value.locator("p")).to_have_text("report")
 
 
@@ -251,9 +251,9 @@ def test_a_wrong_file_and_an_empty_prompt_are_told_plainly(page: Any, tmp_path: 
     wrong.write_text("these are my notes")
     zone = page.locator(".dq-drop[data-to=reference]")
     zone.locator("input").set_input_files(str(wrong))
-    playwright.expect(zone.locator("[role=alert]")).to_contain_text("This file cannot be used. image: not an image")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    playwright.expect(page.locator("#pictures [role=alert]")).to_contain_text("Say in the prompt")
+    playwright.expect(zone.locator("[role=alert]")).to_contain_text("This file cannot be used. image: ")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    playwright.expect(page.locator("#pictures [role=alert]")).to_contain_text("Write a prompt")
 
 
 def test_gradios_own_doors_to_files_are_shut(app: Running) -> None:

@@ -71,13 +71,13 @@ def page(app: Running, visitor: Any) -> Iterator[Any]:
 
 def test_an_idea_becomes_panels_to_change_and_to_draw(page: Any, model: ChatServer) -> None:
     open_tab(page, "Story")
-    assert page.get_by_text("No language model is set up here").count() == 0
-    panels = page.get_by_label("Panels, one a line")
-    page.get_by_role("button", name="Write the panels").click()
-    playwright.expect(page.get_by_text("Say in a line what happens")).to_be_visible()
-    page.get_by_label("An idea").fill("a cat who wants to see the sea")
+    assert page.get_by_text("has no language model").count() == 0
+    panels = page.get_by_label("Panels, one per line")
+    page.get_by_role("button", name="Write panels").click()
+    playwright.expect(page.get_by_text("Describe the story in a line")).to_be_visible()
+    page.get_by_label("Idea").fill("a cat who wants to see the sea")
     page.get_by_label("number input for Panels").locator("visible=true").fill("5")
-    page.get_by_role("button", name="Write the panels").click()
+    page.get_by_role("button", name="Write panels").click()
     playwright.expect(panels).to_have_value("\n".join(
         f"a cat {place.replace('|', '/')} | Day {number}." for number, place in enumerate(PLACES, 1)
     ))  # fmt: skip
@@ -90,7 +90,7 @@ def test_an_idea_becomes_panels_to_change_and_to_draw(page: Any, model: ChatServ
     give(page, "story-reference", CAT)
     page.get_by_role("button", name="More settings").locator("visible=true").click()
     page.locator("#story-steps input, #story-steps textarea").fill("2")
-    sheet, *drawn = pictures(page, "#story", "Draw the story")
+    sheet, *drawn = pictures(page, "#story", "Generate story")
     assert sheet.startswith(b"\x89PNG") and len(drawn) == 5
     playwright.expect(page.locator("#story figcaption").nth(1)).to_contain_text("a cat in a forest / dark")
 
@@ -98,10 +98,10 @@ def test_an_idea_becomes_panels_to_change_and_to_draw(page: Any, model: ChatServ
 def test_a_prompt_is_filled_out_from_the_reference(page: Any, model: ChatServer) -> None:
     prompt = page.locator("#prompt textarea")
     prompt.fill("a cat on the moon")
-    page.get_by_role("button", name="Enhance the prompt").click()
-    playwright.expect(page.get_by_text("Give a reference and a prompt first")).to_be_visible()
+    page.get_by_role("button", name="Enhance prompt").click()
+    playwright.expect(page.get_by_text("Add a reference and a prompt first")).to_be_visible()
     give(page, "reference", CAT)
-    page.get_by_role("button", name="Enhance the prompt").click()
+    page.get_by_role("button", name="Enhance prompt").click()
     playwright.expect(prompt).to_have_value(LONGER)
     shown = model.calls[-1].body["messages"][1]["content"]
     assert any(part["type"] == "image_url" for part in shown)
@@ -109,9 +109,9 @@ def test_a_prompt_is_filled_out_from_the_reference(page: Any, model: ChatServer)
 
 def test_a_model_that_refuses_is_told_plainly_and_costs_nothing_of_the_page(page: Any) -> None:
     open_tab(page, "Story")
-    panels = page.get_by_label("Panels, one a line")
+    panels = page.get_by_label("Panels, one per line")
     panels.fill("my own first panel")
-    page.get_by_label("An idea").fill("a cat who wants to break out")
-    page.get_by_role("button", name="Write the panels").click()
+    page.get_by_label("Idea").fill("a cat who wants to break out")
+    page.get_by_role("button", name="Write panels").click()
     playwright.expect(page.get_by_text("no such model")).to_be_visible()
     playwright.expect(panels).to_have_value("my own first panel")

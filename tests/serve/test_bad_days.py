@@ -73,7 +73,7 @@ def test_a_full_disk_is_said_with_its_reason_and_drawing_goes_on_once_there_is_r
                 client.post("/v1/images/edits", files={"image": cat}, data={"prompt": "a cat"}),
             ):
                 assert answer.status_code == 507 and "full" in answer.json()["error"]["message"]
-                assert answer.json()["error"]["code"] == "insufficient_storage" and "retry-after" in answer.headers
+                assert answer.json()["error"]["code"] == "storage_full" and "retry-after" in answer.headers
             assert client.get("/v1/jobs/before-the-full-disk").json()["status"] in ("queued", "running")
             for path in ("", "/images", "/page", "/events"):  # what is there can be read
                 assert client.get(f"/v1/jobs/{done}{path}").status_code == 200

@@ -18,6 +18,7 @@ from diptych import Student
 from diptych.errors import UsageError
 from diptych.serve.auth import Authenticator
 from diptych.serve.config import Limits, ServerSettings
+from raising import raises
 from serve.running import TOKENS, Running
 
 ANA, BEN = ({"Authorization": f"Bearer {TOKENS[name]}"} for name in ("ana", "ben"))
@@ -69,7 +70,7 @@ def test_proxies_that_are_named_are_believed(student: Student, tmp_path: Path) -
 
 @pytest.mark.parametrize("proxy", ["*", "proxy.example.org", "", "10.0.0.0/99"])
 def test_a_proxy_is_an_address(tmp_path: Path, proxy: str) -> None:
-    with pytest.raises(UsageError, match="--trusted-proxy"):
+    with raises("server_config_invalid", "--trusted-proxy", kind=UsageError):
         ServerSettings(folder=tmp_path, proxies=(proxy,))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from diptych import Student
 from diptych.errors import UsageError
 from diptych.serve.config import Limits, ServerSettings
+from raising import raises
 from serve.running import TOKENS, Running
 
 PATHS = ("/v1/models", "/v1/jobs", "/metrics", "/docs", "/openapi.json", "/", "/app/", "/nothing", "/v1/jobs/12345678")
@@ -192,7 +193,7 @@ def test_tokens_are_in_no_log(guarded: Running, caplog: pytest.LogCaptureFixture
 
 
 def test_other_machines_are_let_in_only_with_tokens(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--token-file"):
+    with raises("server_config_invalid", "0.0.0.0", "--token-file", kind=UsageError):
         ServerSettings(folder=tmp_path, host="0.0.0.0")
     ServerSettings(folder=tmp_path, host="0.0.0.0", tokens=TOKENS)
 

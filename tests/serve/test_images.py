@@ -18,6 +18,7 @@ from diptych import Student
 from serve.running import CAT, Running
 
 QUICK = {"steps": 2, "seed": 5}
+INVALID = "request_invalid"
 
 
 @pytest.fixture
@@ -103,44 +104,47 @@ def test_requests_that_come_together_are_drawn_together_and_alike(server: Runnin
 
 
 @pytest.mark.parametrize(
-    ("given", "says", "param"),
+    ("given", "code", "fact", "param"),
     [
-        ({"prompt": "a cat", "stepss": 3}, "did you mean 'steps'", "stepss"),
-        ({"prompt": "a cat", "size": "1024x1024"}, "is too large; this model draws", "size"),
-        ({"prompt": "a cat", "steps": 101}, "at most 100 are allowed, not 101", "steps"),
-        ({"prompt": "a cat", "n": 11}, "at most 10", "n"),
-        ({"prompt": "a cat", "quality": "hd"}, "nothing this model can do", "quality"),
-        ({"prompt": "a cat", "steps": "many"}, 'steps: must be a whole number from 1 to 100, not "many"', "steps"),
-        ({"prompt": "a cat", "steps": 2.5}, "steps: must be a whole number from 1 to 100, not 2.5", "steps"),
-        ({"prompt": "a cat", "n": 0}, "n: must be a whole number from 1 to 10, not 0", "n"),
-        ({"prompt": "a cat", "size": "12x"}, "size: must be WIDTHxHEIGHT in pixels, one number, or auto", "size"),
-        ({"prompt": "a cat", "output_format": "pngg"}, 'must be png, webp or jpeg, not "pngg"; did you mean', None),
-        ({"prompt": "a cat", "wait": "perhaps"}, "wait: must be true or false", "wait"),
-        ({"prompt": "a cat", "job": "x"}, "job: must be 8 to 64 letters", "job"),
-        ({"prompt": "a cat", "input_fidelity": "hgih"}, 'must be low or high, not "hgih"; did you mean', None),
-        ({"prompt": ["a cat"]}, "prompt: must be text", "prompt"),
-        ({}, "prompt: missing; it must be text", "prompt"),
-        ({"prompt": "   "}, "prompt is empty", None),
-        ({"prompt": "a cat", "reference": "https://example.com/cat.png"}, "fetches nothing", "reference"),
-        ({"prompt": "a cat", "reference": "file:///etc/passwd"}, "fetches nothing", "reference"),
-        ({"prompt": "a cat", "reference": "/etc/passwd"}, "not base64", "reference"),
-        ({"prompt": "a cat", "background": "no colour"}, "unknown colour", None),
+        ({"prompt": "a cat", "stepss": 3}, INVALID, "did you mean 'steps'", "stepss"),
+        ({"prompt": "a cat", "size": "1024x1024"}, "size_invalid", "1024x1024", "size"),
+        ({"prompt": "a cat", "steps": 101}, INVALID, "at most 100 are allowed, not 101", "steps"),
+        ({"prompt": "a cat", "n": 11}, INVALID, "10", "n"),
+        ({"prompt": "a cat", "quality": "hd"}, INVALID, "'hd'", "quality"),
+        ({"prompt": "a cat", "steps": "many"}, INVALID, 'a whole number from 1 to 100, not "many"', "steps"),
+        ({"prompt": "a cat", "steps": 2.5}, INVALID, "a whole number from 1 to 100, not 2.5", "steps"),
+        ({"prompt": "a cat", "n": 0}, INVALID, "a whole number from 1 to 10, not 0", "n"),
+        ({"prompt": "a cat", "size": "12x"}, INVALID, "WIDTHxHEIGHT in pixels, one number, or auto", "size"),
+        ({"prompt": "a cat", "output_format": "pngg"}, INVALID, 'png, webp or jpeg, not "pngg"; did you mean', None),
+        ({"prompt": "a cat", "wait": "perhaps"}, INVALID, "true or false", "wait"),
+        ({"prompt": "a cat", "job": "x"}, INVALID, "8 to 64 letters", "job"),
+        ({"prompt": "a cat", "input_fidelity": "hgih"}, INVALID, 'low or high, not "hgih"; did you mean', None),
+        ({"prompt": ["a cat"]}, INVALID, "text", "prompt"),
+        ({}, INVALID, "text", "prompt"),
+        ({"prompt": "   "}, None, "prompt", None),
+        ({"prompt": "a cat" * 1000}, "text_invalid", "4,000", "prompt"),
+        ({"prompt": "a cat", "reference": "https://example.com/cat.png"}, INVALID, "base64", "reference"),
+        ({"prompt": "a cat", "reference": "file:///etc/passwd"}, INVALID, "base64", "reference"),
+        ({"prompt": "a cat", "reference": "/etc/passwd"}, INVALID, "base64", "reference"),
+        ({"prompt": "a cat", "background": "no color"}, None, "no color", None),
     ],
 )
-def test_wrong_use_is_told_in_openais_shape(
-    client: httpx.Client, given: dict[str, Any], says: str, param: str | None
+def test_wrong_use_is_reported_in_openais_shape_with_the_code(
+    client: httpx.Client, given: dict[str, Any], code: str | None, fact: str, param: str | None
 ) -> None:
     answer = client.post("/v1/images/generations", json=given)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error"
-    assert says in error["message"] and (param is None or error["param"] == param)
+    assert fact in error["message"] and (param is None or error["param"] == param)
+    assert code is None or error["code"] == code
 
 
-def test_the_client_raises_its_own_errors(ours: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="not an image"):
+def test_the_openai_client_raises_errors_with_our_codes(ours: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="image"):
         ours.images.edit(image=("cat.png", b"no picture at all"), prompt="a cat")
-    with pytest.raises(openai.BadRequestError, match="whole image is generated"):
+    with pytest.raises(openai.BadRequestError, match="mask") as refused:
         ours.images.edit(image=CAT.open("rb"), mask=CAT.open("rb"), prompt="a cat")
+    assert (refused.value.code, refused.value.param) == (INVALID, "mask")
 
 
 def test_a_model_is_retrieved_by_its_name(ours: openai.OpenAI) -> None:
@@ -184,27 +188,30 @@ def test_an_edit_may_be_json_with_the_picture_inside(client: httpx.Client, cat: 
 
 
 @pytest.mark.parametrize(
-    ("given", "says", "param"),
+    ("given", "code", "fact", "param"),
     [
-        ({}, "send one picture, not 0", "image"),
-        ({"image": ["YQ==", "YQ=="]}, "send one picture, not 2", "image"),
-        ({"image": "https://example.com/cat.png"}, "fetches nothing", "image"),
-        ({"image": "not base64!"}, "not base64", "image"),
-        ({"images": [{"file_id": "file-1"}]}, "image_url", "images"),
-        ({"image": "YQ==", "mask": "YQ=="}, "unknown parameter 'mask'", "mask"),
-        ({"image": 3}, "image: must be text or a list of values, each text, not 3", None),
-        (b"{", "not valid JSON", None),
-        (b"[" * 100_000, "not valid JSON", None),
-        (b"[]", "a JSON object", None),
+        ({}, INVALID, "not 0", "image"),
+        ({"image": ["YQ==", "YQ=="]}, INVALID, "not 2", "image"),
+        ({"image": "https://example.com/cat.png"}, INVALID, "base64", "image"),
+        ({"image": "not base64!"}, INVALID, "base64", "image"),
+        ({"images": [{"file_id": "file-1"}]}, INVALID, "image_url", "images"),
+        ({"image": "YQ==", "mask": "YQ=="}, INVALID, "'mask'", "mask"),
+        ({"image": 3}, INVALID, "text or a list of values, each text, not 3", None),
+        (b"{", "json_invalid", "", None),
+        (b"[" * 100_000, "json_invalid", "", None),
+        (b"[]", "json_invalid", "", None),
     ],
     ids=str,
 )
-def test_a_wrong_edit_in_json_is_told(client: httpx.Client, given: Any, says: str, param: str | None) -> None:
+def test_a_wrong_edit_in_json_is_rejected(
+    client: httpx.Client, given: Any, code: str, fact: str, param: str | None
+) -> None:
     json_ = {"Content-Type": "application/json"}
     body = given if isinstance(given, bytes) else json.dumps({"prompt": "a cat", **given}).encode()
     answer = client.post("/v1/images/edits", content=body, headers=json_)
     error = answer.json()["error"]
-    assert answer.status_code == 400 and says in error["message"] and (param is None or error["param"] == param)
+    assert answer.status_code == 400 and fact in error["message"] and error["code"] == code
+    assert param is None or error["param"] == param
 
 
 def test_answers_jobs_and_streams_have_the_warnings_that_the_log_has(

@@ -11,10 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import pytest
+import torch
 from PIL import Image
 
 from diptych import Student
 from diptych.serve.config import Limits, ServerSettings
+from diptych.student.pipeline import DiptychPipeline
 from serve.running import CAT, TOKENS, Running
 
 LONG = {"prompt": "a cat", "steps": 60, "wait": False}
@@ -53,6 +56,18 @@ def test_progress_comes_by_events_beside_the_request_that_waits(server: Running,
     assert again["data"][0]["b64_json"] == answer[0].data[0].b64_json and again["job"] == "beside-it"
 
 
+def test_a_job_that_fails_has_the_code_of_its_error(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(DiptychPipeline, "__call__", full)
+    answer = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1, "job": "out-of-memory"})
+    job = client.get("/v1/jobs/out-of-memory").json()
+    error = answer.json()["error"]
+    assert (answer.status_code, job["status"]) == (400, "failed")
+    assert (error["message"], error["code"]) == (job["error"], job["code"]) and "memory" in error["message"]
+
+
 def test_a_job_that_is_given_up_stops_at_once(client: httpx.Client) -> None:
     first = client.post("/v1/images/generations", json=LONG)
     second = client.post("/v1/images/generations", json={**LONG, "prompt": "a dog"})
@@ -63,7 +78,7 @@ def test_a_job_that_is_given_up_stops_at_once(client: httpx.Client) -> None:
     after = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 1})
     assert after.status_code == 200
     assert events(client, first.json()["id"])[-1][0] == "cancelled"
-    assert client.get(f"/v1/jobs/{first.json()['id']}/images").json()["error"]["code"] == "cancelled"
+    assert client.get(f"/v1/jobs/{first.json()['id']}/images").json()["error"]["code"] == "job_failed"
 
 
 def test_a_request_sent_again_under_its_name_finds_its_job(client: httpx.Client) -> None:
@@ -73,7 +88,7 @@ def test_a_request_sent_again_under_its_name_finds_its_job(client: httpx.Client)
     at_once = client.post("/v1/images/generations", json={**asked, "wait": False})
     assert at_once.status_code == 202 and at_once.json()["status"] == "done"  # how to answer names no other request
     other = client.post("/v1/images/generations", json={**asked, "prompt": "a dog"})
-    assert other.status_code == 400 and "another request" in other.json()["error"]["message"]
+    assert other.status_code == 400 and other.json()["error"]["param"] == "job"
     names = [job["id"] for job in client.get("/v1/jobs").json()["data"]]
     assert names.count("my-own-name") == 1
 
@@ -119,7 +134,7 @@ def test_a_request_that_waits_too_long_is_told_so_and_given_up_unless_it_has_a_n
             late = client.post("/v1/images/generations", json={"prompt": "a cat", "steps": 90})
             named = client.post("/v1/images/generations", json={"prompt": "a dog", "steps": 90, "job": "go-on-with-it"})
             for answer in (late, named):
-                assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+                assert answer.status_code == 504 and answer.json()["error"]["code"] == "job_timeout"
             found = {job["prompt"]: job["status"] for job in client.get("/v1/jobs").json()["data"]}
             assert found["a cat"] == "cancelled" and found["a dog"] in ("queued", "running")
     finally:

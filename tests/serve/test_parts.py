@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.serve import auth, worker
 from diptych.serve.job_store import TRIES, JobStore
 from diptych.serve.limits import RateLimit
 from diptych.serve.runs import Runs
+from raising import raises
 
 REQUEST = {"kind": "images", "texts": ["a cat"] * 9, "reference": None, "mask": None, "options": {}}
 
@@ -51,8 +52,16 @@ def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_
         found.append(store.recover())
     assert found == [(1, 0)] * (TRIES - 1) + [(0, 1)]
     job = store.job("ana", "a")
-    assert job and job["status"] == "failed" and "stopped" in job["error"]
+    assert job and job["status"] == "failed" and "stopped" in job["error"] and job["request"]["code"] == "job_failed"
     assert store.picture("a-0") == ("ana", "PNG", b"drawn")
+
+
+def test_a_failed_job_has_the_code_of_its_error(store: JobStore) -> None:
+    add(store, "a")
+    (task,) = store.take(1)
+    store.fail(task.job, "Memory ran out.", "memory_insufficient")
+    job = store.job("ana", "a")
+    assert job and (job["error"], job["request"]) == ("Memory ran out.", {**REQUEST, "code": "memory_insufficient"})
 
 
 def test_one_server_a_file(store: JobStore) -> None:
@@ -60,7 +69,7 @@ def test_one_server_a_file(store: JobStore) -> None:
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("SELECT * FROM jobs")
     other.close()
-    with pytest.raises(UserError, match="choose another --data"):
+    with raises("path_unwritable", store.path.parent, "--data"):
         JobStore(store.path.parent)
 
 
@@ -92,7 +101,7 @@ def test_tokens_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch
     monkeypatch.delenv(auth.VARIABLE)
     for text in ("short", "a b c", "ana x y", "", "ana ana-0123456789abcdef\nana ben-0123456789abcdef"):
         file.write_text(text)
-        with pytest.raises(UsageError) as error:
+        with raises("server_config_invalid", file, kind=UsageError) as error:
             auth.read(str(file))
         assert "0123456789abcdef" not in str(error.value)
 
@@ -124,16 +133,16 @@ def test_the_watermark_is_found_by_its_key_alone_and_through_a_jpeg(size: tuple[
     assert np.abs(np.asarray(marked, np.int16) - np.asarray(plain, np.int16)).max() <= worker.STRENGTH
     assert (
         worker.score(marked, "ours")
-        > worker.SURE
+        > worker.CERTAIN
         > max(abs(worker.score(plain, "ours")), abs(worker.score(marked, "another")))
     )
     if size[0] > 100:
         out = io.BytesIO()
         marked.save(out, "JPEG", quality=85)
-        assert worker.score(Image.open(out), "ours") > worker.SURE
+        assert worker.score(Image.open(out), "ours") > worker.CERTAIN
 
 
-def test_a_run_that_was_not_chosen_is_asked_for(tmp_path: Path) -> None:
-    for name, says in ((None, "choose one"), ("", "choose one"), ("other", "there is no 'other'")):
-        with pytest.raises(UsageError, match=says):
+def test_a_run_that_is_not_chosen_or_not_listed_is_an_error(tmp_path: Path) -> None:
+    for name, fact in ((None, "run: "), ("", "run: "), ("other", "'other'")):
+        with raises("run_not_found", fact, kind=UsageError):
             Runs(tmp_path).of(name)

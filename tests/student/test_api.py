@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -277,7 +278,7 @@ def test_the_command_says_in_one_line_what_is_wrong_with_a_model(
     out, err = capfd.readouterr()
     assert code in (1, 2) and out == "" and not (tmp_path / "out").exists()
     lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("error[") and named in lines[0], err
+    assert len(lines) == 1 and named in json.loads(lines[0])["error"]["message"], err
     assert "DIPTYCH_DEBUG" not in lines[0], "a mistake that was foreseen"
 
 

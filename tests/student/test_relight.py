@@ -21,6 +21,7 @@ from diptych.pocket import world
 from diptych.student.callbacks import Hold, held_latents
 from diptych.student.canvas import Canvas, fit_image, split_tokens
 from diptych.student.sampling import FITS
+from raising import raises
 
 LIGHT = "dim blue light from above"
 SIDE = world.PANEL
@@ -64,7 +65,7 @@ def test_another_aligned_task_is_a_file(pocket: Student, render: Image.Image, tm
     path.write_text(yaml.safe_dump({**values, "name": "mine"}))
     image = pocket.relight(render, "in winter", task=str(path), steps=1)
     assert image.info["prompt"] == "in this season: in winter" and image.info["task"] == "mine"
-    with pytest.raises(UsageError, match="'subject' moves things about"):
+    with raises("task_unsuited", "'subject'", kind=UsageError):
         pocket.relight(render, "in winter", task="subject")
 
 
@@ -205,17 +206,19 @@ def test_blurring_keeps_the_mean_and_a_flat_picture() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"light": "  "}, "the light is empty"),
-        ({"light": []}, "at least one light"),
-        ({"detail": 1.5}, "detail 1.5 is a number from 0 to 1"),
-        ({"reference": None}, "missing a reference"),
-        ({"mask": Image.new("L", (16, SIDE), 255)}, f"the mask has 16×{SIDE} pixels and the reference {SIDE}×{SIDE}"),
-        ({"mask": Image.new("L", (SIDE, SIDE), 0)}, "black everywhere"),
+        ({"light": "  "}, "(?i)light"),
+        ({"light": []}, "light"),
+        ({"detail": 1.5}, r"0 to 1.*1\.5"),
+        ({"reference": None}, "reference"),
+        ({"mask": Image.new("L", (16, SIDE), 255)}, f"16×{SIDE}.*{SIDE}×{SIDE}"),
+        ({"mask": Image.new("L", (SIDE, SIDE), 0)}, "mask.*black"),
         ({"task": "relihgt"}, "did you mean 'relight'"),
-        ({"size": 30}, "not a multiple of 16"),
+        ({"size": 30}, "16"),
     ],
 )
-def test_what_does_not_fit_is_refused(pocket: Student, render: Image.Image, options: dict[str, Any], says: str) -> None:
+def test_arguments_that_do_not_fit_are_rejected(
+    pocket: Student, render: Image.Image, options: dict[str, Any], says: str
+) -> None:
     given: dict[str, Any] = {"reference": render, "light": LIGHT, **options}
     with pytest.raises(UsageError, match=says):
         pocket.relight(given.pop("reference"), given.pop("light"), **given)

@@ -1,1 +1,1 @@
-"""What people do with a student: pictures, batches, other light, stories; and the audit of a run's pairs."""
+"""Applications of a student: images, batches, relighting, stories; and the audit of a run's pairs."""

@@ -1,15 +1,16 @@
 """The audit of a run: a sample of its pairs, for people to label in a browser or a spreadsheet.
 
-    sample = draw("runs/first", 200, seed=0)    # `precision.report` says what the labels mean
+    sample = draw("runs/first", 200, seed=0)    # `precision.report` evaluates the labels
 
-The population is what reached the judge's decision: a pair refused as a copy or for its cut says nothing about the
-judge. Half of the sample comes from the kept and half from the refused pairs, on each side four times as densely in the
-quarter nearest to the threshold as in the farther half. The sizes of the strata are known, so estimates are weighted
-back. A pair is drawn by the hash of its id, so a larger sample holds the smaller one, and shards do not matter.
+The population is the pairs that reached the judge's decision, since a pair rejected as a copy or for its cut says
+nothing about the judge. Half of the sample comes from the accepted and half from the rejected pairs. On each side the
+quarter nearest to the threshold is sampled four times as densely as the farther half. The sizes of the strata are
+known, so estimates are weighted back. Pairs are chosen by the hash of their id, so a larger sample includes the smaller
+one, and shards do not matter.
 
-The page is served to this machine only and shows one pair at a time. The labeller sees neither the judge's number nor
-its verdict. Pictures come from the run's parquet, by the id of a sampled pair and nothing else. A label is on the disk
-before the page goes on.
+The page is served to this machine only and shows one pair at a time. The labeler sees neither the judge's number nor
+its verdict. Images are read from the run's parquet, only by the id of a sampled pair. A label is on the disk before the
+page shows the next pair.
 """
 
 from __future__ import annotations
@@ -35,70 +36,70 @@ from diptych.data.scan import batches, open_run, row
 from diptych.data.store import Dataset
 from diptych.errors import UserError
 from diptych.utils.documents import parse_json
-from diptych.utils.io import write_atomic
+from diptych.utils.io import make_folder, write_atomic
 
 HOST = "127.0.0.1"
-MOST = 10_000  # bytes of a request's body
+MAX_BODY = 10_000  # bytes of a request's body
 POLICY = "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-# A side's quarter nearest to the threshold, the quarter after it, and the rest; and their shares of the side's sample.
+# Of each side: the quarter nearest to the threshold, the next quarter, the rest; and their shares of the sample.
 BANDS = {"near": (0.0, 0.25, 0.5), "middle": (0.25, 0.5, 0.25), "far": (0.5, 1.0, 0.25)}
 SMALL = ("id", "grid_id", "reference_panel", "target_panel", "similarity", "kept", "reason")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledPair:
     """A pair of the sample."""
 
     id: str
     subject: str
     shard: int
-    number: int  # of its row in the shard
+    number: int  # row in the shard
     stratum: int
     similarity: float
-    above: int  # pairs of its stratum whose similarity is at least this one's
+    above: int  # pairs of its stratum with at least this similarity
 
 
 @dataclass(frozen=True)
 class Band:
-    """A stratum and how many of it are drawn."""
+    """A stratum and the number of its pairs in the sample."""
 
     name: str
     kept: bool
     size: int
-    low: float  # NaN where there are no numbers
+    low: float  # NaN without numbers
     high: float
-    drawn: int
+    sampled: int
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What is looked at, in the order in which it is shown."""
+class AuditSample:
+    """The pairs to label, in the order of the page."""
 
     run: Path
     threshold: float
-    question: str  # the task's own, for the labeller
+    question: str  # the task's question, for the labeler
     seed: int
-    asked: int
+    asked: int  # requested size
     left_out: int  # candidate rows that never reached the judge's decision
     bands: tuple[Band, ...]
-    pairs: tuple[Drawn, ...]
+    pairs: tuple[SampledPair, ...]
 
     @property
     def population(self) -> int:
-        """Pairs the sample stands for: two panels of one grid, in whichever order."""
+        """Number of pairs that the sample represents. Both orders of two panels count once."""
         return sum(band.size for band in self.bands)
 
     def picture(self, id: str, side: str) -> bytes:
-        """The stored bytes of a sampled pair's `reference` or `target`. KeyError for an id that was not drawn."""
+        """Returns the stored bytes of a sampled pair's `reference` or `target`. KeyError for any other id."""
         pair = {pair.id: pair for pair in self.pairs}[id]
         column = {"reference": "conditioning", "target": "image"}[side]
         return row(Dataset(self.run / "candidates"), pair.shard, pair.number, column)[column]["bytes"] or b""
 
 
-def draw(run_dir: str | Path, size: int, seed: int) -> Sample:
-    """A stratified sample of at most `size` pairs. UsageError if there is no run, UserError if nothing was judged.
+def draw(run_dir: str | Path, size: int, seed: int) -> AuditSample:
+    """Draws a stratified sample of at most `size` pairs. UsageError without a run, UserError without a judged pair.
 
-    Reads small columns once; holds some 40 bytes for each pair of the population.
+    Reads small columns once, and holds about 40 bytes for each pair of the population.
     """
     folder, recipe, task = open_run(run_dir)
     threshold = task.thresholds(recipe.curate.thresholds).same
@@ -106,7 +107,8 @@ def draw(run_dir: str | Path, size: int, seed: int) -> Sample:
     population = _population(candidates, seed)
     if not len(population.keys):
         raise UserError(
-            f"{folder} has no pair that a judge decided on; first: diptych curate {folder}/recipe.yaml --out {folder}"
+            "run_incomplete",
+            f"{folder} has no pair with a judge's decision. Run: diptych curate {folder}/recipe.yaml --out {folder}",
         )
     members = _strata(population, threshold)
     counts = allocate(size, [len(rows) for _, _, rows in members], [_weight(name) for name, _, _ in members])
@@ -124,9 +126,9 @@ def draw(run_dir: str | Path, size: int, seed: int) -> Sample:
     for _, index, stratum, similarity, above in sorted(chosen):
         shard, number = int(population.shard[index]), int(population.number[index])
         names = row(candidates, shard, number, "id", "subject")
-        pairs.append(Drawn(names["id"], names["subject"], shard, number, stratum, similarity, above))
+        pairs.append(SampledPair(names["id"], names["subject"], shard, number, stratum, similarity, above))
     question = task.curation.questions[-1]
-    return Sample(folder, threshold, question, seed, size, population.left_out, tuple(bands), tuple(pairs))
+    return AuditSample(folder, threshold, question, seed, size, population.left_out, tuple(bands), tuple(pairs))
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class _Population:
     similarity: np.ndarray
     kept: np.ndarray
     undecided: np.ndarray
-    keys: np.ndarray  # random, from the seed and the id
+    keys: np.ndarray  # pseudorandom, from the seed and the id
     shard: np.ndarray
     number: np.ndarray
     left_out: int
@@ -153,11 +155,11 @@ def _population(candidates: Dataset, seed: int) -> _Population:
                 continue
             if of != grid:  # the rows of a grid stand together
                 grid, seen = of, set()
-            # Both orders of two panels are one look; unless the judge decided on each order by itself.
-            look = (min(a, b), max(a, b), str(number), keep)
-            if look in seen:
+            # Both orders of two panels count once, unless the judge decided on each order separately.
+            decision = (min(a, b), max(a, b), str(number), keep)
+            if decision in seen:
                 continue
-            seen.add(look)
+            seen.add(decision)
             unknown = number is None or number != number or reason.startswith(UNDECIDED)
             similarity.append(0.0 if number is None or unknown else number)
             undecided.append(unknown)
@@ -171,17 +173,17 @@ def _population(candidates: Dataset, seed: int) -> _Population:
 
 
 def _strata(population: _Population, threshold: float) -> list[tuple[str, bool, np.ndarray]]:
-    """Name, verdict and members (indices) of each stratum that is not empty."""
-    found = []
+    """(name, verdict, indices of its pairs) of each stratum that is not empty."""
+    strata = []
     for kept in (True, False):
         side = np.flatnonzero((population.kept == kept) & ~population.undecided)
         distance = np.abs(population.similarity[side] - threshold)
         bounds = {share: float(np.quantile(distance, share)) for share in (0.25, 0.5)} if len(side) else {}
         for name, (start, end, _) in BANDS.items():
             inside = (distance > bounds.get(start, -1.0)) & (distance <= bounds.get(end, np.inf))
-            found.append((name, kept, side[inside]))
-    found.append((UNDECIDED, False, np.flatnonzero(population.undecided)))
-    return [(name, kept, rows) for name, kept, rows in found if len(rows)]
+            strata.append((name, kept, side[inside]))
+    strata.append((UNDECIDED, False, np.flatnonzero(population.undecided)))
+    return [(name, kept, rows) for name, kept, rows in strata if len(rows)]
 
 
 def _weight(name: str) -> float:
@@ -189,9 +191,9 @@ def _weight(name: str) -> float:
 
 
 def allocate(size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many to draw of each stratum: by `weights`, one at a time where most are missing, never more than there are.
+    """Returns the number of pairs to draw from each stratum: in proportion to `weights`, at most its size.
 
-    Raising `size` never lowers any of them.
+    A larger `size` never lowers any of them.
     """
     counts = [0] * len(sizes)
     for _ in range(min(size, sum(sizes))):
@@ -201,45 +203,48 @@ def allocate(size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[
 
 
 class AuditServer(ThreadingHTTPServer):
-    """Serves one sample to one labeller until somebody presses Finish."""
+    """Serves one sample to one labeler until Finish is pressed."""
 
     daemon_threads = True
 
-    def __init__(self, sample: Sample, labels: Labels, labeller: str, said: dict[str, str], port: int = 0) -> None:
-        """`said` is what the labeller answered before. Raises UserError if the port is taken."""
+    def __init__(
+        self, sample: AuditSample, labels: Labels, labeller: str, earlier: dict[str, str], port: int = 0
+    ) -> None:
+        """`earlier` holds the labeler's labels so far, by id. Raises UserError if the port is taken."""
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
-            raise UserError(f"port {port} cannot be used ({error.strerror or error}); choose another --port") from error
+            reason = error.strerror or error
+            raise UserError("port_unavailable", f"Port {port}: {reason}. Choose another --port.") from error
         self.sample, self.labels, self.labeller = sample, labels, labeller
-        self.said = {pair.id: said[pair.id] for pair in sample.pairs if pair.id in said}
+        self.answers = {pair.id: earlier[pair.id] for pair in sample.pairs if pair.id in earlier}
         self.ids = {pair.id for pair in sample.pairs}
         self.lock = threading.Lock()
-        # A key press asks for the pair after next; it has been fetched before.
+        # The page fetches the images of the next pair ahead, so they are read once.
         self.picture = lru_cache(maxsize=16)(sample.picture)
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://{HOST}:{self.server_port}/"
 
     def state(self) -> dict[str, Any]:
-        """What the page needs to begin: pairs in order, answers so far."""
+        """Returns the initial state of the page: pairs in order, labels so far."""
         with self.lock:
             pairs = [{"id": pair.id, "subject": pair.subject} for pair in self.sample.pairs]
             question = self.sample.question
-            return {"pairs": pairs, "said": self.said, "question": question, "labeller": self.labeller}
+            return {"pairs": pairs, "answers": self.answers, "question": question, "labeller": self.labeller}
 
     def put(self, id: str, label: str) -> int:
-        """Keeps a label and returns how many pairs have one."""
+        """Stores a label and returns the number of labeled pairs."""
         with self.lock:
             self.labels.add(id, label, self.labeller)
-            self.said[id] = label
-            return len(self.said)
+            self.answers[id] = label
+            return len(self.answers)
 
 
 def serve(server: AuditServer) -> None:
-    """Answers until Finish or Ctrl-C, which mean the same: every label is on the disk already."""
+    """Serves until Finish or Ctrl-C. Either way, every label is on the disk already."""
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -249,7 +254,7 @@ def serve(server: AuditServer) -> None:
 
 
 def media_type(data: bytes) -> str:
-    """Of a stored picture, by its first bytes."""
+    """Returns the media type of a stored image, from its first bytes."""
     if data.startswith(b"\x89PNG"):
         return "image/png"
     if data.startswith(b"\xff\xd8"):
@@ -275,21 +280,21 @@ class _Handler(BaseHTTPRequestHandler):
         elif len(parts) == 3 and parts[0] == "picture" and parts[2] in ("reference", "target"):
             self._picture(parts[1], parts[2])
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+            self._refuse(HTTPStatus.NOT_FOUND, "Page not found.")
 
     def do_POST(self) -> None:
         if not self._is_ours():
             return
-        # Another site's form cannot send this type without asking first, and nobody answers that.
+        # A form of another site cannot send this type without a preflight request, which gets no answer here.
         if self.headers.get_content_type() != "application/json":
-            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON")
+            self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json.")
         elif self.path == "/label":
             self._label()
         elif self.path == "/finish":
-            self._json({"done": len(self.server.said)})
+            self._json({"done": len(self.server.answers)})
             threading.Thread(target=self.server.shutdown).start()
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+            self._refuse(HTTPStatus.NOT_FOUND, "Page not found.")
 
     def _picture(self, id: str, side: str) -> None:
         try:
@@ -299,17 +304,19 @@ class _Handler(BaseHTTPRequestHandler):
         if data:
             self._answer(data, media_type(data))
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "there is no such picture in this sample")
+            self._refuse(HTTPStatus.NOT_FOUND, "The sample has no such image.")
 
     def _label(self) -> None:
         try:
             size = int(self.headers.get("Content-Length", ""))
-            given = parse_json(self.rfile.read(size)) if 0 < size <= MOST else None
+            given = parse_json(self.rfile.read(size)) if 0 < size <= MAX_BODY else None
         except ValueError:
             given = None
         id, label = (given.get("id"), given.get("label")) if isinstance(given, dict) else (None, None)
         if not isinstance(id, str) or id not in self.server.ids or label not in LABELS:
-            self._refuse(HTTPStatus.BAD_REQUEST, f"send {{id, label}}: an id of the sample, and {', '.join(LABELS)}")
+            self._refuse(
+                HTTPStatus.BAD_REQUEST, f"Send {{id, label}}: an id of the sample, and one of {', '.join(LABELS)}."
+            )
             return
         try:
             self._json({"done": self.server.put(id, label)})
@@ -317,20 +324,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
 
     def _is_ours(self) -> bool:
-        """Refuses what comes by another name than this machine's: a page elsewhere whose name was pointed here."""
+        """Rejects requests under another host name, which a page elsewhere could have pointed here (DNS rebinding)."""
         port = self.server.server_port
         names = {f"{HOST}:{port}", f"localhost:{port}"}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
             return True
-        self._refuse(HTTPStatus.FORBIDDEN, "this page answers to this machine only")
+        self._refuse(HTTPStatus.FORBIDDEN, "This page is for this machine only.")
         return False
 
     def _json(self, values: dict[str, Any]) -> None:
         self._answer(json.dumps(values, ensure_ascii=False).encode(), "application/json")
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
-        self.close_connection = True  # what is left of a body must not be read as the next request
+        self.close_connection = True  # the rest of a body must not be read as the next request
         self._answer(why.encode(), "text/plain; charset=utf-8", status)
 
     def _answer(self, data: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
@@ -346,24 +353,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: stderr belongs to news."""
+        """Logs nothing: stderr is for warnings."""
 
 
 _ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 
 
-def write(sample: Sample, sheet: Path) -> Path:
-    """Writes `sheet` and, beside it, a folder of the stored pictures, undecoded; returns the folder.
+def write(sample: AuditSample, sheet: Path) -> Path:
+    """Writes `sheet` and, beside it, a folder of the stored images, undecoded. Returns the folder.
 
-    File names are the line's number: an id may hold anything. The sheet comes last.
+    Files are named by the line's number, since an id may have any characters. The sheet is written last.
     """
     folder = sheet.with_name(f"{sheet.stem}-pictures")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    make_folder(folder)
     rows = []
-    for number, pair in enumerate(sample.pairs, 2):  # as a spreadsheet counts its lines
+    for number, pair in enumerate(sample.pairs, 2):  # a spreadsheet's line numbers
         names = []
         for side in ("reference", "target"):
             data = sample.picture(pair.id, side)

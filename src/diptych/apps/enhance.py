@@ -1,11 +1,11 @@
-"""Prompt enhancement: a vision-language model sees the reference and fills the prompt out, in the user's own words.
+"""Prompt enhancement: a vision-language model sees the reference and extends the prompt, keeping the user's words.
 
     enhance("a cat on the moon", "cat.png", endpoint)  # "a ginger cat with a blue collar on the moon, craters, …"
 
-One question gives both a caption of the reference's subject and the merged prompt. The merged prompt is taken only if
-every content word of the user's is in it and it is short enough for CLIP, whose tokens the drawing model's own
-tokenizer counts (`length_of`); else the caption is added to the user's prompt as a clause; and if even that is too
-long, or the model gives no answer, the prompt stays as it is.
+One question returns a caption of the reference's subject and the merged prompt. The merged prompt is used only if it
+has every content word of the user's prompt and is short enough for CLIP, counted by the student's tokenizer
+(`length_of`). Otherwise the caption is added to the user's prompt as a clause. If that is too long as well, or the
+model gives no answer, the prompt stays unchanged.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from diptych.utils import documents
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.apps.batch.requests import Plan
+    from diptych.apps.batch.requests import BatchPlan
 
 MAX_TOKENS = 77  # CLIP's text length
-LETTERS_PER_TOKEN = 4  # of a word, where no tokenizer is at hand: CLIP makes no more of a word of English
-MAX_SIDE = 768  # pixels of the reference as it is shown to the model
+LETTERS_PER_TOKEN = 4  # estimate without a tokenizer: CLIP uses at most one token for 4 letters of an English word
+MAX_SIDE = 768  # pixels of the reference as it is sent to the model
 CACHE = Path("~/.cache/diptych/enhance.sqlite")
 URL, MODEL, KEY = "DIPTYCH_LLM_URL", "DIPTYCH_LLM_MODEL", "DIPTYCH_LLM_KEY"  # environment variables
 OFF = (
-    "prompts are used as they are: --enhance needs a vision-language model, --enhance-endpoint URL and "
-    f"--enhance-model NAME (or {URL} and {MODEL})"
+    "Prompts stay unchanged: --enhance needs a vision-language model. Pass --enhance-endpoint URL and --enhance-model "
+    f"NAME, or set {URL} and {MODEL}."
 )
 BRIEF = (
     "You help somebody who draws with a text-to-image model. You see a reference picture and their prompt for a new "
@@ -55,16 +55,16 @@ log = logging.getLogger(__name__)
 
 
 class Enhanced(BaseModel):
-    """What the model returns."""
+    """The model's answer."""
 
     caption: str = Field(min_length=1, description="The reference's subject, one noun phrase of at most 15 words.")
     prompt: str = Field(min_length=1, description="The full prompt, one line of at most 50 words.")
 
 
 def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-endpoint") -> Endpoint | None:
-    """The endpoint that the command line (`option`) or the environment names; None if address or model is missing.
+    """Returns the endpoint of the command line (`option`) or the environment; None if address or model is missing.
 
-    The key is read from DIPTYCH_LLM_KEY where that is set. UsageError for an address that is none.
+    The key is read from DIPTYCH_LLM_KEY if that is set. UsageError for an invalid address.
     """
     url, model = url or os.environ.get(URL), model or os.environ.get(MODEL)
     if not url or not model:
@@ -73,36 +73,37 @@ def endpoint_of(url: str | None, model: str | None, option: str = "--enhance-end
     try:
         return Endpoint(base_url=url, model=model, api_key_env=key, max_tokens=1024, retries=2, concurrency=4)
     except ValidationError as error:
-        said = documents.explain(error.errors()[0])
-        raise UsageError(f"{option} {said}") from None
+        raise UsageError("option_invalid", f"{option} {documents.explain(error.errors()[0])}") from None
 
 
 def tokens(text: str) -> int:
-    """At least as many as CLIP's tokenizer makes of a text, its two ends included, without that tokenizer: a word of
-    English in fours of letters, of another script by its bytes; every digit and mark by itself."""
-    found = 2
+    """Returns an upper estimate of CLIP's tokens for a text, including start and end tokens, without a tokenizer.
+
+    An English word counts one token for 4 letters, other scripts one for each byte, digits and marks one each.
+    """
+    count = 2
     for piece in re.findall(r"[^\W\d_]+|[^\s]", text):
         letters = piece[0].isalpha()
-        found += -(-len(piece) // LETTERS_PER_TOKEN) if letters and piece.isascii() else len(piece.encode())
-    return found
+        count += -(-len(piece) // LETTERS_PER_TOKEN) if letters and piece.isascii() else len(piece.encode())
+    return count
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a prompt may be: at most `most` tokens, as `count` counts them."""
+    """The longest prompt allowed: `limit` tokens, counted by `count`."""
 
     count: Callable[[str], int] = tokens
-    most: int = MAX_TOKENS
+    limit: int = MAX_TOKENS
 
 
 ESTIMATED = Length()
 
 
 def length_of(model: str, base: str | None = None) -> Length:
-    """What the model that draws (`generate --model`, `--base`) reads, by its own first tokenizer: at most 77 tokens, or
-    fewer if it reads less. `ESTIMATED` for a model without one of its own, a single file for instance.
+    """Returns the prompt length that a student (`generate --model`, `--base`) reads: at most 77 tokens of its first
+    tokenizer. `ESTIMATED` for a model without a tokenizer, such as a single file.
 
-    UsageError or UserError for a model that is not there.
+    UsageError or UserError for a model that does not exist.
     """
     from diptych import recipe
     from diptych.utils import models
@@ -127,9 +128,9 @@ def _counted(folder: Path) -> Length:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer in {folder} cannot be opened ({describe(error)})") from error
-    most = min(MAX_TOKENS, int(tokenizer.model_max_length))
-    return Length(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), most)
+        raise UserError("model_incomplete", f"{folder}: the tokenizer cannot be opened ({describe(error)})") from error
+    limit = min(MAX_TOKENS, int(tokenizer.model_max_length))
+    return Length(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), limit)
 
 
 def enhance(
@@ -139,57 +140,56 @@ def enhance(
     cache: Cache | None = None,
     length: Length = ESTIMATED,
 ) -> str:
-    """The prompt, filled out from the reference: one line of at most `length`, unless it had more already.
+    """Returns the prompt, extended from the reference to one line of at most `length`.
 
-    Returned as it is without an endpoint or a reference. UserError if nobody answers there, or for a reference that
-    cannot be read.
+    Without an endpoint or a reference the prompt is returned unchanged. UserError if the endpoint does not answer, or
+    for a reference that cannot be read.
     """
     if endpoint is None:
         log.warning(OFF)
         return prompt
     with Client(endpoint, cache) as client:
-        return ask(client, prompt, reference, length)
+        return _enhanced(client, prompt, reference, length)
 
 
-def ask(client: Client, prompt: str, reference: str | Path | Image | None, length: Length = ESTIMATED) -> str:
-    """`enhance` by a client that is there already."""
+def _enhanced(client: Client, prompt: str, reference: str | Path | Image | None, length: Length) -> str:
     if reference is None:
         return prompt
-    words = user(_shown(reference), quoted(prompt, "prompt"))
+    words = user(_small(reference), quoted(prompt, "prompt"))
     outcome = client.ask(Question((system(BRIEF), words), Enhanced))
     if outcome.answer is None:
-        log.warning("the prompt is used as it is: %s", outcome.reason, extra={"quotes": True})
+        log.warning("the prompt stays unchanged: %s", outcome.reason, extra={"quotes": True})
         return prompt
     return merge(prompt, outcome.answer["caption"], outcome.answer["prompt"], length)
 
 
 def merge(prompt: str, caption: str, merged: str, length: Length = ESTIMATED) -> str:
-    """What is drawn: the merged prompt if it keeps the user's words and is short enough, else the user's and the
-    caption, else the user's alone."""
-    own = _line(prompt)
-    clause = f"{own.rstrip(' .,;')}, {_line(caption).rstrip(' .,;')}"
+    """Returns the first that is short enough and has the user's words: the merged prompt, the prompt with the caption,
+    the prompt."""
+    line = _line(prompt)
+    clause = f"{line.rstrip(' .,;')}, {_line(caption).rstrip(' .,;')}"
     for candidate in (_line(merged), clause):
-        if length.count(candidate) <= length.most and not lost(own, candidate):
+        if length.count(candidate) <= length.limit and not lost(line, candidate):
             return candidate
     return prompt
 
 
 def lost(prompt: str, merged: str) -> list[str]:
-    """The content words of a prompt that another one has dropped."""
-    there = set(_words(merged))
-    return [word for word in dict.fromkeys(_words(prompt)) if word not in _PLAIN and word not in there]
+    """Returns the content words of a prompt that are missing in another one."""
+    present = set(_words(merged))
+    return [word for word in dict.fromkeys(_words(prompt)) if word not in _PLAIN and word not in present]
 
 
 def apply(
-    plan: Plan,
+    plan: BatchPlan,
     endpoint: Endpoint,
     cache: Cache | None,
     report: Callable[[int, int], object] | None = None,
     length: Length = ESTIMATED,
-) -> Plan:
-    """A plan with its prompts enhanced, each reference and prompt asked about once. Files keep the names they have.
+) -> BatchPlan:
+    """Returns a plan with its prompts enhanced. Each reference and prompt is sent once, and file names do not change.
 
-    A reference that cannot be read keeps its prompt: drawing says what is wrong with it.
+    A request whose reference cannot be read keeps its prompt; `batch.generate` reports the error.
     """
     known: dict[tuple[Path | None, str], str] = {}
     requests = []
@@ -199,7 +199,7 @@ def apply(
             if key not in known:
                 known[key] = _tried(client, request.prompt, request.reference, length)
             if known[key] != request.prompt:
-                request = replace(request, prompt=known[key], asked_prompt=request.prompt)
+                request = replace(request, prompt=known[key], original_prompt=request.prompt)
             requests.append(request)
             if report is not None:
                 report(done, len(plan.requests))
@@ -214,10 +214,10 @@ def _tried(client: Client, prompt: str, reference: Path | None, length: Length) 
             check_image(reference)
     except UserError:
         return prompt
-    return ask(client, prompt, reference, length)
+    return _enhanced(client, prompt, reference, length)
 
 
-def _shown(reference: str | Path | Image) -> Any:
+def _small(reference: str | Path | Image) -> Any:
     from diptych.data.images import open_image, to_rgb
 
     image = open_image(reference) if isinstance(reference, (str, Path)) else to_rgb(reference)

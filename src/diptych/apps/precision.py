@@ -1,16 +1,17 @@
-"""What the labels of an audit say: precision and recall of a threshold, with 95 % intervals; agreement of labellers.
+"""Results of an audit: precision and recall of a threshold with 95 % intervals, and the agreement of labelers.
 
     report(sample, [labels.read("runs/first/audit/labels.jsonl")], wanted=0.95)
 
-The population is cut into strata by the judge's number, so its sizes are known exactly; only how many pairs of a
-stratum are the same subject is estimated, from the labelled share of it. Jeffreys' Beta(½, ½) prior for each stratum
-and a binomial for the pairs nobody labelled give the intervals; they close when everything is labelled.
+The judge's number divides the population into strata of known size. Only the number of same-subject pairs in a stratum
+is estimated, from its labeled share. Jeffreys' Beta(½, ½) prior for each stratum and a binomial for the pairs without a
+label give the intervals; their width is 0 when every pair has a label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,37 +19,37 @@ import numpy as np
 from diptych.data.labels import LABELS
 
 if TYPE_CHECKING:
-    from diptych.apps.audit import Sample
+    from diptych.apps.audit import AuditSample
 
 DRAWS = 4000
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A labelled pair."""
+    """A labeled pair."""
 
-    similarity: float  # NaN where the judge gave none
+    similarity: float  # NaN if the judge gave none
     same: bool
-    above: int  # pairs of its stratum, labelled or not, whose similarity is at least this one's
+    above: int  # pairs of its stratum, labeled or not, whose similarity is at least this one's
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """Pairs of one verdict, in one range of similarity (disjoint from the other strata's)."""
+    """Pairs of one verdict in one range of similarity. The ranges of strata are disjoint."""
 
     kept: bool
-    size: int  # pairs in it, labelled or not
-    low: float  # their least similarity; NaN for pairs without a number
+    size: int  # pairs in it, labeled or not
+    low: float  # their lowest similarity; NaN for pairs without a number
     labelled: tuple[Labelled, ...] = field(default=())
 
     @property
     def same(self) -> int:
-        """Pairs labelled the same."""
+        """Number of pairs labeled `same`."""
         return sum(pair.same for pair in self.labelled)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Share:
     """A share and its 95 % interval."""
 
     value: float
@@ -58,14 +59,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What keeping the kept strata means; None where no label can say it."""
+    """Precision and recall of accepting the kept strata; None where labels are missing."""
 
-    precision: Measured | None  # share of the kept pairs that are the same subject
-    recall: Measured | None  # share of all same-subject pairs that are kept
+    precision: Share | None  # share of the accepted pairs that are the same subject
+    recall: Share | None  # share of all same-subject pairs that are accepted
 
 
 def estimate(strata: Sequence[Stratum], seed: int = 0) -> Estimate:
-    """Precision and recall of the strata's own `kept`. A stratum without labels goes by the labelled of its side."""
+    """Estimates precision and recall. A stratum without labels uses the labels of the other strata of its verdict."""
     rng = np.random.default_rng(seed)
     points, draws = [], []
     for stratum in strata:
@@ -84,28 +85,28 @@ def estimate(strata: Sequence[Stratum], seed: int = 0) -> Estimate:
         draws.append(same + rng.binomial(stratum.size - count, chance))
     keeps = np.array([stratum.kept for stratum in strata], dtype=bool)
     sizes = np.array([stratum.size for stratum in strata], dtype=float)
-    point, drawn = np.array(points), np.array(draws).reshape(len(strata), DRAWS)
+    point, simulated = np.array(points), np.array(draws).reshape(len(strata), DRAWS)
 
-    def share(part: float, whole: float, parts: np.ndarray, wholes: np.ndarray) -> Measured | None:
+    def share(part: float, whole: float, parts: np.ndarray, wholes: np.ndarray) -> Share | None:
         if not whole > 0:  # NaN too
             return None
         spread = np.divide(parts, wholes, out=np.zeros(DRAWS), where=wholes > 0)
         low, high = np.quantile(spread, (0.025, 0.975))
         value = part / whole
-        return Measured(value, min(float(low), value), max(float(high), value))
+        return Share(value, min(float(low), value), max(float(high), value))
 
-    same_kept, same_kept_drawn = float(point[keeps].sum()), drawn[keeps].sum(0)
+    same_kept, same_kept_simulated = float(point[keeps].sum()), simulated[keeps].sum(0)
     kept = float(sizes[keeps].sum())
     precision = None
     if not np.isnan(same_kept):
-        precision = share(same_kept, kept, same_kept_drawn, np.full(DRAWS, kept))
-    return Estimate(precision, share(same_kept, float(point.sum()), same_kept_drawn, drawn.sum(0)))
+        precision = share(same_kept, kept, same_kept_simulated, np.full(DRAWS, kept))
+    return Estimate(precision, share(same_kept, float(point.sum()), same_kept_simulated, simulated.sum(0)))
 
 
 def at(strata: Sequence[Stratum], threshold: float) -> list[Stratum]:
-    """The strata of another threshold, which must be the similarity of a labelled pair: the one it falls into is cut.
+    """Returns the strata of another threshold, the similarity of a labeled pair, which cuts one stratum in two.
 
-    A part without labels keeps the others of its new side to go by, see `estimate`.
+    `estimate` handles a part without labels.
     """
     cut: list[Stratum] = []
     for stratum in strata:
@@ -122,23 +123,23 @@ def at(strata: Sequence[Stratum], threshold: float) -> list[Stratum]:
 
 
 def threshold_for(strata: Sequence[Stratum], wanted: float) -> float | None:
-    """The least similarity whose precision is `wanted` or more: it keeps as much as it can. None if there is none."""
+    """Returns the lowest threshold whose precision is at least `wanted`; None if there is none."""
     tried = {pair.similarity for stratum in strata for pair in stratum.labelled if not np.isnan(pair.similarity)}
     for threshold in sorted(tried):
         parts = [part for part in at(strata, threshold) if part.kept]
         rates = [part.same / len(part.labelled) if part.labelled else None for part in parts]
         labelled = sum(len(part.labelled) for part in parts)
         middle = sum(part.same for part in parts) / labelled
-        found = sum(part.size * (middle if rate is None else rate) for part, rate in zip(parts, rates, strict=True))
-        if found >= wanted * sum(part.size for part in parts) - 1e-9:
+        same = sum(part.size * (middle if rate is None else rate) for part, rate in zip(parts, rates, strict=True))
+        if same >= wanted * sum(part.size for part in parts) - 1e-9:
             return threshold
     return None
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> tuple[float, float | None]:
-    """Share of equal labels and Cohen's kappa of two labellers on the same pairs (at least one).
+    """Returns the share of equal labels and Cohen's kappa of two labelers on the same pairs (at least one).
 
-    Kappa is None where both gave one and the same label throughout: chance alone would agree as well.
+    Kappa is None if both gave a single label throughout, since chance alone would agree as well.
     """
     assert len(first) == len(second) > 0
     n = len(first)
@@ -147,12 +148,12 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> tuple[float, float | N
     return agree, (agree - chance) / (1 - chance) if chance < 1 else None
 
 
-def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: float = 0.95) -> dict[str, Any]:
-    """Precision and recall of the run's threshold, the threshold for a precision of `wanted`, agreement; plain values.
+def report(sample: AuditSample, files: Sequence[dict[str, dict[str, str]]], wanted: float = 0.95) -> dict[str, Any]:
+    """Returns precision and recall of the run's threshold, the threshold for a precision of `wanted`, and agreement.
 
-    `given` is one `{labeller: {id: label}}` for each labels file; of several labellers the majority holds.
+    `files` has one `{labeler: {id: label}}` for each labels file; with several labelers the majority decides.
     """
-    people = _people(given)
+    people = _people(files)
     truth, unsure, disputed = _truth(sample, people)
     strata = [
         Stratum(
@@ -167,7 +168,7 @@ def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: f
         )
         for number, band in enumerate(sample.bands)
     ]
-    drawn = {pair.id for pair in sample.pairs}
+    sampled = {pair.id for pair in sample.pairs}
     threshold = threshold_for(strata, wanted)
     return {
         "run": str(sample.run),
@@ -180,19 +181,21 @@ def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: f
                 "low": _round(band.low),
                 "high": _round(band.high),
                 "pairs": band.size,
-                "drawn": band.drawn,
+                "drawn": band.sampled,
                 "labelled": len(stratum.labelled),
                 "same": stratum.same,
             }
             for band, stratum in zip(sample.bands, strata, strict=True)
         ],
         "labels": {
-            "by": {who: {label: list(said.values()).count(label) for label in LABELS} for who, said in people.items()},
+            "by": {
+                who: {label: list(given.values()).count(label) for label in LABELS} for who, given in people.items()
+            },
             "used": len(truth),
             "unsure": unsure,
             "disputed": disputed,
-            "missing": len(drawn) - len(truth) - unsure - disputed,
-            "outside": len({id for said in people.values() for id in said} - drawn),
+            "missing": len(sampled) - len(truth) - unsure - disputed,
+            "outside": len({id for given in people.values() for id in given} - sampled),
         },
         "threshold": {"same": sample.threshold, **_estimate(estimate(strata, sample.seed))},
         "wanted": {
@@ -200,103 +203,103 @@ def report(sample: Sample, given: Sequence[dict[str, dict[str, str]]], wanted: f
             "threshold": None
             if threshold is None
             else {
-                # Down, so that the pair the threshold was taken from is kept.
+                # Rounded down, so that the threshold accepts the pair it was taken from.
                 "same": float(np.floor(threshold * 1e6) / 1e6),
                 **_estimate(estimate(at(strata, threshold), sample.seed)),
             },
         },
-        "agreement": _agreement(people, drawn),
+        "agreement": _agreement(people, sampled),
     }
 
 
-def _people(given: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
-    """`{name: {id: label}}`; one name in two files is two people."""
+def _people(files: Sequence[dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """`{name: {id: label}}`. One name in two files counts as two people."""
     people: dict[str, dict[str, str]] = {}
-    for number, file in enumerate(given, 1):
-        for name, said in file.items():
-            people[name if name not in people else f"{name} (file {number})"] = said
+    for number, file in enumerate(files, 1):
+        for name, given in file.items():
+            people[name if name not in people else f"{name} (file {number})"] = given
     return people
 
 
-def _truth(sample: Sample, people: dict[str, dict[str, str]]) -> tuple[dict[str, bool], int, int]:
-    """`{id: same}` where a majority says one or the other; how many are unsure, how many disputed."""
+def _truth(sample: AuditSample, people: dict[str, dict[str, str]]) -> tuple[dict[str, bool], int, int]:
+    """`{id: same}` of pairs with a majority, and the numbers of unsure and disputed pairs."""
     truth, unsure, disputed = {}, 0, 0
     for pair in sample.pairs:
-        said = [labels[pair.id] for labels in people.values() if pair.id in labels]
-        same, different = said.count("same"), said.count("different")
+        given = [labels[pair.id] for labels in people.values() if pair.id in labels]
+        same, different = given.count("same"), given.count("different")
         if same != different:
             truth[pair.id] = same > different
         elif same:
             disputed += 1
-        elif said:
+        elif given:
             unsure += 1
     return truth, unsure, disputed
 
 
-def _agreement(people: dict[str, dict[str, str]], drawn: set[str]) -> list[dict[str, Any]]:
-    """Every two labellers on the pairs of the sample that both labelled."""
-    names, found = list(people), []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            both = sorted(people[a].keys() & people[b].keys() & drawn)
-            if both:
-                agree, corrected = kappa([people[a][id] for id in both], [people[b][id] for id in both])
-                rounded = None if corrected is None else round(corrected, 4)
-                found.append({"a": a, "b": b, "pairs": len(both), "agree": round(agree, 4), "kappa": rounded})
-    return found
+def _agreement(people: dict[str, dict[str, str]], sampled: set[str]) -> list[dict[str, Any]]:
+    """Agreement of every two labelers on the sampled pairs that both labeled."""
+    rows = []
+    for a, b in combinations(people, 2):
+        both = sorted(people[a].keys() & people[b].keys() & sampled)
+        if both:
+            agree, corrected = kappa([people[a][id] for id in both], [people[b][id] for id in both])
+            rounded = None if corrected is None else round(corrected, 4)
+            rows.append({"a": a, "b": b, "pairs": len(both), "agree": round(agree, 4), "kappa": rounded})
+    return rows
 
 
-def _estimate(found: Estimate) -> dict[str, Any]:
-    def share(measured: Measured | None) -> dict[str, Any] | None:
-        if measured is None:
+def _estimate(result: Estimate) -> dict[str, Any]:
+    def as_json(share: Share | None) -> dict[str, Any] | None:
+        if share is None:
             return None
-        return {"value": round(measured.value, 4), "ci95": [round(measured.low, 4), round(measured.high, 4)]}
+        return {"value": round(share.value, 4), "ci95": [round(share.low, 4), round(share.high, 4)]}
 
-    return {"precision": share(found.precision), "recall": share(found.recall)}
+    return {"precision": as_json(result.precision), "recall": as_json(result.recall)}
 
 
 def _round(value: float) -> float | None:
     return None if np.isnan(value) else round(value, 4)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """What `report` found, for people."""
-    size, labels, wanted = found["population"], found["labels"], found["wanted"]
+def format_report(result: dict[str, Any]) -> list[str]:
+    """Returns the lines of text of a `report`."""
+    size, labels, wanted = result["population"], result["labels"], result["wanted"]
     text = [
-        f"sample      {found['sample']['drawn']} of the {size['pairs']} pairs that reached the judge, seed "
-        f"{found['sample']['seed']} ({size['rows_left_out']} rows were refused before it)"
+        f"sample      {result['sample']['drawn']} of the {size['pairs']} pairs that reached the judge, seed "
+        f"{result['sample']['seed']} ({size['rows_left_out']} rows were rejected before it)"
     ]
     for who, counts in labels["by"].items():
         text.append(f"labels      {who}: " + ", ".join(f"{n} {label}" for label, n in counts.items()))
     left = [f"{labels[key]} {key}" for key in ("unsure", "disputed", "missing", "outside") if labels[key]]
     text.append(f"used        {labels['used']}" + (f" ({', '.join(left)})" if left else ""))
-    text.append(f"{'':<12}{'similarity':<20}{'pairs':>8}{'drawn':>8}{'labelled':>10}{'same':>6}")
-    for row_ in found["strata"]:
-        between = "–" if row_["low"] is None else f"{row_['low']:.3f} to {row_['high']:.3f}"
+    text.append(f"{'':<12}{'similarity':<20}{'pairs':>8}{'sampled':>8}{'labeled':>10}{'same':>6}")
+    for row in result["strata"]:
+        between = "–" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        verdict = "accepted" if row["verdict"] == "kept" else "rejected"
         text.append(
-            f"  {row_['verdict']:<8}  {between:<20}{row_['pairs']:>8}{row_['drawn']:>8}"
-            f"{row_['labelled']:>10}{row_['same']:>6}  {row_['name']}"
+            f"  {verdict:<8}  {between:<20}{row['pairs']:>8}{row['drawn']:>8}"
+            f"{row['labelled']:>10}{row['same']:>6}  {row['name']}"
         )
-    text.append(f"now         same {found['threshold']['same']:g}: {_said(found['threshold'])}")
+    text.append(f"now         same {result['threshold']['same']:g}: {_format_estimate(result['threshold'])}")
     better = wanted["threshold"]
     if better is None:
-        text.append(f"wanted      precision {wanted['precision']:g}: no threshold reaches it by these labels")
+        text.append(f"wanted      precision {wanted['precision']:g}: no threshold reaches it with these labels")
     else:
-        text.append(f"wanted      precision {wanted['precision']:g}: same {better['same']}: {_said(better)}")
-    for row_ in found["agreement"]:
-        shown = "not defined, both said one thing only" if row_["kappa"] is None else f"{row_['kappa']:.3f}"
+        text.append(f"wanted      precision {wanted['precision']:g}: same {better['same']}: {_format_estimate(better)}")
+    for row in result["agreement"]:
+        shown = "not defined: both gave a single label" if row["kappa"] is None else f"{row['kappa']:.3f}"
         text.append(
-            f"agreement   {row_['a']} and {row_['b']}: {100 * row_['agree']:.1f} % of {row_['pairs']}, kappa {shown}"
+            f"agreement   {row['a']} and {row['b']}: {100 * row['agree']:.1f} % of {row['pairs']}, kappa {shown}"
         )
     return text
 
 
-def _said(estimate: dict[str, Any]) -> str:
+def _format_estimate(estimate: dict[str, Any]) -> str:
     parts = []
     for name in ("precision", "recall"):
         share = estimate[name]
         if share is None:
-            parts.append(f"{name} not known yet")
+            parts.append(f"{name} unknown")
         else:
             parts.append(f"{name} {share['value']:.3f} [{share['ci95'][0]:.3f}, {share['ci95'][1]:.3f}]")
     return ", ".join(parts)

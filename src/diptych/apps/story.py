@@ -1,12 +1,12 @@
-"""A story: a page of panels that show one character, drawn from one reference and a text for each panel.
+"""Stories: a page of panels that show one character, generated from one reference and a text for each panel.
 
     panels = [read_panel("a cat on the beach | Day one."), "a cat on the moon", …]     # 4 to 10
     page = story(Student.load("pocket"), "cat.png", panels, title="Far from home", seed=7)
     page.save("story.png"); page.save("story.pdf")
 
-Every panel has a seed of its own, so one that went wrong is drawn again with another while the rest stays. A text is
-what the panel shows; after a bar may stand what is written below it, else that is the text itself. `write_panels` has a
-language model write the panels from one idea.
+Each panel has its own seed, so you can regenerate one with another seed and keep the rest. A panel's text is what it
+shows; after a bar comes the caption, by default the text itself. `write_panels` lets a language model write the panels
+from an idea.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError, UserError, nearest
 from diptych.llm.client import Client
 from diptych.llm.question import Question, clean, quoted, system, user
 from diptych.stages.write import diversity
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from diptych.llm.cache import Cache
     from diptych.llm.endpoint import Endpoint
 
-FEWEST, MOST = 4, 10
+MIN_PANELS, MAX_PANELS = 4, 10
 Captions = Literal["below", "inside", "none"]
 CAPTIONS: tuple[str, ...] = get_args(Captions)
 # Panels in each row of the page: rows of two have larger ones than rows of three.
 ROWS = {4: (2, 2), 5: (2, 3), 6: (3, 3), 7: (2, 3, 2), 8: (3, 2, 3), 9: (3, 3, 3), 10: (3, 2, 3, 2)}
-WIDTH = 1240  # pixels of a page: A4 at 150 dpi, which is what a PDF says
+WIDTH = 1240  # pixels of a page: A4 at 150 dpi
 DPI = 150
 MARGIN, GUTTER = 40, 24
 FRAME = 3
@@ -49,7 +49,7 @@ SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regula
 
 @dataclass(frozen=True)
 class Panel:
-    """What a panel shows, and what is written with it."""
+    """What a panel shows, and its caption."""
 
     prompt: str
     caption: str = ""
@@ -57,38 +57,33 @@ class Panel:
 
 @dataclass
 class Page:
-    """A finished story. `drawn` are the student's own pictures, in order; `page` is the laid-out one."""
+    """A finished story. `images` are the student's images in order; `page` is the laid-out page."""
 
     page: Image
-    drawn: list[Image]
+    images: list[Image]
     panels: list[Panel]
     seeds: list[int]
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page as PDF, PNG, WebP or JPEG, by how the name ends, its provenance inside."""
+        """Writes the page as PDF, PNG, WebP or JPEG, by the file's suffix, with its provenance inside."""
         from diptych.data.images import save_image
-        from diptych.utils.io import write_atomic
+        from diptych.utils.io import make_folder, write_atomic
 
         path = Path(path)
         if path.suffix.lower() != ".pdf":
             return save_image(self.page, path, self.provenance)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent}: cannot be made ({error.strerror or error})") from error
+        make_folder(path.parent)
         write_atomic(path, self.pdf())
         return path
 
     def pdf(self) -> bytes:
-        """One page at 150 dpi; the provenance is its subject, as JSON. The same bytes for the same page."""
+        """Returns one page at 150 dpi with the provenance as JSON in its subject. Equal pages give equal bytes."""
         out = io.BytesIO()
-        told = json.dumps(self.provenance, sort_keys=True)
-        dates: dict[str, Any] = {"creationDate": None, "modDate": None}
-        title = str(self.provenance.get("title") or "a story")
-        self.page.save(
-            out, "PDF", resolution=DPI, quality=95, subsampling=0, title=title, subject=told, creator="diptych", **dates
-        )
+        fields: dict[str, Any] = {"creationDate": None, "modDate": None, "creator": "diptych"}
+        fields["title"] = str(self.provenance.get("title") or "a story")
+        fields["subject"] = json.dumps(self.provenance, sort_keys=True)
+        self.page.save(out, "PDF", resolution=DPI, quality=95, subsampling=0, **fields)
         return out.getvalue()
 
 
@@ -104,36 +99,36 @@ def story(
     on_panel: Callable[[int, int], object] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Page:
-    """Draws the panels of a story and lays them out on a page.
+    """Generates the panels of a story and lays them out on a page.
 
     Args:
-        reference: the character; None draws each panel from its text alone.
-        panels: 4 to 10 of them; a plain text is read by `read_panel`.
-        seed: of the first panel, counting up; or one for each panel.
-        title: stands above the first row.
-        captions: where the words stand: `below` the panels, `inside` them, or `none`.
-        font: a TrueType or OpenType file, for letters that Pillow's own font does not have.
+        reference: image of the character; None generates each panel from its text alone.
+        panels: 4 to 10 panels; a plain text is parsed by `read_panel`.
+        seed: seed of the first panel, which counts up; or one for each panel.
+        title: title above the first row.
+        captions: place of the captions: `below` the panels, `inside` them, or `none`.
+        font: a TrueType or OpenType file, for letters that Pillow's font lacks.
         on_panel: called as `on_panel(done, panels)` before the first panel and after each.
         options: of `Student.generate`: steps, guidance, size, fit, …
 
-    Raises UsageError for what does not fit, UserError for a reference or font that cannot be read.
+    Raises UsageError for arguments that do not fit, UserError for a reference or font that cannot be read.
     """
-    told = [panel if isinstance(panel, Panel) else read_panel(panel) for panel in panels]
-    seeds = check(told, seed, captions)
-    font = font_for((title, *(panel.caption for panel in told)), font)
+    parsed = [panel if isinstance(panel, Panel) else read_panel(panel) for panel in panels]
+    seeds = check(parsed, seed, captions)
+    font = font_for((title, *(panel.caption for panel in parsed)), font)
     opened = student.opened(reference, options.get("background") or "white") if reference is not None else None
-    drawn: list[Image] = []
-    for number, (panel, own) in enumerate(zip(told, seeds, strict=True)):
+    images: list[Image] = []
+    for number, (panel, panel_seed) in enumerate(zip(parsed, seeds, strict=True)):
         if on_panel is not None:
-            on_panel(number, len(told))
-        drawn.append(student.generate(opened, panel.prompt, seed=own, **options))
+            on_panel(number, len(parsed))
+        images.append(student.generate(opened, panel.prompt, seed=panel_seed, **options))
     if on_panel is not None:
-        on_panel(len(told), len(told))
-    return bind(drawn, told, seeds, drawn[0].info, title=title, captions=captions, font=font)
+        on_panel(len(parsed), len(parsed))
+    return bind(images, parsed, seeds, images[0].info, title=title, captions=captions, font=font)
 
 
 def bind(
-    drawn: list[Image],
+    images: list[Image],
     panels: list[Panel],
     seeds: list[int],
     made_by: Mapping[Any, Any],
@@ -142,41 +137,43 @@ def bind(
     captions: str = "below",
     font: str | Path | None = None,
 ) -> Page:
-    """The story of panels that are drawn already; `made_by` is the provenance of the first."""
+    """Returns the page of generated panels; `made_by` is the provenance of the first."""
     font = font_for((title, *(panel.caption for panel in panels)), font)
     provenance: dict[str, Any] = {**made_by, "prompt": title or panels[0].prompt, "title": title, "seeds": seeds}
     provenance |= {"panels": [{"prompt": p.prompt, "caption": p.caption} for p in panels], "captions": captions}
     provenance.pop("seed", None)
-    page = lay_out(drawn, [panel.caption for panel in panels], title=title, captions=captions, font=font)
-    return Page(page, drawn, panels, seeds, provenance)
+    page = lay_out(images, [panel.caption for panel in panels], title=title, captions=captions, font=font)
+    return Page(page, images, panels, seeds, provenance)
 
 
 def read_panel(line: str) -> Panel:
-    """`what it shows | what is written`; without a bar the text is both. UsageError if it shows nothing."""
+    """Parses `prompt | caption`; without a bar the text is both. UsageError for an empty prompt."""
     shows, bar, says = (part.strip() for part in line.partition("|"))
     if not shows:
-        raise UsageError(f"a panel's text is empty: '{line}'; say what the panel shows")
+        raise UsageError("text_empty", f"A panel has no prompt: '{line}'. Describe what it shows, before any bar.")
     return Panel(shows, says if bar else shows)
 
 
 def read_panels(path: str | Path) -> list[Panel]:
-    """The panels of a text file, one a line; empty lines and those that begin with # are left out."""
+    """Reads the panels of a text file, one per line. Empty lines and lines that begin with # are skipped."""
     lines = [line for line in read_lines(Path(path)) if line.strip() and not line.lstrip().startswith("#")]
     return [read_panel(line) for line in lines]
 
 
 def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> list[int]:
-    """The panels' seeds. UsageError if there are too few or too many of anything. Needs no model."""
-    if not FEWEST <= len(panels) <= MOST:
-        raise UsageError(f"a story has {FEWEST} to {MOST} panels, not {len(panels)}")
+    """Returns the panels' seeds. UsageError for a wrong number of panels or seeds, and for invalid values."""
+    if not MIN_PANELS <= len(panels) <= MAX_PANELS:
+        raise UsageError("option_invalid", f"A story needs {MIN_PANELS} to {MAX_PANELS} panels, not {len(panels)}.")
     if captions not in CAPTIONS:
-        raise UsageError(f"captions '{captions}': one of {', '.join(CAPTIONS)}")
+        hint = nearest(captions, CAPTIONS)
+        raise UsageError("option_invalid", f"captions must be {' or '.join(CAPTIONS)}, not '{captions}'{hint}")
     for panel in panels:
         check_prompt(panel.prompt)
     given = [seed] if isinstance(seed, int) else list(seed)
     seeds = [given[0] + number for number in range(len(panels))] if len(given) == 1 else given
     if len(seeds) != len(panels):
-        raise UsageError(f"{len(seeds)} seeds for {len(panels)} panels: give one, which counts up, or one for each")
+        wrong = f"{len(seeds)} seeds for {len(panels)} panels. Pass one, which counts up, or one for each panel."
+        raise UsageError("count_mismatch", wrong)
     for number in seeds:
         check_seed(number)
     return seeds
@@ -186,7 +183,7 @@ def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> 
 
 
 def lay_out(
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     texts: Sequence[str],
     *,
     title: str = "",
@@ -194,11 +191,11 @@ def lay_out(
     font: str | Path | None = None,
     width: int = WIDTH,
 ) -> Image:
-    """A page of panels in rows of two and three, each row as wide as the page. Returns RGB, `width` pixels wide."""
+    """Lays panels out in rows of two and three, each row as wide as the page. Returns RGB, `width` pixels wide."""
     from PIL import Image as pillow
     from PIL import ImageDraw
 
-    rows = ROWS[len(pictures)]
+    rows = ROWS[len(images)]
     heading = _font(font, 52)
     body = _font(font, 24)
     inner = width - 2 * MARGIN
@@ -207,7 +204,7 @@ def lay_out(
     height, first = top, 0
     for count in rows:
         cell = (inner - GUTTER * (count - 1)) // count
-        tall = round(cell * max(p.height / p.width for p in pictures[first : first + count]))
+        tall = round(cell * max(image.height / image.width for image in images[first : first + count]))
         room = cell - 16 if captions == "below" else cell - 2 * (FRAME + 8) - 20
         words = [wrap(text, body, room) if captions != "none" else [] for text in texts[first : first + count]]
         lines = max(map(len, words))
@@ -223,16 +220,16 @@ def lay_out(
     for first, count, words, cell, tall in blocks:
         for place in range(count):
             left = MARGIN + place * (cell + GUTTER)
-            picture = enlarge(pictures[first + place], cell)
-            page.paste(picture, (left, top))
-            pen.rectangle((left, top, left + cell - 1, top + picture.height - 1), outline=INK, width=FRAME)
-            _write(pen, words[place], body, captions, left, top, cell, picture.height)
+            panel = enlarge(images[first + place], cell)
+            page.paste(panel, (left, top))
+            pen.rectangle((left, top, left + cell - 1, top + panel.height - 1), outline=INK, width=FRAME)
+            _write(pen, words[place], body, captions, left, top, panel.height)
         lines = max(map(len, words))
         top += tall + (lines * _line(body) + 14 if captions == "below" and lines else 0) + GUTTER
     return page
 
 
-def _write(pen: Any, words: Sequence[str], font: Any, captions: str, left: int, top: int, cell: int, tall: int) -> None:
+def _write(pen: Any, words: Sequence[str], font: Any, captions: str, left: int, top: int, tall: int) -> None:
     if not words:
         return
     if captions == "below":
@@ -248,19 +245,19 @@ def _write(pen: Any, words: Sequence[str], font: Any, captions: str, left: int, 
         pen.text((box[0] + 10, box[1] + 6 + number * _line(font)), line, INK, font)
 
 
-def enlarge(picture: Image, width: int) -> Image:
-    """The picture at a page's scale; a tiny one keeps its pixels, which is how the pocket world is meant to look."""
+def enlarge(image: Image, width: int) -> Image:
+    """Returns the image at the page's scale. A tiny image keeps its sharp pixels, which is the pocket world's look."""
     from PIL import Image as pillow
 
-    tall = round(picture.height * width / picture.width)
-    if picture.width * 4 <= width:
-        whole = width // picture.width + 1
-        picture = picture.resize((picture.width * whole, picture.height * whole), pillow.Resampling.NEAREST)
-    return picture.resize((width, tall), pillow.Resampling.LANCZOS)
+    tall = round(image.height * width / image.width)
+    if image.width * 4 <= width:
+        whole = width // image.width + 1
+        image = image.resize((image.width * whole, image.height * whole), pillow.Resampling.NEAREST)
+    return image.resize((width, tall), pillow.Resampling.LANCZOS)
 
 
 def wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels; a word that is longer is broken."""
+    """Returns the text in lines of at most `width` pixels; longer words are broken."""
     lines: list[str] = []
     for word in text.split():
         while font.getlength(word) > width:
@@ -276,42 +273,44 @@ def wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def font_for(texts: Sequence[str], font: str | Path | None = None) -> str | Path | None:
-    """A font with all letters of the texts: the one that is named; else Pillow's own (None), which has little beside
-    English; else one of this machine's. UsageError if none has them: they would be drawn as boxes."""
+    """Returns a font that has all letters of the texts: `font` if given, else Pillow's (None), else a system font.
+
+    Pillow's font has little beyond English. UsageError if no font has them: they would be rendered as boxes.
+    """
     letters = "".join(texts)
-    for place in [font] if font is not None else [None, *SYSTEM_FONTS]:
+    for candidate in [font] if font is not None else [None, *SYSTEM_FONTS]:
         try:
-            absent = lacking(letters, place)
+            absent = lacking(letters, candidate)
         except UserError:
             if font is not None:
                 raise
-            continue  # this machine has no such font
+            continue  # not installed here
         if not absent:
-            return place
-    which = "the fonts here have" if font is None else f"{font} has"
-    raise UsageError(f"{which} no {' '.join(lacking(letters, font)[:8])}; name a font file that does (--font)")
+            return candidate
+    which = "The installed fonts lack" if font is None else f"{font} lacks"
+    absent = " ".join(lacking(letters, font)[:8])
+    raise UsageError("option_invalid", f"{which} {absent}. Pass a font file that has these letters with --font.")
 
 
 def lacking(letters: str, font: str | Path | None) -> list[str]:
-    """The letters that a font does not have. UserError for a font that cannot be read."""
-    own = _font(font, 24)
-    missing = bytes(own.getmask("\U0010ffff"))
-    return [c for c in dict.fromkeys(letters) if not c.isspace() and bytes(own.getmask(c)) == missing]
+    """Returns the letters that a font lacks. UserError for a font that cannot be read."""
+    opened = _font(font, 24)
+    missing = bytes(opened.getmask("\U0010ffff"))
+    return [c for c in dict.fromkeys(letters) if not c.isspace() and bytes(opened.getmask(c)) == missing]
 
 
 def _font(font: str | Path | None, size: int) -> Any:
-    """Pillow's own font (Aileron), or a file's. UserError if Pillow or the file has none."""
+    """Pillow's font (Aileron) or a file's. UserError if it cannot be read."""
     from PIL import ImageFont
 
     try:
-        found = ImageFont.load_default(size) if font is None else ImageFont.truetype(str(font), size)
+        return ImageFont.load_default(size) if font is None else ImageFont.truetype(str(font), size)
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{font or 'Pillow'}: no font that can be read ({error})") from error
-    return found
+        raise UserError("path_unreadable", f"{font or 'Pillow'}: not a font that can be read ({error})") from error
 
 
 def _line(font: Any) -> int:
-    """Pixels from one line to the next."""
+    """Line height in pixels."""
     return round(font.size * 1.3)
 
 
@@ -331,12 +330,12 @@ BRIEF = (
     "words that stand below the panel: one short sentence of at most 12 words that carries the story on."
 )
 
-# What models like to write, and Pillow's own font does not have; and the bar, which parts a panel's two texts.
+# Dashes, which models write and Pillow's font lacks; and the bar, which separates prompt and caption.
 PLAIN = str.maketrans("–—|", "--/")
-REPEATS = 0.7  # resemblance from which on a panel shows what an earlier one shows
+REPEATS = 0.7  # similarity from which a panel counts as a repetition of an earlier one
 
 
-class Told(BaseModel):
+class WrittenPanel(BaseModel):
     """A panel, as the model writes it."""
 
     shows: str = Field(
@@ -345,8 +344,8 @@ class Told(BaseModel):
     says: str = Field(min_length=1, max_length=160, description="The sentence below it.")
 
 
-def _different(panels: list[Told]) -> list[Told]:
-    """No two panels that show the same, or nearly, and no sentence twice."""
+def _different(panels: list[WrittenPanel]) -> list[WrittenPanel]:
+    """Checks that no two panels show nearly the same, and that no caption repeats."""
     accepted = diversity.NearDuplicates(REPEATS)
     for number, panel in enumerate(panels, 1):
         if (near := accepted.add(str(number), panel.shows)) is not None:
@@ -357,14 +356,14 @@ def _different(panels: list[Told]) -> list[Told]:
 
 
 def write_panels(idea: str, count: int, endpoint: Endpoint, cache: Cache | None = None) -> list[Panel]:
-    """`count` panels that tell the idea. UserError if the endpoint does not answer, or not in the expected form."""
+    """Returns `count` panels written from the idea. UserError if the endpoint gives no valid answer."""
     several = Field(min_length=count, max_length=count)
-    shape = create_model("Story", panels=(Annotated[list[Told], several, AfterValidator(_different)], ...))
+    shape = create_model("Story", panels=(Annotated[list[WrittenPanel], several, AfterValidator(_different)], ...))
     question = Question((system(BRIEF.format(count=count)), user(quoted(idea, "idea"))), shape)
     with Client(endpoint, cache) as client:
         outcome = client.ask(question)
     if outcome.answer is None:
-        raise UserError(f"the language model wrote no story: {outcome.reason}")
+        raise UserError("reply_invalid", f"The language model wrote no valid story: {outcome.reason}")
     lines = [
         {key: " ".join(clean(text).translate(PLAIN).split()) for key, text in panel.items()}
         for panel in outcome.answer["panels"]

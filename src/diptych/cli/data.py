@@ -115,7 +115,7 @@ def audit(
     result = precision.report(sample, [files.read(path) for path in paths], wanted)
     if sample.pairs and not result["labels"]["used"]:
         display.say("no label of this sample is same or different yet; was it another --sample or --seed?")
-    print_result(result, precision.lines, as_json)
+    print_result(result, precision.format_report, as_json)
 
 
 FORMATS = "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner or uno"  # docs/interop.md

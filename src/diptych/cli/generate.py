@@ -114,7 +114,7 @@ def generate(
         with open_engine(cluster.engine, cluster.address) as machines:
             shown = Path(preview) if preview else None
             options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
-            outcome = batches.draw(plan, student, load, display, **options)
+            outcome = batches.generate(plan, student, load, display, **options)
     finally:
         if several:
             parallel.leave()
@@ -141,9 +141,9 @@ def _enhanced(plan: Any, enhancing: Enhancing, loading: Loading, several: bool, 
 
 def _report_images(plan: Any, outcome: Any, seconds: float, display: Any, as_json: bool) -> None:
     """Prints the files on stdout and the counts on stderr. UserError if images failed."""
-    from diptych.apps.batch import FAILED, counted
+    from diptych.apps.batch import FAILED, format_counts
 
-    images = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.drawn]
+    images = [{"out": str(path), "provenance": provenance} for path, provenance in outcome.generated]
     if as_json:
         skipped = [str(path) for path in outcome.skipped]
         several = {"pictures": images, "skipped": skipped, "failed": outcome.failed, "seconds": seconds}
@@ -151,7 +151,7 @@ def _report_images(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
     else:
         for image in images:
             show(image["out"])
-        display.say(f"{counted(outcome)}, {seconds:.1f} s")
+        display.say(f"{format_counts(outcome)}, {seconds:.1f} s")
     if outcome.failed and plan.folder is not None:  # a single image raises its error itself
         raise UserError(
             "rows_failed",

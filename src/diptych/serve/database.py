@@ -1,7 +1,7 @@
-"""The file `jobs.sqlite`: its tables, whether it can be written, and the clock that its rows are stamped with.
+"""The file `jobs.sqlite`: its tables, whether it can be written, and the clock for its timestamps.
 
-SQLite goes on writing into a file that somebody has deleted, and everything written there would be lost. A full disk is
-found before a transaction begins, because one that fails in the middle leaves a large log behind.
+SQLite continues to write into a deleted file, and that data would be lost, so the file's identity is checked. A full
+disk is detected before a transaction begins, because one that fails in the middle leaves a large log behind.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from pathlib import Path
 from diptych.errors import UserError
 from diptych.utils import documents
 
-ROOM = 2**20  # bytes that must be free beside what is to be stored
+ROOM = 2**20  # bytes that must stay free after a transaction
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSError
 FULL_STATUS = 507
 
 
 class Unwritable(UserError):
-    """Nothing can be stored now. `status` is 507 for a full disk and 503 for other reasons."""
+    """The store cannot be written now. `status` is 507 for a full disk and 503 for other reasons."""
+
+    seconds = 10  # until a client should retry
 
     def __init__(self, message: str, status: int = 503) -> None:
         super().__init__("storage_full", message)
@@ -31,7 +33,7 @@ class Unwritable(UserError):
 
 
 class DatabaseFile:
-    """The files of an open database. `failed` remembers an error of SQLite until `worked`."""
+    """The files of an open database. `failed` records an error of SQLite until `worked`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,62 +41,63 @@ class DatabaseFile:
         self._failure: Unwritable | None = None
 
     def opened(self) -> None:
-        """Remembers which files they are."""
+        """Records the identity of the files."""
         for path in (self.path, self.path.with_name(f"{self.path.name}-wal")):
             if path.exists():
                 self._files[path] = _identity(path)
 
     def obstacle(self, size: int = 0) -> Unwritable | None:
-        """Why `size` bytes cannot be stored now, as far as can be known without writing."""
+        """Returns why `size` bytes cannot be stored now, as far as can be checked without writing."""
         for path, known in self._files.items():
             try:
-                there = _identity(path)
+                current = _identity(path)
             except OSError as error:
-                return Unwritable(f"{path}: cannot be found ({error.strerror}), so nothing is stored; {_RESTART}")
-            if there != known:
-                return Unwritable(f"{path}: another file has taken its place, so nothing is stored; {_RESTART}")
+                return Unwritable(f"{path}: not found ({error.strerror}). {_RESTART}")
+            if current != known:
+                return Unwritable(f"{path}: replaced by another file. {_RESTART}")
         try:
             free = shutil.disk_usage(self.path.parent).free
         except OSError as error:
-            return Unwritable(f"{self.path.parent}: cannot be read ({error.strerror}), so nothing is stored")
+            return Unwritable(f"{self.path.parent}: cannot be read ({error.strerror})")
         if free < size + ROOM:
-            needed = f"{documents.size(size + ROOM)} are needed"
-            return Unwritable(f"the disk of the server is full: {documents.size(free)} are free, {needed}", FULL_STATUS)
+            sizes = f"{documents.size(free)} are free, {documents.size(size + ROOM)} are needed"
+            return Unwritable(f"The server's disk is full: {sizes}.", FULL_STATUS)
         return None
 
     def trouble(self) -> Unwritable | None:
-        """Why nothing can be stored now: an obstacle, or that the last attempt failed."""
+        """Returns why nothing can be stored now: an obstacle, or the failure of the last attempt."""
         return self.obstacle() or self._failure
 
     def failed(self, error: sqlite3.Error) -> Unwritable:
-        """An error of SQLite while it wrote."""
-        full = getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"
-        self._failure = Unwritable(
-            "the disk of the server is full" if full else f"the jobs cannot be stored ({error})",
-            FULL_STATUS if full else 503,
-        )
+        """Records an error of SQLite during a write, and returns it."""
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            self._failure = Unwritable("The server's disk is full.", FULL_STATUS)
+        else:
+            self._failure = Unwritable(f"The jobs cannot be stored ({error}).")
         return self._failure
 
     def worked(self) -> None:
-        """Something was stored."""
+        """Records that a write succeeded."""
         self._failure = None
 
 
-_RESTART = "put it back, or start the server again"
+_RESTART = "Nothing can be stored. Restore the file, or restart the server."
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 JUMP = 60.0  # seconds; a smaller difference is an ordinary correction
-SETTLE = 600.0  # seconds without a jump until a clock is believed
+SETTLE = 600.0  # seconds without a jump until the wall clock is trusted
 
 
 class Clock:
-    """Seconds since 1970 that pass evenly: results must not expire because the computer's clock jumps. A jump counts
-    once it has lasted `settle` seconds."""
+    """Seconds since 1970 that pass evenly, so that results do not expire when the machine's clock jumps.
+
+    A jump is accepted once it has lasted `settle` seconds.
+    """
 
     def __init__(
         self,
@@ -104,27 +107,27 @@ class Clock:
     ) -> None:
         self.settle, self._wall, self._steady = settle, wall, steady
         self._lock = threading.Lock()
-        self._since = steady()  # no jump has been seen after this
-        self._believed = self._seen = wall() - self._since
+        self._since = steady()  # time of the last jump
+        self._trusted = self._latest = wall() - self._since
 
     def now(self) -> float:
-        """Seconds since 1970."""
+        """Returns seconds since 1970."""
         with self._lock:
-            return self._look() + self._believed
+            return self._update() + self._trusted
 
     def settled(self) -> bool:
-        """Whether the wall clock has not jumped for `settle` seconds, so that things may expire by it."""
+        """Whether the wall clock has not jumped for `settle` seconds, so that results may expire by it."""
         with self._lock:
-            return self._look() - self._since >= self.settle
+            return self._update() - self._since >= self.settle
 
-    def _look(self) -> float:
+    def _update(self) -> float:
         now = self._steady()
         offset = self._wall() - now
-        if abs(offset - self._seen) > JUMP:
+        if abs(offset - self._latest) > JUMP:
             self._since = now
-        self._seen = offset
-        if abs(offset - self._believed) <= JUMP or now - self._since >= self.settle:
-            self._believed = offset
+        self._latest = offset
+        if abs(offset - self._trusted) <= JUMP or now - self._since >= self.settle:
+            self._trusted = offset
         return now
 
 
@@ -146,7 +149,7 @@ CREATE TABLE pictures (
     job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE,
     place INTEGER NOT NULL,
     seed INTEGER NOT NULL,
-    settings TEXT NOT NULL,  -- pictures of equal settings may be drawn together
+    settings TEXT NOT NULL,  -- images of equal settings may share a batch
     status TEXT NOT NULL,
     tries INTEGER NOT NULL DEFAULT 0,
     kind TEXT NOT NULL DEFAULT '',
@@ -168,8 +171,8 @@ CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 
 
 def prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Takes the file for this process alone, and makes the tables of a new one."""
-    # Another server on the same file would take this one's pictures for those of a killed one.
+    """Locks the file for this process, and creates the tables of a new one. UserError for another version's file."""
+    # A second server on the same file would take this one's running images for those of a killed server.
     connection.execute("PRAGMA locking_mode=EXCLUSIVE")
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file
     connection.execute("PRAGMA journal_mode=WAL")
@@ -183,4 +186,4 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
         elif version != VERSION:
-            raise UserError(f"{path} is of another version of diptych; choose another --data")
+            raise UserError("store_damaged", f"{path}: written by another version of diptych. Choose another --data.")

@@ -1,8 +1,8 @@
-"""The jobs of a server in one SQLite file: what was asked, by whom, and the pictures that came of it.
+"""The jobs of a server in one SQLite file: their requests, owners and images.
 
-A job is in the file before anybody is told that it was accepted, and a picture before anybody is told that it is drawn;
-so both survive a kill at any moment. `recover` puts what was being drawn back into the queue, or, after the third try,
-among the failed. References and pictures are rows too: nothing that a request says ever names a file.
+A job is stored before it is acknowledged, and an image before it is reported, so both survive a kill at any moment.
+`recover` queues interrupted images again, and fails their job after the third try. References and images are rows too,
+so nothing in a request ever names a file.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from diptych.serve.database import ROOM, Clock, DatabaseFile
 from diptych.serve.limits import FairShares
 from diptych.utils.paths import private_file
 
-TRIES = 3  # of a picture whose server was killed while it was drawn
-VACUUMED = 10_000  # pages given back to the disk at once
+TRIES = 3  # attempts for an image whose server was killed meanwhile
+VACUUMED = 10_000  # pages returned to the disk at once
 OPEN = ("queued", "running")
+FAILED = "job_failed"  # code of a job that failed for no other known reason, or was cancelled
 
 
 @dataclass(frozen=True)
 class QueuedImage:
-    """One picture to draw, of `text`. `reference` and `mask` are PNGs; `request` is all that its job asked for."""
+    """One image to generate from `text`. `reference` and `mask` are PNGs; `request` is the whole request of its job."""
 
     picture: str
     job: int
@@ -45,8 +46,10 @@ class QueuedImage:
 
 
 class JobStore:
-    """The file, made if need be. Any thread may call; a method that writes has committed when it returns, or raised
-    Unwritable and changed nothing."""
+    """The file, created if missing. Any thread may call.
+
+    A method that writes has committed when it returns; if it raises Unwritable, nothing changed.
+    """
 
     def __init__(self, path: Path, clock: Clock | None = None) -> None:
         self.path, self.clock, self.disk = path, clock or Clock(), DatabaseFile(path)
@@ -55,9 +58,9 @@ class JobStore:
         try:
             private_file(path)
         except UserError as error:
-            raise UserError(f"{error}, or choose another --data") from error
+            raise UserError(error.code, f"{error}, or choose another --data") from error
         except OSError as error:
-            raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
+            raise self._unusable(error) from error
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
             self._connection.row_factory = sqlite3.Row
@@ -65,7 +68,12 @@ class JobStore:
             self.disk.opened()
             self._kept = self._count_kept()
         except sqlite3.Error as error:
-            raise UserError(f"{path}: the jobs cannot be kept there ({error}); choose another --data") from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "path_unwritable", f"{self.path}: jobs cannot be stored there ({error}). Choose another --data."
+        )
 
     @contextmanager
     def _writing(self, size: int = 0) -> Iterator[sqlite3.Connection]:
@@ -85,7 +93,7 @@ class JobStore:
             return self._connection.execute(query, values).fetchall()
 
     def probe(self) -> None:
-        """Writes something that means nothing. Unwritable if that is not possible."""
+        """Writes a value that changes nothing. Unwritable if that fails."""
         with self._writing() as connection:
             connection.execute(f"PRAGMA user_version = {database.VERSION}")
         self.disk.worked()
@@ -95,12 +103,12 @@ class JobStore:
         with self._lock:
             self._connection.close()
 
-    # ---- asking
+    # ---- requests
 
     def add(
         self, owner: str, id: str, request: dict[str, Any], settings: str, seeds: Sequence[int], pictures: Sequence[str]
     ) -> None:
-        """A new job with one picture for each seed. sqlite3.IntegrityError if the owner has one of this id."""
+        """Adds a job with one image for each seed. sqlite3.IntegrityError if the owner has a job of this id."""
         text = json.dumps(request)
         with self._writing(len(text)) as connection:
             job = connection.execute(
@@ -114,39 +122,39 @@ class JobStore:
             self._kept[owner] += len(text)
 
     def put_reference(self, owner: str, id: str, data: bytes, size: tuple[int, int]) -> None:
-        """Keeps a reference; the same picture of the same owner has the same id, and is then only younger again."""
+        """Stores a reference. The same image of the same owner has the same id, and only its age is reset."""
         with self._writing(len(data)) as connection:
-            there = connection.execute("SELECT 1 FROM refs WHERE id = ?", (id,)).fetchone()
-            self._kept[owner] += 0 if there else len(data)
+            known = connection.execute("SELECT 1 FROM refs WHERE id = ?", (id,)).fetchone()
+            self._kept[owner] += 0 if known else len(data)
             connection.execute(
                 "INSERT INTO refs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET created = excluded.created",
                 (id, owner, self.clock.now(), *size, data),
             )
 
     def reference(self, owner: str, id: str) -> bytes | None:
-        """The PNG of an owner's reference."""
+        """Returns the PNG of an owner's reference."""
         rows = self._rows("SELECT data FROM refs WHERE id = ? AND owner = ?", id, owner)
         return rows[0]["data"] if rows else None
 
     def job(self, owner: str, id: str) -> dict[str, Any] | None:
-        """An owner's job and its pictures, without their bytes."""
-        found = self._rows("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, id)
-        if not found:
+        """Returns an owner's job and its images, without their bytes."""
+        jobs = self._rows("SELECT * FROM jobs WHERE owner = ? AND id = ?", owner, id)
+        if not jobs:
             return None
-        job = {**dict(found[0]), "request": json.loads(found[0]["request"])}
+        job = {**dict(jobs[0]), "request": json.loads(jobs[0]["request"])}
         rows = self._rows(
             "SELECT id, place, seed, status, kind, made_by FROM pictures WHERE job = ? ORDER BY place", job["number"]
         )
         job["pictures"] = [{**dict(row), "made_by": json.loads(row["made_by"])} for row in rows]
         return job
 
-    def jobs(self, owner: str, most: int) -> list[str]:
-        """The ids of an owner's latest jobs, newest first."""
-        rows = self._rows("SELECT id FROM jobs WHERE owner = ? ORDER BY number DESC LIMIT ?", owner, most)
+    def jobs(self, owner: str, limit: int) -> list[str]:
+        """Returns the ids of an owner's latest jobs, newest first."""
+        rows = self._rows("SELECT id FROM jobs WHERE owner = ? ORDER BY number DESC LIMIT ?", owner, limit)
         return [row["id"] for row in rows]
 
     def picture(self, id: str) -> tuple[str, str, bytes] | None:
-        """(owner, kind, bytes) of a picture that is drawn."""
+        """Returns (owner, format, bytes) of a generated image."""
         rows = self._rows(
             "SELECT owner, kind, data FROM pictures JOIN jobs ON jobs.number = job "
             "WHERE pictures.id = ? AND data IS NOT NULL",
@@ -154,24 +162,24 @@ class JobStore:
         )
         return (rows[0]["owner"], rows[0]["kind"], rows[0]["data"]) if rows else None
 
-    def drawn(self, job: int) -> list[bytes]:
-        """The pictures of a job that are drawn, in order."""
+    def images(self, job: int) -> list[bytes]:
+        """Returns the generated images of a job, in order."""
         rows = self._rows("SELECT data FROM pictures WHERE job = ? AND data IS NOT NULL ORDER BY place", job)
         return [row["data"] for row in rows]
 
     def waiting(self, owner: str | None = None) -> int:
-        """Pictures that wait, all or an owner's."""
+        """Returns the number of queued images, of all owners or of one."""
         if owner is None:
             return self._rows("SELECT COUNT(*) FROM pictures WHERE status = 'queued'")[0][0]
         return self._waiting_by_owner().get(owner, 0)
 
     def owners_waiting(self) -> int:
-        """Owners of pictures that wait."""
+        """Returns the number of owners with queued images."""
         return len(self._waiting_by_owner())
 
     def before(self, owner: str, job: int) -> int:
-        """About how many pictures come before an owner's job: those of earlier jobs, and of each other owner, who draws
-        in turn, as many."""
+        """Estimates how many images come before an owner's job: the owner's earlier ones, and as many of each other
+        owner, since owners take turns."""
         mine = self._waiting_by_owner(" AND job < ?", job).get(owner, 0)
         others = self._waiting_by_owner()
         return mine + sum(min(count, mine + 1) for name, count in others.items() if name != owner)
@@ -185,7 +193,7 @@ class JobStore:
         return {row["owner"]: row["count"] for row in rows}
 
     def kept(self, owner: str) -> int:
-        """Bytes of an owner's requests, references and pictures."""
+        """Returns the bytes of an owner's requests, references and images."""
         return self._kept[owner]
 
     def _count_kept(self) -> collections.Counter[str]:
@@ -197,11 +205,13 @@ class JobStore:
         rows = self._rows(f"SELECT owner, SUM(size) AS size FROM ({' UNION ALL '.join(sizes)}) GROUP BY owner")
         return collections.Counter({row["owner"]: row["size"] for row in rows})
 
-    # ---- drawing
+    # ---- generating
 
-    def take(self, most: int) -> list[QueuedImage]:
-        """Up to `most` pictures of equal settings in all, which are now running. Owners take turns, each with what has
-        waited longest of theirs; whose turn it is says which settings."""
+    def take(self, limit: int) -> list[QueuedImage]:
+        """Marks up to `limit` images of equal settings as running, and returns them.
+
+        Owners take turns, each with their oldest images. The owner whose turn it is determines the settings.
+        """
         with self._writing() as connection:
             owners = connection.execute(
                 "SELECT owner, MIN(job) FROM pictures JOIN jobs ON jobs.number = job "
@@ -215,14 +225,14 @@ class JobStore:
                 "AND owner = ? ORDER BY job, place LIMIT 1",
                 (owner,),
             ).fetchone()
-            waiting: dict[str, list[tuple[str, float]]] = {owner: []}  # whose turn it is comes first
+            waiting: dict[str, list[tuple[str, float]]] = {owner: []}  # the owner whose turn it is comes first
             for row in connection.execute(
                 "SELECT pictures.id, owner, coalesce(json_extract(request, '$.cost'), 1.0) AS cost FROM pictures "
                 "JOIN jobs ON jobs.number = job WHERE pictures.status = 'queued' AND settings = ? ORDER BY job, place",
                 (settings,),
             ):
                 waiting.setdefault(row["owner"], []).append((row["id"], row["cost"]))
-            chosen = [id for _, id in self._shares.choose(waiting, most)]
+            chosen = [id for _, id in self._shares.choose(waiting, limit)]
             rows = connection.execute(
                 "SELECT pictures.id AS picture, job, owner, jobs.id AS job_id, place, seed, request FROM pictures "
                 f"JOIN jobs ON jobs.number = job WHERE pictures.id IN ({', '.join('?' * len(chosen))}) "
@@ -241,13 +251,12 @@ class JobStore:
             for name in names:
                 if name not in known:
                     known[name] = self.reference(row["owner"], name)
-            text = request["texts"][row["place"]]
-            given = {**dict(row), "request": request}
-            tasks.append(QueuedImage(**given, text=text, reference=known[names[0]], mask=known[names[1]]))
+            values = {**dict(row), "request": request, "text": request["texts"][row["place"]]}
+            tasks.append(QueuedImage(**values, reference=known[names[0]], mask=known[names[1]]))
         return tasks
 
     def finish(self, picture: str, kind: str, data: bytes, made_by: dict[str, Any]) -> bool:
-        """A picture is drawn. False, and nothing kept, if its job was cancelled meanwhile."""
+        """Stores a generated image. Returns False, and stores nothing, if its job was cancelled meanwhile."""
         with self._writing(len(data)) as connection:
             done = connection.execute(
                 "UPDATE pictures SET status = 'done', kind = ?, data = ?, made_by = ? WHERE id = ? "
@@ -269,13 +278,13 @@ class JobStore:
                 )
             return True
 
-    def fail(self, job: int, reason: str) -> None:
-        """A job cannot be done: what of it waits or runs is given up, what is drawn stays."""
+    def fail(self, job: int, reason: str, code: str) -> None:
+        """Ends a job as failed, with the code of its error. Its generated images stay."""
         with self._writing() as connection:
-            self._end(connection, job, "failed", reason)
+            self._end(connection, job, "failed", reason, code)
 
     def cancel(self, owner: str, id: str) -> bool:
-        """Gives an owner's job up. False if it has ended already."""
+        """Cancels an owner's job. Returns False if it has ended already."""
         with self._writing() as connection:
             row = connection.execute(
                 "SELECT number FROM jobs WHERE owner = ? AND id = ? AND finished IS NULL", (owner, id)
@@ -286,24 +295,25 @@ class JobStore:
             return True
 
     def cancelled(self, pictures: Sequence[str]) -> set[str]:
-        """Which of these pictures nobody wants any more."""
+        """Returns which of these images are no longer wanted."""
         marks = ", ".join("?" * len(pictures))
         rows = self._rows(f"SELECT id FROM pictures WHERE id IN ({marks}) AND status != 'running'", *pictures)
         return {row["id"] for row in rows}
 
-    def _end(self, connection: sqlite3.Connection, job: int, status: str, reason: str) -> None:
+    def _end(self, connection: sqlite3.Connection, job: int, status: str, reason: str, code: str = FAILED) -> None:
         connection.execute(
-            "UPDATE jobs SET status = ?, error = ?, finished = ? WHERE number = ? AND finished IS NULL",
-            (status, reason, self.clock.now(), job),
+            "UPDATE jobs SET status = ?, error = ?, finished = ?, request = json_set(request, '$.code', ?) "
+            "WHERE number = ? AND finished IS NULL",
+            (status, reason, self.clock.now(), code, job),
         )
         connection.execute(
             "UPDATE pictures SET status = ? WHERE job = ? AND status IN ('queued', 'running')", (status, job)
         )
 
-    # ---- keeping house
+    # ---- maintenance
 
     def requeue(self, pictures: Sequence[str]) -> None:
-        """Running pictures wait again, as if they had not been tried: their server was told to stop."""
+        """Queues running images again without counting the attempt, because the server stops."""
         with self._writing() as connection:
             connection.executemany(
                 "UPDATE pictures SET status = 'queued', tries = tries - 1 WHERE id = ? AND status = 'running'",
@@ -311,15 +321,17 @@ class JobStore:
             )
 
     def recover(self, pictures: Sequence[str] | None = None) -> tuple[int, int]:
-        """After a kill, or for some `pictures` after a worker died: what was running waits again; (pictures that wait,
-        jobs failed as tried too often)."""
+        """Queues running images again after a kill, or only `pictures` after a worker died.
+
+        Returns (queued images, jobs that failed after too many attempts).
+        """
         some = "" if pictures is None else f" AND id IN ({', '.join('?' * len(pictures))})"
         with self._writing() as connection:
             rows = connection.execute(
                 f"SELECT DISTINCT job FROM pictures WHERE status = 'running' AND tries >= ?{some}",
                 (TRIES, *(pictures or ())),
             ).fetchall()
-            reason = f"the server stopped {TRIES} times while this was drawn; ask for less at once"
+            reason = f"The server stopped {TRIES} times while it generated this. Request fewer or smaller images."
             for row in rows:
                 self._end(connection, row["job"], "failed", reason)
             connection.execute(
@@ -328,8 +340,10 @@ class JobStore:
         return self.waiting(), len(rows)
 
     def forget(self, before: float) -> None:
-        """Drops jobs that ended, and references last given, before a time; references of open jobs stay. Also
-        on a full disk, which it may help."""
+        """Deletes jobs that ended, and references last used, before a time. References of open jobs stay.
+
+        It runs on a full disk too, since it frees space.
+        """
         with self._writing(-ROOM) as connection:
             connection.execute("DELETE FROM jobs WHERE finished < ?", (before,))
             connection.execute(
@@ -342,17 +356,17 @@ class JobStore:
             self._kept = self._count_kept()
 
     def secret(self, name: str, new: bytes) -> bytes:
-        """A secret of this server: the one kept under a name, or `new`, which is then kept."""
+        """Returns the secret stored under a name, or stores and returns `new`."""
         with self._writing() as connection:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (name, new))
             return connection.execute("SELECT value FROM secrets WHERE name = ?", (name,)).fetchone()["value"]
 
     def revoke(self, cookie: str, until: float) -> None:
-        """Keeps a session's cookie that was logged out of, until it would have ended."""
+        """Stores a logged-out session cookie until it expires."""
         with self._writing() as connection:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (f"session {cookie}", until))
 
     def revoked(self) -> list[str]:
-        """The cookies that were logged out of."""
+        """Returns the logged-out session cookies."""
         rows = self._rows("SELECT name FROM secrets WHERE name LIKE 'session %'")
         return [row["name"].removeprefix("session ") for row in rows]

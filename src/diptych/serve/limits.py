@@ -1,4 +1,4 @@
-"""What one caller may take of the server: how often, how many images at once, and whose turn it is."""
+"""Limits per client: the rate of requests, the images in memory at once, and fair turns in the queue."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from diptych.errors import UserError
 
 
 class Busy(UserError):
-    """Not now: the queue is full, the key asked too often, or the server starts or stops. `seconds` says when."""
+    """The server cannot accept a request now: a full queue, a rate limit, or a start or stop. Retry after `seconds`."""
 
-    def __init__(self, message: str, seconds: float, status: int = 429) -> None:
-        super().__init__("server_busy", message)
+    def __init__(self, message: str, seconds: float, status: int = 429, code: str = "server_busy") -> None:
+        super().__init__(code, message)
         self.seconds, self.status = max(1, round(seconds + 0.5)), status
 
 
 class OverQuota(UserError):
-    """The owner's results and references take all the room that one may have."""
+    """The owner's results and references use up the storage of one owner."""
+
+    status = 413
 
     def __init__(self, message: str) -> None:
         super().__init__("quota_exceeded", message)
 
 
-MOST_NAMES = 10_000
+MAX_NAMES = 10_000
 
 
 class RateLimit:
-    """At most `per_minute` tries a minute for each name, all at once if need be: a bucket of tries for each name, which
-    fills up again evenly over a minute. 0 or less: no limit."""
+    """A token bucket for each name: at most `per_minute` tries at once, refilled evenly over a minute. 0: no limit."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute, self.clock = per_minute, clock
@@ -42,7 +43,7 @@ class RateLimit:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tries left, and when that was
 
     def take(self, name: str) -> float:
-        """0 if there was a try left, which is now used; else the seconds until there is one."""
+        """Uses a try and returns 0; returns the seconds until the next one if none is left."""
         if self.per_minute <= 0:
             return 0.0
         with self._lock:
@@ -51,56 +52,52 @@ class RateLimit:
                 return (1 - left) * 60 / self.per_minute
             self._left[name] = (left - 1, self.clock())
             self._left.move_to_end(name)
-            while len(self._left) > MOST_NAMES:
+            while len(self._left) > MAX_NAMES:
                 self._left.popitem(last=False)
             return 0.0
 
     def _now(self, name: str) -> float:
-        most = max(1.0, self.per_minute)
-        left, when = self._left.get(name, (most, self.clock()))
-        return min(most, left + (self.clock() - when) * self.per_minute / 60)
+        full = max(1.0, self.per_minute)
+        left, when = self._left.get(name, (full, self.clock()))
+        return min(full, left + (self.clock() - when) * self.per_minute / 60)
 
 
 LARGE = 2_000_000  # pixels from which an image is large
-
-
 P = ParamSpec("P")
-
-
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class Lane:
-    """One thread and a queue for it of at most `most`, half of them of one owner. `seconds` is about how long one
-    takes, for those who must come again."""
+    """One thread with a queue of at most `limit` tasks, half of them of one owner. `seconds` estimates one task."""
 
-    def __init__(self, name: str, seconds: float, most: int) -> None:
-        self.seconds, self.most = seconds, most
+    def __init__(self, name: str, seconds: float, limit: int) -> None:
+        self.seconds, self.limit = seconds, limit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"diptych-{name}")
         self._lock = threading.Lock()
         self._held: collections.Counter[str] = collections.Counter()
 
     def check(self, owner: str) -> None:
-        """Busy if there is no room for another of this owner."""
+        """Raises Busy if the queue has no room for another task of this owner."""
         with self._lock:
-            if self._held[owner] >= self.most // 2 or self._held.total() >= self.most:
-                raise Busy("too many images wait to be read", self.seconds * max(1, self._held.total()), 503)
+            if self._held[owner] >= self.limit // 2 or self._held.total() >= self.limit:
+                raise Busy("Too many images are waiting to be read.", self.seconds * max(1, self._held.total()), 503)
 
-    def start(self, owner: str, do: Callable[P, Result], *given: P.args, **named: P.kwargs) -> Future[Result]:
-        """Does it once it is its turn. Busy if the queue is full."""
+    def start(self, owner: str, task: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
+        """Queues a task. Busy if the queue is full."""
         self.check(owner)
         with self._lock:
             self._held[owner] += 1
-        future = self._pool.submit(do, *given, **named)
+        future = self._pool.submit(task, *args, **kwargs)
         future.add_done_callback(lambda _: self._release(owner))
         return future
 
-    async def run(self, owner: str, do: Callable[P, Result], *given: P.args, **named: P.kwargs) -> Result:
-        """`start`, and what comes of it."""
-        return await asyncio.wrap_future(self.start(owner, do, *given, **named))
+    async def run(self, owner: str, task: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+        """Queues a task and returns its result. Busy if the queue is full."""
+        return await asyncio.wrap_future(self.start(owner, task, *args, **kwargs))
 
     def close(self) -> None:
-        """Does nothing more of what waits."""
+        """Drops the tasks that wait."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _release(self, owner: str) -> None:
@@ -111,44 +108,42 @@ class Lane:
 
 
 class Lanes:
-    """The threads for what takes long: decoding images, checking masks, laying out pages. Other requests never wait
-    behind it, and small images never behind large ones. Each thread has a short queue, of which one owner gets a part;
-    a request beyond the limit is rejected with a time to retry."""
+    """Threads for slow work: decoding images, checking masks, laying out pages.
+
+    Other requests never wait behind it, nor small images behind large ones. Each thread has a short queue, shared
+    between owners; a request beyond the limit is rejected with a time to retry.
+    """
 
     def __init__(self) -> None:
         self.small, self.large = Lane("small", 0.1, 64), Lane("large", 3.0, 16)
 
     def of(self, pixels: int) -> Lane:
-        """The lane of an image."""
+        """Returns the lane for an image size."""
         return self.large if pixels >= LARGE else self.small
 
     def close(self) -> None:
-        """Closes both."""
+        """Closes both lanes."""
         self.small.close()
         self.large.close()
 
 
-Item = TypeVar("Item")
-
-
 class FairShares:
-    """The work done for each owner so far, as far as it still matters.
+    """Divides the work equally between the owners who wait, however much and how early each one sent.
 
-    Every owner who waits gets an equal share of the work, whoever sent how much how early. This is start-time fair
-    queuing (Goyal, Vin and Cheng 1996), a weighted round-robin: what an image costs counts, and who comes back after a
-    pause has no claim on the time before.
+    This is start-time fair queuing (Goyal, Vin and Cheng 1996), a weighted round-robin: the cost of an image counts,
+    and an owner who returns after a pause has no claim on that time.
     """
 
     def __init__(self) -> None:
-        self._served: dict[str, float] = {}  # owner → where the next share begins
-        self._now = 0.0  # where the latest share began
+        self._served: dict[str, float] = {}  # owner → start of the next share
+        self._now = 0.0  # start of the latest share
 
-    def choose(self, waiting: Mapping[str, Sequence[tuple[Item, float]]], most: int) -> list[tuple[str, Item]]:
-        """Up to `most` items in turn, of the owners' (item, cost) each in its order, and their owners."""
+    def choose(self, waiting: Mapping[str, Sequence[tuple[Item, float]]], limit: int) -> list[tuple[str, Item]]:
+        """Returns up to `limit` (owner, item) in turn. `waiting` has each owner's (item, cost) in order."""
         left = {owner: list(items) for owner, items in waiting.items() if items}
         order = {owner: place for place, owner in enumerate(left)}
         chosen: list[tuple[str, Item]] = []
-        while left and len(chosen) < most:
+        while left and len(chosen) < limit:
             owner = min(left, key=lambda name: (self._start(name), order[name]))
             item, cost = left[owner].pop(0)
             if not left[owner]:
@@ -160,7 +155,7 @@ class FairShares:
         return chosen
 
     def first(self, owners: Sequence[str]) -> str:
-        """The owner whose turn it is; of equal ones the first."""
+        """Returns the owner whose turn it is; the first of equals."""
         return min(owners, key=self._start)
 
     def _start(self, owner: str) -> float:

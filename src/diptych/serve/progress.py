@@ -1,7 +1,7 @@
-"""What is going on now: the steps and previews of jobs, told by worker threads and awaited by requests, and the
-counters that Prometheus reads at /metrics.
+"""Live progress: steps and previews of jobs, reported by worker threads and awaited by requests; and the counters that
+Prometheus reads at /metrics.
 
-Lives in memory; the store holds what must last.
+All of it is in memory; the store holds what must last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,99 +17,97 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 @dataclass
 class JobProgress:
-    """A job as it stands. `version` grows with every change."""
+    """Progress of a job. `version` grows with every change."""
 
     version: int = 0
     step: int = 0
     steps: int = 0
-    previews: dict[int, bytes] = field(default_factory=dict)  # by the picture's place: a small PNG
+    previews: dict[int, bytes] = field(default_factory=dict)  # small PNGs by the image's place in the job
 
 
 class ProgressBoard:
-    """Live jobs by number, and a bell for each that rings in the event loop when it changes."""
+    """Live jobs by number. Requests in the event loop wait for their changes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._live: dict[int, JobProgress] = {}
-        self._bells: dict[int, set[asyncio.Event]] = {}
+        self._waiting: dict[int, set[asyncio.Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The loop that the requests wait in."""
+        """Sets the event loop of the requests."""
         self._loop = loop
 
-    def tell(self, job: int, step: int = 0, steps: int = 0, previews: dict[int, bytes] | None = None) -> None:
-        """News of a job, from any thread."""
+    def report(self, job: int, step: int = 0, steps: int = 0, previews: dict[int, bytes] | None = None) -> None:
+        """Updates a job, from any thread."""
         with self._lock:
             live = self._live.setdefault(job, JobProgress())
             live.version += 1
             live.step, live.steps = step, steps
             live.previews |= previews or {}
-        self._ring(job)
+        self._wake(job)
 
     def end(self, job: int) -> None:
-        """A job has ended: what was live of it is dropped, and who waits looks at the store."""
+        """Drops the progress of a job that has ended, and wakes its requests, which read the store."""
         with self._lock:
             self._live.pop(job, None)
-        self._ring(job)
+        self._wake(job)
 
     def live(self, job: int) -> JobProgress:
-        """A job as it stands; empty if nothing is drawn of it now."""
+        """Returns a copy of a job's progress; empty if it is not running."""
         with self._lock:
-            live = self._live.get(job)
-            return (
-                JobProgress() if live is None else JobProgress(live.version, live.step, live.steps, dict(live.previews))
-            )
+            live = self._live.get(job, JobProgress())
+            return replace(live, previews=dict(live.previews))
 
     async def changed(self, job: int, timeout: float) -> None:
-        """Returns when a job has news, or after `timeout` seconds."""
-        bell = asyncio.Event()
-        self._bells.setdefault(job, set()).add(bell)
+        """Returns when a job changes, or after `timeout` seconds."""
+        change = asyncio.Event()
+        self._waiting.setdefault(job, set()).add(change)
         try:
-            await asyncio.wait_for(bell.wait(), timeout)
+            await asyncio.wait_for(change.wait(), timeout)
         except TimeoutError:
             pass
         finally:
-            bells = self._bells[job]
-            bells.discard(bell)
-            if not bells:
-                del self._bells[job]
+            waiting = self._waiting[job]
+            waiting.discard(change)
+            if not waiting:
+                del self._waiting[job]
 
-    def ring_all(self) -> None:
-        """Wakes everybody: the server stops."""
-        for job in list(self._bells):
-            self._ring(job)
+    def wake_all(self) -> None:
+        """Wakes all requests, because the server stops."""
+        for job in list(self._waiting):
+            self._wake(job)
 
-    def _ring(self, job: int) -> None:
+    def _wake(self, job: int) -> None:
         loop = self._loop
         if loop is None or loop.is_closed():
             return
 
-        def ring() -> None:
-            for bell in self._bells.get(job, ()):
-                bell.set()
+        def wake() -> None:
+            for change in self._waiting.get(job, ()):
+                change.set()
 
-        loop.call_soon_threadsafe(ring)
+        loop.call_soon_threadsafe(wake)
 
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class ServerMetrics:
-    """The counters of one server, in a registry of its own. Labels hold no prompt, token, address or name of a user."""
+    """The counters of one server, in a separate registry. Labels hold no prompt, token, address or name of a user."""
 
     def __init__(self, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        given: Any = {"registry": self.registry}
-        self.requests = Counter("diptych_requests", "Requests by route and status", ["route", "status"], **given)
-        self.jobs = Counter("diptych_jobs", "Jobs by how they ended", ["end"], **given)
-        self.pictures = Counter("diptych_pictures", "Pictures drawn", **given)
-        self.refused = Counter("diptych_refused", "Requests refused, by reason", ["reason"], **given)
-        self.batch = Histogram("diptych_batch_pictures", "Pictures drawn together", buckets=(1, 2, 4, 8, 16), **given)
-        self.draw = Histogram("diptych_draw_seconds", "Seconds that a batch took", buckets=SECONDS, **given)
-        queue = Gauge("diptych_queue_pictures", "Pictures that wait", **given)
+        shared: Any = {"registry": self.registry}
+        self.requests = Counter("diptych_requests", "Requests by route and status", ["route", "status"], **shared)
+        self.jobs = Counter("diptych_jobs", "Jobs by final status", ["end"], **shared)
+        self.pictures = Counter("diptych_pictures", "Generated images", **shared)
+        self.refused = Counter("diptych_refused", "Rejected requests by reason", ["reason"], **shared)
+        self.batch = Histogram("diptych_batch_pictures", "Images per batch", buckets=(1, 2, 4, 8, 16), **shared)
+        self.draw = Histogram("diptych_draw_seconds", "Seconds per batch", buckets=SECONDS, **shared)
+        queue = Gauge("diptych_queue_pictures", "Queued images", **shared)
         queue.set_function(waiting)
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Returns all counters in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
-"""What somebody asks for, checked: one model for each kind of job, the same for the HTTP API and for the web app.
+"""Models of requests, one for each kind of job, shared by the HTTP API and the web app.
 
-Names and meanings are OpenAI's where OpenAI has them, else those of `diptych generate`. An unknown name is refused with
-the nearest known one, and so is an OpenAI option whose value this model cannot honour: nothing is ignored in silence.
+Names and meanings are OpenAI's where OpenAI has them, else those of `diptych generate`. Nothing is ignored silently: an
+unknown name is rejected with the nearest known one, and so is a value of an OpenAI option that has no meaning here.
 """
 
 from __future__ import annotations
@@ -20,65 +20,69 @@ from diptych.student.sampling import SCALES, SEED, Fit, check_options, check_pro
 if TYPE_CHECKING:
     from diptych.apps.story import Panel
 
-WORDS = "x-words"  # in a field's schema: what it may hold, where its pattern says that to machines alone
+WORDS = "x-words"  # in a field's schema: the allowed values in words, where there is only a pattern
 JOB_ID = r"^[A-Za-z0-9_-]{8,64}$"
 JOB_WORDS = "8 to 64 letters, digits, dashes or underscores"
-# OpenAI's options that say how its own models draw; taken where they ask for what happens anyway.
+# Options for OpenAI's models, accepted with the values that describe what happens anyway.
 NEUTRAL = {
     "quality": ("auto", "standard", "low", "medium", "high"),
     "moderation": ("auto", "low"),
     "style": ("natural",),
     "output_compression": ("100",),
 }
-STEPS = {"low": 0.5, "high": 2.0}  # of the model's own, by quality
-ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to answer, not what to draw
+STEPS = {"low": 0.5, "high": 2.0}  # multiple of the model's default steps, by quality
+ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to respond, not what to generate
 OPTIONS = (*SCALES, "negative_prompt", "fit")
 
 
 class JobRequest(BaseModel):
-    """What every request may say: OpenAI's fields, and diptych's own."""
+    """Fields of every request: OpenAI's, and those of diptych."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)  # `title` below: the name in the API's schema
     kind: ClassVar[str] = "images"  # of the job: images, relight, story
 
-    model: str | None = Field(None, max_length=200, description="Any name: the server has one model.")
+    model: str | None = Field(None, max_length=200, description="Any name; the server has one model.")
     size: str | None = Field(
         None,
         pattern=r"^(auto|[0-9]{1,5}(x[0-9]{1,5})?)$",
-        description="`WIDTHxHEIGHT`, one number, or auto.",
+        description="Image size: `WIDTHxHEIGHT`, one number for a square, or auto for the model's size.",
         json_schema_extra={WORDS: "WIDTHxHEIGHT in pixels, one number, or auto", "examples": ["64x64"]},
     )
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json, the default, or url.")
-    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="webp is lossless.")
-    user: str | None = Field(None, max_length=200, description="Kept with the job, and read by nobody.")
-    safety_identifier: str | None = Field(None, max_length=200, description="Kept like `user`.")
-    stream: bool = Field(False, description="Answer with server-sent events, as OpenAI does.")
-    partial_images: int = Field(0, ge=0, le=3, description="Previews in the stream.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="Return images as base64 (b64_json, the default) or as signed addresses (url)."
+    )
+    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="File format; webp is lossless.")
+    user: str | None = Field(None, max_length=200, description="Your user's name. Stored with the job, never used.")
+    safety_identifier: str | None = Field(None, max_length=200, description="Stored like `user`.")
+    stream: bool = Field(False, description="Respond with server-sent events in OpenAI's format.")
+    partial_images: int = Field(0, ge=0, le=3, description="Number of previews in the stream.")
     background: str | None = Field(
         None,
         max_length=30,
-        description="Colour under a transparent reference; auto and opaque are white. Images are always opaque: with "
-        "transparent, the answer says `background: opaque` and has a warning.",
+        description="Color under a transparent reference; auto and opaque are white. Images are always opaque: for "
+        "transparent, the response has `background: opaque` and a warning.",
         examples=["#ffffff"],
     )
     quality: str | None = Field(
         None,
         max_length=20,
-        description="auto, standard and medium take the model's own number of steps, low half of it, high twice as "
-        "many. `steps` goes before it.",
+        description="Number of steps: the model's default for auto, standard and medium, half of it for low, twice "
+        "for high. `steps` takes precedence.",
         json_schema_extra={WORDS: "auto, low, medium, high or standard", "examples": ["high"]},
     )
     input_fidelity: Literal["low", "high"] | None = Field(
-        None, description="The subject always comes from the reference, as high asks; `image_guidance` is its strength."
+        None, description="No effect: the reference always has high fidelity. `image_guidance` sets its strength."
     )
-    style: str | None = Field(None, max_length=20, description="Only natural.", json_schema_extra={WORDS: "natural"})
+    style: str | None = Field(
+        None, max_length=20, description="Only natural is accepted.", json_schema_extra={WORDS: "natural"}
+    )
     moderation: str | None = Field(
         None,
         max_length=20,
-        description="Nothing is moderated here.",
+        description="No effect: the server does not moderate.",
         json_schema_extra={WORDS: "auto or low"},
     )
-    output_compression: int | None = Field(None, ge=0, le=100, description="Only 100.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Only 100 is accepted.")
 
     seed: int | None = Field(None, ge=0, lt=2**63 - 100, description=SEED, examples=[7])
     steps: int | None = field("steps", examples=[20])
@@ -89,95 +93,97 @@ class JobRequest(BaseModel):
         "negative_prompt", max_length=32_000, description="Needs image or text guidance above 1."
     )
     fit: Fit | None = field("fit")
-    speed: Literal["plain", "exact", "fast", "fastest"] | None = Field(None, description="See docs/speed.md.")
+    speed: Literal["plain", "exact", "fast", "fastest"] | None = Field(
+        None, description="Speed preset; the default is the server's. See docs/speed.md."
+    )
     job: str | None = Field(
         None,
         pattern=JOB_ID,
-        description="Your own name for the job; sent again, the same request finds the same job.",
+        description="Your name for the job. A repeated request with the same name returns the same job.",
         json_schema_extra={WORDS: JOB_WORDS, "examples": ["my-first-job"]},
     )
-    wait: bool = Field(True, description="False: answer at once, 202, with the job to ask for later.")
+    wait: bool = Field(True, description="Wait for the images. False: respond at once with status 202 and the job.")
 
     def texts(self) -> list[str]:
-        """What each picture shows, in order: a job has as many pictures as texts."""
+        """Returns the prompt, light or panel of each image, in order."""
         raise NotImplementedError
 
     def seeds(self, first: int) -> list[int]:
-        """The pictures' seeds."""
+        """Returns the images' seeds."""
         return [first + place for place in range(len(self.texts()))]
 
     def about(self) -> str:
-        """The job in a line."""
+        """Returns the job in one line."""
         return self.texts()[0]
 
     def words(self) -> list[str]:
-        """The texts of it that are not prompts."""
+        """Returns the texts that are not prompts."""
         return []
 
     def more(self) -> dict[str, Any]:
-        """What a job of this kind remembers beside."""
+        """Returns what a job of this kind stores in addition."""
         return {}
 
-    def colour(self) -> str:
-        """What lies under a transparent reference."""
+    def matte(self) -> str:
+        """Returns the color under a transparent reference."""
         return "white" if self.background in (None, "auto", "opaque", "transparent") else self.background  # pyright: ignore
 
     def pixels(self) -> tuple[int, int] | None:
-        """(width, height) in pixels, None for the model's own."""
+        """Returns (width, height) in pixels, None for the model's size."""
         if self.size in (None, "auto"):
             return None
         sides = [int(side) for side in str(self.size).split("x")]
         return sides[0], sides[-1]
 
     def options(self) -> dict[str, Any]:
-        """The arguments of `Student.generate` that were given."""
+        """Returns the given arguments of `Student.generate`."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         return given | ({"size": self.pixels()} if self.pixels() else {})
 
     def resolved(self, sampling: Mapping[str, float], limits: Limits) -> Self:
-        """With the steps that `quality` asks of a model with these settings."""
+        """Returns the request with the steps of its `quality`, for a model with these settings."""
         if self.steps is not None or self.quality not in STEPS:
             return self
         steps = max(1, round(sampling["steps"] * STEPS[self.quality]))
         return self.model_copy(update={"steps": min(steps, limits.steps)})
 
     def cost(self, sampling: Mapping[str, float], side: int) -> float:
-        """The work of one picture, 1 for one of a model's own size and steps."""
+        """Returns the work of one image; 1 for one of the model's size and default steps."""
         width, height = self.pixels() or (side, side)
         return round((self.steps or sampling["steps"]) / sampling["steps"] * width * height / side**2, 4)
 
     def remarks(self) -> list[str]:
-        """What of the request does nothing."""
-        found = []
+        """Returns warnings about options that have no effect."""
+        remarks = []
         if self.quality in STEPS and self.steps is not None:
-            found.append(f"quality '{self.quality}' does nothing, because steps is given")
+            remarks.append(f"quality '{self.quality}' has no effect, because steps is given")
         if self.background == "transparent":
-            found.append("background 'transparent' does nothing: the model makes opaque images")
+            remarks.append("background 'transparent' has no effect: the model generates opaque images")
         if self.input_fidelity == "low":
-            found.append("input_fidelity 'low' does nothing; image_guidance is the strength of the reference")
-        return found
+            remarks.append("input_fidelity 'low' has no effect; image_guidance is the strength of the reference")
+        return remarks
 
-    def drawing(self) -> str:
-        """All that is asked to be drawn, in one text: equal for requests that differ in how they are answered."""
+    def identity(self) -> str:
+        """Returns the content of the request as text, equal for requests that differ only in how to respond."""
         return f"{self.kind}{self.model_dump_json(exclude=ANSWER)}"
 
     def settings(self, with_reference: bool) -> str:
-        """What must be equal for pictures to be drawn together."""
+        """Returns the settings that images of one batch must share."""
         return json.dumps(
             [self.kind == RelightRequest.kind, self.options(), self.speed, with_reference], sort_keys=True
         )
 
 
-class ImageRequest(JobRequest, title="Asked"):
-    """A request for pictures of a prompt."""
+class ImageRequest(JobRequest, title="Images"):
+    """A request for images of a prompt."""
 
     prompt: str = Field(
         min_length=1,
         max_length=32_000,
-        description="What the new picture shows, the whole of it.",
+        description="The whole content of the new image.",
         examples=["a cat on a beach at night"],
     )
-    n: int = Field(1, ge=1, le=100, description="Pictures; the seeds count up.")
+    n: int = Field(1, ge=1, le=100, description="Number of images; their seeds count up.")
 
     def texts(self) -> list[str]:
         return [self.prompt] * self.n
@@ -189,54 +195,53 @@ class GenerationRequest(ImageRequest, title="Generation"):
     reference: str | None = Field(
         None,
         max_length=40_000_000,
-        description="The picture of your subject, base64 or a `data:` URL with base64. Without it the prompt alone "
-        "says what is drawn: a teacher's way, without any identity to keep.",
+        description="Image of your subject, as base64 or a `data:` URL with base64. Without it, the images follow the "
+        "prompt alone.",
     )
 
 
 class EditRequest(ImageRequest, title="Edit"):
-    """`POST /v1/images/edits` as JSON: the picture as base64 or a `data:` URL, in `image` or, as OpenAI has it,
-    in `images`."""
+    """`POST /v1/images/edits` as JSON: the image as base64 or a `data:` URL, in `image` or in OpenAI's `images`."""
 
-    image: str | list[str] | None = Field(None, description="The picture of your subject, or a list of one.")
+    image: str | list[str] | None = Field(None, description="Image of your subject, or a list of one.")
     images: list[dict[str, str]] | None = Field(
         None,
         max_length=16,
-        description="A list of one object with `image_url`.",
+        description="List of one object with `image_url`.",
         examples=[[{"image_url": "data:image/png;base64,iVBORw0KGgo="}]],
     )
 
     def source(self) -> str:
-        """The one picture. UsageError if there is none, or more than one, or if it is to be fetched from OpenAI."""
+        """Returns the one image. UsageError for none, for more than one, and for a file ID of OpenAI."""
         given = [self.image] if isinstance(self.image, str) else list(self.image or ())
-        for each in self.images or ():
-            if set(each) != {"image_url"}:
-                raise UsageError("images: each is an object with image_url alone; this server keeps no files")
-            given.append(each["image_url"])
+        for item in self.images or ():
+            if set(item) != {"image_url"}:
+                raise UsageError("request_invalid", "images: each item must be an object with only image_url")
+            given.append(item["image_url"])
         if len(given) != 1:
-            raise UsageError(f"image: send one picture, not {len(given)}")
+            raise UsageError("request_invalid", f"image: send one image, not {len(given)}")
         return given[0]
 
-    def asked(self) -> ImageRequest:
-        """The request without its picture."""
+    def without_image(self) -> ImageRequest:
+        """Returns the request without its image."""
         return ImageRequest(**self.model_dump(exclude={"image", "images"}))
 
 
 Line = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class RelightRequest(JobRequest, title="Relit"):
-    """`POST /v1/relights`: a picture under one or several lights, each with `n` seeds."""
+class RelightRequest(JobRequest, title="Relight"):
+    """`POST /v1/relights`: an image under one or several lights, each with `n` seeds."""
 
     kind: ClassVar[str] = "relight"
 
     light: list[Line] = Field(
-        min_length=1, max_length=10, description="How the scene is lit, in words; repeated for several lights."
+        min_length=1, max_length=10, description="Description of the light. Repeat the field for several lights."
     )
-    n: int = Field(1, ge=1, le=100, description="Pictures of each light; the seeds count up.")
-    scene: str = Field("", max_length=1000, description="What the picture shows, for a model that is surer when told.")
+    n: int = Field(1, ge=1, le=100, description="Number of images for each light; their seeds count up.")
+    scene: str = Field("", max_length=1000, description="What the image shows, in words. It helps the model.")
     detail: float = Field(
-        1.0, ge=0, le=1, description="How much of the fine detail is the picture's own; 0 takes it as it is drawn."
+        1.0, ge=0, le=1, description="Share of the fine detail that comes from your image; 0 keeps only the generated."
     )
 
     def texts(self) -> list[str]:
@@ -256,21 +261,23 @@ class RelightRequest(JobRequest, title="Relit"):
 
 
 class StoryRequest(JobRequest, title="Story"):
-    """`POST /v1/stories`: a page of 4 to 10 panels of one character; `diptych.apps.story` says which."""
+    """`POST /v1/stories`: a page of 4 to 10 panels of one character; see `diptych.apps.story`."""
 
     kind: ClassVar[str] = "story"
 
     panel: list[Line] = Field(
-        min_length=1, max_length=20, description="What a panel shows `| what is written with it`; repeated, 4 to 10."
+        min_length=1, max_length=20, description="Prompt of a panel, then `| caption`. Repeat the field 4 to 10 times."
     )
-    title: str = Field("", max_length=200, description="Stands above the first row.")
-    captions: Literal["below", "inside", "none"] = Field("below", description="Where the words stand.")
+    title: str = Field("", max_length=200, description="Title above the first row.")
+    captions: Literal["below", "inside", "none"] = Field("below", description="Place of the captions.")
     panel_seed: list[Annotated[int, Field(ge=0, lt=2**63)]] | None = Field(
-        None, max_length=20, description="A seed for each panel, repeated; without them they count up from `seed`."
+        None,
+        max_length=20,
+        description="Seed of a panel. Repeat the field for each; by default they count up from `seed`.",
     )
 
     def panels(self) -> list[Panel]:
-        """The panels, read."""
+        """Returns the parsed panels."""
         from diptych.apps.story import read_panel
 
         return [read_panel(line) for line in self.panel]
@@ -293,36 +300,33 @@ class StoryRequest(JobRequest, title="Story"):
         return {"panels": self.panel, "title": self.title, "captions": self.captions}
 
 
-def check(asked: JobRequest, limits: Limits, default_side: int) -> None:
-    """UsageError, which names the field, for what a server with these limits and this model does not do."""
-    shown, said = asked.texts(), asked.words()
-    for text in shown:
+def check(request: JobRequest, limits: Limits, default_side: int) -> None:
+    """Raises UsageError, which names the field, for a request beyond these limits or this model."""
+    prompts, words = request.texts(), request.words()
+    for text in prompts:
         check_prompt(text)
-    for text in (*shown, *said, asked.negative_prompt or "", asked.user or ""):
+    for text in (*prompts, *words, request.negative_prompt or "", request.user or ""):
         if len(text) > limits.prompt_letters:
-            most = f"{limits.prompt_letters:,}"
-            raise UsageError(f"prompt: at most {most} characters are allowed, not {len(text):,}")
+            sizes = f"{len(text):,} characters are over the limit of {limits.prompt_letters:,}"
+            raise UsageError("text_invalid", f"prompt: {sizes}")
         if re.search(r"[\x00\ud800-\udfff]", text):
-            raise UsageError("prompt: it has characters that are no text (null, or half of a surrogate pair)")
-    if len(shown) > limits.pictures:
-        raise UsageError(f"n: at most {limits.pictures} pictures are allowed at once, not {len(shown)}")
-    if isinstance(asked, StoryRequest):
+            raise UsageError("text_invalid", "prompt: contains characters that are not text (null or a lone surrogate)")
+    if len(prompts) > limits.pictures:
+        raise UsageError("request_invalid", f"n: at most {limits.pictures} images per request, not {len(prompts)}")
+    if isinstance(request, StoryRequest):
         from diptych.apps.story import font_for
 
-        asked.seeds(0)
-        font_for(said)
-    if (asked.steps or 0) > limits.steps:
-        raise UsageError(f"steps: at most {limits.steps} are allowed, not {asked.steps}")
-    for name, taken in NEUTRAL.items():
-        value = getattr(asked, name)
-        if value is not None and str(value) not in taken:
-            raise UsageError(f"{name}: '{value}' is nothing this model can do; leave it out, or {' or '.join(taken)}")
-    check_options({**asked.options(), "background": asked.colour()})
-    if (size := asked.pixels()) is not None:
-        most = limits.enlarged * default_side**2
-        if size[0] * size[1] > most:
-            side = int(most**0.5)
-            raise UsageError(
-                f"size: {size[0]}x{size[1]} is too large; this model draws {default_side}x{default_side}, and at most "
-                f"as many pixels as {side}x{side} has are allowed"
-            )
+        request.seeds(0)
+        font_for(words)
+    if (request.steps or 0) > limits.steps:
+        raise UsageError("request_invalid", f"steps: at most {limits.steps} are allowed, not {request.steps}")
+    for name, accepted in NEUTRAL.items():
+        value = getattr(request, name)
+        if value is not None and str(value) not in accepted:
+            raise UsageError("request_invalid", f"{name}: must be {' or '.join(accepted)} here, not '{value}'")
+    check_options({**request.options(), "background": request.matte()})
+    if (size := request.pixels()) is not None:
+        limit = limits.enlarged * default_side**2
+        if size[0] * size[1] > limit:
+            side = int(limit**0.5)
+            raise UsageError("size_invalid", f"size: {size[0]}x{size[1]} has more pixels than the limit, {side}x{side}")

@@ -1,6 +1,6 @@
-"""The runs of one folder, as the web app shows them: pairs with their verdicts, stages, losses, sheets, reports.
+"""The runs of one folder for the web app: pairs with their verdicts, stages, losses, sample sheets, reports.
 
-What a visitor says names a run or a pair, never a file: a run is one of those listed, a pair is looked up by its id.
+A request names a run or a pair, never a file: the run must be listed, and the pair is looked up by its id.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SMALL = ("id", "subject", "caption", "similarity", "copy_distance", "seam", "kep
 SIDES = {"reference": "conditioning", "target": "image"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SAMPLES = "student/training/samples"
-REMEMBERED = 4  # runs
+CACHED = 4  # runs whose tables stay in memory
 
 
 class Runs:
-    """The runs in a folder; any thread may ask."""
+    """The runs in a folder. Any thread may call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,34 +37,34 @@ class Runs:
         self._tables: OrderedDict[str, tuple[Any, pa.Table]] = OrderedDict()
 
     def names(self) -> list[str]:
-        """The runs, by name."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(p.name for p in found if NAME.fullmatch(p.name) and (p / "recipe.yaml").is_file())
+        """Returns the names of the runs, sorted."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(p.name for p in paths if NAME.fullmatch(p.name) and (p / "recipe.yaml").is_file())
 
     def of(self, name: str | None) -> Path:
-        """A run's folder. UsageError for a name that is not listed, and for none."""
+        """Returns a run's folder. UsageError for an empty or unknown name."""
         if not name:
-            raise UsageError("run: choose one first")
+            raise UsageError("run_not_found", "run: choose a run first")
         if name not in self.names():
-            raise UsageError(f"run: there is no '{name[:64]}' here")
+            raise UsageError("run_not_found", f"run: '{name[:64]}' is not one of the server's runs")
         run = self.folder / name
-        # Whoever made the run may have put links in it, to show or to change other files of this machine.
+        # A run made by others may contain links, to show or to change other files of this machine.
         for path in run.iterdir():
             _inside(run, path.name)
         return run
 
-    def at(self, name: str, place: str) -> Path:
-        """A file or folder of a run, whether it is there or not. UserError for one that a link puts elsewhere."""
-        return _inside(self.of(name), place)
+    def at(self, name: str, path: str) -> Path:
+        """Returns a file or folder of a run, existing or not. UserError for one that a link puts elsewhere."""
+        return _inside(self.of(name), path)
 
     # ---- pairs
 
     def page(
         self, name: str, shown: str, subject: str, start: int, count: int
     ) -> tuple[list[dict[str, Any]], int, list[str]]:
-        """Some candidate pairs, how many there are in all, and the reasons there are.
+        """Returns a page of candidate pairs, the number of matching pairs, and all reasons.
 
-        `shown` is all, kept, refused, decided, or a reason; `subject` a part of the subject's name.
+        `shown` is all, kept, refused, decided, or a reason; `subject` is a part of the subject's name.
         """
         table, decided = self._table(name), labels.both_ways(labels.decided(self.of(name)))
         reasons = sorted(set(table["reason"].to_pylist())) if len(table) else []
@@ -75,30 +75,30 @@ class Runs:
             mask = pc.and_(mask, pc.is_in(table["id"], pa.array(list(decided), pa.string())))
         elif shown != "all":
             mask = pc.and_(mask, pc.equal(table["reason"], shown))
-        found = table.filter(mask)
-        rows = found.slice(max(0, start), count).to_pylist()
-        return [{**pair, "decided": decided.get(pair["id"])} for pair in rows], len(found), reasons
+        matching = table.filter(mask)
+        rows = matching.slice(max(0, start), count).to_pylist()
+        return [{**pair, "decided": decided.get(pair["id"])} for pair in rows], len(matching), reasons
 
     def picture(self, name: str, id: str, side: str) -> bytes:
-        """The stored bytes of a pair's `reference` or `target`. UsageError if there is none."""
+        """Returns the stored bytes of a pair's `reference` or `target`. UsageError for an unknown pair."""
         table = self._table(name)
         at = pc.index(table["id"], id).as_py()
         if at < 0 or side not in SIDES:
-            raise UsageError(f"pair: there is no '{id[:64]}' in this run")
-        where = table.slice(at, 1).to_pylist()[0]
+            raise UsageError("request_invalid", f"pair: '{id[:64]}' is not in this run")
+        pair = table.slice(at, 1).to_pylist()[0]
         column = SIDES[side]
         data = Dataset(self.at(name, "candidates"))
-        return row(data, where["shard"], where["number"], column)[column]["bytes"] or b""
+        return row(data, pair["shard"], pair["number"], column)[column]["bytes"] or b""
 
     def decide(self, name: str, id: str, verdict: str, who: str) -> None:
-        """Keeps a person's verdict on a pair and its mirror: accept, reject, or judge, to leave both to the judge."""
+        """Stores a person's verdict on a pair and its mirror: accept, reject, or judge to leave both to the judge."""
         if verdict not in labels.VERDICTS or pc.index(self._table(name)["id"], id).as_py() < 0:
-            raise UsageError("pair: there is no such pair or verdict")
+            raise UsageError("request_invalid", f"pair: unknown pair '{id[:64]}' or verdict '{verdict[:16]}'")
         with self._lock:
             labels.add(self.of(name), id, verdict, who)
 
     def _table(self, name: str) -> pa.Table:
-        """The candidates' small columns, with the shard and number of each row; read once until a part changes."""
+        """The candidates' small columns, with the shard and number of each row; cached until a part changes."""
         folder = self.at(name, "candidates")
         parts = [_inside(folder, path.name) for path in sorted(folder.glob("part-*.parquet"))]
         key = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
@@ -115,46 +115,43 @@ class Runs:
             table = table.append_column("shard", pa.array([shard] * len(table), pa.int64()))
             tables.append(table.append_column("number", pa.array(range(len(table)), pa.int64())))
         if not tables:
-            raise UserError(f"the run '{name}' has no candidate pairs yet")
+            raise UserError("run_incomplete", f"The run '{name}' has no candidate pairs yet.")
         whole = pa.concat_tables(tables).replace_schema_metadata(None)
         with self._lock:
             self._tables[name] = (key, whole)
-            while len(self._tables) > REMEMBERED:
+            while len(self._tables) > CACHED:
                 self._tables.popitem(last=False)
         return whole
 
-    # ---- how far a run is
+    # ---- progress of a run
 
     def stages(self, name: str) -> list[dict[str, Any]]:
-        """Rows of each stage, and whether it is complete."""
-        folder = self.of(name)
-        found = []
+        """Returns the rows of each stage, and whether it is complete."""
+        folder, stages = self.of(name), []
         for stage in ("prompts", "grids", "candidates", "pairs"):
             data = Dataset(folder / stage)
-            found.append({"stage": stage, "rows": len(data), "complete": data.is_complete()})
-        return found
+            stages.append({"stage": stage, "rows": len(data), "complete": data.is_complete()})
+        return stages
 
     def losses(self, name: str) -> list[tuple[int, float]]:
-        """(step, loss) of the student's training so far."""
+        """Returns (step, loss) of the student's training so far."""
         lines = metrics.read(self.at(name, "student/training/metrics.jsonl"))
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
     def sheets(self, name: str) -> list[Path]:
-        """The training's sample sheets, oldest first."""
+        """Returns the training's sample sheets, oldest first."""
         folder = self.at(name, SAMPLES)
         return [_inside(folder, path.name) for path in sorted(folder.glob("step-*.png"))]
 
     def report(self, name: str) -> Path | None:
-        """The run's report, if it is written."""
+        """Returns the run's report, None if it is not written yet."""
         path = self.at(name, "report/report.html")
         return path if path.is_file() else None
 
 
-def _inside(folder: Path, place: str) -> Path:
-    """`paths.inside`, whose error names files of this machine, which is no business of those who only see the run."""
+def _inside(folder: Path, path: str) -> Path:
+    """`paths.inside` with an error that does not name other files of this machine to clients."""
     try:
-        return inside(folder, place)
-    except UserError:
-        raise UserError(
-            f"{place}: a link or a special file, which is not shown; whoever keeps the runs here can replace it"
-        ) from None
+        return inside(folder, path)
+    except UserError as error:
+        raise UserError(error.code, f"{path}: links and special files are not shown; replace it there") from None

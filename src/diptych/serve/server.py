@@ -1,4 +1,4 @@
-"""The HTTP server: the API, its pages and the web app behind one guard, in uvicorn with limits on its connections.
+"""The HTTP server: the API, its pages and the web app behind one guard, in uvicorn with limits on connections.
 
 run(ServerSettings(folder=Path("serve")))     # until Ctrl-C or SIGTERM
 """
@@ -31,7 +31,7 @@ TITLE = "diptych"
 
 
 def create(service: Service, web_app: bool = True) -> RequestGuard:
-    """The ASGI app of a service. The service itself is started and stopped with it."""
+    """Returns the ASGI app of a service, which starts and stops the service."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -42,7 +42,7 @@ def create(service: Service, web_app: bool = True) -> RequestGuard:
 
     app = FastAPI(
         title=TITLE, version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=life,
-        description="Pictures of your subject, in OpenAI's format.",
+        description="Images of your subject, in OpenAI's format. Every error has a stable code.",
     )  # fmt: skip
     app.state.service = service
     gate = Authenticator(service.settings.tokens, service.settings.limits.guesses, service.store)
@@ -66,28 +66,28 @@ def create(service: Service, web_app: bool = True) -> RequestGuard:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", tags=["health"], responses=error_responses.documented())
     async def healthz() -> dict[str, str]:
-        """Whether the process answers."""
+        """Reports that the process is alive."""
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["health"], responses=error_responses.documented())
     async def readyz() -> dict[str, str]:
-        """Whether jobs are taken, stored and drawn; 503 with the reason if not."""
+        """Reports whether jobs are accepted, stored and run; 503 with the reason if not."""
         if (reason := service.unready()) is not None:
             return error_responses.answer(503, reason)  # pyright: ignore
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=error_responses.documented())
     def metrics() -> Response:
-        """For Prometheus."""
+        """Returns the counters in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def config(app: Any, settings: ServerSettings, **more: Any) -> Any:
-    """How uvicorn serves the app; `more` are settings of its own."""
+    """Returns uvicorn's configuration; `more` overrides its settings."""
     import uvicorn
 
-    given: dict[str, Any] = {
-        "http": impatient(settings.limits.head_seconds, settings.limits.connections),
+    defaults: dict[str, Any] = {
+        "http": limited_protocol(settings.limits.head_seconds, settings.limits.connections),
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
@@ -95,18 +95,19 @@ def config(app: Any, settings: ServerSettings, **more: Any) -> Any:
         "timeout_graceful_shutdown": int(settings.grace_seconds) + 5,
         "ws": "none",
         "lifespan": "on",
-        "proxy_headers": bool(settings.proxies),  # uvicorn would believe whoever asks from this machine
+        "proxy_headers": bool(settings.proxies),  # by default uvicorn trusts any client on this machine
         "forwarded_allow_ips": list(settings.proxies),
     }
-    return uvicorn.Config(app, **given | more)
+    return uvicorn.Config(app, **defaults | more)
 
 
 def run(
     settings: ServerSettings, say: Callable[[str], None] = print, web_app: bool = True, log_level: str = "info"
 ) -> None:
-    """Serves until SIGINT or SIGTERM; the batch in hand is finished first. UserError if the model or the port fails.
+    """Serves until SIGINT or SIGTERM, then finishes the running batch. UserError if the model or the port fails.
 
-    `log_level` is of `diptych.access`, a line for each request, and of all other logs of diptych's and uvicorn's.
+    `log_level` applies to `diptych.access`, which has a line for each request, and to the other logs of diptych and
+    uvicorn.
     """
     import socket
 
@@ -114,50 +115,49 @@ def run(
 
     service = Service(settings)
     kind = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With its protocol named, or asyncio leaves Nagle's delay on: 40 ms an answer.
+    # The protocol is explicit, since otherwise asyncio leaves Nagle's algorithm on, which costs 40 ms per response.
     listening = socket.socket(kind, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
     except OSError as error:
-        raise UserError(
-            f"{settings.host}:{settings.port} cannot be used ({error.strerror or error}); choose another --port"
-        ) from error
+        where, reason = f"{settings.host}:{settings.port}", error.strerror or error
+        raise UserError("port_unavailable", f"{where} cannot be opened ({reason}). Choose another --port.") from error
     app = create(service, web_app)
 
     class Server(uvicorn.Server):
-        """Tells the service at once when it is to stop, so that who waits is told too. A second Ctrl-C ends the
-        process at once, as a kill would: what was accepted is in the store. uvicorn's own way ends with the signal
-        raised once more, as if the process had been killed by it."""
+        """Stops the service at the first signal, so that waiting clients get a response.
+
+        A second Ctrl-C ends the process at once, which is safe: accepted jobs are stored. uvicorn's handler would raise
+        the signal again at the end.
+        """
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if service.draining and sig == signal.SIGINT:
-                say("stopped at once; what was accepted is kept for the next start")
+                say("stopped at once; accepted jobs resume at the next start")
                 os._exit(128 + sig)
             if not service.draining:
-                say(f"stopping on {signal.Signals(sig).name}: the batch in hand is finished, and what waits is kept")
+                say(f"stopping on {signal.Signals(sig).name}: the running batch finishes, queued jobs are kept")
             service.drain()
             self.should_exit = True
 
-    guard.start(log_level)
+    guard.start_log(log_level)
     server = Server(config(app, settings, log_level=log_level if log_level == "debug" else "warning"))
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
 
     def watch() -> None:
-        """Says when the model is there; ends the server if it cannot be."""
+        """Reports when the model is loaded; ends the server if that fails."""
         while not service.ready and service.failure is None and not server.should_exit:
             time.sleep(0.1)
         if service.failure is not None:
             server.should_exit = True
         elif service.ready:
-            held = (worker.student.pipeline.runtime.memory for worker in service.workers if worker.student is not None)
-            for reason in dict.fromkeys(memory.reason for memory in held if memory is not None):
+            presets = (worker.student.pipeline.runtime.memory for worker in service.workers if worker.student)
+            for reason in dict.fromkeys(memory.reason for memory in presets if memory is not None):
                 say(reason)
-            say(
-                f"ready: http://{host}:{port}"
-                + (f"{APP}/ is the app, /v1 the API, /docs its pages" if web_app else "/v1, /docs")
-            )
+            places = f"{APP}/ is the web app, /v1 the API, /docs its description" if web_app else "/v1, /docs"
+            say(f"ready: http://{host}:{port}{places}")
 
     say(f"listening on http://{host}:{port}, loading {settings.loading['model']}")
     threading.Thread(target=watch, daemon=True).start()
@@ -165,35 +165,35 @@ def run(
         server.run(sockets=[listening])
     finally:
         listening.close()
-        say(f"stopped; {service.left} pictures wait for the next start" if service.left else "stopped")
+        say(f"stopped; {service.left} images are queued for the next start" if service.left else "stopped")
     if service.failure is not None:
         raise service.failure
 
 
-FILES = 200  # that the process opens beside its connections
+FILES = 200  # files that the process opens in addition to its connections
+STALLED = 60.0  # seconds in which a client must read a part of its response
 
 
-STALLED = 60.0  # seconds in which a client must read something of its answer
+def limited_protocol(seconds: float, limit: int) -> type[asyncio.Protocol]:
+    """Returns uvicorn's HTTP protocol with `seconds` to send a head and at most `limit` connections.
 
-
-def impatient(seconds: float, most: int) -> type[asyncio.Protocol]:
-    """uvicorn's own reading of HTTP, with a time limit for a head and a limit on connections. When there are
-    more, the one that has been silent longest is closed; requests that are being answered are not touched."""
+    Beyond the limit, the connection that was idle longest is closed. Requests in progress are not interrupted.
+    """
     protocol: Any = AutoHTTPProtocol
-    most = min(most, _files(most + FILES) - FILES)
+    limit = min(limit, _files(limit + FILES) - FILES)
 
-    class Impatient(protocol):
-        late: asyncio.TimerHandle | None = None  # rings unless a head is there before
-        unread: asyncio.TimerHandle | None = None  # rings unless something of an answer was read before
-        since = 0.0  # when it said something
+    class LimitedProtocol(protocol):
+        late: asyncio.TimerHandle | None = None  # fires unless a head arrives before
+        unread: asyncio.TimerHandle | None = None  # fires unless a part of the response is read before
+        since = 0.0  # time of the last data
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.since = self.loop.time()
             self._watch()
-            if len(self.connections) > most:
-                silent = [other for other in self.connections if other.waits]
-                min(silent, key=lambda other: other.since, default=self).transport.abort()
+            if len(self.connections) > limit:
+                idle = [other for other in self.connections if other.idle]
+                min(idle, key=lambda other: other.since, default=self).transport.abort()
 
         def data_received(self, data: bytes) -> None:
             self.since = self.loop.time()
@@ -216,23 +216,22 @@ def impatient(seconds: float, most: int) -> type[asyncio.Protocol]:
             super().resume_writing()
 
         def _still_reads(self, left: int) -> None:
-            def look() -> None:
+            def check() -> None:
                 if self.transport.get_write_buffer_size() >= left:
                     self.transport.abort()
                 else:
                     self._still_reads(self.transport.get_write_buffer_size())
 
-            self.unread = self.loop.call_later(STALLED, look)
+            self.unread = self.loop.call_later(STALLED, check)
 
         @property
-        def waits(self) -> bool:
-            """Whether it is for the client to say something."""
+        def idle(self) -> bool:
+            """Whether the server waits for the client."""
             return self.cycle is None or self.cycle.response_complete
 
         def _watch(self) -> None:
-            """Starts the clock where a head is due. Between two requests uvicorn's own (keep-alive) runs until the
-            second one begins."""
-            if not self.waits:
+            """Starts the timer where a head is due. Between two requests, uvicorn's keep-alive timer runs."""
+            if not self.idle:
                 self._rest()
             elif self.late is None:
                 self.late = self.loop.call_later(seconds, self.transport.close)
@@ -242,11 +241,11 @@ def impatient(seconds: float, most: int) -> type[asyncio.Protocol]:
                 self.late.cancel()
                 self.late = None
 
-    return Impatient
+    return LimitedProtocol
 
 
 def _files(wanted: int) -> int:
-    """How many files the process may have open, raised to `wanted` where that is allowed."""
+    """Raises the limit of open files to `wanted` where that is allowed, and returns the limit."""
     if sys.platform == "win32":
         return wanted
     import resource

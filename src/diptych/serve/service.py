@@ -1,4 +1,4 @@
-"""The service behind the HTTP API and the web app: takes requests as jobs, hands them to the workers, gives results.
+"""The service behind the HTTP API and the web app: stores requests as jobs, runs the workers, returns results.
 
 service = Service(settings)
 service.start()
@@ -37,13 +37,14 @@ if TYPE_CHECKING:
     from diptych.apps.student import Student
 
 FILE = "jobs.sqlite"
-WATCH = 1.0  # seconds between looks after the workers and the store
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # of references; Pillow knows some fifty more
+LOADING = "The model is loading."
+WATCH = 1.0  # seconds between checks of the workers and the store
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")  # of references; Pillow reads about fifty more
 log = logging.getLogger("diptych.serve")
 
 
 class Service:
-    """Jobs and those who draw them; see the module."""
+    """Jobs and workers; see the module."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -51,7 +52,7 @@ class Service:
         self.store = JobStore(settings.folder / FILE, self.clock)
         waiting, failed = self.store.recover()
         if waiting or failed:
-            log.warning("%d pictures of an earlier start wait; %d jobs were given up", waiting, failed)
+            log.warning("%d images of an earlier start are queued; %d jobs failed", waiting, failed)
         self.board = ProgressBoard()
         self.metrics = ServerMetrics(self.store.waiting)
         self.signer = AddressSigner(self.store.secret("addresses", secrets.token_bytes(32)))
@@ -62,7 +63,7 @@ class Service:
         ]
         self.runs = Runs(settings.runs) if settings.runs is not None else None
         self.draining = False
-        self.left = 0  # pictures that waited when it stopped
+        self.left = 0  # images that were queued when it stopped
         self.lanes = Lanes()
         self._watch = threading.Thread(target=self._look_after, name="diptych-watch", daemon=True)
         self._ended = threading.Event()
@@ -77,25 +78,25 @@ class Service:
 
         return load
 
-    # ---- life
+    # ---- start and stop
 
     def start(self) -> None:
-        """Lets the workers load their models, and draw what a server before this one left."""
+        """Starts the workers, which load their models and continue the jobs of an earlier server."""
         for worker in self.workers:
             worker.work.set()
             worker.start()
         self._watch.start()
 
     def drain(self) -> None:
-        """Takes no new jobs, and lets each worker end with the batch it has."""
+        """Accepts no new jobs, and stops each worker after its running batch."""
         self.draining = True
         self._ended.set()
         for worker in self.workers:
             worker.stop()
-        self.board.ring_all()
+        self.board.wake_all()
 
     def stop(self) -> None:
-        """Ends the workers, within `grace_seconds` or by giving the batch in hand up, and closes the store."""
+        """Stops the workers and closes the store. A batch that takes longer than `grace_seconds` is abandoned."""
         self.drain()
         until = time.monotonic() + self.settings.grace_seconds
         for worker in self.workers:
@@ -109,58 +110,58 @@ class Service:
             self.store.close()
 
     def _look_after(self) -> None:
-        """Starts workers that died again, tries a store that could not be written, and lets old results expire."""
+        """Restarts dead workers, tries a store that could not be written again, and deletes expired results."""
         while not self._ended.wait(WATCH):
             try:
                 for worker in self.workers:
                     if worker.died:
-                        log.error("a worker died; it is started again")
+                        log.error("A worker died. It is restarted.")
                         worker.start()
                 self.sweep()
                 if self.store.disk.trouble() is not None:
                     self.store.probe()
             except Unwritable:
-                pass  # `/readyz` says so, and the next look tries again
+                pass  # `/readyz` reports it, and the next check tries again
             except Exception:
-                log.exception("the server could not look after its workers; it tries again")
+                log.exception("The check of the workers failed. It is tried again.")
 
     @property
     def ready(self) -> bool:
-        """Whether jobs are taken, can be stored, and are drawn by every worker."""
+        """Whether jobs are accepted, can be stored, and run on every worker."""
         return self.unready() is None
 
     def unready(self) -> str | None:
-        """Why the server is not ready, None if it is."""
+        """Returns why the server is not ready, None if it is."""
         if self.draining:
-            return "stopping"
+            return "The server is stopping."
         if (trouble := self.store.disk.trouble()) is not None:
             return str(trouble)
         for worker in self.workers:
             if worker.died:
-                return "a worker died; it is started again"
+                return "A worker died. It is restarted."
             if worker.student is None:
-                return "the model is being loaded"
+                return LOADING
             if not worker.ready:
-                return worker.trouble or "a worker is being started"
+                return worker.trouble or "A worker is starting."
         return None
 
     @property
     def failure(self) -> UserError | None:
-        """Why a worker has no model."""
+        """Error of a worker that could not load the model."""
         return next((worker.failure for worker in self.workers if worker.failure is not None), None)
 
     @property
     def student(self) -> Student:
-        """A loaded student, to be asked what it can do. Busy while there is none."""
+        """A loaded student, for information about the model. Raises Busy while it loads."""
         for worker in self.workers:
             if worker.student is not None:
                 return worker.student
-        raise Busy("the model is being loaded", 5, 503)
+        raise Busy(LOADING, 5, 503)
 
-    # ---- asking
+    # ---- requests
 
     def add_reference(self, owner: str, data: bytes, background: str = "white") -> str:
-        """A reference's id. The picture is decoded once, here, within the limits, and kept as plain RGB."""
+        """Stores a reference and returns its id. The image is decoded once, within the limits, and stored as RGB."""
         limits = self.settings.limits
         image = open_image(
             data,
@@ -177,117 +178,117 @@ class Service:
         return id
 
     async def keep_reference(self, owner: str, data: bytes, background: str = "white") -> str:
-        """`add_reference` in a thread for images of its size. Busy if too many wait for that."""
+        """Runs `add_reference` in the lane for images of this size. Busy if that lane is full."""
         self._check_quota(owner)
         pixels = await self.lanes.small.run(owner, _pixels, data)
         return await self.lanes.of(pixels).run(owner, self.add_reference, owner, data, background)
 
     def _check_quota(self, owner: str, size: int = 0) -> None:
-        """OverQuota if an owner cannot keep `size` bytes more."""
-        most, kept = self.settings.limits.kept_bytes, self.store.kept(owner)
-        if most and kept + size >= most:
+        """Raises OverQuota if an owner cannot store `size` bytes more."""
+        limit, kept = self.settings.limits.kept_bytes, self.store.kept(owner)
+        if limit and kept + size >= limit:
             self.metrics.refused.labels("quota").inc()
             raise OverQuota(
-                f"{documents.size(kept)} are kept for you, and at most {documents.size(most)} may be; "
-                f"results and references expire after {self.settings.keep_hours:g} hours"
+                f"Quota exhausted: {documents.size(kept)} of {documents.size(limit)} are stored for you. "
+                f"Results and references expire after {self.settings.keep_hours:g} hours."
             )
 
     def limit(self, owner: str, stores: bool = True) -> None:
-        """Counts a request that makes work against its key. Busy if that is over its rate, and for one that `stores`
-        something Unwritable while that is not possible."""
+        """Counts a request against its key's rate. Raises Busy over the limit, and, for a request that `stores` data,
+        Unwritable while the store cannot be written."""
         if seconds := self.rate.take(owner):
             self.metrics.refused.labels("rate").inc()
-            raise Busy("this key asks too often", seconds)
+            raise Busy(f"Rate limit exceeded. Retry in {max(1, round(seconds + 0.5))} s.", seconds, code="rate_limited")
         if stores and (trouble := self.store.disk.trouble()) is not None:
             raise trouble
 
     def submit(
-        self, owner: str, asked: JobRequest, reference: str | None = None, mask: str | None = None
+        self, owner: str, parsed: JobRequest, reference: str | None = None, mask: str | None = None
     ) -> dict[str, Any]:
-        """The job of a request, new or, for a repeated `asked.job`, the one that is there. `reference` and `mask` (of
-        what may change when relighting) are ids.
+        """Makes the job of a request, or returns the existing one for a repeated `parsed.job`.
 
-        UsageError for what cannot be drawn, Busy when it cannot be taken now.
+        `reference` and `mask` (for relighting) are ids of stored images.
+        UsageError for a request that cannot run, Busy if it cannot be accepted now.
         """
         student = self.student
-        check(asked, self.settings.limits, student.pipeline.default_panel_size)
-        remarks = asked.remarks()
-        asked = asked.resolved(student.sampling, self.settings.limits)
-        canvas = student.canvas(asked.pixels())
-        if isinstance(asked, RelightRequest):
-            self._check_relit(owner, asked, reference, mask, canvas)
-        texts = asked.texts()
+        check(parsed, self.settings.limits, student.pipeline.default_panel_size)
+        remarks = parsed.remarks()
+        parsed = parsed.resolved(student.sampling, self.settings.limits)
+        canvas = student.canvas(parsed.pixels())
+        if isinstance(parsed, RelightRequest):
+            self._check_relight(owner, parsed, reference, mask, canvas)
+        texts = parsed.texts()
         request = {
-            "kind": asked.kind,
-            "prompt": asked.about(),
+            "kind": parsed.kind,
+            "prompt": parsed.about(),
             "texts": texts,
-            **asked.more(),
-            "options": asked.options(),
-            "speed": asked.speed,
+            **parsed.more(),
+            "options": parsed.options(),
+            "speed": parsed.speed,
             "reference": reference,
             "mask": mask,
-            "warnings": [remarks + said for said in _warnings(student, asked, reference is not None)],
-            "output_format": asked.output_format,
-            "quality": asked.quality or "auto",
-            "user": asked.safety_identifier or asked.user,
-            "previews": asked.partial_images > 0 or not asked.wait,
-            "cost": asked.cost(student.sampling, student.pipeline.default_panel_size),
-            "asked": sha256(f"{asked.drawing()}{reference}{mask}"),
+            "warnings": [remarks + lines for lines in _warnings(student, parsed, reference is not None)],
+            "output_format": parsed.output_format,
+            "quality": parsed.quality or "auto",
+            "user": parsed.safety_identifier or parsed.user,
+            "previews": parsed.partial_images > 0 or not parsed.wait,
+            "cost": parsed.cost(student.sampling, student.pipeline.default_panel_size),
+            "asked": sha256(f"{parsed.identity()}{reference}{mask}"),
         }
-        if asked.job is not None and (there := self.store.job(owner, asked.job)) is not None:
-            return self._same(there, request)
+        if parsed.job is not None and (known := self.store.job(owner, parsed.job)) is not None:
+            return self._same(known, request)
         if self.draining:
-            raise Busy("the server is stopping", 5, 503)
+            raise Busy("The server is stopping.", 5, 503)
         self._check_quota(owner)
         with self._accepting:
             waiting = self.store.waiting(owner)
             if waiting + len(texts) > self.settings.limits.queue:
                 self.metrics.refused.labels("queue").inc()
                 seconds = self.seconds_for(min(self.store.waiting(), waiting * self.store.owners_waiting()))
-                raise Busy(f"{waiting} pictures of yours wait already", seconds / 2)
-            seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
-            id = asked.job or f"job_{secrets.token_urlsafe(18)}"
+                raise Busy(f"Queue full: {waiting} of {self.settings.limits.queue} images are queued.", seconds / 2)
+            seed = parsed.seed if parsed.seed is not None else secrets.randbelow(2**31)
+            id = parsed.job or f"job_{secrets.token_urlsafe(18)}"
             pictures = [f"img_{secrets.token_urlsafe(18)}" for _ in texts]
-            seeds = asked.seeds(seed)
+            seeds = parsed.seeds(seed)
             try:
-                self.store.add(owner, id, request, asked.settings(reference is not None), seeds, pictures)
+                self.store.add(owner, id, request, parsed.settings(reference is not None), seeds, pictures)
             except sqlite3.IntegrityError:
-                there = self.store.job(owner, id)
-                assert there is not None
-                return self._same(there, request)
+                known = self.store.job(owner, id)
+                assert known is not None
+                return self._same(known, request)
         for worker in self.workers:
             worker.work.set()
         job = self.store.job(owner, id)
         assert job is not None
         return job
 
-    def _check_relit(
-        self, owner: str, asked: RelightRequest, reference: str | None, mask: str | None, canvas: Any
+    def _check_relight(
+        self, owner: str, parsed: RelightRequest, reference: str | None, mask: str | None, canvas: Any
     ) -> None:
-        """UsageError for a picture or a mask that is missing or does not fit."""
+        """Raises UsageError for an image or a mask that is missing or does not fit."""
         from PIL import Image
 
         from diptych.apps.relight import default_fit, kept
 
-        pictures = [self.store.reference(owner, id) if id else None for id in (reference, mask)]
-        if pictures[0] is None:
-            raise UsageError("image: send the picture that is to be relit")
+        pngs = [self.store.reference(owner, id) if id else None for id in (reference, mask)]
+        if pngs[0] is None:
+            raise UsageError("image_missing", "image: send the image to relight")
         if mask is not None:
-            if pictures[1] is None:
-                raise UsageError("mask: it is no longer there; send it again")
-            with Image.open(io.BytesIO(pictures[0])) as seen, Image.open(io.BytesIO(pictures[1])) as of:
-                lane = self.lanes.of(max(seen.width * seen.height, of.width * of.height))
-                fit = asked.fit or default_fit(asked.pixels())
-                lane.start(owner, kept, of, seen.size, canvas, fit).result()
+            if pngs[1] is None:
+                raise UsageError("job_not_found", "mask: it has expired; send it again")
+            with Image.open(io.BytesIO(pngs[0])) as image, Image.open(io.BytesIO(pngs[1])) as opened:
+                lane = self.lanes.of(max(image.width * image.height, opened.width * opened.height))
+                fit = parsed.fit or default_fit(parsed.pixels())
+                lane.start(owner, kept, opened, image.size, canvas, fit).result()
 
     @staticmethod
-    def _same(there: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-        if there["request"]["asked"] != request["asked"]:
-            raise UsageError(f"job: '{there['id']}' is the name of another request; choose a new one")
-        return there
+    def _same(known: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+        if known["request"]["asked"] != request["asked"]:
+            raise UsageError("request_invalid", f"job: '{known['id']}' is another request's name; choose a new one")
+        return known
 
     def cancel(self, owner: str, id: str) -> bool:
-        """Gives a job up. False if there is none that is open."""
+        """Cancels a job. Returns False if it is unknown or has ended."""
         job = self.store.job(owner, id)
         if job is None or not self.store.cancel(owner, id):
             return False
@@ -296,20 +297,20 @@ class Service:
         return True
 
     def seconds_for(self, pictures: int) -> float:
-        """About how long that many pictures take, from the batches drawn so far."""
+        """Estimates the seconds for this many images, from the batches so far."""
         batch = sum(worker.seconds for worker in self.workers) / len(self.workers)
         return batch * max(1, pictures / self.settings.batch) / len(self.workers)
 
     def sweep(self) -> None:
-        """Forgets what is older than the server keeps, at most once a minute."""
+        """Deletes expired jobs and references, at most once a minute."""
         if time.monotonic() - self._swept > 60 and self.clock.settled():
             self._swept = time.monotonic()
             self.store.forget(self.clock.now() - 3600 * self.settings.keep_hours)
 
-    # ---- answering
+    # ---- responses
 
     def state(self, owner: str, id: str) -> dict[str, Any] | None:
-        """A job as its owner may see it, with how far it is."""
+        """Returns the state of an owner's job, with its progress."""
         job = self.store.job(owner, id)
         if job is None:
             return None
@@ -337,42 +338,43 @@ class Service:
             "warnings": warnings_of(job),
             "progress": {"done": done, "of": len(job["pictures"]), "step": live.step, "steps": live.steps},
             "error": job["error"] or None,
+            "code": job["request"].get("code"),
         }
         if job["status"] == "queued":
             state["waiting_before"] = self.store.before(owner, job["number"])
         return state
 
     def is_open(self, job: dict[str, Any]) -> bool:
-        """Whether a job still waits or runs."""
+        """Whether a job is queued or running."""
         return job["status"] in OPEN
 
 
 def _pixels(data: bytes) -> int:
-    """Of an image file, by its header; 0 if it has none that can be read."""
+    """Pixels of an image file, from its header; 0 if that cannot be read."""
     try:
         width, height = open_header(data, "image", FORMATS).size
-    except Exception:  # whoever decodes it says what is wrong with it
+    except Exception:  # decoding it reports the error
         return 0
     return width * height
 
 
-def _warnings(student: Student, asked: JobRequest, referenced: bool) -> list[list[str]]:
-    """What the log would say of each picture of a request, in order."""
-    texts, options = asked.texts(), asked.options()
+def _warnings(student: Student, parsed: JobRequest, referenced: bool) -> list[list[str]]:
+    """The warnings that `Student.generate` would log for each image of a request, in order."""
+    texts, options = parsed.texts(), parsed.options()
     prompts = dict(zip(texts, texts, strict=True))
-    if isinstance(asked, RelightRequest):
+    if isinstance(parsed, RelightRequest):
         from diptych.apps.relight import prompt_of
 
-        prompts = {text: prompt_of(text, asked.scene) for text in texts}
+        prompts = {text: prompt_of(text, parsed.scene) for text in texts}
     names = ("size", "negative_prompt", "image_guidance", "text_guidance")
     given = {name: options[name] for name in names if name in options}
-    found = {text: student.warnings(prompt, referenced=referenced, **given) for text, prompt in prompts.items()}
-    return [found[text] for text in texts]
+    lines = {text: student.warnings(prompt, referenced=referenced, **given) for text, prompt in prompts.items()}
+    return [lines[text] for text in texts]
 
 
 def warnings_of(job: Mapping[str, Any], picture: Mapping[str, Any] | None = None) -> list[str]:
-    """The warnings about a picture of a job, or about all of them, each once."""
-    each = job["request"].get("warnings", [])  # jobs that an older version took have none
+    """Returns the warnings about an image of a job, or about all of them, each once."""
+    each = job["request"].get("warnings", [])  # jobs of an older version have none
     if picture is not None:
         return each[picture["place"]] if each else []
     return list(dict.fromkeys(line for lines in each for line in lines))

@@ -1,16 +1,15 @@
-"""A worker: one student on one device and a thread that draws what the store has waiting.
+"""A worker: one student on one device, and a thread that generates the queued images of the store.
 
-What it takes together has equal settings, and each picture its own reference, prompt and seed; `Student.generate` gives
-every one the noise of its seed, so a picture is the one `diptych generate` draws. A batch that fails is tried again one
-by one, so that one bad request costs one job. An error outside of drawing, such as a full disk, ends nothing: the
-worker tries again, and `trouble` says why it does not draw. What a thread had in hand when it died is taken up by the
-next one.
+A batch has equal settings; each image has its reference, prompt and seed. `Student.generate` uses the noise of each
+seed, so an image equals that of `diptych generate`. A batch that fails is tried again one by one, so one bad request
+fails one job. After an error outside of generating, such as a full disk, the worker tries again, and `trouble` gives
+the reason. A new thread resumes the batch of one that died.
 
-`mark` adds the invisible watermark, one bit that says "drawn here", for pictures that lost the text inside their files:
-a pattern of ±STRENGTH on all channels of each pixel, its signs drawn by a generator seeded with the key and the size.
-`score` correlates what is left of a picture after its 3×3 mean is taken away with that pattern: about a standard normal
-number for a picture without the mark or of another key, and growing with the number of pixels for one with it. It
-survives PNG, WebP, mild JPEG and noise; not scaling, cropping or turning, and no determined remover.
+`mark` adds an invisible watermark of one bit, for images that lost the provenance in their files: a pattern of
+±STRENGTH on all channels of each pixel, its signs from a generator seeded with the key and the size. `score` subtracts
+the 3×3 mean of an image and correlates the rest with that pattern. The score is about standard normal for an image
+without the watermark or with another key, and grows with the number of pixels for one with it. The watermark survives
+PNG, WebP, mild JPEG and noise. It does not survive scaling, cropping, rotation, or deliberate removal.
 """
 
 from __future__ import annotations
@@ -39,16 +38,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diptych.serve")
 KINDS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
-LINGER = 0.005  # seconds that a picture waits for others to be drawn with
-PREVIEWS = 8  # at most, of one picture
-THREAD = "diptych-worker"  # its thread's name
+LINGER = 0.005  # seconds that an image waits for others of its batch
+PREVIEWS = 8  # maximum per image
+THREAD = "diptych-worker"  # name of the thread
 RETRY = 1.0  # seconds until a worker tries again
 Result = TypeVar("Result")
 
 
 class Worker:
-    """`load` opens the student; `ready` says that it draws, `failure` why the student could not be opened, `trouble`
-    why nothing is drawn for the moment."""
+    """A worker; see the module.
+
+    `load` opens the student. `failure` is the error if that failed; `trouble` is why nothing is generated right now.
+    """
 
     def __init__(
         self,
@@ -64,15 +65,15 @@ class Worker:
         self.student: Student | None = None
         self.failure: UserError | None = None
         self.trouble: str | None = None
-        self.seconds = 5.0  # of a batch, a running mean; a guess until one was drawn
-        self.work = threading.Event()  # set when there may be something to draw
+        self.seconds = 5.0  # per batch, a running mean; a guess before the first batch
+        self.work = threading.Event()  # set when images may be queued
         self._thread: threading.Thread | None = None
-        self._hand: list[str] = []  # pictures that were taken from the store
+        self._taken: list[str] = []  # images taken from the store
         self._halt = threading.Event()
         self._abandon = threading.Event()
 
     def start(self) -> None:
-        """Starts the thread, or another one where the first has died."""
+        """Starts the thread, or a new one after a thread died."""
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
 
@@ -96,12 +97,12 @@ class Worker:
         return self.student is not None and self.trouble is None and self.is_alive()
 
     def stop(self) -> None:
-        """Takes nothing more; the batch in hand is drawn to its end."""
+        """Stops the thread after the running batch."""
         self._halt.set()
         self.work.set()
 
     def abandon(self) -> None:
-        """Gives the batch in hand up, too: its pictures wait for the next start."""
+        """Stops the thread at the next step. The images of its batch are queued for the next start."""
         self._abandon.set()
         self.stop()
 
@@ -109,13 +110,13 @@ class Worker:
         try:
             if self.student is None:
                 self.student = self.load()
-                self._own_speed = self._speed = self.student.pipeline.runtime.speed
+                self._default_speed = self._speed = self.student.pipeline.runtime.speed
         except UserError as error:
             self.failure = error
             return
         except Exception as error:
-            log.exception("the model could not be loaded")
-            self.failure = UserError(f"the model could not be loaded ({describe(error, kind=True)})")
+            log.exception("The model could not be loaded.")
+            self.failure = UserError("internal", f"The model could not be loaded ({describe(error, kind=True)}).")
             return
         while not self._halt.is_set():
             try:
@@ -123,21 +124,21 @@ class Worker:
             except Unwritable as error:
                 self._wait(str(error))
             except Exception as error:
-                log.exception("a worker was interrupted; it tries again")
-                self._wait(f"a worker was interrupted by an error ({type(error).__name__})")
+                log.exception("A worker was interrupted. It tries again.")
+                self._wait(f"A worker was interrupted by an error ({type(error).__name__}).")
 
     def _wait(self, trouble: str) -> bool:
         """Waits before the next try; True if the worker is to stop instead."""
         if self.trouble != trouble:
-            log.error("nothing is drawn: %s", trouble)
+            log.error("Nothing is generated: %s", trouble)
         self.trouble = trouble
         return self._halt.wait(RETRY)
 
     def _turn(self) -> None:
-        """Draws what waits, until there is no more."""
-        if self._hand:
-            self.store.recover(self._hand)
-            self._hand = []
+        """Generates the queued images until there are none."""
+        if self._taken:
+            self.store.recover(self._taken)
+            self._taken = []
         self.work.wait(1.0)
         self.work.clear()
         if self.batch > 1 and self.store.waiting() < self.batch:
@@ -147,14 +148,14 @@ class Worker:
             self.trouble = None
             if not tasks:
                 return
-            self._hand = [task.picture for task in tasks]
-            # What is relit is drawn one by one: each has a mask and a detail of its own.
-            for together in [tasks] if tasks[0].request["kind"] != "relight" else [[task] for task in tasks]:
-                self._draw(together)
-            self._hand = []
+            self._taken = [task.picture for task in tasks]
+            # Relighting runs one by one, since each image has its mask and detail.
+            for batch in [tasks] if tasks[0].request["kind"] != "relight" else [[task] for task in tasks]:
+                self._run_batch(batch)
+            self._taken = []
 
     def _stored(self, write: Callable[[], Result]) -> Result:
-        """What the store says to `write`, as soon as it can be written to, so that nothing is drawn twice."""
+        """Returns the result of `write`, retried until the store is writable, so that nothing is generated twice."""
         while True:
             try:
                 written = write()
@@ -165,7 +166,7 @@ class Worker:
                 self.trouble = None
                 return written
 
-    def _draw(self, tasks: Sequence[QueuedImage]) -> None:
+    def _run_batch(self, tasks: Sequence[QueuedImage]) -> None:
         started = time.monotonic()
         try:
             images = self._generate(tasks)
@@ -175,46 +176,46 @@ class Worker:
         except UserError as error:
             if len(tasks) > 1:
                 for task in tasks:
-                    self._draw([task])
+                    self._run_batch([task])
                 return
-            self._fail(tasks[0], describe(error, limit=None))
+            self._fail(tasks[0], describe(error, limit=None), error.code)
             return
         except Exception:
-            log.exception("a batch of %d could not be drawn", len(tasks))
+            log.exception("A batch of %d failed.", len(tasks))
             for task in tasks:
-                self._fail(task, "an error inside the server; its log says more")
+                self._fail(task, "Internal error. The server's log has the details.", "internal")
             return
         seconds = time.monotonic() - started
         self.seconds += (seconds - self.seconds) / 4
         self.metrics.draw.observe(seconds)
         self.metrics.batch.observe(len(tasks))
         for task, image in zip(tasks, images, strict=True):
-            self._keep(task, image)
+            self._save(task, image)
 
     def _generate(self, tasks: Sequence[QueuedImage]) -> list[Image]:
         from PIL import Image
 
         assert self.student is not None
         self._use_speed(tasks[0].request.get("speed"))
-        opened: dict[bytes, Any] = {}  # one object for each picture, so that the pipeline can tell a repeated one
+        opened: dict[bytes, Any] = {}  # one object per image, so that the pipeline recognizes a repeated one
         for task in tasks:
             for name, png in (("reference", task.reference), ("mask", task.mask)):
                 if png is not None and png not in opened:
                     opened[png] = Image.open(io.BytesIO(png)).convert("RGB")
                 elif png is None and task.request[name] is not None:
-                    raise UserError(f"the {name} is no longer there; send it again")
+                    raise UserError("job_not_found", f"The {name} has expired. Send it again.")
         pictures = [task.picture for task in tasks]
 
         def on_step(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
             for job in {task.job for task in tasks}:
-                self.board.tell(job, step + 1, pipe.num_timesteps)
+                self.board.report(job, step + 1, pipe.num_timesteps)
             if self._abandon.is_set() or len(self.store.cancelled(pictures)) == len(pictures):
                 raise _Stopped
             return {}
 
         def on_preview(done: int, steps: int, images: list[Image.Image]) -> None:
             for task, image in zip(tasks, images, strict=True):
-                self.board.tell(task.job, done, steps, {task.place: encode_png(image)})
+                self.board.report(task.job, done, steps, {task.place: encode_png(image)})
 
         options = dict(tasks[0].request["options"])
         steps = options.get("steps") or int(self.student.sampling["steps"])
@@ -237,17 +238,17 @@ class Worker:
         )
 
     def _use_speed(self, name: str | None) -> None:
-        """The speed that a request asked for by name, or the server's own."""
+        """Sets the speed preset of a request, or the server's."""
         from diptych.student.runtime import speed as speeds
         from diptych.student.runtime.applied import apply_speed
 
         assert self.student is not None
-        wanted = self._own_speed if name is None else speeds.parse(None if name == "plain" else name)
+        wanted = self._default_speed if name is None else speeds.parse(None if name == "plain" else name)
         if wanted != self._speed:
             apply_speed(self.student.pipeline, wanted)
             self._speed = wanted
 
-    def _keep(self, task: QueuedImage, image: Image) -> None:
+    def _save(self, task: QueuedImage, image: Image) -> None:
         made_by = {**image.info, "job": task.job_id, "digital_source_type": source_type(image.info)}
         if self.watermark is not None:
             image = mark(image, self.watermark)
@@ -256,7 +257,7 @@ class Worker:
         try:
             data = encode(image, kind, made_by)
         except UserError as error:
-            self._fail(task, str(error))
+            self._fail(task, str(error), error.code)
             return
         if self._stored(lambda: self.store.finish(task.picture, kind, data, made_by)):
             self.metrics.pictures.inc()
@@ -265,24 +266,24 @@ class Worker:
             self.metrics.jobs.labels("done").inc()
             self.board.end(task.job)
         else:
-            self.board.tell(task.job)
+            self.board.report(task.job)
 
-    def _fail(self, task: QueuedImage, reason: str) -> None:
-        self._stored(lambda: self.store.fail(task.job, reason))
+    def _fail(self, task: QueuedImage, reason: str, code: str) -> None:
+        self._stored(lambda: self.store.fail(task.job, reason, code))
         self.metrics.jobs.labels("failed").inc()
         self.board.end(task.job)
 
 
 class _Stopped(Exception):
-    """Nobody wants the batch in hand any more, or the server must stop."""
+    """The running batch was cancelled, or the server must stop."""
 
 
 STRENGTH = 3  # of 255
-SURE = 5.0  # a score above it comes by chance less than once in a million pictures
+CERTAIN = 5.0  # a score above it occurs by chance in less than one of a million images
 
 
 def mark(image: Image, key: str) -> Image:
-    """An RGB picture with the mark of `key`."""
+    """Returns an RGB image with the watermark of `key`."""
     from PIL import Image
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
@@ -291,9 +292,9 @@ def mark(image: Image, key: str) -> Image:
 
 
 def score(image: Image, key: str) -> float:
-    """How surely a picture has the mark of `key`, in standard deviations."""
-    grey = np.asarray(image.convert("RGB"), dtype=np.float64).mean(axis=2)
-    residual, signs = _rough(grey), _rough(_signs(key, grey.shape).astype(np.float64))
+    """Returns the evidence for the watermark of `key` in an image, in standard deviations."""
+    gray = np.asarray(image.convert("RGB"), dtype=np.float64).mean(axis=2)
+    residual, signs = _detail(gray), _detail(_signs(key, gray.shape).astype(np.float64))
     norm = float(np.sqrt((residual**2).sum() * (signs**2).mean()))
     return float((residual * signs).sum() / norm) if norm else 0.0
 
@@ -302,12 +303,12 @@ def _signs(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """(h, w) of -1 and 1."""
     height, width = shape
     digest = hashlib.sha256(f"diptych watermark 1\0{key}\0{width}x{height}".encode()).digest()
-    drawn = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
-    return drawn.integers(0, 2, (height, width), dtype=np.int16) * 2 - 1
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+    return rng.integers(0, 2, (height, width), dtype=np.int16) * 2 - 1
 
 
-def _rough(values: np.ndarray) -> np.ndarray:
-    """(h, w) less the mean of each 3×3 neighbourhood."""
+def _detail(values: np.ndarray) -> np.ndarray:
+    """(h, w) minus the mean of each 3×3 neighborhood."""
     around = np.pad(values, 1, mode="edge")
     height, width = values.shape
     mean = sum(around[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9

@@ -78,6 +78,14 @@ def clean(folder: Path) -> None:
             _remove(path)
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder and its parents. UserError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("path_unwritable", f"{folder}: cannot be created ({error.strerror or error})") from error
+
+
 def check_writable(folder: Path) -> None:
     """UserError if the user cannot write to a folder, or to the nearest existing one above it."""
     above = next((path for path in (folder, *folder.parents) if path.exists()), folder)

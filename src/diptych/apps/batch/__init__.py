@@ -1,21 +1,19 @@
-"""Many pictures from one command: which ones, what each is called, which are there already, and which failed.
+"""Generates many images with one command: which images, their file names, what exists already, and what failed.
 
-What is asked for is rows, and each of their pictures has a file of its own (`requests`). Every picture
-carries a digest of its request: weights, reference, prompt, seed, options. So the same command, interrupted or run
-again, draws only what is missing or was asked for differently. A request that fails is noted in `failed.jsonl`, and the
-rest goes on.
+The input is rows, and each image of a row has its own file (`requests`). Every file stores a digest of its request:
+weights, reference, prompt, seed, options. So the same command, interrupted or run again, generates only what is missing
+or has changed. A request that fails is noted in `failed.jsonl`, and the others continue.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.apps.batch.requests import Plan, Request, check_row, multiply, name_all, read_rows
+from diptych.apps.batch.requests import BatchPlan, Request, check_row, multiply, name_all, read_rows
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.images import check_image, open_image, read_provenance, save_image
 from diptych.errors import UsageError, UserError
@@ -28,65 +26,67 @@ if TYPE_CHECKING:
     from diptych.utils.console import Display
 
 FAILED = "failed.jsonl"
-Pending = tuple[Request, dict[str, Any]]  # what is to be drawn, and what its file will say beside what the student says
+Pending = tuple[Request, dict[str, Any]]  # a request, and the provenance its file gets beside the student's
 
 
 @dataclass
-class Outcome:
-    """What came of a plan. `drawn`: file and provenance of each new picture; `failed`: what `failed.jsonl` says."""
+class BatchResult:
+    """Result of a plan: file and provenance of each new image, the files left as they were, and the rows that
+    `failed.jsonl` lists."""
 
-    drawn: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    generated: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
 
 
-def plan(asked: dict[str, Any], jobs: str | Path | None, out: str | Path | None) -> Plan:
-    """The requests of `asked` (a row), or of a JSONL file whose rows take from `asked` what they do not say.
+def plan(defaults: dict[str, Any], jobs: str | Path | None, out: str | Path | None) -> BatchPlan:
+    """Plans the requests of one row (`defaults`), or of a JSONL file whose rows take missing keys from `defaults`.
 
-    `out` is a file for one picture, else a folder or a pattern with `requests.FIELDS` in braces. Nothing is read but
-    the JSONL file and the names in folders. UsageError for anything that no model could do.
+    `out` is a file for one image, else a folder or a pattern with `requests.FIELDS` in braces. Reads only the JSONL
+    file and the names in folders. UsageError for values that no model accepts.
     """
-    said = {key: value for key, value in asked.items() if value is not None}
+    common = {key: value for key, value in defaults.items() if value is not None}
     if jobs is None:
-        check_row(said, "")
-        requests = list(multiply(said, 1, Path()))
+        check_row(common, "")
+        requests = list(multiply(common, 1, Path()))
     else:
         requests = []
         for line, row in read_rows(Path(jobs)):
-            check_row(said | row, f"{jobs}:{line}: ")
-            # The file's own references are relative to it; the command's to where it runs.
+            check_row(common | row, f"{jobs}:{line}: ")
+            # References in the file are relative to the file; the command's are relative to the working folder.
             here = Path(jobs).parent if "reference" in row else Path()
-            requests += multiply(said | row, line, here, f"{jobs}:{line}: ")
+            requests += multiply(common | row, line, here, f"{jobs}:{line}: ")
         if not requests:
-            raise UsageError(f"{jobs} has no rows; one JSON object a line, with reference and prompt")
+            raise UsageError(
+                "row_invalid", f"{jobs} has no rows. Write one JSON object per line, with reference and prompt."
+            )
     return name_all(requests, out, alone=jobs is None)
 
 
-# What is there already -----------------------------------------------------------------------------------------------
+# Which files are up to date ------------------------------------------------------------------------------------------
 
 
 def identify(loading: dict[str, Any]) -> dict[str, Any]:
-    """What tells the weights that `Student.load` is to open from others, wherever they lie.
+    """Returns the arguments of `Student.load` with a digest in place of each path to weights.
 
-    The rest of its arguments are kept as they are, but for the device: a picture is not drawn again because another
-    machine goes on.
+    The device is left out, so another machine does not generate an image again.
     """
     from diptych.student.runtime import speed as speeds
     from diptych.utils.models import BUILT_IN, with_scale
 
-    told = {key: value for key, value in loading.items() if value not in (None, [], ()) and key != "device"}
-    if told.get("model") in BUILT_IN:
-        told.setdefault("base", told["model"])
-    quick = speeds.parse(told.get("speed"), told.get("switches", ()))
+    identity = {key: value for key, value in loading.items() if value not in (None, [], ()) and key != "device"}
+    if identity.get("model") in BUILT_IN:
+        identity.setdefault("base", identity["model"])
+    quick = speeds.parse(identity.get("speed"), identity.get("switches", ()))
     if quick.few_step_lora:
-        told["switches"] = [s for s in told["switches"] if speeds.name_of(s) != "few_step_lora"]
-        told["few_step_lora"] = _weights(with_scale(quick.few_step_lora), None)
+        identity["switches"] = [s for s in identity["switches"] if speeds.name_of(s) != "few_step_lora"]
+        identity["few_step_lora"] = _weights(with_scale(quick.few_step_lora), None)
     roles = {"model": "student", "base": "teacher", "lora": None}
-    return {key: _weights(value, roles[key]) if key in roles else value for key, value in told.items()}
+    return {key: _weights(value, roles[key]) if key in roles else value for key, value in identity.items()}
 
 
 def _weights(value: Any, role: str | None) -> Any:
-    """A digest of a model or LoRA file or folder; above 2 GiB of names, sizes and times, as hashing takes minutes."""
+    """A digest of a model or LoRA. Above 2 GiB it covers names, sizes and times, since hashing takes minutes."""
     from diptych.utils.models import HASHED_BYTES, fingerprint, resolve
 
     if isinstance(value, (list, tuple)):
@@ -100,19 +100,17 @@ def _weights(value: Any, role: str | None) -> Any:
     if sum(p.stat().st_size for p in files) <= HASHED_BYTES:
         return fingerprint(path)
     stats = [(str(p.relative_to(path)) if path.is_dir() else p.name, p.stat()) for p in files]
-    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return sha256_json(told, sort_keys=False)
+    return sha256_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], sort_keys=False)
 
 
 def request_digest(request: Request, weights: dict[str, Any], reference: str | None) -> str:
-    """sha256 over everything that was asked for, `reference` being the sha256 of that file."""
-    asked = {"prompt": request.prompt, "seed": request.seed, **request.options}
-    whole = {"weights": weights, "reference": reference, **asked}
-    return sha256_json(whole, default=str)
+    """Returns the sha256 of a whole request; `reference` is the sha256 of its file."""
+    row = {"prompt": request.prompt, "seed": request.seed, **request.options}
+    return sha256_json({"weights": weights, "reference": reference, **row}, default=str)
 
 
-def _is_there(request: Request, digest: str) -> bool:
-    """Whether this very picture lies there. UsageError if something lies there that no request made."""
+def _is_current(request: Request, digest: str) -> bool:
+    """Whether the file is the image of this request. UsageError for a file that no request made."""
     if not request.out.exists():
         return False
     try:
@@ -120,15 +118,15 @@ def _is_there(request: Request, digest: str) -> bool:
     except UserError:
         made = None
     if made is None or "request" not in made:
-        raise UsageError(f"{request.out} is there and was not drawn by this command; name another --out")
+        raise UsageError("output_exists", f"{request.out}: not made by this command. Choose another --out.")
     return made["request"] == digest
 
 
-# Drawing -------------------------------------------------------------------------------------------------------------
+# Generating ----------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    plan: Plan,
+def generate(
+    plan: BatchPlan,
     loading: dict[str, Any],
     load: Callable[[], Student],
     display: Display,
@@ -136,57 +134,62 @@ def draw(
     writes: bool = True,
     preview: Path | None = None,
     engine: Engine | None = None,
-) -> Outcome:
-    """Draws what of a plan is not there yet.
+) -> BatchResult:
+    """Generates the images of a plan that are missing or out of date.
 
-    References are looked at before the model is loaded, and it is not loaded if nothing is to be drawn. One picture
-    alone fails as itself; among several, a UserError costs that one only, and `folder/failed.jsonl` says why.
+    References are checked before the model is loaded, and the model is loaded only if there is something to generate.
+    A single request raises its error; among several, an error fails that request only and is noted in `failed.jsonl`.
 
     Args:
         loading: the arguments of `Student.load` that `load` uses; see `identify`.
         load: opens the student.
-        writes: False in the processes that only share the work of one that writes.
-        preview: a picture file that is rewritten while a picture is being drawn.
-        engine: a cluster's, whose workers draw; they open the student by `loading`. Otherwise this process does.
+        writes: False in processes that share the work of another one, which writes.
+        preview: an image file that is rewritten while an image is being generated.
+        engine: a cluster's engine, whose workers open the student by `loading` and generate. By default this process
+            does.
+
+    Raises:
+        UsageError for a file that would overwrite a reference or a file of others, UserError of a single request.
     """
-    outcome, requests = Outcome(), plan.requests
-    looked = _look_at(requests, outcome)
+    result, requests = BatchResult(), plan.requests
+    checked = _check_references(requests, result)
     references = {r.reference.resolve() for r in requests if r.reference is not None}
     for path in [r.out for r in requests] + ([preview] if preview else []):
         if path.resolve() in references:
-            raise UsageError(f"{path} is a reference itself; name another file to write")
-    weights = identify(loading) if looked else {}
+            raise UsageError("output_collision", f"{path} is one of the references. Choose another file to write.")
+    weights = identify(loading) if checked else {}
     pending: list[Pending] = []
-    for request, reference in looked:
+    for request, reference in checked:
         digest = request_digest(request, weights, reference)
-        if plan.folder is not None and _is_there(request, digest):
-            outcome.skipped.append(request.out)
-        else:
-            told = (
-                {"reference_file": request.reference.name, "reference_sha256": reference} if request.reference else {}
-            )
-            own = {"asked_prompt": request.asked_prompt} if request.asked_prompt else {}
-            pending.append((request, {**told, **own, "request": digest}))
+        if plan.folder is not None and _is_current(request, digest):
+            result.skipped.append(request.out)
+            continue
+        provenance: dict[str, Any] = {}
+        if request.reference:
+            provenance |= {"reference_file": request.reference.name, "reference_sha256": reference}
+        if request.original_prompt:
+            provenance["asked_prompt"] = request.original_prompt
+        pending.append((request, {**provenance, "request": digest}))
     if writes:
         for folder in {request.out.parent for request, _ in pending}:
-            check_writable(folder)  # before minutes of loading and drawing
-        _note_failed(plan, outcome)
+            check_writable(folder)  # before minutes of loading and generating
+        _note_failed(plan, result)
     if pending:
         several = len(requests) > 1
         cluster = None if engine is None or isinstance(engine, LocalEngine) else engine
         student = load() if cluster is None else None
-        with display.stage("drawing", "pictures" if several else "steps") as report:
+        with display.stage("generating", "images" if several else "steps") as report:
             if cluster is not None:
-                pictures = _there(pending, loading, report, cluster)
+                images = _on_cluster(pending, loading, report, cluster)
             else:
                 assert student is not None
-                pictures = _here(pending, student, report, several, preview if writes else None)
-            _keep(pending, pictures, outcome, plan, report, writes)
-    return outcome
+                images = _locally(pending, student, report, several, preview if writes else None)
+            _save(pending, images, result, plan, report, writes)
+    return result
 
 
-def _look_at(requests: Sequence[Request], outcome: Outcome) -> list[tuple[Request, str | None]]:
-    """(request, sha256 of its reference); those whose reference cannot be used go to `outcome.failed`."""
+def _check_references(requests: Sequence[Request], result: BatchResult) -> list[tuple[Request, str | None]]:
+    """(request, sha256 of its reference). Requests whose reference cannot be used go to `result.failed`."""
     seen: dict[Path, str | UserError] = {}
     fine: list[tuple[Request, str | None]] = []
     for request in requests:
@@ -199,25 +202,25 @@ def _look_at(requests: Sequence[Request], outcome: Outcome) -> list[tuple[Reques
                 seen[path] = check_image(path)
             except UserError as error:
                 seen[path] = error
-        found = seen[path]
-        if isinstance(found, str):
-            fine.append((request, found))
+        digest = seen[path]
+        if isinstance(digest, str):
+            fine.append((request, digest))
         elif len(requests) == 1:
-            raise found
+            raise digest
         else:
-            outcome.failed.append({**request.told(), "reason": str(found)})
+            result.failed.append({**request.as_row(), "reason": str(digest)})
     return fine
 
 
-def _here(
+def _locally(
     pending: Sequence[Pending],
     student: Student,
     report: Callable[..., None],
     several: bool,
     preview: Path | None,
 ) -> Iterator[tuple[int, Image | UserError]]:
-    """(index, its picture or why there is none) of each, in order, drawn in this process."""
-    opened: tuple[Any, Image | None] = (None, None)  # the last reference, so that the pipeline can tell a repeated one
+    """Yields (index, image or error) of each request in order, generated in this process."""
+    opened: tuple[Any, Image | None] = (None, None)  # the last reference, so that the pipeline recognizes it again
     for done, (request, _) in enumerate(pending):
 
         def on_step(pipe: Any, step: int, timestep: Any, tensors: Any, done: int = done) -> None:
@@ -234,10 +237,10 @@ def _here(
             key = (request.reference, request.options.get("background"))
             if opened[0] != key:
                 opened = (key, _reference(request))
-            picture = _picture(student, opened[1], request, **options)
+            image = _generate(student, opened[1], request, **options)
         except UserError as error:
-            picture = error
-        yield done, picture
+            image = error
+        yield done, image
 
 
 def _reference(request: Request) -> Image | None:
@@ -247,31 +250,31 @@ def _reference(request: Request) -> Image | None:
     return open_image(request.reference, **({"background": background} if background else {}))
 
 
-def _picture(student: Student, reference: Image | None, request: Request, **more: Any) -> Image:
+def _generate(student: Student, reference: Image | None, request: Request, **more: Any) -> Image:
     return student.generate(reference, request.prompt, seed=request.seed, **request.options, **more)
 
 
-def _there(
+def _on_cluster(
     pending: Sequence[Pending], loading: dict[str, Any], report: Callable[..., None], engine: Engine
 ) -> Iterator[tuple[int, Image | UserError]]:
-    """The same by the engine's workers, as they come. References and pictures travel; the weights must be there."""
+    """Yields (index, image or error) as the engine's workers finish. Workers need the weights, not the references."""
     from diptych.recipe.schema import Recipe
 
     device = {"device": loading["device"]} if loading.get("device") else {}
     workers = engine.of(Recipe(name="generate", **device))
-    drawn: list[int] = []
+    done = 0
 
-    def say(note: str) -> None:
-        report(len(drawn), len(pending), note)
+    def note(text: str) -> None:
+        report(done, len(pending), text)
 
-    for index, picture in workers.each("generate", _Drawer(loading), _Wishes(pending), say):
-        drawn.append(index)
-        yield index, picture
+    for index, image in workers.each("generate", _OpenStudent(loading), _Opened(pending), note):
+        done += 1
+        yield index, image
 
 
 @dataclass(frozen=True)
-class _Wishes(Sequence[Any]):
-    """Requests with their references, opened when a worker asks for one."""
+class _Opened(Sequence[Any]):
+    """Requests with their references, each opened when a worker takes it."""
 
     pending: Sequence[Pending]
 
@@ -284,8 +287,8 @@ class _Wishes(Sequence[Any]):
 
 
 @dataclass(frozen=True)
-class _Drawer:
-    """Opens a student in a worker."""
+class _OpenStudent:
+    """Opens a student in a worker, and returns a function that generates the image of a request."""
 
     loading: dict[str, Any]
 
@@ -294,55 +297,54 @@ class _Drawer:
 
         student = Student.load(**self.loading, progress_bar=False)
 
-        def one(wish: tuple[Image | None, Request]) -> Image | UserError:
+        def generate(item: tuple[Image | None, Request]) -> Image | UserError:
             try:
-                return _picture(student, *wish)
+                return _generate(student, *item)
             except UserError as error:
-                return UserError(str(error))
+                return UserError(error.code, str(error))
 
-        return one
+        return generate
 
 
-def _keep(
+def _save(
     pending: Sequence[Pending],
-    pictures: Iterator[tuple[int, Image | UserError]],
-    outcome: Outcome,
-    plan: Plan,
+    images: Iterator[tuple[int, Image | UserError]],
+    result: BatchResult,
+    plan: BatchPlan,
     report: Callable[..., None],
     writes: bool,
 ) -> None:
-    """Saves each picture as it comes, and notes each failure; one picture alone fails as itself."""
+    """Saves each image as it comes and notes each failure. Raises the error of a single request."""
     several = len(plan.requests) > 1
-    for done, (index, picture) in enumerate(pictures):
-        request, told = pending[index]
-        if isinstance(picture, UserError):
+    for done, (index, image) in enumerate(images):
+        request, provenance = pending[index]
+        if isinstance(image, UserError):
             if not several:
-                raise picture
-            outcome.failed.append({**request.told(), "reason": str(picture)})
+                raise image
+            result.failed.append({**request.as_row(), "reason": str(image)})
             if writes:
-                _note_failed(plan, outcome)
+                _note_failed(plan, result)
             continue
         if writes:
-            provenance = {**picture.info, **told}
-            outcome.drawn.append((save_image(picture, request.out, provenance), provenance))
+            provenance = {**image.info, **provenance}
+            result.generated.append((save_image(image, request.out, provenance), provenance))
         if several:
             report(done + 1, len(pending))
 
 
-def _note_failed(plan: Plan, outcome: Outcome) -> None:
-    """`failed.jsonl`, whole: what failed in this call. Removed when nothing did."""
+def _note_failed(plan: BatchPlan, result: BatchResult) -> None:
+    """Writes the failures of this call to `failed.jsonl`; removes that file if there are none."""
     if plan.folder is None:
         return
     path = plan.folder / FAILED
-    if not outcome.failed:
+    if not result.failed:
         path.unlink(missing_ok=True)
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in outcome.failed).encode())
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.failed).encode())
 
 
-def counted(outcome: Outcome) -> str:
-    """`3 drawn, 2 there already, 1 failed`."""
-    counts = Counter(drawn=len(outcome.drawn), skipped=len(outcome.skipped), failed=len(outcome.failed))
-    words = {"drawn": "drawn", "skipped": "there already", "failed": "failed"}
-    return ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key] or key == "drawn")
+def format_counts(result: BatchResult) -> str:
+    """Returns the counts in words: `3 generated, 2 unchanged, 1 failed`."""
+    counts = {"generated": len(result.generated), "unchanged": len(result.skipped), "failed": len(result.failed)}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "generated")

@@ -1,7 +1,6 @@
-"""What is asked for, as requests: one for every reference with every prompt with every seed of a row; and the file that
-each is drawn into, which no other request may share.
+"""Requests of a batch: one for every reference with every prompt with every seed of a row, each with its own file.
 
-The command's own words are one row, a JSONL file has one a line; a folder stands for the pictures in it.
+The command line is one row; a JSONL file has one row per line. A folder stands for the images in it.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from diptych.utils.io import sha256, sha256_json
 from diptych.utils.paths import here_or_packaged, refuse_special
 
 OPTIONS = tuple(name for name in sampling.OPTIONS if name != "null_panel")
-"""Arguments of `Student.generate` that a row may give."""
+"""Arguments of `Student.generate` that a row may have."""
 KEYS = ("reference", "prompt", "seed", "out", *OPTIONS)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture that is asked for. `options` holds only what was asked; `row` counts from 1. `asked_prompt` is what
-    the user wrote, where `prompt` says more."""
+    """One image to generate. `options` holds only the given ones, `row` counts from 1, and `original_prompt` is the
+    user's prompt where `prompt` is an enhanced one."""
 
     reference: Path | None
     prompt: str
@@ -39,45 +38,46 @@ class Request:
     options: dict[str, Any]
     row: int
     out: Path = Path()
-    asked_prompt: str = ""
+    original_prompt: str = ""
 
-    def told(self) -> dict[str, Any]:
-        """It, to be written down."""
-        named = {"row": self.row, "out": str(self.out), "reference": self.reference and str(self.reference)}
-        return {**named, "prompt": self.prompt, "seed": self.seed, **self.options}
+    def as_row(self) -> dict[str, Any]:
+        """Returns the request as a JSON object."""
+        names = {"row": self.row, "out": str(self.out), "reference": self.reference and str(self.reference)}
+        return {**names, "prompt": self.prompt, "seed": self.seed, **self.options}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The requests, each with its file; `folder` holds them all and is None for one picture with a name of its own."""
+class BatchPlan:
+    """Requests, each with its file. `folder` holds all files; it is None for a single named file."""
 
     requests: list[Request]
     folder: Path | None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a JSONL file; blank lines are left out. UsageError names the line that is not such a row."""
+    """Yields (line, row) of a JSONL file without blank lines. UsageError names a line that is not a JSON object."""
     for line, raw in enumerate(read_lines(path), 1):
         if not raw.strip():
             continue
         try:
             row = parse_json(raw)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{line}: not JSON ({error}); one object a line") from error
+            raise UsageError("json_invalid", f"{path}:{line}: not JSON ({error}); write one object per line") from error
         if not isinstance(row, dict):
-            raise UsageError(f"{path}:{line}: not a JSON object but a {type(row).__name__}")
+            raise UsageError("row_invalid", f"{path}:{line}: must be a JSON object, not a {type(row).__name__}")
         yield line, row
 
 
 def check_row(row: dict[str, Any], where: str) -> None:
-    """UsageError, `where` before it, for unknown keys, missing ones, and values that no model could take."""
+    """Raises UsageError, prefixed by `where`, for unknown or missing keys and for values that no model accepts."""
     for key in row:
         if key not in KEYS:
-            raise UsageError(f"{where}unknown key '{key}'{nearest(key, KEYS)}; known are {', '.join(KEYS)}")
+            hint = nearest(key, KEYS) or f"; known keys are {', '.join(KEYS)}"
+            raise UsageError("row_invalid", f"{where}unknown key '{key}'{hint}")
     if "reference" not in row:
-        raise UsageError(f"{where}missing a reference, the picture of your subject")
+        raise UsageError("row_invalid", f"{where}the key 'reference' is missing: an image of your subject")
     if "prompt" not in row:
-        raise UsageError(f"{where}missing a prompt: what the new picture shows")
+        raise UsageError("row_invalid", f"{where}the key 'prompt' is missing: what the new image shows")
     try:
         for text in as_list(row["prompt"]):
             check_prompt(text)
@@ -85,51 +85,52 @@ def check_row(row: dict[str, Any], where: str) -> None:
             check_seed(number)
         for place in as_list(row["reference"]):
             if not isinstance(place, (str, Path, type(None))) or place == "":
-                raise UsageError(f"a reference is an image file or a folder of them, not {place!r}")
+                raise UsageError("row_invalid", f"reference must be an image file or a folder, not {place!r}")
         out = row.get("out", "x")
         if not isinstance(out, str) or not out or Path(out).is_absolute() or ".." in Path(out).parts:
-            raise UsageError(f"out is a file's name inside the --out folder, not {out!r}")
-        check_options({key: read_size(value) if key == "size" else value for key, value in _options(row).items()})
+            raise UsageError("row_invalid", f"out must be a file name inside the --out folder, not {out!r}")
+        check_options(_options(row))
     except UsageError as error:
-        raise UsageError(f"{where}{error}") from None
+        raise UsageError(error.code, f"{where}{error}") from None
 
 
 def multiply(row: dict[str, Any], number: int, here: Path, where: str = "") -> Iterator[Request]:
-    """Every reference with every prompt with every seed, seeds running fastest."""
-    options = {key: read_size(value) if key == "size" else value for key, value in _options(row).items()}
-    references = [path for place in as_list(row["reference"]) for path in _pictures(place, here, where)]
+    """Yields every reference with every prompt with every seed; the seed changes fastest."""
+    options = _options(row)
+    references = [path for place in as_list(row["reference"]) for path in _images(place, here, where)]
     combined = itertools.product(references, as_list(row["prompt"]), as_list(row.get("seed", 0)))
     out = Path(row.get("out", ""))
     for reference, prompt, seed in combined:
         yield Request(reference, prompt, seed, options, number, out)
 
 
-def _pictures(place: str | Path | None, here: Path, where: str) -> list[Path | None]:
-    """The file itself, or a folder's pictures by name; what is left out is named in a warning (`pictures_in`)."""
+def _images(place: str | Path | None, here: Path, where: str) -> list[Path | None]:
+    """The file itself, or a folder's images by name; a warning names the files left out (`pictures_in`)."""
     if place is None:
         return [None]
     path = here / here_or_packaged(Path(place).expanduser())
     if not path.is_dir():
-        return [refuse_special(path) if where else path]  # a shell may give a pipe; a file's row may not
-    found = pictures_in(path)
-    if not found:
-        raise UsageError(f"{where}{path}: no pictures in this folder ({', '.join(READ)})")
-    return list(found)
+        return [refuse_special(path) if where else path]  # a shell may pass a pipe; a row of a file may not
+    images = pictures_in(path)
+    if not images:
+        raise UsageError("image_not_found", f"{where}{path}: no images in this folder ({', '.join(READ)})")
+    return list(images)
 
 
 def _options(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in OPTIONS if row.get(key) is not None}
+    given = {key: row[key] for key in OPTIONS if row.get(key) is not None}
+    return {key: read_size(value) if key == "size" else value for key, value in given.items()}
 
 
 PATTERN = "{reference}-{prompt}-{seed}.png"
-WIDTH = r"0?\d?\d?[dx]?"  # what may stand after a field's colon: the width of a number
+WIDTH = r"0?\d?\d?[dx]?"  # allowed after a field's colon: the width of a number
 FIELDS = ("reference", "prompt", "seed", "row")
-PART_BYTES = 80  # of a file's name, for a reference and for a prompt each; file systems end a name at 255
+PART_BYTES = 80  # of a file name, for the reference and for the prompt each; file systems limit a name to 255
 _OTHER_KINDS = tuple(suffix for suffix in READ if suffix not in KINDS)
 
 
-def name_all(requests: Sequence[Request], out: str | Path | None, *, alone: bool = True) -> Plan:
-    """Each request with its file. Two may not share one; with the built-in pattern the later gets a digest added."""
+def name_all(requests: Sequence[Request], out: str | Path | None, *, alone: bool = True) -> BatchPlan:
+    """Gives each request its file. No two share one; with the built-in pattern the later one gets a digest added."""
     text = str(out) if out is not None else ""
     if "{" not in text and not text.endswith("/") and not Path(text).is_dir() and text:
         suffix = Path(text).suffix.lower()
@@ -138,13 +139,14 @@ def name_all(requests: Sequence[Request], out: str | Path | None, *, alone: bool
         if suffix in KINDS:
             if len(requests) > 1 or not alone:
                 raise UsageError(
-                    f"{text} is one file for {len(requests)} pictures; name a folder, or a pattern such as '{PATTERN}'"
+                    "output_collision",
+                    f"{text} is one file for {len(requests)} images. Pass a folder, or a pattern such as '{PATTERN}'.",
                 )
-            return Plan([replace(requests[0], out=Path(text))], None)
+            return BatchPlan([replace(requests[0], out=Path(text))], None)
     if not text:
         if len(requests) > 1 or not alone:
-            raise UsageError(f"{len(requests)} pictures need a folder to lie in: --out DIR")
-        return Plan([replace(requests[0], out=Path("diptych.png"))], None)
+            raise UsageError("option_missing", f"{len(requests)} images need a folder: pass --out DIR")
+        return BatchPlan([replace(requests[0], out=Path("diptych.png"))], None)
     pattern = text if "{" in text else f"{text.rstrip('/')}/{PATTERN}"
     _check_pattern(pattern)
     folder = Path(pattern[: pattern.index("{")] + "x").parent
@@ -158,11 +160,12 @@ def name_all(requests: Sequence[Request], out: str | Path | None, *, alone: bool
             first = taken.get(_key(request.out))
         if first is not None and not _same(first, request):
             raise UsageError(
-                f"rows {first.row} and {request.row} would both be {request.out}; use more of the pattern's fields "
-                f'({", ".join(FIELDS)}), or give each row an "out" of its own'
+                "output_collision",
+                f"rows {first.row} and {request.row} would both be written to {request.out}. Use more fields in the "
+                f'pattern ({", ".join(FIELDS)}), or give each row its "out".',
             )
-        taken.setdefault(_key(request.out), request)  # the very same picture, asked for twice, is drawn once
-    return Plan(list(taken.values()), folder)
+        taken.setdefault(_key(request.out), request)  # an image that is requested twice is generated once
+    return BatchPlan(list(taken.values()), folder)
 
 
 def _same(first: Request, second: Request) -> bool:
@@ -170,27 +173,24 @@ def _same(first: Request, second: Request) -> bool:
 
 
 def _digest(request: Request) -> str:
-    told = {key: value for key, value in request.told().items() if key not in ("row", "out")}
-    return sha256_json(told)
+    return sha256_json({key: value for key, value in request.as_row().items() if key not in ("row", "out")})
 
 
 def _key(path: Path) -> str:
-    return str(path).casefold()  # some file systems do not tell capitals from small letters
+    return str(path).casefold()  # some file systems ignore case
 
 
 def _check_pattern(pattern: str) -> None:
     try:
         parsed = [(name, spec) for _, name, spec, _ in string.Formatter().parse(pattern) if name is not None]
     except ValueError as error:
-        raise UsageError(f"--out {pattern}: {error}; fields are written as {{reference}}") from error
-    names = [name for name, _ in parsed]
+        raise UsageError("option_invalid", f"--out {pattern}: {error}. Write fields as {{reference}}.") from error
     for name, spec in parsed:
         if not re.fullmatch(WIDTH, spec or ""):
-            raise UsageError(f"--out {pattern}: Invalid format '{spec}' of {{{name}}}: a width such as 04d is allowed")
-    for name in names:
+            raise UsageError("option_invalid", f"--out {pattern}: format '{spec}' of {{{name}}} is not a width, as 04d")
         if name not in FIELDS:
-            known = ", ".join(f"{{{known}}}" for known in FIELDS)
-            raise UsageError(f"--out {pattern}: unknown field {{{name}}}{nearest(name, FIELDS)}; known are {known}")
+            hint = nearest(name, FIELDS) or f"; known fields are {', '.join(FIELDS)}"
+            raise UsageError("option_invalid", f"--out {pattern}: unknown field {{{name}}}{hint}")
 
 
 def _fill(pattern: str, request: Request) -> str:
@@ -199,11 +199,11 @@ def _fill(pattern: str, request: Request) -> str:
     try:
         return pattern.format(**fields)
     except ValueError as error:
-        raise UsageError(f"--out {pattern}: {error}") from error
+        raise UsageError("option_invalid", f"--out {pattern}: {error}") from error
 
 
 def _part(text: str) -> str:
-    """A text as part of a file's name: letters, digits and hyphens. A long one is cut, and told apart by a digest."""
+    """A text as part of a file name: letters, digits and hyphens. A long one is cut and gets a digest."""
     slug = re.sub(r"[^\w]+", "-", text).strip("-") or "x"
     if len(slug.encode()) <= PART_BYTES:
         return slug

@@ -1,8 +1,8 @@
-"""The web app: one Gradio page with a tab for each job, on the server's own address, behind the server's own guard.
+"""The web app: a Gradio page with a tab for each kind of job, at the server's address and behind its guard.
 
-A tab is a function that adds components inside `gr.Blocks` and knows the `Service`; `tabs` lists them, so that another
-is one line. Pictures never pass through Gradio: the page sends them to /v1/references and shows them from
-/v1/pictures, where everybody sees their own, so that Gradio's cache of files stays empty.
+A tab is a function that adds components to `gr.Blocks` for a `Service`; `tabs` lists them. Images never pass through
+Gradio: the page sends them to /v1/references and shows them from /v1/pictures, which check the owner, so Gradio's file
+cache stays empty.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from diptych.serve.http.guard import APP, Receive, Scope, Send
 from diptych.serve.service import Service
 from diptych.utils.documents import parse_request
 
-SESSIONS = 256  # open pages whose state is kept, the latest: over 100 KB each, and Gradio lets none go by itself
+SESSIONS = 256  # latest open pages whose state is kept: over 100 KB each, and Gradio never drops one
 Tab = Callable[[Any, Service], None]  # (the gr.Blocks it is in, the service)
 
 
 def tabs(service: Service) -> dict[str, Tab]:
-    """The tabs by name, in order."""
+    """Returns the tabs by name, in order."""
     from diptych.serve.app import image_tabs, run_tabs
 
-    found: dict[str, Tab] = {
+    shown: dict[str, Tab] = {
         "Create": image_tabs.add_create,
         "Relight": image_tabs.add_relight,
         "Story": image_tabs.add_story,
     }
     if service.runs is not None:
-        found |= {"Data": run_tabs.add_data, "Runs": run_tabs.add_runs}
-    return found
+        shown |= {"Data": run_tabs.add_data, "Runs": run_tabs.add_runs}
+    return shown
 
 
 def mount(app: Any, service: Service) -> Any:
-    """The FastAPI app with the web app under /app."""
+    """Mounts the web app under /app of the FastAPI app, and returns the ASGI app."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     import gradio as gr
 
@@ -81,30 +81,24 @@ def _asset(name: str) -> str:
 
 
 def unread(blocks: Any, request: Any) -> Callable[[], int]:
-    """Counts the messages that wait for the page that a request came from."""
+    """Returns a function that counts the unread messages of a request's page."""
     waiting = blocks._queue.pending_messages_per_session
     return lambda: waiting[request.session_hash].qsize() if request.session_hash in waiting else 0
 
 
 def owner_of(request: Any) -> str:
-    """Whose a request of the app is: what the guard found, as for the API."""
+    """Returns the owner of a request of the app, set by the guard as for the API."""
     return request.request.state.owner
 
 
 PREFIX = f"{APP}/gradio_api/"
-
-
-MOST = 2**20  # bytes of an event
-
-
-UNREAD = 32  # messages that may wait for a page that does not read them
-
-
-MAY = "event_data"  # where Gradio says what was clicked on; never taken for a file
+MAX_EVENT = 2**20  # bytes
+UNREAD = 32  # unread messages of a page, beyond which its events are rejected
+UNCHECKED = "event_data"  # Gradio's field for what was clicked; never used as a file
 
 
 class EventFilter:
-    """An ASGI middleware around the app; see the module. `blocks` is Gradio's page: its events and sessions."""
+    """An ASGI middleware that checks the app's events and separates the sessions of owners. `blocks` is the page."""
 
     def __init__(self, app: Any, blocks: Any) -> None:
         self.app, self.known, self.queue = app, blocks.fns, blocks._queue
@@ -123,54 +117,52 @@ class EventFilter:
         try:
             body, refusal = self._as_event(await Request(scope, receive).body(), scope, owner)
         except HTTPException as error:  # too large or too slow
-            body, refusal = (
-                b"",
-                error_responses.answer(error.status_code, str(error.detail), headers={"Connection": "close"}),
-            )
+            body, refusal = b"", error_responses.answer(error.status_code, str(error.detail))
+            refusal.headers["Connection"] = "close"
         except ClientDisconnect:
             return
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        told = False
+        sent = False
 
         async def again() -> MutableMapping[str, Any]:
-            nonlocal told
-            if told:
+            nonlocal sent
+            if sent:
                 return await receive()
-            told = True
+            sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, again, send)
 
     def _as_event(self, body: bytes, scope: Scope, owner: str) -> tuple[bytes, Any]:
-        """The body as Gradio gets it, and a refusal if there is something wrong with it."""
+        """The body for Gradio, and a rejection if it is not a valid event."""
         if not body:
             return body, None
         try:
             event = read(body)
             check(event, self.known)
-        except ValueError as error:
-            return b"", error_responses.answer(400, str(error))
+        except UsageError as error:
+            return b"", error_responses.of_error(error)
         if isinstance(event.get("session_hash"), str):
             event["session_hash"] = _of(owner, event["session_hash"])
             if scope["path"].removeprefix(PREFIX).startswith("queue/join"):
                 waiting = self.queue.pending_messages_per_session.get(event["session_hash"])
                 if waiting is not None and waiting.qsize() > UNREAD:
-                    said = "this page does not read what it is sent; load it again"
-                    return b"", error_responses.answer(429, said, headers={"Retry-After": "5"})
-                self._let_go()
+                    stale = "This page does not read its messages. Reload it."
+                    return b"", error_responses.answer(429, stale, headers={"Retry-After": "5"})
+                self._drop_old()
         return json.dumps(event).encode(), None
 
-    def _let_go(self) -> None:
-        """Forgets the events of sessions whose messages Gradio has let go."""
+    def _drop_old(self) -> None:
+        """Drops the events of sessions whose messages Gradio has dropped."""
         events, messages = self.queue.pending_event_ids_session, self.queue.pending_messages_per_session
         if len(events) > 2 * messages.max_size:
             for session in [session for session in events if session not in messages]:
                 del events[session]
 
     def _as_session(self, scope: Scope, owner: str) -> Any:
-        """Puts the owner's name before the session in the address; a refusal if there is no such stream."""
+        """Prefixes the session in the address with the owner's name; returns a rejection for an unknown session."""
         name = scope["path"].removeprefix(PREFIX)
         if name.startswith("heartbeat/"):
             scope["path"] = PREFIX + "heartbeat/" + _of(owner, name.removeprefix("heartbeat/"))
@@ -182,7 +174,7 @@ class EventFilter:
             ]
             scope["query_string"] = urlencode(query).encode()
             if dict(query).get("session_hash") not in self.queue.pending_messages_per_session:
-                return error_responses.answer(404, "there is no such session")
+                return error_responses.answer(404, "Unknown session. Reload the page.", "request_invalid")
         return None
 
 
@@ -191,31 +183,31 @@ def _of(owner: str, session: str) -> str:
 
 
 def read(body: bytes) -> dict[str, Any]:
-    """An event. ValueError says what is wrong with it."""
-    if len(body) > MOST:
-        raise ValueError(f"an event of the app is at most {MOST // 2**10} KiB")
+    """Parses an event of the app. UsageError if it is too large or not a JSON object."""
+    if len(body) > MAX_EVENT:
+        raise UsageError("request_invalid", f"An event of the app has at most {MAX_EVENT // 2**10} KiB.")
     try:
         event = parse_request(body)
     except UsageError:
         raise
     except ValueError as error:
-        raise ValueError(f"an event of the app is JSON ({error})") from None
+        raise UsageError("json_invalid", f"An event of the app must be JSON ({error}).") from None
     if not isinstance(event, dict):
-        raise ValueError("an event of the app is an object")
+        raise UsageError("json_invalid", "An event of the app must be a JSON object.")
     return event
 
 
 def check(event: dict[str, Any], known: Container[int]) -> None:
-    """ValueError for an event that is none of the page's, or that holds more than texts and numbers."""
+    """Raises UsageError for an event that the page does not have, or with values other than texts and numbers."""
     number = event.get("fn_index")
     if number is not None and (type(number) is not int or number not in known):
-        raise ValueError("the page has no such event; load it again")
-    left = [value for name, value in event.items() if name != MAY]
+        raise UsageError("request_invalid", "The page has no such event. Reload it.")
+    left = [value for name, value in event.items() if name != UNCHECKED]
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            raise ValueError("the app's fields hold texts and numbers, no objects")
+            raise UsageError("request_invalid", "The app's fields take texts and numbers, not objects.")
         if isinstance(value, list):
             left += value
-        elif isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):
-            raise ValueError("there are characters in it that are no text")  # Gradio could not send them back
+        elif isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):  # Gradio could not send them back
+            raise UsageError("text_invalid", "A text contains characters that are not text.")

@@ -1,5 +1,5 @@
-"""The Create, Relight and Story tabs: their fields become a request, and its job is followed while it is drawn, as any
-client of the API could follow it."""
+"""The Create, Relight and Story tabs: their fields become a request, and the page follows its job, as a client of the
+API would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from diptych.apps import enhance
 from diptych.apps.relight import DETAIL
-from diptych.apps.story import CAPTIONS, FEWEST, MOST, write_panels
+from diptych.apps.story import CAPTIONS, MAX_PANELS, MIN_PANELS, write_panels
 from diptych.errors import UserError
 from diptych.serve.app import owner_of, unread
 from diptych.serve.http.error_responses import wrong
@@ -26,12 +26,14 @@ from diptych.serve.limits import Busy
 from diptych.serve.request_models import ImageRequest, JobRequest, RelightRequest, StoryRequest
 from diptych.serve.service import Service
 
-UNREAD = 4  # messages that may wait for a page
-EVERY = 0.25  # seconds between looks at a job
-SMALL = 256  # pixels: what a model below it draws shows little
+UNREAD = 4  # unread messages of a page, beyond which only the end of a job is sent
+EVERY = 0.25  # seconds between checks of a job
+SMALL = 256  # pixels; smaller models get a note about their limits
 HIDDEN: Any = {"api_visibility": "private"}
-DROP = "Drop it here, paste it, or choose a file"
-# Words that the pocket student knows, and any other understands.
+DROP = "Drop, paste, or choose an image"
+MORE = "More settings (model's defaults if empty)"
+SEED = "Seed (random if empty)"
+# In the vocabulary of the pocket student, and plain enough for any other.
 LIGHTS = (
     "soft golden light from the left",
     "bright white light from above",
@@ -44,109 +46,106 @@ PANELS = """a cat on the beach | One morning it set out.
 a cat in a forest, dim blue light from above | At night it was lost.
 a cat on the moon | Very lost.
 a cat sleeping in a kitchen | Home."""
-# What is missing, for somebody who sees the page's labels and not the fields' names.
+# Messages for missing fields, in the words of the page's labels.
 MISSING = {
-    "prompt": "Say in the prompt what the new picture shows.",
-    "light": "Choose a light, or write one.",
-    "panel": "Write the panels, one a line: 4 to 10 of them.",
+    "prompt": "Write a prompt that describes the new image.",
+    "light": "Choose a light, or describe one.",
+    "panel": "Write 4 to 10 panels, one per line.",
 }
 
 
 def add_create(blocks: Any, service: Service) -> None:
-    """The Create tab: a reference, a prompt, and the pictures that come of them."""
+    """Adds the Create tab: a reference and a prompt give images."""
     about = gr.HTML(elem_id="about")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            reference = _drop("reference", "Reference: a picture of your subject")
+            reference = _drop("reference", "Reference: an image of your subject")
         with gr.Column(scale=3, min_width=280):
             prompt = gr.Textbox(
-                label="Prompt: what the new picture shows, the whole of it", lines=3, elem_id="prompt", max_length=4000
+                label="Prompt: everything the new image shows", lines=3, elem_id="prompt", max_length=4000
             )
-            enhanced = gr.Button("Enhance the prompt", size="sm", visible=enhance.endpoint_of(None, None) is not None)
+            enhanced = gr.Button("Enhance prompt", size="sm", visible=enhance.endpoint_of(None, None) is not None)
             with gr.Row():
-                seed = _text("Seed (random if empty)", 19, "seed", width=120)
-                most = min(10, service.settings.limits.pictures)
-                count = gr.Slider(1, most, 1, step=1, label="Pictures", min_width=120)
-            with gr.Accordion("More settings (empty: the model's own)", open=False):
+                seed = _text(SEED, 19, "seed", width=120)
+                limit = min(10, service.settings.limits.pictures)
+                count = gr.Slider(1, limit, 1, step=1, label="Images", min_width=120)
+            with gr.Accordion(MORE, open=False):
                 sampling = _sampling("")
-                negative = gr.Textbox(label="What not to show", max_length=4000)
+                negative = gr.Textbox(label="Negative prompt (what not to show)", max_length=4000)
                 with gr.Row():
-                    size = _text("Size, as 64 or 64x96", 11)
-                    fit = gr.Dropdown(["crop", "pad", "contain"], value="crop", label="How the reference meets it")
-            draw, stop = _buttons("Draw", "draw")
+                    size = _text("Size in pixels (64 or 64x96)", 11)
+                    fit = gr.Dropdown(["crop", "pad", "contain"], value="crop", label="How to fit the reference")
+            run, stop = _buttons("Generate", "draw")
     fields = {"reference": reference, "prompt": prompt, "seed": seed, "n": count, **sampling}
     fields |= {"negative_prompt": negative, "size": size, "fit": fit}
-    _connect(blocks, service, ImageRequest, fields, [draw.click, prompt.submit], stop, "pictures")
+    _connect(service, blocks, ImageRequest, fields, [run.click, prompt.submit], stop, "pictures")
 
     def on_enhance(request: gr.Request, text: str, reference_id: str) -> str:
-        return longer(service, owner_of(request), text, reference_id)
+        return enhanced_prompt(service, owner_of(request), text, reference_id)
 
     enhanced.click(on_enhance, [prompt, reference], prompt, concurrency_limit=8, **HIDDEN)
     blocks.load(lambda: described(service), None, about, **HIDDEN)
 
 
 def add_relight(blocks: Any, service: Service) -> None:
-    """The Relight tab: a picture under other lights, everything in its place."""
+    """Adds the Relight tab: an image under other lights, everything in its place."""
     note = gr.HTML()
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            reference = _drop("relight-reference", "Picture to relight")
-            with gr.Accordion("Keep a part as it is", open=False):
-                mask = _drop("relight-mask", "Mask: white may change, black stays", "As large as the picture")
+            reference = _drop("relight-reference", "Image to relight")
+            with gr.Accordion("Keep a part unchanged", open=False):
+                mask = _drop("relight-mask", "Mask: white may change, black stays", "Of the image's size")
         with gr.Column(scale=3, min_width=280):
-            presets = gr.CheckboxGroup(list(LIGHTS), label="Lights; several make a strip", elem_id="lights")
-            own = gr.Textbox(label="Other lights, in words, one a line", lines=2, elem_id="own-lights", max_length=4000)
+            presets = gr.CheckboxGroup(list(LIGHTS), label="Lights; several give a strip", elem_id="lights")
+            others = gr.Textbox(label="Other lights, one per line", lines=2, elem_id="other-lights", max_length=4000)
             with gr.Row():
-                seed = _text("Seed (random if empty)", 19, "relight-seed", width=120)
-                detail = gr.Slider(0, 1, DETAIL, step=0.05, label="Detail kept from your picture", min_width=120)
-            with gr.Accordion("More settings (empty: the model's own)", open=False):
-                scene = gr.Textbox(label="What the picture shows, as: a cat in a cave", max_length=1000)
-                sampling = _sampling("relight-", "Strength of the picture", "Strength of the light")
-            draw, stop = _buttons("Relight", "relight")
+                seed = _text(SEED, 19, "relight-seed", width=120)
+                detail = gr.Slider(0, 1, DETAIL, step=0.05, label="Detail from your image", min_width=120)
+            with gr.Accordion(MORE, open=False):
+                scene = gr.Textbox(label="Scene of the image (for example: a cat in a cave)", max_length=1000)
+                sampling = _sampling("relight-", "Strength of the image", "Strength of the light")
+            run, stop = _buttons("Relight", "relight")
 
     def lights(given: dict[str, Any]) -> None:
-        given["light"] = [*given["light"], *_lines(given.pop("own"))]
+        given["light"] = [*given["light"], *_lines(given.pop("others"))]
         if not given["reference"]:
-            raise UserError("Give the picture that is to be relit.")
+            raise UserError("image_missing", "Add the image to relight.")
 
-    fields = {"reference": reference, "mask": mask, "light": presets, "own": own, "seed": seed, "detail": detail}
-    _connect(
-        blocks, service, RelightRequest, {**fields, "scene": scene, **sampling}, [draw.click], stop, "relit", lights
-    )
-    always = (
-        "The scene stays as it is; only the light changes, and fine detail comes from your image unless you say less."
-    )
+    fields = {"reference": reference, "mask": mask, "light": presets, "others": others, "seed": seed, "detail": detail}
+    fields |= {"scene": scene, **sampling}
+    _connect(service, blocks, RelightRequest, fields, [run.click], stop, "relit", lights)
+    always = "Only the light changes; the scene stays. Fine detail comes from your image, as far as the slider says."
     small = (
-        "This small model knows light in broad strokes: its colour, its strength and its side. Sharp new shadows, "
-        "lamps, reflections and the light of real photographs are beyond it."
+        "This small model knows the color, strength and side of a light. It cannot generate sharp new shadows, lamps, "
+        "reflections, or the light of real photographs."
     )
     blocks.load(lambda: _note(service, always, small), None, note, **HIDDEN)
 
 
 def add_story(blocks: Any, service: Service) -> None:
-    """The Story tab: a page of panels that show one character, from texts of one's own or from an idea."""
+    """Adds the Story tab: a page of panels that show one character, from your texts or from an idea."""
     writer = enhance.endpoint_of(None, None) is not None
     note = gr.HTML()
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            reference = _drop("story-reference", "Reference: a picture of your character")
+            reference = _drop("story-reference", "Reference: an image of your character")
             with gr.Column(visible=writer):
-                idea = gr.Textbox(label="An idea, for the language model", lines=2, elem_id="idea", max_length=2000)
-                count = gr.Slider(FEWEST, MOST, 6, step=1, label="Panels")
-                write = gr.Button("Write the panels", size="sm")
-            missing = "No language model is set up here (DIPTYCH_LLM_URL and DIPTYCH_LLM_MODEL name one): the panels "
-            gr.HTML("" if writer else f'<p class="dq-small">{missing}are your own.</p>')
+                idea = gr.Textbox(label="Idea for the language model", lines=2, elem_id="idea", max_length=2000)
+                count = gr.Slider(MIN_PANELS, MAX_PANELS, 6, step=1, label="Panels")
+                write = gr.Button("Write panels", size="sm")
+            missing = "Write the panels yourself: this server has no language model. To add one, set DIPTYCH_LLM_URL "
+            gr.HTML("" if writer else f'<p class="dq-small">{missing}and DIPTYCH_LLM_MODEL.</p>')
         with gr.Column(scale=3, min_width=280):
             title = gr.Textbox(label="Title", elem_id="title", max_length=200)
             panels = gr.Textbox(
-                label="Panels, one a line", lines=6, placeholder=PANELS, elem_id="panels", max_length=8000
+                label="Panels, one per line", lines=6, placeholder=PANELS, elem_id="panels", max_length=8000
             )
             with gr.Row():
                 seed = _text("Seed, or one per panel (random if empty)", 200, "story-seed", width=160)
-                captions = gr.Dropdown(list(CAPTIONS), value="below", label="Words", min_width=120)
-            with gr.Accordion("More settings (empty: the model's own)", open=False):
+                captions = gr.Dropdown(list(CAPTIONS), value="below", label="Captions", min_width=120)
+            with gr.Accordion(MORE, open=False):
                 sampling = _sampling("story-")
-            draw, stop = _buttons("Draw the story", "tell")
+            run, stop = _buttons("Generate story", "run-story")
 
     def lines(given: dict[str, Any]) -> None:
         given["panel"] = _lines(given["panel"])
@@ -154,31 +153,31 @@ def add_story(blocks: Any, service: Service) -> None:
         given |= {"seed": seeds[0]} if len(seeds) == 1 else {"panel_seed": seeds or None}
 
     fields = {"reference": reference, "panel": panels, "seed": seed, "title": title, "captions": captions, **sampling}
-    _connect(blocks, service, StoryRequest, fields, [draw.click], stop, "story", lines)
+    _connect(service, blocks, StoryRequest, fields, [run.click], stop, "story", lines)
 
     def on_write(request: gr.Request, text: str, number: int) -> str:
-        return written(service, owner_of(request), text, number)
+        return written_panels(service, owner_of(request), text, number)
 
     write.click(on_write, [idea, count], panels, concurrency_limit=8, **HIDDEN)
     always = (
-        f"{FEWEST} to {MOST} panels, one a line: what the panel shows, and after a bar what is written with it. Each "
-        "is drawn on its own from the same reference."
+        f"Write {MIN_PANELS} to {MAX_PANELS} panels, one per line: what the panel shows, then | and its caption. Each "
+        "panel is generated separately from the same reference."
     )
     small = (
-        "This small model keeps a character's shape and colours, not its every mark, and draws one character, not two; "
-        "it cannot draw writing, so words stand below the panels."
+        "This small model keeps a character's shape and colors, but not every detail, and generates one character per "
+        "image. It cannot generate writing, so captions are set below the panels."
     )
     blocks.load(lambda: _note(service, always, small), None, note, **HIDDEN)
 
 
 def _drop(to: str, label: str, hint: str = DROP) -> Any:
-    """Where a picture is dropped, pasted or chosen, and the hidden field that then holds its id."""
+    """A zone to drop, paste or choose an image, and the hidden field that then holds its id."""
     gr.HTML(drop(to, label, hint))
     return gr.Textbox(elem_id=to, elem_classes="dq-wire", label=to, container=False)
 
 
 def drop(to: str, label: str, hint: str) -> str:
-    """Where a picture is dropped, pasted or chosen, as HTML; its id then stands in the field `to`."""
+    """Returns the HTML of a zone to drop, paste or choose an image, whose id goes into the field `to`."""
     return render("drop.html", to=to, label=label, hint=hint)
 
 
@@ -189,7 +188,7 @@ def _text(label: str, length: int, id: str | None = None, width: int = 100) -> A
 def _sampling(
     ids: str, image: str = "Strength of the reference", text: str = "Strength of the prompt"
 ) -> dict[str, Any]:
-    """The fields of how to sample."""
+    """The fields of the sampling options."""
     with gr.Row():
         return {
             "steps": _text("Steps", 4, f"{ids}steps"),
@@ -208,8 +207,8 @@ def _lines(text: str | None) -> list[str]:
 
 
 def _connect(
-    blocks: Any,
     service: Service,
+    blocks: Any,
     model: type[JobRequest],
     fields: Mapping[str, Any],
     triggers: list[Any],
@@ -217,12 +216,12 @@ def _connect(
     to: str,
     convert: Callable[[dict[str, Any]], None] = lambda given: None,
 ) -> None:
-    """Draws what the fields ask for on a trigger, and shows it below in `to`; `convert` makes a request's fields of the
-    page's."""
+    """Runs the request of the fields on a trigger, and shows its job in `to`. `convert` turns the page's fields into
+    those of the request."""
     job = gr.State("")
     shown = gr.HTML(elem_id=to, elem_classes="dq-status")
 
-    def on_draw(request: gr.Request, *values: Any) -> Iterator[tuple[str, str]]:
+    def on_run(request: gr.Request, *values: Any) -> Iterator[tuple[str, str]]:
         given = dict(zip(fields, values, strict=True))
         try:
             convert(given)
@@ -235,23 +234,25 @@ def _connect(
         service.cancel(owner_of(request), id)
 
     options: Any = {"concurrency_limit": 64, "show_progress": "hidden", **HIDDEN}
-    gr.on(triggers, on_draw, list(fields.values()), [job, shown], **options)
+    gr.on(triggers, on_run, list(fields.values()), [job, shown], **options)
     stop.click(on_stop, job, None, concurrency_limit=None, **HIDDEN)
 
 
 def followed(
     service: Service, owner: str, model: type[JobRequest], given: dict[str, Any], unread: Callable[[], int]
 ) -> Iterator[tuple[str, str]]:
-    """(job, HTML) as the pictures of a request come about. Empty fields are left out. `unread` counts the messages that
-    the page has not read; while there are several, it is sent nothing but the end."""
+    """Yields (job, HTML) while the job of a request runs. Empty fields are left out.
+
+    `unread` counts the unread messages of the page; while there are several, only the end is sent.
+    """
     reference, mask = given.pop("reference"), given.pop("mask", None)
     try:
-        asked = model(**{name: value for name, value in given.items() if value not in (None, "")}, partial_images=1)
-        for id, name in ((reference, "picture"), (mask, "mask")):
+        parsed = model(**{name: value for name, value in given.items() if value not in (None, "")}, partial_images=1)
+        for id, name in ((reference, "image"), (mask, "mask")):
             if id and service.store.reference(owner, id) is None:
-                raise UserError(f"The {name} is no longer there; send it again.")
+                raise UserError("job_not_found", f"The {name} has expired. Add it again.")
         service.limit(owner)
-        job = service.submit(owner, asked, reference or None, mask or None)
+        job = service.submit(owner, parsed, reference or None, mask or None)
     except ValidationError as invalid:
         first = invalid.errors()[0]
         field = str(first["loc"][0])
@@ -270,19 +271,19 @@ def followed(
         if not service.is_open(state):
             return
         if service.draining:
-            yield job["id"], error("The server is stopping; what was accepted goes on when it starts again.")
+            yield job["id"], error("The server is stopping. The job resumes when it starts again.")
             return
         time.sleep(EVERY)
 
 
 def shown(state: dict[str, Any], previews: Mapping[int, bytes], reference: str | None) -> str:
-    """A job as HTML: what to know of it, how far it is, its pictures, and once it is done what it makes together."""
+    """Returns a job as HTML: its warnings, its progress, its images, and once it is done its page."""
     encoded = {place: base64.b64encode(png).decode() for place, png in previews.items()}
     return render("job.html", job=state, previews=encoded, reference=reference)
 
 
 def _student_of(service: Service) -> Any:
-    """The student, None while it is being loaded."""
+    """The student, None while it loads."""
     try:
         return service.student
     except Busy:
@@ -290,24 +291,24 @@ def _student_of(service: Service) -> Any:
 
 
 def described(service: Service) -> str:
-    """What the model draws and what it cannot, in plain words."""
+    """Returns what the model can and cannot do, as HTML."""
     student = _student_of(service)
     side = student.pipeline.default_panel_size if student is not None else 0
     return render("about.html", student=student, side=side, small=side < SMALL)
 
 
 def _note(service: Service, always: str, small: str) -> str:
-    """What a tab's job can and cannot be expected to give, the more so of a small model."""
+    """The note of a tab, with the limits of a small model."""
     student = _student_of(service)
     limited = student is not None and student.pipeline.default_panel_size < SMALL
     return render("note.html", text=f"{always} {small}" if limited else always)
 
 
-def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
-    """The prompt, filled out from the reference by the vision-language model that the environment names."""
+def enhanced_prompt(service: Service, owner: str, prompt: str, reference: str) -> str:
+    """Returns the prompt, extended from the reference by the vision-language model of the environment."""
     png = service.store.reference(owner, reference) if reference else None
     if png is None or not prompt.strip():
-        raise _alert("Give a reference and a prompt first.")
+        raise _alert("Add a reference and a prompt first.")
     try:
         service.limit(owner, stores=False)
         with Image.open(io.BytesIO(png)) as image:
@@ -318,11 +319,11 @@ def longer(service: Service, owner: str, prompt: str, reference: str) -> str:
         raise _alert(refusal) from None
 
 
-def written(service: Service, owner: str, idea: str, count: int) -> str:
-    """The panels of an idea, from the language model that the environment names, as lines."""
+def written_panels(service: Service, owner: str, idea: str, count: int) -> str:
+    """Returns the panels of an idea as lines, written by the language model of the environment."""
     endpoint = enhance.endpoint_of(None, None)
     if endpoint is None or not idea.strip():
-        raise _alert("Say in a line what happens in the story.")
+        raise _alert("Describe the story in a line first.")
     try:
         service.limit(owner, stores=False)
         return "\n".join(f"{panel.prompt} | {panel.caption}" for panel in write_panels(idea, int(count), endpoint))
@@ -331,5 +332,5 @@ def written(service: Service, owner: str, idea: str, count: int) -> str:
 
 
 def _alert(text: object) -> gr.Error:
-    """An error as Gradio shows it, which takes HTML."""
+    """An error for Gradio, which shows it as HTML."""
     return gr.Error(str(escape(text)), print_exception=False)

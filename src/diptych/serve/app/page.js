@@ -1,4 +1,4 @@
-/* What Gradio's components do not do here: send a reference to /v1/references, and hand clicks in galleries on. */
+/* Sends references to /v1/references, and passes clicks in galleries to Gradio's fields. */
 (() => {
   const field = (id) => document.querySelector(`#${id} textarea, #${id} input`);
   const put = (id, value) => {
@@ -11,13 +11,13 @@
     alert.textContent = "";
     hint.textContent = "Sending …";
     try {
-      const answer = await fetch("/v1/references", { method: "POST", body: file });
-      const told = await answer.json();
-      if (!answer.ok) throw new Error(told.error.message);
-      shown.src = `/v1/references/${told.id}`;
+      const response = await fetch("/v1/references", { method: "POST", body: file });
+      const reply = await response.json();
+      if (!response.ok) throw new Error(reply.error.message);
+      shown.src = `/v1/references/${reply.id}`;
       shown.hidden = false;
-      hint.textContent = "Another one: drop, paste or choose it";
-      put(drop.dataset.to, told.id);
+      hint.textContent = "Drop, paste, or choose another image";
+      put(drop.dataset.to, reply.id);
     } catch (error) {
       hint.textContent = drop.dataset.hint;
       alert.textContent = `This file cannot be used. ${error.message}`;

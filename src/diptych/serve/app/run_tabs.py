@@ -1,5 +1,5 @@
-"""The Data and Runs tabs: a run's pairs with their verdicts, people's own verdicts, and what other thresholds would
-keep; how far each stage of a run is, its losses, its sample sheets and its report."""
+"""The Data and Runs tabs. Data: a run's pairs with their verdicts, decisions by hand, and the effect of other
+thresholds. Runs: the progress of each stage, the loss, sample sheets and the report."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from diptych.serve.service import Service
 from diptych.utils.console import Display
 
 PAGE = 12  # pairs
-SHOWN = ["all", "kept", "refused", "decided"]
+SHOWN = [("all", "all"), ("accepted", "kept"), ("rejected", "refused"), ("decided by hand", "decided")]  # label, value
 NUMBERS = {"similarity": "similarity", "copy_distance": "distance from a copy", "seam": "seam"}
-# The thresholds that every run has: from, to, and the words of the slider.
+# The thresholds that every run has: minimum, maximum and label of the slider.
 SLIDERS = {
-    "same": (-1.0, 1.0, "same: similarity of at least"),
-    "near_copy": (0.0, 1.0, "near_copy: distance of at least"),
-    "seam": (-1.0, 2.0, "seam of at least"),
+    "same": (-1.0, 1.0, "same: minimum similarity"),
+    "near_copy": (0.0, 1.0, "near_copy: minimum distance from a copy"),
+    "seam": (-1.0, 2.0, "seam: minimum"),
 }
 THRESHOLDS = (
-    "### Thresholds\nMove one and see what would be kept. The run itself stays as it is; a new run follows the "
-    "thresholds and the decisions."
+    "### Thresholds\nMove a slider to see how many pairs would be accepted. This run does not change; a new run uses "
+    "the thresholds and the decisions."
 )
-WIDTH, HEIGHT = 640, 200  # of the loss curve
-POINTS = 400  # of the curve: more than its pixels tell nothing
-EVERY = 10.0  # seconds between looks at a run
+WIDTH, HEIGHT = 640, 200  # pixels of the loss curve
+POINTS = 400  # of the curve; more would not be visible
+EVERY = 10.0  # seconds between updates
 SHEETS = 3
 NO_RUN = "<p>No runs yet. <code>diptych run demo</code> makes one.</p>"
 HIDDEN: Any = {"api_visibility": "private", "show_progress": "hidden"}
@@ -42,7 +42,7 @@ ONE: Any = {"api_visibility": "private", "concurrency_limit": 1}
 
 
 def add_data(blocks: Any, service: Service) -> None:
-    """The Data tab's components and what they do."""
+    """Adds the Data tab."""
     runs = service.runs
     assert runs is not None
     names = runs.names()
@@ -52,11 +52,11 @@ def add_data(blocks: Any, service: Service) -> None:
         subject = gr.Textbox(label="Subject contains", max_length=80, min_width=160)
     with gr.Row():
         back = gr.Button("Back", size="sm", min_width=80)
-        on = gr.Button("On", size="sm", min_width=80)
+        next_ = gr.Button("Next", size="sm", min_width=80)
         apply = gr.Button("Apply decisions in a new run", variant="primary", size="sm", elem_id="apply", min_width=200)
     at = gr.State(0)
     decided = gr.Textbox(elem_id="decide", elem_classes="dq-wire", label="decision", container=False)
-    told = gr.HTML(elem_id="told")
+    message = gr.HTML(elem_id="decisions")
     pairs = gr.HTML(elem_id="pairs")
     gr.Markdown(THRESHOLDS)
     with gr.Row():
@@ -67,7 +67,7 @@ def add_data(blocks: Any, service: Service) -> None:
     kept = gr.HTML(elem_id="funnel")
     with gr.Row():
         other = gr.Textbox(label="Name of a new run with these thresholds", max_length=64, elem_id="new-run")
-        make = gr.Button("Make it", elem_id="make-run")
+        make = gr.Button("Start run", elem_id="make-run")
 
     def turn(name: str, what: str, part: str, start: int, way: int = 0) -> tuple[int, str, Any]:
         first = max(0, start + way * PAGE)
@@ -77,8 +77,8 @@ def add_data(blocks: Any, service: Service) -> None:
             page, choices, _ = listed(runs, name, what, part, first)
         return first, page, choices
 
-    def decide(request: gr.Request, said: str, name: str, *seen: Any) -> tuple[str, str, Any]:
-        words, answer = said.split(), ""
+    def decide(request: gr.Request, decision: str, name: str, *seen: Any) -> tuple[str, str, Any]:
+        words, answer = decision.split(), ""
         if len(words) >= 2:
             try:
                 runs.decide(name, words[1], words[0], owner_of(request))
@@ -98,9 +98,9 @@ def add_data(blocks: Any, service: Service) -> None:
     first: Any = [lambda name, what, part: turn(name, what, part, 0), [run, shown, subject], page]
     gr.on([run.change, shown.input, subject.submit], *first, **HIDDEN)
     back.click(lambda *seen: turn(*seen, way=-1), seen, page, **HIDDEN)
-    on.click(lambda *seen: turn(*seen, way=1), seen, page, **HIDDEN)
-    decided.change(decide, [decided, *seen], [told, pairs, shown], **HIDDEN)
-    apply.click(on_apply, run, [told, run], **ONE)
+    next_.click(lambda *seen: turn(*seen, way=1), seen, page, **HIDDEN)
+    decided.change(decide, [decided, *seen], [message, pairs, shown], **HIDDEN)
+    apply.click(on_apply, run, [message, run], **ONE)
     gr.on(
         [slider.input for slider in sliders],
         lambda name, *values: thresholds(runs, name, values),
@@ -117,7 +117,7 @@ def add_data(blocks: Any, service: Service) -> None:
 
 
 def add_runs(blocks: Any, service: Service) -> None:
-    """The Runs tab's components and what they do."""
+    """Adds the Runs tab."""
     runs = service.runs
     assert runs is not None
     names = runs.names()
@@ -129,13 +129,13 @@ def add_runs(blocks: Any, service: Service) -> None:
 
 
 def listing(runs: Runs, name: str | None) -> Any:
-    """The runs that there are now; the first is chosen if what was chosen is not among them."""
+    """Returns the current runs as a drop-down list. The first is selected if `name` is not one of them."""
     names = runs.names()
     return gr.Dropdown(choices=names, value=name if name in names else next(iter(names), None))
 
 
 def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -> tuple[str, Any, int]:
-    """A page of pairs as HTML, the choices of what to show, and how many pairs the page has."""
+    """Returns a page of pairs as HTML, the choices of what to show, and the number of pairs on the page."""
     if not name:
         return NO_RUN, gr.Dropdown(), 0
     try:
@@ -148,31 +148,31 @@ def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -
         pair["numbers"] = ", ".join(f"{words} {n:.2f}" for words, n in measured.items() if n is not None)
     verdicts = {True: records.ACCEPTED, False: records.REJECTED}
     page = render("pairs.html", run=name, pairs=pairs, start=start, limit=PAGE, total=total, verdicts=verdicts)
-    choices = [*SHOWN, *(reason for reason in reasons if reason not in SHOWN)]
+    choices = [*SHOWN, *((reason, reason) for reason in reasons if (reason, reason) not in SHOWN)]
     return page, gr.Dropdown(choices=choices, value=shown), len(pairs)
 
 
 def made(runs: Runs, name: str | None, new: str | None, sets: Callable[[], list[str]]) -> str:
-    """Makes the run `new` of a run, with the thresholds `sets` and people's decisions, and says so as HTML."""
+    """Makes the run `new` from a run, with the thresholds `sets` and the decisions, and returns a message as HTML."""
     try:
         if not NAME.fullmatch(new or ""):
-            raise UserError("a run's name has letters, digits, dot, dash and underscore, at most 64")
+            raise UserError("option_invalid", "A run's name has at most 64 letters, digits, dots, dashes, underscores.")
         folder = runs.folder / str(new)
         result = recurate.recurate(runs.of(name), sets(), folder, Display(quiet=True))
     except UserError as refusal:
         return error(refusal)
     return status(
-        f"The run {new} has {result['pairs']} pairs to train on; {name} is as it was. To train it: ",
+        f"The run {new} has {result['pairs']} pairs for training. {name} did not change. To train a student, run: ",
         f"diptych distill {folder / 'recipe.yaml'} --out {folder}",
     )
 
 
 def applied(runs: Runs, name: str | None) -> str:
-    """Makes a run that follows people's decisions, under a free name, and says so as HTML."""
+    """Makes a run with the decisions under a free name, and returns a message as HTML."""
     try:
         source = runs.of(name)
         if labels.decided(source) == labels.applied(source):
-            raise UserError(f"{name} follows all decisions already; accept or reject a pair first")
+            raise UserError("labels_invalid", f"{name} has all decisions already. Accept or reject a pair first.")
     except UserError as refusal:
         return error(refusal)
     names = (f"{str(name)[:52]}-decided{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
@@ -195,10 +195,10 @@ def _sets(runs: Runs, name: str, values: Any) -> list[str]:
 
 
 def thresholds(runs: Runs, name: str | None, values: Any) -> str:
-    """What these thresholds would keep, and what would come and go, from the stored numbers."""
+    """Returns the effect of these thresholds as HTML, from the stored numbers."""
     try:
         if not name or not (sets := _sets(runs, name, values)):
-            return status("These are the run's own thresholds.")
+            return status("These are the thresholds of the run.")
         result = recurate.recurate(runs.of(name), sets)
     except UserError as refusal:
         return error(refusal)
@@ -206,16 +206,16 @@ def thresholds(runs: Runs, name: str | None, values: Any) -> str:
 
 
 def decisions(runs: Runs, name: str) -> str:
-    """How many pairs people decided on, and what to do next."""
+    """Returns the number of decisions and the next step, as HTML."""
     counts = labels.counts(labels.decided(runs.of(name)))
     return status(
-        f"{counts['accepted']} accepted and {counts['rejected']} rejected by hand; Apply makes a new run of them, and "
-        "this one stays as it is."
+        f"{counts['accepted']} accepted and {counts['rejected']} rejected by hand. Press Apply to make a new run with "
+        "these decisions; this run does not change."
     )
 
 
 def described(runs: Runs, name: str | None) -> str:
-    """A run as HTML."""
+    """Returns a run as HTML."""
     if not name:
         return NO_RUN
     try:
@@ -236,7 +236,7 @@ def described(runs: Runs, name: str | None) -> str:
 
 
 def curve(losses: list[tuple[int, float]]) -> dict[str, Any]:
-    """(step, loss) as the points of an SVG, each the mean of what lies under it, and what to say of them."""
+    """Returns (step, loss) as the points of an SVG, each the mean of its steps, and a summary in words."""
     per = max(1, -(-len(losses) // POINTS))
     groups = [losses[i : i + per] for i in range(0, len(losses), per)]
     points = [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]

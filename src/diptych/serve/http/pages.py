@@ -1,5 +1,5 @@
-"""Pages from Jinja2 templates, which escape every value: the login and the API's description, which need no script and
-no other server, and the fragments of the web app. Beside them the files of runs that the app shows.
+"""Pages from Jinja2 templates, which escape every value: the login, the API's description, and the fragments of the web
+app. The first two need no script and no other server. The routes for files of runs are here too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diptych.apps.audit import media_type
 from diptych.serve.auth import COOKIE, SESSION_SECONDS, Authenticator
 from diptych.serve.http import openapi
 from diptych.serve.http.error_responses import answer, documented
-from diptych.serve.http.guard import APP, client_of, cookie_of
+from diptych.serve.http.guard import APP, client_of, cookie_of, too_many_guesses
 from diptych.serve.http.image_routes import ServiceDep
 from diptych.serve.request_models import WORDS
 
@@ -24,7 +24,7 @@ ICON = "/favicon.ico"
 
 
 def description(schema: dict[str, Any]) -> str:
-    """The routes of an OpenAPI schema, for people: each field with its type and range, its default and an example."""
+    """Returns an OpenAPI schema as HTML: each route's fields with type, range, default and example."""
     routes = [
         {"path": path, "method": method.upper(), "description": route.get("description", ""),
          "fields": openapi.of_route(schema, path, method)}
@@ -34,9 +34,9 @@ def description(schema: dict[str, Any]) -> str:
     return render("api.html", routes=routes)
 
 
-# `/v1/runs/…`: the pictures, sheets and reports that the web app's Data and Runs tabs show.
+# `/v1/runs/…`: the images, sheets and reports of the web app's Data and Runs tabs.
 
-# A report is one page with pictures and styles inside, made by the run; scripts in it, if ever, stay without rights.
+# A report is one page with its images and styles inside, written by the run. Scripts in it would get no rights.
 SANDBOX = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
 RunName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", json_schema_extra={WORDS: "a run's name"})]
 PairId = Annotated[str, Path(pattern=r"^c-[0-9]{1,12}-[0-9]{2,4}$", json_schema_extra={WORDS: "a pair's id"})]
@@ -45,29 +45,29 @@ run_router = APIRouter(prefix="/v1/runs", tags=["runs"], responses=documented(50
 
 @run_router.get("/{run}/pairs/{id}/{side}", response_class=Response)
 def picture(run: RunName, id: PairId, side: Literal["reference", "target"], service: ServiceDep) -> Response:
-    """A panel of a candidate pair."""
-    assert service.runs is not None  # these routes are there only with a folder of runs
+    """Returns a panel of a candidate pair."""
+    assert service.runs is not None  # these routes exist only with a folder of runs
     data = service.runs.picture(run, id, side)
     return Response(data, media_type=media_type(data), headers={"Cache-Control": "private, max-age=600"})
 
 
 @run_router.get("/{run}/sheets/{number}", response_class=Response)
 def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service: ServiceDep) -> Response:
-    """A sample sheet of the training, counted from 0."""
+    """Returns a sample sheet of the training, counted from 0."""
     assert service.runs is not None
     sheets = service.runs.sheets(run)
     if number >= len(sheets):
-        return answer(404, "there is no such sheet")
+        return answer(404, f"The run has {len(sheets)} sample sheets, counted from 0.", "path_not_found")
     return Response(sheets[number].read_bytes(), media_type="image/png")
 
 
 @run_router.get("/{run}/report", response_class=Response)
 def report(run: RunName, service: ServiceDep) -> Response:
-    """The run's report."""
+    """Returns the run's report."""
     assert service.runs is not None
     path = service.runs.report(run)
     if path is None:
-        return answer(404, "this run has no report yet")
+        return answer(404, "The run has no report yet.", "run_incomplete")
     headers = {"Content-Security-Policy": SANDBOX}
     return Response(path.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
@@ -84,22 +84,22 @@ def _environment() -> Environment:
 
 
 def render(name: str, **values: Any) -> str:
-    """A template of this folder, filled in."""
+    """Renders a template of this package."""
     return _environment().get_template(name).render(values)
 
 
 def error(text: object) -> str:
-    """An error message, as the web app shows it."""
+    """Returns an error message as HTML for the web app."""
     return render("message.html", text=text, role="alert")
 
 
 def status(text: str, command: str = "") -> str:
-    """A status message, with a command to run after it."""
+    """Returns a status message as HTML, with a command to run after it."""
     return render("message.html", text=text, role="status", command=command)
 
 
 def add(app: FastAPI, gate: Authenticator) -> None:
-    """Adds the pages that are not of the API: the login, its description, the icon."""
+    """Adds the pages outside the API: the login, the API's description, the icon."""
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
@@ -131,8 +131,7 @@ def add(app: FastAPI, gate: Authenticator) -> None:
             owner = gate.owner(str(form.get("token", "")).strip())
         if owner is None:
             if seconds := gate.guessed(client_of(request.scope)):
-                again = {"Retry-After": str(round(seconds + 0.5))}
-                return answer(429, "too many wrong tokens", headers=again)
+                return too_many_guesses(seconds)
             return HTMLResponse(render("login.html", wrong=True), 401)
         response = RedirectResponse(f"{APP}/", 303)
         secure = request.url.scheme == "https"
