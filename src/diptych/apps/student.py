@@ -167,7 +167,7 @@ class Student:
         default, it is the same bit for bit; larger batches may round differently.
 
         Args:
-            reference: a PIL image or a file; None generates from the text alone; `[[a, b]]` gives one image both, as tokens.
+            reference: a PIL image or a file, or None for text alone; `[[a, b]]` gives one image both, as tokens.
             prompt: the whole content of the new image.
             seed: 0 to 2^63 - 1.
             options: of `student.sampling.GenerateOptions`: steps, guidance, size, fit, batch_size, …
