@@ -15,7 +15,7 @@ from diptych.cli.app import call
 from diptych.errors import UsageError, codes
 
 SOURCE = Path(diptych.__file__).parent
-CLASSES = {"UserError", "UsageError", "NobodyAnswers"}
+CLASSES = {"UserError", "UsageError", "NobodyAnswers", "Refused"}
 
 
 def raised() -> Iterator[tuple[str, ast.Call]]:

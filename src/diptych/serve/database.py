@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diptych.errors import UserError
+from diptych.serve.limits import Refused
 from diptych.utils import documents
 
 ROOM = 2**20  # bytes that must stay free after a transaction
@@ -22,14 +23,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSError
 FULL_STATUS = 507
 
 
-class Unwritable(UserError):
+class Unwritable(Refused):
     """The store cannot be written now. `status` is 507 for a full disk and 503 for other reasons."""
 
-    seconds = 10  # until a client should retry
-
     def __init__(self, message: str, status: int = 503) -> None:
-        super().__init__("storage_full", message)
-        self.status = status
+        super().__init__("storage_full", message, status, seconds=10)
 
 
 class DatabaseFile:

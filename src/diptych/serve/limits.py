@@ -14,21 +14,19 @@ from typing import ParamSpec, TypeVar
 from diptych.errors import UserError
 
 
-class Busy(UserError):
-    """The server cannot accept a request now: a full queue, a rate limit, or a start or stop. Retry after `seconds`."""
+class Refused(UserError):
+    """A rejected request, with its HTTP status and the seconds until a retry may succeed (0: a retry is useless)."""
+
+    def __init__(self, code: str, message: str, status: int, seconds: int = 0) -> None:
+        super().__init__(code, message)
+        self.status, self.seconds = status, seconds
+
+
+class Busy(Refused):
+    """The server cannot accept a request now: a full queue, a rate limit, or a start or stop."""
 
     def __init__(self, message: str, seconds: float, status: int = 429, code: str = "server_busy") -> None:
-        super().__init__(code, message)
-        self.seconds, self.status = max(1, round(seconds + 0.5)), status
-
-
-class OverQuota(UserError):
-    """The owner's results and references use up the storage of one owner."""
-
-    status = 413
-
-    def __init__(self, message: str) -> None:
-        super().__init__("quota_exceeded", message)
+        super().__init__(code, message, status, max(1, round(seconds + 0.5)))
 
 
 MAX_NAMES = 10_000

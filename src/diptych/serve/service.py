@@ -25,7 +25,7 @@ from diptych.serve.auth import AddressSigner
 from diptych.serve.config import ServerSettings
 from diptych.serve.database import SETTLE, Clock, Unwritable
 from diptych.serve.job_store import OPEN, JobStore
-from diptych.serve.limits import Busy, Lanes, OverQuota, RateLimit
+from diptych.serve.limits import Busy, Lanes, RateLimit, Refused
 from diptych.serve.progress import ProgressBoard, ServerMetrics
 from diptych.serve.request_models import JobRequest, RelightRequest, check
 from diptych.serve.runs import Runs
@@ -184,14 +184,13 @@ class Service:
         return await self.lanes.of(pixels).run(owner, self.add_reference, owner, data, background)
 
     def _check_quota(self, owner: str, size: int = 0) -> None:
-        """Raises OverQuota if an owner cannot store `size` bytes more."""
+        """Raises Refused if an owner cannot store `size` bytes more."""
         limit, kept = self.settings.limits.kept_bytes, self.store.kept(owner)
         if limit and kept + size >= limit:
             self.metrics.refused.labels("quota").inc()
-            raise OverQuota(
-                f"Quota exhausted: {documents.size(kept)} of {documents.size(limit)} are stored for you. "
-                f"Results and references expire after {self.settings.keep_hours:g} hours."
-            )
+            sizes = f"{documents.size(kept)} of {documents.size(limit)} are stored for you"
+            expiry = f"Results and references expire after {self.settings.keep_hours:g} hours."
+            raise Refused("quota_exceeded", f"Quota exhausted: {sizes}. {expiry}", 413)
 
     def limit(self, owner: str, stores: bool = True) -> None:
         """Counts a request against its key's rate. Raises Busy over the limit, and, for a request that `stores` data,

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from diptych.errors import UserError, codes, nearest
 from diptych.serve.database import FULL, FULL_STATUS, Unwritable
 from diptych.serve.http.openapi import RequestField, media_of, of_route, of_schema, shown, words
+from diptych.serve.limits import Refused
 from diptych.utils import documents
 
 log = logging.getLogger("diptych.serve")
@@ -91,9 +92,9 @@ def answer(
 
 def of_error(error: UserError) -> JSONResponse:
     """Returns a `UserError` as a response with its code. A message that begins with `field: ` names the parameter."""
-    status, seconds = getattr(error, "status", 400), getattr(error, "seconds", None)
+    status, seconds = (error.status, error.seconds) if isinstance(error, Refused) else (400, 0)
     name, colon, _ = str(error).partition(":")
-    param = name if status == 400 and colon and name.isidentifier() else None
+    param = name if status in (400, 404) and colon and name.isidentifier() else None
     return answer(status, str(error), error.code, param, {"Retry-After": str(seconds)} if seconds else None)
 
 

@@ -6,10 +6,10 @@ import base64
 import io
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel
 
@@ -17,11 +17,13 @@ from diptych.apps import relight, story
 from diptych.data.images import encode_png
 from diptych.errors import UsageError
 from diptych.serve import worker
-from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.error_responses import documented
 from diptych.serve.http.image_routes import PULSE, ImagesResponse, Owner, ServiceDep, as_json, event, result
+from diptych.serve.limits import Refused
 from diptych.serve.request_models import JOB_ID, JOB_WORDS, WORDS
 from diptych.serve.service import Service
 
+Known = TypeVar("Known")
 router = APIRouter(prefix="/v1", responses=documented(500))
 JobId = Annotated[str, Path(pattern=JOB_ID, json_schema_extra={WORDS: JOB_WORDS})]
 PictureId = Annotated[str, Path(pattern=r"^img_[A-Za-z0-9_-]{24}$", json_schema_extra={WORDS: "the id of an image"})]
@@ -126,11 +128,10 @@ def models(service: ServiceDep) -> ModelList:
 @router.get("/models/{id:path}", tags=["models"])
 def model(id: Annotated[str, Path(max_length=500)], service: ServiceDep) -> Model:
     """Returns the model by its name in `/v1/models`."""
-    found = _model(service)
-    if id != found.id:
-        message = f"Unknown model '{id}'. This server has '{found.id}'."
-        return answer(404, message, "model_not_found", "model")  # pyright: ignore[reportReturnType]
-    return found
+    known = _model(service)
+    if id != known.id:
+        raise Refused("model_not_found", f"model: this server has '{known.id}', not '{id}'", 404)
+    return known
 
 
 @router.get("/jobs", tags=["jobs"])
@@ -143,18 +144,14 @@ def jobs(service: ServiceDep, owner: Owner, limit: Annotated[int, Query(ge=1, le
 @router.get("/jobs/{id}", tags=["jobs"])
 def job(id: JobId, service: ServiceDep, owner: Owner) -> JobResponse:
     """Returns a job and its progress."""
-    state = service.state(owner, id)
-    if state is None:
-        return _not_found()  # pyright: ignore[reportReturnType]
-    return JobResponse(**state)
+    return JobResponse(**_known(service.state(owner, id)))
 
 
 @router.get("/jobs/{id}/events", tags=["jobs"], response_class=StreamingResponse, responses=STREAM)
 async def events(id: JobId, service: ServiceDep, owner: Owner, previews: bool = False) -> Response:
     """Streams server-sent events: `progress`, with `previews` also `preview`, and at the end `done`, `failed` or
     `cancelled`."""
-    if service.store.job(owner, id) is None:
-        return _not_found()
+    _known(service.store.job(owner, id))
     return StreamingResponse(job_events(service, owner, id, previews), media_type="text/event-stream")
 
 
@@ -167,23 +164,19 @@ def job_images(
     response_format: Literal["b64_json", "url"] = "b64_json",
 ) -> Response | ImagesResponse:
     """Returns a finished job's images in the format of `/v1/images/…`; 409 while it is not finished."""
-    found = service.store.job(owner, id)
-    if found is None:
-        return _not_found()
-    if service.is_open(found):
-        return answer(409, f"The job is {found['status']}. Its events report when it is done.")
-    return result(service, found, response_format, request)
+    job = _known(service.store.job(owner, id))
+    if service.is_open(job):
+        raise Refused("job_state", f"The job is {job['status']}. Its events report when it is done.", 409)
+    return result(service, job, response_format, request)
 
 
 @router.delete("/jobs/{id}", tags=["jobs"], responses=documented(409, 500))
 def cancel(id: JobId, service: ServiceDep, owner: Owner) -> JobResponse:
     """Cancels a job. Queued images are dropped; an image that is generated alone stops at its next step."""
     stopped = service.cancel(owner, id)
-    state = service.state(owner, id)
-    if state is None:
-        return _not_found()  # pyright: ignore[reportReturnType]
+    state = _known(service.state(owner, id))
     if not stopped:
-        return answer(409, f"The job is already {state['status']}.")  # pyright: ignore[reportReturnType]
+        raise Refused("job_state", f"The job is already {state['status']}.", 409)
     return JobResponse(**state)
 
 
@@ -204,8 +197,7 @@ async def add_reference(request: Request, service: ServiceDep, owner: Owner) -> 
 @router.get("/references/{id}", tags=["references"], response_class=Response, responses=IMAGE)
 def reference(id: ReferenceId, service: ServiceDep, owner: Owner) -> Response:
     """Returns one of your references."""
-    data = service.store.reference(owner, id)
-    return _not_found("reference") if data is None else Response(data, media_type="image/png")
+    return Response(_known(service.store.reference(owner, id), "reference"), media_type="image/png")
 
 
 @router.get("/pictures/{id}", tags=["pictures"], response_class=Response, responses=IMAGE)
@@ -220,18 +212,19 @@ def picture(
     signed = until is not None and signature is not None and service.signer.fits(id, until, signature)
     owner = request.state.owner
     if not signed and owner is None:
-        return answer(
-            401, "The address has no valid signature, or it expired. Send the header Authorization: Bearer TOKEN."
+        raise Refused(
+            "invalid_api_key", "The address is not signed, or expired. Send Authorization: Bearer TOKEN.", 401
         )
     stored = service.store.picture(id)
-    if stored is None or not (signed or stored[0] == owner):
-        return _not_found("image")
+    stored = _known(stored if stored is not None and (signed or stored[0] == owner) else None, "image")
     headers = {"Cache-Control": "private, max-age=3600", "Content-Disposition": f'inline; filename="{id}"'}
     return Response(stored[2], media_type=MEDIA[stored[1]], headers=headers)
 
 
-def _not_found(what: str = "job") -> JSONResponse:
-    return answer(404, f"No {what} of yours has this id, or it has expired.")
+def _known(value: Known | None, what: str = "job") -> Known:
+    if value is None:
+        raise Refused("job_not_found", f"No {what} of yours has this id, or it has expired.", 404)
+    return value
 
 
 PAGE_MEDIA = {"png": "image/png", "pdf": "application/pdf"}
@@ -254,11 +247,9 @@ async def page(
 ) -> Response:
     """Returns a finished job on one page: a story as PNG or PDF, other images side by side as PNG."""
     service.limit(owner, stores=False)
-    job = service.store.job(owner, id)
-    if job is None:
-        return _not_found()
+    job = _known(service.store.job(owner, id))
     if job["status"] != "done":
-        return answer(409, f"The job is {job['status']}. Only a finished job has a page.")
+        raise Refused("job_state", f"The job is {job['status']}. Only a finished job has a page.", 409)
     data = await service.lanes.large.run(owner, finished, service, job, kind)
     headers = {"Cache-Control": "private, max-age=600", "Content-Disposition": f'inline; filename="{id}.{kind}"'}
     return Response(data, media_type=PAGE_MEDIA[kind], headers=headers)

@@ -15,9 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from diptych.apps.audit import media_type
 from diptych.serve.auth import COOKIE, SESSION_SECONDS, Authenticator
 from diptych.serve.http import openapi
-from diptych.serve.http.error_responses import answer, documented
+from diptych.serve.http.error_responses import documented
 from diptych.serve.http.guard import APP, client_of, cookie_of, too_many_guesses
 from diptych.serve.http.image_routes import ServiceDep
+from diptych.serve.limits import Refused
 from diptych.serve.request_models import WORDS
 
 ICON = "/favicon.ico"
@@ -57,7 +58,7 @@ def sheet(run: RunName, number: Annotated[int, Path(ge=0, lt=100_000)], service:
     assert service.runs is not None
     sheets = service.runs.sheets(run)
     if number >= len(sheets):
-        return answer(404, f"The run has {len(sheets)} sample sheets, counted from 0.", "path_not_found")
+        raise Refused("path_not_found", f"The run has {len(sheets)} sample sheets, counted from 0.", 404)
     return Response(sheets[number].read_bytes(), media_type="image/png")
 
 
@@ -67,7 +68,7 @@ def report(run: RunName, service: ServiceDep) -> Response:
     assert service.runs is not None
     path = service.runs.report(run)
     if path is None:
-        return answer(404, "The run has no report yet.", "run_incomplete")
+        raise Refused("run_incomplete", "The run has no report yet.", 404)
     headers = {"Content-Security-Policy": SANDBOX}
     return Response(path.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
