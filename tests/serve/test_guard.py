@@ -95,7 +95,7 @@ def png_header(width: int, height: int) -> bytes:
     [
         (png_header(60_000, 60_000), "far more pixels"),
         (png_header(8_000, 8_000), "over the limit of 25"),
-        (b"GIF89a", "not an image|broken"),
+        (b"GIF89a", "not an image|broken|damaged"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (b"II*\0" + b"\0" * 64, "not an image"),
         (b"", "empty"),
@@ -103,7 +103,7 @@ def png_header(width: int, height: int) -> bytes:
     ],
     ids=["bomb", "large", "cut", "eps", "tiff", "empty", "pickle"],
 )
-def test_hostile_pictures_are_refused_before_they_are_decoded(client: httpx.Client, data: bytes, says: str) -> None:
+def test_hostile_images_are_rejected_before_they_are_decoded(client: httpx.Client, data: bytes, says: str) -> None:
     import re
 
     started = time.monotonic()
@@ -112,12 +112,12 @@ def test_hostile_pictures_are_refused_before_they_are_decoded(client: httpx.Clie
     assert time.monotonic() - started < 20
 
 
-def test_an_avif_that_breaks_its_decoder_is_refused_like_any_broken_picture(client: httpx.Client, cat: bytes) -> None:
+def test_an_avif_that_breaks_its_decoder_is_rejected_like_any_damaged_image(client: httpx.Client, cat: bytes) -> None:
     out = io.BytesIO()
     Image.open(io.BytesIO(cat)).save(out, "AVIF")
     head, mark, planes = out.getvalue().partition(b"mdat")
     answer = client.post("/v1/references", content=head + mark + bytes(len(planes)))
-    assert answer.status_code == 400 and "broken" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("image: ")
 
 
 def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: Student, tmp_path: Path) -> None:
