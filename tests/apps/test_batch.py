@@ -1,4 +1,4 @@
-"""Many pictures: what is asked for, what it is called, what is drawn again and what is not, and what failed."""
+"""Batches: the requests, their file names, what is generated again, and what fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def jobs_file(folder: Path, *rows: Any) -> Path:
     return path
 
 
-# What is asked for, and its names -----------------------------------------------------------------------------------
+# Requests and file names --------------------------------------------------------------------------------------------
 
 
 def test_references_prompts_and_seeds_multiply_and_are_named_after_themselves() -> None:

@@ -1,4 +1,4 @@
-"""`generate --enhance`, against a real server: the user's words stay, the picture says both prompts."""
+"""`generate --enhance` with a real server: the user's words stay, and the image's file has both prompts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_result_is_one_line_of_at_most_77_tokens_unless_the_user_wrote_more(
         assert enhance.tokens(result) <= 77
 
 
-# What CLIP's own vocabulary makes of them, its two ends included.
+# Token counts of CLIP, start and end tokens included.
 CLIP_TOKENS = {
     MERGED: 29,
     "photo 2048x1536, f/1.4, ISO 12800, 85mm, Kodachrome": 33,
@@ -196,7 +196,7 @@ def test_a_picture_records_the_user_s_prompt_beside_the_one_it_was_drawn_from(
     server = serve(merging)
     at = ["--enhance", "--enhance-endpoint", server.url, "--enhance-model", "tiny"]
     out = tmp_path / "pictures"
-    (tmp_path / "student").mkdir()  # without a tokenizer of its own: the pocket student reads less than this prompt
+    (tmp_path / "student").mkdir()  # without a tokenizer: the pocket student reads less than this prompt
     asked = [
         "generate",
         "--model",
@@ -219,9 +219,9 @@ def test_a_picture_records_the_user_s_prompt_beside_the_one_it_was_drawn_from(
     for file in files:
         made = read_provenance(file)
         assert made and (made["prompt"], made["asked_prompt"]) == (MERGED, PROMPT)
-    assert app.call([*asked, *at]) == 0  # all there already, and nothing is asked again
+    assert app.call([*asked, *at]) == 0  # all unchanged, so nothing is requested again
     assert len(drawn) == 2 and len(server.calls) == 1
-    assert app.call(asked) == 0  # without it, other pictures are asked for
+    assert app.call(asked) == 0  # without it, these are other images
     assert drawn[2:] == [PROMPT, PROMPT]
     made = read_provenance(files[0])
     assert made and made["prompt"] == PROMPT and "asked_prompt" not in made

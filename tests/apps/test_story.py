@@ -1,4 +1,4 @@
-"""Stories: what is read, what is drawn with which seed, how the page is laid out, and what the files say."""
+"""Stories: the panels, their seeds, the layout of the page, and the files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["a cat on the beach", "a cat in a forest | Then it got lost.", "a cat i
 
 
 class Painter:
-    """Draws one colour for each seed, and notes what it was asked."""
+    """Generates one color for each seed, and records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, str, int]] = []

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: the shipped workflows run on the pocket model, with ComfyUI's own two nodes played by the test."""
+"""The ComfyUI nodes: the shipped workflows run on the pocket model, with ComfyUI's two nodes emulated by the test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def nodes() -> Any:
 
 def load_image(picture: Image.Image | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """ComfyUI's LoadImage: the picture, and as a mask what is transparent in it (its mask editor paints that); of a
-    picture without an alpha channel a mask of 64×64 zeros, whatever its own size."""
+    picture without an alpha channel a mask of 64×64 zeros, whatever its size."""
     picture = picture or Image.open(REFERENCE)
     pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
     if "A" not in picture.getbands():

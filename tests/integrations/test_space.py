@@ -1,4 +1,4 @@
-"""The Space starts as a program, and draws when its API is called."""
+"""The Space starts as a program and generates an image when its API is called."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 30_000  # milliseconds
 LIMIT = 120  # seconds
-# Without the last four, Debian's Chromium asks for updates, and holds its own connections back where no net is.
+# Without the last four, Debian's Chromium requests updates, and delays connections without a network.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 SIZES = {"desk": (1280, 900, "light"), "phone": (390, 844, "dark")}
@@ -30,7 +30,7 @@ SIZES = {"desk": (1280, 900, "light"), "phone": (390, 844, "dark")}
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Fails what takes longer, also where a wait has no time-out of its own."""
+    """Fails a test that takes longer, also where a wait has no time-out."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"took more than {seconds} s")
@@ -66,7 +66,7 @@ def visiting(browser: Any, app: Running, size: str) -> Iterator[Any]:
         page.goto(f"{app.url}/app/")
         page.get_by_label("Your token").fill(TOKENS["ana"])
         page.keyboard.press("Enter")
-        playwright.expect(page.locator("#about")).to_contain_text("pocket draws")
+        playwright.expect(page.locator("#about")).to_contain_text("pocket generates")
         page.close()
     yield context
     with within(LIMIT):
@@ -75,7 +75,7 @@ def visiting(browser: Any, app: Running, size: str) -> Iterator[Any]:
 
 @contextmanager
 def opened(visitor: Any, app: Running) -> Iterator[Any]:
-    """A fresh page of the app. In the end it must have had no fault, asked nobody else, and fitted the screen."""
+    """A new page of the app. At the end it must have had no error, no request elsewhere, and fit the screen."""
     with within(LIMIT):
         page = visitor.new_page()
         faults: list[str] = []
@@ -83,7 +83,7 @@ def opened(visitor: Any, app: Running) -> Iterator[Any]:
         page.on("request", lambda asked: asked.url.startswith((app.url, "data:", "blob:")) or faults.append(asked.url))
         page.on("response", lambda got: got.status < 400 or "/app/" not in got.url or faults.append(got.url))
         page.goto(f"{app.url}/app/")
-        playwright.expect(page.locator("#about")).to_contain_text("pocket draws")
+        playwright.expect(page.locator("#about")).to_contain_text("pocket generates")
         yield page
         assert faults == []
         assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]

@@ -1,4 +1,4 @@
-"""A server in this process, on a free port; for tests that ask it over the network."""
+"""A server in this process on a free port, for tests over the network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ TOKENS = {"ana": "ana-0123456789abcdef", "ben": "ben-0123456789abcdef"}
 
 
 class Running:
-    """`url` is where it answers; `service` what is behind it. Draws with `student`, which is loaded already; without
-    one each worker loads its own."""
+    """A server at `url` with its `service`. It uses `student`; without one, each worker loads a student."""
 
     def __init__(self, settings: ServerSettings, student: Student | None, web_app: bool = False) -> None:
         self.service = Service(settings)

@@ -163,8 +163,8 @@ def test_a_story_of_four_panels_becomes_a_page_to_save(page: Any) -> None:
     page.get_by_role("button", name="Generate story").click()
     playwright.expect(page.locator("#story [role=alert]")).to_contain_text("4 to 10 panels, not 3")
     panels.fill("\n".join([*lines, "a cat sleeping in a kitchen | Home."]))
-    sheet, *drawn = pictures(page, "#story", "Generate story")
-    assert len(drawn) == 4 and len({pixels(data) for data in drawn}) == 4
+    sheet, *images = pictures(page, "#story", "Generate story")
+    assert len(images) == 4 and len({pixels(data) for data in images}) == 4
     told = Image.open(io.BytesIO(sheet))
     assert told.width == 1240 and json.loads(told.info["diptych"])["title"] == "Far from home"
     link = page.get_by_role("link", name="Save as PDF").get_attribute("href")
@@ -175,7 +175,7 @@ def test_a_story_of_four_panels_becomes_a_page_to_save(page: Any) -> None:
     assert len(seeds) == 4
     page.locator("#story-seed input, #story-seed textarea").fill(" ".join([*seeds[:3], "7"]))
     _, *again = pictures(page, "#story", "Generate story")
-    equal = [pixels(a) == pixels(b) for a, b in zip(drawn, again, strict=True)]
+    equal = [pixels(a) == pixels(b) for a, b in zip(images, again, strict=True)]
     assert equal == [True, True, True, False]
 
 

@@ -1,4 +1,4 @@
-"""The web app beside a language model: it writes a story's panels and fills prompts out, or says why not."""
+"""The web app with a language model: it writes a story's panels and enhances prompts, or reports an error."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_an_idea_becomes_panels_to_change_and_to_draw(page: Any, model: ChatServ
     assert TOKENS["ana"] not in json.dumps([asked.body, asked.headers])
 
     lines = panels.input_value().splitlines()
-    panels.fill("\n".join([*lines[:4], "a cat asleep | Home."]))  # the last one in words of one's own
+    panels.fill("\n".join([*lines[:4], "a cat asleep | Home."]))  # the last one is the user's
     give(page, "story-reference", CAT)
     page.get_by_role("button", name="More settings").locator("visible=true").click()
     page.locator("#story-steps input, #story-steps textarea").fill("2")
-    sheet, *drawn = pictures(page, "#story", "Generate story")
-    assert sheet.startswith(b"\x89PNG") and len(drawn) == 5
+    sheet, *images = pictures(page, "#story", "Generate story")
+    assert sheet.startswith(b"\x89PNG") and len(images) == 5
     playwright.expect(page.locator("#story figcaption").nth(1)).to_contain_text("a cat in a forest / dark")
 
 

@@ -1,4 +1,4 @@
-"""A full disk, a worker that dies, a file that goes away, a clock that jumps: the server says so, and then goes on."""
+"""A full disk, a worker that dies, a file that goes away, a clock that jumps: the server reports it and recovers."""
 
 from __future__ import annotations
 

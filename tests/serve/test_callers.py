@@ -45,7 +45,7 @@ def test_wrong_tokens_lock_out_nobody_who_has_a_right_one(shared: Running) -> No
     assert httpx.get(f"{shared.url}/v1/jobs").status_code == 401  # without a token, nothing was guessed
     forwarded = [{**WRONG, "X-Forwarded-For": f"10.0.0.{n}", "X-Real-IP": f"10.0.0.{n}"} for n in range(3)]
     answers = [httpx.get(f"{shared.url}/v1/jobs", headers=each).status_code for each in forwarded]
-    assert answers == [429] * 3  # said by nobody who may say it
+    assert answers == [429] * 3  # the header comes from an untrusted address
 
 
 def test_proxies_that_are_named_are_believed(student: Student, tmp_path: Path) -> None:

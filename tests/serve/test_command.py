@@ -1,4 +1,4 @@
-"""`diptych serve` as the process that people start: ready when it says so, prompt, and none the worse for a kill."""
+"""`diptych serve` as a process: it reports when it is ready, responds quickly, and survives a kill."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_job_that_is_given_up_stops_at_once(client: httpx.Client) -> None:
 def test_a_request_sent_again_under_its_name_finds_its_job(client: httpx.Client) -> None:
     asked = {"prompt": "a cat", "steps": 1, "job": "my-own-name"}
     first, second = (client.post("/v1/images/generations", json=asked).json() for _ in range(2))
-    assert first["data"] == second["data"]  # the seed was drawn at random, once
+    assert first["data"] == second["data"]  # the random seed is chosen once
     at_once = client.post("/v1/images/generations", json={**asked, "wait": False})
     assert at_once.status_code == 202 and at_once.json()["status"] == "done"  # how to answer names no other request
     other = client.post("/v1/images/generations", json={**asked, "prompt": "a dog"})
@@ -155,7 +155,7 @@ def test_nobody_reaches_what_is_anothers(guarded: Running, cat: bytes) -> None:
         assert ana.get(f"/v1/{path}").status_code == 200 and ben.get(f"/v1/{path}").status_code == 404
     assert ben.delete("/v1/jobs/the-job-of-ana").status_code == 404 and ben.get("/v1/jobs").json()["data"] == []
     own = ben.post("/v1/images/generations", json={"prompt": "a dog", "steps": 1, "job": "the-job-of-ana"})
-    assert own.status_code == 200  # a name is the owner's own
+    assert own.status_code == 200  # names are separate for each owner
     signed = ana.get("/v1/jobs/the-job-of-ana/images", params={"response_format": "url"}).json()["data"][0]["url"]
     assert httpx.get(signed).status_code == 200
     assert httpx.get(signed.replace("signature=", "signature=0")[:-1]).status_code == 401

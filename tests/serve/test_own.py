@@ -1,4 +1,4 @@
-"""Relights and stories over HTTP: what the library draws, under the limits and the privacy of every other job."""
+"""Relights and stories over HTTP: equal to the library's, with the limits and the privacy of every job."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_story_is_the_page_of_the_library_as_png_and_pdf(client: httpx.Client,
     wanted = story(student, CAT, PANELS, title="Far from home", seed=3, steps=2)
     assert [made["seed"] for made in answer.json()["data"]] == wanted.seeds == [3, 4, 5, 6]
     for picture, image in zip(drawn(answer), wanted.images, strict=True):
-        assert np.abs(pixels(picture) - pixels(image)).max() <= 1  # drawn together, so rounded differently
+        assert np.abs(pixels(picture) - pixels(image)).max() <= 1  # a batch rounds differently
     address = f"/v1/jobs/{answer.json()['job']}/page"
     page = Image.open(io.BytesIO(client.get(address).content))
     assert page.size == wanted.page.size and np.abs(pixels(page) - pixels(wanted.page)).max() <= 3

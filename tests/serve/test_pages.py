@@ -18,7 +18,7 @@ from serve.running import TOKENS, Running
 
 
 def row(page: str, route: str, name: str) -> str:
-    """What a page of the API says of a field."""
+    """The description of a field on the API's page."""
     part = page.partition(f"{route}</code>")[2].partition("</details>")[0]
     found = re.search(rf"<tr><td><code>{name}</code></td>(.*?)</tr>", part, re.DOTALL)
     assert found is not None, f"{route} has no {name}"

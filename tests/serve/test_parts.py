@@ -47,7 +47,7 @@ def test_what_ran_when_it_was_killed_waits_again_and_fails_after_some_tries(tmp_
     found = []
     for _ in range(TRIES):
         assert [task.picture for task in store.take(1)] == ["a-1"]
-        store.close()  # as a kill leaves it: nothing is said of what runs
+        store.close()  # as after a kill: running images are not reported
         store = JobStore(tmp_path / "jobs.sqlite")
         found.append(store.recover())
     assert found == [(1, 0)] * (TRIES - 1) + [(0, 1)]

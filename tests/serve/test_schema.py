@@ -1,4 +1,4 @@
-"""Requests made up from the server's own OpenAPI description: no answer is a server error, all are as described."""
+"""Requests generated from the server's OpenAPI description: no response is a server error, all match it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEARER = {"Authorization": f"Bearer {TOKENS['ana']}"}
 
 @pytest.fixture(scope="module")
 def fuzzed(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose pictures take a step unless a request says more."""
+    """A server whose images take one step by default."""
     quick = Student(student.pipeline, "pocket", sampling={"steps": 1})
     folder, runs = tmp_path_factory.mktemp("fuzzed"), tmp_path_factory.mktemp("runs")
     limits = Limits(steps=2, pictures=2, queue=10_000, guesses=0)

@@ -59,7 +59,7 @@ def test_the_app_shows_texts_of_a_run_and_runs_none(app: Running) -> None:
     with chromium() as browser, visiting(browser, app, "desk") as visitor, within(LIMIT):
         page = visitor.new_page()
         page.goto(f"{app.url}/app/")
-        playwright.expect(page.locator("#about")).to_contain_text("pocket draws")
+        playwright.expect(page.locator("#about")).to_contain_text("pocket generates")
         open_tab(page, "Data")
         playwright.expect(page.locator("#pairs figure").first).to_be_visible()
         choose(page, "Pairs", EVIL)
