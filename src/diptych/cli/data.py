@@ -307,7 +307,7 @@ def judge_check(
         else:
             judged, name = agreement.read_similarities(Path(str(run))), f"the curating judge of {run}"
         result = agreement.check(agreement.read_ratings(Path(ratings)), judged, name)
-    print_result(result, agreement.lines, as_json)
+    print_result(result, agreement.format_check, as_json)
 
 
 register(app, None, stats, recurate, audit, import_, export, judge_check)

@@ -362,7 +362,7 @@ def _evaluate_suite(
     if only not in (None, "generate", "score"):
         hint = nearest(str(only), ("generate", "score"))
         raise UsageError("option_invalid", f"--only {only} is not generate or score{hint}")
-    made = evaluation.make(keys | {"models": evaluation.named(keys["models"] or ()) or None}, out, sets or ())
+    made = evaluation.make(keys | {"models": evaluation.parse_models(keys["models"] or ()) or None}, out, sets or ())
     if metrics is not None:
         made = made.model_copy(update={"metrics": [] if metrics == ["none"] else metrics})
     display = Display(quiet=as_json)

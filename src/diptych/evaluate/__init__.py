@@ -1,5 +1,5 @@
-"""Evaluation: suites of references and prompts, methods that answer them, metrics, and the report that shows it all.
+"""Evaluation: suites of references and prompts, methods that generate images for them, metrics, and reports.
 
-`evaluation` is the config, `harness` draws and scores, `report` makes the page. What a number depends on (calibration,
-the judges' own errors, seeds, weights) is beside it in `report/metrics.json`.
+`evaluation` has the settings, `harness` generates and scores, `report` makes the page. `report/metrics.json` also
+records what the scores depend on: calibration, the judges' errors, seeds and weights.
 """

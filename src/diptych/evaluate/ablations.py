@@ -1,11 +1,11 @@
-"""An ablation study: which variants of a recipe there are and what stands beside them (a YAML file), and one table.
+"""Ablation studies: the YAML file that lists the variants of a recipe, and the table of their scores.
 
     {"name": …, "recipe": …, "seeds": [0, 1, 2], "sets": {…}, "full": "full", "variants": {"full": {}, …}}
 
-`run.ablate` runs a study; here is what it reads and what it writes. A variant's score is the mean over its training
-seeds. Intervals resample subjects and training seeds together, so they hold what another suite and another training
-would change; differences from the full method are paired, subject by subject and seed by seed. A method that learns
-nothing from the pairs runs once and stands beside the mean of all of the full method's seeds.
+`run.ablate` runs a study. A variant's score is the mean over its training seeds. Intervals resample subjects and
+training seeds together, so they cover another suite and another training. Differences from the full method are paired
+by subject and by seed. A method that learns nothing from the pairs runs once and is compared with the mean over all
+seeds of the full method.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from diptych.errors import UsageError, nearest
 from diptych.evaluate.scoring import metrics
 from diptych.evaluate.scoring.metrics import ScoreArrays
 from diptych.utils import documents
-from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import packaged
 
-TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that a seed makes another
+TRAINED = ("student", "adapter")  # methods that learn from the pairs, so that the training seed matters
 NAME = r"^[A-Za-z0-9][\w.-]*$"
-MEANT = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")  # another variant's run, of the same seed
+PLACEHOLDER = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")  # another variant's run of the same seed
 
 
 class _Part(BaseModel):
@@ -35,25 +34,25 @@ class _Part(BaseModel):
 
 
 class Variant(_Part):
-    """What one variant changes. `{NAME}` in a text is the run folder of the variant NAME with the same seed."""
+    """The changes of one variant. `{NAME}` in a text is the run folder of the variant NAME with the same seed."""
 
     about: str = ""
-    """In words, for the table."""
+    """Description for the table."""
     method: Literal["student", "student_shipped", "adapter", "text_only", "copy", "inpaint", "tuned"] = "student"
-    """What of its run is scored; of `tuned` the best of its sweep."""
+    """Method of the variant's run to score. For `tuned`, the best of its sweep is scored."""
     beside: tuple[str, ...] = ()
-    """Variants before it that it is compared with, apart from the full method."""
+    """Earlier variants to compare with, in addition to the full method."""
     sets: dict[str, Any] = {}
-    """Keys laid over the study's recipe."""
+    """Recipe keys that override the study's recipe."""
 
     @property
     def seeded(self) -> bool:
-        """Whether each training seed makes another."""
+        """Whether the variant runs once for each training seed."""
         return self.method in TRAINED
 
     def needs(self) -> list[str]:
-        """The variants whose runs it names."""
-        return MEANT.findall(repr(self.sets))
+        """The variants whose run folders its keys name."""
+        return PLACEHOLDER.findall(repr(self.sets))
 
 
 class Study(_Part):
@@ -61,39 +60,36 @@ class Study(_Part):
 
     name: str = Field(pattern=NAME)
     recipe: str
-    """The recipe that is varied: a name, or a file (beside this one, if the path is relative)."""
+    """Recipe to vary: a name, or a file. A relative path is relative to the study's file."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Of training (`distill.seed`): prompts, grids and candidates are the same for all."""
+    """Training seeds (`distill.seed`). Prompts, grids and candidates are the same for all."""
     sets: dict[str, Any] = {}
-    """Keys laid over the recipe for every variant."""
+    """Recipe keys that override the recipe for every variant."""
     full: str = "full"
-    """The variant that the others are compared with."""
+    """Variant that the others are compared with."""
     variants: dict[str, Variant] = Field(min_length=1)
-    """In the order in which they run and are shown."""
+    """Variants by name, in the order in which they run and are listed."""
 
     @model_validator(mode="after")
     def _names(self) -> Study:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is there twice")
+            raise ValueError("seeds: a seed is listed twice")
         if self.full not in self.variants:
             raise ValueError(f"full: there is no variant '{self.full}'{nearest(self.full, self.variants)}")
         if self.variants[self.full].method != "student":
-            raise ValueError(f"variants.{self.full}.method: what the others are compared with is a student")
+            raise ValueError(f"variants.{self.full}.method: the full method must be a student")
         before: list[str] = []
         for name, variant in self.variants.items():
             if not re.match(NAME, name):
-                raise ValueError(f"variants: '{name}' is no name for a folder")
-            for other in variant.beside:
-                if other not in before:
-                    raise ValueError(f"variants.{name}.beside: {other} is no variant that comes before it")
-            for other in variant.needs():
-                if other not in before:
-                    raise ValueError(f"variants.{name}: {{{other}}} is no variant that comes before it")
+                raise ValueError(f"variants: '{name}' cannot name a folder; use letters, digits and . _ -")
+            for key, others in (("beside", variant.beside), ("sets", variant.needs())):
+                if absent := [other for other in others if other not in before]:
+                    raise ValueError(f"variants.{name}.{key}: there is no earlier variant '{absent[0]}'")
             before.append(name)
         return self
 
     def runs(self) -> list[tuple[str, int]]:
-        """Variant and seed of every run, in their order: all of the first seed, then of the next."""
+        """Variant and seed of every run in order: all variants of the first seed, then of the next."""
         return [(n, s) for s in self.seeds for n, v in self.variants.items() if v.seeded or s == self.seeds[0]]
 
 
@@ -103,39 +99,44 @@ def names() -> list[str]:
 
 
 def load(study: str) -> tuple[Study, Path]:
-    """A study by the name of one that ships, or from a file; and its file. UsageError for what is wrong with it."""
+    """A study and its file, by the name of a packaged study or from a file. UsageError for an invalid one."""
     path = Path(study)
     if not path.is_file():
         path = packaged("recipes") / "ablations" / f"{study}.yaml"
     if not path.is_file():
-        raise UsageError(f"{study}: no such study; those that ship: {', '.join(names())}{nearest(study, names())}")
+        hint = nearest(study, names())
+        raise UsageError("name_unknown", f"Study not found: {study}. Packaged studies: {', '.join(names())}{hint}")
     try:
-        return Study.model_validate(parse_yaml(read_text(path), str(path))), path
+        return Study.model_validate(documents.parse_yaml(documents.read_text(path), str(path))), path
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = documents.explain(first)
-        raise UsageError(f"{path}: {where}{': ' if where else ''}{said}") from error
+        known = (*Study.model_fields, *Variant.model_fields)
+        raise UsageError("recipe_invalid", f"{path}: {documents.first(error, known)}") from error
 
 
-def filled(value: Any, folders: Mapping[str, Path]) -> Any:
-    """A value with the folders of other variants in the place of their names in braces."""
+def fill(value: Any, folders: Mapping[str, Path]) -> Any:
+    """Replaces the names of variants in braces by their folders, anywhere in a value."""
     if isinstance(value, str):
-        return MEANT.sub(lambda found: str(folders[found[1]]), value)
+        return PLACEHOLDER.sub(lambda match: str(folders[match[1]]), value)
     if isinstance(value, dict):
-        return {key: filled(each, folders) for key, each in value.items()}
-    return [filled(each, folders) for each in value] if isinstance(value, list) else value
+        return {key: fill(each, folders) for key, each in value.items()}
+    return [fill(each, folders) for each in value] if isinstance(value, list) else value
 
 
 # ---- the table
 
 
 def row(outcomes: Sequence[ScoreArrays], full: Sequence[ScoreArrays] | None, times: int) -> dict[str, Any]:
-    """One variant: `cp`, `pf`, `cp_pf`, `copy_rate` as means over its seeds, their `ci95`, the `cp_pf` of each seed,
-    and its `difference` from `full` (the outcomes of the same seeds in the same order, or of all seeds), with whether
-    the intervals of the two are `apart`."""
+    """The row of one variant: `cp`, `pf`, `cp_pf` and `copy_rate` as means over its seeds, their `ci95`, and the
+    `cp_pf` of each seed.
+
+    With `full` (the outcomes of the same seeds in the same order, or of all seeds) it has the `difference` from the
+    full method, and whether the two intervals are `apart`.
+    """
     if not all(np.array_equal(each.identity, outcomes[0].identity) for each in outcomes):
-        raise UsageError("a variant's runs were not asked the same: were their samples or seeds changed in between?")
+        raise UsageError(
+            "suite_mismatch",
+            "The runs of a variant have different samples. Evaluate them again with one set of samples and seeds.",
+        )
     means = {name: float(np.mean([each.means()[name] for each in outcomes])) for name in metrics.NAMES}
     spread = resampled(outcomes, times)
     result: dict[str, Any] = {name: round(value, 4) for name, value in means.items()}
@@ -145,14 +146,14 @@ def row(outcomes: Sequence[ScoreArrays], full: Sequence[ScoreArrays] | None, tim
     result["cp_pf_by_seed"] = [round(each.means()["cp_pf"], 4) for each in outcomes]
     if full is None or not np.array_equal(full[0].identity, outcomes[0].identity):
         return result
-    wholly = resampled(full, times)
-    between = spread["cp_pf"] - wholly["cp_pf"]
+    full_spread = resampled(full, times)
+    between = spread["cp_pf"] - full_spread["cp_pf"]
     base = {name: float(np.mean([each.means()[name] for each in full])) for name in metrics.NAMES}
     gap = means["cp_pf"] - base["cp_pf"]
-    ours, theirs = result["ci95"]["cp_pf"], metrics.intervals(full, base, wholly)["cp_pf"]
+    ours, theirs = result["ci95"]["cp_pf"], metrics.intervals(full, base, full_spread)["cp_pf"]
     sides = (means["cp_pf"], ours), (base["cp_pf"], theirs)
     tail = min(float((between <= 0).mean()), float((between >= 0).mean()))
-    # Resampling alone would find two subjects enough; exchanging them cannot.
+    # Resampling alone can give a small p for two subjects; the permutation test cannot.
     exchanged = metrics.permuted(_averaged(outcomes), _averaged(full), "cp_pf", max(times, metrics.PERMUTATIONS))
     p = min(1.0, max(2 * (tail * times + 1) / (times + 1), exchanged))
     ci95 = metrics.difference_interval(gap, between, *sides, count)
@@ -162,24 +163,25 @@ def row(outcomes: Sequence[ScoreArrays], full: Sequence[ScoreArrays] | None, tim
 
 
 def _averaged(outcomes: Sequence[ScoreArrays]) -> ScoreArrays:
-    """Each sample's scores as means over trainings."""
+    """The scores of each sample as means over trainings."""
     cp, pf, copied = (np.mean([getattr(x, key) for x in outcomes], axis=0) for key in ("cp", "pf", "copied"))
     return ScoreArrays(outcomes[0].identity, cp, pf, copied)
 
 
 def resampled(outcomes: Sequence[ScoreArrays], times: int) -> dict[str, np.ndarray]:
-    """The scores, (times,) each, with subjects and trainings drawn anew: the same draws for every variant."""
-    draws = metrics.resample(outcomes[0].identity, times)
-    picked = metrics.resample(np.arange(len(outcomes)), times, seed=1) / len(outcomes)
-    each = [metrics.bootstrap(outcome, draws) for outcome in outcomes]
-    return {name: sum(picked[:, i] * each[i][name] for i in range(len(each))) for name in metrics.NAMES}  # pyright: ignore
+    """The scores, shape (times,) each, with subjects and trainings resampled: the same resamplings for every
+    variant."""
+    counts = metrics.resample(outcomes[0].identity, times)
+    weights = metrics.resample(np.arange(len(outcomes)), times, seed=1) / len(outcomes)
+    each = [metrics.bootstrap(outcome, counts) for outcome in outcomes]
+    return {name: sum(weights[:, i] * each[i][name] for i in range(len(each))) for name in metrics.NAMES}  # pyright: ignore
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table as a page."""
+    """The table as a Markdown page."""
     from diptych.evaluate.report.render import template
 
-    def p(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-        return metrics.p_said(gap, identities=found.get("identities"))
+    def p(gap: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
+        return metrics.format_p(gap, identities=variant.get("identities"))
 
     return template("ablations.md.j2").render(**result, p=p) + "\n"

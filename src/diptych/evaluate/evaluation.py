@@ -1,5 +1,6 @@
-"""What an evaluation is: suite, models, baselines, judge, metrics. `OUT/evaluation.yaml` holds it, so that a folder can
-be drawn on one machine and scored on another.
+"""The settings of an evaluation: suite, models, baselines, judge, metrics.
+
+They are stored in `OUT/evaluation.yaml`, so that one machine can generate the images and another can score them.
 """
 
 from __future__ import annotations
@@ -30,107 +31,110 @@ METRICS = {
 
 
 class Judge(Section):
-    """Who gives CP and PF."""
+    """The judge that gives CP and PF."""
 
     kind: Literal["auto", "pocket", "embedding", "vlm"] = "auto"
-    """`pocket`: the pocket world's scorer and attribute reader, on a scale fixed by renders. `vlm`: a vision-language
-    model and the 0 to 4 rubric. `embedding`: a vision model and CLIP. `auto`: `vlm` if one is named, else what fits."""
+    """Kind of judge. `pocket`: the pocket world's scorer and attribute reader, on a scale fixed by renders. `vlm`: a
+    vision-language model and the 0 to 4 rubric. `embedding`: a vision model and CLIP. `auto`: `vlm` if a
+    vision-language model is named, else `pocket` for the pocket suite and `embedding` for suites of images."""
     endpoint: Endpoint | None = None
-    """An OpenAI-compatible server; its keys are in docs/endpoints.md. As published: temperature 1."""
+    """OpenAI-compatible server of a vision-language model; its keys are in docs/endpoints.md. The published rubric uses
+    temperature 1."""
     local: str | None = Field(default=None, min_length=1)
-    """Or a vision-language model on this machine: a folder, or a hub name."""
+    """Vision-language model on this machine: a folder or a hub name."""
     vllm: Vllm | None = None
-    """Or one that vLLM runs in this process; its keys are in docs/endpoints.md."""
+    """Vision-language model that vLLM runs in this process; its keys are in docs/endpoints.md."""
     repeats: int = Field(default=3, ge=1, le=99)
-    """Times each question is asked; a picture's score is their mean."""
+    """Answers to each question; an image's score is their mean."""
     debiased: bool = True
-    """Ask for CP a second time, with pasted references marked down (half as many questions again)."""
+    """Score CP a second time with pasted references marked down. This adds half as many questions."""
     scorer: str | None = Field(default=None, min_length=1)
-    """`pocket` and `embedding`: the vision model that sees how alike two subjects are."""
+    """Vision model that compares two subjects, for the judges `pocket` and `embedding`."""
     reader: str = Field(default=POCKET, min_length=1)
-    """`pocket`: the attribute reader."""
+    """Attribute reader of the judge `pocket`."""
     text: str = Field(default=METRICS["clip-t"], min_length=1)
-    """`embedding`: the CLIP that says which prompt a picture fits."""
+    """CLIP model of the judge `embedding`, which compares an image with prompts."""
 
     @property
-    def asked(self) -> Endpoint | Vllm | None:
-        """What answers by settings, if it does."""
+    def served(self) -> Endpoint | Vllm | None:
+        """The settings of the endpoint or of vLLM, if one of them answers."""
         return self.endpoint or self.vllm
 
     @property
     def model(self) -> str | None:
-        """The vision-language model's name; None if there is none."""
-        return self.local or (self.asked.model if self.asked else None)
+        """Name of the vision-language model; None if there is none."""
+        return self.local or (self.served.model if self.served else None)
 
     @model_validator(mode="after")
     def _one(self) -> Judge:
         if sum(one is not None for one in (self.endpoint, self.local, self.vllm)) > 1:
-            raise ValueError("name one vision-language model: either endpoint or local or vllm")
+            raise ValueError("set one vision-language model: either endpoint, local or vllm")
         if self.kind == "vlm" and self.model is None:
             raise ValueError(
                 "needs a vision-language model: --judge-endpoint URL and --judge-model NAME, or --judge-local"
             )
         if self.local is not None and self.repeats > 1:
-            raise ValueError("a local model samples nothing, so that repeats are one and the same; set judge.repeats=1")
+            raise ValueError("a local model does not sample, so all repeats are equal; set judge.repeats=1")
         if self.vllm is not None and self.vllm.temperature == 0 and self.repeats > 1:
             raise ValueError(
-                "repeats at temperature 0 are one and the same; set judge.vllm.temperature, 1 as published, or "
-                "judge.repeats=1"
+                "all repeats at temperature 0 are equal; set judge.vllm.temperature (published: 1), or judge.repeats=1"
             )
         return self
 
 
 class Evaluation(Section):
-    """An evaluation."""
+    """The settings of an evaluation."""
 
     suite: str = Field(default=POCKET, min_length=1)
-    """pocket, dreambench++, dreambench, folder, or a YAML file."""
+    """Suite of references and prompts: pocket, dreambench++, dreambench, folder, or a YAML file."""
     data: str | None = Field(default=None, min_length=1)
-    """The suite's folder, for suites of pictures."""
+    """Data folder of the suite, for suites of images."""
     models: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], str] = Field(default={})
-    """Name → student: `pocket`, a run's folder, a student's folder or file, or owner/name."""
+    """Students by name: `pocket`, a run's folder, a student's folder or file, or owner/name."""
     base: str | None = Field(default=None, min_length=1)
-    """The teacher, for baselines and for students that need one; null takes the run's or the package's own."""
+    """Teacher of the baselines, and base model of students that lack parts. null uses the run's teacher, or the
+    packaged one."""
     baselines: list[str] = Field(default=[])
-    """Methods to compare with, by name (evaluate/baselines.py)."""
+    """Methods to compare with, by name (`diptych.evaluate.methods`)."""
     references: int | None = Field(default=None, ge=1)
-    """So many references, spread over the categories; null is all (pocket: 40)."""
+    """Use only N references, evenly spaced over the categories; null uses all (pocket: 40)."""
     prompts: int | None = Field(default=None, ge=1)
-    """So many prompts for each, spread over the levels; null is all (pocket: 5)."""
+    """Use only N prompts for each reference, evenly spaced over the levels; null uses all (pocket: 5)."""
     seeds: list[int] = Field(default=[0], min_length=1)
-    """One picture of each reference, prompt and seed."""
+    """Seeds; each gives one image for every reference and prompt."""
     size: int | None = Field(default=None, ge=8, le=4096)
-    """Side of pictures and references in pixels, for suites of pictures; null is the suite's."""
+    """Side of references and generated images in pixels, for suites of images; null uses the suite's size."""
     steps: int | None = Field(default=None, ge=1, le=1000)
-    """Sampling steps; null is each model's own."""
+    """Sampling steps; null uses each model's setting."""
     guidance: float | None = Field(default=None, ge=0)
-    """Distilled guidance; null is each model's own."""
+    """Distilled guidance; null uses each model's setting."""
     image_guidance: float | None = Field(default=None, ge=0)
-    """Strength of the reference, for students; null is each model's own."""
+    """Strength of the reference, for students; null uses each model's setting."""
     text_guidance: float | None = Field(default=None, ge=0)
-    """Strength of the prompt, for students; null is each model's own."""
+    """Strength of the prompt, for students; null uses each model's setting."""
     true_guidance: float | None = Field(default=None, ge=1)
-    """The teacher's classifier-free guidance, for baselines; null is 2 for the pocket teacher and off for others."""
+    """Classifier-free guidance of the teacher, for baselines; null is 2 for the pocket teacher and off for others."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Pictures drawn at once; null is 16 for the pocket suite and 1 for others."""
+    """Images generated at once; null is 16 for the pocket suite and 1 for others."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
-    """`auto` takes the best that is there."""
+    """Device; `auto` uses the best one available."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch; null is torch's own choice."""
+    """CPU threads of torch; null leaves the choice to torch."""
     tuning: Tuning = Tuning()
     adapter: Adapter = Adapter()
     pipeline: StockPipeline = StockPipeline()
     judge: Judge = Judge()
     metrics: list[str] | None = None
-    """NAME or NAME=MODEL of clip-i, clip-t, dino, dinov2; null is what the suite says, an empty list none."""
+    """Similarity metrics, NAME or NAME=MODEL: clip-i, clip-t, dino, dinov2. null uses the suite's list; an empty list
+    measures none."""
     hour_price: float | None = Field(default=None, ge=0)
-    """What an hour of this machine costs, for the cost of a picture."""
+    """Price of an hour of this machine, to report the cost of an image."""
     bootstrap: int = Field(default=1000, ge=10)
-    """Resamplings for the 95 % intervals, over references."""
+    """Bootstrap resamplings over references, for the 95 % intervals."""
 
     @classmethod
     def of_run(cls, recipe: Recipe, run_dir: Path) -> Evaluation:
-        """What the last stage of a run evaluates: its students are the models, judged by the pocket world's judges."""
+        """The evaluation of a run's last stage: its students are the models, scored by the pocket world's judges."""
         settings = recipe.evaluate
         students = {"student": str(run_dir), "student_shipped": POCKET}
         return cls(
@@ -150,7 +154,7 @@ class Evaluation(Section):
         )
 
     def judge_kind(self) -> str:
-        """`auto`, decided."""
+        """The kind of judge, with `auto` resolved."""
         if self.judge.kind != "auto":
             return self.judge.kind
         if self.judge.model is not None:
@@ -158,20 +162,21 @@ class Evaluation(Section):
         return "pocket" if self.data is None else "embedding"
 
     def metric_models(self, default: Sequence[str]) -> dict[str, str]:
-        """Metric → model, of what is asked. UsageError for a name that is none."""
-        found = {}
+        """Models of the metrics to measure, by metric. UsageError for an unknown metric."""
+        chosen = {}
         for text in default if self.metrics is None else self.metrics:
             name, _, model = text.partition("=")
             if name not in METRICS:
-                raise UsageError(f"unknown metric '{name}'; known: {', '.join(METRICS)}{nearest(name, METRICS)}")
-            found[name] = model or METRICS[name]
-        return found
+                hint = nearest(name, METRICS)
+                raise UsageError("name_unknown", f"Unknown metric '{name}'. Known metrics: {', '.join(METRICS)}{hint}")
+            chosen[name] = model or METRICS[name]
+        return chosen
 
     def recipe(self) -> Recipe:
-        """What the baselines are told, in the words of a recipe."""
+        """The recipe that gives the baselines their settings."""
         teacher = self.base or POCKET
         pocket = teacher == POCKET
-        drawing = {
+        settings = {
             "steps": self.steps or (20 if pocket else 28),
             "true_guidance": self.true_guidance or (2.0 if pocket else 1.0),
             "image_guidance": self.image_guidance,
@@ -189,17 +194,20 @@ class Evaluation(Section):
                 "device": self.device,
                 "threads": self.threads,
                 "paint": {} if self.guidance is None else {"guidance": self.guidance},
-                "evaluate": {key: value for key, value in drawing.items() if value is not None},
+                "evaluate": {key: value for key, value in settings.items() if value is not None},
             }
         )
 
 
-def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluation:
-    """`asked` over what `out/evaluation.yaml` says, under `KEY=VALUE`s. UsageError names a wrong key."""
+def make(options: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluation:
+    """An evaluation from `out/evaluation.yaml`, overridden by `options` and then by the `KEY=VALUE`s of `sets`.
+
+    UsageError names a wrong key.
+    """
     from diptych.recipe import parse_set
 
     values: dict[str, Any] = read(out)
-    given = {key: value for key, value in asked.items() if value is not None and value != []}
+    given = {key: value for key, value in options.items() if value is not None and value != []}
     if given.get("suite", values.get("suite")) != values.get("suite"):
         values = {key: value for key, value in values.items() if key not in ("data", "size")}
     for layer in (given, *map(parse_set, sets)):
@@ -207,29 +215,21 @@ def make(asked: dict[str, Any], out: Path, sets: Sequence[str] = ()) -> Evaluati
     try:
         return Evaluation.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            parts = [str(part) for part in problem["loc"]]
-            said = documents.explain(problem)
-            if problem["type"] == "extra_forbidden":
-                known = Judge if parts[0] == "judge" and len(parts) > 1 else Evaluation
-                known = {"endpoint": Endpoint, "vllm": Vllm}.get(parts[-2] if len(parts) > 1 else "", known)
-                said = f"no such key{nearest(parts[-1], known.model_fields)}; keys: {', '.join(known.model_fields)}"
-            lines.append(f"{'.'.join(parts)}: {said}")
-        raise UsageError("; ".join(lines)) from error
+        known = [key for section in (Evaluation, Judge, Endpoint, Vllm) for key in section.model_fields]
+        raise UsageError("option_invalid", documents.first(error, known)) from error
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What an evaluation's folder says it is; nothing if it is new."""
+    """The settings stored in an evaluation's folder; empty for a new one."""
     path = out / FILE
     values = parse_yaml(read_text(path), str(path)) if path.is_file() else {}
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: is not a list of `key: value` lines; name another --out")
+        raise UsageError("yaml_invalid", f"{path} is not a list of `key: value` lines. Pass another --out.")
     return values
 
 
 def dump(evaluation: Evaluation) -> bytes:
-    """An evaluation as its file: what differs from the defaults."""
+    """The content of an evaluation's file: the settings that differ from the defaults."""
     import yaml
 
     values = evaluation.model_dump(mode="json", exclude_defaults=True) | {"suite": evaluation.suite}
@@ -237,7 +237,7 @@ def dump(evaluation: Evaluation) -> bytes:
 
 
 def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys of several layers, the later over the earlier."""
+    """Merges nested mappings; later layers override earlier ones."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -246,23 +246,30 @@ def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def named(given: Sequence[str]) -> dict[str, str]:
-    """`PATH` or `NAME=PATH` as name → path; a name is made of the path's last parts. UsageError for two alike."""
-    found: dict[str, str] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
+def parse_models(options: Sequence[str]) -> dict[str, str]:
+    """Models by name, from `MODEL` or `NAME=MODEL`. Without a name, the last parts of the path give one.
+
+    UsageError for an invalid name, or for two models of one name.
+    """
+    models: dict[str, str] = {}
+    for text in options:
+        name, equals, path = text.partition("=")
         if not equals:
-            name, place = _name(text), text
-        if not re.fullmatch(r"[\w.+-]+", name) or not place:
-            raise UsageError(f"--model {text}: write a model, or NAME=MODEL; a name is letters, digits and . + - _")
-        if name in found:
-            raise UsageError(f"--model {text}: two models are called {name}; name them: --model NAME={place}")
-        found[name] = place
-    return found
+            name, path = _name(text), text
+        if not re.fullmatch(r"[\w.+-]+", name) or not path:
+            raise UsageError(
+                "option_invalid", f"--model {text}: pass MODEL or NAME=MODEL. A name has letters, digits and . + - _"
+            )
+        if name in models:
+            raise UsageError(
+                "output_collision", f"--model {text}: two models have the name {name}. Pass --model NAME={path}."
+            )
+        models[name] = path
+    return models
 
 
-def _name(place: str) -> str:
+def _name(path: str) -> str:
     """`runs/first/student` → first, `owner/name@v1` → name_v1."""
-    parts = [part for part in place.rstrip("/").split("/") if part not in ("", ".", "..")]
+    parts = [part for part in path.rstrip("/").split("/") if part not in ("", ".", "..")]
     last = parts[-2] if len(parts) > 1 and parts[-1] == "student" else (parts[-1] if parts else "model")
     return re.sub(r"[^\w.+-]+", "_", last.removesuffix(".safetensors").removesuffix(".gguf"))

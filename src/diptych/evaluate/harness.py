@@ -1,16 +1,16 @@
-"""Evaluation: draw what is missing, score it, and write `report/metrics.json`.
+"""Evaluation: generate the missing images, score them, and write `report/metrics.json`.
 
     evaluation = Evaluation(suite="pocket", models={"pocket": "pocket"}, baselines=["text_only", "copy"])
     evaluate(evaluation, Path("evaluations/first"))       # `diptych evaluate --suite`
     evaluate_run(recipe, Path("runs/demo"))               # the last stage of a run
 
-Both go the same way: a plan (samples, methods, fingerprints), `drawing.generate`, `look`, `summary.summarize`. Drawing
-needs the models, scoring the pictures alone, so `only` does one of them. Each resumes where it was killed.
+Both use the same steps: a plan (samples, methods, fingerprints), `generation.generate`, `score_images` and
+`summary.summarize`. Generation needs the models, scoring only the images, so `only` can select one of them. Each
+resumes where it was interrupted.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from diptych.data.engine import Engine, LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
-from diptych.evaluate import drawing, suites
-from diptych.evaluate.drawing import Progress, use_threads
+from diptych.evaluate import generation, results, suites
 from diptych.evaluate.evaluation import FILE, Evaluation, dump, read
-from diptych.evaluate.methods import drawn, gather, named, students
+from diptych.evaluate.generation import Progress, use_threads
+from diptych.evaluate.methods import available, build, method_names, of_evaluation, students
 from diptych.evaluate.methods.common import Context, Method
 from diptych.evaluate.scoring import judging, summary, truth
-from diptych.evaluate.scoring.scorers import Scorer, file_of, score
-from diptych.evaluate.suites import MAIN, Sample, Suite, pictures
-from diptych.evaluate.suites.pictures import Pictures
+from diptych.evaluate.scoring.scorers import Scorer, score, score_file
+from diptych.evaluate.suites import MAIN, Sample, Suite, images
+from diptych.evaluate.suites.images import ImageSuite
 from diptych.utils import models
 from diptych.utils.console import Display, Report
 from diptych.utils.io import sha256_json, write_atomic
@@ -38,79 +38,83 @@ from diptych.utils.paths import place
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
 
-SCORING = 3  # raised when equal pictures would get other numbers
-POCKET_SIZE = (40, 5)  # references and prompts, where the suite has no end of its own
-SAID = ("id", "method", "split", "identity", "kind", "level", "seed")  # of a picture, in its line of scores
+SCORING = 3  # raised when equal images would get other numbers
+POCKET_SIZE = (40, 5)  # references and prompts of the pocket suite, which could give any number
+COPIED = ("id", "method", "split", "identity", "kind", "level", "seed")  # columns of an image in its line of scores
 Only = Literal["generate", "score"]
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is to be drawn and scored: samples, the methods by name, and the fingerprint of each one's pictures."""
+    """The work of an evaluation: samples, methods by name, and the fingerprint of each method's images."""
 
     evaluation: Evaluation
     context: Context
     samples: list[Sample]
     methods: dict[str, Method]
-    prints: dict[str, str]
+    fingerprints: dict[str, str]
 
     def generate(self, engine: Engine | None, progress: Progress | None) -> None:
-        """Draws what is missing."""
-        drawing.generate(self.context, self.samples, self.methods, self.prints, engine or LocalEngine(), progress)
+        """Generates the missing images."""
+        engine = engine or LocalEngine()
+        generation.generate(self.context, self.samples, self.methods, self.fingerprints, engine, progress)
 
     def summarize(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The metrics of scored lines."""
-        found = summary.summarize(self.evaluation, self.context.suite, self.samples, lines, list(self.methods))
-        summary.add_speed(found, self.context.run_dir)
-        return found
+        """Returns the metrics of scored lines."""
+        result = summary.summarize(self.evaluation, self.context.suite, self.samples, lines, list(self.methods))
+        summary.add_speed(result, self.context.run_dir)
+        return result
 
 
 def make_plan(
     evaluation: Evaluation, context: Context, methods: dict[str, Method], only: Only | None = None
 ) -> EvaluationPlan:
-    """Everything but the work. UserError for weights that are not there, unless there is nothing to draw with them."""
+    """Returns the plan of an evaluation. UserError for missing weights, or, with `only="score"`, for missing images."""
     suite: Any = context.suite
-    most = POCKET_SIZE if isinstance(context.suite, Suite) else (None, None)
-    samples = suite.samples(evaluation.references or most[0], evaluation.prompts or most[1])
+    default = POCKET_SIZE if isinstance(context.suite, Suite) else (None, None)
+    samples = suite.samples(evaluation.references or default[0], evaluation.prompts or default[1])
     if only == "score":
-        prints = prints_of(context.run_dir, list(methods), drawing.asked(suite, samples, evaluation.seeds))
+        wanted = generation.samples_fingerprint(suite, samples, evaluation.seeds)
+        fingerprints = {name: existing_fingerprint(context.run_dir / "samples" / name, wanted) for name in methods}
     else:
-        prints = {name: drawing.fingerprint(context.recipe, suite, samples, m) for name, m in methods.items()}
-    return EvaluationPlan(evaluation, context, samples, methods, prints)
+        fingerprints = {n: generation.fingerprint(context.recipe, suite, samples, m) for n, m in methods.items()}
+    return EvaluationPlan(evaluation, context, samples, methods, fingerprints)
 
 
-def prints_of(out: Path, names: Sequence[str], asked: str) -> dict[str, str]:
-    """The fingerprints of pictures that are there, by method. UserError if they are not, or of other samples."""
-    found = {}
-    for name in names:
-        data = Dataset(out / "samples" / name)
-        manifest = data.manifest or {}
-        if manifest.get("asked_sha256") != asked or not data.is_complete():
-            whose = "for other samples, seeds or references" if manifest else "by nobody yet, or not to its end"
-            raise UserError(f"{data.url} was drawn {whose}; draw it first, without --only score")
-        found[name] = manifest["fingerprint"]
-    return found
+def existing_fingerprint(folder: Path, samples: str) -> str:
+    """The fingerprint of a method's generated images. UserError if they are incomplete or of other samples."""
+    data = Dataset(folder)
+    manifest = data.manifest or {}
+    if manifest.get("asked_sha256") != samples or not data.is_complete():
+        fault = "are of other samples, seeds or references" if manifest else "are missing or incomplete"
+        raise UserError("run_incomplete", f"The images in {data.url} {fault}. Run without --only score to generate.")
+    return manifest["fingerprint"]
 
 
-def look(plan: EvaluationPlan, scorers: Sequence[Scorer], progress: Report | None = None) -> list[dict[str, Any]]:
-    """Every scorer at every method's pictures; one line for each picture, which `samples/scores.jsonl` holds.
+def score_images(
+    plan: EvaluationPlan, scorers: Sequence[Scorer], progress: Report | None = None
+) -> list[dict[str, Any]]:
+    """Runs every scorer on every method's images. Returns the lines of `samples/scores.jsonl`, one for each image.
 
-    With `progress`, what a scorer has seen is also kept in `scores/METHOD/SCORER.jsonl`, so that scoring resumes.
+    With `progress`, values are also stored in `scores/METHOD/SCORER.jsonl`, so that scoring resumes.
     """
     done, out = 0, plan.context.run_dir
-    columns = SAID if progress is None else (*SAID, "sample", "prompt")
+    columns = COPIED if progress is None else (*COPIED, "sample", "prompt")
     sets = {name: Dataset(out / "samples" / name) for name in plan.methods}
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, data in sets.items():
-        data.verify()  # scores that are there already are not read again, and the report shows every picture
+        data.verify()  # images with stored scores are not read again, but the report shows them
         rows[name] = data.columns(*columns)
         if not rows[name]:
-            raise UserError(f"{name}: every picture failed; see {out / 'failed' / 'evaluate' / name}")
-    total = len(scorers) * sum(len(own) for own in rows.values())
+            raise UserError(
+                "rows_failed",
+                f"Every image of {name} failed. See {out / 'failed' / 'evaluate' / name} for the reasons.",
+            )
+    total = len(scorers) * sum(len(each) for each in rows.values())
 
     lines: list[dict[str, Any]] = []
-    for name, own in rows.items():
-        values: dict[str, dict[str, Any]] = {row["id"]: {} for row in own}
+    for name, each in rows.items():
+        values: dict[str, dict[str, Any]] = {row["id"]: {} for row in each}
         for scorer in scorers:
 
             def report(more: int, note: str = f"{name}: {scorer.name}") -> None:
@@ -119,24 +123,16 @@ def look(plan: EvaluationPlan, scorers: Sequence[Scorer], progress: Report | Non
                 if progress is not None:
                     progress(done, total, note)
 
-            file = None if progress is None else file_of(out, name, scorer, plan.prints[name])
-            for id, found in score(sets[name], scorer, file, report).items():
-                values[id] |= found
-        lines += [{**row, **values[row["id"]]} for row in own]
-    text = "".join(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(out / "samples" / "scores.jsonl", text.encode())
+            file = None if progress is None else score_file(out, name, scorer, plan.fingerprints[name])
+            for id, scored in score(sets[name], scorer, file, report).items():
+                values[id] |= scored
+        lines += [{**row, **values[row["id"]]} for row in each]
+    results.write_scores(out / results.SCORES, lines)
     return lines
 
 
-def write_metrics(out: Path, result: dict[str, Any]) -> None:
-    """Writes `report/metrics.json`."""
-    (out / "report").mkdir(exist_ok=True)
-    text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomic(out / "report" / "metrics.json", text.encode())
-
-
-def where(device: str) -> dict[str, Any]:
-    """The machine, and what of it was used."""
+def machine_used(device: str) -> dict[str, Any]:
+    """The machine, with the device and the number of threads in use."""
     import torch
 
     return machine() | {"threads": torch.get_num_threads(), "device": device_name(device)}
@@ -151,66 +147,69 @@ def evaluate(
     only: Only | None = None,
     force: bool = False,
     display: Display | None = None,
-    suite: Suite | Pictures | None = None,
+    suite: Suite | ImageSuite | None = None,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Draws what is missing, scores what is missing, and returns (and writes) the metrics; with `only="generate"` what
-    was drawn.
+    """Generates and scores what is missing, writes the metrics and returns them.
 
-    UsageError for an evaluation that cannot be, a judge that curated a model's data (unless `force`), or a folder
-    whose pictures other settings made; UserError for a model that cannot be opened, or pictures that are not there yet.
+    With `only="generate"` it returns the number of images by method. UsageError for settings that contradict each
+    other, a judge that curated a model's data (unless `force`), or a folder of images made by other settings. UserError
+    for a model that cannot be opened, or for missing images.
     """
     display = display or Display(quiet=True)
     if not evaluation.models and not evaluation.baselines:
-        raise UsageError("nothing to evaluate: name a --model, a --baseline, or both")
-    evaluation = settled(evaluation, out)
-    suite = suite or pictures.open_suite(evaluation.suite, evaluation.data, evaluation.size)
+        raise UsageError("option_missing", "Nothing to evaluate. Pass --model, --baseline, or both.")
+    evaluation = resolve_device(evaluation, out)
+    suite = suite or images.open_suite(evaluation.suite, evaluation.data, evaluation.size)
     scorers = [] if only == "generate" else judging.choose(evaluation, suite, out)
     identities = {scorer.name: scorer.identity() for scorer in scorers}
-    known = students.curators_of(evaluation, out)
-    forced = students.refuse_own_judge(known, *judging.weights(evaluation), force) if scorers else False
+    curators = students.curators_of(evaluation, out)
+    forced = students.refuse_curator(curators, *judging.weights(evaluation), force) if scorers else False
     context = Context(evaluation.recipe(), out, suite)  # pyright: ignore[reportArgumentType]
-    plan = make_plan(evaluation, context, gather(evaluation, context, isinstance(suite, Suite)), only)
-    out.mkdir(parents=True, exist_ok=True)
-    students.remember(known, evaluation, out)
+    plan = make_plan(evaluation, context, of_evaluation(evaluation, context, isinstance(suite, Suite)), only)
+    students.write_curators(curators, evaluation, out)
     write_atomic(out / FILE, dump(evaluation))
     use_threads(context.recipe)
     if only != "score":
-        with display.stage("generate", "pictures") as report:
+        with display.stage("generate", "images") as report:
             plan.generate(engine, report)
     if only == "generate":
         return {"out": str(out), "drawn": {name: len(Dataset(out / "samples" / name)) for name in plan.methods}}
-    with display.stage("score", "pictures") as report:
-        lines = look(plan, scorers, report)
+    with display.stage("score", "images") as report:
+        lines = score_images(plan, scorers, report)
     result = plan.summarize(lines)
     summary.add_details(result, evaluation, lines, out)
-    curated = {name: None if by is None else [c.name for c in by] for name, by in known.items()}
-    result |= {"judges": identities | {"curated_by": curated, "forced": forced}}
-    result |= {"settings": evaluation.model_dump(mode="json"), "machine": where(evaluation.device)}
-    result |= {"versions": versions(), "fingerprints": plan.prints}
-    write_metrics(out, result)
+    names = {name: None if by is None else [c.name for c in by] for name, by in curators.items()}
+    result |= {"judges": identities | {"curated_by": names, "forced": forced}}
+    result |= {"settings": evaluation.model_dump(mode="json"), "machine": machine_used(evaluation.device)}
+    result |= {"versions": versions(), "fingerprints": plan.fingerprints}
+    results.write_result(out / results.METRICS, result)
     return result
 
 
-def settled(asked: Evaluation, out: Path) -> Evaluation:
-    """The evaluation with its device: its folder's, else this machine's. Scoring elsewhere needs no such device."""
-    if asked.device != "auto":
-        return asked
-    kept = read(out).get("device", "auto")
-    return asked.model_copy(update={"device": str(pick_device("auto")) if kept == "auto" else kept})
+def resolve_device(evaluation: Evaluation, out: Path) -> Evaluation:
+    """The evaluation with `device: auto` resolved: the device stored in its folder, else the best of this machine.
+
+    Scoring on another machine does not need the stored device.
+    """
+    if evaluation.device != "auto":
+        return evaluation
+    stored = read(out).get("device", "auto")
+    return evaluation.model_copy(update={"device": str(pick_device("auto")) if stored == "auto" else stored})
 
 
-def format_result(found: dict[str, Any]) -> list[str]:
-    """What an evaluation has to say on a terminal."""
-    if "methods" not in found:
-        return [f"{name}: {count} pictures" for name, count in found["drawn"].items()]
-    width = max(len(name) for name in [*found["methods"], *found["anchors"], "method"])
-    told = [f"{'method':<{width}}   CP     PF     CP·PF  95 %           copies"]
-    for name, s in {**found["methods"], **found["anchors"]}.items():
+def format_result(result: dict[str, Any]) -> list[str]:
+    """The lines that the command line prints for a result of `evaluate`."""
+    if "methods" not in result:
+        return [f"{name}: {count} images" for name, count in result["drawn"].items()]
+    everyone = {**result["methods"], **result["anchors"]}
+    width = max(len(name) for name in [*everyone, "method"])
+    lines = [f"{'method':<{width}}   CP     PF     CP·PF  95 %           copies"]
+    for name, s in everyone.items():
         low, high = s["ci95"]["cp_pf"]
         scores = "  ".join(f"{s[key]:.3f}" for key in ("cp", "pf", "cp_pf"))
-        told.append(f"{name:<{width}}  {scores}  {low:.3f}–{high:.3f}  {100 * s['copy_rate']:5.1f} %")
-    return told
+        lines.append(f"{name:<{width}}  {scores}  {low:.3f}–{high:.3f}  {100 * s['copy_rate']:5.1f} %")
+    return lines
 
 
 # ---- the last stage of a run
@@ -224,95 +223,73 @@ def evaluate_run(
     engine: Engine | None = None,
     source: Path | None = None,
 ) -> dict[str, Any]:
-    """Draws what is missing, scores it, and returns (and writes) the metrics. On a cluster, one worker scores. Pictures
-    that the run `source` has drawn by the same settings are taken over from it. A finished evaluation is recognized by
-    its fingerprint and returned as it is.
+    """Generates and scores what is missing, writes the metrics and returns them.
 
-    Raises UsageError if the scoring judge is the one that curated, UserError if the run has no student yet or a model
-    cannot be opened. A packaged student that is not installed is skipped, and the metrics say so.
+    On a cluster, one worker scores. Images that the run `source` generated with equal settings are shared. A finished
+    evaluation is recognized by its fingerprint and returned as it is. A packaged student that is not installed is
+    skipped and listed in the metrics.
+
+    UsageError if the scoring judge is the curating one. UserError if the run has no student, or if a model cannot be
+    opened.
     """
     run_dir, engine = place(run_dir), engine or LocalEngine()
     suite = suite or suites.load(recipe.evaluate.suite)
-    refuse_one_judge(recipe)
+    refuse_curating_judge(recipe)
     context = Context(recipe, run_dir, suite, source)
-    methods, skipped = choose(context)
+    named = [build(name, context) for name in method_names(recipe.evaluate)]
+    methods, skipped = available({name: method for each in named for name, method in each.items()})
     plan = make_plan(Evaluation.of_run(recipe, run_dir), context, methods)
-    about = judges_about(recipe)
+    judges = judge_fingerprints(recipe)
     candidates = Dataset(run_dir / "candidates")
     curated = candidates.manifest_hash() if candidates.manifest else None
     settings = recipe.fingerprint("task", "evaluate", "curate.thresholds")
-    whole = sha256_json([SCORING, plan.prints, about, skipped, curated, settings])
-    if (found := finished(run_dir, whole)) is not None:
-        return found
+    whole = sha256_json([SCORING, plan.fingerprints, judges, skipped, curated, settings])
+    if (finished := results.find_json(run_dir / results.METRICS, whole)) is not None:
+        return finished
     run_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     plan.generate(engine, progress)
-    result = engine.there("evaluate", score_run, plan, about)
+    result = engine.there("evaluate", score_run, plan, judges)
     result |= {"skipped": skipped, "settings": recipe.evaluate.model_dump(mode="json")}
-    result |= {"fingerprints": plan.prints, "fingerprint": whole}
+    result |= {"fingerprints": plan.fingerprints, "fingerprint": whole}
     result["seconds"] = round(time.monotonic() - started, 1)
-    write_metrics(run_dir, result)
+    results.write_result(run_dir / results.METRICS, result)
     return result
 
 
-def score_run(plan: EvaluationPlan, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The scores of what was drawn, how far its judges can be trusted, and where they were made."""
+def score_run(plan: EvaluationPlan, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of a run's images, the errors of its judges, and the machine that scored."""
     recipe = plan.context.recipe
     use_threads(recipe)
     opened = judging.VisionModels(recipe.device)
     judge = judging.pocket(plan.evaluation, plan.context.suite, opened)
-    result = plan.summarize(look(plan, [judge]))
+    result = plan.summarize(score_images(plan, [judge]))
     result |= {"prompts": recipe.evaluate.prompts}
     result["calibration"] = {s: {k: round(v, 5) for k, v in asdict(x).items()} for s, x in judge.scales.items()}
     if recipe.evaluate.yardsticks:
         limit = judge.scales[MAIN].copy_distance
         result |= {"copy_rate_of_renders": truth.copy_rate(plan.context.suite, limit)}
-        result |= truth.yardsticks(plan.context, opened, about)
+        result |= truth.yardsticks(plan.context, opened, judges)
     else:
-        result["judges"] = about
-    return {**result, "machine": where(recipe.device), "versions": versions()}
+        result["judges"] = judges
+    return {**result, "machine": machine_used(recipe.device), "versions": versions()}
 
 
-def finished(run_dir: Path, whole: str) -> dict[str, Any] | None:
-    """The metrics of an evaluation that these very settings, weights and suite made before; None otherwise."""
-    try:
-        found = json.loads((run_dir / "report" / "metrics.json").read_text("utf8"))
-    except (OSError, ValueError):
-        return None
-    return found if found.get("fingerprint") == whole else None
-
-
-def refuse_one_judge(recipe: Recipe) -> None:
-    """UsageError if any weights file of the scoring judge is also one of the curating judge."""
+def refuse_curating_judge(recipe: Recipe) -> None:
+    """UsageError if the scoring judge and the curating judge share a weights file."""
     curator = models.resolve(recipe.curate.judge, "curator")
     scorer = models.resolve(recipe.evaluate.scorer, "scorer")
     if models.weights(curator) & models.weights(scorer):
         raise UsageError(
-            f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the data (curate.judge: "
-            f"{recipe.curate.judge}): a student is not scored by the judge that chose what it learnt from; "
-            "choose another evaluate.scorer"
+            "judge_conflict",
+            f"evaluate.scorer ({recipe.evaluate.scorer}) is the judge that curated the pairs (curate.judge: "
+            f"{recipe.curate.judge}). Scores of a student need a judge that did not choose its training data. "
+            "Choose another evaluate.scorer.",
         )
 
 
-def choose(context: Context) -> tuple[dict[str, Method], dict[str, str]]:
-    """The recipe's methods and the anchors; and the methods that cannot run here, with the reason."""
-    methods: dict[str, Method] = {}
-    skipped: dict[str, str] = {}
-    asked = drawn(context.recipe.evaluate)
-    for name, method in ((own, method) for each in asked for own, method in named(each, context).items()):
-        try:
-            method.fingerprint()
-        except UserError as error:
-            if name != "student_shipped":
-                raise
-            skipped[name] = str(error)
-            continue
-        methods[name] = method
-    return methods, skipped
-
-
-def judges_about(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Name and fingerprint of each judge."""
+def judge_fingerprints(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Name and fingerprint of each judge, by role."""
     names = {"scorer": recipe.evaluate.scorer, "curator": recipe.curate.judge, "reader": recipe.evaluate.reader}
     return {
         role: {"name": name, "fingerprint": models.fingerprint(models.resolve(name, role))}

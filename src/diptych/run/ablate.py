@@ -106,7 +106,7 @@ def _after_judging(sets: Mapping[str, Any]) -> dict[str, Any]:
 def _recipe(plan: Study, name: str, seed: int, base: Recipe, shared: dict[str, Any], out: Path, file: Path) -> Recipe:
     """Return the recipe of one run. Raises UsageError if it changes a stage before curation's thresholds."""
     variant = plan.variants[name]
-    filled = ablations.filled(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
+    filled = ablations.fill(variant.sets, {other: place(out, other, seed) for other in variant.needs()})
     # One run is enough for the range of the scores and the quality of the judges.
     evaluate = {"methods": [variant.method], "yardsticks": (name, seed) == (plan.full, plan.seeds[0])}
     fixed = {"name": f"{name}-{seed}", "distill": {"seed": seed}, "evaluate": evaluate}

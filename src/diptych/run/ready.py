@@ -21,7 +21,7 @@ from diptych.data.places import desk
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import suites
-from diptych.evaluate.harness import refuse_one_judge
+from diptych.evaluate.harness import refuse_curating_judge
 from diptych.utils import models
 from diptych.utils.opening import INDEX, check_pipeline
 
@@ -197,7 +197,7 @@ def evaluate(recipe: Recipe) -> None:
     settings = recipe.evaluate
     if settings.suite == "none" and not settings.relight:
         return
-    refuse_one_judge(recipe)
+    refuse_curating_judge(recipe)
     EmbeddingJudge.check(settings.scorer, "scorer")
     EmbeddingJudge.check(recipe.curate.judge, "curator")
     AttributeReader.check(settings.reader)

@@ -1,27 +1,29 @@
-"""What answers a suite: students, baselines and anchors, by name. Adding a method is adding one class to `METHODS`.
+"""Methods by name: students, baselines and anchors. To add a method, add a class to `METHODS`.
 
-`base` says what a method is, `students` holds the models that are evaluated, `baselines` what needs no training;
-`tuning` trains a LoRA for each subject, `adapter` an image-embedding adapter.
+`common` defines a method. `students` has the models to evaluate, `baselines` the methods without training, `tuning` a
+LoRA for each subject, and `adapter` an image-embedding adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from diptych import recipe as recipes
-from diptych.errors import UsageError, nearest
+from diptych.errors import UsageError, UserError, nearest
 from diptych.evaluate.evaluation import POCKET, Evaluation
 from diptych.evaluate.methods.baselines import Copy, Inpaint, Other, Stock, TextOnly, Truth
 from diptych.evaluate.methods.common import Context, Method
-from diptych.evaluate.methods.students import OtherStudent, RunStudent, StudentShipped, locate
+from diptych.evaluate.methods.students import OtherStudent, PackagedStudent, RunStudent, locate
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Evaluate
 
+_Method = TypeVar("_Method", bound=Method)
+
 ANCHORS = ("truth", "other")
 TRAINED = ("tuned", "adapter")  # baselines that train the teacher
-STUDENTS = ("student", "student_shipped")  # methods of a run; elsewhere they are models
+STUDENTS = ("student", "student_shipped")  # methods of a run; an evaluation has models instead
 
 
 def _tuned(context: Context) -> dict[str, Method]:
@@ -41,7 +43,7 @@ METHODS: dict[str, Callable[[Context], Method | dict[str, Method]]] = {
     "copy": Copy,
     "inpaint": Inpaint,
     "student": RunStudent,
-    "student_shipped": StudentShipped,
+    "student_shipped": PackagedStudent,
     "tuned": _tuned,
     "adapter": _adapter,
     "pipeline": Stock,
@@ -50,41 +52,59 @@ METHODS: dict[str, Callable[[Context], Method | dict[str, Method]]] = {
 }
 
 
-def drawn(settings: Evaluate) -> list[str]:
-    """The methods that a recipe asks for and, with its yardsticks, the anchors, each once: what draws every sample."""
+def method_names(settings: Evaluate) -> list[str]:
+    """The methods of a recipe and, with its yardsticks, the anchors, each once."""
     return list(dict.fromkeys([*settings.methods, *(ANCHORS if settings.yardsticks else ())]))
 
 
-def named(name: str, context: Context) -> dict[str, Method]:
-    """The methods that a recipe's name stands for: one of that name, or the several of a sweep."""
+def build(name: str, context: Context) -> dict[str, Method]:
+    """The methods that a name in a recipe stands for: one of that name, or all of a sweep."""
     made = METHODS[name](context)
     return made if isinstance(made, dict) else {name: made}
 
 
-def gather(evaluation: Evaluation, context: Context, anchors: bool) -> dict[str, Method]:
-    """The evaluation's models and baselines by name, then the anchors of a suite that has the truth.
+def available(methods: Mapping[str, _Method]) -> tuple[dict[str, _Method], dict[str, str]]:
+    """The methods whose weights are there; and a packaged student that is not installed, with the reason.
 
-    UsageError for a baseline that is none, or that needs a teacher that is not named.
+    UserError if the weights of another method are missing.
     """
-    found: dict[str, Method] = {}
-    for name, place in evaluation.models.items():
-        where, run = locate(place)
+    usable: dict[str, _Method] = {}
+    skipped: dict[str, str] = {}
+    for name, method in methods.items():
+        try:
+            method.fingerprint()
+        except UserError as error:
+            if name != "student_shipped":
+                raise
+            skipped[name] = str(error)
+            continue
+        usable[name] = method
+    return usable, skipped
+
+
+def of_evaluation(evaluation: Evaluation, context: Context, anchors: bool) -> dict[str, Method]:
+    """The models and baselines of an evaluation by name, then the anchors if the suite has them.
+
+    UsageError for an unknown baseline, a name used twice, or a baseline that needs a teacher when none is set.
+    """
+    methods: dict[str, Method] = {}
+    for name, model in evaluation.models.items():
+        weights, run = locate(model)
         base = evaluation.base or (recipes.load(run / "recipe.yaml").teacher if run else None)
-        found[name] = OtherStudent(name, where, base, context, evaluation)
+        methods[name] = OtherStudent(name, weights, base, context, evaluation)
     known = [name for name in METHODS if name not in (*ANCHORS, *STUDENTS)]
-    for name in evaluation.baselines:
-        if name not in known:
-            if name in STUDENTS:
-                raise UsageError(f"--baseline {name}: is a model here; write --model RUN, or --model {POCKET}")
-            raise UsageError(f"unknown baseline '{name}'; known: {', '.join(known)}{nearest(name, known)}")
-        if name in found:
-            raise UsageError(f"a model is called {name}, as a baseline is; name it: --model NAME=MODEL")
-        found |= named(name, context)
-        drawn_by_it = name in TRAINED or isinstance(found.get(name), TextOnly)
-        if drawn_by_it and evaluation.base is None and evaluation.data is not None:
-            raise UsageError(f"--baseline {name} draws with the teacher; name it with --base")
-    for name in ANCHORS if anchors else ():
-        if name in found:
-            raise UsageError(f"a model is called {name}, as an anchor is; name it: --model NAME=MODEL")
-        found |= named(name, context)
-    return found
+    for name in (*evaluation.baselines, *(ANCHORS if anchors else ())):
+        if name in STUDENTS and name not in known:
+            hint = f"Pass --model RUN, or --model {POCKET}."
+            raise UsageError("option_unsuited", f"--baseline {name}: this is a model, not a baseline. {hint}")
+        if name not in (*known, *ANCHORS) or (name in ANCHORS and name in evaluation.baselines):
+            hint = nearest(name, known)
+            raise UsageError("name_unknown", f"Unknown baseline '{name}'. Known baselines: {', '.join(known)}{hint}")
+        if name in methods:
+            message = f"Two methods have the name {name}. Rename the model: --model NAME=MODEL."
+            raise UsageError("output_collision", message)
+        methods |= build(name, context)
+        needs_teacher = name in TRAINED or isinstance(methods.get(name), TextOnly)
+        if needs_teacher and evaluation.base is None and evaluation.data is not None:
+            raise UsageError("option_missing", f"--baseline {name} generates with the teacher. Pass it with --base.")
+    return methods

@@ -1,14 +1,13 @@
-"""The baselines that train nothing, and the anchors.
+"""The baselines without training, and the anchors.
 
-- `text_only`: the teacher draws one panel from the prompt; the reference is never looked at.
+- `text_only`: the teacher generates one panel from the prompt and does not see the reference.
 - `copy`: the reference itself.
-- `inpaint`: the teacher draws a 1×2 grid whose left panel is held to the reference, x_left(t) = (1 − σ)·z + σ·ε, the
-  path that rectified flow takes to z anyway ("diptych prompting", training-free). Stock `FluxPipeline` and a callback.
-- `pipeline`: any diffusers pipeline with a reference input: Kontext, FLUX.2, Qwen-Image-Edit, …. What a sample asks
-  (reference, prompt, seed, size, steps) goes to the arguments that the pipeline's own call has, read off its signature.
-  What no signature tells (guidance, negative prompts) is the recipe's `evaluate.pipeline.options`, under the names of
-  that pipeline.
-- `truth`, `other`: no methods but anchors, drawn by the renderer: the asked picture, and the same with another subject.
+- `inpaint`: the teacher generates a 1×2 grid whose left panel is set to the reference at every step, x_left(t) =
+  (1 − σ)·z + σ·ε, which is the path of rectified flow to z ("diptych prompting"). Stock `FluxPipeline` and a callback.
+- `pipeline`: any diffusers pipeline with a reference input: Kontext, FLUX.2, Qwen-Image-Edit, …. Reference, prompt,
+  seed, size and steps go to the arguments in the signature of the pipeline's call. Other arguments (guidance, negative
+  prompts) come from the recipe's `evaluate.pipeline.options`, under the pipeline's names.
+- `truth`, `other`: anchors from the renderer: the true image for the prompt, and the same scene with another subject.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, nearest
-from diptych.evaluate.methods.common import Base, draw, encode, noise, size_of
+from diptych.evaluate.methods.common import Base, encode, noise, sample_teacher, size_of
 from diptych.student.families import teachers
 from diptych.utils import models
 from diptych.utils.io import sha256_json
@@ -31,19 +30,19 @@ if TYPE_CHECKING:
     from diptych.evaluate.suites import Sample
     from diptych.recipe.schema import Recipe
 
-# What pipelines call a reference, the surest name first. An IP-Adapter's image counts where an adapter is loaded.
+# Names of a reference argument, the least ambiguous first. An IP-Adapter's image counts where an adapter is loaded.
 NAMES = ("reference_image", "reference_images", "image_reference", "input_images", "control_image", "image")
 LISTS = ("reference_images", "input_images")
 ADAPTED = "ip_adapter_image"
-# Their `image` is what they start from or fill in, and no reference.
+# In pipelines with these arguments, `image` is a start image or an image to fill in.
 NOT_REFERENCES = ("strength", "mask_image")
-# Sizes that a pipeline would choose by itself are the sample's.
+# Arguments that keep a pipeline from choosing another size than the sample's.
 SIZES = {"_auto_resize": lambda height, width: False, "max_area": lambda height, width: height * width}
 GIVEN = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")  # by the sample and the recipe
 
 
 class TextOnly(Base):
-    """The teacher and the prompt."""
+    """The teacher with the prompt alone."""
 
     def fingerprint(self) -> str:
         return models.fingerprint(models.resolve(self.recipe.teacher, "teacher"))
@@ -52,11 +51,11 @@ class TextOnly(Base):
         pipe = self.context.teacher()
         height, width = size_of(references)
         latents = noise(pipe, seeds, height, width)
-        return draw(pipe, [s.prompt for s in samples], height, width, latents, self.recipe)
+        return sample_teacher(pipe, [s.prompt for s in samples], height, width, latents, self.recipe)
 
 
 class Inpaint(TextOnly):
-    """The teacher draws a grid; its left panel is held to the reference."""
+    """The teacher generates a grid whose left panel is set to the reference."""
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         height, width = size_of(references)
@@ -64,7 +63,7 @@ class Inpaint(TextOnly):
         return [grid.crop((width, 0, 2 * width, height)) for grid in grids]
 
     def grids(self, references: Sequence[Image], prompts: list[str], seeds: Sequence[int], **more: Any) -> list[Any]:
-        """The whole grids: the left panel is the reference as the VAE gives it back. `more` goes to the pipeline."""
+        """The whole grids; the left panel is the reference through the VAE. `more` goes to the pipeline."""
         from diptych.student.canvas import Canvas, join_tokens, split_tokens
 
         pipe = self.context.teacher()
@@ -80,11 +79,12 @@ class Inpaint(TextOnly):
             held = (1 - sigma) * z + sigma * left_noise
             return {"latents": join_tokens(held.to(right.dtype), right, canvas)}
 
-        return draw(pipe, prompts, height, 2 * width, latents, self.recipe, callback_on_step_end=hold, **more)
+        more |= {"callback_on_step_end": hold}
+        return sample_teacher(pipe, prompts, height, 2 * width, latents, self.recipe, **more)
 
 
 class Copy(Base):
-    """The reference, whatever was asked."""
+    """The reference, whatever the prompt."""
 
     def fingerprint(self) -> str:
         return "copy"
@@ -94,7 +94,7 @@ class Copy(Base):
 
 
 class Truth(Base):
-    """The asked picture, drawn by the renderer."""
+    """The true image for the prompt, from the renderer."""
 
     def fingerprint(self) -> str:
         return "truth"
@@ -104,7 +104,7 @@ class Truth(Base):
 
 
 class Other(Base):
-    """The asked picture with another subject of the kind, drawn by the renderer."""
+    """The scene of the prompt with another subject of the kind, from the renderer."""
 
     def fingerprint(self) -> str:
         return "other"
@@ -117,12 +117,11 @@ class Other(Base):
 
 
 class Stock(Base):
-    """A stock pipeline, one picture at a time: most take one reference a call."""
+    """A stock pipeline, one image at a time, since most take one reference a call."""
 
     def fingerprint(self) -> str:
-        settings = self.recipe.evaluate.pipeline
-        said = sha256_json(settings.model_dump(mode="json"))
-        return f"{models.fingerprint(models.resolve(model_of(self.recipe), 'teacher'))} {said}"
+        settings = sha256_json(self.recipe.evaluate.pipeline.model_dump(mode="json"))
+        return f"{models.fingerprint(models.resolve(model_of(self.recipe), 'teacher'))} {settings}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         from diptych.student.canvas import fit_image
@@ -131,13 +130,13 @@ class Stock(Base):
         settings, (height, width) = self.recipe.evaluate.pipeline, size_of(references)
         tall, wide = (settings.size, settings.size) if settings.size else (height, width)
         argument = settings.argument or reference_argument(pipe)
-        drawn = []
+        images = []
         for reference, sample, seed in zip(references, samples, seeds, strict=True):
             prompt = settings.prompt.replace("{prompt}", sample.prompt)
-            seen = fit_image(reference, tall, wide)
-            given = arguments(pipe, argument, seen, prompt, seed, tall, wide, settings.steps, settings.options)
-            drawn.append(fit_image(pipe(**given).images[0], height, width))
-        return drawn
+            fitted = fit_image(reference, tall, wide)
+            given = arguments(pipe, argument, fitted, prompt, seed, tall, wide, settings.steps, settings.options)
+            images.append(fit_image(pipe(**given).images[0], height, width))
+        return images
 
     def _open(self) -> Any:
         import torch
@@ -157,33 +156,38 @@ def model_of(recipe: Recipe) -> str:
     """The pipeline that the recipe names. UsageError if it names none."""
     model = recipe.evaluate.pipeline.model
     if model is None:
-        raise UsageError("evaluate.methods has pipeline, and evaluate.pipeline.model names none")
+        message = "The method pipeline needs a model. Set evaluate.pipeline.model to a folder or hub name."
+        raise UsageError("method_unsuited", message)
     return model
 
 
 def parameters(pipe: Any) -> set[str]:
-    """The names of the arguments that its call takes."""
+    """The names of the arguments that a pipeline's call takes."""
     return set(inspect.signature(type(pipe).__call__).parameters) - {"self", "args", "kwargs"}
 
 
-def reference_argument(pipe: Any, asked: str | None = None) -> str:
-    """What the pipeline's call names a reference; `asked` if it has that. UsageError if it takes none."""
-    known, name = parameters(pipe), type(pipe).__name__
-    if asked is not None:
-        if asked not in known:
-            hint = nearest(asked, known)
-            raise UsageError(f"evaluate.pipeline.argument: {name} takes no argument '{asked}'{hint}")
-        return asked
+def reference_argument(pipe: Any, name: str | None = None) -> str:
+    """The argument of the pipeline's call that takes the reference: `name`, or one that the call has.
+
+    UsageError if the call does not have `name`, or takes no reference.
+    """
+    known, kind = parameters(pipe), type(pipe).__name__
+    if name is not None:
+        if name not in known:
+            hint = nearest(name, known)
+            raise UsageError("recipe_invalid", f"evaluate.pipeline.argument: {kind} takes no argument '{name}'{hint}")
+        return name
     if not known & set(NOT_REFERENCES):
-        for own in NAMES:
-            if own in known:
-                return own
+        for each in NAMES:
+            if each in known:
+                return each
         adapters = getattr(getattr(pipe, "transformer", None), "encoder_hid_proj", None)
         if ADAPTED in known and adapters is not None:
             return ADAPTED
     raise UsageError(
-        f"{name} takes no reference picture (none of {', '.join(NAMES)}, or only one to start from or fill in); "
-        "take another model, or name the argument with evaluate.pipeline.argument"
+        "method_unsuited",
+        f"{kind} takes no reference image: its call has none of {', '.join(NAMES)}, or only an image to start from or "
+        "fill in. Choose another model, or set evaluate.pipeline.argument.",
     )
 
 
@@ -198,15 +202,20 @@ def arguments(
     steps: int | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The keyword arguments of one call: those that it has of what is asked. UsageError for an option it has not."""
+    """The keyword arguments of one call, without those that the call does not have. UsageError for an unknown option.
+
+    Args:
+        options: further arguments, as the recipe's `evaluate.pipeline.options`.
+    """
     import torch
 
     known = parameters(pipe)
     if taken := sorted(set(options) & {argument, *GIVEN}):
-        raise UsageError(f"evaluate.pipeline.options: {', '.join(taken)} follow from the suite and the recipe")
+        message = f"evaluate.pipeline.options: the suite and the recipe already set {', '.join(taken)}. Remove them."
+        raise UsageError("recipe_conflict", message)
     if unknown := sorted(set(options) - known):
-        hint = nearest(unknown[0], known)
-        raise UsageError(f"evaluate.pipeline.options: {type(pipe).__name__} takes no '{unknown[0]}'{hint}")
+        hint = f"{type(pipe).__name__} takes no argument '{unknown[0]}'{nearest(unknown[0], known)}"
+        raise UsageError("recipe_invalid", f"evaluate.pipeline.options: {hint}")
     given: dict[str, Any] = {argument: [reference] if argument in LISTS else reference, "prompt": prompt}
     given |= {"generator": torch.Generator("cpu").manual_seed(seed), "height": height, "width": width}
     given |= {"output_type": "pil"} | ({} if steps is None else {"num_inference_steps": steps})

@@ -1,7 +1,7 @@
-"""The students as methods: a run's own, the one in the package, any other; and who curated what they learnt from.
+"""Students as methods: a run's student, the packaged one, or any other; and the judges that curated their data.
 
-`--model` takes what `diptych generate` takes, and a run's folder besides. The judge that chose a model's training data
-has seen to it that its own taste is met; so it may not score that model.
+`--model` takes what `diptych generate` takes, or a run's folder. A judge that chose a model's training data must not
+score that model, because the data already meets its preferences.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from diptych.data.places import bring
 from diptych.errors import UsageError, UserError
 from diptych.evaluate.evaluation import POCKET, Evaluation
 from diptych.evaluate.methods.common import Base, Context, Method, size_of
+from diptych.evaluate.results import write_result
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
-from diptych.utils.io import sha256_file, write_atomic
+from diptych.utils.io import sha256_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,58 +28,58 @@ if TYPE_CHECKING:
     from diptych.evaluate.suites import Sample
     from diptych.recipe.schema import Recipe
 
-PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # what is a student's own in its folder
+PARTS = ("transformer", "pytorch_lora_weights.safetensors")  # the trained weights in a student's folder
 CURATORS = "curators.json"
 
 
 class RunStudent(Base):
-    """The student this run has trained."""
+    """The student of a run."""
 
     name: ClassVar[str] = "student"
 
-    def place(self) -> Path:
+    def folder(self) -> Path:
+        """The folder of its weights. UserError if the run has no student."""
         folder = bring(self.context.run_dir, "student")
-        # The summary is what distill writes last.
+        # `distill` writes the summary last.
         if not any((folder / name).exists() for name in ("training/summary.json", *PARTS)):
             run = self.context.run_dir
-            raise UserError(f"{folder} holds no student yet; first: diptych distill {run}/recipe.yaml --out {run}")
+            message = f"{folder} has no student yet. Run `diptych distill {run}/recipe.yaml --out {run}`."
+            raise UserError("run_incomplete", message)
         return folder
 
     def base(self) -> str:
+        """The folder or name of its base model."""
         return self.recipe.teacher
 
     def fingerprint(self) -> str:
-        folder = self.place()
-        own = "+".join(models.fingerprint(folder / part) for part in PARTS if (folder / part).exists())
+        folder = self.folder()
+        weights = "+".join(models.fingerprint(folder / part) for part in PARTS if (folder / part).exists())
         base, settings = models.resolve(self.base(), "teacher"), self.recipe.evaluate
         if None in (settings.steps, settings.image_guidance, settings.text_guidance, settings.null_panel):
             from diptych.student.weights.sources import read_settings
 
-            own += f" sampled {read_settings(folder, base).values()}"
-        return f"{own} on {models.fingerprint(base)}"
+            weights += f" sampled {read_settings(folder, base).values()}"
+        return f"{weights} on {models.fingerprint(base)}"
 
-    def open(self) -> Any:
-        return open_student(self.place(), self.base(), self.recipe)
-
-    def opened(self) -> Any:
+    def pipeline(self) -> Any:
         """Its pipeline, which stays open."""
-        return self.context.opened(self.name, self.open)
+        return self.context.opened(self.name, lambda: open_student(self.folder(), self.base(), self.recipe))
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
-        return self.drawn(references, samples, seeds, {})
+        return self.sample(references, samples, seeds, {})
 
-    def drawn(
+    def sample(
         self,
         references: Sequence[Image],
         samples: Sequence[Sample],
         seeds: Sequence[int],
-        otherwise: Mapping[str, Any],
+        overrides: Mapping[str, Any],
     ) -> Sequence[Image]:
-        """Pictures as the recipe evaluates, but for the keys of guidance in `otherwise`; what neither sets is the
-        student's own setting."""
-        pipe = self.opened()
-        settings = self.recipe.evaluate.model_copy(update=dict(otherwise))
-        return answer(
+        """Images with the recipe's settings of `evaluate`, except for the guidance in `overrides`. Keys that neither
+        sets have the student's defaults."""
+        pipe = self.pipeline()
+        settings = self.recipe.evaluate.model_copy(update=dict(overrides))
+        return sample_student(
             pipe,
             references,
             samples,
@@ -91,12 +92,12 @@ class RunStudent(Base):
         )
 
 
-class StudentShipped(RunStudent):
-    """The student in the package, on the package's own teacher."""
+class PackagedStudent(RunStudent):
+    """The packaged student, on the packaged teacher."""
 
     name: ClassVar[str] = "student_shipped"
 
-    def place(self) -> Path:
+    def folder(self) -> Path:
         return models.resolve("pocket", "student")
 
     def base(self) -> str:
@@ -105,38 +106,38 @@ class StudentShipped(RunStudent):
 
 @dataclass(frozen=True)
 class OtherStudent(Method):
-    """A student somewhere, as a method. What the evaluation does not say of sampling, the model's own settings do."""
+    """Any student. Sampling settings that the evaluation leaves open are the model's."""
 
     name: str
-    place: Path | str
+    weights: Path | str
     base: str | None
     context: Context
     evaluation: Evaluation
 
     def fingerprint(self) -> str:
-        """sha256 of its weights and of its base's, and its sampling. UserError if they are not there."""
+        """sha256 of the weights of student and base, and the sampling settings. UserError if weights are missing."""
         from diptych.apps.batch import identify
         from diptych.student.settings import SAMPLING_FILE
 
-        path = models.resolve(str(self.place), "student")
+        path = models.resolve(str(self.weights), "student")
         parts = [path / part for part in PARTS if (path / part).exists()] or [path]
-        own = [identify({"model": str(part)})["model"] for part in parts]
-        base = POCKET if str(self.place) == POCKET else self.base
-        beneath = identify({"base": base})["base"] if base else None
-        sampling = (path if path.is_dir() else path.parent) / SAMPLING_FILE  # of folders of earlier versions
-        said = sha256_file(sampling) if sampling.is_file() else None
-        return f"{'+'.join(own)} on {beneath} sampled {said} {self.asked()}"
+        hashes = [identify({"model": str(part)})["model"] for part in parts]
+        base = POCKET if str(self.weights) == POCKET else self.base
+        base_hash = identify({"base": base})["base"] if base else None
+        sampling = (path if path.is_dir() else path.parent) / SAMPLING_FILE  # in folders of earlier versions
+        sampling_hash = sha256_file(sampling) if sampling.is_file() else None
+        return f"{'+'.join(hashes)} on {base_hash} sampled {sampling_hash} {self.sampling()}"
 
-    def asked(self) -> dict[str, float]:
-        """What the evaluation says of sampling."""
+    def sampling(self) -> dict[str, float]:
+        """The sampling settings that the evaluation sets."""
         names = ("steps", "guidance", "image_guidance", "text_guidance")
         return {name: value for name in names if (value := getattr(self.evaluation, name)) is not None}
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
-        """One picture for each sample, of the reference's size."""
-        pipe = self.context.opened(self.name, lambda: open_student(self.place, self.base, self.context.recipe))
-        sampling = pipe.settings.sampling | self.asked()
-        return answer(
+        """One image for each sample, of the reference's size."""
+        pipe = self.context.opened(self.name, lambda: open_student(self.weights, self.base, self.context.recipe))
+        sampling = pipe.settings.sampling | self.sampling()
+        return sample_student(
             pipe,
             references,
             samples,
@@ -148,7 +149,7 @@ class OtherStudent(Method):
         )
 
 
-def answer(
+def sample_student(
     pipe: Any, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int], **sampling: Any
 ) -> Sequence[Image]:
     """One image for each sample, of the reference's size."""
@@ -158,7 +159,7 @@ def answer(
 
 
 def open_student(folder: Path | str, base: str | None, recipe: Recipe) -> Any:
-    """A student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
+    """Opens a student's pipeline: a folder with a transformer, or a control-LoRA on its widened base."""
     from diptych import student
 
     with quiet_bars():
@@ -167,50 +168,50 @@ def open_student(folder: Path | str, base: str | None, recipe: Recipe) -> Any:
     return pipe
 
 
-def locate(place: str) -> tuple[str, Path | None]:
-    """Where a model's weights are, and the run they came from if its folder is there."""
-    path, run = Path(place).expanduser(), models.run_of(place)
+def locate(model: str) -> tuple[str, Path | None]:
+    """The path of a model's weights, and its run if the weights are in a run's folder."""
+    path, run = Path(model).expanduser(), models.run_of(model)
     if run is not None:
-        return str(models.resolve(place, "student")), run
-    return str(path) if path.exists() else place, None
+        return str(models.resolve(model, "student")), run
+    return str(path) if path.exists() else model, None
 
 
-# ---- who curated
+# ---- curators
 
 
 @dataclass(frozen=True)
 class Curator:
-    """A judge that chose training data: its name, and the sha256 of its weights where there are any."""
+    """A judge that chose training data: its name, and the sha256 of its weights if it has weights here."""
 
     name: str
     weights: frozenset[str]
 
 
-def curators(place: str) -> list[Curator] | None:
-    """Who chose what a model learnt from; None where nobody can tell."""
-    where, run = locate(place)
-    if where == POCKET:
+def curators(model: str) -> list[Curator] | None:
+    """The judges that chose a model's training data; None if unknown."""
+    weights, run = locate(model)
+    if weights == POCKET:
         return [_embedding(POCKET)]
     if run is None:
         return None
-    found = []
+    judges = []
     for recipe in _recipes(run):
-        found.append(_embedding(recipe.curate.judge))
+        judges.append(_embedding(recipe.curate.judge))
         if recipe.curate.vlm is not None:
-            found.append(Curator(recipe.curate.vlm.model, frozenset()))
-    return found
+            judges.append(Curator(recipe.curate.vlm.model, frozenset()))
+    return judges
 
 
-def _recipes(run: Path) -> Iterable[Any]:
+def _recipes(run: Path) -> Iterable[Recipe]:
     """The recipes of a run and of the runs whose pairs it trained on."""
     recipe = recipes.load(run / "recipe.yaml")
     if recipe.draws_pairs():
         yield recipe
     for data in recipe.distill.data or ():
         folder = Path(data.path).expanduser()
-        for place in (folder, folder.parent):
-            if (place / "recipe.yaml").is_file():
-                yield recipes.load(place / "recipe.yaml")
+        for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+            if path.is_file():
+                yield recipes.load(path)
                 break
 
 
@@ -218,46 +219,52 @@ def _embedding(name: str) -> Curator:
     try:
         return Curator(name, models.weights(models.resolve(name, "curator")))
     except UserError:
-        return Curator(name, frozenset())  # gone from this machine: its name is what is left of it
+        return Curator(name, frozenset())  # not on this machine; the name can still be compared
 
 
 def curators_of(evaluation: Evaluation, out: Path) -> dict[str, list[Curator] | None]:
-    """Who curated what each model learnt from. Where a model is not on this machine, what drawing wrote down holds."""
+    """The judges that curated each model's data. For a model that is not on this machine, `curators.json` is used."""
     path = out / CURATORS
     try:
-        kept = json.loads(path.read_text("utf8")) if path.is_file() else {}
+        stored = json.loads(path.read_text("utf8")) if path.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); remove it, and draw again where the models are") from error
-    found: dict[str, list[Curator] | None] = {}
-    for name, place in evaluation.models.items():
-        found[name] = curators(place)
-        if found[name] is None and kept.get(name, {}).get("model") == place and kept[name]["curators"] is not None:
-            found[name] = [Curator(c["name"], frozenset(c["weights"])) for c in kept[name]["curators"]]
-    return found
+        message = f"{path} is not valid JSON ({error}). Remove it and generate again on the machine with the models."
+        raise UserError("json_invalid", message) from error
+    judges: dict[str, list[Curator] | None] = {}
+    for name, model in evaluation.models.items():
+        judges[name] = curators(model)
+        if judges[name] is None and stored.get(name, {}).get("model") == model and stored[name]["curators"] is not None:
+            judges[name] = [Curator(c["name"], frozenset(c["weights"])) for c in stored[name]["curators"]]
+    return judges
 
 
-def remember(known: Mapping[str, list[Curator] | None], evaluation: Evaluation, out: Path) -> None:
-    """Writes down who curated, for a machine that has the pictures alone."""
-    told = {
+def write_curators(judges: Mapping[str, list[Curator] | None], evaluation: Evaluation, out: Path) -> None:
+    """Writes `curators.json`, for machines that have only the images."""
+    stored = {
         name: {
             "model": evaluation.models[name],
             "curators": None if by is None else [{"name": c.name, "weights": sorted(c.weights)} for c in by],
         }
-        for name, by in known.items()
+        for name, by in judges.items()
     }
-    write_atomic(out / CURATORS, (json.dumps(told, indent=2) + "\n").encode())
+    write_result(out / CURATORS, stored)
 
 
-def refuse_own_judge(known: Mapping[str, list[Curator] | None], judge: str, own: frozenset[str], force: bool) -> bool:
-    """UsageError if the judge (by its weights `own`, else by its name) is among a model's curators; with `force`
-    whether it is."""
-    for name, found in known.items():
-        for curator in found or ():
-            if bool(curator.weights & own) if own and curator.weights else curator.name == judge:
+def refuse_curator(
+    judges: Mapping[str, list[Curator] | None], judge: str, weights: frozenset[str], force: bool
+) -> bool:
+    """Whether the judge curated a model's data, compared by its weights, or by its name if there are none.
+
+    UsageError if it did, unless `force`.
+    """
+    for name, by in judges.items():
+        for curator in by or ():
+            if bool(curator.weights & weights) if weights and curator.weights else curator.name == judge:
                 if force:
                     return True
                 raise UsageError(
-                    f"the judge {judge} curated what {name} learnt from ({curator.name}): a model is not scored by the "
-                    "judge that chose its data; name another judge, or --force it, which the result will say"
+                    "judge_conflict",
+                    f"The judge {judge} curated the training data of {name} ({curator.name}) and must not score it. "
+                    "Choose another judge, or pass --force, which is recorded in the result.",
                 )
     return False

@@ -1,8 +1,9 @@
-"""What a run folder holds, as the report reads it. What is not there is None or empty, never an error."""
+"""Reads a run folder for the report. Parts that are missing are None or empty, not errors."""
 
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,30 +12,32 @@ from diptych.data.images import open_image
 from diptych.data.scan import selected
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.evaluate.results import find_json
 from diptych.utils.documents import parse_json
-from diptych.utils.paths import place, refuse_special
+from diptych.utils.paths import place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diptych.recipe.schema import Recipe
 
-SMALL = ("id", "kept", "reason", "similarity", "copy_distance", "seam", "reference_panel", "target_panel")
-LOOKED = 4  # shards looked through for pictures
+NUMBERS = ("id", "kept", "reason", "similarity", "copy_distance", "seam", "reference_panel", "target_panel")
+SEARCHED = 4  # shards to search for examples
 
 
 class Run:
-    """A run folder, read when asked."""
+    """A run folder, read when a part is needed."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
         self.folder = place(folder)
 
     def data(self, name: str) -> Dataset:
+        """The dataset in a folder of the run."""
         return Dataset(self.folder / name)
 
     def rows(self, name: str) -> int | None:
-        """Rows of a data set, None if it is not there or not readable (the stage's own part of the page says why)."""
+        """Rows of a dataset; None if it is missing or unreadable. The stage's section of the page gives the reason."""
         data = self.data(name)
         try:
             return len(data) if data.shards() else None
@@ -42,33 +45,33 @@ class Run:
             return None
 
     def first(self, name: str, count: int) -> list[dict[str, Any]]:
-        """The first rows of a data set."""
-        found: list[dict[str, Any]] = []
-        for row in self.data(name):
-            found.append(row)
-            if len(found) == count:
-                break
-        return found
+        """The first rows of a dataset."""
+        return list(islice(self.data(name), count))
 
     @cached_property
     def candidates(self) -> list[dict[str, Any]]:
-        """Every candidate's numbers, without its pictures; a pair that repeats an earlier one is not kept."""
+        """Every candidate's numbers, without its images. A pair that repeats an earlier one counts as rejected."""
         return [
-            dict(zip(SMALL, values, strict=True))
-            for batch in selected(self.folder, *SMALL)
-            for values in zip(*(batch[name] for name in SMALL), strict=True)
+            dict(zip(NUMBERS, values, strict=True))
+            for batch in selected(self.folder, *NUMBERS)
+            for values in zip(*(batch[name] for name in NUMBERS), strict=True)
         ]
 
     def examples(self, reason: str, count: int) -> list[dict[str, Any]]:
-        """Whole candidates of one verdict, one of each grid, spread over the first shards."""
-        found = []
+        """Whole candidates of one verdict, one of each grid, evenly spaced over the first shards."""
+        examples = []
         data = self.data("candidates")
-        of_reason = {row["id"] for row in self.candidates if row["reason"] == reason}
-        for shard in data.shards()[:LOOKED]:
+        # One of the two orders of a grid's panels is enough.
+        of_reason = {
+            row["id"]
+            for row in self.candidates
+            if row["reason"] == reason and row["reference_panel"] < row["target_panel"]
+        }
+        for shard in data.shards()[:SEARCHED]:
             rows = (row for row in data.read_shard(shard) if row["id"] in of_reason)
-            found += [{**r, "kept": reason == "kept", "reason": reason} for r in rows if _in_order(r)]
-        step = max(1, len(found) // count)
-        return found[::step][:count]
+            examples += [{**row, "kept": reason == "kept", "reason": reason} for row in rows]
+        step = max(1, len(examples) // count)
+        return examples[::step][:count]
 
     @cached_property
     def failures(self) -> dict[str, int]:
@@ -85,7 +88,7 @@ class Run:
     @cached_property
     def trained(self) -> dict[str, Any]:
         """The training's summary."""
-        return (_json(self.folder / "student" / "training" / "summary.json") or {}).get("summary", {})
+        return self.json("student/training/summary.json").get("summary", {})
 
     @cached_property
     def sheet(self) -> tuple[str, Image] | None:
@@ -95,8 +98,8 @@ class Run:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """`report/metrics.json`."""
-        return _json(self.folder / "report" / "metrics.json") or {}
+        """The content of `report/metrics.json`."""
+        return self.json("report/metrics.json")
 
     @cached_property
     def scores(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -104,49 +107,32 @@ class Run:
         lines = _lines(self.folder / "samples" / "scores.jsonl")
         return {(line["method"], line["id"]): line for line in lines if "method" in line and "id" in line}
 
-    def pictures(self, method: str, ids: set[str]) -> dict[str, dict[str, Any]]:
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file of the run; empty if it cannot be read."""
+        return find_json(self.folder / name) or {}
+
+    def images(self, method: str, ids: set[str]) -> dict[str, dict[str, Any]]:
         """Rows of `samples/METHOD` by id."""
         data = self.data(f"samples/{method}")
         return {row["id"]: row for row in data if row["id"] in ids} if data.shards() else {}
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage, all sittings together."""
+        """Seconds of each stage, over all starts of the run."""
         return places.seconds(self.folder)
 
     @cached_property
-    def start(self) -> dict[str, Any]:
-        """The log's last start: machine and versions."""
-        starts = [event for event in places.read(self.folder) if event.get("event") == "start"]
-        return starts[-1] if starts else {}
-
-    @cached_property
-    def sittings(self) -> int:
-        """How often the run was started."""
-        return sum(event.get("event") == "start" for event in places.read(self.folder))
-
-
-def _in_order(row: dict[str, Any]) -> bool:
-    """Of the two orders of two panels, the first."""
-    return row["reference_panel"] < row["target_panel"]
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = parse_json(refuse_special(path).read_text("utf8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    def starts(self) -> list[dict[str, Any]]:
+        """The starts of the run in its log, with machine and versions."""
+        return [event for event in places.read(self.folder) if event.get("event") == "start"]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; one that a kill cut short is left out."""
-    found = []
+    """JSON lines of a file, without incomplete ones."""
+    values = []
     for line in path.read_text("utf8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            value = parse_json(line)
+            values.append(parse_json(line))
         except ValueError:
             continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return [value for value in values if isinstance(value, dict)]

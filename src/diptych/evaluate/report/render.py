@@ -1,8 +1,8 @@
-"""Templates to pages: the jinja2 environment with its filters, and the geometry of the charts.
+"""Rendering of pages: the jinja2 environment with its filters, and the geometry of the charts.
 
 A page is self-contained: images are PNG data URIs, charts are inline SVG (`templates/charts.html.j2`), the style is
-`templates/report.css`, there is no script. Templates escape everything that is not markup already, and raise for a
-name that does not exist.
+`templates/report.css`, and there is no script. Templates escape all text that is not markup, and raise for an unknown
+name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 FOLDER = Path(__file__).parent
-SHOWN = 136  # CSS pixels that a small image is enlarged to, by a whole factor
-STORED = 256  # largest side of an image as it is stored in the page
+SHOWN = 136  # CSS pixels to which a small image is enlarged, by a whole factor
+STORED = 256  # largest side of an image in the page
 WIDTH, HEIGHT = 520, 300  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 42  # its margins
 ROW = 30  # of `whiskers`
@@ -38,7 +38,7 @@ ROW = 30  # of `whiskers`
 
 @cache
 def words() -> dict[str, Any]:
-    """What methods, refusals and columns are called (words.yaml)."""
+    """Names of methods, reasons and columns (words.yaml)."""
     import yaml
 
     return yaml.safe_load((FOLDER / "words.yaml").read_text("utf8"))
@@ -47,9 +47,8 @@ def words() -> dict[str, Any]:
 @cache
 def environment() -> Environment:
     """The templates, their filters and the charts."""
-    loader = FileSystemLoader(FOLDER / "templates")
     made = Environment(
-        loader=loader,
+        loader=FileSystemLoader(FOLDER / "templates"),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -63,12 +62,12 @@ def environment() -> Environment:
 
 
 def template(name: str) -> Template:
-    """A template by its file's name."""
+    """A template by the name of its file."""
     return environment().get_template(name)
 
 
 def part(name: str, macro: str, **given: Any) -> Markup:
-    """What a macro of a template gives."""
+    """The output of a macro of a template."""
     return Markup(getattr(template(name).module, macro)(**given))
 
 
@@ -76,13 +75,13 @@ def part(name: str, macro: str, **given: Any) -> Markup:
 
 
 def named(method: str) -> str:
-    """What a method is called in words."""
+    """The name of a method in words."""
     return words()["methods"].get(method, [method])[0]
 
 
 def inlined(image: Any, wide: int = 1) -> dict[str, Any]:
-    """An image or its cell as a PNG data URI, at most `STORED` pixels a panel, and the size at which it is shown: small
-    ones are enlarged by a whole factor. `wide` panels lie side by side."""
+    """An image or its cell as a PNG data URI of at most `STORED` pixels a panel, and its size on the page. Small images
+    are enlarged by a whole factor. `wide` is the number of panels side by side."""
     small = (image if hasattr(image, "convert") else open_image(image)).convert("RGB")
     if max(small.size) > STORED * wide:
         small.thumbnail((STORED * wide, STORED))
@@ -94,7 +93,7 @@ def inlined(image: Any, wide: int = 1) -> dict[str, Any]:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """`0.42`; a dash for what is not known."""
+    """`0.42`; a dash for an unknown value."""
     return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 
@@ -104,9 +103,9 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """`+0.42`, `−0.10`, with a true minus; no sign for what rounds to nothing."""
-    said = f"{value:+.{digits}f}".replace("-", "−")
-    return said[1:] if not said.strip("+−0.") else said
+    """`+0.42`, `−0.10`, with a true minus; no sign for a value that rounds to 0."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text[1:] if not text.strip("+−0.") else text
 
 
 def digits(value: float | None) -> str:
@@ -134,8 +133,8 @@ def duration(seconds: float) -> str:
 
 
 def p_value(compared: Mapping[str, Any], digits: int = 3) -> str:
-    """A comparison's p-value for a column: `0.042`, `< 0.001`, or why there is none."""
-    return metrics.p_said(compared, digits).removeprefix("= ")
+    """A comparison's p-value for a column: `0.042`, `< 0.001`, or the reason why there is none."""
+    return metrics.format_p(compared, digits).removeprefix("= ")
 
 
 def bold(text: str) -> Markup:
@@ -144,12 +143,12 @@ def bold(text: str) -> Markup:
 
 
 def general(value: float) -> str:
-    """`0.77`, `1`: as few digits as it has."""
+    """`0.77`, `1`: without trailing zeros."""
     return f"{value:g}"
 
 
 def tick(value: float) -> str:
-    """The text of a tick."""
+    """The label of a tick."""
     return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{round(value, 6):g}"
 
 
@@ -166,10 +165,10 @@ FILTERS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. `colour` is a CSS variable's name without `--c-`."""
+    """A named line. `color` is a CSS variable's name without `--c-`."""
 
     label: str
-    colour: str
+    color: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
 
@@ -179,7 +178,7 @@ class Dot:
     """A point with its intervals."""
 
     label: str
-    colour: str
+    color: str
     x: float
     y: float
     x_ci: Sequence[float] | None = None
@@ -198,12 +197,12 @@ class Frame:
         self.x_ticks, self.y_ticks = ticks(*self.x), ticks(*self.y, 4)
 
     def px(self, x: float) -> float:
-        """The x of the drawing."""
+        """The x coordinate in the drawing."""
         low, high = self.x
         return self.left + (x - low) / (high - low) * (self.right - self.left)
 
     def py(self, y: float) -> float:
-        """The y of the drawing."""
+        """The y coordinate in the drawing."""
         low, high = self.y
         return self.bottom - (y - low) / (high - low) * (self.bottom - self.top)
 
@@ -215,16 +214,16 @@ class Frame:
 def lines(
     series: Sequence[Series], title: str, x_label: str, y_label: str, caption: str = "", marks: Sequence[Dot] = ()
 ) -> Markup:
-    """Lines over a shared pair of axes, which `marks` make the unit square's."""
+    """Lines on shared axes. With `marks` the axes are those of the unit square."""
     points = [p for s in series for p in s.points if all(map(math.isfinite, p))]
     if not points:
         return Markup()
     top = 1.0 if marks else _high([y for _, y in points])
     across = (0.0, 1.0) if marks else (min(x for x, _ in points), max(x for x, _ in points))
     frame = Frame(across, (min(0.0, *(y for _, y in points)), top))
-    drawn = [(s.colour, s.faint, frame.path((x, min(y, top)) for x, y in s.points)) for s in series]
+    paths = [(s.color, s.faint, frame.path((x, min(y, top)) for x, y in s.points)) for s in series]
     ends = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3g}" for s in series if s.points and not s.faint)
-    return _chart("lines", f=frame, series=drawn, marks=marks, title=title, description=ends, x_label=x_label,
+    return _chart("lines", f=frame, series=paths, marks=marks, title=title, description=ends, x_label=x_label,
                   y_label=y_label, caption=caption, legend=_legend([*series, *marks]))  # fmt: skip
 
 
@@ -235,25 +234,25 @@ def scatter(dots: Sequence[Dot], title: str, x_label: str, y_label: str, caption
         (product, frame.path((x, product / x) for x in (product + (1 - product) * i / 24 for i in range(25))))
         for product in (0.1, 0.2, 0.4, 0.6, 0.8)
     ]
-    said = "; ".join(f"{d.label}: {x_label} {d.x:.2f}, {y_label} {d.y:.2f}" for d in dots)
-    return _chart("scatter", f=frame, curves=curves, dots=dots, title=title, description=said, x_label=x_label,
+    values = "; ".join(f"{d.label}: {x_label} {d.x:.2f}, {y_label} {d.y:.2f}" for d in dots)
+    return _chart("scatter", f=frame, curves=curves, dots=dots, title=title, description=values, x_label=x_label,
                   y_label=y_label, caption=caption, legend=_legend(dots))  # fmt: skip
 
 
 def whiskers(dots: Sequence[Dot], title: str, x_label: str, caption: str = "") -> Markup:
     """One line for each dot: its x and the 95 % interval."""
     reach = max([d.x_ci[1] if d.x_ci else d.x for d in dots] + [0.1])
-    room = WIDTH - 118 - RIGHT  # of which the last 30 pixels are for the numbers
+    room = WIDTH - 118 - RIGHT  # the last 30 pixels are for the numbers
     frame = Frame((0, reach * 1.02 * room / (room - 30)), (0, 1), 8 + ROW * len(dots) + BOTTOM, left=118, top=8)
     frame.x_ticks = ticks(0, reach)
-    said = "; ".join(f"{d.label} {d.x:.2f}" for d in dots)
-    return _chart("whiskers", f=frame, dots=dots, title=title, description=said, x_label=x_label, caption=caption)
+    values = "; ".join(f"{d.label} {d.x:.2f}" for d in dots)
+    return _chart("whiskers", f=frame, dots=dots, title=title, description=values, x_label=x_label, caption=caption)
 
 
 def histogram(
     values: Sequence[float], mark: float | None, title: str, x_label: str, caption: str = "", bins: int = 32
 ) -> Markup:
-    """How values are spread; `mark` is a threshold, and what lies below it is fainter."""
+    """The distribution of values. `mark` is a threshold; bars below it are fainter."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return Markup()
@@ -266,21 +265,21 @@ def histogram(
         for n, a, b in zip(counts, edges, edges[1:], strict=False)
     ]
     above = sum(v >= mark for v in finite) if mark is not None else len(finite)
-    said = f"{above} of {len(finite)} at or above the threshold"
-    return _chart("histogram", f=frame, boxes=boxes, mark=mark, title=title, description=said, x_label=x_label,
+    text = f"{above} of {len(finite)} at or above the threshold"
+    return _chart("histogram", f=frame, boxes=boxes, mark=mark, title=title, description=text, x_label=x_label,
                   caption=caption)  # fmt: skip
 
 
-def score_dots(methods: Mapping[str, Any], anchors: Mapping[str, Any], colours: Mapping[str, str]) -> list[Dot]:
-    """CP and PF of everyone."""
+def score_dots(methods: Mapping[str, Any], anchors: Mapping[str, Any], colors: Mapping[str, str]) -> list[Dot]:
+    """CP and PF of methods and anchors."""
     both = {**methods, **anchors}
-    return [Dot(named(n), colours[n], s["cp"], s["pf"], s["ci95"]["cp"], s["ci95"]["pf"]) for n, s in both.items()]
+    return [Dot(named(n), colors[n], s["cp"], s["pf"], s["ci95"]["cp"], s["ci95"]["pf"]) for n, s in both.items()]
 
 
-def headline_dots(methods: Mapping[str, Any], colours: Mapping[str, str]) -> list[Dot]:
+def headline_dots(methods: Mapping[str, Any], colors: Mapping[str, str]) -> list[Dot]:
     """CP·PF of the methods, the best first."""
     ordered = sorted(methods.items(), key=lambda item: -item[1]["cp_pf"])
-    return [Dot(named(n), colours[n], s["cp_pf"], 0, s["ci95"]["cp_pf"]) for n, s in ordered]
+    return [Dot(named(n), colors[n], s["cp_pf"], 0, s["ci95"]["cp_pf"]) for n, s in ordered]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -305,7 +304,7 @@ def _wide(span: tuple[float, float]) -> tuple[float, float]:
 
 
 def _legend(items: Sequence[Series | Dot]) -> dict[str, str]:
-    return {item.label: item.colour for item in items if item.label}
+    return {item.label: item.color for item in items if item.label}
 
 
 def _chart(kind: str, **given: Any) -> Markup:

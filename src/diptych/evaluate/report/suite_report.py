@@ -1,12 +1,13 @@
-"""The report of `diptych evaluate --suite`: `report/report.html`, one file that loads nothing, and `report/report.md`.
+"""The report of `diptych evaluate --suite`: `report/report.html`, one self-contained file, and `report/report.md`.
 
-It reads what was drawn and scored. What is shown is chosen here; `templates/suite.html.j2` and `templates/suite.md.j2`
-say it, with the tables and charts of a run's report.
+It reads the images and the scores. This module selects the content; `templates/suite.html.j2` and
+`templates/suite.md.j2` have the text, with the tables and charts of a run's report.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,103 +16,103 @@ from diptych.evaluate.evaluation import Evaluation
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import count, digits, named, number, part, percent, signed, template, words
 from diptych.evaluate.report.run_report import side_by_side
-from diptych.evaluate.scoring.metrics import p_said
+from diptych.evaluate.results import has_scores
+from diptych.evaluate.scoring.metrics import format_p
 from diptych.utils.io import write_atomic
 from diptych.utils.models import BUILT_IN
 
-OWN_COLOURS = 6  # of models; baselines and anchors have colors by name
-BEST = 6  # images shown at either end
+MODEL_COLORS = 6  # baselines and anchors have colors by name
+BEST = 6  # images shown of the best, and of the worst
 SIDE_BY_SIDE = 5
 
 
 def write(out: Path) -> Path:
-    """Writes the report of a scored evaluation and returns the page's path. UserError if it is not scored."""
+    """Writes the report of a scored evaluation; returns the page's path. UserError if it is not scored."""
     run = Run(Evaluation().recipe(), out)
-    found = run.metrics
-    if not found:
-        raise UserError(f"{out} is not scored yet; first: diptych evaluate --out {out} --only score")
-    names = everyone(found)
-    shared: dict[str, Any] = {"found": found, "names": names}
+    result = run.metrics
+    if not result:
+        raise UserError("run_incomplete", f"{out} has no scores yet. Run `diptych evaluate --out {out} --only score`.")
+    known = words()["published"].get(result["suite"])
+    shared: dict[str, Any] = {"result": result}
     parts: list[tuple[str, str, dict[str, Any]]] = [
-        ("scores", "Scores", scores(found)),
-        ("compared", "Compared on the same samples", {"found": found}),
-        ("published", "Beside published numbers", {"found": found, "known": words()["published"].get(found["suite"])}),
-        ("groups", "By category and difficulty", shared | {"groups": groups(found)}),
+        ("scores", "Scores", shared | scores(result)),
+        ("compared", "Compared on the same samples", shared),
+        ("published", "Published numbers", shared | {"known": known}),
+        ("groups", "By category and difficulty", shared | {"groups": groups(result)}),
         ("ends", "Best and worst", {"models": ends(run)}),
         ("side", "Side by side", {"samples": side(run)}),
-        ("cost", "What a picture costs", {"found": found} | costs(found)),
-        ("judge", "Who judged", judged(found)),
+        ("cost", "Cost of an image", shared | costs(result)),
+        ("judge", "Judges", judged(result)),
     ]
-    made = [(anchor, heading, part("suite.html.j2", anchor, **given)) for anchor, heading, given in parts]
-    header = part("suite.html.j2", "header", found=found, said=headline(found))
+    sections = [(anchor, heading, part("suite.html.j2", anchor, **given)) for anchor, heading, given in parts]
     page = template("page.html.j2").render(
-        title=f"{found['suite']} · diptych",
-        header=header,
-        sections=[each for each in made if each[2].strip()],
+        title=f"{result['suite']} · diptych",
+        header=part("suite.html.j2", "header", result=result, headline=headline(result)),
+        sections=[each for each in sections if each[2].strip()],
         license="",
     )
-    folder = out / "report"
-    write_atomic(folder / "report.html", page.encode())
-    known = words()["published"].get(found["suite"])
-    text = template("suite.md.j2").render(found=found, said=headline(found), shown=measured(found), known=known)
-    write_atomic(folder / "report.md", (text.strip() + "\n").encode())
-    return folder / "report.html"
+    path = out / "report" / "report.html"
+    write_atomic(path, page.encode())
+    values = {"result": result, "headline": headline(result), "shown": measured(result), "known": known}
+    text = template("suite.md.j2").render(**values)
+    write_atomic(path.with_suffix(".md"), (text.strip() + "\n").encode())
+    return path
 
 
-def everyone(found: dict[str, Any]) -> dict[str, Any]:
+def everyone(result: dict[str, Any]) -> dict[str, Any]:
     """Methods, then anchors."""
-    return {**found["methods"], **found["anchors"]}
+    return {**result["methods"], **result["anchors"]}
 
 
-def models(found: dict[str, Any]) -> list[str]:
-    """The models' names; the baselines' where there are none."""
-    return [name for name in found["methods"] if name in found["settings"]["models"]] or list(found["methods"])
+def models(result: dict[str, Any]) -> list[str]:
+    """The names of the models, or those of the baselines if there are no models."""
+    return [name for name in result["methods"] if name in result["settings"]["models"]] or list(result["methods"])
 
 
-def headline(found: dict[str, Any]) -> str:
-    """The result in two sentences, `**bold**`."""
-    ours = found["settings"]["models"]
-    own = [name for name in models(found) if ours.get(name) not in BUILT_IN]  # the shipped one speaks for nobody else
-    best = max(own or models(found), key=lambda name: found["methods"][name]["cp_pf"])
-    mine = found["methods"][best]
-    said = (
-        f"{named(best)} reaches a CP·PF (subject kept × prompt followed) of **{number(mine['cp_pf'])}**, and "
-        f"{percent(mine['copy_rate'], 1)} of its pictures copy their reference."
+def headline(result: dict[str, Any]) -> str:
+    """The result in two sentences with `**bold**` words."""
+    ours, scores = result["settings"]["models"], result["methods"]
+    own = [name for name in models(result) if ours.get(name) not in BUILT_IN]  # the packaged student comes last
+    best = max(own or models(result), key=lambda name: scores[name]["cp_pf"])
+    mine = scores[best]
+    text = (
+        f"{named(best)} reaches a CP·PF (concept preservation × prompt following) of **{number(mine['cp_pf'])}**, and "
+        f"{percent(mine['copy_rate'], 1)} of its images copy their reference."
     )
-    rivals = [name for name in found["methods"] if name not in ours]
+    rivals = [name for name in scores if name not in ours]
     if not rivals or best in rivals:
-        return said
-    rival = max(rivals, key=lambda name: found["methods"][name]["cp_pf"])
-    c = found["comparisons"][best][rival]
-    gap = f"{signed(c['difference'])} ({signed(c['ci95'][0])} to {signed(c['ci95'][1])}, p {p_said(c)})"
-    return f"{said} Against the best baseline, {named(rival)}: {gap}."
+        return text
+    rival = max(rivals, key=lambda name: scores[name]["cp_pf"])
+    c = result["comparisons"][best][rival]
+    gap = f"{signed(c['difference'])} ({signed(c['ci95'][0])} to {signed(c['ci95'][1])}, p {format_p(c)})"
+    return f"{text} Difference from the best baseline, {named(rival)}: {gap}."
 
 
-def measured(found: dict[str, Any]) -> dict[str, str]:
-    """The columns that somebody has a number in."""
-    return {key: said for key, said in words()["scores"].items() if any(key in s for s in everyone(found).values())}
+def measured(result: dict[str, Any]) -> dict[str, str]:
+    """The columns in which a method has a number."""
+    return {key: label for key, label in words()["scores"].items() if any(key in s for s in everyone(result).values())}
 
 
-def scores(found: dict[str, Any]) -> dict[str, Any]:
-    """The table, the charts, held-out kinds, what was left out."""
-    places = found["settings"]["models"]
-    colours = {
-        name: f"m{list(places).index(name) % OWN_COLOURS + 1}"
-        if name in places
+def scores(result: dict[str, Any]) -> dict[str, Any]:
+    """The table, the charts, held-out kinds, and images without a score."""
+    paths = result["settings"]["models"]
+    colors = {
+        name: f"m{list(paths).index(name) % MODEL_COLORS + 1}"
+        if name in paths
         else (name if name in words()["methods"] else "total")
-        for name in everyone(found)
+        for name in everyone(result)
     }
-    notes = {name: words()["methods"].get(name, ["", ""])[1] for name in everyone(found)}
-    notes |= {name: "" if place == name else place for name, place in places.items()}
-    lost = ", ".join(f"{name} {n}" for name, n in found["unjudged"].items() if n)
-    return {"found": found, "shown": measured(found), "colours": colours, "notes": notes, "lost": lost}
+    notes = {name: words()["methods"].get(name, ["", ""])[1] for name in everyone(result)}
+    notes |= {name: "" if path == name else path for name, path in paths.items()}
+    unjudged = ", ".join(f"{name} {n}" for name, n in result["unjudged"].items() if n)
+    return {"shown": measured(result), "colors": colors, "notes": notes, "unjudged": unjudged}
 
 
-def groups(found: dict[str, Any]) -> list[tuple[str, list[str], dict[str, Any]]]:
-    """A breakdown of the scores: a title, its values, and each method's scores by value."""
+def groups(result: dict[str, Any]) -> list[tuple[str, list[str], dict[str, Any]]]:
+    """Breakdowns of the scores: title, values, and each method's scores by value."""
     made = []
     for key, title in (("categories", "By category"), ("levels", "By difficulty")):
-        by = {name: found[key].get(name, {}) for name in everyone(found)}
+        by = {name: result[key].get(name, {}) for name in everyone(result)}
         values = list(dict.fromkeys(value for each in by.values() for value in each))
         if len(values) > 1:
             made.append((title, values, by))
@@ -119,65 +120,55 @@ def groups(found: dict[str, Any]) -> list[tuple[str, list[str], dict[str, Any]]]
 
 
 def ends(run: Run) -> list[tuple[str, str, list[tuple[dict[str, Any], dict[str, Any]]]]]:
-    """Each model's best and worst pictures by CP × PF; ties go by name."""
+    """Each model's best and worst images by CP × PF; ties are in order of names."""
     made = []
     for name in models(run.metrics):
-        own = [x for (method, _), x in run.scores.items() if method == name]
-        lines = [x for x in own if x.get("cp") is not None and x.get("pf") is not None]
+        lines = [x for (method, _), x in run.scores.items() if method == name and has_scores(x)]
         lines.sort(key=lambda x: (-max(0.0, x["cp"]) * max(0.0, x["pf"]), -x["cp"] - x["pf"], x["id"]))
         few = min(BEST, max(1, len(lines) // 2))
-        rows = run.pictures(name, {x["id"] for x in [*lines[:few], *lines[-few:]]})
-        for said, chosen in (("the best", lines[:few]), ("the worst", lines[-few:][::-1])):
-            made.append((name, said, [(rows[x["id"]], x) for x in chosen if x["id"] in rows]))
+        rows = run.images(name, {x["id"] for x in [*lines[:few], *lines[-few:]]})
+        for title, chosen in (("the best", lines[:few]), ("the worst", lines[-few:][::-1])):
+            made.append((name, title, [(rows[x["id"]], x) for x in chosen if x["id"] in rows]))
     return made
 
 
 def side(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Some samples, answered by everyone: the prompt and the cells."""
+    """Some samples with the image of every method: the prompt and the cells."""
     names = [name for name in everyone(run.metrics) if name != "copy"]
     lines = [x for (m, _), x in run.scores.items() if m == names[0] and x["seed"] == run.metrics["seeds"][0]]
     # An odd stride walks through the prompts, which take turns.
     stride = max(1, len(lines) // SIDE_BY_SIDE) | 1
     chosen = list(dict.fromkeys(lines[(i * stride) % len(lines)]["id"] for i in range(min(SIDE_BY_SIDE, len(lines)))))
-    rows = {name: run.pictures(name, set(chosen)) for name in names}
+    rows = {name: run.images(name, set(chosen)) for name in names}
     first = [(id, rows[names[0]].get(id)) for id in chosen]
     return [
-        (row["prompt"], side_by_side(run, row, {name: own.get(id) for name, own in rows.items()}))
+        (row["prompt"], side_by_side(run, row, {name: by_id.get(id) for name, by_id in rows.items()}))
         for id, row in first
         if row is not None
     ]
 
 
-def costs(found: dict[str, Any]) -> dict[str, Any]:
-    """Time, memory and money of a picture: the columns that are known, and a row of cells for each method."""
-    methods = {name: s for name, s in found["methods"].items() if name != "copy"}
-    columns: dict[str, list[str | None]] = {
-        "s / picture": [_digits(s["seconds_per_image"]) for s in methods.values()],
-        "peak memory": [_gigabytes(s["peak_memory_bytes"]) for s in methods.values()],
-        "drawing": [_digits(s.get("drawing_cost")) for s in methods.values()],
-        "judge tokens": [_tokens(s.get("judge_tokens_per_image")) for s in methods.values()],
-        "judging": [_digits(s.get("judging_cost")) for s in methods.values()],
+def costs(result: dict[str, Any]) -> dict[str, Any]:
+    """Time, memory and price of an image: the known columns, and a row of cells for each method."""
+    methods = {name: s for name, s in result["methods"].items() if name != "copy"}
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "s / image": ("seconds_per_image", digits),
+        "peak memory": ("peak_memory_bytes", lambda size: f"{size / 2**30:.2f} GiB"),
+        "generation": ("drawing_cost", digits),
+        "judge tokens": ("judge_tokens_per_image", lambda mean: f"{count(mean[0])} in, {count(mean[1])} out"),
+        "judging": ("judging_cost", digits),
     }
-    known = {head: cells for head, cells in columns.items() if any(cells)}
-    rows = [(name, [cells[i] or "–" for cells in known.values()]) for i, name in enumerate(methods)]
+    known = {head: each for head, each in columns.items() if any(s.get(each[0]) is not None for s in methods.values())}
+    rows = [
+        (name, ["–" if s.get(key) is None else text(s[key]) for key, text in known.values()])
+        for name, s in methods.items()
+    ]
     return {"head": list(known), "rows": rows}
 
 
-def _digits(value: float | None) -> str | None:
-    return None if value is None else digits(value)
-
-
-def _gigabytes(size: int | None) -> str | None:
-    return f"{size / 2**30:.2f} GiB" if size else None
-
-
-def _tokens(mean: tuple[float, float] | None) -> str | None:
-    return None if mean is None else f"{count(mean[0])} in, {count(mean[1])} out"
-
-
-def judged(found: dict[str, Any]) -> dict[str, Any]:
-    """The judge, pinned; who curated; settings. A value is text, or a text and a hash."""
-    judges, judge = found["judges"], found["judges"]["judge"]
+def judged(result: dict[str, Any]) -> dict[str, Any]:
+    """The judge and its pinned models, the curators, and settings. A value is a text and perhaps a hash."""
+    judges, judge = result["judges"], result["judges"]["judge"]
     pairs: list[tuple[str, str, str]] = [("judge", judge["kind"], "")]
     pairs += [(role, *pinned(judge[role])) for role in ("scorer", "reader", "text") if role in judge]
     if "model" in judge:
@@ -186,12 +177,11 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
         pairs += [("rubric", f"version {rubric['version']},", rubric["sha256"][:12])]
     pairs += [(words()["scores"][key], *pinned(about)) for key, about in judges.items() if key in words()["scores"]]
     for name, curated in judges["curated_by"].items():
-        said = "nobody knows" if curated is None else ", ".join(curated)
-        pairs.append((f"{name} was curated by", said, ""))
-    whole = {"judges": judges, "settings": found["settings"], "versions": found["versions"]}
+        pairs.append((f"{name} was curated by", "unknown" if curated is None else ", ".join(curated), ""))
+    whole = {"judges": judges, "settings": result["settings"], "versions": result["versions"]}
     return {"pairs": pairs, "whole": json.dumps(whole, indent=2)}
 
 
 def pinned(about: dict[str, Any]) -> tuple[str, str]:
-    """A model's name, and the start of its revision or hash."""
+    """A model's name, and the first digits of its revision or hash."""
     return about.get("name", ""), (about.get("revision") or about.get("fingerprint") or "")[:12]

@@ -1,1 +1,1 @@
-"""From pictures to numbers: scorers, metrics with intervals, and how far the judges can be trusted."""
+"""Scorers, metrics with intervals, and the judges' errors."""

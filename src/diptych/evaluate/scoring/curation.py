@@ -1,10 +1,10 @@
-"""How good curation is, where the truth is known, and what that says about the run's own pairs.
+"""Precision and recall of curation on renders, and an estimate for the run's pairs.
 
-On *rendered* pairs: a subject beside the same one, beside one with some attributes drawn anew (`world.drift`, the way a
-teacher's panels disagree), and beside another of its kind, each passed through the teacher's VAE and blurred. Precision
-and recall follow for every threshold of the judge. On the run's *own* grids nobody knows the truth: the keep rate is
-counted, and the attribute reader, which never took part in curation, estimates the precision, corrected for its own
-error on the renders (Rogan & Gladen 1978).
+The truth is known for *rendered* pairs: a subject with itself, with a copy that has some attributes sampled again
+(`world.drift`, the way a teacher's panels disagree), and with another of its kind. Each goes through the teacher's VAE
+and a blur. Precision and recall follow for every threshold of the judge. The truth of the run's *grids* is unknown. The
+share of accepted pairs is counted, and the attribute reader, which takes no part in curation, estimates the precision.
+That estimate is corrected for the reader's errors on the renders (Rogan & Gladen 1978).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from diptych.data.scan import selected
 from diptych.data.store import Dataset
-from diptych.evaluate.scoring.metrics import auc
+from diptych.evaluate.scoring.metrics import auc, interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from diptych.data.records import Thresholds
     from diptych.evaluate.suites import Prior
 
-ENOUGH = 0.95  # the precision that `threshold_for` looks for
-JUDGED = 300  # of the run's own pairs, read by the attribute reader
+ENOUGH = 0.95  # default precision of `threshold_for`
+JUDGED = 300  # pairs of the run that the attribute reader compares
 TRUTHS = ("same", "drifted", "other")
 Embed = Callable[[Sequence["Image"]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision and recall at each threshold (keep where similarity >= threshold), thresholds falling."""
+    """Precision and recall at each threshold (accept if similarity >= threshold), in falling order of thresholds."""
 
     threshold: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
 
     def at(self, threshold: float) -> tuple[float | None, float]:
-        """Precision and recall of keeping what is at least `threshold`. Keeping nothing has no precision."""
-        kept = np.flatnonzero(self.threshold >= threshold)
-        if not len(kept):
+        """Precision and recall at a threshold. The precision is None if no pair is accepted."""
+        accepted = np.flatnonzero(self.threshold >= threshold)
+        if not len(accepted):
             return None, 0.0
-        return float(self.precision[kept[-1]]), float(self.recall[kept[-1]])
+        return float(self.precision[accepted[-1]]), float(self.recall[accepted[-1]])
 
     def threshold_for(self, precision: float = ENOUGH) -> float | None:
-        """The threshold that keeps the most at no less than `precision`; None if there is none."""
+        """The threshold that accepts most pairs with at least this precision; None if there is none."""
         good = np.flatnonzero(self.precision >= precision)
         return float(self.threshold[good[-1]]) if len(good) else None
 
@@ -58,14 +58,14 @@ def curve(similarity: np.ndarray, same: np.ndarray, weight: np.ndarray) -> Curve
     """Precision and recall over all thresholds of pairs (N,), each counting `weight`."""
     order = np.argsort(-similarity, kind="stable")
     s, good, w = similarity[order], same[order].astype(float), weight[order]
-    kept, right = np.cumsum(w), np.cumsum(w * good)
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # equal similarities are kept together
-    return Curve(s[last], (right / kept)[last], (right / right[-1])[last])
+    accepted, right = np.cumsum(w), np.cumsum(w * good)
+    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # equal similarities are accepted together
+    return Curve(s[last], (right / accepted)[last], (right / right[-1])[last])
 
 
 @dataclass(frozen=True)
 class RenderedPairs:
-    """Rendered pairs, as a teacher would show them: first and second panel, the truth, and how much each counts."""
+    """Rendered pairs as a teacher would show them: first and second panel, the truth, and the weight of each."""
 
     first: list[Image]
     second: list[Image]
@@ -75,81 +75,78 @@ class RenderedPairs:
 
     @property
     def same(self) -> np.ndarray:
-        return np.array([t == "same" for t in self.truth])
+        return self.of("same")
+
+    def of(self, truth: str) -> np.ndarray:
+        """Which pairs (N,) have this truth."""
+        return np.array([t == truth for t in self.truth], dtype=bool)
 
 
 def weigh(truth: Sequence[str], prior: Prior) -> np.ndarray:
-    """Weights (N,) that give each truth its share of the prior, whatever its number."""
+    """Weights (N,) that give each truth its share of the prior, whatever the number of its pairs."""
     shares = {"same": prior.same, "drifted": prior.drifted, "other": prior.other}
     count = {t: max(1, list(truth).count(t)) for t in shares}
     return np.array([shares[t] / count[t] for t in truth])
 
 
 def on_renders(pairs: RenderedPairs, embed: Embed, thresholds: Thresholds) -> dict[str, Any]:
-    """The judge on pairs whose truth is known: precision and recall at the recipe's threshold, and the whole curve."""
+    """The judge on pairs of known truth: precision and recall at the recipe's threshold, and the whole curve."""
     similarity = similarities(pairs.first, pairs.second, embed)
-    found = curve(similarity, pairs.same, pairs.weight)
-    precision, recall = found.at(thresholds.same)
-    best = found.threshold_for()
-    keep = np.linspace(0, len(found.threshold) - 1, min(80, len(found.threshold))).round().astype(int)
+    measured = curve(similarity, pairs.same, pairs.weight)
+    precision, recall = measured.at(thresholds.same)
+    best = measured.threshold_for()
+    places = np.linspace(0, len(measured.threshold) - 1, min(80, len(measured.threshold))).round().astype(int)
+    points = np.stack([measured.threshold, measured.precision, measured.recall], 1)[places]
+    by_truth = {t: similarity[pairs.of(t)] for t in TRUTHS if t in pairs.truth}
     return {
         "pairs": len(pairs.truth),
         "truth": {t: pairs.truth.count(t) for t in TRUTHS},
-        "prior": {t: round(float(pairs.weight[[x == t for x in pairs.truth]].sum()), 4) for t in TRUTHS},
+        "prior": {t: round(float(pairs.weight[pairs.of(t)].sum()), 4) for t in TRUTHS},
         "threshold": thresholds.same,
         "precision": None if precision is None else round(precision, 4),
         "recall": round(recall, 4),
-        "auc": {t: round(_auc_of(pairs, similarity, t), 4) for t in TRUTHS[1:] if t in pairs.truth},
+        "auc": {t: round(auc(by_truth["same"], values), 4) for t, values in by_truth.items() if t != "same"},
         "threshold_for_95": None if best is None else round(best, 4),
-        "recall_at_95": None if best is None else round(found.at(best)[1], 4),
-        "curve": [
-            [round(float(found.threshold[i]), 4), round(float(found.precision[i]), 4), round(float(found.recall[i]), 4)]
-            for i in keep
-        ],
-        "similarity": {t: _quantiles(similarity[[x == t for x in pairs.truth]]) for t in TRUTHS if t in pairs.truth},
+        "recall_at_95": None if best is None else round(measured.at(best)[1], 4),
+        "curve": [[round(float(value), 4) for value in point] for point in points],
+        "similarity": {
+            t: [round(float(v), 4) for v in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))]
+            for t, values in by_truth.items()
+        },
     }
 
 
 def similarities(first: Sequence[Image], second: Sequence[Image], embed: Embed) -> np.ndarray:
-    """Cosine similarities (N,) of pictures, by L2-normalised embeddings."""
-    if not len(first):
-        return np.zeros(0)
-    return (embed(first) * embed(second)).sum(1)
-
-
-def _auc_of(pairs: RenderedPairs, similarity: np.ndarray, against: str) -> float:
-    return auc(similarity[pairs.same], similarity[[t == against for t in pairs.truth]])
-
-
-def _quantiles(values: np.ndarray) -> list[float]:
-    return [round(float(v), 4) for v in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))]
+    """Cosine similarities (N,) of images, from L2-normalized embeddings."""
+    return (embed(first) * embed(second)).sum(1) if len(first) else np.zeros(0)
 
 
 @dataclass(frozen=True)
 class Witness:
-    """The attribute reader as a witness of identity: it says "same" from `threshold` on, with these errors."""
+    """The attribute reader as a classifier of identity: "same" from `threshold` on, with these error rates."""
 
     threshold: float
-    hit: float  # share of true same pairs it calls same
-    false_alarm: float  # share of the others it calls same
+    hit: float  # share of same pairs that it classifies as same
+    false_alarm: float  # share of other pairs that it classifies as same
 
     def corrected(self, observed: float) -> float | None:
-        """The true share behind an observed share of "same"; None if the witness is no better than a coin."""
+        """The true share behind an observed share of "same"; None if the classifier is hardly better than chance."""
         if self.hit - self.false_alarm < 0.1:
             return None
         return float(np.clip((observed - self.false_alarm) / (self.hit - self.false_alarm), 0, 1))
 
 
 def witness(pairs: RenderedPairs, identify: Embed) -> Witness:
-    """The reader's best threshold (hit rate minus false alarms) on half of the identities; its errors on the rest."""
+    """The reader's best threshold (hit rate minus false alarm rate) on half of the identities, and its error rates on
+    the rest."""
     similarity = similarities(pairs.first, pairs.second, identify)
     same, weight = pairs.same, pairs.weight
     order = np.random.default_rng(0).permutation(int(pairs.identity.max()) + 1)
     chooses = order[pairs.identity] % 2 == 0
 
     def rates(threshold: float, among: np.ndarray) -> tuple[float, float]:
-        said = weight * (similarity >= threshold)
-        hit, alarm = (said[part].sum() / weight[part].sum() for part in (among & same, among & ~same))
+        called = weight * (similarity >= threshold)
+        hit, alarm = (called[part].sum() / weight[part].sum() for part in (among & same, among & ~same))
         return float(hit), float(alarm)
 
     def gain(threshold: float) -> float:
@@ -161,55 +158,56 @@ def witness(pairs: RenderedPairs, identify: Embed) -> Witness:
 
 
 def on_grids(run_dir: Path, identify: Embed, reader: Witness) -> dict[str, Any] | None:
-    """The run's own candidates: keep rate, and the reader's estimate of how many kept pairs show one subject."""
+    """The run's candidates: share of accepted pairs, and the reader's estimate of how many pairs show one subject.
+
+    None if the run has no candidates.
+    """
     candidates = Dataset(run_dir / "candidates")
     if not candidates.shards():
         return None
     reasons: Counter[str] = Counter()
     for batch in selected(run_dir):
         reasons.update(batch["reason"])
-    kept, total = reasons["kept"], reasons.total()
-    result: dict[str, Any] = {"candidates": total, "kept": kept, "reasons": dict(reasons)}
-    result["keep_rate"] = round(kept / total, 4) if total else None
+    accepted, total = reasons["kept"], reasons.total()
+    result: dict[str, Any] = {"candidates": total, "kept": accepted, "reasons": dict(reasons)}
+    result["keep_rate"] = round(accepted / total, 4) if total else None
     columns = candidates.columns("id", "reference_panel", "target_panel")
-    # Both orders of a grid hold the same two pictures: one of them is enough.
+    # Both orders of a grid have the same two images, so one of them is enough.
     once = [row["id"] for row in columns if row["reference_panel"] < row["target_panel"]]
     places = np.linspace(0, len(once) - 1, min(JUDGED, len(once))).round().astype(int)
-    chosen = {once[i] for i in places}
-    first, second, keeps = _pictures(candidates, chosen)
+    first, second, kept = _images(candidates, {once[i] for i in places})
     called = similarities(first, second, identify) >= reader.threshold
-    keeps = np.array(keeps, dtype=bool)
     result["reader"] = {
-        "pairs": len(keeps),
+        "pairs": len(kept),
         "threshold": round(reader.threshold, 4),
         "hit_rate": round(reader.hit, 4),
         "false_alarm_rate": round(reader.false_alarm, 4),
         "all": _estimate(called, reader),
-        "kept": _estimate(called[keeps], reader),
-        "rejected": _estimate(called[~keeps], reader),
+        "kept": _estimate(called[kept], reader),
+        "rejected": _estimate(called[~kept], reader),
     }
     return result
 
 
 def _estimate(called: np.ndarray, reader: Witness) -> dict[str, Any] | None:
-    """Share called the same subject, as seen and corrected, with a 95 % interval of the correction."""
+    """Share of pairs classified as the same subject, observed and corrected, with a 95 % interval of the latter."""
     if not len(called):
         return None
     rng = np.random.default_rng(0)
-    # Jeffreys' interval of the observed share; it stays honest where none or all were called the same.
+    # Jeffreys' interval of the observed share, which also holds for shares of 0 and 1.
     yes, no = called.sum() + 0.5, (~called).sum() + 0.5
-    spread = [reader.corrected(float(x)) for x in rng.beta(yes, no, 2000)]
-    known = [x for x in spread if x is not None]
+    known = [x for share in rng.beta(yes, no, 2000) if (x := reader.corrected(float(share))) is not None]
     corrected = reader.corrected(float(called.mean()))
     return {
         "n": len(called),
         "called_same": round(float(called.mean()), 4),
         "corrected": None if corrected is None else round(corrected, 4),
-        "ci95": [round(float(v), 4) for v in np.quantile(known, (0.025, 0.975))] if known else None,
+        "ci95": interval(np.array(known)) if known else None,
     }
 
 
-def _pictures(candidates: Dataset, chosen: set[str]) -> tuple[list[Image], list[Image], list[bool]]:
+def _images(candidates: Dataset, chosen: set[str]) -> tuple[list[Image], list[Image], np.ndarray]:
+    """The panels of the chosen candidates, and which of them (N,) were accepted."""
     from diptych.data.images import open_image
 
     first, second, kept = [], [], []
@@ -218,4 +216,4 @@ def _pictures(candidates: Dataset, chosen: set[str]) -> tuple[list[Image], list[
             first.append(open_image(row["conditioning"]))
             second.append(open_image(row["image"]))
             kept.append(row["kept"])
-    return first, second, kept
+    return first, second, np.array(kept, dtype=bool)

@@ -1,9 +1,9 @@
-"""What renders can tell before any model is judged: the scale of the scores, and the judges' own errors.
+"""Measurements on renders, whose every attribute is known: the scale of the scores, and the judges' errors.
 
-A render's every attribute is known. So pairs of renders fix what "as like as the same subject" and "as unlike as
-another of its kind" mean to the scoring judge, how near two true pictures of one subject come in pixels, how often the
-attribute reader is right, and how well either judge tells the same subject from another. The renders that fix the
-scale and those that measure errors are disjoint, and both are disjoint from the suite's own.
+Pairs of renders fix the scoring judge's similarity for one subject and for different subjects of a kind, and the pixel
+distance between true images of one subject. They also measure the accuracy of the attribute reader, and how well each
+judge separates one subject from others. The renders for the scale, those for the errors, and those of the suite are
+disjoint.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ RoundTrip = Callable[[Sequence["Image"]], list["Image"]]
 
 
 def known(suite: Suite, purpose: str, split: Split, count: int) -> list[Known]:
-    """`count` subjects of a purpose, each in a reference scene and in a scene of one of the suite's levels in turn."""
+    """`count` subjects for a purpose, each in a reference scene and in a scene of one of the suite's levels in turn."""
     levels = suite.levels
     return [suite.known(split, i, levels[i % len(levels)], purpose=purpose) for i in range(count)]
 
 
 def checked(suite: Suite, split: Split) -> list[Known]:
-    """The subjects of a split that judges and curation are measured on."""
+    """The subjects of a split for measuring judges and curation."""
     return known(suite, "check", split, suite.check.identities if split == MAIN else suite.calibration.kinds)
 
 
 def others(subjects: Sequence[Known]) -> list[int]:
-    """For each subject the number of another of its kind (itself, where it is the only one)."""
+    """For each subject, the number of another of its kind, or its number if it is the only one."""
     by_kind: dict[str, list[int]] = {}
     for i, k in enumerate(subjects):
         by_kind.setdefault(k.subject.kind, []).append(i)
@@ -49,73 +49,67 @@ def others(subjects: Sequence[Known]) -> list[int]:
 
 
 def references(subjects: Sequence[Known]) -> list[Image]:
+    """The renders of the reference scenes."""
     return [render(k.subject, k.reference) for k in subjects]
 
 
 def targets(subjects: Sequence[Known]) -> list[Image]:
+    """The renders of the target scenes."""
     return [render(k.subject, k.target) for k in subjects]
 
 
 def scale(suite: Suite, split: Split, embed: Embed) -> metrics.Scale:
     """The scale of one split's scores, from its calibration renders."""
-    subjects = known(suite, "calibration", split, calibrating(suite, split))
-    first, second = references(subjects), targets(subjects)
-    a, b = embed(first), embed(second)
-    pairs = [(i, j) for i, j in enumerate(others(subjects)) if i != j]
-    different = [float(a[i] @ b[j]) for i, j in pairs]
-    distances = metrics.copy_distances(first, second)
+    subjects = calibrating(suite, split)
+    a, b = embed(references(subjects)), embed(targets(subjects))
+    different = [float(a[i] @ b[j]) for i, j in enumerate(others(subjects)) if i != j]
     return metrics.Scale(
         zero=float(np.mean(different)) if different else 0.0,
         one=float((a * b).sum(1).mean()),
-        copy_distance=metrics.copy_threshold(distances),
+        copy_distance=copy_threshold(suite, split),
         pairs=len(subjects),
     )
 
 
-def copy_thresholds(suite: Suite) -> dict[str, float]:
-    """The distance below which a picture is a copy, by split, as in `scale`; needs no judge."""
-    found: dict[str, float] = {}
-    for split in suite.splits:
-        subjects = known(suite, "calibration", split, calibrating(suite, split))
-        found[split] = metrics.copy_threshold(metrics.copy_distances(references(subjects), targets(subjects)))
-    return found
+def copy_threshold(suite: Suite, split: Split) -> float:
+    """The distance below which an image of a split is a copy."""
+    subjects = calibrating(suite, split)
+    return metrics.copy_threshold(metrics.copy_distances(references(subjects), targets(subjects)))
 
 
-def calibrating(suite: Suite, split: Split) -> int:
-    """How many subjects fix the scale of a split."""
-    return suite.calibration.identities if split == "identities" else suite.calibration.kinds
+def calibrating(suite: Suite, split: Split) -> list[Known]:
+    """The subjects that fix the scale of a split."""
+    count = suite.calibration.identities if split == "identities" else suite.calibration.kinds
+    return known(suite, "calibration", split, count)
 
 
 def check_pairs(suite: Suite, through: RoundTrip | None) -> RenderedPairs:
-    """Pairs whose truth is known, as a teacher would show them: through its VAE if one is given, then blurred."""
+    """Pairs of known truth as a teacher would show them: through its VAE if there is one, then blurred."""
     from PIL import ImageFilter
 
     from diptych.pocket import world
 
     subjects = checked(suite, MAIN)
-    first, second = references(subjects), targets(subjects)
-    drifted = []
-    for i, k in enumerate(subjects):
-        rng = suite.rng("check", "identities", i, 4)
-        drifted.append(render(world.drift(rng, k.subject), k.target))
+    rngs = [suite.rng("check", "identities", i, 4) for i in range(len(subjects))]
+    drifted = [render(world.drift(rng, k.subject), k.target) for rng, k in zip(rngs, subjects, strict=True)]
 
-    def seen(images: list[Image]) -> list[Image]:
+    def degrade(images: list[Image]) -> list[Image]:
         if through is not None:
             images = through(images)
         return [i.filter(ImageFilter.GaussianBlur(suite.check.blur)) if suite.check.blur else i for i in images]
 
-    first, second, drifted = seen(first), seen(second), seen(drifted)
-    made: list[tuple[Image, Image, str, int]] = []
+    first, second, drifted = degrade(references(subjects)), degrade(targets(subjects)), degrade(drifted)
+    pairs: list[tuple[Image, Image, str, int]] = []
     for i, j in enumerate(others(subjects)):
-        made += [(first[i], second[i], "same", i), (first[i], drifted[i], "drifted", i)]
+        pairs += [(first[i], second[i], "same", i), (first[i], drifted[i], "drifted", i)]
         if i != j:
-            made.append((first[i], second[j], "other", i))
-    left, right, truth, identity = (list(column) for column in zip(*made, strict=True))
+            pairs.append((first[i], second[j], "other", i))
+    left, right, truth, identity = (list(column) for column in zip(*pairs, strict=True))
     return RenderedPairs(left, right, truth, weigh(truth, suite.check.prior), np.array(identity))
 
 
 def judge_auc(suite: Suite, embed: Embed) -> dict[str, float]:
-    """How well a judge tells the same subject from another of its kind, on clean check renders; by split."""
+    """How well a judge separates the same subject from another of its kind, on clean check renders, by split."""
     result = {}
     for split in suite.splits:
         subjects = checked(suite, split)
@@ -127,7 +121,7 @@ def judge_auc(suite: Suite, embed: Embed) -> dict[str, float]:
 
 
 def copy_rate(suite: Suite, threshold: float) -> dict[str, Any]:
-    """How often true re-renders count as copies, on renders that took no part in setting the threshold."""
+    """How often true re-renders count as copies, on renders that did not set the threshold."""
     subjects = checked(suite, MAIN)
     copied = metrics.copy_distances(references(subjects), targets(subjects)) < threshold
     rate = float(copied.mean())
@@ -135,7 +129,7 @@ def copy_rate(suite: Suite, threshold: float) -> dict[str, Any]:
 
 
 def reader_accuracy(suite: Suite, read: Read, through: RoundTrip | None = None) -> dict[str, dict[str, float]]:
-    """How often the reader is right, by attribute group and split, on check renders (each through a VAE if given)."""
+    """The reader's accuracy by split and attribute group, on check renders, which go through a VAE if one is given."""
     result: dict[str, dict[str, float]] = {}
     for split in suite.splits:
         subjects = checked(suite, split)
@@ -144,7 +138,7 @@ def reader_accuracy(suite: Suite, read: Read, through: RoundTrip | None = None) 
         hits: dict[str, list[bool]] = {}
         for k, reading in zip(subjects, readings, strict=True):
             for group, value in attributes(k).items():
-                # Of a kind it was never told of, the reader cannot name the kind.
+                # The reader cannot name a held-out kind.
                 if group in reading.values and (group != "kind" or suite.splits[split].kinds == "train"):
                     hits.setdefault(group, []).append(reading.values[group] == value)
         result[split] = {group: round(float(np.mean(values)), 4) for group, values in hits.items()}
@@ -152,7 +146,7 @@ def reader_accuracy(suite: Suite, read: Read, through: RoundTrip | None = None) 
 
 
 def attributes(k: Known) -> dict[str, str]:
-    """The truth of a target render, in the reader's groups."""
+    """The true attributes of a target render, by the reader's groups."""
     scene = k.target
     light = scene.light
     return {
@@ -169,7 +163,7 @@ def attributes(k: Known) -> dict[str, str]:
 
 
 def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
-    """Pictures through a VAE and back, as 8-bit RGB: what a latent model can show of them at best."""
+    """A function that encodes and decodes images with a VAE, to 8-bit RGB: the limit of any latent model."""
     import torch
     from PIL.Image import fromarray
 
@@ -190,7 +184,7 @@ def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
 
 
 def yardsticks(context: Context, opened: VisionModels, about: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The judges' own errors on renders, and what they say about curation. `about` says who the judges are."""
+    """The judges' errors on renders, and the quality of curation. `about` has the judges' names and fingerprints."""
     suite, recipe = context.suite, context.recipe
     through = round_trip(context.teacher().vae)
     scorer, curator = opened.embed(recipe.evaluate.scorer), opened.embed(recipe.curate.judge, "curator")

@@ -1,8 +1,8 @@
-"""What is asked: references × prompts by difficulty. A suite is a versioned YAML file; those with a `layout` ask about
-pictures in a folder (`pictures.py`), the others about subjects of the pocket world, with the truth of each known.
+"""Suites: references × prompts by difficulty. A suite is a versioned YAML file.
 
-A suite gives samples (`samples`), each with a reference picture, a prompt, and the attributes the prompt asks for. The
-pocket suite draws its references with the renderer, so it also knows what a perfect answer looks like (`truth`).
+Suites with a `layout` use images in a folder (`images.py`). The others use subjects of the pocket world, whose truth is
+known. A suite gives samples (`samples`), each with a reference image, a prompt, and the attributes that the prompt
+names. The pocket suite renders its references, so it can also render the true image (`truth`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diptych.data import records
 from diptych.errors import UsageError, nearest
 from diptych.utils import documents
-from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.io import sha256
 
 if TYPE_CHECKING:
@@ -30,28 +29,28 @@ Split = Literal["identities", "kinds"]
 MAIN: Split = "identities"
 PURPOSES = {"suite": 0, "calibration": 1, "check": 2}  # independent streams of the suite's namespace
 SPLITS = {"identities": 0, "kinds": 1}
-WORDINGS = 32  # of which the shortest is taken, where room is short
+WORDINGS = 32  # of these, a grid prompt takes the shortest
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Part(BaseModel):
-    """A part of a suite's file: immutable, nothing unknown in it."""
+    """A part of a suite's file: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SplitSpec(Part):
-    """Which subjects, what they are called, and how many of them for each asked-for sample."""
+    """The subjects of a split: their kinds, the noun for them, and their number as a share of the samples."""
 
     kinds: Literal["train", "held_out"]
     noun: Literal["kind", "generic"]
     share: float = Field(gt=0, le=1)
 
 
-class Reference(Part):
-    """What is fixed about the scene of a reference."""
+class ReferenceScene(Part):
+    """The fixed attributes of a reference's scene."""
 
     pose: str
     framing: str
@@ -62,14 +61,14 @@ class Reference(Part):
 
 
 class Level(Part):
-    """A difficulty: what its prompts ask."""
+    """A difficulty: the attributes that its prompts name."""
 
     name: str
     asks: tuple[Literal["place", "light", "colour", "pose", "prop", "weather"], ...] = Field(min_length=1)
 
 
 class Calibration(Part):
-    """Renders that fix the scores' scale: identities of each split."""
+    """The number of identities whose renders fix the scores' scale, by split."""
 
     identities: int = Field(ge=2)
     kinds: int = Field(ge=2)
@@ -85,12 +84,12 @@ class Prior(Part):
     @model_validator(mode="after")
     def _whole(self) -> Prior:
         if abs(self.same + self.drifted + self.other - 1) > 1e-9 or self.same == 1:
-            raise ValueError("same + drifted + other must be 1, and not all of it same")
+            raise ValueError("same + drifted + other must be 1, and same must be below 1")
         return self
 
 
 class Check(Part):
-    """Renders that judges and curation are measured on."""
+    """The renders for measuring judges and curation; `blur` is a radius in pixels."""
 
     identities: int = Field(ge=2)
     prior: Prior
@@ -99,22 +98,22 @@ class Check(Part):
 
 @dataclass(frozen=True)
 class Sample:
-    """One reference and one prompt. `asked` maps an attribute group of the reader to the value the prompt asks for."""
+    """One reference and one prompt. `asked` maps attribute groups of the reader to the values that the prompt names."""
 
     id: str
     split: Split
-    identity: int  # number of the reference within its split: what the bootstrap resamples
+    identity: int  # number of the reference within its split, which the bootstrap resamples
     kind: str
     level: str
     prompt: str
-    grid_prompt: str  # the same wish as a 1×2 grid: reference left, target right
+    grid_prompt: str  # the same request as a 1×2 grid: reference left, target right
     asked: dict[str, str]
-    subject: str = ""  # what the reference is called, where a prompt names it; methods that need a class word use it
+    subject: str = ""  # noun for the reference in prompts, for methods that need a class word
 
 
 @dataclass(frozen=True)
 class Known:
-    """A subject, the scene of its reference, and one it is asked into."""
+    """A subject, the scene of its reference, and the scene of a prompt."""
 
     subject: Identity
     reference: Scene
@@ -128,13 +127,13 @@ class Suite(Part):
     version: int = Field(ge=1)
     namespace: int = Field(ge=2**20)  # training seeds are small numbers
     splits: dict[Split, SplitSpec]
-    reference: Reference
+    reference: ReferenceScene
     levels: tuple[Level, ...] = Field(min_length=1)
     calibration: Calibration
     check: Check
 
     def fingerprint(self) -> str:
-        """sha256 over all that the suite says."""
+        """sha256 over the suite's file."""
         return sha256(self.model_dump_json())
 
     def samples(self, identities: int, prompts: int) -> list[Sample]:
@@ -147,11 +146,11 @@ class Suite(Part):
         ]
 
     def references(self, identities: int) -> dict[Split, int]:
-        """How many references each split has."""
+        """The number of references of each split."""
         return {split: max(2, round(identities * spec.share)) for split, spec in self.splits.items()}
 
     def level(self, prompt: int, prompts: int) -> Level:
-        """The difficulty of prompt number `prompt` of `prompts`: spread evenly over the levels, easiest first."""
+        """The difficulty of prompt number `prompt` of `prompts`: evenly spaced over the levels, easiest first."""
         return self.levels[int((prompt + 0.5) * len(self.levels) / prompts) % len(self.levels)]
 
     def _sample(self, split: Split, identity: int, prompt: int, prompts: int) -> Sample:
@@ -162,21 +161,21 @@ class Suite(Part):
         rng = self.rng("suite", split, identity, 2, prompt)
         noun = known.subject.kind if self.splits[split].noun == "kind" else captions.GENERIC[rng.integers(3)]
         say = {name: float(name in level.asks) for name in ("place", "light", "pose", "prop", "weather")}
-        wish = captions.details(known.target, rng, say | {"framing": 0.0})
+        request = captions.details(known.target, rng, say | {"framing": 0.0})
         return Sample(
             id=f"{split[0]}{identity:03d}-{prompt}",
             split=split,
             identity=identity,
             kind=known.subject.kind,
             level=level.name,
-            prompt=f"a {noun} {wish}",
+            prompt=f"a {noun} {request}",
             grid_prompt=_grid_prompt(noun, known, say | {"framing": 0.0}, rng),
             asked={group: _value(known.target, group) for group in level.asks},
             subject=noun,
         )
 
     def rng(self, purpose: str, split: Split, *numbers: int) -> np.random.Generator:
-        """A generator of this suite's namespace; nothing else in diptych draws from it."""
+        """A generator of this suite's namespace, which nothing else in diptych uses."""
         import numpy as np
 
         return np.random.default_rng([self.namespace, PURPOSES[purpose], SPLITS[split], *numbers])
@@ -189,35 +188,35 @@ class Suite(Part):
         return world.sample_identity(self.rng(purpose, split, identity, 0), kinds[identity % len(kinds)])
 
     def known(self, split: Split, identity: int, level: Level, prompt: int = 0, purpose: str = "suite") -> Known:
-        """A subject in the scene of its reference and in a scene that `level` may ask for, everything known."""
+        """A subject with the scene of its reference and a scene that prompts of `level` describe."""
         from diptych.pocket import world
 
         subject = self.subject(purpose, split, identity)
         fixed = self.reference
         scene = world.sample_scene(self.rng(purpose, split, identity, 1))
         light = replace(scene.light, colour=fixed.colour, intensity=fixed.intensity)
-        documents = {"pose": fixed.pose, "framing": fixed.framing, "prop": fixed.prop, "weather": fixed.weather}
-        reference = replace(scene, light=light, **documents)
+        plain = {"pose": fixed.pose, "framing": fixed.framing, "prop": fixed.prop, "weather": fixed.weather}
+        reference = replace(scene, light=light, **plain)
         target = _target(self.rng(purpose, split, identity, 3, prompt), reference, level)
         return Known(subject, reference, target)
 
     def of(self, sample: Sample) -> Known:
-        """What is known about a sample."""
+        """The subject and scenes of a sample."""
         level = next(level for level in self.levels if level.name == sample.level)
         return self.known(sample.split, sample.identity, level, int(sample.id.rpartition("-")[2]))
 
-    def picture(self, sample: Sample) -> Image:
+    def reference_image(self, sample: Sample) -> Image:
         """The reference of a sample."""
         known = self.of(sample)
         return render(known.subject, known.reference)
 
     def truth(self, sample: Sample) -> Image:
-        """What a perfect method would draw (one of many such pictures)."""
+        """A perfect image for a sample (one of many)."""
         known = self.of(sample)
         return render(known.subject, known.target)
 
     def other(self, sample: Sample) -> Image:
-        """The asked scene with another subject of the same kind: the prompt is met, the reference ignored."""
+        """The scene of the prompt with another subject of the kind: it follows the prompt and ignores the reference."""
         from diptych.pocket import world
 
         known = self.of(sample)
@@ -226,13 +225,13 @@ class Suite(Part):
 
 
 def seed_of(sample_id: str, seed: int) -> int:
-    """The noise of a sample: the same for every method, so that comparisons are paired."""
+    """The noise seed of a sample, equal for every method, so that comparisons are paired."""
     return records.seed_of(seed, sample_id, "evaluate")
 
 
 @cache
 def render(subject: Identity, scene: Scene) -> Image:
-    """`pocket.render` as a PIL image; each is drawn once in a process."""
+    """`pocket.render` as a PIL image, cached in this process."""
     from PIL import Image
 
     from diptych.pocket import render as renderer
@@ -241,14 +240,14 @@ def render(subject: Identity, scene: Scene) -> Image:
 
 
 def _grid_prompt(noun: str, known: Known, say: dict[str, float], rng: np.random.Generator) -> str:
-    """A grid tells of two scenes, so each is said in few words, and the left one, which is held to the reference, in
-    none where there is no room: a prompt that is cut off would wrong its baseline."""
+    """The prompt of a grid in few words. If it is too long, the left scene, which `inpaint` sets to the reference, is
+    left out: a truncated prompt would be unfair to that baseline."""
     from diptych.pocket import captions
 
     place = {"place": 1.0, "pose": 0.0, "light": 0.0, "framing": 0.0}
     left, right = (
-        min((captions.details(scene, rng, told) for _ in range(WORDINGS)), key=captions.count_words)
-        for scene, told in ((known.reference, place), (known.target, say))
+        min((captions.details(scene, rng, named) for _ in range(WORDINGS)), key=captions.count_words)
+        for scene, named in ((known.reference, place), (known.target, say))
     )
     prompt = captions.GRIDS[2].format(subject=noun, left=left, right=right)
     fits = captions.count_words(prompt) <= captions.LONGEST
@@ -264,13 +263,13 @@ def _value(scene: Scene, group: str) -> str:
 
 
 def _target(rng: np.random.Generator, reference: Scene, level: Level) -> Scene:
-    """Another place, and what `level` asks for changed; the rest stays plain (`level` says nothing about it)."""
+    """Another place, with the attributes of `level` changed and the others as in the reference."""
     from diptych.pocket import world
 
     asks = set(level.asks)
 
-    def another(options: Any, *but: str) -> str:
-        left = [option for option in options if option not in but]
+    def another(options: Any, *excluded: str) -> str:
+        left = [option for option in options if option not in excluded]
         return left[int(rng.integers(len(left)))]
 
     scene = world.sample_scene(rng)
@@ -297,27 +296,25 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Suite:
-    """A suite of the pocket world by name, or from a YAML file. UsageError if it is unknown or does not hold what such
-    a suite holds."""
+    """A suite of the pocket world by name, or from a YAML file. UsageError if it is unknown or invalid."""
     return check(Suite, read(name), name)
 
 
 def read(name: str) -> dict[str, Any]:
-    """What a suite's file says, by name or path. UsageError if there is none or it is no YAML."""
+    """The content of a suite's file, by name or path. UsageError if it does not exist or is not YAML."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
-        raise UsageError(f"unknown suite '{name}'; known: {', '.join(names())}{nearest(name, names())}")
-    values = parse_yaml(read_text(path), str(path))
+        hint = nearest(name, names())
+        raise UsageError("name_unknown", f"Unknown suite '{name}'. Known suites: {', '.join(names())}{hint}")
+    values = documents.parse_yaml(documents.read_text(path), str(path))
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a suite is a list of `key: value` lines; this file is not")
+        raise UsageError("suite_invalid", f"{path}: a suite's file has `key: value` lines, but this file does not.")
     return values
 
 
 def check(kind: type[_Model], values: dict[str, Any], where: str) -> _Model:
-    """Plain values as a `kind` of suite. UsageError names the first key that is wrong."""
+    """Validates plain values as a `kind` of suite. UsageError names the first wrong key."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{where}: {key}: {documents.explain(first)}") from error
+        raise UsageError("suite_invalid", f"{where}: {documents.first(error, kind.model_fields)}") from error

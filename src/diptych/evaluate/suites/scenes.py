@@ -1,14 +1,14 @@
-"""Scenes to relight of which the truth is known, and the baselines that need no student.
+"""Scenes to relight whose truth is known, and color baselines.
 
-The renderer draws a held-out scene under two lights: the first is the reference, the second what a perfect relighting
-gives, to the pixel. A third of the wishes change the direction, a third the colour, a third both (and the strength).
+Each held-out scene is rendered under two lights: the first is the reference, the second the exact result of a perfect
+relighting. A third of the samples change the direction, a third the color, a third both (and the strength).
 
-Baselines beside `copy` and `text_only` (`baselines`):
+Baselines in addition to `copy` and `text_only` (`baselines`):
 
-- `colour_transfer`: Reinhard et al. 2001, the reference's mean and spread in lαβ made those of the asked light, as
-  averaged over renders of training subjects in that light.
-- `colour_shift`: the same, but moved by the mean *difference* that the asked light makes on such renders, so that a
-  dark place stays dark: what one colour curve for the whole picture can know from the words.
+- `colour_transfer`: Reinhard et al. 2001. The reference gets the mean and spread in lαβ of the requested light, as the
+  average over renders of training subjects in that light.
+- `colour_shift`: the same, but the statistics move by the mean *difference* that the requested light makes on such
+  renders, so that a dark place stays dark. This is the limit of one color curve for the whole image.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
 
     from diptych.pocket.world import Light
 
-NAMESPACE = 8112027  # of every random choice here; nothing else in diptych draws from it
+NAMESPACE = 8112027  # seed of every random choice here, which nothing else in diptych uses
 LEVELS = ("direction", "colour", "both")
-SCENES, FIT = 0, 1  # independent streams: what is scored, and what colour baselines are fitted on
+SCENES, FIT = 0, 1  # independent streams: scored scenes, and renders that color baselines are fitted on
 FITTED = 24  # renders for each light
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Wish(Sample):
-    """One scene and one light. `prompt` says both, `light` the light alone."""
+class RelightSample(Sample):
+    """One scene and one light. `prompt` describes both, `light` only the light."""
 
     light: str = field(kw_only=True)
 
 
 class Scenes:
-    """The suite: what `drawing.generate` draws for."""
+    """The suite of scenes to relight, for `generation.generate`."""
 
     name = "relight"
     version = VERSION
 
     def fingerprint(self) -> str:
-        """sha256 over what decides the wishes."""
+        """sha256 over what decides the samples."""
         return sha256_json([self.name, self.version, NAMESPACE, LEVELS, FITTED])
 
-    def samples(self, scenes: int) -> list[Wish]:
+    def samples(self, scenes: int) -> list[RelightSample]:
         """`scenes` held-out scenes, each under three other lights."""
-        return [self._wish(number, place) for number in range(scenes) for place in range(len(LEVELS))]
+        return [self._sample(number, place) for number in range(scenes) for place in range(len(LEVELS))]
 
-    def _wish(self, number: int, place: int) -> Wish:
+    def _sample(self, number: int, place: int) -> RelightSample:
         from diptych.pocket import captions
 
         known = self.known(number, place)
@@ -66,11 +66,11 @@ class Scenes:
         light = captions.describe_light(known.target.light)
         rng = np.random.default_rng([NAMESPACE, SCENES, number, 2])
         room = captions.LONGEST - captions.count_words(light) - 1
-        told = (captions.caption(known.subject.kind, known.reference, rng, say) for _ in range(100))
-        scene = next(words for words in told if captions.count_words(words) <= room)
+        wordings = (captions.caption(known.subject.kind, known.reference, rng, say) for _ in range(100))
+        scene = next(words for words in wordings if captions.count_words(words) <= room)
         before, after = known.reference.light, known.target.light
         changed = {"light": "direction", "colour": "colour", "intensity": "intensity"}
-        return Wish(
+        return RelightSample(
             id=f"r{number:04d}-{LEVELS[place]}",
             split=MAIN,
             identity=number,
@@ -87,7 +87,7 @@ class Scenes:
         )
 
     def known(self, number: int, place: int) -> Known:
-        """Everything of a wish. Kinds take turns."""
+        """The subject and both scenes of a sample. Kinds take turns."""
         from diptych.pocket import world
 
         rng = np.random.default_rng([NAMESPACE, SCENES, number, 0])
@@ -99,19 +99,19 @@ class Scenes:
     def of(self, sample: Sample) -> Known:
         return self.known(sample.identity, LEVELS.index(sample.level))
 
-    def picture(self, sample: Sample) -> Image:
-        """The reference."""
+    def reference_image(self, sample: Sample) -> Image:
+        """The reference of a sample."""
         known = self.of(sample)
         return suites.render(known.subject, known.reference)
 
     def truth(self, sample: Sample) -> Image:
-        """The same scene under the asked light."""
+        """The same scene under the requested light."""
         known = self.of(sample)
         return suites.render(known.subject, known.target)
 
 
 def another(rng: np.random.Generator, light: Light, level: str) -> Light:
-    """A light that differs in what `level` says: in direction, in colour, or in both and perhaps in strength."""
+    """A light that differs in direction, in color, or in both (and perhaps in strength), depending on `level`."""
     from diptych.pocket import world
 
     new = light
@@ -126,7 +126,7 @@ def another(rng: np.random.Generator, light: Light, level: str) -> Light:
     return new
 
 
-# ---- colour baselines
+# ---- color baselines
 
 _LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
 _OPPONENT = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
@@ -144,24 +144,24 @@ def from_opponent(values: np.ndarray) -> np.ndarray:
 
 
 def statistics(image: Image) -> np.ndarray:
-    """Mean and log spread (2, 3) of a picture in lαβ."""
+    """Mean and log spread (2, 3) of an image in lαβ."""
     values = to_opponent(np.asarray(image.convert("RGB"), dtype=np.float64) / 255).reshape(-1, 3)
     return np.stack([values.mean(0), np.log(values.std(0) + 1e-3)])
 
 
 def moved(image: Image, target: np.ndarray) -> Image:
-    """The picture with its mean and spread in lαβ made those of `target`."""
+    """The image with the mean and spread in lαβ of `target`."""
     from PIL.Image import fromarray
 
-    own = statistics(image)
+    source = statistics(image)
     values = to_opponent(np.asarray(image.convert("RGB"), dtype=np.float64) / 255)
-    values = (values - own[0]) * np.exp(target[1] - own[1]) + target[0]
+    values = (values - source[0]) * np.exp(target[1] - source[1]) + target[0]
     return fromarray((from_opponent(values) * 255).round().astype(np.uint8))
 
 
 @cache
 def light_statistics(direction: str, colour: str, intensity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of training renders in this light: their mean statistics, and the mean difference to those before it."""
+    """Mean statistics of training renders in this light, and their mean difference from the same scenes in another."""
     from diptych.pocket import world
 
     after, difference = [], []
@@ -178,8 +178,8 @@ def light_statistics(direction: str, colour: str, intensity: str) -> tuple[np.nd
     return np.mean(after, 0), np.mean(difference, 0)
 
 
-class ColourTransfer(Method):
-    """Reinhard's transfer; `relative` moves by the mean difference, not to the mean."""
+class ColorTransfer(Method):
+    """Reinhard's transfer; `relative` moves by the mean difference and not to the mean."""
 
     def __init__(self, suite: Scenes, relative: bool) -> None:
         self.suite, self.relative = suite, relative
@@ -188,9 +188,9 @@ class ColourTransfer(Method):
         return f"colour transfer, {'relative' if self.relative else 'absolute'}, {FITTED}"
 
     def generate(self, references: Sequence[Image], samples: Sequence[Any], seeds: Sequence[int]) -> Sequence[Image]:
-        pictures = []
+        images = []
         for reference, sample in zip(references, samples, strict=True):
-            light = self.suite.of(sample).target.light  # what its words say: direction, colour, strength
+            light = self.suite.of(sample).target.light  # only what the prompt names: direction, color, strength
             mean, difference = light_statistics(light.direction, light.colour, light.intensity)
-            pictures.append(moved(reference, statistics(reference) + difference if self.relative else mean))
-        return pictures
+            images.append(moved(reference, statistics(reference) + difference if self.relative else mean))
+        return images

@@ -187,10 +187,10 @@ def evaluate(work: Workload) -> dict[str, Any]:
     if settings.suite == "none":
         return {"suite": "none", "pictures": 0}
     from diptych.evaluate import suites
-    from diptych.evaluate.methods import drawn
+    from diptych.evaluate.methods import method_names
 
     references = sum(suites.load(settings.suite).references(settings.samples).values())
-    methods = len(drawn(settings))
+    methods = len(method_names(settings))
     return {"suite": settings.suite, "pictures": references * settings.prompts * len(settings.seeds) * methods}
 
 

@@ -166,9 +166,9 @@ def doubt(name: str, true_guidance: float) -> str | None:
     return None
 
 
-def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None) -> Any:
-    """The text-to-image pipeline in a diffusers folder, on the CPU, computing in `dtype`, as the class `kind` or the
-    class that the folder names. UserError if it cannot be opened."""
+def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None, device: Any = "cpu") -> Any:
+    """The text-to-image pipeline in a diffusers folder, on `device`, computing in `dtype` whatever its files hold; as
+    the class `kind`, or as the one that the folder names. UserError if it cannot be opened."""
     pipe: Any = open_pipeline(folder, dtype, kind=kind)
     arguments = inspect.signature(pipe.__call__).parameters
     if absent := [name for name in ("prompt", "height", "width", "generator") if name not in arguments]:
@@ -178,7 +178,7 @@ def open_teacher(folder: Path, dtype: torch.dtype, kind: str | None = None) -> A
             "as the teacher.",
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe if str(device) == "cpu" else pipe.to(device)
 
 
 @dataclass(frozen=True)

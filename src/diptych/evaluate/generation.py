@@ -1,7 +1,7 @@
-"""Drawing: every method answers every sample of a suite, and each method's pictures are a data set, `samples/METHOD/`.
+"""Generation: every method answers every sample of a suite, and each method's images are a dataset, `samples/METHOD/`.
 
-Pictures are made shard by shard through the engine, so a killed evaluation resumes. The fingerprint of a data set
-covers suite, samples, weights and settings; what drawing took goes to the run's log.
+Images are generated shard by shard through the engine, so a killed evaluation resumes. The fingerprint of a dataset
+covers suite, samples, weights and settings. The time and memory of each batch go to the run's log.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diptych.utils.machine import peak, reset_peak
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
 
-DRAWING = 1  # raised when equal settings would give other pictures
+VERSION = 1  # raised when equal settings would give other images
 SHARD = 2  # batches
 SAMPLE = {
     "image": records.IMAGE,
@@ -45,7 +45,7 @@ Progress = Callable[..., None]  # (images done, images in all, note="")
 
 
 def use_threads(recipe: Recipe) -> None:
-    """Lets torch use as many CPU threads as the recipe says."""
+    """Limits torch to the CPU threads that the recipe sets."""
     import torch
 
     if recipe.threads is not None:
@@ -53,23 +53,24 @@ def use_threads(recipe: Recipe) -> None:
 
 
 def fingerprint(recipe: Recipe, suite: Suite, samples: Sequence[Sample], method: Method) -> str:
-    """What decides a method's pictures: suite, samples, weights and settings."""
+    """Fingerprint of a method's images: sha256 over suite, samples, weights and settings."""
     settings = recipe.evaluate
-    drawing = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
-    drawing += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
-    drawing += [settings.null_panel] if settings.null_panel != "shared" else []
-    return sha256_json([DRAWING, asked(suite, samples, settings.seeds), method.fingerprint(), drawing])
+    values = [settings.steps, settings.image_guidance, settings.text_guidance, settings.true_guidance]
+    values += [settings.batch_size, recipe.paint.guidance, recipe.paint.dtype, recipe.device, recipe.threads]
+    values += [settings.null_panel] if settings.null_panel != "shared" else []
+    return sha256_json([VERSION, samples_fingerprint(suite, samples, settings.seeds), method.fingerprint(), values])
 
 
-def asked(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
-    """What decides a method's pictures apart from the method: sha256 over suite, samples and seeds."""
-    # Samples are spelt out, not only named: a change of the world's drawing code or wording is a change of the suite.
-    told = [asdict(sample) for sample in samples]
-    return sha256_json([suite.fingerprint(), told, suite.picture(samples[0]).tobytes().hex(), list(seeds)])
+def samples_fingerprint(suite: Suite, samples: Sequence[Sample], seeds: Sequence[int]) -> str:
+    """Fingerprint of what every method gets: sha256 over suite, samples and seeds."""
+    # Whole samples, not only their names: a change of the renderer or of the wording changes the suite.
+    contents = [asdict(sample) for sample in samples]
+    first = suite.reference_image(samples[0]).tobytes().hex()
+    return sha256_json([suite.fingerprint(), contents, first, list(seeds)])
 
 
-class _Drawing:
-    """A method as a stage: sample rows in, pictures out."""
+class _Generation:
+    """A method as a stage: sample rows in, images out."""
 
     def __init__(self, name: str, method: Method, context: Context, samples: dict[str, Sample]) -> None:
         self.name = name
@@ -79,12 +80,12 @@ class _Drawing:
         self.batch_size = context.recipe.evaluate.batch_size
 
     def load(self) -> Work:
-        """Draws a batch."""
+        """Returns a function that generates a batch."""
         use_threads(self.context.recipe)
 
         def work(rows: list[Row]) -> list[list[Row]]:
             samples = [self.samples[row["sample"]] for row in rows]
-            references = [self.context.suite.picture(sample) for sample in samples]
+            references = [self.context.suite.reference_image(sample) for sample in samples]
             seeds = [suites.seed_of(row["sample"], row["seed"]) for row in rows]
             images = self.method.generate(references, samples, seeds)
             return [
@@ -117,13 +118,13 @@ def generate(
     context: Context,
     samples: Sequence[Sample],
     methods: dict[str, Method],
-    prints: dict[str, str],
+    fingerprints: dict[str, str],
     engine: Engine,
     progress: Progress | None = None,
 ) -> None:
-    """Makes what is missing of `samples/METHOD/` for every method.
+    """Generates the missing images of `samples/METHOD/` for every method.
 
-    What a batch took goes to the run's log, since it may not change the data's bytes.
+    Time and memory of each batch go to the run's log, because they must not change the bytes of the data.
     """
     settings = context.recipe.evaluate
     rows = [{"id": f"{s.id}-{seed}", "sample": s.id, "seed": seed} for s in samples for seed in settings.seeds]
@@ -133,11 +134,9 @@ def generate(
     subjects = list({(sample.split, sample.identity): sample for sample in samples}.values())
     total = len(rows) * len(methods)
     for number, (name, method) in enumerate(methods.items()):
-        stage = _Drawing(name, method, context, by_id)
-        folder = context.run_dir / "samples" / name
-        output = Dataset(folder, records.schema(SAMPLE))
+        output = Dataset(context.run_dir / "samples" / name, records.schema(SAMPLE))
         if context.source is not None:
-            take(context.source, context.run_dir, name, prints[name])
+            take(context.source, context.run_dir, name, fingerprints[name])
         failed = Dataset(context.run_dir / "failed" / "evaluate" / name, records.schema(records.FAILED))
 
         def report(done: int, _: int, *note: str, before: int = number * len(rows), name: str = name) -> None:
@@ -145,29 +144,29 @@ def generate(
                 progress(before + done, total, ", ".join((name, *note)))
 
         def timed(images: int, seconds: float, name: str = name) -> None:
-            took: dict[str, Any] = {"images": images, "seconds": round(seconds, 4)}
-            if isinstance(engine, LocalEngine):  # else it is other processes that draw
-                took["peak_bytes"] = peak(context.recipe.device)
-            places.append(context.run_dir, "drawn", method=name, **took)
+            batch: dict[str, Any] = {"images": images, "seconds": round(seconds, 4)}
+            if isinstance(engine, LocalEngine):  # other engines generate in other processes
+                batch["peak_bytes"] = peak(context.recipe.device)
+            places.append(context.run_dir, "drawn", method=name, **batch)
 
         made_by = {"suite": context.suite.name, "version": context.suite.version, "method": name}
-        made_by["asked_sha256"] = asked(context.suite, samples, settings.seeds)
-        if not output.is_complete(prints[name]):
-            method.prepare([context.suite.picture(sample) for sample in subjects], subjects)
+        made_by["asked_sha256"] = samples_fingerprint(context.suite, samples, settings.seeds)
+        if not output.is_complete(fingerprints[name]):
+            method.prepare([context.suite.reference_image(sample) for sample in subjects], subjects)
         reset_peak(context.recipe.device)
-        engine.run(stage, shards, output, failed, prints[name], report, made_by, timed)
+        stage = _Generation(name, method, context, by_id)
+        engine.run(stage, shards, output, failed, fingerprints[name], report, made_by, timed)
 
 
 def take(source: Path, run_dir: Path, name: str, fingerprint: str) -> None:
-    """A method's pictures that another run has drawn by the same settings, and what drawing them took there."""
+    """Shares a method's images, and the log of their batches, from a run that generated them with equal settings."""
     share(source / "failed" / "evaluate" / name, run_dir / "failed" / "evaluate" / name, fingerprint)
     if not share(source / "samples" / name, run_dir / "samples" / name, fingerprint):
         return
 
-    def drawn(run: Path) -> list[dict[str, Any]]:
+    def batches(run: Path) -> list[dict[str, Any]]:
         return [each for each in places.read(run) if each.get("event") == "drawn" and each.get("method") == name]
 
-    for took in drawn(source) if not drawn(run_dir) else ():
-        places.append(
-            run_dir, "drawn", **{key: took[key] for key in took.keys() - {"event", "time"}}, source=str(source)
-        )
+    for batch in batches(source) if not batches(run_dir) else ():
+        values = {key: batch[key] for key in batch.keys() - {"event", "time"}}
+        places.append(run_dir, "drawn", **values, source=str(source))
