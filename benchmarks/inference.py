@@ -488,10 +488,10 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych import recipe as recipes
     from diptych.data.images import open_image
     from diptych.data.store import Dataset
-    from diptych.evaluate import drawing, harness, suites
+    from diptych.evaluate import generation, harness, suites
     from diptych.evaluate.evaluation import Evaluation
     from diptych.evaluate.methods.common import Context
-    from diptych.evaluate.methods.students import StudentShipped
+    from diptych.evaluate.methods.students import PackagedStudent
     from diptych.evaluate.scoring import judging, metrics, summary
 
     recipe = recipes.load(
@@ -508,7 +508,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     settings |= {name: replace(exact, **change) for name, change in LOSSY_ALONE.items()}
     settings = {"exact": exact} | {n: s for n, s in settings.items() if not arguments.only or n in arguments.only}
 
-    class Sped(StudentShipped):
+    class Sped(PackagedStudent):
         """The shipped student in one setting."""
 
         def __init__(self, context: Any, label: str, setting: Speed) -> None:
@@ -532,10 +532,12 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         samples = suite.samples(recipe.evaluate.samples, recipe.evaluate.prompts)
         places = {re.sub(r"[^\w.]+", "_", name): name for name in settings}
         methods: Any = {place: Sped(context, place, settings[name]) for place, name in places.items()}
-        prints = {place: drawing.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
+        prints = {place: generation.fingerprint(recipe, suite, samples, m) for place, m in methods.items()}
         plan = harness.EvaluationPlan(Evaluation.of_run(recipe, folder), context, samples, methods, prints)
         plan.generate(None, say)
-        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels(recipe.device))])
+        lines = harness.score_images(
+            plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels(recipe.device))]
+        )
         outcomes, pictures = {}, {}
         for place, name in places.items():
             outcomes[name] = summary.outcome(lines, place, suites.MAIN)

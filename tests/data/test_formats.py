@@ -20,7 +20,7 @@ from diptych.data.formats import pictures_in
 from diptych.data.images import check_image, encode, open_image
 from diptych.data.interop import find
 from diptych.data.interop.rows import Options
-from diptych.evaluate.suites import pictures
+from diptych.evaluate.suites import images
 from raising import raises
 
 RED = Image.new("RGB", (32, 16), (200, 30, 40))
@@ -151,7 +151,7 @@ def test_a_folder_of_references_names_what_it_leaves_out(mixed: Path, caplog: py
 def test_a_suite_of_local_images_lists_them_too(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     (mixed / "a.txt").write_text("a red thing\nat the beach")
     (mixed.parent / "prompts.txt").write_text("on the moon")
-    suite = pictures.open_suite("folder", str(mixed.parent), size=16)
+    suite = images.open_suite("folder", str(mixed.parent), size=16)
     assert len(suite.subjects) == 6
     assert all(name in said(caplog) for name in ("notes.docx", "f.psd")) and "a.txt" not in caplog.text
 

@@ -75,7 +75,7 @@ def test_a_study_trains_what_is_missing_and_ends_in_one_table(study: Path, tmp_p
     page = (out / "ablations.md").read_text()
     assert page.count("| full |") == 2 and "- `full`: all of it" in page and "Not run yet" not in page
     assert "## Held-out kinds" in page and f"`tuned` is `{tuned['picked']}`, the best of" in page
-    assert f"`tuned` beside `words`, paired, on the same 2 pictures: {beside['cp_pf']:+.3f}" in page
+    assert f"`tuned` compared with `words`, paired, on the same 2 images: {beside['cp_pf']:+.3f}" in page
 
     # Anchors and judges are measured once.
     first, other = (json.loads((ablate.place(out, "full", s) / "report/metrics.json").read_text()) for s in (0, 1))

@@ -12,10 +12,10 @@ import tiny_world as tiny
 import torch
 from safetensors.torch import load_file
 
-from diptych.errors import UsageError, UserError
 from diptych.evaluate.methods import adapter, common
 from diptych.evaluate.methods.common import Context
 from diptych.pocket.world import PANEL
+from raising import raises
 
 DISTILL = {"steps": 4, "batch_size": 4, "learning_rate": 0.02, "warmup": 1, "checkpoint_every": 1, "ema": 0.5}
 DISTILL |= {"validation_pairs": 2, "validate_every": 4, "sample_every": 0, "precision": "float32"}
@@ -61,27 +61,27 @@ def trained(teacher: Path, judges: Path, clip: Path, tmp_path_factory: pytest.Te
 
 def test_a_new_adapter_changes_nothing(teacher: Path, judges: Path, clip: Path, suite: Any) -> None:
     recipe = make_recipe(teacher, judges, clip)
-    pipe = common.open_teacher(recipe)
+    pipe = common.teacher_of(recipe)
     sample = suite.samples(2, 1)[0]
     noise = common.noise(pipe, [3], PANEL, PANEL)
-    (before,) = common.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe)
-    adapter.put(pipe, adapter.start(pipe, 12, 0))
+    (before,) = common.sample_teacher(pipe, [sample.prompt], PANEL, PANEL, noise, recipe)
+    adapter.attach(pipe, adapter.start(pipe, 12, 0))
     seen = [torch.randn(1, 1, 12)]
     more = {"ip_adapter_image_embeds": seen, "negative_ip_adapter_image_embeds": seen}
-    (after,) = common.draw(pipe, [sample.prompt], PANEL, PANEL, noise, recipe, **more)
+    (after,) = common.sample_teacher(pipe, [sample.prompt], PANEL, PANEL, noise, recipe, **more)
     assert np.abs(np.asarray(before, float) - np.asarray(after, float)).max() <= 1
 
 
 def test_what_is_trained_is_the_adapter_alone(trained: tuple[Any, Path], teacher: Path) -> None:
     recipe, folder = trained
-    path = adapter.place(folder) / adapter.FILE
+    path = adapter.run_folder(folder) / adapter.FILE
     file = load_file(path)
     assert {key.split(".")[0] for key in file} == {"image_proj", "ip_adapter"}
     assert file["image_proj.proj.weight"].shape == (adapter.TOKENS * 128, 12)
     assert file["ip_adapter.0.to_v_ip.weight"].abs().max() > 0  # zero before training
-    about = json.loads((adapter.place(folder) / adapter.ABOUT).read_text())
+    about = json.loads((adapter.run_folder(folder) / adapter.ABOUT).read_text())
     assert about["steps"] == 4 and about["parameters"] == sum(tensor.numel() for tensor in file.values())
-    lines = (adapter.place(folder) / "training" / "metrics.jsonl").read_text().splitlines()
+    lines = (adapter.run_folder(folder) / "training" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[-1])["left"] == 0 and "validation" in json.loads(lines[-1])
     assert recipe.teacher == str(teacher)
 
@@ -89,17 +89,17 @@ def test_what_is_trained_is_the_adapter_alone(trained: tuple[Any, Path], teacher
 def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any, Path], clip: Path, suite: Any) -> None:
     recipe, folder = trained
     samples = suite.samples(2, 1)[:2]
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     drawn = adapter.ImageAdapter(Context(recipe, folder, suite)).generate(references, samples, [3, 4])
-    pipe = common.open_teacher(recipe)
+    pipe = common.teacher_of(recipe)
     pipe.load_ip_adapter(
-        str(adapter.place(folder)),
+        str(adapter.run_folder(folder)),
         weight_name=adapter.FILE,
         image_encoder_pretrained_model_name_or_path=str(clip),
         image_encoder_dtype=torch.float32,
         local_files_only=True,
     )
-    (again,) = common.draw(
+    (again,) = common.sample_teacher(
         pipe,
         [samples[1].prompt],
         PANEL,
@@ -126,9 +126,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 
     with pytest.raises(KeyboardInterrupt):
         adapter.fit(recipe, tmp_path / "run", stop)
-    assert not (adapter.place(tmp_path / "run") / adapter.FILE).exists()
+    assert not (adapter.run_folder(tmp_path / "run") / adapter.FILE).exists()
     adapter.fit(recipe, tmp_path / "run")
-    a, b = (load_file(adapter.place(folder) / adapter.FILE) for folder in (straight, tmp_path / "run"))
+    a, b = (load_file(adapter.run_folder(folder) / adapter.FILE) for folder in (straight, tmp_path / "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -147,12 +147,12 @@ def test_any_embedding_model_is_an_encoder_but_the_one_that_scores(
     teacher: Path, judges: Path, suite: Any, tmp_path: Path
 ) -> None:
     encoder = adapter.Encoder.load(str(judges / "curator"), "cpu")
-    picture = suite.picture(suite.samples(2, 1)[0])
+    picture = suite.reference_image(suite.samples(2, 1)[0])
     seen = encoder.embed([picture, picture])
     assert seen.shape == (2, 16) and torch.equal(seen[0], seen[1])
     tiny.make_data(tmp_path / "run")
     recipe = make_recipe(teacher, judges, judges / "scorer")
-    with pytest.raises(UsageError, match="is the judge that scores"):
+    with raises("judge_conflict", judges / "scorer"):
         adapter.ImageAdapter(Context(recipe, tmp_path / "run", suite)).fingerprint()
 
 
@@ -160,15 +160,15 @@ def test_what_is_missing_or_does_not_fit_is_one_line(
     trained: tuple[Any, Path], teacher: Path, judges: Path, clip: Path, suite: Any, tmp_path: Path
 ) -> None:
     recipe, folder = trained
-    with pytest.raises(UserError, match="no pairs to train an adapter on"):
+    with raises("run_incomplete", tmp_path, "diptych curate", "evaluate.adapter.path"):
         adapter.ImageAdapter(Context(recipe, tmp_path, suite)).fingerprint()
     values = recipe.values()
     values["evaluate"]["adapter"]["path"] = str(tmp_path)
     named = type(recipe).model_validate(values)
-    with pytest.raises(UsageError, match=r"holds no ip_adapter\.safetensors"):
+    with raises("path_not_found", tmp_path, "ip_adapter.safetensors"):
         adapter.ImageAdapter(Context(named, tmp_path, suite)).fingerprint()
-    pipe = common.open_teacher(recipe)
-    state = adapter.read(adapter.place(folder) / adapter.FILE)
+    pipe = common.teacher_of(recipe)
+    state = adapter.read(adapter.run_folder(folder) / adapter.FILE)
     del state["ip_adapter"]["0.to_k_ip.bias"]
-    with pytest.raises(UserError, match="does not fit the teacher"):
-        adapter.put(pipe, state)
+    with raises("model_mismatch"):
+        adapter.attach(pipe, state)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.cli import app
-from diptych.errors import UsageError
 from diptych.evaluate.scoring import agreement
+from raising import raises
 
 # Krippendorff's own example of four observers and twelve units (Computing Krippendorff's Alpha-Reliability, 2011).
 OBSERVERS = (
@@ -78,19 +78,21 @@ def test_the_command_reads_ratings_and_audit_labels(tmp_path: Path, capsys: pyte
     rows = [{"id": f"m/{i}", "rater": "ann", "value": i // 2} for i in range(10)]
     rows += [{"id": f"m/{i}", "labeller": "bob", "label": "same" if i > 5 else "different"} for i in range(10)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
-    asked = ["data", "judge-check", str(tmp_path / "r.jsonl"), "--scores", str(tmp_path / "e")]
-    assert app.call(asked) == 0
+    command = ["data", "judge-check", str(tmp_path / "r.jsonl"), "--scores", str(tmp_path / "e")]
+    assert app.call(command) == 0
     out = capsys.readouterr().out
     assert "with ann" in out and "with bob" in out and "GPT-4o .50" in out
-    assert app.call([*asked, "--score", "pf"]) == 2 and "it has cp" in capsys.readouterr().err
+    assert app.call([*command, "--score", "pf"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error[name_unknown]") and "'pf'" in error and "cp" in error
     assert app.call(["data", "judge-check"]) == 2
 
 
 @pytest.mark.parametrize("line", ['{"id": "a"}', "no json", '{"id": "a", "value": "perhaps"}', "[]"])
-def test_a_line_that_is_no_rating_is_named(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_rating_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(f'{{"id": "a", "value": 1}}\n{line}\n')
-    with pytest.raises(UsageError, match="line 2"):
+    with raises("labels_invalid", path, "line 2"):
         agreement.read_ratings(path)
 
 

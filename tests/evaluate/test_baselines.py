@@ -11,11 +11,11 @@ import tiny_world as tiny
 import torch
 from PIL import Image
 
-from diptych.errors import UserError
-from diptych.evaluate.methods import baselines, common, named, students
+from diptych.evaluate.methods import baselines, build, common, students
 from diptych.evaluate.methods.common import Context
 from diptych.pocket.world import PANEL
 from diptych.student.canvas import Canvas, split_tokens
+from raising import raises
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, suite: Any) -> None:
     method = baselines.TextOnly(context)
-    seen = [suite.picture(s) for s in samples]
+    seen = [suite.reference_image(s) for s in samples]
     with_it = method.generate(seen, samples, [3, 4])
     without = method.generate([Image.new("RGB", (PANEL, PANEL))] * 2, samples, [3, 4])
     assert [i.tobytes() for i in with_it] == [i.tobytes() for i in without]
@@ -45,7 +45,7 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
     context: Context, samples: Any, suite: Any
 ) -> None:
     method = baselines.Inpaint(context)
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     prompts = [s.grid_prompt for s in samples]
     latents = method.grids(references, prompts, [3, 4], output_type="latent")
     left, right = split_tokens(torch.stack(latents), Canvas(PANEL, PANEL, 4))
@@ -59,15 +59,15 @@ def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
 
 def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite: Any) -> None:
     method = baselines.Inpaint(context)
-    one, other = (suite.picture(s) for s in samples)
+    one, other = (suite.reference_image(s) for s in samples)
     first, second = (method.generate([r], samples[:1], [3])[0] for r in (one, other))
     assert first.tobytes() != second.tobytes()
 
 
 @pytest.mark.parametrize("name", ["text_only", "inpaint", "student"])
 def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
-    method = named(name, context)[name]
-    references = [suite.picture(s) for s in samples]
+    method = build(name, context)[name]
+    references = [suite.reference_image(s) for s in samples]
     together = method.generate(references, samples, [3, 4])
     alone = [method.generate([r], [s], [n])[0] for r, s, n in zip(references, samples, (3, 4), strict=True)]
     for a, b in zip(together, alone, strict=True):
@@ -77,7 +77,7 @@ def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, sam
 def test_the_student_is_what_generate_would_draw(context: Context, samples: Any, suite: Any, teacher: Path) -> None:
     from diptych.apps.student import Student
 
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     drawn = students.RunStudent(context).generate(references, samples, [3, 4])
     student = Student.load(context.run_dir / "student", base=teacher, device="cpu")
     settings = context.recipe.evaluate
@@ -112,7 +112,7 @@ def test_a_control_lora_is_evaluated_too(context: Context, samples: Any, suite: 
 
 
 def test_copy_and_anchors_need_no_model(context: Context, samples: Any, suite: Any) -> None:
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     assert baselines.Copy(context).generate(references, samples, [0, 0]) == references
     assert baselines.Truth(context).generate(references, samples, [0, 0])[0] == suite.truth(samples[0])
     assert baselines.Other(context).generate(references, samples, [0, 0])[0] != suite.truth(samples[0])
@@ -120,5 +120,5 @@ def test_copy_and_anchors_need_no_model(context: Context, samples: Any, suite: A
 
 def test_a_run_without_a_student_says_how_to_get_one(context: Context, tmp_path: Path) -> None:
     empty = Context(context.recipe, tmp_path / "empty", context.suite)
-    with pytest.raises(UserError, match="diptych distill"):
+    with raises("run_incomplete", tmp_path / "empty", "diptych distill"):
         students.RunStudent(empty).fingerprint()

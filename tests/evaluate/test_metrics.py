@@ -32,7 +32,7 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """Anchors and `copy`, drawn and scored as a run does it."""
     from diptych.evaluate import harness
     from diptych.evaluate.evaluation import Evaluation
-    from diptych.evaluate.methods import named
+    from diptych.evaluate.methods import build
     from diptych.evaluate.methods.common import Context
     from diptych.evaluate.scoring import judging, summary
 
@@ -41,7 +41,7 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     context = Context(recipe, folder, suite)
     names = ("truth", "other", "copy")
     samples = suite.samples(4, 2)
-    methods = {own: method for name in names for own, method in named(name, context).items()}
+    methods = {own: method for name in names for own, method in build(name, context).items()}
     plan = harness.EvaluationPlan(
         Evaluation.of_run(recipe, folder), context, samples, methods, dict.fromkeys(names, "x")
     )
@@ -49,7 +49,7 @@ def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging.VisionModels, "embed", lambda *_: oracle.embed)
         patch.setattr(judging.VisionModels, "reader", lambda *_: oracle)
-        lines = harness.look(plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels("cpu"))])
+        lines = harness.score_images(plan, [judging.pocket(plan.evaluation, suite, judging.VisionModels("cpu"))])
     return {n: summary.outcome(lines, n, "identities") for n in names}
 
 
@@ -210,13 +210,13 @@ def test_about_95_of_100_intervals_of_a_rare_share_hold_it() -> None:
 def test_two_references_prove_nothing() -> None:
     better, worse = outcome_of([0.9, 0.8]), outcome_of([0.1, 0.2])
     found = metrics.compare(better, worse, 1000)
-    assert found["p"] == 0.5 and found["identities"] == 2 and "too few" in metrics.p_said(found)
+    assert found["p"] == 0.5 and found["identities"] == 2 and "too few" in metrics.format_p(found)
     low, high = found["ci95"]
     assert low < 0 < found["difference"] < high and not found["intervals_apart"]
     low, high = metrics.summary(better, 1000)["ci95"]["cp_pf"]
     assert low < 0.3 and high > 0.95
     six = metrics.compare(outcome_of([0.9] * 6), outcome_of([0.1] * 6), 1000)
-    assert six["p"] == pytest.approx(2**-5, abs=1e-4) and metrics.p_said(six).startswith("= 0.031")
+    assert six["p"] == pytest.approx(2**-5, abs=1e-4) and metrics.format_p(six).startswith("= 0.031")
 
 
 def test_a_difference_of_all_and_none_is_not_known_to_the_last_digit() -> None:

@@ -1,4 +1,4 @@
-"""Relighting against the truth: what is asked, how baselines answer, what is scored, and the whole on a tiny run."""
+"""Relighting against the truth: samples, baselines, scores, and the whole on a tiny run."""
 
 from __future__ import annotations
 
@@ -12,64 +12,63 @@ import pytest
 import tiny_world as tiny
 from PIL import Image
 
-from diptych.evaluate import drawing
+from diptych.evaluate import generation
 from diptych.evaluate import relighting as relight
 from diptych.evaluate.methods.common import Context
 from diptych.evaluate.report import relight_report, render, run_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.suites import scenes as relight_suite
-from diptych.evaluate.suites.scenes import ColourTransfer, Scenes
+from diptych.evaluate.suites.scenes import ColorTransfer, Scenes
 from diptych.pocket import captions, world
 from diptych.recipe.schema import Recipe, Relighting
 
 SUITE = Scenes()
-WISHES = SUITE.samples(10)
+SAMPLES = SUITE.samples(10)
 
 
 def test_only_the_light_changes_and_what_is_asked_differs_from_the_reference() -> None:
-    assert len(WISHES) == 30 and len({wish.id for wish in WISHES}) == 30
-    assert {wish.kind for wish in WISHES} == set(world.TRAIN_KINDS)
-    for wish in WISHES:
-        known = SUITE.of(wish)
+    assert len(SAMPLES) == 30 and len({sample.id for sample in SAMPLES}) == 30
+    assert {sample.kind for sample in SAMPLES} == set(world.TRAIN_KINDS)
+    for sample in SAMPLES:
+        known = SUITE.of(sample)
         before, after = known.reference.light, known.target.light
         assert world.replace(known.target, light=before) == known.reference
-        groups = {"direction": {"light"}, "colour": {"colour"}, "both": {"light", "colour"}}[wish.level]
-        assert wish.asked.keys() - {"intensity"} == groups
-        assert wish.asked.get("light", before.direction) == after.direction
-        assert ("colour" in wish.asked) == (after.colour != before.colour)
-        assert wish.light == captions.describe_light(after) and wish.prompt.endswith(f", {wish.light}")
-        assert not captions.unknown_words(wish.prompt) and captions.count_words(wish.prompt) <= captions.LONGEST
-        assert "light" not in wish.prompt.removesuffix(wish.light)
-        assert SUITE.picture(wish).size == SUITE.truth(wish).size == (world.PANEL, world.PANEL)
-    assert Scenes().samples(3) == WISHES[:9]
+        groups = {"direction": {"light"}, "colour": {"colour"}, "both": {"light", "colour"}}[sample.level]
+        assert sample.asked.keys() - {"intensity"} == groups
+        assert sample.asked.get("light", before.direction) == after.direction
+        assert ("colour" in sample.asked) == (after.colour != before.colour)
+        assert sample.light == captions.describe_light(after) and sample.prompt.endswith(f", {sample.light}")
+        assert not captions.unknown_words(sample.prompt) and captions.count_words(sample.prompt) <= captions.LONGEST
+        assert "light" not in sample.prompt.removesuffix(sample.light)
+        assert SUITE.reference_image(sample).size == SUITE.truth(sample).size == (world.PANEL, world.PANEL)
+    assert Scenes().samples(3) == SAMPLES[:9]
 
 
-def test_the_colour_space_of_the_transfer_goes_both_ways() -> None:
+def test_the_color_space_of_the_transfer_goes_both_ways() -> None:
     pixels = np.random.default_rng(0).uniform(0.1, 1, (50, 3))
-    # The matrices are printed with four digits, so white is not quite on the grey axis.
+    # The matrices are printed with four digits, so white is not quite on the gray axis.
     assert np.allclose(relight_suite.from_opponent(relight_suite.to_opponent(pixels)), pixels, atol=1e-6)
     image = Image.fromarray((pixels.reshape(10, 5, 3) * 255).astype(np.uint8))
     target = np.array([[-0.8, 0.05, 0.0], [-2.0, -3.0, -3.5]])
     assert np.allclose(relight_suite.statistics(relight_suite.moved(image, target)), target, atol=0.1)
 
 
-def test_colour_baselines_do_what_they_say() -> None:
-    coloured = [wish for wish in WISHES if wish.level == "colour"]
-    references, truths = ([f(wish) for wish in coloured] for f in (SUITE.picture, SUITE.truth))
+def test_color_baselines_move_the_statistics_to_the_requested_light() -> None:
+    changed = [sample for sample in SAMPLES if sample.level == "colour"]
+    references, truths = ([f(sample) for sample in changed] for f in (SUITE.reference_image, SUITE.truth))
 
-    def error(pictures: Any) -> float:
-        apart = [np.asarray(p, dtype=float) - np.asarray(t, dtype=float) for p, t in zip(pictures, truths, strict=True)]
+    def error(images: Any) -> float:
+        apart = [np.asarray(i, dtype=float) - np.asarray(t, dtype=float) for i, t in zip(images, truths, strict=True)]
         return float(np.mean([np.abs(one).mean() for one in apart]))
 
-    shifted = ColourTransfer(SUITE, relative=True).generate(references, coloured, [])
+    shifted = ColorTransfer(SUITE, relative=True).generate(references, changed, [])
     assert error(shifted) < 0.8 * error(references)
-    for wish, picture in zip(
-        coloured, ColourTransfer(SUITE, relative=False).generate(references, coloured, []), strict=True
-    ):
-        light = SUITE.of(wish).target.light
+    transferred = ColorTransfer(SUITE, relative=False).generate(references, changed, [])
+    for sample, reference, image in zip(changed, references, transferred, strict=True):
+        light = SUITE.of(sample).target.light
         wanted, _ = relight_suite.light_statistics(light.direction, light.colour, light.intensity)
-        before, after = (np.abs(relight_suite.statistics(p) - wanted).sum() for p in (SUITE.picture(wish), picture))
-        assert after < before, "its statistics are those of the asked light, clipped"
+        before, after = (np.abs(relight_suite.statistics(each) - wanted).sum() for each in (reference, image))
+        assert after < before, "its statistics are those of the requested light, clipped"
 
 
 def line(method: str, scene: int, **scores: float) -> dict[str, Any]:
@@ -101,11 +100,11 @@ def test_ahead_means_better_with_intervals_apart() -> None:
 
 
 def test_structure_is_the_reference_s_outlines_in_their_place() -> None:
-    wish = WISHES[0]
-    reference, truth = SUITE.picture(wish), SUITE.truth(wish)
+    sample = SAMPLES[0]
+    reference, truth = SUITE.reference_image(sample), SUITE.truth(sample)
     moved = Image.fromarray(np.roll(np.asarray(reference), 4, 1))
     assert relight.structure(reference, reference) > 0.99 and relight.structure(reference, moved) == 0
-    assert relight.structure(reference, truth) > 0.5 > relight.structure(reference, SUITE.picture(WISHES[-1]))
+    assert relight.structure(reference, truth) > 0.5 > relight.structure(reference, SUITE.reference_image(SAMPLES[-1]))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_a_finished_one_is_not_done_again_and_an_interrupted_one_goes_on(
     recipe, folder = relit
     before = (folder / "report" / "relight.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "generate", lambda *_: pytest.fail("drawn again"))
+        patch.setattr(generation, "generate", lambda *_: pytest.fail("drawn again"))
         assert relight.evaluate(recipe, folder) == json.loads(before)
     (folder / "report" / "relight.json").unlink()
     kept = {p: p.read_bytes() for p in (folder / "samples" / "relight").rglob("*.parquet")}
@@ -158,7 +157,7 @@ def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, P
         return relight.choose(Context(changed, folder, SUITE), SUITE)[0]["relight/student"]  # pyright: ignore
 
     def drawn(method: Any) -> bytes:
-        return method.generate([SUITE.picture(WISHES[0])], [WISHES[0]], [0])[0].tobytes()
+        return method.generate([SUITE.reference_image(SAMPLES[0])], [SAMPLES[0]], [0])[0].tobytes()
 
     plain, relighting, everywhere = method(), method(relighting=Relighting(**guided)), method(**guided)
     assert drawn(relighting) == drawn(everywhere) != drawn(plain)
@@ -168,13 +167,13 @@ def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, P
 def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -> None:
     recipe, folder = relit
     page = run_report.write(recipe, folder).read_text()
-    assert "Relighting, against the truth" in page and "colour transfer" in page and page.count("<b>truth</b>") == 6
+    assert '<section id="relight"' in page and "color transfer" in page and page.count("<b>truth</b>") == 6
     text = (folder / "report" / "report.md").read_text()
-    assert "## Relighting" in text and "| student, told the scene |" in text and "| copy |" in text
+    assert "## Relighting" in text and "| student, with the scene |" in text and "| copy |" in text
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"relight": 0})})
     assert "Relighting" not in run_report.write(plain, folder).read_text()
     empty = render.part("run.html.j2", "relight", **relight_report.view(Run(recipe, folder / "nowhere")))
-    assert "Nothing has been relit yet" in empty
+    assert 'class="missing"' in empty and "diptych evaluate" in empty
 
 
 def test_a_run_evaluates_relighting_where_its_recipe_asks(

@@ -1,4 +1,4 @@
-"""The report is one file that loads nothing, tells what is missing, and shows what is there."""
+"""The report is one self-contained file that shows what a run has, and reports what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
 from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
-from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers
+from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers, words
 from diptych.evaluate.scoring import curation
 from diptych.evaluate.scoring.curation import Witness
 from diptych.recipe.schema import Recipe
@@ -99,12 +99,13 @@ def page_of(recipe: Recipe, run: Path) -> Page:
 def test_a_full_run_is_shown_stage_by_stage(recipe: Recipe, full: Path) -> None:
     page = page_of(recipe, full)
     assert "missing" not in {attrs.get("class") for _, attrs in page.found}
-    for words in (
-        "1 · Write", "2 · Paint", "3 · Curate", "4 · Distill", "5 · Side by side", "6 · Scores", "Paired comparisons",
-        "12 prompts", "Refused", "Validation loss, right panel", "Kinds that neither teacher", "1 h 01 min",
+    sections = [attrs["id"] for attrs in page.all("section")]
+    assert sections == [anchor for anchor, *_ in run_report.PARTS if anchor != "relight"]
+    for text in (
+        "Paired comparisons", "12 prompts", "Rejected", "Validation loss, right panel", "Held-out kinds", "1 h 01 min",
         "precision is", "held-out kinds", "sha256", "image_guidance",
     ):  # fmt: skip
-        assert words in page.words, words
+        assert text in page.words, text
     labels = [attrs["aria-label"] for attrs in page.all("svg")]
     assert len(labels) >= 6 and all(labels)
 
@@ -117,9 +118,10 @@ def test_a_pair_that_repeats_another_is_not_counted_as_kept(recipe: Recipe, full
     pairs.write_shard(0, rows[:2] + rows[4:], "tiny")
     kept = len(rows) - 2
     page = page_of(recipe, full)
-    assert f"Of 24 candidates {kept} were kept, {percent(kept / 24)}" in page.words
-    assert "2: both panels repeat an earlier pair’s, by their embeddings" in page.words
-    assert page.words.count("Refused: both panels repeat") == 1  # one picture of it is shown
+    assert f"Of 24 candidates {kept} were accepted, {percent(kept / 24)}" in page.words
+    duplicate = words()["reasons"]["duplicate: embedding"]
+    assert f"2: {duplicate}" in page.words
+    assert page.words.count(f"Rejected: {duplicate}") == 1  # one example of it is shown
     found = curation.on_grids(full, lambda images: np.ones((len(images), 2)), Witness(0.5, hit=1.0, false_alarm=0.0))
     assert found is not None and found["kept"] == kept and found["reasons"]["duplicate: embedding"] == 2
 
@@ -154,7 +156,7 @@ def test_an_empty_run_says_what_is_missing_and_how_it_comes(recipe: Recipe, tmp_
     page = page_of(recipe, tmp_path)
     for stage in ("write", "paint", "curate", "distill", "evaluate"):
         assert f"diptych {stage}" in page.words
-    assert "not there yet" in (tmp_path / "report" / "report.md").read_text()
+    assert "| pairs | none yet |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_damaged_file_costs_its_part_and_not_the_page(recipe: Recipe, full: Path) -> None:
@@ -164,7 +166,7 @@ def test_a_damaged_file_costs_its_part_and_not_the_page(recipe: Recipe, full: Pa
     broken["judges"] = {"scorer": []}
     (full / "report" / "metrics.json").write_text(json.dumps(broken))
     page = page_of(recipe, full)
-    assert "could not be read" in page.words and "could not be shown" in page.words
+    assert "Cannot read this section" in page.words and "Cannot show this section" in page.words
     assert "12 prompts" in page.words and "Validation loss" in page.words
 
 
@@ -246,12 +248,11 @@ def test_the_run_s_own_student_is_the_headline_and_the_shipped_one_is_named_as_s
     found["methods"]["student"] |= {"cp_pf": 0.111}
     found["methods"]["student_shipped"] = found["methods"]["student"] | {"cp_pf": 0.577}
     path.write_text(json.dumps(found))
-    said = run_report.headline(Run(recipe, full))
-    first, _, rest = said.partition("**0.11**")
-    assert "this run’s student" in first and "0.58" not in first and "shipped student" in rest and "0.58" in rest
+    first, _, rest = run_report.headline(Run(recipe, full)).partition("**0.11**")
+    assert "this run’s student" in first and "0.58" not in first and "packaged student" in rest and "0.58" in rest
     del found["methods"]["student"]
     path.write_text(json.dumps(found))
-    assert "shipped student (not this run’s)" in run_report.headline(Run(recipe, full))
+    assert "packaged student (not this run’s)" in run_report.headline(Run(recipe, full))
 
 
 def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
@@ -262,10 +263,10 @@ def test_grids_and_pairs_are_counted_apart(recipe: Recipe, full: Path) -> None:
     candidates.write_shard(0, [row | bad if row["grid_id"] in seamless else row for row in rows], "tiny")
     steps = {step["name"]: step for step in funnel.measure(with_recipe(recipe, full))["steps"]}
     assert (steps["cut"]["count"], steps["cut"]["unit"], steps["pre-filtered"]["unit"]) == (9, "grids", "pairs")
-    bars = {name: (said, note) for name, _, said, note in run_report.funnel(Run(recipe, full), reasons_of(full))}
-    said, note = bars["grids cut, judged"]
-    assert said == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
-    assert "seam" not in bars["pairs kept"][1]
+    bars = {name: (number, note) for name, _, number, note in run_report.funnel(Run(recipe, full), reasons_of(full))}
+    number, note = bars["grids cut and judged"]
+    assert number == "9" and "3 grids without a clear seam" in note and "18 ordered pairs" in note
+    assert "seam" not in bars["accepted pairs"][1]
     pytest.importorskip("gradio", reason="the extra `serve` is not installed")
     from diptych.serve.app.run_tabs import described
     from diptych.serve.runs import Runs

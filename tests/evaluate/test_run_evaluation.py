@@ -11,10 +11,11 @@ import pytest
 import tiny_world as tiny
 
 from diptych.data.store import Dataset
-from diptych.errors import UsageError, UserError
-from diptych.evaluate import drawing, harness
+from diptych.errors import UserError
+from diptych.evaluate import generation, harness
 from diptych.evaluate.scoring.summary import compare_folders as compare
 from diptych.run import plan
+from raising import raises
 
 METHODS = ["student", "text_only", "copy", "inpaint"]
 
@@ -68,7 +69,7 @@ def test_a_plan_counts_the_pictures_that_are_drawn(done: dict[str, Any], recipe:
 def test_a_finished_evaluation_is_not_done_again(
     done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(generation, "generate", lambda *_: pytest.fail("drawn again"))
     assert harness.evaluate_run(recipe, run_dir, suite=suite) == done
 
 
@@ -82,7 +83,7 @@ def test_what_is_missing_is_drawn_again_and_nothing_else(
     log_before = (run_dir / "log.jsonl").read_text().count('"drawn"')
     again = harness.evaluate_run(recipe, run_dir, suite=suite)
     assert part.read_bytes() == before and kept.stat().st_mtime_ns == untouched
-    assert (run_dir / "log.jsonl").read_text().count('"drawn"') - log_before == drawing.SHARD
+    assert (run_dir / "log.jsonl").read_text().count('"drawn"') - log_before == generation.SHARD
     varying = {"seconds"}
     for found in (done, again):
         for scores in (*found["methods"].values(), *found["splits"]["kinds"]["methods"].values()):
@@ -107,7 +108,7 @@ def test_pictures_of_another_student_are_not_mixed_in(
 def test_the_judge_that_curated_may_not_score(recipe: Any, judge_folders: Path, run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
     same = tiny.make_recipe(Path(recipe.teacher), judge_folders, scorer=str(tmp_path / "renamed"))
-    with pytest.raises(UsageError, match="is the judge that curated"):
+    with raises("judge_conflict", "evaluate.scorer", "curate.judge"):
         harness.evaluate_run(same, run_dir)
 
 
@@ -117,7 +118,7 @@ def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, ru
         (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
         (tmp_path / name / "model.safetensors").write_bytes(b"the same weights")
     same = tiny.make_recipe(Path(recipe.teacher), tmp_path)
-    with pytest.raises(UsageError, match="is the judge that curated"):
+    with raises("judge_conflict", "evaluate.scorer", "curate.judge"):
         harness.evaluate_run(same, run_dir)
 
 
@@ -132,7 +133,7 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
 
     def resolve(name: str, role: str) -> Path:
         if name == "pocket":
-            raise UserError("the pocket student is not in this installation")
+            raise UserError("model_not_found", "the pocket student is not in this installation")
         return real(name, role)
 
     monkeypatch.setattr(models, "resolve", resolve)
@@ -149,7 +150,7 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
 def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
     recipe: Any, tmp_path: Path, suite: Any, oracles: Any
 ) -> None:
-    with pytest.raises(UserError, match="holds no student yet"):
+    with raises("run_incomplete", "diptych distill"):
         harness.evaluate_run(recipe, tmp_path / "new", suite=suite)
     assert not (tmp_path / "new" / "samples").exists()
 
@@ -158,13 +159,13 @@ def test_runs_are_compared_picture_by_picture(done: dict[str, Any], run_dir: Pat
     found = compare(f"{run_dir}:student", f"{run_dir}:copy", times=50)["scores"]
     assert found["cp_pf"]["difference"] == done["comparisons"]["student"]["copy"]["difference"]
     assert found["cp_pf"]["n"] == 8
-    with pytest.raises(UsageError, match=r"4 methods \(student, text_only, copy, inpaint\); name one"):
+    with raises("option_invalid", run_dir, "student, text_only, copy, inpaint"):
         compare(str(run_dir), f"{run_dir}:copy")
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     done["judges"]["reader"]["fingerprint"] = "another"
     (other / "report" / "metrics.json").write_text(json.dumps(done))
-    with pytest.raises(UsageError, match="different judges"):
+    with raises("suite_mismatch", f"{run_dir}:student", f"{other}:student"):
         compare(f"{run_dir}:student", f"{other}:student")
 
 
@@ -180,5 +181,5 @@ def test_pictures_that_another_run_has_drawn_alike_are_taken_over(
         assert parts and all(path.samefile(tmp_path / "run" / path.relative_to(evaluated)) for path in parts)
         assert found["methods"][name]["cp_pf"] == before["methods"][name]["cp_pf"]
         assert found["methods"][name]["seconds_per_image"] == before["methods"][name]["seconds_per_image"]
-    drawing.take(evaluated, tmp_path / "other", "student", "made otherwise")
+    generation.take(evaluated, tmp_path / "other", "student", "made otherwise")
     assert not (tmp_path / "other").exists()

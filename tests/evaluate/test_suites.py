@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from diptych.errors import UsageError
 from diptych.evaluate import suites
 from diptych.pocket import captions, world
+from raising import raises
 
 PHRASES = {
     "place": captions.PLACES,
@@ -31,7 +31,7 @@ def samples() -> list[suites.Sample]:
 def test_the_same_suite_asks_the_same(samples: list[suites.Sample]) -> None:
     again = suites.load("pocket")
     assert again.samples(40, 5) == samples
-    assert again.picture(samples[7]).tobytes() == suites.load("pocket").picture(samples[7]).tobytes()
+    assert again.reference_image(samples[7]).tobytes() == suites.load("pocket").reference_image(samples[7]).tobytes()
 
 
 def test_a_longer_suite_begins_with_the_shorter_ones_subjects(samples: list[suites.Sample]) -> None:
@@ -109,16 +109,16 @@ def test_noise_depends_on_sample_and_seed_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "key"),
     [({"levels": []}, "levels"), ({"wrong": 1}, "wrong"), ({"namespace": 3}, "namespace")],
 )
-def test_a_broken_suite_file_is_refused_by_the_key(change: dict[str, Any], said: str, tmp_path: Any) -> None:
-    path = tmp_path / "own.yaml"
+def test_an_invalid_suite_file_is_rejected_by_the_key(change: dict[str, Any], key: str, tmp_path: Any) -> None:
+    path = tmp_path / "custom.yaml"
     path.write_text(yaml.safe_dump(suites.load("pocket").model_dump(mode="json") | change))
-    with pytest.raises(UsageError, match=said):
+    with raises("suite_invalid", path, key):
         suites.load(str(path))
 
 
 def test_an_unknown_suite_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="did you mean 'pocket'"):
+    with raises("name_unknown", "'poket'", "'pocket'"):
         suites.load("poket")

@@ -45,7 +45,7 @@ def test_every_subject_is_trained_once_and_every_steps_of_the_sweep_on_the_way(
     here = context(teacher, judge_folders, tmp_path, suite)
     methods = tuning.sweep(here)
     assert list(methods) == ["tuned-0.01-1", "tuned-0.01-3"]
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     first = methods["tuned-0.01-1"]
     first.prepare(references, samples)
     made = {path: path.stat().st_mtime_ns for path in weights(tmp_path)}
@@ -67,13 +67,15 @@ def test_the_files_are_what_stock_diffusers_opens_and_draws_with(
 ) -> None:
     here = context(teacher, judge_folders, tmp_path, suite)
     method = tuning.sweep(here)["tuned-0.01-3"]
-    references = [suite.picture(s) for s in samples]
+    references = [suite.reference_image(s) for s in samples]
     method.prepare(references, samples)
     drawn = method.generate(references, samples, [3, 4, 5])
-    pipe = common.open_teacher(here.recipe)
+    pipe = common.teacher_of(here.recipe)
     own = next(p for p in weights(tmp_path) if "0.01-3" in str(p) and "identities-001" in str(p))
     pipe.load_lora_weights(own.parent)
-    (again,) = common.draw(pipe, [samples[2].prompt], PANEL, PANEL, common.noise(pipe, [5], PANEL, PANEL), here.recipe)
+    (again,) = common.sample_teacher(
+        pipe, [samples[2].prompt], PANEL, PANEL, common.noise(pipe, [5], PANEL, PANEL), here.recipe
+    )
     assert np.abs(np.asarray(again, float) - np.asarray(drawn[2], float)).max() <= 2
     # The third sample's subject was not the others', and the teacher alone draws something else.
     swapped = method.generate([references[0]], [samples[0]], [5])[0]
@@ -86,7 +88,7 @@ def test_training_brings_the_model_nearer_to_its_picture(
     teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any, samples: Any
 ) -> None:
     tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[30]))
-    reference = suite.picture(samples[0])
+    reference = suite.reference_image(samples[0])
     canvas = common.canvas(tuner.pipe, PANEL, PANEL)
     generator = torch.Generator().manual_seed(0)
     clean = common.encode_pixels(tuner.pipe, tuning.views(reference, 2, generator))
@@ -111,7 +113,7 @@ def test_prior_preservation_learns_from_the_teachers_own_pictures_too(
     states = []
     for prior in (0, 2):
         tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[2], prior=prior))
-        list(tuner.train(suite.picture(samples[0]), "a cat", 0.01, seed=1))
+        list(tuner.train(suite.reference_image(samples[0]), "a cat", 0.01, seed=1))
         states.append(tuner.trained.tensors())
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -122,27 +124,27 @@ def test_other_settings_are_another_method(teacher: Path, judge_folders: Path, t
         methods = tuning.sweep(context(teacher, judge_folders, tmp_path, suite, **change))
         prints |= {method.fingerprint() for method in methods.values()}
     assert len(prints) == 8
-    with pytest.raises(UsageError, match=r"evaluate\.tuning\.lora_targets: no set 'atention'.*attention"):
+    with pytest.raises(UsageError, match=r"evaluate\.tuning\.lora_targets.*'atention'.*attention"):
         tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, lora_targets="atention"))
 
 
 def test_a_subject_is_called_what_the_prompt_calls_it(suite: Any) -> None:
     known, unknown = suite.samples(2, 1)[0], suite.samples(2, 1)[-1]
-    assert tuning.called(known) == known.kind and known.split == "identities"
-    assert tuning.called(unknown) == "character" and unknown.split == "kinds"
+    assert tuning.class_word(known) == known.kind and known.split == "identities"
+    assert tuning.class_word(unknown) == "character" and unknown.split == "kinds"
 
 
 def test_views_begin_with_the_picture_and_its_mirror_image(suite: Any, samples: Any) -> None:
-    reference = suite.picture(samples[0])
+    reference = suite.reference_image(samples[0])
     made = tuning.views(reference, 5, torch.Generator().manual_seed(0))
     assert made.shape == (5, 3, PANEL, PANEL)
     assert torch.equal(made[1], made[0].flip(-1)) and not torch.equal(made[2], made[0])
 
 
 def test_a_sweep_is_several_methods_of_an_evaluation(teacher: Path, judge_folders: Path, suite: Any) -> None:
-    from diptych.evaluate import harness
+    from diptych.evaluate.methods import build, method_names
 
     here = context(teacher, judge_folders, Path("nowhere"), suite)
-    methods, skipped = harness.choose(here)
-    assert list(methods) == ["tuned-0.01-1", "tuned-0.01-3", "truth", "other"] and not skipped
+    methods = {name: each for key in method_names(here.recipe.evaluate) for name, each in build(key, here).items()}
+    assert list(methods) == ["tuned-0.01-1", "tuned-0.01-3", "truth", "other"]
     assert all(isinstance(methods[name], Tuned) for name in list(methods)[:2])

@@ -81,7 +81,7 @@ class Ignores(_Drawn):
         for sample in samples:
             own = self.suite.of(sample)
             other = next(s for s in self.suite.subjects if s.category == own.category and s.id != own.id)
-            found.append(paint(Image.open(other.picture).getpixel((SIDE // 2, SIDE // 2)), colour_of(sample.prompt)))
+            found.append(paint(Image.open(other.image).getpixel((SIDE // 2, SIDE // 2)), colour_of(sample.prompt)))
         return found
 
 

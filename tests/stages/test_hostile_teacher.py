@@ -173,7 +173,7 @@ def doors(recipe: Any, folder: Path, tmp_path: Path) -> dict[str, Callable[[], A
     context: Any = SimpleNamespace(recipe=of)
     return {
         "paint": lambda: paint.open_teacher(folder, torch.float32),
-        "baselines": lambda: common.open_teacher(of),
+        "baselines": lambda: common.teacher_of(of),
         "pipeline": lambda: Stock(context)._open(),
         "distill": lambda: prepare.start(of, torch.device("cpu")),
         "student": lambda: DiptychPipeline.from_pretrained(folder),

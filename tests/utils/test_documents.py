@@ -19,7 +19,7 @@ from diptych.data.interop.importing import import_data
 from diptych.data.labels import Labels
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import ablations, evaluation, suites
-from diptych.evaluate.suites import pictures
+from diptych.evaluate.suites import images
 from diptych.recipe import tasks
 from diptych.stages.write import seeds, vocabulary
 from diptych.utils import models
@@ -152,8 +152,8 @@ def test_a_field_of_a_task_is_a_name_and_nothing_else(field: str, place: str, tm
 def test_a_suite_s_grid_and_a_file_s_pattern_are_as_plain(field: str) -> None:
     spec = {"name": "x", "version": 1, "layout": "folder", "size": 64, "fit": "pad", "copy_distance": 0.1}
     with pytest.raises(UsageError):
-        suites.check(pictures.Spec, spec | {"grid": f"{{subject}} {field}"}, "x.yaml")
-    assert suites.check(pictures.Spec, spec | {"grid": "{subject}: {prompt}"}, "x.yaml").grid
+        suites.check(images.Spec, spec | {"grid": f"{{subject}} {field}"}, "x.yaml")
+    assert suites.check(images.Spec, spec | {"grid": "{subject}: {prompt}"}, "x.yaml").grid
     if "!" not in field:
         with pytest.raises(UsageError):
             batch_names._check_pattern(f"out/{field}.png")

@@ -22,7 +22,7 @@ from diptych.data.interop.rows import Options
 from diptych.errors import UsageError, UserError
 from diptych.evaluate import ablations, evaluation, suites
 from diptych.evaluate.scoring import agreement
-from diptych.evaluate.suites import pictures
+from diptych.evaluate.suites import images
 from diptych.recipe import tasks
 from diptych.serve import auth
 from diptych.stages.write import seeds, vocabulary
@@ -135,7 +135,7 @@ def _csv(text: str) -> str:
 def _own(path: Path) -> str:
     (path.parent / "references").mkdir()
     (path.parent / "references/a.png").write_bytes(PNG)
-    suite = pictures.open_suite("folder", str(path.parent), size=8)
+    suite = images.open_suite("folder", str(path.parent), size=8)
     return suite.samples(1, 1)[0].prompt
 
 

@@ -1,6 +1,6 @@
-"""The pocket world: a small drawn world with its own teacher, judges and student, which works on a laptop CPU.
+"""The pocket world: a small rendered world with a teacher, judges and a student, which runs on a laptop CPU.
 
-`world` says what there is (identities and scenes), `render` draws it with `draw` and `places`, `captions` describes it
-in plain English, and `pretrain` trains the models in `weights/` from it. The teacher learns from renders; the student
-only from the teacher's own grids.
+`world` defines identities and scenes, `render` renders them with `draw` and `places`, `captions` describes them in
+plain English, and `pretrain` trains the models in `weights/`. The teacher learns from renders, the student only from
+the teacher's grids.
 """

@@ -1,7 +1,6 @@
-"""Says what a scene shows, in plain English with varied wording: the kind and the scene, never the identity.
+"""Captions of scenes in plain English with varied wording. They name the kind and the scene, never the identity.
 
-The same vocabulary makes the captions the pocket models train on and the prompts the grammar writer writes, so
-`WORDS` is all the pocket models know.
+The training captions of the pocket models and the prompts of the grammar writer share one vocabulary, `WORDS`.
 """
 
 import re
@@ -10,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from . import world
-from .world import Scene
+from .world import Scene, choice
 
 GENERIC = ("character", "creature", "friend")
-"""Nouns that name no kind: how a subject of an unknown kind is called."""
+"""Generic nouns, for subjects of a kind that the models do not know."""
 PLACES = {
     "meadow": ("in a meadow", "on a meadow"),
     "beach": ("on the beach", "by the sea"),
@@ -59,19 +58,16 @@ GRIDS = (
     "a grid of the same {subject}. left: {left}. right: {right}",
     "two images, one {subject}. left: {left}. right: {right}",
 )
-"""Wordings for a 1×2 grid of one subject in two scenes: the paper's idea in few words, for a short text encoder."""
+"""Wordings for a 1×2 grid of one subject in two scenes, short enough for the pocket's text encoders."""
 LIGHT_GRIDS = (
     "one scene in two lights: {scene}. left: {left}. right: {right}",
     "two panels, different light: {scene}. left: {left}. right: {right}",
 )
 """Wordings for an aligned 1×2 grid of one scene under two lights."""
 MASK = 0.2
+"""Probability of a generic noun in place of the kind."""
 LONGEST = 31
-"""Words and marks of a prompt, at most: what the pocket's text encoders have room for, beside their end mark."""
-
-
-def _pick(rng: np.random.Generator, options) -> str:
-    return options[int(rng.integers(len(options)))]
+"""Limit of words and marks in a prompt: the length of the pocket's text encoders without their end mark."""
 
 
 def describe_light(light: world.Light) -> str:
@@ -80,74 +76,59 @@ def describe_light(light: world.Light) -> str:
 
 
 def details(scene: Scene, rng: np.random.Generator, say: dict[str, float] | None = None) -> str:
-    """Everything said of a scene but its subject. `say` is the chance of naming each attribute; what is not said is
-    free."""
+    """Describes a scene without its subject. `say` is the probability of naming each attribute."""
     chance = {"place": 0.95, "pose": 0.85, "weather": 0.9, "prop": 0.95, "light": 0.75, "framing": 0.4} | (say or {})
-    told = {name: rng.random() < p for name, p in chance.items()}
+    named = {name: rng.random() < p for name, p in chance.items()}
     parts = []
-    if told["pose"] and (scene.pose != "standing" or rng.random() < 0.6):
-        parts.append(_pick(rng, POSES[scene.pose]))
-    if told["place"]:
-        parts.append(_pick(rng, PLACES[scene.place]))
-    if scene.weather != "clear" and told["weather"]:
-        parts.append(_pick(rng, WEATHERS[scene.weather]))
-    if scene.prop != "none" and told["prop"]:
-        parts.append(_pick(rng, PROPS[scene.prop]))
-    first = " ".join(parts)
-    rest = []
-    if told["light"]:
-        rest.append(describe_light(scene.light))
-    if told["framing"]:
-        rest.append(_pick(rng, FRAMINGS[scene.framing]))
-    return ", ".join(part for part in (first, *rest) if part)
+    if named["pose"] and (scene.pose != "standing" or rng.random() < 0.6):
+        parts.append(choice(rng, POSES[scene.pose]))
+    if named["place"]:
+        parts.append(choice(rng, PLACES[scene.place]))
+    if scene.weather != "clear" and named["weather"]:
+        parts.append(choice(rng, WEATHERS[scene.weather]))
+    if scene.prop != "none" and named["prop"]:
+        parts.append(choice(rng, PROPS[scene.prop]))
+    light = describe_light(scene.light) if named["light"] else ""
+    framing = choice(rng, FRAMINGS[scene.framing]) if named["framing"] else ""
+    return ", ".join(part for part in (" ".join(parts), light, framing) if part)
 
 
 def noun(kind: str, rng: np.random.Generator) -> str:
-    """The kind's name, now and then a generic noun; always generic for kinds the models never saw."""
+    """The kind's name, or sometimes a generic noun; always a generic noun for held-out kinds."""
     if kind in world.HELD_OUT_KINDS or rng.random() < MASK:
-        return _pick(rng, GENERIC)
+        return choice(rng, GENERIC)
     return kind
 
 
 def caption(kind: str, scene: Scene, rng: np.random.Generator, say: dict[str, float] | None = None) -> str:
-    """One panel in one sentence: "a cat jumping on the beach with a ball, soft golden light from the left"."""
-    article = _pick(rng, ("a", "the", "one"))
+    """Describes one panel: "a cat jumping on the beach with a ball, soft golden light from the left"."""
+    article = choice(rng, ("a", "the", "one"))
     return f"{article} {noun(kind, rng)} {details(scene, rng, say)}".strip()
 
 
 def grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """A 1×2 grid of one subject in two scenes: its prompt, and the caption of each panel in the same words."""
+    """The prompt of a 1×2 grid of one subject in two scenes, and the caption of each panel in the same words."""
     say = {"framing": 0.15, "light": 0.5, "pose": 0.7}
-    subject, told = noun(kind, rng), [details(scene, rng, say) for scene in (left, right)]
-    prompt = _pick(rng, GRIDS).format(subject=subject, left=told[0], right=told[1])
-    return prompt, [f"a {subject} {words}".strip() for words in told]
+    subject, scenes = noun(kind, rng), [details(scene, rng, say) for scene in (left, right)]
+    prompt = choice(rng, GRIDS).format(subject=subject, left=scenes[0], right=scenes[1])
+    return prompt, [f"a {subject} {words}".strip() for words in scenes]
 
 
 def light_grid(kind: str, left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """An aligned 1×2 grid of one scene in which only the light (or the season) changes: its prompt, and the caption
+    """The prompt of an aligned 1×2 grid of one scene in which only the light (or the season) changes, and the caption
     of each panel."""
     scene = caption(kind, replace(left, weather="clear"), rng, {"light": 0.0, "framing": 0.1, "pose": 0.6, "prop": 0.7})
     if left.weather != right.weather:
-        told = [_pick(rng, WEATHERS[left.weather]), _pick(rng, WEATHERS[right.weather])]
+        lights = [choice(rng, WEATHERS[side.weather]) for side in (left, right)]
     else:
-        told = [describe_light(left.light), describe_light(right.light)]
-    return _pick(rng, LIGHT_GRIDS).format(scene=scene, left=told[0], right=told[1]), [
-        f"{scene}, {words}" for words in told
-    ]
+        lights = [describe_light(side.light) for side in (left, right)]
+    prompt = choice(rng, LIGHT_GRIDS).format(scene=scene, left=lights[0], right=lights[1])
+    return prompt, [f"{scene}, {words}" for words in lights]
 
 
 def _every_word() -> tuple[str, ...]:
-    texts = [
-        *world.TRAIN_KINDS,
-        *GENERIC,
-        "a the one an",
-        *DIRECTIONS.values(),
-        *world.LIGHT_COLOURS,
-        *world.INTENSITIES,
-        "light",
-        *GRIDS,
-        *LIGHT_GRIDS,
-    ]
+    texts = [*world.TRAIN_KINDS, *GENERIC, "a the one an light", *DIRECTIONS.values(), *GRIDS, *LIGHT_GRIDS]
+    texts += [*world.LIGHT_COLOURS, *world.INTENSITIES]
     for table in (PLACES, POSES, FRAMINGS, PROPS, WEATHERS):
         texts += [phrase for phrases in table.values() for phrase in phrases]
     plain = re.sub(r"\{\w+\}", " ", " ".join(texts))
@@ -155,14 +136,15 @@ def _every_word() -> tuple[str, ...]:
 
 
 WORDS = _every_word()
+"""The vocabulary of the pocket models."""
 
 
 def count_words(text: str) -> int:
-    """Words and marks: the tokens of the pocket's text encoders, without the end mark."""
+    """Counts words and marks, which are the tokens of the pocket's text encoders, without the end mark."""
     return len(re.findall(r"[\w-]+|[^\w\s]", text))
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of `text` that the pocket models never saw, in order, each once."""
-    seen = dict.fromkeys(re.findall(r"[a-z0-9-]+", text.lower()))
-    return [word for word in seen if word not in WORDS]
+    """The words of `text` that are not in the vocabulary, in order, each once."""
+    distinct = dict.fromkeys(re.findall(r"[a-z0-9-]+", text.lower()))
+    return [word for word in distinct if word not in WORDS]

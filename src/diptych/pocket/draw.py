@@ -1,9 +1,10 @@
-"""Draws a subject: vector shapes on a canvas three times the panel's size, shrunk at the end.
+"""Draws a subject: vector shapes on a canvas three times the panel's size, which is reduced at the end.
 
-Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the picture by one affine map, so
-every kind, face and accessory poses alike.
+Subjects are sketched in a square of −1..1 (y down, feet at +1) and moved into the image by one affine map, so every
+kind, face and accessory takes the same pose.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -19,13 +20,14 @@ GROUND = {"close": 0.94, "medium": 0.9, "wide": 0.86}
 """Where its feet stand, as a fraction of the panel's height."""
 
 
-def rgb(colour, gain: float = 1.0) -> tuple[int, int, int, int]:
-    red, green, blue = (int(255 * min(1.0, max(0.0, channel * gain))) for channel in colour)
+def rgb(color, gain: float = 1.0) -> tuple[int, int, int, int]:
+    """An opaque RGBA color in 0..255 from RGB in 0..1."""
+    red, green, blue = (int(255 * min(1.0, max(0.0, channel * gain))) for channel in color)
     return red, green, blue, 255
 
 
 def oval(x: float, y: float, rx: float, ry: float, power: float = 2.0, steps: int = 28) -> np.ndarray:
-    """A superellipse: `power` 2 is an ellipse, larger is squarer. `[steps, 2]`."""
+    """The points `[steps, 2]` of a superellipse: `power` 2 is an ellipse, larger values are squarer."""
     t = np.linspace(0, 2 * math.pi, steps, endpoint=False)
     c, s = np.cos(t), np.sin(t)
     return np.stack([x + rx * np.sign(c) * np.abs(c) ** (2 / power), y + ry * np.sign(s) * np.abs(s) ** (2 / power)], 1)
@@ -47,17 +49,17 @@ class Pen:
         shape = np.asarray(shape, dtype=float)
         return [tuple(p) for p in (shape @ self.matrix[:, :2].T + self.matrix[:, 2]).tolist()]
 
-    def fill(self, shape, colour, outline: bool = True) -> None:
+    def fill(self, shape, color, outline: bool = True) -> None:
         points = self.points(shape)
-        self.draw.polygon(points, fill=colour)
+        self.draw.polygon(points, fill=color)
         if outline:
             self.draw.line([*points, points[0], points[1]], fill=OUTLINE, width=self.line_width, joint="curve")
 
-    def line(self, shape, colour=OUTLINE, width: float = 1.0) -> None:
-        self.draw.line(self.points(shape), fill=colour, width=max(1, round(self.line_width * width)), joint="curve")
+    def line(self, shape, color=OUTLINE, width: float = 1.0) -> None:
+        self.draw.line(self.points(shape), fill=color, width=max(1, round(self.line_width * width)), joint="curve")
 
     def patterned(self, shape, identity: Identity) -> None:
-        """Fill `shape` with the identity's body colour and pattern, clipped to it."""
+        """Fills `shape` with the identity's body color and pattern, clipped to the shape."""
         points = self.points(shape)
         side = self.image.size
         layer = Image.new("RGBA", side, rgb(identity.body))
@@ -69,13 +71,14 @@ class Pen:
 
 
 def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Identity) -> None:
-    kind, colour = identity.pattern, rgb(identity.second)
+    """Draws the identity's pattern over the extent of a shape."""
+    kind, color = identity.pattern, rgb(identity.second)
     (x0, y0), (x1, y1) = shape.min(0), shape.max(0)
     cx, cy, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
     step = 0.36 + 0.24 * identity.pattern_scale
 
     def polygon(points) -> None:
-        draw.polygon(pen.points(points), fill=colour)
+        draw.polygon(pen.points(points), fill=color)
 
     angle = math.radians(identity.pattern_angle)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -83,16 +86,14 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
         for k in range(-5, 6):
             polygon(box(-2.0, k * step - step * 0.24, 2.0, k * step + step * 0.24) @ turn.T + np.array((cx, cy)))
     elif kind == "spots":
-        for i in range(-4, 5):
-            for j in range(-4, 5):
-                centre = turn @ np.array([(i + 0.5 * (j % 2)) * step * 1.25, j * step * 1.1]) + (cx, cy)
-                if x0 - 0.2 < centre[0] < x1 + 0.2 and y0 - 0.2 < centre[1] < y1 + 0.2:
-                    polygon(oval(centre[0], centre[1], step * 0.34, step * 0.34, steps=12))
+        for i, j in itertools.product(range(-4, 5), repeat=2):
+            center = turn @ np.array([(i + 0.5 * (j % 2)) * step * 1.25, j * step * 1.1]) + (cx, cy)
+            if x0 - 0.2 < center[0] < x1 + 0.2 and y0 - 0.2 < center[1] < y1 + 0.2:
+                polygon(oval(center[0], center[1], step * 0.34, step * 0.34, steps=12))
     elif kind == "checks":
-        for i in range(-4, 5):
-            for j in range(-4, 5):
-                if (i + j) % 2 == 0:
-                    polygon(box(i * step, j * step, (i + 1) * step, (j + 1) * step) + np.array((cx, cy)))
+        for i, j in itertools.product(range(-4, 5), repeat=2):
+            if (i + j) % 2 == 0:
+                polygon(box(i * step, j * step, (i + 1) * step, (j + 1) * step) + np.array((cx, cy)))
     elif kind == "belly":
         size = 0.28 + 0.14 * identity.pattern_scale
         polygon(oval(cx, cy + h * 0.24, w * size, h * size))
@@ -104,10 +105,11 @@ def pattern(draw: ImageDraw.ImageDraw, pen: Pen, shape: np.ndarray, identity: Id
 
 
 def span(low: float, high: float, t: float) -> float:
+    """The value between `low` and `high` at the fraction `t`."""
     return low + (high - low) * t
 
 
-# Each kind draws itself and returns (face centre x, y, face size, top x, y): where the eyes and the hat go.
+# The sketch of each kind returns (face center x, y, face size, top x, y): the places of the eyes and the hat.
 
 
 def blob(p: Pen, i: Identity):
@@ -274,12 +276,13 @@ SKETCHES = {f.__name__: f for f in (blob, cat, robot, bird, fish, mushroom, teap
 
 
 def face(p: Pen, i: Identity, x: float, y: float, size: float, asleep: bool) -> None:
+    """Draws eyes and mouth; (x, y) is the center of the face."""
     radius = size * span(0.17, 0.26, i.eye_size)
     gap = size * span(0.28, 0.46, i.eye_gap)
-    centres = {1: (0.0,), 2: (-gap, gap), 3: (-gap * 1.25, 0.0, gap * 1.25)}[i.eyes]
+    centers = {1: (0.0,), 2: (-gap, gap), 3: (-gap * 1.25, 0.0, gap * 1.25)}[i.eyes]
     if i.eyes == 1:
         radius *= 1.4
-    for dx in centres:
+    for dx in centers:
         if asleep:
             arc = np.linspace(0.15 * math.pi, 0.85 * math.pi, 7)
             p.line(np.stack([x + dx + radius * np.cos(arc), y + radius * 0.8 * np.sin(arc)], 1), width=1.2)
@@ -306,53 +309,45 @@ def face(p: Pen, i: Identity, x: float, y: float, size: float, asleep: bool) -> 
 
 
 def accessory(p: Pen, i: Identity, fx: float, fy: float, size: float, tx: float, ty: float) -> None:
-    colour, dark = rgb(i.accent), rgb(i.accent, 0.7)
+    """Draws the accessory; (fx, fy) is the center of the face, (tx, ty) the top of the head."""
+    color, dark = rgb(i.accent), rgb(i.accent, 0.7)
     if i.accessory == "hat":
-        p.fill(box(tx - 0.26, ty - 0.5, tx + 0.26, ty + 0.04), colour)
+        p.fill(box(tx - 0.26, ty - 0.5, tx + 0.26, ty + 0.04), color)
         p.fill(box(tx - 0.46, ty - 0.02, tx + 0.46, ty + 0.1), dark)
     elif i.accessory == "cap":
         t = np.linspace(math.pi, 2 * math.pi, 12)
-        p.fill(np.stack([tx + 0.38 * np.cos(t), ty + 0.1 + 0.36 * np.sin(t)], 1), colour)
+        p.fill(np.stack([tx + 0.38 * np.cos(t), ty + 0.1 + 0.36 * np.sin(t)], 1), color)
         p.fill(box(tx - 0.68, ty + 0.03, tx - 0.2, ty + 0.14), dark)
     elif i.accessory == "bow":
         for s in (-1, 1):
-            p.fill([(tx, ty), (tx + s * 0.36, ty - 0.22), (tx + s * 0.36, ty + 0.18)], colour)
+            p.fill([(tx, ty), (tx + s * 0.36, ty - 0.22), (tx + s * 0.36, ty + 0.18)], color)
         p.fill(oval(tx, ty, 0.1, 0.1, steps=10), dark)
     elif i.accessory == "antenna":
         p.line([(tx, ty + 0.05), (tx + 0.06, ty - 0.34)], width=1.3)
-        p.fill(oval(tx + 0.06, ty - 0.42, 0.13, 0.13, steps=12), colour)
+        p.fill(oval(tx + 0.06, ty - 0.42, 0.13, 0.13, steps=12), color)
     elif i.accessory == "scarf":
         y = fy + size * 0.62
-        p.fill(oval(fx, y, size * 0.62, 0.11, 3), colour)
+        p.fill(oval(fx, y, size * 0.62, 0.11, 3), color)
         p.fill(box(fx + size * 0.22, y, fx + size * 0.44, y + 0.36), dark)
     elif i.accessory == "glasses":
         for s in (-1, 1):
-            p.line(oval(fx + s * size * 0.34, fy, size * 0.28, size * 0.26, 3, 16).tolist() * 2, colour, 1.5)
-        p.line([(fx - size * 0.08, fy), (fx + size * 0.08, fy)], colour, 1.5)
+            p.line(oval(fx + s * size * 0.34, fy, size * 0.28, size * 0.26, 3, 16).tolist() * 2, color, 1.5)
+        p.line([(fx - size * 0.08, fy), (fx + size * 0.08, fy)], color, 1.5)
     elif i.accessory == "crown":
-        p.fill(
-            [
-                (tx - 0.34, ty + 0.08),
-                (tx - 0.4, ty - 0.36),
-                (tx - 0.17, ty - 0.14),
-                (tx, ty - 0.44),
-                (tx + 0.17, ty - 0.14),
-                (tx + 0.4, ty - 0.36),
-                (tx + 0.34, ty + 0.08),
-            ],
-            colour,
-        )
+        left = [(-0.34, 0.08), (-0.4, -0.36), (-0.17, -0.14)]
+        right = [(-x, y) for x, y in reversed(left)]
+        p.fill([(tx + x, ty + y) for x, y in (*left, (0, -0.44), *right)], color)
     elif i.accessory == "sprout":
         p.line([(tx, ty + 0.05), (tx, ty - 0.24)], rgb((0.2, 0.5, 0.2)), 1.5)
         for s in (-1, 1):
-            p.fill(oval(tx + s * 0.2, ty - 0.3, 0.2, 0.11, steps=14), colour)
+            p.fill(oval(tx + s * 0.2, ty - 0.3, 0.2, 0.11, steps=14), color)
 
 
 def paint(identity: Identity, scene: Scene, size: int) -> tuple[Image.Image, tuple[float, float, float]]:
-    """Draw the subject alone.
+    """Draws the subject alone.
 
-    Returns its RGBA picture of `size`×`size`, colours premultiplied by alpha, and the ground under it, `(x, y, half
-    width)` as fractions of the panel: where its shadow falls.
+    Returns an RGBA image of `size`×`size` with colors premultiplied by alpha, and the ground under the subject, `(x, y,
+    half width)` as fractions of the panel.
     """
     side = size * OVERSAMPLE
     half = SCALES[scene.framing] * side
@@ -366,11 +361,11 @@ def paint(identity: Identity, scene: Scene, size: int) -> tuple[Image.Image, tup
         sx, sy = 1.12, 0.8
     elif scene.pose == "upside down":
         degrees += 180.0
-    centre_y = feet - half * (sy if scene.pose == "sleeping" else 1.0) - lift * half
+    center_y = feet - half * (sy if scene.pose == "sleeping" else 1.0) - lift * half
     angle = math.radians(degrees)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = turn @ np.diag([half * sx * scene.facing, half * sy])
-    matrix = np.concatenate([linear, [[scene.x * side], [centre_y]]], 1)
+    matrix = np.concatenate([linear, [[scene.x * side], [center_y]]], 1)
     pen = Pen(side, matrix, max(2, round(half * 0.045)))
     fx, fy, fsize, tx, ty = SKETCHES[identity.kind](pen, identity)
     asleep = scene.pose == "sleeping"

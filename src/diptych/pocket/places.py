@@ -1,8 +1,8 @@
-"""Draws where a scene happens: the place, its props and its weather, under neutral light.
+"""Draws the background of a scene: the place, its prop and its weather, under neutral light.
 
-Every place is a short function that paints on a canvas three times the panel's size; `layout` moves its hills, trees
-and windows.
-Weather and season recolour what grows and add what falls, so one scene can be drawn again in another season.
+Every place is a short function that draws on a canvas three times the panel's size; `layout` moves its hills, trees and
+windows. Weather and season change the color of plants and add rain, snow or leaves, so one scene can be rendered again
+in another season.
 """
 
 import numpy as np
@@ -48,6 +48,7 @@ FOLIAGE = {
     "spring": (242, 156, 190),
 }
 GREEN_GROUND = {"snow": (238, 243, 250), "autumn": (186, 150, 70), "spring": (140, 210, 95), "rain": (84, 150, 76)}
+BOOKS = ((190, 60, 55), (60, 110, 170), (225, 190, 90), (70, 140, 95), (230, 225, 210))
 HORIZON = 0.62
 
 
@@ -71,8 +72,8 @@ class _Easel:
         rows = np.clip(top + (bottom - top) * np.clip(t / HORIZON, 0, 1), 0, 255).astype(np.uint8)
         self.image.paste(Image.fromarray(np.broadcast_to(rows[:, None], (self.side, self.side, 3)).copy()))
 
-    def ground(self, colour=None) -> None:
-        base = np.array(colour or GROUNDS[self.scene.place], dtype=float)
+    def ground(self, color=None) -> None:
+        base = np.array(color or GROUNDS[self.scene.place], dtype=float)
         if self.scene.weather == "snow" and self.scene.place not in INDOOR:
             base = base * 0.2 + np.array((240, 244, 250)) * 0.8
         self.box(0, HORIZON, 1, 1, tuple(int(c) for c in base))
@@ -99,24 +100,19 @@ class _Easel:
         )
 
     def spread(self, count: int, low: float = 0.02, high: float = 0.98) -> np.ndarray:
-        """`count` places along the horizon, roughly even, never the same."""
+        """`count` random positions along the horizon, roughly evenly spaced."""
         return np.linspace(low, high, count) + self.rng.uniform(-0.5, 0.5, count) * (high - low) / count
 
 
 def _meadow(e: _Easel) -> None:
+    hills = tuple(int(c * 0.85) for c in GREEN_GROUND.get(e.scene.weather, GROUNDS["meadow"]))
     for x in e.spread(3):
-        e.oval(
-            x,
-            HORIZON + 0.05,
-            0.3,
-            e.rng.uniform(0.1, 0.2),
-            tuple(int(c * 0.85) for c in GREEN_GROUND.get(e.scene.weather, GROUNDS["meadow"])),
-        )
+        e.oval(x, HORIZON + 0.05, 0.3, e.rng.uniform(0.1, 0.2), hills)
     e.ground(GREEN_GROUND.get(e.scene.weather))
     for x in e.spread(9):
-        colour = [(250, 240, 120), (250, 150, 170), (245, 245, 250)][int(e.rng.integers(3))]
+        color = [(250, 240, 120), (250, 150, 170), (245, 245, 250)][int(e.rng.integers(3))]
         y = e.rng.uniform(HORIZON + 0.05, 0.98)
-        e.oval(x, y, 0.014, 0.014, colour)
+        e.oval(x, y, 0.014, 0.014, color)
 
 
 def _beach(e: _Easel) -> None:
@@ -158,8 +154,8 @@ def _city(e: _Easel) -> None:
     x = -0.05
     while x < 1.0:
         w, h = e.rng.uniform(0.13, 0.22), e.rng.uniform(0.22, 0.52)
-        grey = int(e.rng.integers(75, 135))
-        e.box(x, HORIZON - h, x + w, HORIZON, (grey, grey - 5, grey + 12))
+        gray = int(e.rng.integers(75, 135))
+        e.box(x, HORIZON - h, x + w, HORIZON, (gray, gray - 5, gray + 12))
         for wx in np.arange(x + 0.03, x + w - 0.03, 0.055):
             for wy in np.arange(HORIZON - h + 0.04, HORIZON - 0.05, 0.08):
                 if e.rng.random() < 0.7:
@@ -185,8 +181,8 @@ def _mountains(e: _Easel) -> None:
 def _seabed(e: _Easel) -> None:
     for x in e.spread(5):
         h = e.rng.uniform(0.18, 0.36)
-        colour = [(35, 130, 90), (220, 100, 110), (150, 90, 170)][int(e.rng.integers(3))]
-        e.stroke([(x, 0.68), (x + 0.03, 0.68 - h * 0.33), (x - 0.03, 0.68 - h * 0.66), (x + 0.02, 0.68 - h)], colour, 3)
+        color = [(35, 130, 90), (220, 100, 110), (150, 90, 170)][int(e.rng.integers(3))]
+        e.stroke([(x, 0.68), (x + 0.03, 0.68 - h * 0.33), (x - 0.03, 0.68 - h * 0.66), (x + 0.02, 0.68 - h)], color, 3)
     e.ground()
     for x in e.spread(7):
         y, r = e.rng.uniform(0.06, 0.55), e.rng.uniform(0.012, 0.028)
@@ -226,11 +222,9 @@ def _library(e: _Easel) -> None:
         x = 0.0
         while x < 1:
             w, h = e.rng.uniform(0.03, 0.06), e.rng.uniform(0.11, 0.16)
-            colour = [(190, 60, 55), (60, 110, 170), (225, 190, 90), (70, 140, 95), (230, 225, 210)][
-                int(e.rng.integers(5))
-            ]
+            color = BOOKS[int(e.rng.integers(5))]
             if e.rng.random() < 0.88:
-                e.box(x, y + 0.17 - h, x + w, y + 0.17, colour)
+                e.box(x, y + 0.17 - h, x + w, y + 0.17, color)
             x += w + 0.008
     e.ground()
 
@@ -265,20 +259,10 @@ def _castle(e: _Easel) -> None:
             e.stroke([(x, y), (x + 0.12, y)], (130, 130, 144))
 
 
-_PLACES = {
-    "meadow": _meadow,
-    "beach": _beach,
-    "forest": _forest,
-    "desert": _desert,
-    "city": _city,
-    "mountains": _mountains,
-    "seabed": _seabed,
-    "moon": _moon,
-    "kitchen": _kitchen,
-    "library": _library,
-    "cave": _cave,
-    "castle": _castle,
-}
+_DRAW = (
+    _meadow, _beach, _forest, _desert, _city, _mountains, _seabed, _moon, _kitchen, _library, _cave, _castle,
+)  # fmt: skip
+_PLACES = {function.__name__.removeprefix("_"): function for function in _DRAW}
 
 
 def _prop(e: _Easel, scene: Scene) -> None:
@@ -321,7 +305,7 @@ def _prop(e: _Easel, scene: Scene) -> None:
 
 
 def paint(scene: Scene, size: int) -> tuple[np.ndarray, float]:
-    """Draw the place and its prop under neutral light. Returns float `[size, size, 3]` in 0..1 and the horizon as a
+    """Draws the place and its prop under neutral light. Returns float `[size, size, 3]` in 0..1, and the horizon as a
     fraction of the height."""
     easel = _Easel(scene, size)
     easel.sky()
@@ -332,25 +316,25 @@ def paint(scene: Scene, size: int) -> tuple[np.ndarray, float]:
     return np.asarray(small, dtype=np.float32) / 255.0, HORIZON
 
 
-def weather(picture: np.ndarray, scene: Scene) -> np.ndarray:
-    """Add what falls or floats: rain, fog, snow, leaves, blossom. `picture` is uint8 `[size, size, 3]`."""
+def weather(pixels: np.ndarray, scene: Scene) -> np.ndarray:
+    """Adds rain, fog, snow, leaves or blossom. `pixels` is uint8 `[size, size, 3]`."""
     if scene.weather == "clear":
-        return picture
-    size = picture.shape[0]
+        return pixels
+    size = pixels.shape[0]
     if scene.weather == "fog":
         height = np.linspace(0.25, 0.45, size, dtype=np.float32)[:, None, None]
-        return (picture * (1 - height) + 222 * height).astype(np.uint8)
+        return (pixels * (1 - height) + 222 * height).astype(np.uint8)
     rng = np.random.default_rng(scene.layout + 1)
     side = size * 4
     unit = side / 128
-    image = Image.fromarray(picture).resize((side, side))
+    image = Image.fromarray(pixels).resize((side, side))
     draw = ImageDraw.Draw(image)
     count = {"rain": 20, "snow": 30, "autumn": 14, "spring": 16}[scene.weather]
     for x, y in rng.random((count, 2)) * side:
         if scene.weather == "rain":
             draw.line([(x, y), (x - 3 * unit, y + 11 * unit)], fill=(205, 220, 240), width=round(1.3 * unit))
             continue
-        colour = {"snow": (252, 253, 255), "autumn": (228, 110, 30), "spring": (250, 165, 200)}[scene.weather]
+        color = {"snow": (252, 253, 255), "autumn": (228, 110, 30), "spring": (250, 165, 200)}[scene.weather]
         wide, high = (1.9, 1.9) if scene.weather == "snow" else (2.7, 1.9)
-        draw.ellipse([x - wide * unit, y - high * unit, x + wide * unit, y + high * unit], fill=colour)
+        draw.ellipse([x - wide * unit, y - high * unit, x + wide * unit, y + high * unit], fill=color)
     return np.asarray(image.reduce(4))

@@ -1,11 +1,11 @@
-"""Renders a subject in a scene: the place (`places`) and the subject (`draw`), lit and put together here.
+"""Renders a subject in a scene: lights the place (`places`) and the subject (`draw`) and composes them.
 
     from diptych.pocket import render, world
-    picture = render.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
+    pixels = render.render(world.sample_identity(rng), world.sample_scene(rng))   # uint8, 64×64×3
 
-Lighting is shading from a soft height field of the subject, a cast shadow, a rim when lit from behind, and the light's
-fall-off in the place. A light changes only what is multiplied here, so the same scene under another light is the same
-geometry to the pixel: a true relit pair.
+Lighting has four parts: shading from a soft height field of the subject, a cast shadow, a rim when the light is behind,
+and the light's fall-off in the place. A light only changes factors, so the same scene under another light has exactly
+the same geometry: a true relit pair.
 """
 
 import math
@@ -23,7 +23,7 @@ def _blur(mask: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _normals(alpha: np.ndarray) -> np.ndarray:
-    """Normals of the silhouette puffed up like a cushion: `[H, W, 3]`, x right, y down, z to the viewer."""
+    """Normals of the silhouette as a soft relief: `[H, W, 3]`, x right, y down, z to the viewer."""
     size = alpha.shape[0]
     height = (_blur(alpha, size / 16) + _blur(alpha, size / 32)) * (size / 7)
     dy, dx = np.gradient(height)
@@ -32,6 +32,7 @@ def _normals(alpha: np.ndarray) -> np.ndarray:
 
 
 def _vector(light: Light) -> np.ndarray:
+    """The direction to the light, `[3]`."""
     azimuth, elevation = math.radians(light.azimuth), math.radians(light.elevation)
     if light.direction == "behind":
         return np.array([math.cos(azimuth) * 0.4, -0.5, -0.77], dtype=np.float32)
@@ -40,7 +41,7 @@ def _vector(light: Light) -> np.ndarray:
 
 
 def _falloff(light: Light, size: int) -> np.ndarray:
-    """How much light reaches each point of the place: brighter towards its source. `[H, W, 1]`."""
+    """The share of the light at each point of the place, brighter near its source. `[H, W, 1]`."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / (size - 1)
     source = {"left": (0.0, 0.3), "right": (1.0, 0.3), "above": (0.5, 0.0), "behind": (0.5, 0.42)}[light.direction]
     distance = np.sqrt((x - source[0]) ** 2 + (y - source[1]) ** 2)
@@ -54,7 +55,7 @@ def _falloff(light: Light, size: int) -> np.ndarray:
 
 
 def _shadow(alpha: np.ndarray, ground: tuple[float, float, float], light: Light) -> np.ndarray:
-    """The silhouette laid on the ground, away from the light. `[H, W]` in 0..1."""
+    """The shadow of the silhouette on the ground, away from the light. `[H, W]` in 0..1."""
     size = alpha.shape[0]
     feet = ground[1] * size
     lean = {"left": 0.85, "right": -0.85, "above": 0.0, "behind": 0.0}[light.direction]
@@ -72,14 +73,14 @@ def _shadow(alpha: np.ndarray, ground: tuple[float, float, float], light: Light)
 def compose(
     background: np.ndarray, horizon: float, subject: Image.Image, ground: tuple[float, float, float], scene: Scene
 ) -> np.ndarray:
-    """Light the place and the subject and put them together.
+    """Lights the place and the subject and composes them.
 
-    `background` float `[H, W, 3]` in 0..1; `subject` RGBA with premultiplied colours; returns uint8 `[H, W, 3]`.
+    `background` float `[H, W, 3]` in 0..1; `subject` RGBA with premultiplied colors; returns uint8 `[H, W, 3]`.
     """
     light = scene.light
     size = background.shape[0]
     pixels = np.asarray(subject, dtype=np.float32) / 255.0
-    colours, alpha = pixels[..., :3], pixels[..., 3]
+    colors, alpha = pixels[..., :3], pixels[..., 3]
     tint = np.array(LIGHT_COLOURS[light.colour], dtype=np.float32)
     gain = INTENSITIES[light.intensity]
     hard = 0.45 if light.intensity == "soft" else 0.9
@@ -90,17 +91,16 @@ def compose(
 
     facing = _normals(alpha) @ _vector(light)
     shade = 0.62 + hard * 0.62 * np.clip(facing, -0.35, 1)
-    lit = colours * shade[..., None]
+    lit = colors * shade[..., None]
     if light.direction == "behind":
         rim = np.clip(alpha - _blur(alpha, size / 40), 0, 1) * alpha
         lit = lit * 0.78 + (rim * 1.3 * hard)[..., None]
-    picture = (lit + place * (1 - alpha)[..., None]) * tint * gain
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    composed = (lit + place * (1 - alpha)[..., None]) * tint * gain
+    return (np.clip(composed, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def render(identity: Identity, scene: Scene, size: int = PANEL) -> np.ndarray:
-    """Draw `identity` in `scene`. Returns uint8 `[size, size, 3]`. The same arguments give the same bytes."""
+    """Renders `identity` in `scene`. Returns uint8 `[size, size, 3]`. Equal arguments give equal bytes."""
     background, horizon = places.paint(scene, size)
     subject, ground = draw.paint(identity, scene, size)
-    picture = compose(background, horizon, subject, ground, scene)
-    return np.asarray(places.weather(picture, scene))
+    return np.asarray(places.weather(compose(background, horizon, subject, ground, scene), scene))

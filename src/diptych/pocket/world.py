@@ -1,10 +1,9 @@
-"""What the pocket world holds: subjects with continuous identities, in scenes of place, light, pose, framing, prop
-and weather.
+"""Identities and scenes of the pocket world.
 
-An *identity* is a kind plus some forty continuous or categorical attributes (palette, shape, pattern, face,
-accessory): text names the kind and never the rest, so only a reference picture can tell who is meant. A *scene* is
-everything that is not the subject; all of it can be said in words. Both are plain frozen dataclasses, drawn from a
-`numpy` generator, so the renderer (`render`) knows the truth about every picture it makes.
+An *identity* is a kind with continuous and categorical attributes (palette, shape, pattern, face, accessory). Text
+names the kind and never the rest, so only a reference image identifies an individual. A *scene* is everything else:
+place, light, pose, framing, prop and weather, all of which text can describe. Both are frozen dataclasses, sampled from
+a `numpy` generator, so the truth about every render is known.
 """
 
 import colorsys
@@ -17,25 +16,14 @@ PANEL = 64
 
 KINDS = ("blob", "cat", "robot", "bird", "fish", "mushroom", "teapot", "car", "house", "cactus", "snail", "rocket")
 HELD_OUT_KINDS = ("teapot", "snail")
-"""Never seen in training, by teacher, student or judge."""
+"""Kinds that are not in the training of teacher, student or judges."""
 TRAIN_KINDS = tuple(kind for kind in KINDS if kind not in HELD_OUT_KINDS)
 
 PLACES = (
-    "meadow",
-    "beach",
-    "forest",
-    "desert",
-    "city",
-    "mountains",
-    "seabed",
-    "moon",
-    "kitchen",
-    "library",
-    "cave",
-    "castle",
-)
+    "meadow", "beach", "forest", "desert", "city", "mountains", "seabed", "moon", "kitchen", "library", "cave", "castle"
+)  # fmt: skip
 INDOOR = ("kitchen", "library", "cave", "seabed", "moon")
-"""Places that have no weather."""
+"""Places without weather."""
 WEATHERS = ("clear", "rain", "fog", "snow", "autumn", "spring")
 POSES = ("standing", "jumping", "leaning", "sleeping", "upside down")
 FRAMINGS = ("close", "medium", "wide")
@@ -57,8 +45,7 @@ MOUTHS = ("smile", "open", "flat", "fang", "small")
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is drawn. Colours are RGB in 0..1; the other numbers are fractions that the drawing code scales
-    (`draw.py`)."""
+    """An individual. Colors are RGB in 0..1; the other numbers are fractions that `draw.py` scales."""
 
     kind: str
     body: tuple[float, float, float]
@@ -81,7 +68,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Light:
-    """Where the light comes from, its colour and strength. `azimuth` and `elevation` in degrees; 0° is from the
+    """Direction, color and strength of the light. `azimuth` and `elevation` are in degrees; azimuth 0° is from the
     right, 180° from the left."""
 
     direction: str = "above"
@@ -93,8 +80,8 @@ class Light:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in a picture but the subject's identity. `x` is the subject's centre, `layout` seeds the place's
-    details."""
+    """Everything in an image except the subject's identity. `x` is the subject's center as a fraction of the width;
+    `layout` seeds the details of the place."""
 
     place: str = "meadow"
     light: Light = Light()
@@ -113,15 +100,16 @@ def _vivid(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
 
 
 def _second(rng: np.random.Generator, hue: float) -> tuple[float, float, float]:
-    """What a pattern is drawn with on a body of `hue`: a contrasting colour, or a pale or a dark one."""
-    scheme = _choice(rng, ("contrast", "pale", "dark"), (5, 4, 1))
+    """The color of a pattern on a body of `hue`: contrasting, pale or dark."""
+    scheme = choice(rng, ("contrast", "pale", "dark"), (5, 4, 1))
     if scheme == "contrast":
         return _vivid(rng, hue + rng.uniform(0.33, 0.67))
     saturation, value = (rng.uniform(0.05, 0.25), rng.uniform(0.92, 1.0)) if scheme == "pale" else (0.8, 0.4)
     return colorsys.hsv_to_rgb((hue + rng.uniform(-0.05, 0.05)) % 1.0, saturation, value)
 
 
-def _choice(rng: np.random.Generator, options, weights=None):
+def choice(rng: np.random.Generator, options, weights=None):
+    """One of the options at random, with equal probability or by `weights`."""
     if weights is None:
         return options[int(rng.integers(len(options)))]
     weights = np.asarray(weights, dtype=float)
@@ -131,14 +119,14 @@ def _choice(rng: np.random.Generator, options, weights=None):
 def sample_identity(
     rng: np.random.Generator, kind: str | None = None, kinds: tuple[str, ...] = TRAIN_KINDS
 ) -> Identity:
-    """A new subject; of `kind`, or of any of `kinds`. Bold more often than odd: what a small panel can show."""
+    """A random subject of `kind`, or of any of `kinds`. Attributes that a small panel can show are more frequent."""
     hue = rng.random()
 
     def middling() -> float:
         return float(rng.beta(2, 2))
 
     return Identity(
-        kind=kind or _choice(rng, kinds),
+        kind=kind or choice(rng, kinds),
         body=_vivid(rng, hue),
         second=_second(rng, hue),
         accent=_vivid(rng, hue + rng.uniform(0.4, 0.6)),
@@ -146,14 +134,14 @@ def sample_identity(
         height=middling(),
         roundness=middling(),
         limb=middling(),
-        pattern=_choice(rng, PATTERNS, (2.5, 2, 3, 2, 3, 1, 1)),
+        pattern=choice(rng, PATTERNS, (2.5, 2, 3, 2, 3, 1, 1)),
         pattern_scale=rng.uniform(0.7, 1.0),
         pattern_angle=(90.0 * rng.integers(2) + rng.uniform(-12, 12)) % 180.0,
-        eyes=_choice(rng, (1, 2, 3), (2, 8, 1)),
+        eyes=choice(rng, (1, 2, 3), (2, 8, 1)),
         eye_size=rng.uniform(0.4, 1.0),
         eye_gap=middling(),
-        mouth=_choice(rng, MOUTHS),
-        accessory=_choice(rng, ACCESSORIES, (4, 1, 1, 1, 1, 1, 1, 1, 1)),
+        mouth=choice(rng, MOUTHS),
+        accessory=choice(rng, ACCESSORIES, (4, 1, 1, 1, 1, 1, 1, 1, 1)),
         marks=middling(),
     )
 
@@ -164,11 +152,11 @@ DRIFTS = (
     ("accessory", "accent"),
     ("width", "height", "roundness", "limb", "eyes", "eye_size", "mouth"),
 )
-"""Attributes that drift together."""
+"""Groups of attributes that drift together."""
 
 
 def drift(rng: np.random.Generator, identity: Identity, groups: int | None = None) -> Identity:
-    """The same kind with `groups` of its attribute groups drawn anew, at least two if not said: the way a teacher's
+    """The identity with `groups` of its attribute groups sampled again (default: at least two), the way a teacher's
     panels visibly disagree."""
     groups = groups or int(rng.integers(2, len(DRIFTS) + 1))
     other = sample_identity(rng, kind=identity.kind)
@@ -178,27 +166,29 @@ def drift(rng: np.random.Generator, identity: Identity, groups: int | None = Non
 
 
 def sample_light(rng: np.random.Generator) -> Light:
-    direction = _choice(rng, DIRECTIONS, (2, 2, 3, 1))
-    centre = {"left": 180.0, "right": 0.0, "above": 90.0, "behind": 90.0}[direction]
+    """A random light. Light from above, white light and bright light are the most frequent."""
+    direction = choice(rng, DIRECTIONS, (2, 2, 3, 1))
+    center = {"left": 180.0, "right": 0.0, "above": 90.0, "behind": 90.0}[direction]
     elevation = {"left": 32.0, "right": 32.0, "above": 75.0, "behind": 30.0}[direction]
     return Light(
         direction=direction,
-        colour=_choice(rng, tuple(LIGHT_COLOURS), (6, 1.5, 1.5, 1, 1)),
-        intensity=_choice(rng, tuple(INTENSITIES), (6, 2, 1)),
-        azimuth=centre + rng.uniform(-15, 15),
+        colour=choice(rng, tuple(LIGHT_COLOURS), (6, 1.5, 1.5, 1, 1)),
+        intensity=choice(rng, tuple(INTENSITIES), (6, 2, 1)),
+        azimuth=center + rng.uniform(-15, 15),
         elevation=elevation + rng.uniform(-10, 10),
     )
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    place = _choice(rng, PLACES)
+    """A random scene; indoor scenes have no weather."""
+    place = choice(rng, PLACES)
     return Scene(
         place=place,
         light=sample_light(rng),
-        pose=_choice(rng, POSES, (10, 2, 1, 1, 0.5)),
-        framing=_choice(rng, FRAMINGS, (6, 3, 0.5)),
-        prop=_choice(rng, PROPS, (14, 1, 1, 1, 1, 1, 1, 1)),
-        weather="clear" if place in INDOOR else _choice(rng, WEATHERS, (8, 1, 1, 1, 1, 1)),
+        pose=choice(rng, POSES, (10, 2, 1, 1, 0.5)),
+        framing=choice(rng, FRAMINGS, (6, 3, 0.5)),
+        prop=choice(rng, PROPS, (14, 1, 1, 1, 1, 1, 1, 1)),
+        weather="clear" if place in INDOOR else choice(rng, WEATHERS, (8, 1, 1, 1, 1, 1)),
         x=float(rng.uniform(0.46, 0.54)),
         facing=int(rng.choice([-1, 1], p=[0.15, 0.85])),
         tilt=float(rng.uniform(-3, 3)),
@@ -207,19 +197,16 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def relight(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same scene under another light: nothing else changes."""
+    """The same scene under another light."""
+    before = scene.light
     while True:
         light = sample_light(rng)
-        if (light.direction, light.colour, light.intensity) != (
-            scene.light.direction,
-            scene.light.colour,
-            scene.light.intensity,
-        ):
+        if replace(light, azimuth=before.azimuth, elevation=before.elevation) != before:
             return replace(scene, light=light)
 
 
 def reseason(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same outdoor scene in another weather or season: nothing else changes."""
+    """The same outdoor scene in another weather or season. ValueError for an indoor scene."""
     if scene.place in INDOOR:
-        raise ValueError(f"{scene.place!r} has no weather: choose an outdoor scene")
-    return replace(scene, weather=_choice(rng, tuple(weather for weather in WEATHERS if weather != scene.weather)))
+        raise ValueError(f"{scene.place!r} has no weather; choose an outdoor scene")
+    return replace(scene, weather=choice(rng, tuple(weather for weather in WEATHERS if weather != scene.weather)))

@@ -61,9 +61,13 @@ class RunStudent(Base):
             weights += f" sampled {read_settings(folder, base).values()}"
         return f"{weights} on {models.fingerprint(base)}"
 
+    def open(self) -> Any:
+        """Opens its pipeline."""
+        return open_student(self.folder(), self.base(), self.recipe)
+
     def pipeline(self) -> Any:
         """Its pipeline, which stays open."""
-        return self.context.opened(self.name, lambda: open_student(self.folder(), self.base(), self.recipe))
+        return self.context.opened(self.name, self.open)
 
     def generate(self, references: Sequence[Image], samples: Sequence[Sample], seeds: Sequence[int]) -> Sequence[Image]:
         return self.sample(references, samples, seeds, {})

@@ -1,4 +1,4 @@
-"""Suites of pictures read their folders as published, and say what is wrong with one that is not."""
+"""Suites of images read the published layouts, and report what is wrong with another folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import toy_pictures as toy
 from PIL import Image
 
-from diptych.errors import UsageError
 from diptych.evaluate import suites
-from diptych.evaluate.suites import pictures
+from diptych.evaluate.suites import images
+from raising import raises
 
 PROMPTS_AND_CLASSES = """Classes
 
@@ -53,24 +53,28 @@ def test_dreambench_reads_classes_prompts_and_further_pictures(tmp_path: Path) -
         put(root / "backpack_dog" / name)
     put(root / "cat2" / "00.jpg")
     (root / "prompts_and_classes.txt").write_text(PROMPTS_AND_CLASSES)
-    suite = pictures.open_suite("dreambench", tmp_path)
-    assert isinstance(suite, pictures.Pictures)
+    suite = images.open_suite("dreambench", tmp_path)
+    assert isinstance(suite, images.ImageSuite)
     bag, cat = suite.subjects
     assert bag.prompts == ("a backpack in the jungle", "a red backpack") and len(bag.more) == 2
     assert cat.prompts == ("a cat wearing a santa hat",) and cat.category == "live subject"
     sample = suite.samples(None, None)[0]
-    assert suite.picture(sample).size == (512, 512) and "{" not in sample.grid_prompt and sample.subject == "backpack"
+    assert (
+        suite.reference_image(sample).size == (512, 512)
+        and "{" not in sample.grid_prompt
+        and sample.subject == "backpack"
+    )
 
 
 def test_a_folder_of_ones_own_needs_pictures_and_prompts(tmp_path: Path) -> None:
     put(tmp_path / "references" / "toys" / "red-car.png")
     put(tmp_path / "references" / "toys" / "bear.png")
     (tmp_path / "references" / "toys" / "bear.txt").write_text("brown teddy\na {} at sea\n")
-    with pytest.raises(UsageError, match=r"prompts\.txt: is missing or empty"):
-        pictures.open_suite("folder", tmp_path)
+    with raises("suite_invalid", tmp_path / "prompts.txt"):
+        images.open_suite("folder", tmp_path)
     (tmp_path / "prompts.txt").write_text("# mine\na {} on the moon\n\na {} in snow\n")
-    suite = pictures.open_suite("folder", tmp_path, 64)
-    assert isinstance(suite, pictures.Pictures)
+    suite = images.open_suite("folder", tmp_path, 64)
+    assert isinstance(suite, images.ImageSuite)
     asked = [(s.id, s.prompt, s.kind) for s in suite.samples(None, None)]
     assert asked == [
         ("toys_bear-0", "a brown teddy at sea", "toys"),
@@ -80,7 +84,7 @@ def test_a_folder_of_ones_own_needs_pictures_and_prompts(tmp_path: Path) -> None
 
 
 def test_fewer_references_and_prompts_are_spread_over_categories_and_levels(tmp_path: Path) -> None:
-    suite = pictures.open_suite("dreambench++", toy.make_folder(tmp_path))
+    suite = images.open_suite("dreambench++", toy.make_folder(tmp_path))
     few = suite.samples(3, 3)
     assert Counter(s.kind for s in few) == dict.fromkeys(("live_subject/animal", "live_subject/human", "object"), 3)
     assert Counter(s.level for s in few) == dict.fromkeys(("photoreal", "style", "imaginative"), 3)
@@ -91,7 +95,7 @@ def test_the_fingerprint_is_of_the_pictures_and_the_prompts_and_not_of_their_pla
     one, two = toy.make_folder(tmp_path / "one"), toy.make_folder(tmp_path / "two")
 
     def fingerprint(folder: Path) -> str:
-        return pictures.open_suite("dreambench++", folder).fingerprint()
+        return images.open_suite("dreambench++", folder).fingerprint()
 
     first = fingerprint(one)
     assert fingerprint(two) == first
@@ -103,19 +107,21 @@ def test_the_fingerprint_is_of_the_pictures_and_the_prompts_and_not_of_their_pla
 
 
 @pytest.mark.parametrize(
-    ("suite", "change", "said"),
+    ("suite", "change", "code", "facts"),
     [
-        ("dreambench++", "no data", "name their folder with --data"),
-        ("dreambench++", "empty", "holds images/ and captions/"),
-        ("dreambench++", "caption", "7 prompts after the subject, and this suite asks 9"),
-        ("dreambench++", "no caption", "is missing or empty"),
-        ("dreambench", "empty", "prompts_and_classes.txt"),
-        ("folder", "empty", "needs references/"),
-        ("dreambensh", "empty", "did you mean 'dreambench'"),
-        ("pocket", "empty", "leave --data out"),
+        ("dreambench++", "no data", "option_missing", ("--data",)),
+        ("dreambench++", "empty", "suite_invalid", ("images/", "captions/")),
+        ("dreambench++", "caption", "suite_invalid", ("object/00.txt", "7", "9")),
+        ("dreambench++", "no caption", "suite_invalid", ("object/00.txt",)),
+        ("dreambench", "empty", "suite_invalid", ("prompts_and_classes.txt",)),
+        ("folder", "empty", "suite_invalid", ("references/",)),
+        ("dreambensh", "empty", "name_unknown", ("'dreambench'",)),
+        ("pocket", "empty", "option_unsuited", ("--data",)),
     ],
 )
-def test_a_folder_that_is_laid_out_otherwise_is_refused(suite: str, change: str, said: str, tmp_path: Path) -> None:
+def test_a_folder_of_another_layout_is_rejected(
+    suite: str, change: str, code: str, facts: tuple[str, ...], tmp_path: Path
+) -> None:
     if "caption" in change:
         toy.make_folder(tmp_path)
         caption = tmp_path / "data" / "captions" / "object" / "00.txt"
@@ -123,5 +129,5 @@ def test_a_folder_that_is_laid_out_otherwise_is_refused(suite: str, change: str,
             caption.write_text("\n".join(caption.read_text().splitlines()[:8]))
         else:
             caption.unlink()
-    with pytest.raises(UsageError, match=said):
-        pictures.open_suite(suite, None if change == "no data" else tmp_path)
+    with raises(code, *facts):
+        images.open_suite(suite, None if change == "no data" else tmp_path)
