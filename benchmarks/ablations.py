@@ -1,11 +1,11 @@
-"""The claim of the paper on the pocket world: the student beside zero-shot baselines, per-subject tuning and itself
-without its parts (`recipes/ablations/pocket.yaml`), on held-out identities and held-out kinds, three trainings each.
+"""The paper's claim on the pocket world: the student compared with zero-shot baselines, with per-subject tuning, and
+with itself without its parts (`recipes/ablations/pocket.yaml`). Held-out identities and kinds, three trainings each.
 
     python benchmarks/ablations.py                       # two hours of two CPU cores
-    python benchmarks/ablations.py --from runs/pocket    # on the pairs of a run that is there already
+    python benchmarks/ablations.py --from runs/pocket    # on the pairs of an existing run
 
-Writes `results/ablations-DEVICE-DATE.json`, the page beside it as `.md`, and prints the page. It is `diptych ablate`:
-killed, the same command goes on, and nothing is trained twice (`--work`).
+Writes `results/ablations-DEVICE-DATE.json` and the page as `.md`, and prints the page. It runs `diptych ablate`: after
+an interruption, the same command resumes and trains nothing twice (`--work`).
 """
 
 from __future__ import annotations

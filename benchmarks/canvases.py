@@ -1,13 +1,12 @@
-"""Canvases with a known truth, for whatever cuts them: grids of panels as teachers paint them, and pictures that are
-none.
+"""Canvases with known panels, to test how grids are cut: grids as teachers paint them, and images that are not grids.
 
     canvas = make(seed=0, index=17)
-    canvas.image, canvas.boxes       # the picture, and where its panels lie; no boxes where it is no grid
+    canvas.image, canvas.boxes       # the image, and the boxes of its panels; none if it is not a grid
 
 A panel is a scene: ground and sky, light that falls off sideways, texture of several sizes, clutter and a subject. The
-panels of a grid are scenes of their own around one subject. `KINDS` says what else a canvas has. A third of the
-canvases is left as drawn, a third is softened as by a decoder, a third went through JPEG. Canvas `index` of a seed is
-the same on every machine with the same numpy and Pillow.
+panels of a grid are separate scenes around one subject. `KINDS` lists the other properties of a canvas. A third of the
+canvases is unchanged, a third is softened as by a decoder, and a third is compressed as JPEG. Canvas `index` of a seed
+is the same on every machine with the same numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture of rows×cols panels as asked, and its truth: the panels' boxes in reading order, none if no grid."""
+    """An image for a prompt of rows×cols panels, and the panels' true boxes in reading order; none if not a grid."""
 
     kind: str
     image: Image.Image
@@ -55,7 +54,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Room:
-    """What panels of one place share."""
+    """The properties that panels of one place share."""
 
     sky: np.ndarray
     ground: np.ndarray
@@ -74,7 +73,7 @@ def make(
     size: int | None = None,
     layout: tuple[int, int] | None = None,
 ) -> Canvas:
-    """Canvas `index` of a seed; its kind, panel size and layout (rows, columns) are drawn by lot if not given."""
+    """Canvas `index` of a seed. Kind, panel size and layout (rows, columns) are random unless given."""
     rng = np.random.default_rng([seed, index])
     lot = str(rng.choice(list(KINDS), p=np.array(list(KINDS.values())) / 100))
     drawn = int(rng.choice(SIZES))
@@ -111,13 +110,13 @@ def make(
 
 
 def tolerance(panel_size: int) -> int:
-    """Pixels by which a panel's edge may be off: 1/128 of its side, and one at least. A decoder smears an edge over two
+    """Allowed error of a panel's edge in pixels: 1/128 of its side, at least 1. A decoder smears an edge over two
     or three pixels of 512, and models look at a panel in patches of 8 to 16."""
     return max(1, panel_size // 128)
 
 
 def fault(canvas: Canvas, strength: float, boxes: Sequence[Box], threshold: float = 0.0) -> str:
-    """What is wrong with a cut of a canvas, `""` if nothing: `strength` below `threshold` says that it is no grid."""
+    """The fault of a cut of a canvas, or `""`. A `strength` below `threshold` means that the cutter rejects it."""
     if not canvas.boxes:
         return "taken for a grid" if strength >= threshold else ""
     if strength < threshold:
@@ -134,7 +133,7 @@ def _pixels(rng: np.random.Generator, low: float, high: float, size: int, least:
 
 
 def _spans(rng: np.random.Generator, side: int, parts: int, edge: int, gap: int, off: int) -> list[tuple[int, int]]:
-    """Where the panels of one axis begin and end."""
+    """The starts and ends of the panels along one axis."""
     inner = side - 2 * edge - (parts - 1) * gap
     starts = [inner * k // parts for k in range(parts + 1)]
     if off:
@@ -154,7 +153,7 @@ def _one(rng: np.random.Generator, kind: str, width: int, height: int, size: int
 
 
 def _fewer(rng: np.random.Generator, width: int, height: int, size: int) -> np.ndarray:
-    """Two pictures, one beside the other, each half as wide as the canvas; a third of it where that is a seam."""
+    """Two images side by side, each half as wide as the canvas, or a third where the half would be a seam."""
     at = width // 2 if width // size % 2 or height > size else width // 3 + size // 6
     subject = _Subject.draw(rng)
     return np.concatenate([_scene(rng, _room(rng), w, height, size, [subject]) for w in (at, width - at)], 1)
@@ -190,7 +189,7 @@ def _colour(rng: np.random.Generator, low: int = 20, high: int = 236) -> tuple[i
 
 
 def _room(rng: np.random.Generator, shared: bool = False) -> Room:
-    """A place; for one that panels share, with enough light from one side that their seams can be seen at all."""
+    """A random place. One that panels share has enough light from one side to make their seams visible."""
     fall = rng.choice((-1, 1)) * rng.uniform(0.12, 0.3) if shared else rng.uniform(-0.25, 0.25)
     return Room(
         np.array(_colour(rng, 60, 236), np.float32),
@@ -207,7 +206,7 @@ def _room(rng: np.random.Generator, shared: bool = False) -> Room:
 def _scene(
     rng: np.random.Generator, room: Room, width: int, height: int, size: int, subjects: list[_Subject]
 ) -> np.ndarray:
-    """A picture uint8 (height, width, 3); `size` is the length its parts are measured by."""
+    """An image uint8 (height, width, 3); `size` is the unit of length of its parts."""
     y = np.linspace(0, 1, height, dtype=np.float32)
     ground = (0.5 + 0.5 * np.tanh((y - room.horizon) / (0.5 * room.softness)))[:, None]
     column = room.sky + (room.ground - room.sky) * ground
@@ -234,7 +233,7 @@ def _scene(
 
 
 def _texture(rng: np.random.Generator, width: int, height: int, size: int, cells: int, levels: float) -> np.ndarray:
-    """Noise (height, width, 3) of `cells` patches to a panel's side, `levels` strong, little of it in colour."""
+    """Noise (height, width, 3) with `cells` patches along a panel's side and an amplitude of `levels`, mostly gray."""
     shape = (max(2, cells * height // size), max(2, cells * width // size))
     noise = rng.normal(128, 50, (*shape, 1)) + rng.normal(0, 15, (*shape, 3))
     small = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
@@ -263,7 +262,7 @@ def _false_edge(rng: np.random.Generator, pixels: np.ndarray, at: int, size: int
 
 
 def _far(rng: np.random.Generator, pixels: np.ndarray, at: int) -> tuple[int, int, int]:
-    """A colour that stands out from column `at`."""
+    """A color that contrasts with column `at`."""
     here = pixels[:, min(max(at, 0), pixels.shape[1] - 1)].mean(0)
     tries = [_colour(rng, 0, 256) for _ in range(6)]
     return max(tries, key=lambda colour: float(np.abs(np.array(colour) - here).sum()))

@@ -1,10 +1,10 @@
-"""A Ray cluster of three nodes on this machine, of which workers, actors and whole nodes are killed at random.
+"""A Ray cluster of three nodes on this machine, whose workers, actors and nodes are killed at random.
 
     python benchmarks/cluster_kills.py [--kills 20] [--out FILE]      # some minutes
 
-A stage that sleeps makes 220 shards while every few seconds a worker process gets SIGKILL, an actor is ended by Ray, or
-a node is taken away and another one added. All files must be those of one undisturbed process, and a diary of what was
-begun must show no more shards begun again than there were kills.
+A stage that sleeps makes 220 shards. Every few seconds a worker process gets SIGKILL, Ray ends an actor, or a node is
+removed and another one added. All files must equal those of one undisturbed process. A log of started shards must show
+no more restarted shards than kills.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARDS, ROWS, SECONDS = 220, 6, 0.25
 
 
 class Killer(threading.Thread):
-    """Kills something every few seconds until there were enough kills."""
+    """Kills a worker, an actor or a node every few seconds, until the number of kills is reached."""
 
     def __init__(self, cluster: Any, diary: Path, kills: int, seed: int) -> None:
         super().__init__(daemon=True)
@@ -47,7 +47,7 @@ class Killer(threading.Thread):
                     print(f"kill {self.landed.total()}: {kind}", flush=True)
 
     def kill_worker(self) -> bool:
-        """SIGKILL for a process that began a shard lately."""
+        """Sends SIGKILL to a process that started a shard recently."""
         pids = [int(line.split()[0]) for line in self.diary.read_text().splitlines()[-3:]]
         try:
             os.kill(self.chance.choice(pids), signal.SIGKILL)
@@ -56,7 +56,7 @@ class Killer(threading.Thread):
         return True
 
     def kill_actor(self) -> bool:
-        """An actor ended by Ray."""
+        """Ends an actor through Ray."""
         import ray
         from ray._private.state import actors
 
@@ -70,7 +70,7 @@ class Killer(threading.Thread):
         return True
 
     def kill_node(self) -> bool:
-        """A raylet with all its workers, and another one in its place."""
+        """Kills a raylet with all its workers, and adds another node."""
         node = self.chance.choice(list(self.cluster.worker_nodes))
         self.cluster.remove_node(node, allow_graceful=False)
         self.cluster.add_node(**NODE, wait=False)
@@ -78,7 +78,7 @@ class Killer(threading.Thread):
 
 
 def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """The run; AssertionError if it ends otherwise than an undisturbed one."""
+    """Runs the stage. AssertionError if its files differ from those of an undisturbed run."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
     import torch

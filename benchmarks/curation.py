@@ -1,15 +1,15 @@
-"""How fast curation is without its judge, and whether its memory stays flat.
+"""Speed of curation without its judge, and growth of its memory.
 
     python benchmarks/curation.py speed [--grids 400] [--format jpeg] [--size 512] [--processes 2]     # a minute
     python benchmarks/curation.py speed --painted webp --tests      # as recipes/flux-subject.yaml has it, and more
     python benchmarks/curation.py memory [--rows 100000] [--size 16]                                   # some 20 minutes
 
 Both run the real stage in the real engine, from grids in parquet files to candidates in parquet files: read, decode,
-cut, compare, caption, encode, write. The judge is the smallest that there can be, colours on a 4×4 raster; its time is
-measured and told apart. `speed` gives each process a data set of its own, as two runs have. Panels are written as
-`--format`; grids are read as the same, or as `--painted`. With `--tests` every test that a recipe may ask for is on:
-screens, copies, and hashes and embeddings for duplicates. `memory` fails if resident
-memory grows by more than `BOUND` after the first tenth of the rows.
+cut, compare, caption, encode, write. The judge is as small as possible, colors on a 4×4 raster; its time is measured
+and reported separately. `speed` gives each process a separate dataset, as two runs have. Panels are written as
+`--format`; grids are read in the same format, or as `--painted`. `--tests` turns on every test of a recipe: screens,
+copies, and hashes and embeddings for duplicates. `memory` fails if resident memory grows by more than `BOUND` after the
+first tenth of the rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TESTS = ", screens: {dark: 0, flat: 0, blur: 0}, copies: {hash: null}, duplicate
 
 
 class Colours:
-    """The colours of a 4×4 raster as an embedding; counts its own seconds."""
+    """The colors of a 4×4 raster as an embedding; counts the seconds it takes."""
 
     fingerprint = "colours"
 
@@ -100,14 +100,14 @@ class Job:
 
 
 def recipe(folder: Path, format: str, tests: bool = False) -> Recipe:
-    """A recipe whose panels are kept in a format; with all `tests`, or those that every recipe has."""
+    """A recipe that stores panels in a format, with all `tests` or only the tests of every recipe."""
     path = folder / "curation.yaml"
     path.write_text(RECIPE % (format, TESTS if tests else ""))
     return load(path)
 
 
 def write_grids(folder: Path, count: int, size: int, format: str, shard: int) -> Dataset:
-    """`count` grids of two panels, `shard` to a part; a few different pictures in turn."""
+    """`count` grids of two panels, `shard` in each part; a few different images in turn."""
     names = ("plain", "gutter", "shared background", "off-centre")
     drawn = [canvases.make(7, n, names[n % len(names)], size, (1, 2)) for n in range(min(PICTURES, count))]
     cells = [image_cell(canvas.image, None, KINDS[format]) for canvas in drawn]
@@ -137,7 +137,7 @@ def write_grids(folder: Path, count: int, size: int, format: str, shard: int) ->
 
 
 def curate(job: Job) -> dict[str, float]:
-    """Curates a folder's grids: seconds in all, the judge's among them, and how many pairs came out."""
+    """Curates a folder's grids. Returns total seconds, the judge's seconds, and the number of pairs."""
     folder = Path(job.folder)
     stage = Stage(recipe(folder, job.format, job.tests))
     grids = Dataset(folder / "grids")
@@ -153,7 +153,7 @@ def curate(job: Job) -> dict[str, float]:
 def speed(
     grids: int, size: int, format: str, processes: int, painted: str | None = None, tests: bool = False
 ) -> dict[str, Any]:
-    """Pairs a second of `processes` processes side by side, the judge's time taken away."""
+    """Pairs a second of `processes` parallel processes, without the judge's time."""
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(processes, context) as pool:
         share = max(1, grids // processes)
@@ -219,14 +219,14 @@ def memory(rows: int, size: int, format: str) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of memory this process holds (Linux)."""
+    """Resident bytes of this process (Linux)."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024
 
 
 def profile(size: int, format: str, grids: int, painted: str | None = None, tests: bool = False) -> str:
-    """Where the time of a few grids goes."""
+    """Seconds of each function for a few grids."""
     import cProfile
     import pstats
 

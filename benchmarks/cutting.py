@@ -1,10 +1,10 @@
-"""A thousand canvases whose panels are known, cut: how many are cut right, by what they show.
+"""Accuracy of cutting on a thousand canvases with known panels, by kind of canvas.
 
     python benchmarks/cutting.py [--count 1000] [--seed 2026] [--out FILE]      # a minute; fails below 99 %
 
-Right is: a grid is taken, and every panel's box is within `canvases.tolerance` of the truth, gutters and borders left
-out; what is no grid is refused, at the threshold `seam` that recipes use. `canvases.py` says what is drawn. The
-constants of `diptych.stages.curate.seams` were settled on other seeds.
+A grid counts as right if it is accepted and every panel's box is within `canvases.tolerance` of the truth, without
+gutters and borders. An image that is not a grid counts as right if it is rejected. The threshold is the `seam` of
+recipes. `canvases.py` makes the canvases. The constants of `diptych.stages.curate.seams` were chosen on other seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BAR = 0.99
 
 
 def run(count: int, seed: int, out: Path | None = None) -> dict[str, Any]:
-    """Draws and cuts; writes and returns the result."""
+    """Makes and cuts the canvases; writes and returns the result."""
     threshold = Thresholds().seam
     drawn: Counter[str] = Counter()
     right: Counter[str] = Counter()

@@ -1,9 +1,9 @@
-"""`make demo` in a fresh clone: minutes from nothing to the report, install included, and memory; then one picture.
+"""`make demo` in a fresh clone: minutes from the clone to the report, with installation, and memory; then one image.
 
     python benchmarks/demo.py [--out FILE]      # some minutes; needs git and make
 
-`peak_mib` is the most that any one of its processes held: the stages run in one. `picture_s` is `diptych generate` with
-the shipped student, from the start of its process to its end.
+`peak_mib` is the peak memory of its largest process, since the stages run in one. `picture_s` is the time of a whole
+`diptych generate` process with the packaged student.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASKED = ["--reference", "examples/references/cat.png", "--prompt", "a cat on the
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch) / "diptych"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
@@ -48,7 +48,7 @@ def main() -> None:
         "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         "report_bytes": report,
     }
-    print(measuring.write("demo", result, asked.out))
+    print(measuring.write("demo", result, arguments.out))
     print(f"{seconds / 60:.1f} minutes, {result['peak_mib']} MiB; a picture {picture:.1f} s")
 
 

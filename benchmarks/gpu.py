@@ -1,11 +1,12 @@
-"""Everything that only a GPU can show, in one unattended run: each part in a process of its own, with its own time.
+"""All measurements that need a GPU, in one unattended run: each part in a separate process, with a time limit.
 
     python benchmarks/gpu.py --out results --seconds 240      # golden, inference, training, memory: a GPU of 80 GB
     python benchmarks/gpu.py --out results --parts training   # some parts; --limits training=90 gives it 90 s
     python benchmarks/gpu.py --out /tmp/r --small             # the same code on the CPU, with a tiny model; a minute
 
-A part writes OUT/gpu-PART.json after every line it measured, so what is cut off keeps what it had. All parts import
-their libraries at once and then wait for their turn: the device is one part's alone. No file is downloaded.
+A part writes OUT/gpu-PART.json after every measured line, so a part that is cut off keeps its results. All parts import
+their libraries at the same time and then wait for their turn, since only one part uses the device. No file is
+downloaded.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)  # the process of one part
     parser.add_argument("--ready", type=int, help=argparse.SUPPRESS)  # the pipe it closes once it has imported
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    if asked.part:
-        one(asked)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.part:
+        one(arguments)
         return
-    parts = [part.strip() for part in asked.parts.split(",")]
-    given = dict(pair.split("=") for pair in asked.limits.split(",") if pair)
+    parts = [part.strip() for part in arguments.parts.split(",")]
+    given = dict(pair.split("=") for pair in arguments.limits.split(",") if pair)
     if unknown := sorted({*parts, *given} - set(LIMITS)):
         parser.error(f"unknown parts {', '.join(unknown)}; known are {', '.join(LIMITS)}")
-    sys.exit(run(parts, {**LIMITS, **{part: float(text) for part, text in given.items()}}, asked))
+    sys.exit(run(parts, {**LIMITS, **{part: float(text) for part, text in given.items()}}, arguments))
 
 
-def run(parts: list[str], limits: dict[str, float], asked: argparse.Namespace) -> int:
-    """Starts all parts, gives each its turn; the number of those that did not end well."""
-    ends = time.monotonic() + asked.seconds
+def run(parts: list[str], limits: dict[str, float], arguments: argparse.Namespace) -> int:
+    """Starts all parts and gives each its turn. Returns the number of parts that failed."""
+    ends = time.monotonic() + arguments.seconds
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    flags = ["--out", str(asked.out), *(["--small"] if asked.small else [])]
+    flags = ["--out", str(arguments.out), *(["--small"] if arguments.small else [])]
     started, ready = {}, {}
     for part in parts:
         ready[part], writing = os.pipe()
@@ -89,15 +90,15 @@ def run(parts: list[str], limits: dict[str, float], asked: argparse.Namespace) -
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Ends a part and what it started, and waits until the device is free of it."""
+    """Ends a part and its child processes, and waits until the device is free."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def one(asked: argparse.Namespace) -> None:
+def one(arguments: argparse.Namespace) -> None:
     """Imports, waits for its seconds on stdin, and measures."""
-    began, part, small = time.monotonic(), asked.part, asked.small
+    began, part, small = time.monotonic(), arguments.part, arguments.small
     import importlib
 
     import measuring
@@ -111,14 +112,14 @@ def one(asked: argparse.Namespace) -> None:
         getattr(importlib.import_module("transformers"), name)
     module = importlib.import_module(f"gpu_{part}")
     imported = time.monotonic() - began
-    os.close(asked.ready)
+    os.close(arguments.ready)
     line = sys.stdin.readline()
     if not line:
         return  # whoever started it is gone
     device = torch.device("cpu" if small else "cuda")
     torch.manual_seed(0)
     torch.zeros(1, device=device)  # CUDA begins here, not while another part has the device
-    sheet = measuring.Sheet(f"gpu-{part}", asked.out / f"gpu-{part}.json", device, float(line))
+    sheet = measuring.Sheet(f"gpu-{part}", arguments.out / f"gpu-{part}.json", device, float(line))
     sheet.note(small=small, import_s=round(imported, 1))
     try:
         module.run(sheet, device, small)

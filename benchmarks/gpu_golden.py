@@ -1,4 +1,4 @@
-"""The release's fixture on a GPU in float32 and bfloat16: how far it is from what the release computed (`gpu.py`)."""
+"""The release's fixture on a GPU in float32 and bfloat16: its difference from the release's result (`gpu.py`)."""
 
 from __future__ import annotations
 

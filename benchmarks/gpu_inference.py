@@ -1,8 +1,8 @@
-"""Drawing at full size on one GPU, method by method, the most telling first (`gpu.py` runs this).
+"""Generation at full size on one GPU, method by method, the most important first (`gpu.py` runs this).
 
-A random FLUX.1 of 12 B parameters in bfloat16, twice: with the released way's two input layers and an unfused LoRA of
+It uses a random FLUX.1 of 12 B parameters in bfloat16 twice: with the release's two input layers and an unfused LoRA of
 rank 128, and folded and fused in our pipeline. Every method has one call to warm up (which compiles) and one that
-counts; the reference is remembered from the first where the setting remembers.
+counts. Settings that cache the reference reuse it from the first call.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
 
 
 def compiles(device: torch.device) -> dict[str, Any]:
-    """Whether torch.compile works here at all, and how long its first, small graph takes."""
+    """Whether torch.compile works here, and the seconds of its first, small graph."""
 
     def graph(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.gelu(x @ x) * 2

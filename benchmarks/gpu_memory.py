@@ -1,8 +1,8 @@
-"""Memory presets put on a full-size model made on the GPU, and what they hold against the plan (`gpu.py` runs it).
+"""Memory presets on a full-size model that is made on the GPU, compared with the plan (`gpu.py` runs it).
 
-No file: the parts get random weights on the device, the preset is applied to them there, and a picture is drawn from
-random embeddings with sequential true guidance. So staged text encoders, which are opened from files, are not measured;
-the peaks of denoising and decoding are, each against `memory.plan`, on a CPU (where nothing like it can be told) not.
+It needs no files: the parts get random weights on the device, the preset is applied to them, and an image is generated
+from random embeddings with sequential true guidance. The peaks of denoising and decoding are compared with
+`memory.plan`. Staged text encoders, which are opened from files, are not measured, and on a CPU there is no comparison.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(sheet: measuring.Sheet, device: torch.device, small: bool) -> None:
 
 
 def one(shapes: Shapes, preset: Preset, device: torch.device, side: int, tokens: int) -> dict[str, Any]:
-    """Peaks of each stage of one picture, GiB, and the plan's."""
+    """Peak memory of each stage of one image in GiB, measured and planned."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     before = held(device)
     pipe, made = measuring.clocked(lambda: build(shapes, preset, device, dtype), device)[:2]
@@ -111,7 +111,7 @@ def held(device: torch.device) -> int:
 
 
 def build(shapes: Shapes, preset: Preset, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pipeline with random weights on `device`; text encoders only where they stay there."""
+    """The pipeline with random weights on `device`. It has text encoders only if they stay on the device."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -138,6 +138,6 @@ def build(shapes: Shapes, preset: Preset, device: torch.device, dtype: torch.dty
 
 @torch.no_grad()
 def encode(pipe: Any, shapes: Shapes, tokens: int, device: torch.device) -> None:
-    """What encoding one prompt computes."""
+    """The computation of encoding one prompt."""
     pipe.text_encoder(torch.ones(1, min(77, 8 * tokens), dtype=torch.long, device=device))
     pipe.text_encoder_2(torch.ones(1, tokens, dtype=torch.long, device=device))

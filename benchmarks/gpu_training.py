@@ -32,7 +32,7 @@ PAIRS, STEPS = 32, 3
 
 
 class Rows:
-    """Random latents in memory, in the place of the cache on disk."""
+    """Random latents in memory that replace the cache on disk."""
 
     def __init__(self, count: int, shape: tuple[int, int]) -> None:
         self.samples = [CachedPair(f"p-{number}", f"g-{number}", "") for number in range(count)]
@@ -157,7 +157,7 @@ def opened(quantize: str, device: torch.device, small: bool, folder: Path) -> Tr
 
 
 def timed(trainer: Trainer, quantize: str, rate: float, small: bool, optimizer: str = "adamw") -> dict[str, Any]:
-    """One step to warm up, then `STEPS` on the clock."""
+    """Runs one step to warm up, then measures `STEPS` steps."""
     device, batch = trainer.job.device, trainer.options.batch_size
     batches: Any = ahead(trainer.next_batch, range(trainer.step + 1, trainer.options.steps + 1), device)
 

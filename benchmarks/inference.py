@@ -1,15 +1,15 @@
-"""Inference: the released sampler's way against ours, alternating in one run; where docs/speed.md has its numbers from.
+"""Inference: the released sampler compared with ours, alternating in one run. The source of docs/speed.md's numbers.
 
     python benchmarks/inference.py golden                 both ways against the release's fixture
     python benchmarks/inference.py pocket                 the pocket model, with prompt and reference caching apart
     python benchmarks/inference.py midsize                a random FLUX of 4 + 8 blocks, d = 768, 512 + 128 tokens (CPU)
     python benchmarks/inference.py full                   a random FLUX.1, 12 B, 2048 + 512 tokens (a GPU of 80 GB)
     python benchmarks/inference.py tokens                 that FLUX as a diptych and with reference tokens, 512² (CPU)
-    python benchmarks/inference.py quality                what the lossy switches cost in CP·PF on the pocket model
+    python benchmarks/inference.py quality                CP·PF of the lossy switches on the pocket model
     python benchmarks/inference.py publish RESULT.json    a quality result into docs/speed.md and `switches`
 
-Results go to benchmarks/results/, with the machine named. Seconds are medians; peak bytes are above what both models
-hold at rest; `share` is the blocks' arithmetic over time × the matrix rate that was measured in the same run.
+Results go to benchmarks/results/, with the machine named. Seconds are medians. Peak bytes are above the memory of both
+models at rest. `share` is the blocks' arithmetic divided by time × the matrix rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ MIDSIZE: dict[str, Any] = {
 
 
 def golden(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Largest difference of final latents from the release's own, for the way rewritten here and for `exact`."""
+    """Largest difference of final latents from the release's, for the rewritten release and for `exact`."""
     found = golden_on(torch.device("cpu"), torch.float32)
     del found["apart"]
     passed = all(case["within"] for way in found.values() for case in way.values())
@@ -78,10 +78,10 @@ def golden(arguments: argparse.Namespace) -> dict[str, Any]:
 def golden_on(
     device: torch.device, dtype: torch.dtype, cases: Sequence[str] = ("plain", "guided")
 ) -> dict[str, dict[str, Any]]:
-    """By way and case: how far the final latents are from the release's own (float32, CPU), largest and on average,
-    and whether that is within `TOLERANCE`. `apart`: the two ways from one another.
+    """By sampler and case: largest and mean difference of the final latents from the release's (float32, CPU), and
+    whether it is within `TOLERANCE`. `apart` is the difference between the two samplers.
 
-    The fixture's small random model answers to bfloat16's coarse timesteps with other pictures, in both ways alike."""
+    With bfloat16's coarse timesteps the fixture's small random model gives other images in both samplers."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from safetensors.torch import load_file
 
@@ -135,9 +135,9 @@ def compare(
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The released way against `ours` in each setting, in turn.
+    """Compares the released sampler with `ours` in each setting, in turn.
 
-    A setting is put on before its draw, outside the clock; compiled code is kept by torch between the turns.
+    A setting is applied before its call, outside the measured time. torch keeps compiled code between the turns.
     """
     left_out: dict[str, list[str]] = {}
     remembered: dict[str, Any] = {}  # by setting: putting one on starts with nothing remembered
@@ -173,7 +173,7 @@ def compare(
 
 
 def alone(names: list[str]) -> dict[str, Speed]:
-    """Each exact switch alone, for a table of what each is worth."""
+    """Each exact switch alone, for a table of their effects."""
     return {f"only_{name}": replace(PLAIN, **{name: getattr(PRESETS["exact"], name)}) for name in names}
 
 
@@ -181,7 +181,7 @@ EXACT_SWITCHES = ["fused_lora", "packed", "fused_qkv", "compile", "modulation", 
 
 
 def pocket(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The shipped student: its LoRA unfused in the released way, prompts read by its own text encoders."""
+    """The packaged student, with an unfused LoRA in the released sampler and its text encoders."""
     from diffusers import FluxTransformer2DModel
 
     ours: Any = student.load("pocket", device="cpu", fuse=True)
@@ -243,7 +243,7 @@ def ours_pixels(
 
 
 def random_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype, side: int) -> tuple[ReleasedWay, Any]:
-    """The released way and our pipeline with the same random weights: transformer, LoRA of rank 128, VAE, scheduler."""
+    """The released sampler and our pipeline with equal random weights: transformer, LoRA (rank 128), VAE, scheduler."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from safetensors.torch import load_file, save_file
 
@@ -293,7 +293,7 @@ def random_pair(config: dict[str, Any], device: torch.device, dtype: torch.dtype
 
 
 def random_lora(transformer: Any) -> dict[str, torch.Tensor]:
-    """A LoRA of rank 128 on every attention projection, of a size that matters and does not drown the model."""
+    """A LoRA of rank 128 on every attention projection, large enough to matter and too small to dominate the model."""
     state = {}
     for name, module in transformer.named_modules():
         if ".attn." in name and any(name.endswith(f".{target}") for target in ATTENTION):
@@ -480,10 +480,10 @@ LOSSY_ALONE = {
 
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
-    """CP·PF of the shipped student in each setting against `exact`, on the same references, prompts and seeds.
+    """CP·PF of the packaged student in each setting compared with `exact`, on equal references, prompts and seeds.
 
-    Subjects nobody trained on, scored by the judge that did not curate (docs/evaluate.md). `pixels` is the mean
-    absolute difference from exact's pictures, 0 to 1.
+    The subjects are held out, and the scoring judge did not curate (docs/evaluate.md). `pixels` is the mean absolute
+    difference from the images of `exact`, 0 to 1.
     """
     from diptych import recipe as recipes
     from diptych.data.images import open_image
@@ -509,7 +509,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {"exact": exact} | {n: s for n, s in settings.items() if not arguments.only or n in arguments.only}
 
     class Sped(PackagedStudent):
-        """The shipped student in one setting."""
+        """The packaged student in one setting."""
 
         def __init__(self, context: Any, label: str, setting: Speed) -> None:
             super().__init__(context)
@@ -568,10 +568,10 @@ MARKS = ("<!-- costs: written by benchmarks/inference.py publish -->", "<!-- end
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    """Puts a quality result into `speed_costs.json`, which `diptych switches` reads, and into docs/speed.md."""
+    """Writes a quality result to `speed_costs.json`, which `diptych switches` reads, and to docs/speed.md."""
     result = json.loads(Path(arguments.result).read_text("utf8"))
     if result.get("benchmark") != "quality":
-        sys.exit(f"{arguments.result} is no quality result")
+        sys.exit(f"{arguments.result} is not a quality result")
     measured = {name: entry for name, entry in result["settings"].items() if entry.get("change") is not None}
     costs = {
         "about": {key: result["about"][key] for key in ("date", "versions")},

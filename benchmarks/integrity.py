@@ -1,11 +1,11 @@
-"""What it costs that every part is held against its sha256 when it is read.
+"""The cost of checking every part against its sha256 when it is read.
 
     python benchmarks/integrity.py [--grids 256] [--steps 200]      # some minutes
 
-Runs a whole pocket run, from prompts to scores, and counts the seconds spent on hashes: of parts when a stage,
-training or evaluation reads them, and of cached latents when training opens them. The training is then started again
-one step further, which checks its cached latents anew. `full_size` scales to FLUX.1 with this machine's rate of
-hashing, from the bytes and hours that `diptych plan recipes/flux-subject.yaml` says.
+It runs a whole pocket run, from prompts to scores, and counts the seconds spent on hashes: of parts when a stage,
+training or evaluation reads them, and of cached latents when training opens them. Then it resumes the training for one
+more step, which checks the cached latents again. `full_size` scales to FLUX.1 with this machine's rate of hashing, from
+the bytes and hours of `diptych plan recipes/flux-subject.yaml`.
 """
 
 from __future__ import annotations

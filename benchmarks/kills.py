@@ -1,10 +1,10 @@
-"""`diptych run` on the shipped pocket weights, killed at random moments and started again: what it loses.
+"""`diptych run` on the packaged pocket weights, killed at random moments and started again: the lost work.
 
     python benchmarks/kills.py [--kills 20] [--out FILE]      # some minutes
 
-One run is left alone, a second one repeats it, others are killed with SIGKILL once in each of their stages, at a random
-moment of it, until enough kills have landed. All must end the same: prompts, grids, candidates, pairs and student byte
-for byte.
+One run is undisturbed, and a second one repeats it. Others are killed with SIGKILL once in each stage, at a random
+moment, until the number of kills is reached. All must end with equal bytes of prompts, grids, candidates, pairs and
+student.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ STAGES = ("prompts", "grids", "candidates", "pairs", "student")
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    """`diptych run` as a process of its own."""
+    """`diptych run` in a separate process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "diptych", "run", str(recipe), "--out", str(out), "--json"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def finish(recipe: Path, out: Path) -> float:
-    """Runs to the end; its seconds."""
+    """Runs to the end and returns the seconds."""
     started = time.monotonic()
     if code := start(recipe, out).wait():
         raise RuntimeError(f"the run in {out} ended with exit code {code}")
@@ -55,7 +55,7 @@ def finish(recipe: Path, out: Path) -> float:
 
 
 def stage(out: Path) -> str:
-    """Where a run is: the first of its stages that is not finished."""
+    """The first stage of a run that is not finished."""
     for name in STAGES[:-1]:
         if not (out / name / "manifest.json").exists():
             return name
@@ -63,14 +63,14 @@ def stage(out: Path) -> str:
 
 
 def result(out: Path) -> dict[str, bytes]:
-    """What a run made, by file: its rows and its weights; not logs, times and checkpoints."""
+    """The rows and weights of a run by file, without logs, times and checkpoints."""
     rows = [path for name in STAGES[:-1] for path in (out / name).rglob("*") if path.is_file()]
     weights = list((out / "student").glob("*.safetensors"))
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted([*rows, *weights])}
 
 
 def durations(out: Path) -> dict[str, float]:
-    """Seconds of each stage in a run's log, by the folder it fills; choosing the pairs is a part of curating."""
+    """Seconds of each stage in a run's log, by its output folder; the selection of pairs is a part of curation."""
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     seconds = {line["stage"]: line["seconds"] for line in lines if line["event"] == "stage"}
     parts = (("prompts", "write"), ("grids", "paint"), ("candidates", "curate"), ("student", "distill"))
@@ -78,7 +78,7 @@ def durations(out: Path) -> dict[str, float]:
 
 
 def run(kills: int, out: Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """The runs; AssertionError if one ends otherwise than the first."""
+    """Runs everything. AssertionError if a run ends with other bytes than the first."""
     import torch
     from measuring import about, write
 

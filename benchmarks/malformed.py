@@ -1,8 +1,7 @@
-"""Requests as nobody should send them, by the thousand: `Maker(seed, app).case()`.
+"""Malformed requests: `Maker(seed, app).case()`.
 
-Of eight kinds: hostile pictures, JSON, forms, names and addresses of things, the web app's own routes, its events,
-bytes that are hardly HTTP, and requests cut off in the middle. All are made from a seed, so that a case that did harm
-can be made again by its number.
+There are eight kinds: hostile images, JSON, forms, names and addresses, routes of the web app, its events, bytes that
+are hardly HTTP, and requests that are cut off. All are made from a seed, so that a case can be repeated by its number.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ PLACES = ("/app/", "/app", "/app/config", "/app/assets/", "/app/static/", "/app/
 
 @dataclass
 class Case:
-    """A request: as parts, or, of `raw`, as bytes in which `AUTH` stands where the token's header may go."""
+    """A request as parts, or as `raw` bytes, in which `AUTH` is the place of the token's header."""
 
     kind: str
     method: str = "GET"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timing in one run, peak memory, the work of a forward, and result files."""
+"""Shared functions of the benchmarks: alternating timing, peak memory, the work of a forward pass, and result files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RESULTS = Path(__file__).with_name("results")
 def alternate(
     methods: Mapping[str, Callable[[int], torch.Tensor]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor], dict[str, int]]:
-    """Seconds, last outputs and peak bytes of each method, called with the number of the round, all in turn each round.
+    """Seconds, last outputs and peak bytes of each method. Every round calls all methods with the number of the round.
 
-    One unmeasured round (number -1) warms everything up, compilation included. The order turns round every round. A
-    method may have a `prepare`, called outside the clock.
+    One unmeasured round (number -1) warms everything up, including compilation. The order is reversed every round. A
+    method may have a `prepare`, which is called outside the measured time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     outputs: dict[str, torch.Tensor] = {}
@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Starts a new peak; returns the bytes held now."""
+    """Resets the peak and returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -66,19 +66,19 @@ def reset_peak(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes held since `reset_peak`."""
+    """The peak bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 
 def status(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where there is none."""
+    """A field of /proc/self/status in bytes; 0 if it does not exist."""
     path = Path("/proc/self/status")
     found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text() if path.exists() else "", re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """The median, the extremes, and how many."""
+    """Median, minimum, maximum and number of values."""
     return {
         "median_s": round(statistics.median(seconds), 4),
         "min_s": round(min(seconds), 4),
@@ -99,7 +99,7 @@ def forward_flop(config: Any, image_tokens: int, text_tokens: int) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """Operations a second of square matrix products, the best of several, on this machine as it is now."""
+    """Operations a second of square matrix products on this machine, the best of several measurements."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
@@ -123,7 +123,7 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any], out: Path | None) -> Path:
-    """Writes a result as `results/NAME-DEVICE-DATE.json`, or where `out` says."""
+    """Writes a result to `results/NAME-DEVICE-DATE.json`, or to `out`."""
     device = re.sub(r"[^a-z0-9]+", "-", str(result["about"]["device"]).lower()).strip("-")
     path = out or RESULTS / f"{name}-{device}-{result['about']['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def write(name: str, result: dict[str, Any], out: Path | None) -> Path:
 
 
 class Sheet:
-    """A result that is written after every line of it, so that what was measured stays when the rest is cut off."""
+    """A result that is written after every line, so that measured lines remain if the process is cut off."""
 
     def __init__(self, name: str, path: Path, device: torch.device, seconds: float) -> None:
         self.path = path
@@ -149,7 +149,7 @@ class Sheet:
         self._write()
 
     def line(self, name: str, measure: Callable[[], dict[str, Any]], needs: float = 0.0) -> dict[str, Any]:
-        """Takes down what `measure` returns; when it fails, why, and when fewer than `needs` seconds are left, that."""
+        """Records the result of `measure`, the reason if it fails, or that fewer than `needs` seconds were left."""
         started = time.monotonic()
         if self.left() < needs:
             found: dict[str, Any] = {"not_run": f"{self.left():.0f} s were left"}
@@ -169,7 +169,7 @@ class Sheet:
         return found
 
     def finish(self) -> None:
-        """Says whether every line was run, and names those that were not."""
+        """Records whether every line was run, and the names of those that were not."""
         left_out = [name for name, line in self.result["lines"].items() if "not_run" in line]
         self.note(complete=not left_out, not_run=left_out)
 
@@ -180,7 +180,7 @@ class Sheet:
 
 
 def clocked(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, int, int]:
-    """(what `call` returns, seconds, most bytes held, bytes held before)."""
+    """(result of `call`, seconds, peak bytes in use, bytes in use before)."""
     rest = reset_peak(device)
     synchronize(device)
     started = time.perf_counter()
@@ -190,7 +190,7 @@ def clocked(call: Callable[[], Any], device: torch.device) -> tuple[Any, float, 
 
 
 def random_weights(model: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A module without buffers, made without weights and filled on `device`: norms 1, all else small and normal."""
+    """A module without buffers, made without weights and filled on `device`: norms 1, other values small and normal."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

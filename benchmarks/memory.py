@@ -1,11 +1,11 @@
-"""Memory presets: the plan for FLUX.1-dev, and how near a plan comes to a real load.
+"""Memory presets: the plan for FLUX.1-dev, and the error of a plan compared with a real load.
 
     python benchmarks/memory.py table                  # the table of docs/memory.md and the README; seconds
     python benchmarks/memory.py load [--device cuda]   # a random model of 2.1 GB, loaded with every preset that runs
 
-`load` makes random weights in a temporary folder and opens them in a process of its own for each preset. On a CPU it
-compares the anonymous memory that the load and one small picture added, after the picture, with the plan's bytes at
-rest; on a GPU, torch's allocated bytes. The picture is small, so that weights and not activations are compared.
+`load` makes random weights in a temporary folder and opens them in a separate process for each preset. It compares the
+plan's bytes at rest with the memory that the load and one small image added: anonymous memory on a CPU, torch's
+allocated bytes on a GPU. The image is small, so that weights and not activations are compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PANEL, TEXT_TOKENS = 64, 16
 
 
 def table() -> str:
-    """The presets' plans for FLUX.1-dev in bfloat16, one picture of two 512² panels, 28 steps, true guidance."""
+    """The presets' plans for FLUX.1-dev in bfloat16, one image of two 512² panels, 28 steps, true guidance."""
     lines = ["| `--memory` | how | GPU, GiB: text · denoise · decode | waits in RAM |", "|---|---|---|---|"]
     for name, rows in PRESETS.items():
         for i, preset in enumerate(rows):
@@ -69,7 +69,7 @@ def make(folder: Path) -> None:
 
 
 def load_one(folder: Path, preset: Preset, device: str) -> dict[str, Any]:
-    """Loads with one preset in this process, draws, and compares what is held with the plan."""
+    """Loads with one preset in this process, generates an image, and compares the memory in use with the plan."""
     import torch
     from measuring import status
 
@@ -116,7 +116,7 @@ def load_one(folder: Path, preset: Preset, device: str) -> dict[str, Any]:
 
 
 def tiny_load(device: Any) -> None:
-    """Imports, and first uses of every library, before the memory is read for the first time."""
+    """Imports and uses every library once, before the memory is read for the first time."""
     import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
 
@@ -130,7 +130,7 @@ def tiny_load(device: Any) -> None:
 
 
 def _trim() -> None:
-    """Gives freed memory back to the system where the C library can (glibc)."""
+    """Returns freed memory to the system if the C library can (glibc)."""
     import ctypes
     import ctypes.util
 
@@ -140,7 +140,7 @@ def _trim() -> None:
 
 
 def load(device: str, out: Path | None) -> dict[str, Any]:
-    """Every preset that this machine can run, each in a process of its own."""
+    """Every preset that this machine can run, each in a separate process."""
     import torch
     from measuring import about, write
 

@@ -1,9 +1,9 @@
-"""How the released code samples, written anew from its description: what `inference.py` measures ours against.
+"""The sampling of the released code, rewritten from its description. `inference.py` compares ours with it.
 
-Two input layers, `x_embedder(x) + c_embedder(c)`; the LoRA unfused on the attention projections; with image guidance
-above 1, three forwards one after another from the third step on; texts and the reference encoded in every call; the
-whole canvas decoded, its right half returned. Two things are ours, because without them no two runs could be compared,
-and they cost nothing: the condition is the posterior's mode (the release draws from it, unseeded), and timestep
+It has two input layers, `x_embedder(x) + c_embedder(c)`, and an unfused LoRA on the attention projections. With image
+guidance above 1 it runs three forward passes one after another from the third step on. Every call encodes the texts and
+the reference, decodes the whole canvas, and returns its right half. Two things differ from the release, at no cost, to
+make runs comparable: the condition is the posterior's mode (the release samples it without a seed), and timestep
 frequencies are correctly rounded (`runtime.modulation`). It reproduces the release's fixture: `inference.py golden`.
 """
 

@@ -1,10 +1,11 @@
-"""Relighting against the truth: a student beside copy, colour transfer and text only, on held-out pocket scenes.
+"""Relighting against the truth: a student compared with copy, color transfer and text only, on held-out pocket scenes.
 
-    python benchmarks/relight.py                                  # the student in the package
-    python benchmarks/relight.py runs/pocket-relight              # a run's: evaluated first if it was not
+    python benchmarks/relight.py                                  # the packaged student
+    python benchmarks/relight.py runs/pocket-relight              # a run's student, evaluated first if necessary
     python benchmarks/relight.py runs/pocket-both --scenes 300
 
-Writes `results/relight-DEVICE-DATE.json` and prints the table. Interrupted, the same command goes on (`--work`).
+Writes `results/relight-DEVICE-DATE.json` and prints the table. After an interruption, the same command resumes
+(`--work`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder [default: the student in the package]")
     parser.add_argument("--scenes", type=int, default=None, help="held-out scenes [default: the recipe's, or 150]")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/relight-benchmark"), help="where the package's is drawn"
+        "--work",
+        type=Path,
+        default=Path("runs/relight-benchmark"),
+        help="folder of the packaged student's images",
     )
     parser.add_argument("--out", type=Path, default=None, help="another result file")
     given = parser.parse_args()

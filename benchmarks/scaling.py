@@ -1,11 +1,11 @@
-"""How well the Ray engine scales, and what it costs, with a stage that only sleeps.
+"""Scaling and overhead of the Ray engine, with a stage that only sleeps.
 
     python benchmarks/scaling.py [--workers 1 2 4 8 16] [--rows 8] [--out FILE]      # about five minutes
 
-Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node that counts 16 CPUs (sleeping needs none). Efficiency
-is sleep ÷ (workers × time). The clock starts when the last worker of the pool begins its first row: starting sixteen
-Python processes takes the machine's cores many seconds and is stated apart. Overhead: one worker against this process,
-shards of 64 rows, in turns.
+Scaling: 256 shards, 50 ms a row, 1 to 16 workers on one Ray node with 16 logical CPUs (sleeping needs none). Efficiency
+is sleep ÷ (workers × time). The clock starts when the last worker of the pool starts its first row, because starting
+sixteen Python processes takes many seconds, which are reported separately. Overhead: one worker compared with this
+process, shards of 64 rows, in turns.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SHARDS = 256
 
 
 def timed(engine: Any, rows: int, count: int, workers: int) -> tuple[float, float, float]:
-    """Seconds from the moment when all `workers` had begun to the end, seconds slept since then by all of them, and the
-    seconds before it."""
+    """Seconds from the start of the last worker to the end, seconds slept by all workers in that time, and seconds
+    before it."""
     from data.shard_stages import Doubling, run, shards
 
     class Timed(Doubling):
@@ -72,7 +72,7 @@ def scaling(address: str, counts: list[int], rows: int) -> dict[str, Any]:
 
 
 def overhead(address: str, rounds: int = 3, count: int = 4, rows: int = 64) -> dict[str, Any]:
-    """One worker against this process."""
+    """One worker compared with this process."""
     from diptych.data.engine import LocalEngine
     from diptych.data.ray_engine import connect
     from diptych.recipe.schema import Pool, Ray, Recipe

@@ -1,10 +1,10 @@
-"""What the server costs and gains: HTTP over the library's own call, and batching under clients.
+"""Overhead and throughput of the server: HTTP compared with the library's call, and batching under clients.
 
-    python benchmarks/serve.py overhead [--rounds 30]          # a minute: the same picture both ways in turn
+    python benchmarks/serve.py overhead [--rounds 30]          # a minute: the same image both ways in turn
     python benchmarks/serve.py throughput [--clients 8]        # minutes: servers at --batch 1 and --batch 8 in turn
 
-Both use the shipped pocket model and servers in processes of their own. Many clients, kills and malformed requests are
-in serve_load.py and serve_fuzz.py.
+Both use the packaged pocket model and servers in separate processes. serve_load.py and serve_fuzz.py have many clients,
+kills and malformed requests.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ BATCHES = (1, 8)
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Milliseconds that a request takes beyond the library's call for the same picture; both end with its pixels.
+    """Milliseconds that a request takes beyond the library's call for the same image; both end with its pixels.
 
-    The server is as it comes: it waits a moment for others to be drawn together with, and nobody else is there.
+    The server has its default settings, so it waits a moment for other requests to batch, though there are none.
     """
     student = Student.load("pocket", progress_bar=False)
     with ExitStack() as open_:
@@ -59,7 +59,7 @@ def overhead(rounds: int) -> dict[str, Any]:
             text = client.get("/metrics").text
             drawn.append(float(text.partition("\ndiptych_draw_seconds_sum ")[2].partition("\n")[0]))
 
-        drawn: list[float] = []  # seconds that the server drew, before each of its requests, and after the last
+        drawn: list[float] = []  # seconds of generation of the server, before each request and after the last
         http.prepare = look  # pyright: ignore[reportFunctionMemberAccess]
         seconds, pixels, _ = measuring.alternate({"library": library, "http": http}, rounds, CPU)
         look()
@@ -80,7 +80,7 @@ def overhead(rounds: int) -> dict[str, Any]:
 
 
 def throughput(clients: int, rounds: int) -> dict[str, Any]:
-    """Pictures a second of that many clients at once, drawn one by one and together."""
+    """Images a second for N clients at once, generated one by one and in batches."""
     with ExitStack() as open_:
         folder = Path(open_.enter_context(tempfile.TemporaryDirectory()))
         pool = open_.enter_context(concurrent.futures.ThreadPoolExecutor(clients))
@@ -121,9 +121,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="Of each way in turn [default: 30, throughput 5].")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    result = overhead(asked.rounds or 30) if asked.what == "overhead" else throughput(asked.clients, asked.rounds or 5)
-    print(measuring.write(f"serve-{asked.what}", {"about": measuring.about(CPU), **result}, asked.out))
+    arguments = parser.parse_args()
+    if arguments.what == "overhead":
+        result = overhead(arguments.rounds or 30)
+    else:
+        result = throughput(arguments.clients, arguments.rounds or 5)
+    print(measuring.write(f"serve-{arguments.what}", {"about": measuring.about(CPU), **result}, arguments.out))
     print(result)
 
 

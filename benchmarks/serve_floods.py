@@ -1,11 +1,11 @@
-"""Eight honest clients beside one that floods the server: how long each of them waits, and whether anything is lost.
+"""Eight normal clients and one that floods the server: how long the normal ones wait, and whether anything is lost.
 
     python benchmarks/serve_floods.py [--seconds 10]      # some minutes
 
-Every client has a token of its own. The honest ones send references, start jobs of one image, watch them and fetch what
-was made; the time of each answer counts, not that of the drawing. Beside each flood all of their requests must be
-answered with success within `LIMIT` seconds, and every job must end. At last the worker's thread is killed, and
-`/readyz` must say so, and say when another one works.
+Every client has a separate token. The normal clients send references, start jobs of one image, watch them and fetch the
+results. The time of each answer counts, not that of generation. During each flood all of their requests must succeed
+within `LIMIT` seconds, and every job must end. At the end the worker's thread is killed, and `/readyz` must report
+that, and report when another thread works.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ sys.exit(main())
 
 
 class Flood:
-    """Something that is done to a server until it is told to stop, by many threads at once."""
+    """A flood of requests by many threads at once, until it is stopped."""
 
     def __init__(self, server: Server, act: Callable[[Flood, httpx.Client], None], threads: int) -> None:
         self.server, self.act, self.threads = server, act, threads
@@ -97,12 +97,12 @@ def uploads(flood: Flood, client: httpx.Client) -> None:
 
 
 def queue(flood: Flood, client: httpx.Client) -> None:
-    """Jobs of ten images each, as many as are taken."""
+    """Jobs of ten images each, as many as the server accepts."""
     flood.post(client, "/v1/images/generations", json={"prompt": "a dog", "n": 10, "steps": 20, "wait": False})
 
 
 def silence(flood: Flood, client: httpx.Client) -> None:
-    """1,010 connections that say nothing."""
+    """1,010 connections that send nothing."""
     held = []
     try:
         for _ in range(1010):
@@ -116,7 +116,7 @@ def silence(flood: Flood, client: httpx.Client) -> None:
 
 
 def unread(flood: Flood, client: httpx.Client) -> None:
-    """Events of the app whose answers nobody reads."""
+    """Events of the app whose answers are not read."""
     events = client.get("/app/config").json()["dependencies"]
     number = next(event["id"] for event in events if len(event["inputs"]) == 2 and len(event["outputs"]) == 1)
     for session in range(50):
@@ -161,7 +161,7 @@ FLOODS: dict[str, tuple[Callable[[Flood, httpx.Client], None], int]] = {
 
 
 class Honest:
-    """One client: what it asked, how long each answer took, and which jobs have not ended."""
+    """One client: its requests, the time of each answer, and the jobs that have not ended."""
 
     def __init__(self, server: Server, name: str) -> None:
         self.server, self.name = server, name
@@ -184,8 +184,8 @@ class Honest:
             while time.monotonic() < until:
                 self.ask(client, "POST", "/v1/references", content=CAT)
                 job = f"{self.name}-{time.monotonic_ns()}"
-                asked = {"prompt": "a cat", "steps": 4, "seed": 1, "wait": False, "job": job}
-                if not self.ask(client, "POST", "/v1/images/generations", json=asked).is_success:
+                body = {"prompt": "a cat", "steps": 4, "seed": 1, "wait": False, "job": job}
+                if not self.ask(client, "POST", "/v1/images/generations", json=body).is_success:
                     continue
                 self.jobs.append(job)
                 patience = time.monotonic() + 120
@@ -199,7 +199,7 @@ class Honest:
 
 
 def beside(server: Server, name: str, seconds: float) -> dict[str, Any]:
-    """What the honest clients saw beside one flood."""
+    """The answers to the normal clients during one flood."""
     act, threads = FLOODS[name]
     flood, honest = Flood(server, act, threads), [Honest(server, f"honest{n}") for n in range(CLIENTS)]
     with flood.going(), concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
@@ -223,7 +223,7 @@ def beside(server: Server, name: str, seconds: float) -> dict[str, Any]:
 
 
 def truth(server: Server) -> dict[str, float]:
-    """Seconds until /readyz knows that the worker died, and that another one works."""
+    """Seconds until /readyz reports that the worker died, and until it reports that another one works."""
     found, started = {}, time.monotonic()
     server.process.send_signal(signal.SIGUSR1)
     for name, status in (("death_s", 503), ("return_s", 200)):
@@ -236,7 +236,7 @@ def truth(server: Server) -> dict[str, float]:
 
 
 def run(seconds: float, out: Path | None = None) -> dict[str, Any]:
-    """All floods, and their result file; `problems` says what must not be."""
+    """All floods, and their result file; `problems` lists the failures."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         names = ["flooder", *(f"honest{n}" for n in range(CLIENTS))]

@@ -2,10 +2,10 @@
 
     python benchmarks/serve_fuzz.py [--requests 5000] [--seed 0]      # some minutes
 
-Every request of malformed.py is sent twice: with a token, and with none or a wrong one. The server is a process of its
-own with the web app and a folder of runs; Python itself says which files it opens to write. After all of it the server
-must draw a picture as before. Requests made from the server's own OpenAPI description:
-tests/serve/test_schema.py.
+Every request of malformed.py is sent twice: with a token, and with none or a wrong one. The server is a separate
+process with the web app and a folder of runs. Python's audit hook reports the files that it opens to write. At the end
+the server must generate the same image as before. tests/serve/test_schema.py has requests made from the server's
+OpenAPI description.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SAID = 12  # problems that are described in full
 
 
 class Fuzz:
-    """What came of the requests so far."""
+    """The outcomes of the requests so far."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -75,7 +75,7 @@ class Fuzz:
                     self.problem(number, case, "its events could not be read")
 
     def send(self, wire: bytes, ended: bool = False) -> int:
-        """The status of the answer, 0 if there is none; what comes of a stream is read for a moment."""
+        """The status of the answer, or 0 if there is none. A stream is read for a moment."""
         try:
             with socket.create_connection(("127.0.0.1", self.server.port), ANSWERED) as connection:
                 try:
@@ -108,7 +108,7 @@ class Fuzz:
 
 
 def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]:
-    """All of it, and its result file; `problems` says what went wrong."""
+    """Sends all requests and writes the result file; `problems` lists the failures."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "runs" / "run").mkdir(parents=True)
@@ -128,8 +128,8 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
         )
         with Server(folder / "server", *options, audited=True) as server:
             known = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
-            asked = {"prompt": "a cat", "seed": 1, "steps": 4}
-            first = known.post("/v1/images/generations", json=asked).raise_for_status().json()
+            body = {"prompt": "a cat", "seed": 1, "steps": 4}
+            first = known.post("/v1/images/generations", json=body).raise_for_status().json()
             sizes, started = [server.memory()], time.monotonic()
             fuzz, maker = Fuzz(server), Maker(seed, known.get("/app/config").raise_for_status().json())
             cases = [(number, maker.case()) for number in range((requests + 1) // 2)]
@@ -138,11 +138,11 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
                     list(pool.map(lambda numbered: fuzz.try_(*numbered), half))
                 sizes.append(server.memory())
             seconds = time.monotonic() - started
-            while (again := known.post("/v1/images/generations", json=asked)).status_code == 429:
+            while (again := known.post("/v1/images/generations", json=body)).status_code == 429:
                 time.sleep(int(again.headers["retry-after"]))
             if pixels(again.json()) != pixels(first):
                 fuzz.problems.append(
-                    f"afterwards it drew no picture, or another: {again.status_code} {again.text[:200]}"
+                    f"afterwards it generated no image, or another one: {again.status_code} {again.text[:200]}"
                 )
             known.close()
             if code := server.end():
@@ -169,10 +169,10 @@ def run(requests: int, seed: int = 0, out: Path | None = None) -> dict[str, Any]
 
 
 def tracebacks(log: str) -> tuple[int, list[str]]:
-    """How many tracebacks a log has, and those that it should not have: from a line of ours.
+    """The number of tracebacks in a log, and those that are faults: the ones from a line of diptych.
 
-    What Gradio's own checks refuse, it tells the log with a traceback, and so it does of a stream that it began for a
-    session that it does not know. An answer that could not be sent as the client had closed is no fault either.
+    Gradio logs a traceback for requests that its checks reject, and for a stream of an unknown session. An answer that
+    could not be sent because the client had closed the connection is not a fault either.
     """
     chained = log.replace("exception:\n\nTraceback", "exception:\n\nthen")
     traces = re.split(r"^(?=Traceback )", chained, flags=re.MULTILINE)[1:]
@@ -181,13 +181,13 @@ def tracebacks(log: str) -> tuple[int, list[str]]:
 
 
 def pixels(answer: dict[str, Any]) -> list[bytes]:
-    """Of the pictures in an answer; the bytes hold the job's name."""
-    data = (base64.b64decode(picture["b64_json"]) for picture in answer.get("data", []))
+    """Hashes of the pixels in an answer; the bytes also contain the job's name."""
+    data = (base64.b64decode(image["b64_json"]) for image in answer.get("data", []))
     return [Image.open(io.BytesIO(one)).tobytes() for one in data]
 
 
 def outside(server: Server) -> list[str]:
-    """What the server opened to write, or made, outside its data folder once it was ready."""
+    """The files that the server opened to write, or made, outside its data folder after it was ready."""
     assert server.audit is not None
     lines = dict.fromkeys(server.audit.read_text(errors="replace").splitlines()[server.started :])
     data = str(server.folder / "data")

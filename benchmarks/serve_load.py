@@ -1,10 +1,10 @@
-"""Many clients at one server, left alone and killed in the middle: what is lost, and what it keeps in memory.
+"""Many clients of one server, undisturbed and killed in between: what is lost, and how much memory it uses.
 
     python benchmarks/serve_load.py [--clients 50] [--requests 500] [--kills 2]      # some minutes
 
-Each client asks one picture after the other, each under a name, every fifth without waiting. A client that is told to
-come again (429 or 503) does so after `Retry-After`, and one whose connection breaks sends its request again. First
-nothing is killed, and memory is watched; then a server is killed with SIGKILL at even distances, and started again.
+Each client requests one image after the other, each with a name, every fifth without waiting. After 429 or 503 a client
+tries again after `Retry-After`, and after a broken connection it sends its request again. In the first load nothing is
+killed, and memory is measured. In the second the server gets SIGKILL at even distances and is started again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ import measuring
 import torch
 from serving import Server
 
-QUEUE = 24  # pictures that may wait: fewer than there are clients, so that some are sent away
+QUEUE = 24  # images that may wait: fewer than clients, so that some are rejected
 PATIENCE = 1800  # seconds until a client gives up
 STEPS = 4
 MIB = 2**20
 
 
 class Load:
-    """What came of the requests so far."""
+    """The outcomes of the requests so far."""
 
     def __init__(self, url: str, clients: int, requests: int) -> None:
         self.url, self.clients, self.requests = url, clients, requests
         self.statuses: collections.Counter[str] = collections.Counter()
-        self.pictures: dict[int, str] = {}  # seed → the hash of its picture
+        self.pictures: dict[int, str] = {}  # seed → hash of its image
         self.failed: dict[int, str] = {}
         self.until = time.monotonic() + PATIENCE
 
@@ -50,25 +50,25 @@ class Load:
         return len(self.pictures) + len(self.failed)
 
     def client(self, number: int) -> None:
-        """Asks for every picture that falls to this client."""
+        """Requests every image of this client."""
         with httpx.Client(base_url=self.url, timeout=120) as client:
             for seed in range(number, self.requests, self.clients):
                 self._ask(client, seed)
 
     def _ask(self, client: httpx.Client, seed: int) -> None:
         job = f"load-{seed:05d}"
-        asked = {"prompt": "a cat on a beach", "seed": seed, "steps": STEPS, "job": job, "wait": seed % 5 > 0}
-        answer = self._send(client, "POST", "/v1/images/generations", asked)
-        while answer.status_code == 202 or answer.status_code == 409:  # accepted; asked for until it has ended
+        body = {"prompt": "a cat on a beach", "seed": seed, "steps": STEPS, "job": job, "wait": seed % 5 > 0}
+        answer = self._send(client, "POST", "/v1/images/generations", body)
+        while answer.status_code == 202 or answer.status_code == 409:  # accepted; polled until it has ended
             time.sleep(0.2)
             answer = self._send(client, "GET", f"/v1/jobs/{job}/images")
-        told = answer.json()
+        job_state = answer.json()
         if answer.status_code != 200:
-            self.failed[seed] = told["error"]["message"]
+            self.failed[seed] = job_state["error"]["message"]
             return
-        (picture,) = told["data"]
-        assert told["job"] == job and picture["seed"] == seed, f"{job} got the picture of {told['job']}"
-        self.pictures[seed] = hashlib.sha256(base64.b64decode(picture["b64_json"])).hexdigest()
+        (image,) = job_state["data"]
+        assert job_state["job"] == job and image["seed"] == seed, f"{job} got the image of {job_state['job']}"
+        self.pictures[seed] = hashlib.sha256(base64.b64decode(image["b64_json"])).hexdigest()
 
     def _send(self, client: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
         """Sends a request until it is answered with something else than "later"."""
@@ -87,7 +87,7 @@ class Load:
 
 
 def under_load(clients: int, requests: int, kills: int, folder: Path) -> dict[str, Any]:
-    """One server, its clients, and what was seen. AssertionError for what must not be, RuntimeError if it ends."""
+    """Runs one server with its clients. AssertionError for a lost or wrong image, RuntimeError if the server ends."""
     started = time.monotonic()
     with Server(folder, "--no-app", "--queue", str(QUEUE)) as server:
         load = Load(server.url, clients, requests)
@@ -100,7 +100,7 @@ def under_load(clients: int, requests: int, kills: int, folder: Path) -> dict[st
                 if left and load.ended >= left[0]:
                     del left[0]
                     assert server.end(signal.SIGKILL) == -signal.SIGKILL
-                    print(f"killed after {load.ended} pictures", flush=True)
+                    print(f"killed after {load.ended} images", flush=True)
                     server.restart()
                 time.sleep(0.1)
             for client in asking:
@@ -108,9 +108,9 @@ def under_load(clients: int, requests: int, kills: int, folder: Path) -> dict[st
         seconds = time.monotonic() - started
         with httpx.Client(base_url=server.url, timeout=60) as client:
             waiting = client.get("/metrics").text.partition("\ndiptych_queue_pictures ")[2].partition("\n")[0]
-        assert float(waiting) == 0, f"{waiting} pictures still wait"
+        assert float(waiting) == 0, f"{waiting} images still wait"
         assert load.ended == requests, f"{requests - load.ended} requests were lost"
-        assert len(set(load.pictures.values())) == len(load.pictures), "two clients got one picture"
+        assert len(set(load.pictures.values())) == len(load.pictures), "two clients got one image"
         assert not [status for status in load.statuses if status[0] == "5" and status != "503"], load.statuses
         assert server.end() == 0 and not server.strays() and "Traceback" not in server.text()
     found: dict[str, Any] = {
@@ -124,7 +124,7 @@ def under_load(clients: int, requests: int, kills: int, folder: Path) -> dict[st
 
 
 def _memory(resident: list[tuple[int, int]], requests: int) -> dict[str, Any]:
-    """Median MiB in each tenth of the requests, and how much the last holds over the second, when all is warm."""
+    """Median MiB in each tenth of the requests, and the growth from the second tenth, which is warm, to the last."""
     tenths = [
         statistics.median([size for ended, size in resident if n <= 10 * ended / requests < n + 1 and size] or [0])
         / MIB

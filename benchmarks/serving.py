@@ -1,4 +1,4 @@
-"""`diptych serve` as a process of its own, for the benchmarks and soak tests that measure it or hurt it."""
+"""`diptych serve` in a separate process, for the benchmarks and soak tests."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ sys.exit(main())
 
 
 class Server:
-    """A server in `folder`, which holds its data, its log, and, so that stray files are found, its home and temporary
-    folder. `script` is Python that starts it otherwise than the command does. `restart` starts it again on the same
-    port. RuntimeError if it ends before it is ready."""
+    """A server in `folder`, which has its data and its log. It also has its home and temporary folder, so that stray
+    files are noticed. `script` is Python code that starts the server in another way than the command. `restart` starts
+    it again on the same port. RuntimeError if it ends before it is ready."""
 
     def __init__(self, folder: Path, *options: str, audited: bool = False, script: str = "") -> None:
         self.folder, self.log = folder, folder / "server.log"
@@ -66,11 +66,11 @@ class Server:
         return process
 
     def text(self) -> str:
-        """What it said so far."""
+        """Its output so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def restart(self) -> None:
-        """Starts it once more, where it was, with what it had."""
+        """Starts it again in the same folder."""
         self.process = self._start()
 
     def __enter__(self) -> Server:
@@ -81,7 +81,7 @@ class Server:
             self.end()
 
     def memory(self) -> int:
-        """Bytes resident now; 0 if it is gone."""
+        """Resident bytes; 0 if the process has ended."""
         try:
             pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         except (OSError, IndexError):
@@ -94,7 +94,7 @@ class Server:
         return self.process.wait(120)
 
     def strays(self, may: Sequence[str] = ()) -> list[str]:
-        """Files that it left outside its data, and files in its data that are not its own."""
+        """Files that it left outside its data folder, and unknown files in it."""
         own = {f"data/jobs.sqlite{end}" for end in ("", "-wal", "-shm")} | {"server.log", "written.log"}
         found = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir())
         return sorted(name for name in found if name not in own and not name.startswith(tuple(may)))

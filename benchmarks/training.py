@@ -1,13 +1,13 @@
-"""Training: a plain diffusers-style loop against ours, alternating in one run.
+"""Training: a plain diffusers-style loop compared with ours, alternating in one run.
 
     python benchmarks/training.py pocket [--rounds 9] [--steps 10] [--mode lora]     the pocket teacher, rendered pairs
     python benchmarks/training.py full [--rounds 3] [--steps 2]                      a random FLUX.1 (a GPU of 80 GB)
 
-The plain loop is what people write: it opens the pictures, encodes both canvases and the captions, and takes the step,
-in that order, with the same widened transformer, adapters, precision, loss and AdamW. Ours has encoded all of that
-before (`prepare_s` says what it cost, once) and averages the weights besides. Both see the same pairs in each round.
+The plain loop opens the images, encodes both canvases and the captions, and takes the step, in that order. It has the
+same widened transformer, adapters, precision, loss and AdamW. Ours encodes everything once before (`prepare_s` is the
+time) and also averages the weights. Both use the same pairs in each round.
 
-Results go to benchmarks/results/, with the machine named; peak bytes are above what both models hold at rest.
+Results go to benchmarks/results/, with the machine named. Peak bytes are above the memory of both models at rest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FULL = known()["black-forest-labs/FLUX.1-dev"]
 
 
 class PlainLoop:
-    """Pictures and captions to a step, each time anew."""
+    """Encodes images and captions for every step."""
 
     def __init__(self, trainer: Trainer, pairs: Dataset) -> None:
         job = trainer.job
@@ -84,7 +84,7 @@ class PlainLoop:
 
 
 def rendered_pairs(folder: Path, count: int, size: int) -> Dataset:
-    """Pairs drawn by the pocket renderer at `size` pixels."""
+    """Pairs from the pocket renderer at `size` pixels."""
     import numpy as np
     from PIL import Image
 
@@ -98,11 +98,11 @@ def rendered_pairs(folder: Path, count: int, size: int) -> Dataset:
         subject = world.sample_identity(rng)
         scenes = [world.sample_scene(rng) for _ in range(2)]
         panels = [Image.fromarray(render(subject, scene)).resize((size, size)) for scene in scenes]
-        told = [captions.caption(subject.kind, scene, rng) for scene in scenes]
+        texts = [captions.caption(subject.kind, scene, rng) for scene in scenes]
         grid = f"g-{number:06d}"
         values: dict[str, Any] = dict.fromkeys(records.PAIR, "")
-        values |= {"conditioning": image_cell(panels[0]), "image": image_cell(panels[1]), "caption": told[1]}
-        values |= {"reference_caption": told[0], "id": records.pair_id(grid, 0, 1), "grid_id": grid}
+        values |= {"conditioning": image_cell(panels[0]), "image": image_cell(panels[1]), "caption": texts[1]}
+        values |= {"reference_caption": texts[0], "id": records.pair_id(grid, 0, 1), "grid_id": grid}
         values |= {"task": "subject", "subject": subject.kind, "reference_panel": 0, "target_panel": 1, "seed": number}
         values |= {"similarity": 1.0, "copy_distance": 1.0, "seam": 1.0, "kept": True, "reason": "kept"}
         rows.append(values | {"evidence": "{}"})
@@ -226,14 +226,14 @@ def main() -> None:
         "--mode", choices=("lora", "full"), default="full", help="the pocket's; full as `make demo` trains"
     )
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = measuring.about(device)
-    if asked.what == "pocket":
-        result = pocket(asked.rounds or 9, asked.steps or 10, asked.mode)
+    if arguments.what == "pocket":
+        result = pocket(arguments.rounds or 9, arguments.steps or 10, arguments.mode)
     else:
-        result = full(asked.rounds or 3, asked.steps or 2)
-    path = measuring.write(f"training-{asked.what}", {"about": about, **result}, asked.out)
+        result = full(arguments.rounds or 3, arguments.steps or 2)
+    path = measuring.write(f"training-{arguments.what}", {"about": about, **result}, arguments.out)
     for name, numbers in result["methods"].items():
         print(f"{name:<6} {numbers['samples_per_second']:>9} samples/s   peak {numbers['peak_mib']} MiB")
     goal = f" (goal {GOAL})" if device.type == "cpu" else ""

@@ -105,10 +105,10 @@ def test_metrics_are_the_plain_cosines_of_the_models(job: Evaluation, models: di
     few = job.model_copy(update={"references": 2, "prompts": 1, "seeds": [0, 1], "baselines": ["good"]})
     found = harness.evaluate(few, tmp_path / "out")
     from diptych.data.images import open_image
-    from diptych.evaluate.scoring.summary import _lines
+    from diptych.evaluate.results import read_scores
 
     rows = list(Dataset(tmp_path / "out" / "samples" / "good"))
-    lines = {line["id"]: line for line in _lines(tmp_path / "out")}
+    lines = {line["id"]: line for line in read_scores(tmp_path / "out")}
     dino, clip = EmbeddingJudge.load(models["dino"]), Clip.load(models["clip"])
     for row in rows:
         image, reference = open_image(row["image"]), open_image(row["reference"])

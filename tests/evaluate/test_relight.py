@@ -154,7 +154,7 @@ def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, P
 
     def method(**evaluate: Any) -> Any:
         changed = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"steps": 5, **evaluate})})
-        return relight.choose(Context(changed, folder, SUITE), SUITE)[0]["relight/student"]  # pyright: ignore
+        return relight.choose_methods(Context(changed, folder, SUITE), SUITE)[0]["relight/student"]  # pyright: ignore
 
     def drawn(method: Any) -> bytes:
         return method.generate([SUITE.reference_image(SAMPLES[0])], [SAMPLES[0]], [0])[0].tobytes()

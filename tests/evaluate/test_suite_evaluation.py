@@ -138,7 +138,7 @@ def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
         harness.evaluate(own, out, suite=suite)
     forced = harness.evaluate(own, out, "score", force=True, suite=suite)
     assert forced["judges"]["forced"] is True
-    assert "flatter that model" in suite_report.write(out).read_text("utf8")
+    assert "(--force)" in suite_report.write(out).read_text("utf8")
 
 
 def test_a_vision_language_judge_is_known_by_its_name(run: Path, tmp_path: Path) -> None:
