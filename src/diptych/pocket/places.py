@@ -53,7 +53,7 @@ HORIZON = 0.62
 
 
 class _Easel:
-    """A canvas in panel units (0..1), with the scene's own random numbers."""
+    """A canvas in panel units (0..1), with the random numbers of the scene."""
 
     def __init__(self, scene: Scene, size: int):
         self.side = size * OVERSAMPLE

@@ -284,7 +284,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 # ---- images compared with the true image; arrays are (N, H, W, 3), float in 0..1
 
-BEST_PSNR = 60.0  # decibels of equal pictures, so that a mean stays finite
+BEST_PSNR = 60.0  # decibels of equal images, so that a mean stays finite
 WINDOW, SIGMA = 11, 1.5  # pixels, as in the paper of SSIM
 C1, C2 = 0.01**2, 0.03**2
 
@@ -301,12 +301,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity (N,), 1 for equal pictures (Wang et al. 2004), the mean of the three colour channels.
+    """Structural similarity (N,), 1 for equal images (Wang et al. 2004), as the mean of the three color channels.
 
-    Where the whole window lies inside the picture, as in the authors' code. ValueError below 11 pixels a side.
+    Only windows inside the image count, as in the authors' code. ValueError below 11 pixels a side.
     """
     if min(a.shape[1:3]) < WINDOW:
-        raise ValueError(f"SSIM looks through a window of {WINDOW} pixels; the pictures have {a.shape[1]}×{a.shape[2]}")
+        raise ValueError(f"SSIM needs a window of {WINDOW} pixels, but the images have {a.shape[1]}×{a.shape[2]}")
     mean_a, mean_b = _smooth(a), _smooth(b)
     var_a, var_b = _smooth(a * a) - mean_a**2, _smooth(b * b) - mean_b**2
     both = _smooth(a * b) - mean_a * mean_b
