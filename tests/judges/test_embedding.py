@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.judges.embedding import EmbeddingJudge
 from diptych.utils import models
+from raising import raises
 
 SIZE = {"shortest_edge": 32}
 
@@ -122,7 +123,7 @@ def test_the_processor_runs_on_pillow(tmp_path: Path) -> None:
     assert type(judge.vision.processor).__name__.endswith("Pil")
 
 
-def test_greyscale_and_alpha_are_taken(tmp_path: Path, pictures: list[Image.Image]) -> None:
+def test_grayscale_and_alpha_are_accepted(tmp_path: Path, pictures: list[Image.Image]) -> None:
     judge = EmbeddingJudge.load(str(save(tmp_path / "m", resnet())))
     assert judge.embed([pictures[0].convert("L"), pictures[0].convert("RGBA")]).shape == (2, 20)
 
@@ -134,13 +135,13 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     gone = next(key for key in state if "embedder" in key and key.endswith("weight"))
     save_file({k: v for k, v in state.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=f"lack {gone}"):
+    with raises("model_incomplete", gone):
         EmbeddingJudge.load(str(folder))
 
 
-def test_what_is_no_vision_model_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_vision_model_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"the curator in .*empty cannot be opened as a transformers vision model"):
+    with raises("judge_invalid", "curator", tmp_path / "empty"):
         EmbeddingJudge.load(str(tmp_path / "empty"))
-    with pytest.raises(UsageError, match="unknown scorer model"):
+    with raises("model_not_found", "no such model", kind=UsageError):
         EmbeddingJudge.load("no such model", role="scorer")

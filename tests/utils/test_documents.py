@@ -24,6 +24,7 @@ from diptych.recipe import tasks
 from diptych.stages.write import seeds, vocabulary
 from diptych.utils import models
 from diptych.utils.documents import parse_json, parse_yaml
+from raising import raises
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -49,11 +50,11 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_document_is_refused_at_once_in_one_line(text: str) -> None:
     before = time.monotonic()
-    with pytest.raises(UsageError) as caught:
+    with raises("yaml_invalid", kind=UsageError) as caught:
         parse_yaml(text, "x.yaml")
     assert time.monotonic() - before < 2
-    said = str(caught.value)
-    assert said.startswith("x.yaml: ") and "\n" not in said and len(said) < 400
+    message = str(caught.value)
+    assert message.startswith("x.yaml: ") and "\n" not in message and len(message) < 400
 
 
 def test_plain_documents_and_small_aliases_are_read() -> None:
@@ -81,9 +82,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def test_every_reader_of_yaml_refuses_it(reader: Callable[[Path], Any], kind: str, tmp_path: Path) -> None:
     path = tmp_path / evaluation.FILE
     path.write_text(HOSTILE[kind])
-    with pytest.raises(UsageError) as caught:
+    with raises("yaml_invalid", path, kind=UsageError) as caught:
         reader(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["aliases", "flow", "block"])
@@ -168,7 +169,7 @@ def big(folder: Path, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("changed", [{"num_layers": 10_000_000}, {"num_hidden_layers": [3, 10**9]}, {"depth": 10**6}])
-def test_a_model_that_names_more_layers_than_its_files_hold_is_refused_unbuilt(
+def test_a_model_with_more_layers_than_its_files_have_is_rejected_unbuilt(
     changed: dict[str, Any], tmp_path: Path
 ) -> None:
     import numpy as np
@@ -178,6 +179,6 @@ def test_a_model_that_names_more_layers_than_its_files_hold_is_refused_unbuilt(
     save_file({"layer.weight": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     assert models.resolve(str(tmp_path), "curator") == tmp_path
     before = time.monotonic()
-    with pytest.raises(UserError, match="1 tensors") as caught:
+    with raises("file_damaged", "1 tensors", tmp_path / "config.json"):
         models.resolve(str(big(tmp_path, **changed)), "curator")
-    assert time.monotonic() - before < 1 and str(tmp_path / "config.json") in str(caught.value)
+    assert time.monotonic() - before < 1

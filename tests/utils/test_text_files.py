@@ -27,6 +27,7 @@ from diptych.recipe import tasks
 from diptych.serve import auth
 from diptych.stages.write import seeds, vocabulary
 from diptych.utils.documents import decode, read_lines, stream_lines
+from raising import raises
 
 PNG = encode(Image.new("RGB", (8, 8)), "PNG")
 OTHERS = {
@@ -46,17 +47,16 @@ def test_another_encoding_is_refused_with_its_name_the_place_and_what_to_do(enco
         lambda data: decode(data, "captions.txt"),
         lambda data: list(stream_lines(BytesIO(data), "captions.txt")),
     ):
-        with pytest.raises(UsageError) as caught:
+        with raises("file_format_unknown", name, f"captions.txt, {place}", "iconv -f ", kind=UsageError) as caught:
             read("a dog\na big café\n".encode(encoding))
-        said = str(caught.value)
-        assert name in said and f"captions.txt, {place}" in said and "iconv -f " in said and "\n" not in said
+        assert "\n" not in str(caught.value)
 
 
 def test_a_japanese_file_is_not_called_latin() -> None:
-    with pytest.raises(UsageError) as caught:
+    with raises("file_format_unknown", "a.txt") as caught:
         decode("浜辺の猫".encode("shift_jis"), "a.txt")
     assert "Latin" not in str(caught.value)
-    with pytest.raises(UsageError, match="not text"):
+    with raises("file_format_unknown", "not text"):
         decode(b"a cat\0", "a.txt")
 
 
@@ -189,7 +189,7 @@ def test_every_door_takes_utf_8_with_a_mark_and_nothing_else(door: str, tmp_path
 
     assert through("utf8", "plain") == through("utf-8-sig", "marked") == "café"
     for encoding, name in (("latin-1", "Latin-1"), ("utf-16", "UTF-16")):
-        with pytest.raises(UserError, match=f"line [0-9]+, byte [0-9]+.*{name}.*iconv"):
+        with pytest.raises(UserError, match=f"line [0-9]+, byte [0-9]+.*{name}.*iconv"):  # wrapped by some, so any code
             through(encoding, encoding)
 
 
@@ -199,9 +199,9 @@ def test_a_token_file_with_a_mark_and_a_study_with_another_encoding(tmp_path: Pa
     file.chmod(0o600)
     assert auth.read(str(file)) == {"anna": "0123456789abcdef"}
     file.write_bytes("anna 0123456789abcdef\n".encode("utf-16"))
-    with pytest.raises(UsageError, match="UTF-16") as caught:
+    with raises("file_format_unknown", "UTF-16") as caught:
         auth.read(str(file))
     assert "0123" not in str(caught.value)
     (tmp_path / "study.yaml").write_bytes("name: é".encode("latin-1"))
-    with pytest.raises(UsageError, match="Latin-1"):
+    with raises("file_format_unknown", "Latin-1"):
         ablations.load(str(tmp_path / "study.yaml"))
