@@ -96,7 +96,7 @@ def push(
 
     report = None if as_json else lambda line: show(f"sending {line}", news=True)
     result = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
-    print_result(result, pushing.lines, as_json, indent=2)
+    print_result(result, pushing.format_push, as_json, indent=2)
 
 
 @command(
@@ -187,6 +187,6 @@ def trace(
     from diptych.provenance import trace as tracing
 
     result = tracing.trace(file, places or (), trust or ())
-    print_result(result, tracing.lines, as_json, indent=2)
+    print_result(result, tracing.format_trace, as_json, indent=2)
     if not result["verified"]:
         raise typer.Exit(1)

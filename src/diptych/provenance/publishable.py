@@ -1,8 +1,8 @@
-"""What may be published of a student or a data set: its files with a recorded hash, and a card that states a licence.
+"""Selects what may be published of a student or a dataset: files with a recorded hash, and a card with a license.
 
-A student's files are those that its training named, a data set's the parts of its manifest; what else lies in the
-folder stays here: checkpoints, notes, failed rows. An export goes whole (but for hidden files), once its data read back
-as they were verified.
+A student's files are those that its training recorded, and a dataset's are the parts of its manifest. Other files in
+the folder (checkpoints, notes, failed rows) are not published. An export is published whole, except for hidden files, after
+its data is verified.
 """
 
 from __future__ import annotations
@@ -25,54 +25,52 @@ from diptych.utils.paths import files_inside, inside
 
 CARD = "README.md"
 SUMMARY = chain.SUMMARY
-# Two pushes of one name must not be read as one data set or one model.
+# Files of two pushes must not be read as one dataset or one model.
 _READ_TOGETHER = (".parquet", ".tar", ".safetensors")
 _LEGAL = "\n## Licence\n\n"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What goes out: `files` by their name there, a path of this machine or the bytes themselves."""
+    """The files to publish, by their name in the target: a path on this machine, or the bytes."""
 
     kind: str  # "model" or "dataset", as the hub has it
     files: dict[str, Path | bytes]
     card: str
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        held = self.files[name]
-        return len(held) if isinstance(held, bytes) else held.stat().st_size
+        """The size of a file in bytes."""
+        file = self.files[name]
+        return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
-def stale(there: list[str], made: Material) -> None:
-    """UserError where the target holds data or weights that are not in this push: readers would take both as one."""
-    others = sorted(name for name in there if name.endswith(_READ_TOGETHER) and name not in made.files)
+def check_target(present: list[str], made: Material) -> None:
+    """UserError if the target has data or weights that are not in this push, because readers would load both."""
+    others = sorted(name for name in present if name.endswith(_READ_TOGETHER) and name not in made.files)
     if others:
         raise UserError(
-            f"the target holds {others[0]}, which is not in this push; who loads it would get both: remove it there, "
-            "or choose another target"
+            "publish_refused",
+            f"The target has {others[0]}, which is not in this push and would be loaded with it. Remove it there, or "
+            "choose another target.",
         )
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Weights and parts first; what says that all is there comes last."""
+    """The names with weights and parts first, and the files that mark the push as complete last."""
     last = (SUMMARY, exporting.MADE, MANIFEST, CARD)
     return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
 
-# What is published ---------------------------------------------------------------------------------------------------
-
-
 def material(source: str | Path, licence: str = "") -> Material:
-    """The files of a run (its student), a student's folder, a data set of a run, an import or an export; checked."""
+    """The checked files of a run (its student), a student, a dataset of a run, an import, or an export."""
     path = Path(source).expanduser()
     if not path.is_dir():
-        raise UsageError(
-            f"{path}: {'not a' if path.exists() else 'no such'} folder; push a run, its student/ or pairs/"
-        )
+        code = "path_wrong_kind" if path.exists() else "path_not_found"
+        raise UsageError(code, f"{path} is not a folder. Push a run, its student/, or its pairs/.")
     if (path / "recipe.yaml").is_file() and not (path / MANIFEST).is_file():
         if not (path / "student").is_dir():
-            raise UsageError(f"{path} has no student yet; push {path / 'pairs'}, or run `diptych distill` first")
+            message = f"{path} has no student yet. Push {path / 'pairs'}, or run `diptych distill` first."
+            raise UsageError("run_incomplete", message)
         path = path / "student"
     if (path / MANIFEST).is_file():
         return _rows(path, licence)
@@ -81,32 +79,34 @@ def material(source: str | Path, licence: str = "") -> Material:
     if chain.holds_weights(path):
         return _student(path, licence)
     raise UsageError(
-        f"{path}: no run, student, data set or export of diptych's (it has no recipe.yaml, weights, {MANIFEST} or "
-        f"{exporting.MADE})"
+        "path_wrong_kind",
+        f"{path} is not a run, student, dataset, or export: it has no recipe.yaml, weights, {MANIFEST}, or "
+        f"{exporting.MADE}.",
     )
 
 
 def _student(path: Path, licence: str) -> Material:
-    edited = chain.changed(path) == [CARD]  # people write better cards than a training does
-    _verified(path, but_the_card=edited)
+    edited = chain.changed(path) == [CARD]  # people may edit the card
+    _verify(path, except_card=edited)
     summary = chain.read_json(path, SUMMARY)
     if not summary or not summary.get("files"):
         raise UserError(
-            f"{path}: no hashes of its files in {SUMMARY}, so nothing says what it was trained on; "
-            "push the student as `diptych distill` wrote it"
+            "publish_refused",
+            f"{path}: {SUMMARY} has no hashes of the files, so the origin of the student is unknown. Push the student "
+            "as `diptych distill` wrote it.",
         )
     files: dict[str, Path | bytes] = {name: inside(path, name) for name in summary["files"]}
-    stated = _read_card(path)
-    text = _licensed(stated, licence, path)
+    original = _read_card(path)
+    text = _licensed(original, licence, path)
     files[SUMMARY] = inside(path, SUMMARY)
-    changed = {name: text.encode() for name in (CARD,) if edited or text != stated}
+    changed = {name: text.encode() for name in (CARD,) if edited or text != original}
     for name in summary["files"]:
-        # Students of earlier versions name folders of the machine that trained them.
+        # Students of earlier versions contain folder names of the machine that trained them.
         if name.endswith(".json") and (clean := models.without_places(data := inside(path, name).read_bytes())) != data:
             changed[name] = clean
     if changed:
         files |= changed
-        # The copy's own record names the files that it has.
+        # The record of the copy has the hashes of the changed files.
         summary["files"] |= {name: sha256(data) for name, data in changed.items()}
         if changed.keys() - {CARD}:
             made = Material("model", files, text)
@@ -124,8 +124,9 @@ def _rows(path: Path, licence: str) -> Material:
         names = [part_name(part["name"]) for part in (manifest or {})["parts"]]
     except (KeyError, TypeError, UserError) as error:
         why = f" ({error})" if isinstance(error, UserError) else ""
-        raise UserError(f"{path / MANIFEST} is damaged{why}; run again what made {path}") from None
-    _verified(path)
+        message = f"{path / MANIFEST} is damaged{why}. Run the command that made {path} again."
+        raise UserError("store_damaged", message) from None
+    _verify(path)
     text = _read_card(path) if (path / CARD).is_file() else card.of_rows(Dataset(path))
     text = _licensed(text, licence, path)
     files: dict[str, Path | bytes] = {name: inside(path, name) for name in (*names, MANIFEST)}
@@ -142,16 +143,13 @@ def _export(path: Path, licence: str) -> Material:
     return Material("dataset", {**files, CARD: text.encode()}, text)
 
 
-def _verified(path: Path, but_the_card: bool = False) -> None:
-    """UserError with the first link of the chain that is not what it was."""
-    found = list(trace.links(trace.trace(path)["chain"]))
-    for link in found[1 if but_the_card else 0 :]:
+def _verify(path: Path, except_card: bool = False) -> None:
+    """UserError with the first link of the chain that differs."""
+    links = list(trace.links(trace.trace(path)["chain"]))
+    for link in links[1 if except_card else 0 :]:
         if link["status"] == "differs":
-            named = f"{link['what']} {link['where']}: {link['says']}"
-            raise UserError(f"{path} is not published: {named}; `diptych trace` shows the chain")
-
-
-# Card and licence ----------------------------------------------------------------------------------------------------
+            message = f"{path} cannot be published: {link['what']} {link['where']}: {link['says']}."
+            raise UserError("publish_refused", f"{message} See the chain with `diptych trace`.")
 
 
 def _read_card(path: Path) -> str:
@@ -160,11 +158,12 @@ def _read_card(path: Path) -> str:
     except UsageError:
         raise
     except UserError:
-        raise UserError(f"{path}: its {CARD}, the card, cannot be read; run again what made the folder") from None
+        message = f"{path}: its card {CARD} cannot be read. Run the command that made the folder again."
+        raise UserError("publish_refused", message) from None
 
 
 def _licensed(text: str, licence: str, path: Path) -> str:
-    """The card with a licence: its own, else the one given. UserError if there is none or there would be two."""
+    """The card with its license, or else the given one. UserError if there is none or if they differ."""
     import yaml
 
     head, front, body = ["", "", ""]
@@ -174,21 +173,25 @@ def _licensed(text: str, licence: str, path: Path) -> str:
     except ValueError:
         fields = None
     if head or not isinstance(fields, dict):
-        raise UserError(f"{path / CARD} does not begin with the hub's front matter (--- … ---); run again what made it")
+        message = f"{path / CARD} does not start with front matter (--- … ---). Run the command that made it again."
+        raise UserError("publish_refused", message)
     known = fields.get("license") if fields.get("license") != "other" else fields.get("license_name")
     if known:
         if licence and licence != known:
-            raise UserError(f"{path} is under {known}, which it has from what it was made of; leave --licence out")
+            message = f"--licence {licence}: {path} inherits the license {known}. Leave --licence out."
+            raise UserError("license_conflict", message)
         return text
     if not licence:
         raise UserError(
-            f"{path} states no licence, nor does what it was made of: look it up, then name it with --licence "
-            "(apache-2.0, cc-by-4.0, …)"
+            "publish_refused",
+            f"{path} states no license, and neither do its inputs. Look it up and pass it with --licence (apache-2.0, "
+            "cc-by-4.0, …).",
         )
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence) or licence in ("other", "unknown"):
-        raise UsageError(f"--licence {licence}: name a licence as the hub does: apache-2.0, mit, cc-by-4.0, …")
+        message = f"--licence {licence} is not a license id of the hub, such as apache-2.0, mit, or cc-by-4.0."
+        raise UsageError("option_invalid", message)
     fields = {key: value for key, value in fields.items() if not key.startswith("license")}
     front = yaml.safe_dump({"license": licence, **fields}, sort_keys=False, allow_unicode=True)
-    before, found, _ = body.partition(_LEGAL)
-    said = f"{before}{found}{licence}, as whoever published it says.\n" if found else body
-    return f"---\n{front}---\n{said}"
+    before, heading, _ = body.partition(_LEGAL)
+    body = f"{before}{heading}{licence}, as whoever published it says.\n" if heading else body
+    return f"---\n{front}---\n{body}"

@@ -1,11 +1,11 @@
-"""What is published of a student or a data set, checked before a byte of it leaves this machine.
+"""Publishes a student or a dataset, which is checked before anything leaves this machine.
 
     push("runs/first", "OWNER/first")              # the run's student, to the hub
     push("runs/first/pairs", "hf://datasets/OWNER/first-pairs", private=True)
     push("runs/first/student", "./for-a-friend")   # a plain folder
 
-What is sent, and what must hold of it, is in `publishable`. A push that finds everything there already writes nothing;
-one that was interrupted sends what is missing.
+`publishable` selects and checks the files. A push sends only what the target lacks, so an interrupted one can be
+repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, UserError, describe
-from diptych.provenance.publishable import Material, material, ordered, stale
+from diptych.provenance.publishable import Material, check_target, material, ordered
 from diptych.utils.io import publish, sha256, sha256_file, write_atomic
 from diptych.utils.paths import inside
 
@@ -39,176 +39,185 @@ def push(
     dry_run: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Publishes `source` at `target` and returns what was sent: `files` (name to bytes), `sent`, `where`.
+    """Publishes `source` at `target`.
 
-    `licence` is an identifier of the hub's for a card that knows none. `dry_run` checks all that can be checked here
-    and asks no network. Raises UsageError for what is neither a student nor a data set and for a target that can mean
-    two things, UserError where a file is not as it was made, no licence is known, or the target does not take it.
+    Args:
+        licence: license id of the hub, for a card without a license.
+        dry_run: check everything on this machine, without the network.
+
+    Returns:
+        `files` (name -> bytes), `sent` (names), `where`, and more.
+
+    Raises:
+        UsageError: `source` is neither a student nor a dataset, or `target` is ambiguous.
+        UserError: a file changed since it was made, the license is unknown, or the target rejects the files.
     """
     made = material(source, licence)
     repo = _repo(target, made.kind)
     if repo is None and private:
-        raise UsageError(f"--private is for the hub; {target} is a folder of this machine")
+        raise UsageError(
+            "option_unsuited", f"--private applies to the hub, and {target} is a local folder. Leave it out."
+        )
     files = {name: made.size(name) for name in sorted(made.files)}
-    told = {"source": str(source), "where": target, "kind": made.kind, "files": files, "bytes": sum(files.values())}
+    result = {"source": str(source), "where": target, "kind": made.kind, "files": files, "bytes": sum(files.values())}
     if dry_run:
-        return told | {"dry_run": True, "sent": []}
+        return result | {"dry_run": True, "sent": []}
     if repo is not None:
-        pass
-
         where, sent = upload(made, repo, private, report)
     else:
         where, sent = str(Path(target).expanduser()), _copy(made, Path(target).expanduser(), report)
-    return told | {"dry_run": False, "where": where, "sent": sent}
+    return result | {"dry_run": False, "where": where, "sent": sent}
 
 
-def lines(told: dict[str, Any]) -> list[str]:
-    """What a push did, or would do, for people."""
-    files, sent = told["files"], told["sent"]
-    total = f"{len(files)} files, {told['bytes']:,} bytes"
-    if told["dry_run"]:
-        return [*(f"{size:>15,}  {name}" for name, size in files.items()), f"{total} would go to {told['where']}"]
+def format_push(result: dict[str, Any]) -> list[str]:
+    """The result of a push as text."""
+    files, sent = result["files"], result["sent"]
+    total = f"{len(files)} files, {result['bytes']:,} bytes"
+    if result["dry_run"]:
+        return [*(f"{size:>15,}  {name}" for name, size in files.items()), f"{total} would go to {result['where']}"]
     if not sent:
-        return [f"{told['where']} has all of it already ({total})"]
+        return [f"{result['where']} already has everything ({total})"]
     some = f"{len(sent)} of {total}" if len(sent) < len(files) else total
-    return [f"{some} are at {told['where']}"]
-
-
-# Where it goes -------------------------------------------------------------------------------------------------------
+    return [f"{some} sent to {result['where']}"]
 
 
 def _repo(target: str, kind: str) -> str | None:
-    """owner/name on the hub, or None for a folder of this machine."""
+    """owner/name on the hub, or None for a local folder."""
     match = HUB_NAME.fullmatch(target)
     if match is None:
         if "://" in target or not target.strip():
-            raise UsageError(f"target '{target}': give OWNER/NAME, hf://datasets/OWNER/NAME, or a folder (./NAME)")
+            message = f"Target '{target}' is not OWNER/NAME, hf://datasets/OWNER/NAME, or a folder (./NAME)."
+            raise UsageError("option_invalid", message)
         return None
     if not target.startswith("hf://") and Path(target).exists():
-        raise UsageError(f"'{target}' is a folder here and may be a repository too; say ./{target} or hf://{target}")
+        message = f"'{target}' is a folder here and may also be a repository. Pass ./{target} or hf://{target}."
+        raise UsageError("option_conflict", message)
     if match["kind"] and kind == "model":
-        raise UsageError(f"{target} is a repository of data, and this is a student; say {match['repo']}")
+        message = f"{target} is a dataset repository, but the source is a student. Pass {match['repo']}."
+        raise UsageError("option_conflict", message)
     return match["repo"]
 
 
 def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> list[str]:
-    """Writes what is not there yet, the card last; each file appears whole."""
+    """Writes the missing files atomically, the card last, and returns their names."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a folder")
+        raise UsageError("path_wrong_kind", f"{out} is a file. Pass a folder.")
     try:
-        stale([p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()], made)
+        check_target([p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()], made)
         sent = []
         for name in ordered(made.files):
-            held, place = made.files[name], inside(out, name)
-            if place.is_file() and place.stat().st_size == made.size(name) and _sha(place) == _sha(held):
+            file, target = made.files[name], inside(out, name)
+            if target.is_file() and target.stat().st_size == made.size(name) and _sha(target) == _sha(file):
                 continue
             if report:
                 report(name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(held, bytes):
-                write_atomic(place, held)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(file, bytes):
+                write_atomic(target, file)
             else:
-                with publish(place) as partial:
-                    shutil.copyfile(held, partial)
+                with publish(target) as partial:
+                    shutil.copyfile(file, partial)
             sent.append(name)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+        raise UserError("path_unwritable", f"Cannot write to {out}: {error.strerror or error}.") from error
     return sent
 
 
-def _sha(held: Path | bytes) -> str:
-    if isinstance(held, bytes):
-        return sha256(held)
-    return sha256_file(held)
+def _sha(file: Path | bytes) -> str:
+    return sha256(file) if isinstance(file, bytes) else sha256_file(file)
 
 
-# Uploads to a repository of the Hugging Face Hub, or of whatever server `HF_ENDPOINT` names. The token is the one of
-# `hf auth login` or of `HF_TOKEN`; it is never printed. What the repository has already, by the hashes that it lists,
-# is not sent again; a large file that arrived before an interruption is not either.
+# Uploads go to the Hugging Face Hub, or to the server that `HF_ENDPOINT` names. The token is never printed. Files that
+# the repository already has, by hash, are not sent again.
 
-COMMIT = 100  # files; the hub grows slow with commits of thousands
+COMMIT = 100  # files; the hub is slow with commits of thousands of files
 
 
 def upload(made: Material, repo: str, private: bool, report: Callable[[str], None] | None) -> tuple[str, list[str]]:
-    """Commits what the repository `owner/name` does not have; returns its address and the names of what was sent.
+    """Commits the files that the repository `owner/name` lacks; returns its address and the names of these files.
 
-    The repository is made if it is not there. UserError without a token, without the right to write, or a network, and
-    where `private` is asked of a repository that everybody can read.
+    A missing repository is created. UserError without a token, the right to write, or a network, and if `private` is
+    set for a public repository.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, HfApi
 
     token = huggingface_hub.get_token()
     if not token:
-        raise UserError("no token for the hub; `hf auth login`, or set HF_TOKEN to one that may write")
+        raise UserError(
+            "model_gated", "No token for the hub. Run `hf auth login`, or set HF_TOKEN to a token that may write."
+        )
     if report is None or not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     api = HfApi(token=token, library_name="diptych")
-    with _told(repo, token):
+    with _hub_errors(repo, token):
         where = str(api.create_repo(repo, repo_type=made.kind, private=private or None, exist_ok=True))
         if private and not api.repo_info(repo, repo_type=made.kind).private:
-            raise UserError(f"{repo} is there and public; make it private on the hub first, or choose another name")
-        there: dict[str, Any] = {
+            message = f"{repo} exists and is public. Make it private on the hub first, or choose another name."
+            raise UserError("publish_refused", message)
+        present: dict[str, Any] = {
             each.path: each
             for each in api.list_repo_tree(repo, repo_type=made.kind, recursive=True)
             if hasattr(each, "blob_id")
         }
-        stale(list(there), made)
-        new = [name for name in ordered(made.files) if not _same(made.files[name], there.get(name))]
+        check_target(list(present), made)
+        new = [name for name in ordered(made.files) if not _same(made.files[name], present.get(name))]
         for start in range(0, len(new), COMMIT):
             names = new[start : start + COMMIT]
             if report:
                 report(f"{start + len(names)} of {len(new)} files")
-            held = [(name, made.files[name]) for name in names]
+            batch = [(name, made.files[name]) for name in names]
             whole = start + COMMIT >= len(new)
             api.create_commit(
                 repo,
-                [CommitOperationAdd(name, data if isinstance(data, bytes) else str(data)) for name, data in held],
+                [CommitOperationAdd(name, data if isinstance(data, bytes) else str(data)) for name, data in batch],
                 commit_message="Pushed by diptych" if whole else "Pushed by diptych, in part",
                 repo_type=made.kind,
             )
     return where, new
 
 
-def _same(held: Path | bytes, there: RepoFile | None) -> bool:
-    """Whether the repository's file is this one: by sha256 where it keeps it apart, else by git's own hash."""
-    size = len(held) if isinstance(held, bytes) else held.stat().st_size
-    if there is None or there.size != size:
+def _same(file: Path | bytes, remote: RepoFile | None) -> bool:
+    """Whether the repository's file is this one, by sha256 for large files and by git's hash for others."""
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if remote is None or remote.size != size:
         return False
-    digest = hashlib.sha256() if there.lfs else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    if isinstance(held, bytes):
-        digest.update(held)
+    digest = hashlib.sha256() if remote.lfs else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    if isinstance(file, bytes):
+        digest.update(file)
     else:
-        with held.open("rb") as stream:
+        with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest() == (there.lfs.sha256 if there.lfs else there.blob_id)
+    return digest.hexdigest() == (remote.lfs.sha256 if remote.lfs else remote.blob_id)
 
 
 @contextmanager
-def _told(repo: str, token: str) -> Iterator[None]:
-    """The hub's refusals and the network's failures as one line, the token left out of it."""
+def _hub_errors(repo: str, token: str) -> Iterator[None]:
+    """Turns errors of the hub and the network into a UserError without the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    again = "run the same command again: what arrived is not sent twice"
+    again = "Run the same command again; files that arrived are not sent twice."
     try:
         yield
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else 0
-        said = {
-            401: "the hub does not take this token; `hf auth login` again, or set HF_TOKEN to one that may write",
-            403: f"this token may not write to {repo}; is the owner right, and may the token write there?",
-            404: f"the hub has no owner or repository {repo} that this token sees; check the spelling",
+        status = error.response.status_code if error.response is not None else 0
+        causes = {
+            401: "The hub rejects this token. Run `hf auth login` again, or set HF_TOKEN to a token that may write.",
+            403: f"This token may not write to {repo}. Check the owner and the rights of the token.",
+            404: f"The hub has no owner or repository {repo} that this token can see. Check the spelling.",
         }
-        raise UserError(said.get(code) or f"the hub refused {repo}: {_line(error, token)}; {again}") from None
+        code = "model_gated" if status in (401, 403) else "model_not_found" if status == 404 else "hub_unreachable"
+        raise UserError(code, causes.get(status, f"The hub rejected {repo}: {_line(error, token)}. {again}")) from None
     except UserError:
         raise
     except Exception as error:
-        # The hub client lets its HTTP library's errors through, and has changed that library before.
+        # The hub client passes on errors of its HTTP library, which has changed before.
         known = isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))
         if not known:
             raise
-        raise UserError(f"{repo}: the hub cannot be reached ({_line(error, token)}); {again}") from None
+        message = f"{repo}: the hub cannot be reached ({_line(error, token)}). {again}"
+        raise UserError("hub_unreachable", message) from None
 
 
 def _line(error: Exception, token: str) -> str:
