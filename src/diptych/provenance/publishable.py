@@ -1,8 +1,8 @@
 """Selects what may be published of a student or a dataset: files with a recorded hash, and a card with a license.
 
 A student's files are those that its training recorded, and a dataset's are the parts of its manifest. Other files in
-the folder (checkpoints, notes, failed rows) are not published. An export is published whole, except for hidden files, after
-its data is verified.
+the folder (checkpoints, notes, failed rows) are not published. An export is published whole, except for hidden files,
+after its data is verified.
 """
 
 from __future__ import annotations
