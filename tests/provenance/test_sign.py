@@ -467,7 +467,7 @@ def test_a_certificate_that_c2pa_does_not_accept_is_rejected_with_the_reason(
 
 
 def rejected(folder: Path, signer: authority.Signer, word: str, capsys: pytest.CaptureFixture[str], *more: str) -> None:
-    """One line, exit code 2, nothing written, and no private key in what was said."""
+    """One line, exit code 2, nothing written, and no private key in the output."""
     picture = folder / "picture.png"
     picture.write_bytes(small("PNG"))
     assert command(picture, signer, *more) == 2
