@@ -26,7 +26,7 @@ class UserError(ValueError):
 
     exit_code = 1
     stops = False
-    """Whether every other row would meet it too (a server that is down): the run ends, and no row is blamed."""
+    """Whether all other rows would fail too (a server that is down): the run ends, and no row is marked as failed."""
     shared = False
     """Whether each of several processes has it, so that only one reports it."""
 
@@ -55,7 +55,7 @@ def codes() -> Mapping[str, Mapping[str, str]]:
 
 
 def describe(error: BaseException, limit: int | None = 300, kind: bool = False) -> str:
-    """What an exception says, in one line of at most `limit` characters; its class where it says nothing.
+    """The message of an exception in one line of at most `limit` characters, or its class if it has none.
 
     With `kind`, the class comes first in any case.
     """
@@ -64,7 +64,7 @@ def describe(error: BaseException, limit: int | None = 300, kind: bool = False) 
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint to append to a message, `"; did you mean 'steps'?"`, or `""` when nothing is near."""
+    """A hint to append to a message, `"; did you mean 'steps'?"`, or `""` if no choice is similar."""
     by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean '{by_lower[found[0]]}'?" if found else ""
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean '{by_lower[matches[0]]}'?" if matches else ""

@@ -235,11 +235,11 @@ def _use_sheet(sample: Any, sheet: Path, path: Path, labeller: str, as_json: boo
             "labels_invalid",
             f"{sheet} belongs to another sample. Use the --sample and --seed that it was written with.",
         )
-    kept = files.Labels(path)
+    store = files.Labels(path)
     before = files.read(path).get(labeller, {}) if path.exists() else {}
     for id, label in given.items():
         if before.get(id) != label:
-            kept.add(id, label, labeller)
+            store.add(id, label, labeller)
     if not given and not before:
         raise UserError(
             "labels_invalid", f"{sheet} has no labels yet. Fill in its column label: {', '.join(files.LABELS)}."
@@ -252,9 +252,9 @@ def _serve(sample: Any, path: Path, labeller: str, port: int) -> None:
     from diptych.data import labels as files
     from diptych.utils.console import Display
 
-    kept = files.Labels(path)
+    store = files.Labels(path)
     labels = files.read(path).get(labeller, {}) if path.exists() else {}
-    server = AuditServer(sample, kept, labeller, labels, port)
+    server = AuditServer(sample, store, labeller, labels, port)
     # Also with --json: without the address nobody could label.
     Display().say(f"open {server.url} · labels go to {path} · to end: Finish on the page, or Ctrl-C here")
     serve(server)

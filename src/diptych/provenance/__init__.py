@@ -1,1 +1,1 @@
-"""Where a picture comes from: traced through a run, signed with C2PA, published with its card and licence."""
+"""The origin of images and students: traced through a run, signed with C2PA, published with a card and a license."""
