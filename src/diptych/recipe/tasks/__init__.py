@@ -8,10 +8,11 @@ and whether the two panels share their geometry. A new task is one file and no c
 from __future__ import annotations
 
 import string
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.errors import UsageError, nearest
 from diptych.utils import documents
@@ -30,6 +31,38 @@ Text = Annotated[str, Field(min_length=1)]
 Limits = TypeVar("Limits", bound=BaseModel)
 
 
+def fields_of(template: str) -> set[str]:
+    """The field names in a template. ValueError for broken braces, and for anything but a name in them: a width could
+    fill the memory, and an attribute could expose internals."""
+    names: set[str] = set()
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or "." in name or "[" in name:
+            raise ValueError(f"use a plain name in braces: {{{name[:40]}}} in '{template[:80]}'")
+        names.add(name)
+    return names
+
+
+def check_fields(template: str, allowed: Set[str], needed: Set[str] = frozenset()) -> None:
+    """Raises ValueError if a template has an unknown field, lacks a needed one, or has broken braces."""
+    fields = fields_of(template)
+    for name in sorted(fields - allowed):
+        raise ValueError(f"unknown field {{{name}}} in '{template}'{nearest(name, allowed)}")
+    for name in sorted(needed - fields):
+        raise ValueError(f"'{template}' lacks the field {{{name}}}")
+
+
+def _fields(allowed: frozenset[str] | None = None, needed: Set[str] = frozenset()) -> AfterValidator:
+    """Validates a template's fields; None allows all plain names."""
+
+    def check(template: str) -> str:
+        check_fields(template, fields_of(template) if allowed is None else allowed, needed)
+        return template
+
+    return AfterValidator(check)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -41,23 +74,13 @@ class Grid(_Part):
     """Number of rows of panels."""
     cols: int = Field(ge=1, le=4)
     """Number of columns of panels."""
-    templates: list[Text] = Field(min_length=1)
+    templates: list[Annotated[Text, _fields(GRID_FIELDS)]] = Field(min_length=1)
     """Prompt templates; one is chosen at random for each grid. Fields: {subject} (its kind), {description} (the
     individual, with article), {scene} (what the panels share), {left} and {right} (1×2 grids), {panels} (all panels),
     {count}, {style}."""
-    panel: Text = "{number}: {content}"
+    panel: Annotated[Text, _fields(ITEM_FIELDS, {"content"})] = "{number}: {content}"
     """Template of each panel's text in {panels}. Fields: {number}, {position} ("top left"), {subject}, {description},
     {content}."""
-
-    @field_validator("templates", "panel")
-    @classmethod
-    def _known_fields(cls, value: list[str] | str) -> list[str] | str:
-        if isinstance(value, str):
-            check_fields(value, ITEM_FIELDS, {"content"})
-        else:
-            for template in value:
-                check_fields(template, GRID_FIELDS)
-        return value
 
     @model_validator(mode="after")
     def _every_panel(self) -> Grid:
@@ -84,17 +107,11 @@ class Grid(_Part):
 class WriterBrief(_Part):
     """The request to a language model that writes grids."""
 
-    brief: Text
+    brief: Annotated[Text, _fields(BRIEF_FIELDS)]
     """Prompt for the language model. Fields: {count} (panels), {layout} ("2x2"), {words} (word limit of a panel)."""
     answer: dict[Answer, Text]
     """Parts of its reply, each with a description: `subject`, `description`, `panels` (what each panel shows), and,
     where the task needs them, `scene` (what the panels share) and `style`."""
-
-    @field_validator("brief")
-    @classmethod
-    def _brief_fields(cls, brief: str) -> str:
-        check_fields(brief, BRIEF_FIELDS)
-        return brief
 
 
 class Grammar(_Part):
@@ -104,18 +121,12 @@ class Grammar(_Part):
     """Grammar of the pocket world that writes this task (subject, relight, season). null if none can."""
     subjects: list[Text] = []
     """Categories of a vocabulary's subjects to use. An empty list is all subjects that can stand in scenes."""
-    scene: str = ""
+    scene: Annotated[str, _fields()] = ""
     """Template of {scene} in `panel_template`, with a vocabulary's lists as fields: "{action} {place}, {light}". If
     there is also a {change}, one scene is chosen for all panels."""
-    change: str = ""
+    change: Annotated[str, _fields()] = ""
     """Template of {change} in `panel_template`, chosen for each panel. It has no comma, so that it can be read back
     from a caption."""
-
-    @field_validator("scene", "change")
-    @classmethod
-    def _plain_fields(cls, template: str) -> str:
-        fields_of(template)
-        return template
 
     @field_validator("change")
     @classmethod
@@ -142,19 +153,12 @@ class CaptionBriefs(_Part):
     """Prompt for a description of the target."""
     instruction: Text
     """Prompt for an instruction that turns the reference into the target."""
-    instruction_templates: list[Text] = Field(min_length=1)
+    instruction_templates: list[Annotated[Text, _fields(PANEL_FIELDS - {"scene"})]] = Field(min_length=1)
     """Templates of instructions without a language model. Fields: {subject}, {change} (what the target's caption
     says)."""
     instructions: float = Field(default=0.0, ge=0, le=1)
     """Share of training samples that use the instruction in place of the caption, if `distill.instructions` is
     `auto`."""
-
-    @field_validator("instruction_templates")
-    @classmethod
-    def _instruction_fields(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            check_fields(template, PANEL_FIELDS - {"scene"})
-        return templates
 
 
 class Task(_Part):
@@ -170,7 +174,7 @@ class Task(_Part):
     """`aligned` if a pixel of the reference and the same pixel of the target show the same spot, else `independent`."""
     grids: list[Grid] = Field(min_length=1)
     """Layouts of the grids. The first is the default."""
-    panel_template: Text
+    panel_template: Annotated[Text, _fields(PANEL_FIELDS)]
     """Template of the caption of one panel. Fields: {subject}, {scene}, {change}."""
     writer: WriterBrief | None = None
     """Brief for a language model. null if no language model writes this task."""
@@ -180,12 +184,6 @@ class Task(_Part):
     """How pairs are judged."""
     captions: CaptionBriefs
     """How captions and instructions are made."""
-
-    @field_validator("panel_template")
-    @classmethod
-    def _panel_fields(cls, template: str) -> str:
-        check_fields(template, PANEL_FIELDS)
-        return template
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Task:
@@ -245,28 +243,6 @@ class Task(_Part):
 _KEYS = frozenset(
     key for part in (Task, Grid, WriterBrief, Grammar, Curation, CaptionBriefs) for key in part.model_fields
 )
-
-
-def fields_of(template: str) -> set[str]:
-    """The field names in a template. ValueError for broken braces, and for anything but a name in them: a width could
-    fill the memory, and an attribute could expose internals."""
-    names: set[str] = set()
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if spec or conversion or "." in name or "[" in name:
-            raise ValueError(f"use a plain name in braces: {{{name[:40]}}} in '{template[:80]}'")
-        names.add(name)
-    return names
-
-
-def check_fields(template: str, allowed: frozenset[str], needed: set[str] | frozenset[str] = frozenset()) -> None:
-    """Raises ValueError if a template has an unknown field, lacks a needed one, or has broken braces."""
-    fields = fields_of(template)
-    for name in sorted(fields - allowed):
-        raise ValueError(f"unknown field {{{name}}} in '{template}'{nearest(name, allowed)}")
-    for name in sorted(needed - fields):
-        raise ValueError(f"'{template}' lacks the field {{{name}}}")
 
 
 def names() -> list[str]:
