@@ -51,7 +51,7 @@ def test_a_sheet_is_written_filled_in_and_read_back(
     sheet.write_text(sheet.read_text("utf-8-sig").replace(";S;", ";smae;", 1), "utf8")
     code, _, error = command(capsys, *asked)
     assert file.read_bytes() == before
-    assert code == 2 and re.search(r"sheet\.csv line \d+: 'smae' is no label", error)
+    assert code == 2 and re.search(r"error\[labels_invalid\]: .*sheet\.csv line \d+: 'smae'", error)
     assert len(error.splitlines()) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_sheet_of_another_sample_is_an_error(
         (["--serve", "--csv", "x.csv"], "--serve and --csv"),
         (["--labeller", " "], "--labeller is empty"),
         (["--serve", "--labels", "a", "--labels", "b"], "2 --labels"),
-        (["--labels", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--labels", "none.jsonl"], "none.jsonl"),
         (["--sample", "0"], "--sample"),
         (["--precision", "1.5"], "--precision"),
     ],

@@ -81,7 +81,7 @@ def test_pairs_of_a_grid_stay_together_and_ids_may_be_numbers(tmp_path: Path) ->
     import_data(folder, tmp_path / "out", "parquet")
     assert [row["id"] for row in Dataset(tmp_path / "out")] == [str(n) for n in range(100, 140)]
     folder = odd(tmp_path / "data", id=[1.0, None] * 20)
-    with pytest.raises(UserError, match=r"row 2 .*its id 1 is that of row 0"):
+    with pytest.raises(UserError, match=r"row 2 .*its id 1 .*row 0"):
         import_data(folder, tmp_path / "twice", "parquet")
     with pytest.raises(UserError, match=r"row 0 .*id is 1\.5"):
         import_data(odd(tmp_path / "data", id=[1.5] * 40), tmp_path / "half", "parquet")
