@@ -96,7 +96,7 @@ def test_a_story_is_the_page_of_the_library_as_png_and_pdf(client: httpx.Client,
     [
         ("relights", {}, {"light": LIGHTS}, "one image", "image"),
         ("relights", {"image": CAT.read_bytes()}, {}, "light: ", "light"),
-        ("relights", {"image": CAT.read_bytes()}, {"light": " "}, "light", None),
+        ("relights", {"image": CAT.read_bytes()}, {"light": " "}, "empty", None),
         (
             "relights",
             {"image": CAT.read_bytes()},

@@ -166,7 +166,7 @@ def check(panels: Sequence[Panel], seed: int | Sequence[int], captions: str) -> 
         raise UsageError("option_invalid", f"A story needs {MIN_PANELS} to {MAX_PANELS} panels, not {len(panels)}.")
     if captions not in CAPTIONS:
         hint = nearest(captions, CAPTIONS)
-        raise UsageError("option_invalid", f"captions must be {' or '.join(CAPTIONS)}, not '{captions}'{hint}")
+        raise UsageError("option_invalid", f"captions must be one of {', '.join(CAPTIONS)}, not '{captions}'{hint}")
     for panel in panels:
         check_prompt(panel.prompt)
     given = [seed] if isinstance(seed, int) else list(seed)
