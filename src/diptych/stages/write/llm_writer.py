@@ -225,7 +225,7 @@ def _shuffled(run_seed: int, purpose: str, count: int) -> list[int]:
     return np.random.default_rng(seed_of(run_seed, purpose, "write")).permutation(count).tolist()
 
 
-def read_captions(settings: Write) -> seeds.Captions | None:
+def read_captions(settings: Write) -> seeds.SeedCaptions | None:
     """Return a recipe's seed captions; None if it has none."""
     if settings.captions is None:
         return None
