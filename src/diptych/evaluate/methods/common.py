@@ -192,11 +192,10 @@ def encode_pixels(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, h, w) in [-1, 1] as packed, scaled latents (B, N, C): the posterior's mode."""
     import torch
 
-    from diptych.student.canvas import pack
+    from diptych.student.families.flux1 import Flux1
 
     with torch.no_grad():
-        latents = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)).latent_dist.mode()
-        return pack((latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor)
+        return Flux1().encode(pipe.vae, pixels.to(pipe.device, pipe.vae.dtype))
 
 
 def encode(pipe: Any, images: Sequence[Image]) -> torch.Tensor:
