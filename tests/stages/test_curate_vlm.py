@@ -276,7 +276,7 @@ def test_a_recipe_without_one_means_what_it_meant() -> None:
         (["curate.vlm.votes=1"], "(base_url and model), local"),
         ([URL, MODEL, "curate.vlm.local=x"], "(base_url and model), local"),
         ([URL, MODEL, "curate.vlm.votes=3"], "endpoint.temperature"),
-        (["curate.vlm.local=x", "curate.vlm.votes=3"], "local"),
+        (["curate.vlm.local=x", "curate.vlm.votes=3"], "votes: 1"),
         ([URL, "curate.vlm.endpoint.modle=m"], "'model'"),
         ([URL, MODEL, "curate.vlm.vote=3"], "'votes'"),
         ([URL, MODEL, "curate.vlm.prefilter=2"], "curate.vlm.prefilter"),
