@@ -15,7 +15,7 @@ from PIL import Image
 from diptych import Student
 from diptych.apps import batch
 from diptych.data.images import open_image, read_provenance
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.pocket import world
 from diptych.utils.console import Display
 from diptych.utils.paths import packaged
@@ -103,25 +103,25 @@ def test_a_wrong_row_is_named_before_anything_is_done(tmp_path: Path, row: Any, 
 
 
 @pytest.mark.parametrize(
-    ("changed", "fact"),
+    ("changed", "code", "fact"),
     [
-        ({"prompt": " "}, "2: .*prompt"),
-        ({"reference": []}, "2: .*reference"),
-        ({"seed": -1}, "2: .*seed.*-1"),
-        ({"steps": 0}, "2: .*steps.*0"),
-        ({"guidance": "3"}, "2: .*guidance.*'3'"),
-        ({"size": "big"}, "2: .*size.*big"),
-        ({"size": [1, 2, 3]}, "2: .*size"),
-        ({"fit": "cropp"}, "2: .*did you mean 'crop'"),
-        ({"background": "whit"}, "2: .*'whit'"),
-        ({"out": "x.gif"}, r"\.png"),
+        ({"prompt": " "}, "text_empty", "2: "),
+        ({"reference": []}, "option_missing", "reference"),
+        ({"seed": -1}, "option_invalid", "-1"),
+        ({"steps": 0}, "option_invalid", "steps"),
+        ({"guidance": "3"}, "option_invalid", "'3'"),
+        ({"size": "big"}, "size_invalid", "big"),
+        ({"size": [1, 2, 3]}, "size_invalid", "(1, 2, 3)"),
+        ({"fit": "cropp"}, "option_invalid", "did you mean 'crop'"),
+        ({"background": "whit"}, "option_invalid", "'whit'"),
+        ({"out": "x.gif"}, "file_format_unknown", ".png"),
     ],
 )
 def test_a_value_that_no_model_accepts_is_named_with_its_row(
-    tmp_path: Path, changed: dict[str, Any], fact: str
+    tmp_path: Path, changed: dict[str, Any], code: str, fact: str
 ) -> None:
     path = jobs_file(tmp_path, {"reference": "a.png", "prompt": "x"}, {"reference": "a.png", "prompt": "x", **changed})
-    with pytest.raises(UsageError, match=fact):
+    with raises(code, fact, kind=UsageError):
         batch.plan({}, path, tmp_path / "out")
 
 
@@ -144,7 +144,7 @@ def test_places_that_cannot_hold_the_images_are_rejected(out: str | None, code: 
 
 @pytest.mark.parametrize("out", ["out/{seed}-{reference}.tiff", "cat.gif"])
 def test_a_suffix_that_is_not_written_names_those_that_are(out: str) -> None:
-    with pytest.raises(UsageError, match=r"\.png"):
+    with raises("file_format_unknown", out, ".png", kind=UsageError):
         batch.plan(CATS, None, out)
 
 
@@ -277,7 +277,7 @@ def test_what_no_request_made_is_never_overwritten(pocket: Student, subjects: Pa
 def test_one_picture_fails_as_itself_before_a_model_is_loaded(pocket: Student, subjects: Path, tmp_path: Path) -> None:
     load = Loader(pocket)
     (subjects / "cat.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"cat\.png"):
+    with raises("image_unreadable", "cat.png"):
         generated(
             batch.plan({"reference": str(subjects / "cat.png"), "prompt": PROMPT}, None, tmp_path / "a.png"), load
         )

@@ -116,7 +116,7 @@ def test_the_drawing_model_s_own_tokenizer_counts_where_it_has_one(tmp_path: Pat
     by_base = enhance.length_of(str(tmp_path / "student"), "pocket")
     assert (by_base.limit, by_base.count("a cat")) == (32, 4)
     assert enhance.length_of(str(tmp_path / "student")) is enhance.ESTIMATED
-    with pytest.raises(UsageError, match="no such model"):
+    with raises("model_not_found", "no such model", kind=UsageError):
         enhance.length_of("no such model")
     (tmp_path / "student" / "tokenizer").mkdir()
     (tmp_path / "student" / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"')

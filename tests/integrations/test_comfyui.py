@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from diptych import Student
-from diptych.errors import UserError
 from diptych.pocket import world
 from raising import raises
 
@@ -136,5 +135,5 @@ def test_a_prompt_stays_as_it_is_without_an_endpoint(nodes: Any, monkeypatch: py
 
 
 def test_an_unknown_model_says_so(nodes: Any) -> None:
-    with pytest.raises(UserError, match="nosuchmodel"):
+    with raises("model_not_found", "nosuchmodel"):
         nodes.NODE_CLASS_MAPPINGS["DiptychLoad"]().load("nosuchmodel/", "", "none", "exact")

@@ -91,24 +91,25 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "code", "fact"),
     [
-        (png_header(60_000, 60_000), "far more pixels"),
-        (png_header(8_000, 8_000), "over the limit of 25"),
-        (b"GIF89a", "not an image|broken|damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (b"II*\0" + b"\0" * 64, "not an image"),
-        (b"", "empty"),
-        (b"\x80\x04\x95(cos\nsystem\n", "not an image"),
+        (png_header(60_000, 60_000), "image_too_large", "25"),
+        (png_header(8_000, 8_000), "image_too_large", "25"),
+        (b"GIF89a", "image_unreadable", ""),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image_unreadable", "PNG"),
+        (b"II*\0" + b"\0" * 64, "image_unreadable", "PNG"),
+        (b"", "image_unreadable", "empty"),
+        (b"\x80\x04\x95(cos\nsystem\n", "image_unreadable", "PNG"),
     ],
     ids=["bomb", "large", "cut", "eps", "tiff", "empty", "pickle"],
 )
-def test_hostile_images_are_rejected_before_they_are_decoded(client: httpx.Client, data: bytes, says: str) -> None:
-    import re
-
+def test_hostile_images_are_rejected_before_they_are_decoded(
+    client: httpx.Client, data: bytes, code: str, fact: str
+) -> None:
     started = time.monotonic()
     answer = client.post("/v1/images/edits", files={"image": ("../../x.png", data)}, data={"prompt": "a cat"})
-    assert answer.status_code == 400 and re.search(says, answer.json()["error"]["message"])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, "image") and fact in error["message"]
     assert time.monotonic() - started < 20
 
 
@@ -117,7 +118,7 @@ def test_an_avif_that_breaks_its_decoder_is_rejected_like_any_damaged_image(clie
     Image.open(io.BytesIO(cat)).save(out, "AVIF")
     head, mark, planes = out.getvalue().partition(b"mdat")
     answer = client.post("/v1/references", content=head + mark + bytes(len(planes)))
-    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("image: ")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "image_unreadable"
 
 
 def test_what_is_too_large_is_refused_by_its_length_and_by_its_bytes(student: Student, tmp_path: Path) -> None:

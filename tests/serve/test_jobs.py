@@ -65,7 +65,7 @@ def test_a_job_that_fails_has_the_code_of_its_error(client: httpx.Client, monkey
     job = client.get("/v1/jobs/out-of-memory").json()
     error = answer.json()["error"]
     assert (answer.status_code, job["status"]) == (400, "failed")
-    assert (error["message"], error["code"]) == (job["error"], job["code"]) and "memory" in error["message"]
+    assert (error["message"], error["code"], job["code"]) == (job["error"], *["memory_insufficient"] * 2)
 
 
 def test_a_job_that_is_given_up_stops_at_once(client: httpx.Client) -> None:

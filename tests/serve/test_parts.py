@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.errors import UsageError, UserError
+from diptych.errors import UsageError
 from diptych.serve import auth, worker
 from diptych.serve.job_store import TRIES, JobStore
 from diptych.serve.limits import RateLimit
@@ -69,7 +69,7 @@ def test_one_server_a_file(store: JobStore) -> None:
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("SELECT * FROM jobs")
     other.close()
-    with pytest.raises(UserError, match="--data"):
+    with raises("path_unsafe", store.path.parent, "--data"):
         JobStore(store.path.parent)
 
 

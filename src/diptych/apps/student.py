@@ -116,7 +116,7 @@ class Student:
         if parallel:
             device = gpus.join(device)
         explained = explains_exhaustion(
-            f"loading {model}", f"use {less_than(memory)}; `diptych doctor` shows what this machine can do"
+            f"loading {model}", f"Use {less_than(memory)}; `diptych doctor` shows what this machine can do"
         )
         with nullcontext() if progress_bar else quiet_bars(), explained:
             pipeline = load(
@@ -376,7 +376,7 @@ class Student:
     def _too_much(self, canvas: Canvas, count: int) -> tuple[str, str]:
         """What was being generated when memory ran out, and what to do."""
         what, less = (f"{count} images", "fewer images at once") if count > 1 else ("an image", "a smaller model")
-        instead = f"use a smaller size, {less}, or {less_than(self.pipeline.runtime.memory)}"
+        instead = f"Use a smaller size, {less}, or {less_than(self.pipeline.runtime.memory)}"
         return f"generating {what} of {canvas.panel_width}×{canvas.panel_height}", instead
 
     def _provenance(self, image: Image.Image) -> dict[str, Any]:
