@@ -52,7 +52,7 @@ def main() -> None:
         "student": str(given.run.name) if given.run else "pocket",
         "about": measuring.about(torch.device(recipe.device)),
     }
-    print(run_report.markdown_part("relight", Run(recipe, folder)))
+    print(run_report.markdown(Run(recipe, folder)))
     print(measuring.write("relight", result, given.out))
 
 
