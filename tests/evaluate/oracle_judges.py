@@ -1,4 +1,4 @@
-"""Judges that know the truth: they find the nearest render they have been shown, and say what was drawn."""
+"""Judges that know the truth: they look up the nearest known render and return its attributes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Oracle:
         return self.truths[int(np.abs(self._table - _thumb(image)).sum(1).argmin())]
 
     def embed(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """A direction for the kind, one for the identity, and a little noise of the picture's own."""
+        """A direction for the kind, one for the identity, and a little noise that depends on the image."""
         rows = []
         for image in images:
             subject, _ = self._find(image)
@@ -64,7 +64,7 @@ class Oracle:
         return np.stack(rows)
 
     def read(self, images: Sequence[Image.Image]) -> list[Reading]:
-        """Every attribute as it was drawn."""
+        """The true attributes of each render."""
         found = []
         for image, identity in zip(images, self.embed(images), strict=True):
             subject, scene = self._find(image)

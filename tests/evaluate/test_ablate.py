@@ -99,7 +99,7 @@ def test_a_study_trains_what_is_missing_and_ends_in_one_table(study: Path, tmp_p
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
 
 
-def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trained(
+def test_a_variant_that_needs_other_data_is_rejected_before_training(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = yaml.safe_load(study.read_text())
@@ -113,7 +113,7 @@ def test_a_variant_that_would_need_other_data_is_refused_before_anything_is_trai
         ablate.ablate(str(study), tmp_path / "out", QUIET, only=["nope"])
 
 
-def test_a_run_that_is_named_keeps_its_own_prompts_and_grids(study: Path, tmp_path: Path) -> None:
+def test_an_existing_run_keeps_its_prompts_and_grids(study: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(study.read_text())
     base = recipes.load(str(study.parent / "base.yaml"))
     run(base, tmp_path / "base", ablate.ROWS, QUIET)

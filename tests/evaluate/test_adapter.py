@@ -86,7 +86,9 @@ def test_what_is_trained_is_the_adapter_alone(trained: tuple[Any, Path], teacher
     assert recipe.teacher == str(teacher)
 
 
-def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any, Path], clip: Path, suite: Any) -> None:
+def test_stock_diffusers_opens_the_folder_and_generates_the_same(
+    trained: tuple[Any, Path], clip: Path, suite: Any
+) -> None:
     recipe, folder = trained
     samples = suite.samples(2, 1)[:2]
     references = [suite.reference_image(s) for s in samples]
@@ -111,10 +113,10 @@ def test_stock_diffusers_opens_the_folder_and_draws_the_same(trained: tuple[Any,
     )
     assert np.abs(np.asarray(again, float) - np.asarray(drawn[1], float)).max() <= 2
     other = adapter.ImageAdapter(Context(recipe, folder, suite)).generate(references[:1], samples[1:], [4])[0]
-    assert other.tobytes() != drawn[1].tobytes()  # it does look at the reference
+    assert other.tobytes() != drawn[1].tobytes()  # it uses the reference
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(
+def test_a_killed_training_resumes_to_equal_weights(
     trained: tuple[Any, Path], teacher: Path, judges: Path, clip: Path, tmp_path: Path
 ) -> None:
     recipe, straight = trained

@@ -32,7 +32,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=float)
 
 
-def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, suite: Any) -> None:
+def test_text_only_does_not_use_the_reference(context: Context, samples: Any, suite: Any) -> None:
     method = baselines.TextOnly(context)
     seen = [suite.reference_image(s) for s in samples]
     with_it = method.generate(seen, samples, [3, 4])
@@ -41,7 +41,7 @@ def test_text_only_never_looks_at_the_reference(context: Context, samples: Any, 
     assert with_it[0].size == (PANEL, PANEL) and with_it[0].tobytes() != with_it[1].tobytes()
 
 
-def test_inpaint_holds_the_left_panel_to_the_reference_and_draws_the_right_one(
+def test_inpaint_sets_the_left_panel_to_the_reference_and_generates_the_right_one(
     context: Context, samples: Any, suite: Any
 ) -> None:
     method = baselines.Inpaint(context)
@@ -65,7 +65,7 @@ def test_inpaint_depends_on_the_reference(context: Context, samples: Any, suite:
 
 
 @pytest.mark.parametrize("name", ["text_only", "inpaint", "student"])
-def test_a_picture_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
+def test_an_image_does_not_depend_on_its_batch(name: str, context: Context, samples: Any, suite: Any) -> None:
     method = build(name, context)[name]
     references = [suite.reference_image(s) for s in samples]
     together = method.generate(references, samples, [3, 4])

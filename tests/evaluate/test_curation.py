@@ -52,17 +52,17 @@ def test_pairs_count_by_the_prior_and_not_by_their_number() -> None:
 
 
 def vectors(images: Any) -> np.ndarray:
-    """The colour of a plain picture as a direction."""
+    """The color of a plain image as a direction."""
     rows = np.array([np.asarray(image, float)[0, 0] for image in images]) + 1e-9
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def plain(colour: tuple[int, int, int]) -> Image.Image:
-    return Image.new("RGB", (8, 8), colour)
+def plain(color: tuple[int, int, int]) -> Image.Image:
+    return Image.new("RGB", (8, 8), color)
 
 
 def known_pairs(count: int = 60) -> RenderedPairs:
-    """Colours: the same, a near one, an opposite one."""
+    """Colors: the same, a near one, an opposite one."""
     rng = np.random.default_rng(0)
     first, second, label, identity = [], [], [], []
     for i in range(count):
@@ -98,7 +98,7 @@ def test_an_estimate_is_corrected_by_the_witness_errors() -> None:
     assert Witness(0.5, hit=0.5, false_alarm=0.45).corrected(0.5) is None
 
 
-def test_the_runs_own_pairs_are_counted_and_estimated(pair_rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_runs_pairs_are_counted_and_estimated(pair_rows: list[dict[str, Any]], tmp_path: Path) -> None:
     from diptych.data.images import image_cell
 
     rows = []

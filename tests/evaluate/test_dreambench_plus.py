@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_pictures as toy
+import toy_images as toy
 
 from diptych.cli import app
 from diptych.data.store import Dataset
@@ -83,7 +83,7 @@ def test_names_with_hyphens_stay_whole_and_styles_are_left_out(folder: Path, ser
     assert {row["kind"] for row in rows} == {"live_subject/animal", "live_subject/human", "object"}
 
 
-def test_the_judge_sees_what_it_should_and_is_asked_three_times(
+def test_the_judge_sees_the_right_images_and_answers_three_times(
     folder: Path, serve: Serve, tmp_path: Path, small: dict[str, Any]
 ) -> None:
     server = serve(toy.honest)
@@ -126,7 +126,7 @@ def test_repeats_are_averaged_and_an_answer_outside_0_to_4_is_repaired(
     assert found["cp"] == pytest.approx(10 / 12, abs=1e-4) and found["pf"] == 0.25 and "cp_debiased" not in found
 
 
-def test_scoring_goes_on_where_the_server_went_down_and_asks_nothing_twice(
+def test_scoring_resumes_after_the_server_went_down_and_repeats_no_question(
     folder: Path, serve: Serve, tmp_path: Path, small: dict[str, Any]
 ) -> None:
     state = {"left": 20}
@@ -158,7 +158,7 @@ def test_scoring_goes_on_where_the_server_went_down_and_asks_nothing_twice(
     assert len(answered) == again
 
 
-def test_a_cut_line_of_scores_is_looked_at_again_from_the_cache(
+def test_an_incomplete_line_of_scores_is_scored_again_from_the_cache(
     folder: Path, serve: Serve, tmp_path: Path, small: dict[str, Any]
 ) -> None:
     server = serve(toy.honest)
@@ -172,7 +172,7 @@ def test_a_cut_line_of_scores_is_looked_at_again_from_the_cache(
     assert path.read_bytes() == whole and len(server.calls) == calls
 
 
-def test_the_command_line_draws_and_scores_apart_and_the_page_shows_it(
+def test_the_command_line_generates_and_scores_separately_and_the_page_shows_it(
     folder: Path, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, server = str(tmp_path / "out"), serve(toy.honest)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import toy_pictures as toy
+import toy_images as toy
 from PIL import Image
 
 from diptych.evaluate import suites
@@ -37,9 +37,9 @@ prompt_list = [
 """
 
 
-def put(path: Path, colour: str = "red", size: tuple[int, int] = (40, 30)) -> None:
+def put(path: Path, color: str = "red", size: tuple[int, int] = (40, 30)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def test_the_suites_that_ship_are_these_and_all_have_a_version() -> None:
@@ -47,7 +47,7 @@ def test_the_suites_that_ship_are_these_and_all_have_a_version() -> None:
     assert all(suites.read(name)["version"] >= 1 for name in suites.names())
 
 
-def test_dreambench_reads_classes_prompts_and_further_pictures(tmp_path: Path) -> None:
+def test_dreambench_reads_classes_prompts_and_further_images(tmp_path: Path) -> None:
     root = tmp_path / "dataset"
     for name in ("00.jpg", "01.jpg", "02.jpg"):
         put(root / "backpack_dog" / name)
@@ -66,7 +66,7 @@ def test_dreambench_reads_classes_prompts_and_further_pictures(tmp_path: Path) -
     )
 
 
-def test_a_folder_of_ones_own_needs_pictures_and_prompts(tmp_path: Path) -> None:
+def test_a_custom_folder_needs_images_and_prompts(tmp_path: Path) -> None:
     put(tmp_path / "references" / "toys" / "red-car.png")
     put(tmp_path / "references" / "toys" / "bear.png")
     (tmp_path / "references" / "toys" / "bear.txt").write_text("brown teddy\na {} at sea\n")
@@ -91,7 +91,7 @@ def test_fewer_references_and_prompts_are_spread_over_categories_and_levels(tmp_
     assert {s.id for s in few} < {s.id for s in suite.samples(None, None)}  # pyright: ignore[reportArgumentType]
 
 
-def test_the_fingerprint_is_of_the_pictures_and_the_prompts_and_not_of_their_place(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_images_and_prompts_and_not_their_path(tmp_path: Path) -> None:
     one, two = toy.make_folder(tmp_path / "one"), toy.make_folder(tmp_path / "two")
 
     def fingerprint(folder: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy_pictures as toy
+import toy_images as toy
 from PIL import Image
 
 from diptych.data.store import Dataset
@@ -96,7 +96,7 @@ def test_copying_and_ignoring_the_reference_score_nothing_with_an_embedding_judg
     found = harness.evaluate(job.model_copy(update={"references": 3, "metrics": []}), tmp_path / "out")
     copy, ignores, good = (found["methods"][name] for name in ("copy", "ignores", "good"))
     assert good["cp"] > 0.95 and copy["cp"] > 0.95 and copy["copy_rate"] == 1
-    # However random CLIP is: one picture fits each of nine prompts as well as the others, on the whole.
+    # Even for a random CLIP, one image fits each of nine prompts equally well on average.
     assert copy["pf"] == pytest.approx(0, abs=1e-6) and copy["cp_pf"] == pytest.approx(0, abs=1e-6)
     assert ignores["cp"] < 0.3 and ignores["cp_pf"] < 0.3
 
@@ -124,7 +124,7 @@ def test_metrics_are_the_plain_cosines_of_the_models(job: Evaluation, models: di
         assert len(about["fingerprint"]) == 64 and about["preprocessing"]["image_processor_type"]
 
 
-def test_diversity_is_how_far_apart_the_seeds_pictures_are(models: dict[str, str]) -> None:
+def test_diversity_is_the_distance_between_the_seeds_images(models: dict[str, str]) -> None:
     from diptych.data.images import image_cell
     from diptych.evaluate.scoring.judging import Diversity, VisionModels
 
@@ -145,7 +145,7 @@ def test_a_text_is_embedded_alone_or_among_others_alike(models: dict[str, str]) 
         Clip.load(models["dino"])
 
 
-def test_another_model_in_a_metrics_place_is_another_number_and_is_looked_at_anew(
+def test_another_model_of_a_metric_gives_another_number_and_is_scored_again(
     job: Evaluation, models: dict[str, str], tmp_path: Path
 ) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"]})
@@ -156,7 +156,7 @@ def test_another_model_in_a_metrics_place_is_another_number_and_is_looked_at_ane
     assert "clip_i" not in second["methods"]["good"]
 
 
-def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Evaluation, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_reported_before_generation(job: Evaluation, tmp_path: Path) -> None:
     for change, fact in (
         ({"metrics": ["dine"]}, "'dino'"),
         ({"metrics": ["dino=/nowhere"]}, "/nowhere"),
@@ -170,7 +170,7 @@ def test_what_cannot_be_scored_is_said_before_anything_is_drawn(job: Evaluation,
     assert not (tmp_path / "out" / "samples").exists()
 
 
-def test_references_that_changed_are_not_mixed_with_pictures_of_the_old_ones(job: Evaluation, tmp_path: Path) -> None:
+def test_changed_references_are_not_mixed_with_images_of_the_old_ones(job: Evaluation, tmp_path: Path) -> None:
     few = job.model_copy(update={"references": 2, "prompts": 2, "baselines": ["good"], "metrics": []})
     harness.evaluate(few, tmp_path / "out", "generate")
     shutil.copy(*(Path(str(job.data)) / "data" / "images" / "object" / name for name in ("00.jpg", "01.jpg")))

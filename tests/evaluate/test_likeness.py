@@ -47,7 +47,7 @@ def test_ssim_is_the_paper_s_formula(renders: list[Image.Image]) -> None:
         metrics.ssim(a[:, :8], b[:, :8])
 
 
-def test_features_are_further_apart_the_more_a_picture_changes(renders: list[Image.Image]) -> None:
+def test_features_are_further_apart_the_more_an_image_changes(renders: list[Image.Image]) -> None:
     from diptych.judges.embedding import EmbeddingJudge
 
     judge: Any = EmbeddingJudge.load("pocket", "scorer")

@@ -29,7 +29,7 @@ def outcome_of(cp: Any, pf: Any = 1.0, copied: Any = False, prompts: int = 1) ->
 
 @pytest.fixture(scope="module")
 def scored(suite: Any, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScoreArrays]:
-    """Anchors and `copy`, drawn and scored as a run does it."""
+    """Anchors and `copy`, generated and scored as in a run."""
     from diptych.evaluate import harness
     from diptych.evaluate.evaluation import Evaluation
     from diptych.evaluate.methods import build
@@ -91,7 +91,7 @@ def test_copying_half_of_the_time_does_not_make_up_for_missing_the_other_half() 
     assert outcome_of(scale.concept(np.array([1.0, 0.5] * 20))).means()["cp"] == pytest.approx(0.5)
 
 
-def test_following_counts_only_what_was_asked() -> None:
+def test_following_counts_only_requested_attributes() -> None:
     met = metrics.following({"place": "moon", "pose": "jumping"}, {"place": "moon", "pose": "standing", "prop": "ball"})
     assert met == {"place": True, "pose": False}
     assert metrics.following({"place": "moon"}, {}) == {"place": False}
@@ -120,7 +120,7 @@ def test_the_copy_threshold_is_below_all_but_the_nearest_hundredth() -> None:
     assert (distances < metrics.copy_threshold(distances)).mean() == pytest.approx(0.01, abs=0.001)
 
 
-def test_intervals_are_over_identities_and_so_wider_than_over_pictures() -> None:
+def test_intervals_are_over_identities_and_so_wider_than_over_images() -> None:
     rng = np.random.default_rng(0)
     per_identity = np.repeat(rng.random(40), 5)  # five equal prompts each: 40 facts, not 200
     grouped = metrics.summary(outcome_of(per_identity, prompts=5), 2000)["ci95"]["cp"]
@@ -176,7 +176,7 @@ def test_the_permutation_test_finds_nothing_where_nothing_is_and_its_p_is_even()
 
 
 def test_the_permutation_test_exchanges_whole_identities() -> None:
-    # Two identities of ten equal pictures are two facts: no exchange of them can be rarer than one in two.
+    # Two identities of ten equal images are two facts, so no exchange of them has a probability below one half.
     better = outcome_of(np.full(20, 0.9), prompts=10)
     worse = outcome_of(np.full(20, 0.1), prompts=10)
     assert metrics.permuted(better, worse, "cp", 1000) == pytest.approx(0.5, abs=0.06)
@@ -191,7 +191,7 @@ def test_a_share_of_none_or_all_has_an_interval_that_holds_at_the_edge(share: fl
     assert found["ci95"]["cp_pf"] == pytest.approx([low**2, high**2], abs=2e-3)
 
 
-def test_a_share_counts_dependent_pictures_once() -> None:
+def test_a_share_counts_dependent_images_once() -> None:
     rng = np.random.default_rng(5)
     identity, per = np.repeat(np.arange(30), 4), rng.random(30) < 0.4
     whole = metrics.share_interval(identity, np.repeat(per, 4))  # four equal answers each: thirty facts

@@ -26,7 +26,7 @@ SUITE = Scenes()
 SAMPLES = SUITE.samples(10)
 
 
-def test_only_the_light_changes_and_what_is_asked_differs_from_the_reference() -> None:
+def test_only_the_light_changes_and_the_requested_light_differs_from_the_reference() -> None:
     assert len(SAMPLES) == 30 and len({sample.id for sample in SAMPLES}) == 30
     assert {sample.kind for sample in SAMPLES} == set(world.TRAIN_KINDS)
     for sample in SAMPLES:
@@ -109,7 +109,7 @@ def test_structure_is_the_reference_s_outlines_in_their_place() -> None:
 
 @pytest.fixture(scope="module")
 def relit(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A run whose tiny student was asked to relight two scenes, judged by random models of the right classes."""
+    """A run whose tiny student relit two scenes, judged by random models of the right classes."""
     folder = tmp_path_factory.mktemp("relit")
     judges = tiny.make_judges(folder / "judges")
     tiny.make_student(teacher, folder / "run" / "student")
@@ -118,7 +118,7 @@ def relit(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reci
     return recipe, folder / "run"
 
 
-def test_a_student_that_never_learnt_it_is_scored_like_the_rest(relit: tuple[Recipe, Path]) -> None:
+def test_a_student_that_was_not_trained_to_relight_is_scored(relit: tuple[Recipe, Path]) -> None:
     _, folder = relit
     found = json.loads((folder / "report" / "relight.json").read_text())
     variants = [f"student{told}{drawn}" for told in ("", "_told") for drawn in ("", "_drawn")]
@@ -133,7 +133,7 @@ def test_a_student_that_never_learnt_it_is_scored_like_the_rest(relit: tuple[Rec
     assert len(lines) == 6 * (len(found["methods"]) + 1)
 
 
-def test_a_finished_one_is_not_done_again_and_an_interrupted_one_goes_on(
+def test_a_finished_evaluation_is_not_repeated_and_an_interrupted_one_resumes(
     relit: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, folder = relit
@@ -164,7 +164,7 @@ def test_relighting_may_be_guided_otherwise_than_subjects(relit: tuple[Recipe, P
     assert relighting.fingerprint() != plain.fingerprint()
 
 
-def test_the_report_has_the_table_and_the_pictures(relit: tuple[Recipe, Path]) -> None:
+def test_the_report_has_the_table_and_the_images(relit: tuple[Recipe, Path]) -> None:
     recipe, folder = relit
     page = run_report.write(recipe, folder).read_text()
     assert '<section id="relight"' in page and "color transfer" in page and page.count("<b>truth</b>") == 6

@@ -137,7 +137,7 @@ def test_the_page_loads_nothing(recipe: Recipe, full: Path) -> None:
     assert "url(" not in text and "@import" not in text
 
 
-def test_every_picture_is_a_png_with_words_for_it(recipe: Recipe, full: Path) -> None:
+def test_every_image_is_a_png_with_a_description(recipe: Recipe, full: Path) -> None:
     pictures = page_of(recipe, full).all("img")
     assert len(pictures) > 40
     for attrs in pictures:
@@ -242,7 +242,7 @@ def test_charts_stand_one_point_none_and_nan() -> None:
         Page(chart)
 
 
-def test_the_run_s_own_student_is_the_headline_and_the_shipped_one_is_named_as_such(recipe: Recipe, full: Path) -> None:
+def test_the_run_s_student_is_the_headline_and_the_packaged_one_is_named_as_such(recipe: Recipe, full: Path) -> None:
     path = full / "report" / "metrics.json"
     found = json.loads(path.read_text())
     found["methods"]["student"] |= {"cp_pf": 0.111}

@@ -50,14 +50,14 @@ def test_the_metrics_keep_their_contract(done: dict[str, Any]) -> None:
     assert found["curation"]["grids"] is None  # this run has none
 
 
-def test_there_is_one_line_for_each_picture(done: dict[str, Any], run_dir: Path) -> None:
+def test_there_is_one_line_for_each_image(done: dict[str, Any], run_dir: Path) -> None:
     lines = [json.loads(line) for line in (run_dir / "samples" / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == (8 + 4) * (len(METHODS) + 2)
     assert {line["method"] for line in lines} == {*METHODS, "truth", "other"}
     assert all(line["met"].keys() == line["asked"].keys() for line in lines)
 
 
-def test_a_plan_counts_the_pictures_that_are_drawn(done: dict[str, Any], recipe: Any, run_dir: Path) -> None:
+def test_a_plan_counts_the_generated_images(done: dict[str, Any], recipe: Any, run_dir: Path) -> None:
     drawn = sum(len(Dataset(folder)) for folder in (run_dir / "samples").iterdir() if folder.is_dir())
     found = plan.make(recipe, run_dir=run_dir / "no run")
     assert found["stages"]["evaluate"] == {"suite": "pocket", "pictures": drawn} and drawn == (8 + 4) * 6
@@ -73,9 +73,7 @@ def test_a_finished_evaluation_is_not_done_again(
     assert harness.evaluate_run(recipe, run_dir, suite=suite) == done
 
 
-def test_what_is_missing_is_drawn_again_and_nothing_else(
-    done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any
-) -> None:
+def test_only_missing_images_are_generated_again(done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any) -> None:
     part, kept = (run_dir / "samples" / "student" / f"part-0000{i}.parquet" for i in (0, 1))
     before, untouched = part.read_bytes(), kept.stat().st_mtime_ns
     part.unlink()
@@ -91,7 +89,7 @@ def test_what_is_missing_is_drawn_again_and_nothing_else(
     assert {k: v for k, v in again.items() if k not in varying} == {k: v for k, v in done.items() if k not in varying}
 
 
-def test_pictures_of_another_student_are_not_mixed_in(
+def test_images_of_another_student_are_not_mixed_in(
     done: dict[str, Any], recipe: Any, run_dir: Path, suite: Any, teacher: Path
 ) -> None:
     import torch
@@ -122,7 +120,7 @@ def test_the_same_weights_with_another_config_are_the_same_judge(recipe: Any, ru
         harness.evaluate_run(same, run_dir)
 
 
-def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
+def test_a_missing_packaged_student_is_skipped_and_listed(
     recipe: Any, run_dir: Path, suite: Any, oracles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diptych.utils import models
@@ -142,12 +140,12 @@ def test_a_shipped_student_that_is_not_there_is_skipped_and_said_so(
     )
     found = harness.evaluate_run(asked, run_dir, lambda done, total, note="": seen.append((done, total, note)), suite)
     assert "not in this installation" in found["skipped"]["student_shipped"] and list(found["methods"]) == ["copy"]
-    # Progress counts what is left to draw: two anchors and one method, twelve pictures each.
+    # Progress counts the missing images: two anchors and one method, twelve images each.
     assert seen[-1][:2] == (36, 36) and {note for _, _, note in seen} == {"copy", "truth", "other"}
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
 
 
-def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
+def test_a_run_without_a_student_is_rejected_before_generation(
     recipe: Any, tmp_path: Path, suite: Any, oracles: Any
 ) -> None:
     with raises("run_incomplete", "diptych distill"):
@@ -155,7 +153,7 @@ def test_a_run_without_a_student_is_refused_before_anything_is_drawn(
     assert not (tmp_path / "new" / "samples").exists()
 
 
-def test_runs_are_compared_picture_by_picture(done: dict[str, Any], run_dir: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_image_by_image(done: dict[str, Any], run_dir: Path, tmp_path: Path) -> None:
     found = compare(f"{run_dir}:student", f"{run_dir}:copy", times=50)["scores"]
     assert found["cp_pf"]["difference"] == done["comparisons"]["student"]["copy"]["difference"]
     assert found["cp_pf"]["n"] == 8
@@ -169,7 +167,7 @@ def test_runs_are_compared_picture_by_picture(done: dict[str, Any], run_dir: Pat
         compare(f"{run_dir}:student", f"{other}:student")
 
 
-def test_pictures_that_another_run_has_drawn_alike_are_taken_over(
+def test_images_of_another_run_with_equal_settings_are_shared(
     evaluated: Path, teacher: Path, judge_folders: Path, suite: Any, oracles: Any, tmp_path: Path
 ) -> None:
     before = json.loads((evaluated / "report" / "metrics.json").read_text())

@@ -1,4 +1,4 @@
-"""Every command that draws takes a run's folder for its student, and a run's LoRA needs no --base."""
+"""Every command that generates takes a run's folder for its student, and a run's LoRA needs no --base."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_the_metrics_keep_the_contract_and_the_headline_sees_copies_and_stranger
     assert found["judges"]["judge"]["scorer"]["fingerprint"]
 
 
-def test_a_finished_evaluation_is_neither_drawn_nor_looked_at_again(
+def test_a_finished_evaluation_is_neither_generated_nor_scored_again(
     out: Path, job: Evaluation, suite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read(out)
@@ -129,7 +129,7 @@ def test_missing_images_cannot_be_scored(job: Evaluation, suite: Any, tmp_path: 
         harness.evaluate(job, tmp_path / "new", "score", suite=suite)
 
 
-def test_the_judge_that_curated_is_refused_by_its_weights_unless_forced(
+def test_the_judge_that_curated_is_rejected_by_its_weights_unless_forced(
     out: Path, job: Evaluation, suite: Any, judge_folders: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(judge_folders / "curator", tmp_path / "renamed")
@@ -162,7 +162,7 @@ def test_a_vision_language_judge_is_known_by_its_name(run: Path, tmp_path: Path)
     assert students.curators("owner/name") is None
 
 
-def test_pictures_are_scored_where_the_models_are_not_and_their_curator_is_still_known(
+def test_images_are_scored_without_the_models_and_their_curator_is_still_known(
     out: Path, job: Evaluation, suite: Any, judge_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read(out)
@@ -202,7 +202,7 @@ def test_the_page_shows_every_part_and_loads_nothing(out: Path) -> None:
     assert text.count("<img") > 30 and '<section id="published"' not in text
 
 
-def test_models_get_names_of_their_own() -> None:
+def test_models_get_names_from_their_paths() -> None:
     found = evaluation.parse_models(["runs/first/student", "pocket", "owner/name@v1", "x=some/where.safetensors"])
     assert list(found) == ["first", "pocket", "name_v1", "x"] and found["x"] == "some/where.safetensors"
     with raises("output_collision", "first"):

@@ -1,4 +1,4 @@
-"""The suite asks what it says it asks, of subjects nobody trains on, the same every time."""
+"""The pocket suite: deterministic samples of held-out subjects, whose prompts name exactly the listed attributes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_longer_suite_begins_with_the_shorter_ones_subjects(samples: list[suit
     assert [s for s in few if s.split == "identities"] == samples[: 6 * 5]
 
 
-def test_every_asked_attribute_is_in_the_words_and_in_the_picture_asked_for(samples: list[suites.Sample]) -> None:
+def test_every_attribute_is_in_the_prompt_and_in_the_target_scene(samples: list[suites.Sample]) -> None:
     suite = suites.load("pocket")
     for sample in samples:
         target = suite.of(sample).target
@@ -53,7 +53,7 @@ def test_every_asked_attribute_is_in_the_words_and_in_the_picture_asked_for(samp
             assert in_scene.get(group, getattr(target, group, None)) == value
 
 
-def test_what_is_not_asked_is_not_said(samples: list[suites.Sample]) -> None:
+def test_other_attributes_are_not_in_the_prompt(samples: list[suites.Sample]) -> None:
     assert any(PHRASES.keys() - sample.asked.keys() for sample in samples)
     for sample in samples:
         for group in PHRASES.keys() - sample.asked.keys():
@@ -61,7 +61,7 @@ def test_what_is_not_asked_is_not_said(samples: list[suites.Sample]) -> None:
                 assert not any(f" {words}" in sample.prompt for words in phrases), (group, sample.prompt)
 
 
-def test_a_copy_of_the_reference_has_nothing_that_was_asked(samples: list[suites.Sample]) -> None:
+def test_a_copy_of_the_reference_has_no_requested_attribute(samples: list[suites.Sample]) -> None:
     suite = suites.load("pocket")
     for sample in samples:
         reference = suite.of(sample).reference

@@ -62,7 +62,7 @@ def test_every_subject_is_trained_once_and_every_steps_of_the_sweep_on_the_way(
     assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-6) for k in one)
 
 
-def test_the_files_are_what_stock_diffusers_opens_and_draws_with(
+def test_stock_diffusers_opens_the_files_and_generates_the_same(
     teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any, samples: Any
 ) -> None:
     here = context(teacher, judge_folders, tmp_path, suite)
@@ -77,14 +77,14 @@ def test_the_files_are_what_stock_diffusers_opens_and_draws_with(
         pipe, [samples[2].prompt], PANEL, PANEL, common.noise(pipe, [5], PANEL, PANEL), here.recipe
     )
     assert np.abs(np.asarray(again, float) - np.asarray(drawn[2], float)).max() <= 2
-    # The third sample's subject was not the others', and the teacher alone draws something else.
+    # The third sample has another subject than the others, and the teacher alone generates another image.
     swapped = method.generate([references[0]], [samples[0]], [5])[0]
     assert swapped.tobytes() != drawn[2].tobytes()
     plain = baselines.TextOnly(here).generate(references, samples, [3, 4, 5])
     assert plain[2].tobytes() != drawn[2].tobytes()
 
 
-def test_training_brings_the_model_nearer_to_its_picture(
+def test_training_brings_the_model_nearer_to_its_image(
     teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any, samples: Any
 ) -> None:
     tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[30]))
@@ -107,7 +107,7 @@ def test_training_brings_the_model_nearer_to_its_picture(
     assert error() < 0.9 * before
 
 
-def test_prior_preservation_learns_from_the_teachers_own_pictures_too(
+def test_prior_preservation_also_trains_on_images_of_the_teacher(
     teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any, samples: Any
 ) -> None:
     states = []
@@ -134,7 +134,7 @@ def test_a_subject_is_called_what_the_prompt_calls_it(suite: Any) -> None:
     assert tuning.class_word(unknown) == "character" and unknown.split == "kinds"
 
 
-def test_views_begin_with_the_picture_and_its_mirror_image(suite: Any, samples: Any) -> None:
+def test_views_begin_with_the_image_and_its_mirror_image(suite: Any, samples: Any) -> None:
     reference = suite.reference_image(samples[0])
     made = tuning.views(reference, 5, torch.Generator().manual_seed(0))
     assert made.shape == (5, 3, PANEL, PANEL)

@@ -94,7 +94,7 @@ def make_recipe(teacher: Path, judges: Path, **evaluate: Any) -> Any:
 
 
 def make_data(folder: Path, grids: int = 12) -> None:
-    """prompts/, grids/, candidates/ and pairs/ of a run whose teacher is the renderer: true pictures, plain numbers."""
+    """prompts/, grids/, candidates/ and pairs/ of a run whose teacher is the renderer, with simple numbers."""
     import json
 
     import numpy as np

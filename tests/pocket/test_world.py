@@ -1,4 +1,4 @@
-"""The pocket world: what it holds, that it is drawn the same every time, and that words never tell who is meant."""
+"""The pocket world: its contents, equal renders for equal arguments, and captions that never name the individual."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def test_same_arguments_give_the_same_bytes(rng):
     assert render(identity, scene).tobytes() == render(identity, scene).tobytes()
 
 
-def test_every_kind_place_weather_pose_and_prop_changes_the_picture(rng):
+def test_every_kind_place_weather_pose_and_prop_changes_the_image(rng):
     identity = world.sample_identity(rng, kind="cat")
     scene = world.Scene(layout=3, prop="none")
     for name, values in {
@@ -64,7 +64,7 @@ def test_light_from_the_left_brightens_the_left(rng):
     assert balance["left"] > 15 + balance["right"]
 
 
-def test_seasons_are_refused_indoors(rng):
+def test_seasons_are_rejected_indoors(rng):
     with pytest.raises(ValueError, match="library"):
         world.reseason(rng, replace(world.sample_scene(rng), place="library"))
 
@@ -75,7 +75,7 @@ def test_held_out_kinds_are_never_drawn_for_training(rng):
     assert not set(captions.WORDS) & set(world.HELD_OUT_KINDS)
 
 
-def test_drift_changes_the_asked_number_of_attribute_groups(rng):
+def test_drift_changes_the_given_number_of_attribute_groups(rng):
     identity = world.sample_identity(rng)
     drifted = world.drift(rng, identity, 1)
     assert drifted.kind == identity.kind and drifted != identity

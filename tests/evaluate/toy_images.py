@@ -1,5 +1,5 @@
-"""A toy world in DreamBench++'s published layout: a subject is the colour in the middle, what a prompt asks the colour
-around it. So a judge can be honest: it looks, and nothing else."""
+"""A toy world in DreamBench++'s published layout: a subject is the color in the middle, and a prompt determines the
+color around it. So a judge can be exact by comparing pixels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SUBJECTS = {
     "style": ("ukiyo-e",),
 }
 SIDE = 32
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
-def colour_of(text: str) -> tuple[int, int, int]:
-    """A vivid colour for a text."""
+def color_of(text: str) -> tuple[int, int, int]:
+    """A vivid color for a text."""
     digest = hashlib.sha256(text.encode()).digest()
     return tuple(30 + 180 * (byte % 2) for byte in digest[:3]) if digest[3] % 7 else (30, 120, 210)  # pyright: ignore
 
@@ -51,7 +51,7 @@ def make_folder(folder: Path) -> Path:
             inner = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30), (30, 220, 220), (220, 30, 220)][
                 number % 6
             ]
-            paint(inner, GREY).save(picture, quality=95)
+            paint(inner, GRAY).save(picture, quality=95)
             caption.write_text("\n".join([name, *(f"a {name}, scene {name} {i}" for i in range(9))]) + "\n")
             number += 1
     return folder
@@ -70,7 +70,7 @@ class Good(_Drawn):
 
     def generate(self, references: Sequence[Any], samples: Sequence[Any], seeds: Sequence[int]) -> list[Any]:
         middle = (SIDE // 2, SIDE // 2)
-        return [paint(r.getpixel(middle), colour_of(s.prompt)) for r, s in zip(references, samples, strict=True)]
+        return [paint(r.getpixel(middle), color_of(s.prompt)) for r, s in zip(references, samples, strict=True)]
 
 
 class Ignores(_Drawn):
@@ -81,7 +81,7 @@ class Ignores(_Drawn):
         for sample in samples:
             own = self.suite.of(sample)
             other = next(s for s in self.suite.subjects if s.category == own.category and s.id != own.id)
-            found.append(paint(Image.open(other.image).getpixel((SIDE // 2, SIDE // 2)), colour_of(sample.prompt)))
+            found.append(paint(Image.open(other.image).getpixel((SIDE // 2, SIDE // 2)), color_of(sample.prompt)))
         return found
 
 
@@ -90,13 +90,13 @@ def near(a: Any, b: Any) -> bool:
 
 
 def pictures(call: Call) -> list[Image.Image]:
-    """The pictures of a call's last message."""
+    """The images of a call's last message."""
     parts = [part for part in call.body["messages"][-1]["content"] if part["type"] == "image_url"]
     return [Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))) for part in parts]
 
 
 def honest(call: Call) -> Act:
-    """A judge that looks: 4 where it is met, else 0; a pasted reference gets 1 from one who was told to punish it."""
+    """An exact judge: 4 if the color matches, else 0; a pasted reference gets 1 if the question marks it down."""
     seen = pictures(call)
     middle, corner = (256, 256), (20, 20)
     if len(seen) == 2:
@@ -107,5 +107,5 @@ def honest(call: Call) -> Act:
     else:
         prompt = re.search(r"<<<prompt-\w+\n(.*)\nprompt-", call.text(-1), re.DOTALL)
         assert prompt is not None
-        score = 4 if near(seen[0].getpixel(corner), colour_of(prompt[1])) else 0
+        score = 4 if near(seen[0].getpixel(corner), color_of(prompt[1])) else 0
     return say(json.dumps({"score": score}))
