@@ -238,6 +238,7 @@ def test_low_rank_is_exact_or_nothing():
         ({"to": "file"}, "option_invalid", [".safetensors"]),
         ({"out": "x.safetensors"}, "option_invalid", ["x.safetensors"]),
         ({"out": "taken"}, "output_exists", ["taken", "--overwrite"]),
+        ({"model": "nosuch"}, "model_not_found", ["nosuch"]),
         ({"to": "control-lora", "base": "teacher"}, "model_mismatch", ["teacher"]),
     ],
 )

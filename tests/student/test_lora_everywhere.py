@@ -200,5 +200,5 @@ def test_a_dora_is_not_trained_on_as_a_lora(dora_file, student_folder) -> None:
 
     model: Any = FluxTransformer2DModel.from_pretrained(student_folder / "transformer")
     linears: Any = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    with pytest.raises(UsageError, match="is a DoRA"):
+    with raises("lora_unsupported", dora_file, "DoRA", kind=UsageError):
         parts._load_init(model, str(dora_file), linears)
