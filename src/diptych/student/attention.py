@@ -72,7 +72,7 @@ class ReferenceAttnProcessor(FluxAttnProcessor):
         texts = 0
         if encoder_hidden_states is not None:
             texts = encoder_hidden_states.shape[1]
-            text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[3:])
+            text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[3:])  # pyright: ignore
             text_query, text_key = attn.norm_added_q(text_query), attn.norm_added_k(text_key)
             query, key = torch.cat([text_query, query], dim=1), torch.cat([text_key, key], dim=1)
             value = torch.cat([text_value, value], dim=1)
@@ -82,7 +82,7 @@ class ReferenceAttnProcessor(FluxAttnProcessor):
             captured.record(attn, key, value)  # pyright: ignore[reportArgumentType]
         if references is not None:
             key, value = (torch.cat(both, dim=1) for both in zip((key, value), references.of(attn), strict=True))  # pyright: ignore
-        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)  # pyright: ignore
         out = out.flatten(2, 3).to(query.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         if encoder_hidden_states is None:
             return out
@@ -96,7 +96,7 @@ def install(transformer: torch.nn.Module) -> None:
         if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
             stock, processor = module.processor, ReferenceAttnProcessor()
             processor._attention_backend, processor._parallel_config = stock._attention_backend, stock._parallel_config
-            module.set_processor(processor)
+            module.set_processor(processor)  # pyright: ignore[reportArgumentType]
 
 
 def capture(transformer: Any, tokens: torch.Tensor, ids: torch.Tensor, attention: dict[str, Any] | None = None) -> Keys:

@@ -131,7 +131,7 @@ class Alike:
             for name in (self.guide.needed if guided else ("cond",))
         }
         if not guided:
-            return marked("cond", x, *needed["cond"])
+            return marked("cond", x, *needed["cond"])  # pyright: ignore[reportArgumentType]
         seen = dict.fromkeys(needed, x)
         if self._null is not None:
             seen["null"] = self._null.see(x, step)

@@ -98,7 +98,7 @@ def match(
     return prompts, references * count if len(references) == 1 else references
 
 
-def one_of(image: PipelineImageInput | None, reference: Reference | Sequence[Reference]) -> Any:
+def one_of(image: PipelineImageInput | None, reference: Reference | Sequence[Reference | Sequence[Reference]]) -> Any:
     """The references, from `reference` or from diffusers' `image`: PIL images, arrays (h, w, 3) and tensors (3, h, w)
     with values from 0 to 1, a list or a batch of these."""
     if image is None:
@@ -164,7 +164,8 @@ def reference_pixels(reference: Reference, canvas: Canvas, fit: str) -> torch.Te
     if not isinstance(reference, torch.Tensor):
         raise _wrong_type("A reference", "a PIL image, a tensor or None", reference)
     batch = _checked(reference, (3, *reference.shape[-2:]))
-    check_panel_size(*reference.shape[1:], canvas.factor)
+    height, width = reference.shape[1:]
+    check_panel_size(height, width, canvas.factor)
     return batch
 
 
@@ -190,7 +191,7 @@ def conditions(
         if reference is None:
             known[id(reference)] = null
         elif id(reference) not in known:
-            pixels = condition_canvas(panel(reference, canvas, fit), canvas.panels)
+            pixels = condition_canvas(panel(reference, canvas, fit), canvas.panels)  # pyright: ignore[reportArgumentType]
             known[id(reference)] = _encoded(pipe, pixels)
     return torch.cat([known[id(reference)].float() for reference in references])
 
@@ -209,7 +210,7 @@ def _clean(
             )
         key = tuple(map(id, images))
         if key not in known:
-            pixels = [reference_pixels(image, canvas, fit) for image in images]
+            pixels = [reference_pixels(image, canvas, fit) for image in images]  # pyright: ignore[reportArgumentType]
             parts = [_encoded(pipe, each).float() for each in pixels]
             layout = tuple((each.shape[-2] // unit, each.shape[-1] // unit) for each in pixels)
             empty = torch.zeros(1, 0, pipe.channels, device=pipe._execution_device)

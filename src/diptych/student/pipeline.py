@@ -363,7 +363,7 @@ class DiptychPipeline(FluxControlPipeline):
         else:
             left, right = split_panels(self.decode_canvas(x_0, canvas), canvas.panels)
         finish = partial(self.image_processor.postprocess, output_type=output_type)
-        return finish(right), finish(left) if return_reference else None
+        return finish(right), finish(left) if return_reference else None  # pyright: ignore[reportReturnType]
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict, adapter_name=None, hotswap=False, **kwargs
