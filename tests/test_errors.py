@@ -34,7 +34,7 @@ def literals(node: ast.expr) -> list[str]:
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
 
 
-def test_every_code_that_is_raised_is_in_the_table():
+def test_every_error_has_a_code_from_the_table():
     unknown = [
         f"{at}: {code}"
         for at, node in raised()

@@ -30,9 +30,7 @@ class UserError(ValueError):
     shared = False
     """Whether each of several processes has it, so that only one reports it."""
 
-    def __init__(self, code: str, message: str | None = None):
-        if message is None:  # TODO(errors): every caller gives a code
-            code, message = "error", code
+    def __init__(self, code: str, message: str):
         super().__init__(code, message)  # as arguments, so that it can be pickled
         self.code, self.message = code, message
 

@@ -56,7 +56,7 @@ def student(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         @classmethod
         def load(cls, model: str, **options: Any) -> Student:
             if model == "nope":
-                raise UsageError("unknown student model 'nope'")
+                raise UsageError("model_not_found", "unknown student model 'nope'")
             calls.update(model=model, **options)
             return cls()
 

@@ -79,13 +79,13 @@ def die() -> None:
 
 
 def stop() -> None:
-    error = UserError("the server is down")
+    error = UserError("endpoint_unreachable", "the server is down")
     error.stops = True
     raise error
 
 
 def misuse() -> None:
-    raise UsageError("the model knows no such size")
+    raise UsageError("size_invalid", "the model knows no such size")
 
 
 def crash() -> None:

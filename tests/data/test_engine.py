@@ -45,7 +45,7 @@ class Doubling:
     def work(self, rows: list[Row]) -> list[list[Row] | Failure]:
         self.batches.append([r["seed"] for r in rows])
         if any(r["seed"] in self.raising for r in rows):
-            raise UserError("cannot\ndo this one")
+            raise UserError("row_invalid", "cannot\ndo this one")
         return [Failure("bad") if r["seed"] in self.bad else [r, {**r, "id": r["id"] + "b"}] for r in rows]
 
 
@@ -189,7 +189,7 @@ def test_an_error_that_stops_the_run_blames_no_row_and_the_next_run_goes_on(tmp_
 
         def work(self, rows: list[Row]) -> list[list[Row] | Failure]:
             if not self.up and any(r["seed"] >= 4 for r in rows):
-                raise Down("the server is down")
+                raise Down("endpoint_unreachable", "the server is down")
             return super().work(rows)
 
     run, stage = Run(tmp_path), Endpoint()

@@ -76,7 +76,7 @@ def test_the_app_shows_texts_of_a_run_and_runs_none(app: Running) -> None:
             page.goto("about:blank")
             page.set_content(image_tabs.shown(state, {1: b"a preview"}, EVIL))
             check(page, EVIL)
-        page.set_content(pages.error(UserError(EVIL)) + image_tabs.drop(EVIL, EVIL, EVIL))
+        page.set_content(pages.error(UserError("internal", EVIL)) + image_tabs.drop(EVIL, EVIL, EVIL))
         check(page, EVIL)
 
 
