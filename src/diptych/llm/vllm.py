@@ -146,9 +146,6 @@ def check(settings: Vllm) -> None:
         raise UsageError(code, f"vllm: {settings.model}: {why}, or use an endpoint or a local model instead")
 
 
-UNFINISHED = ("abort", "error")  # reasons to finish that leave no answer; the others are stop, length, repetition
-
-
 def load(settings: Vllm, *, cache: Cache | None = None, keep_undecided: bool = False) -> LocalModel:
     """Open the model on this process's GPUs.
 
