@@ -167,34 +167,34 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "exit_code", "code", "fact"),
     [
-        ("runn x", 2, "did you mean 'run'"),
-        ("run", 2, "error[usage]: missing argument 'recipe'"),
-        ("run pocket --bogus", 2, "error[usage]: no such option: --bogus"),
-        ("run nope", 2, "nope: no such recipe file"),
-        ("run pocket --set distill.stpes=1", 2, "did you mean 'steps'?"),
-        ("run pocket --set x", 2, "stage.key=value"),
-        ("paint pocket --set write.count=no", 2, "write.count"),
-        ("run pocket --set task=nope", 2, "unknown task 'nope'"),
-        ("generate --prompt x", 2, "error[option_missing]: missing option --reference"),
-        ("generate --reference {picture}", 2, "error[option_missing]: missing option --prompt"),
-        ("generate --reference {picture} --prompt x --out x.gif", 2, ".png"),
-        ("generate --reference {picture} --prompt x --preview x.gif", 2, ".png"),
-        ("generate --reference {picture} --prompt x --prompt y", 2, "2 images need a folder"),
-        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "one file for 2 images"),
-        ("generate --reference {picture} --prompt x --fit croop", 2, "did you mean 'crop'"),
-        ("generate --reference {picture} --prompt x --background blu", 2, "did you mean 'blue'"),
-        ("generate --batch nope.jsonl --out x", 1, "nope.jsonl: cannot be read"),
-        ("generate --batch {picture} --out x", 2, "byte 1: this is not utf-8"),
-        ("generate --reference {picture} --prompt x --size big", 2, "size big"),
-        ("generate --reference {picture} --prompt x --size 64x64x64", 2, "size 64x64x64"),
-        ("generate --reference {picture} --prompt x --size 0", 2, "size 0"),
-        ("generate --reference {picture} --prompt x --seed -1", 2, "--seed"),
-        ("generate --reference {picture} --prompt x --model nope", 2, "unknown student model"),
-        ("generate --reference nope.png --prompt x", 1, "nope.png: no such file"),
-        ("generate --reference {picture}/.. --prompt x", 1, "reference.png/..: "),
-        ("generate --reference {picture} --prompt crash", 1, "error[internal]: runtimeerror: first line second line"),
+        ("runn x", 2, "usage", "'run'"),
+        ("run", 2, "usage", "RECIPE"),
+        ("run pocket --bogus", 2, "usage", "--bogus"),
+        ("run nope", 2, "path_not_found", "nope"),
+        ("run pocket --set distill.stpes=1", 2, "recipe_invalid", "did you mean 'steps'?"),
+        ("run pocket --set x", 2, "option_invalid", "--set x"),
+        ("paint pocket --set write.count=no", 2, "recipe_invalid", "write.count"),
+        ("run pocket --set task=nope", 2, "task_unknown", "'nope'"),
+        ("generate --prompt x", 2, "option_missing", "--reference"),
+        ("generate --reference {picture}", 2, "option_missing", "--prompt"),
+        ("generate --reference {picture} --prompt x --out x.gif", 2, "file_format_unknown", ".png"),
+        ("generate --reference {picture} --prompt x --preview x.gif", 2, "file_format_unknown", ".png"),
+        ("generate --reference {picture} --prompt x --prompt y", 2, "option_missing", "--out"),
+        ("generate --reference {picture} --prompt x --seed 1 --seed 2 --out x.png", 2, "output_collision", "x.png"),
+        ("generate --reference {picture} --prompt x --fit croop", 2, "option_invalid", "did you mean 'crop'"),
+        ("generate --reference {picture} --prompt x --background blu", 2, "option_invalid", "did you mean 'blue'"),
+        ("generate --batch nope.jsonl --out x", 1, "path_not_found", "nope.jsonl"),
+        ("generate --batch {picture} --out x", 2, "file_format_unknown", "byte 1"),
+        ("generate --reference {picture} --prompt x --size big", 2, "size_invalid", "big"),
+        ("generate --reference {picture} --prompt x --size 64x64x64", 2, "size_invalid", "64x64x64"),
+        ("generate --reference {picture} --prompt x --size 0", 2, "size_invalid", "0"),
+        ("generate --reference {picture} --prompt x --seed -1", 2, "usage", "--seed"),
+        ("generate --reference {picture} --prompt x --model nope", 2, "model_not_found", "nope"),
+        ("generate --reference nope.png --prompt x", 1, "image_not_found", "nope.png"),
+        ("generate --reference {picture}/.. --prompt x", 1, "path_unreadable", "reference.png/.."),
+        ("generate --reference {picture} --prompt crash", 1, "internal", "RuntimeError: first line second line"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_two_and_failure_one(
@@ -204,14 +204,15 @@ def test_wrong_use_is_one_line_and_exit_code_two_and_failure_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     args: str,
-    code: int,
-    message: str,
+    exit_code: int,
+    code: str,
+    fact: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     got, out, err = call(capsys, *args.format(picture=picture).split())
     lines = [line for line in err.splitlines() if not line.startswith("loading ")]
-    assert (got, out, len(lines)) == (code, "", 1), err
-    assert lines[0].startswith("error[") and message in lines[0].lower()
+    assert (got, out, len(lines)) == (exit_code, "", 1), err
+    assert lines[0].startswith(f"error[{code}]: ") and fact in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == ["reference.png"], "a rejected command leaves nothing behind"
 
 

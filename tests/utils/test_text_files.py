@@ -56,7 +56,7 @@ def test_a_japanese_file_is_not_called_latin() -> None:
     with raises("file_format_unknown", "a.txt") as caught:
         decode("浜辺の猫".encode("shift_jis"), "a.txt")
     assert "Latin" not in str(caught.value)
-    with raises("file_format_unknown", "not text"):
+    with raises("file_format_unknown", "binary data"):
         decode(b"a cat\0", "a.txt")
 
 

@@ -259,7 +259,8 @@ class Loading:
         typer.Option("--memory", metavar="GIB", help="Memory preset: 8, 12, 16, 24, 48, 80, or auto (docs/memory.md)."),
     ] = None
     speed: Annotated[
-        str | None, typer.Option("--speed", metavar="NAME", help=f"Speed preset: {', '.join(speeds.PRESETS)}.")
+        str | None,
+        typer.Option("--speed", metavar="NAME", help="Speed preset: exact, fast, or fastest; see `diptych switches`."),
     ] = None
     switch: Annotated[
         list[str] | None,

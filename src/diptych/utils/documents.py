@@ -287,7 +287,7 @@ def decode(data: bytes, name: str, line: int = 1) -> str:
     encoding, code = _guess(data, data[start:].partition(b"\n")[0], line == 1)
     raise UsageError(
         "file_format_unknown",
-        f"{name}, line {line + data[:at].count(10)}, byte {at - start + 1}: not UTF-8, but probably {encoding}. "
+        f"{name}, line {line + data[:at].count(10)}, byte {at - start + 1}: not UTF-8 but probably {encoding}. "
         f"Save the file as UTF-8, for example with: iconv -f {code} -t UTF-8 OLD > NEW",
     )
 
@@ -299,7 +299,7 @@ def _guess(data: bytes, row: bytes, is_start: bool) -> tuple[str, str]:
             return name, name
     if b"\0" in data:
         wide = data.count(0) > len(data) / 4
-        return ("UTF-16", "UTF-16LE" if data[1:2] == b"\0" else "UTF-16BE") if wide else ("not text", "ENCODING")
+        return ("UTF-16", "UTF-16LE" if data[1:2] == b"\0" else "UTF-16BE") if wide else ("binary data", "ENCODING")
     if sum(byte > 127 for byte in row) > _FOREIGN * len(row):
         return "an East Asian or Cyrillic encoding", "ENCODING"
     return "Latin-1 (Windows-1252)", "WINDOWS-1252"
