@@ -90,13 +90,13 @@ def expected(model: Any, judge: EmbeddingJudge, pictures: list[Image.Image]) -> 
 def test_any_stock_model_gives_unit_vectors(make: Any, width: int, tmp_path: Path, pictures: list[Image.Image]) -> None:
     model = make()
     judge = EmbeddingJudge.load(str(save(tmp_path / "m", model)))
-    found = judge.embed(pictures)
-    assert found.shape == (5, width) and found.dtype == np.float32
-    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    assert np.allclose(found, expected(model.eval(), judge, pictures), atol=1e-5)
-    assert np.array_equal(found, judge.embed(pictures))
-    assert np.allclose(judge.similarity(found, found), 1, atol=1e-6)
-    assert judge.similarity(found[:1], found[1:2]) < 0.9999
+    embeddings = judge.embed(pictures)
+    assert embeddings.shape == (5, width) and embeddings.dtype == np.float32
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    assert np.allclose(embeddings, expected(model.eval(), judge, pictures), atol=1e-5)
+    assert np.array_equal(embeddings, judge.embed(pictures))
+    assert np.allclose(judge.similarity(embeddings, embeddings), 1, atol=1e-6)
+    assert judge.similarity(embeddings[:1], embeddings[1:2]) < 0.9999
     assert judge.fingerprint == models.fingerprint(tmp_path / "m")
 
 
@@ -113,9 +113,9 @@ def test_more_images_than_a_batch_come_in_order(tmp_path: Path) -> None:
     judge = EmbeddingJudge.load(str(save(tmp_path / "m", resnet())))
     rng = np.random.default_rng(1)
     many = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(70)]
-    found = judge.embed(many)
-    assert len(found) == 70
-    assert np.allclose(found[[0, 31, 32, 69]], judge.embed([many[i] for i in (0, 31, 32, 69)]), atol=1e-5)
+    embeddings = judge.embed(many)
+    assert len(embeddings) == 70
+    assert np.allclose(embeddings[[0, 31, 32, 69]], judge.embed([many[i] for i in (0, 31, 32, 69)]), atol=1e-5)
 
 
 def test_the_processor_runs_on_pillow(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The vision-language judge and a real server: what it is shown and asked, how votes decide, what is kept."""
+"""The vision-language judge and a real server: its requests, how votes decide, and what is stored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def endpoint(server: ChatServer, **values: Any) -> Endpoint:
 
 
 def answer(same: bool, confidence: int = 5, steps: int = 3) -> dict[str, Any]:
-    said = {f"step_{n}": f"about step {n}" for n in range(1, steps + 1)}
-    return {**said, "same": same, "confidence": confidence, "reason": "its markings"}
+    texts = {f"step_{n}": f"about step {n}" for n in range(1, steps + 1)}
+    return {**texts, "same": same, "confidence": confidence, "reason": "its markings"}
 
 
-def outcome(said: dict[str, Any] | None, status: Any = "undecided") -> Outcome:
-    return Outcome("p", "answered" if said else status, said, "" if said else "why")
+def outcome(answer: dict[str, Any] | None, status: Any = "undecided") -> Outcome:
+    return Outcome("p", "answered" if answer else status, answer, "" if answer else "why")
 
 
 RED, BLUE = Image.new("RGB", (16, 16), (200, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 200))
@@ -82,9 +82,9 @@ def test_a_task_with_other_steps_has_another_answer() -> None:
 def test_the_majority_of_the_decided_votes_is_the_verdict(
     votes: list[tuple[bool, int] | None], verdict: str, score: float, reason: str
 ) -> None:
-    found = count([outcome(answer(*vote) if vote else None) for vote in votes])
-    assert (found.verdict, found.reason, len(found.votes)) == (verdict, reason, len(votes))
-    assert found.score == pytest.approx(score, nan_ok=True)
+    judgement = count([outcome(answer(*vote) if vote else None) for vote in votes])
+    assert (judgement.verdict, judgement.reason, len(judgement.votes)) == (verdict, reason, len(votes))
+    assert judgement.score == pytest.approx(score, nan_ok=True)
 
 
 def test_a_pair_that_could_not_be_asked_about_is_told_apart_from_one_without_a_valid_answer() -> None:
@@ -98,24 +98,24 @@ def test_a_pair_that_could_not_be_asked_about_is_told_apart_from_one_without_a_v
 )
 def test_a_vote_without_a_reply_is_no_verdict_unless_the_others_are(others: list[bool | None], verdict: str) -> None:
     lost = Outcome("p", "failed", None, "the server says 503", lost=True)
-    found = count([lost, *(outcome(None if vote is None else answer(vote)) for vote in others)])
-    assert found.verdict == verdict
-    assert found.reason == ("the server says 503" if verdict == "lost" else "")
+    judgement = count([lost, *(outcome(None if vote is None else answer(vote)) for vote in others)])
+    assert judgement.verdict == verdict
+    assert judgement.reason == ("the server says 503" if verdict == "lost" else "")
 
 
 def test_votes_are_asked_apart_and_each_is_kept_whole(serve: Serve, tmp_path: Path) -> None:
     server = serve(lambda call: say(answer(call.number != 1, confidence=4)))
     with Cache(tmp_path / "a.sqlite") as cache, Client(endpoint(server, concurrency=1), cache) as client:
         judge = VlmJudge(client, tasks.load("subject"), votes=3)
-        found = judge.decide([("p", RED, BLUE)])["p"]
-        assert judge.decide([("other name", RED, BLUE)])["other name"] == found
+        judgement = judge.decide([("p", RED, BLUE)])["p"]
+        assert judge.decide([("other name", RED, BLUE)])["other name"] == judgement
     assert len(server.calls) == 3
-    assert (found.verdict, [vote["answer"]["same"] for vote in found.votes]) == ("same", [True, False, True])
-    assert len({vote["key"] for vote in found.votes}) == 3
-    first = found.votes[0]
+    assert (judgement.verdict, [vote["answer"]["same"] for vote in judgement.votes]) == ("same", [True, False, True])
+    assert len({vote["key"] for vote in judgement.votes}) == 3
+    first = judgement.votes[0]
     assert (first["status"], first["model"], first["tokens"]) == ("answered", "tiny-1", [100, 10])
     assert first["answer"]["step_2"] == "about step 2" and first["answer"]["reason"] == "its markings"
-    json.dumps(found.votes, allow_nan=False)
+    json.dumps(judgement.votes, allow_nan=False)
 
 
 def test_no_answer_and_no_reply_are_outcomes_with_their_reason(serve: Serve) -> None:
@@ -126,17 +126,21 @@ def test_no_answer_and_no_reply_are_outcomes_with_their_reason(serve: Serve) -> 
 
     server = serve(act)
     with Client(endpoint(server, concurrency=1)) as client:
-        found = VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE), ("q", BLUE, RED)])
-    assert [(found[name].verdict, found[name].reason) for name in "pq"] == [
+        judgements = VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE), ("q", BLUE, RED)])
+    assert [(judgements[name].verdict, judgements[name].reason) for name in "pq"] == [
         ("undecided", "no valid answer"),
         ("undecided", "could not be asked"),
     ]
-    assert "no JSON object" in found["p"].votes[0]["reason"] and "alike" in found["p"].votes[0]["text"]
-    assert "picture too small" in found["q"].votes[0]["reason"]
+    assert "no JSON object" in judgements["p"].votes[0]["reason"] and "alike" in judgements["p"].votes[0]["text"]
+    assert "picture too small" in judgements["q"].votes[0]["reason"]
 
 
 def test_a_broken_picture_costs_its_own_pair(serve: Serve) -> None:
     server = serve(lambda call: say(answer(True)))
     with Client(endpoint(server)) as client:
-        found = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
-    assert (found["p"].verdict, found["p"].reason, found["q"].verdict) == ("undecided", "could not be asked", "same")
+        judgements = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
+    assert (judgements["p"].verdict, judgements["p"].reason, judgements["q"].verdict) == (
+        "undecided",
+        "could not be asked",
+        "same",
+    )

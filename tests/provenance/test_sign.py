@@ -1,5 +1,5 @@
-"""A picture is signed with a manifest that C2PA's own reader takes; what changes afterwards is found, and told apart
-from who signed."""
+"""An image is signed with a manifest that C2PA's reader accepts; later changes are detected, and reported apart from the
+signer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents that would hang or fill the machine are refused at once, in one line, by everything that reads them."""
+"""Documents that would hang the process or fill its memory are rejected at once, in one line, by every reader."""
 
 from __future__ import annotations
 

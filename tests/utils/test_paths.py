@@ -1,4 +1,4 @@
-"""Paths that come from other people's files and from requests stay where they belong, and nothing blocks on them."""
+"""Paths from other people's files and from requests stay inside their folder, and nothing blocks on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's text files: UTF-8 with or without a byte order mark; anything else is refused, by every door alike."""
+"""A user's text files: UTF-8 with or without a byte order mark; every reader rejects anything else."""
 
 from __future__ import annotations
 
