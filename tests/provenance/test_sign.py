@@ -1,5 +1,4 @@
-"""An image is signed with a manifest that C2PA's reader accepts; later changes are detected, and reported apart from the
-signer."""
+"""An image is signed with a manifest that C2PA's reader accepts; later changes are detected and reported."""
 
 from __future__ import annotations
 
