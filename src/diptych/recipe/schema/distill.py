@@ -219,4 +219,6 @@ class Distill(Section):
             raise ValueError(f"sharding: full works with optimizer: adamw only, not {self.optimizer}")
         if self.sharding == "full" and self.quantize != "none":
             raise ValueError("sharding: full cannot split quantized weights; set quantize: none")
+        if self.sharding == "full" and self.reference_attention == "self":
+            raise ValueError("sharding: full cannot be used with reference_attention: self; set sharding: none")
         return self
