@@ -167,7 +167,7 @@ def test_what_fails_in_one_process_is_known_to_all(world: Any, tmp_path: Path) -
         "try:\n"
         "    with processes.together():\n"
         "        if not processes.first:\n"
-        "            raise UserError('the disk of the second one is full')\n"
+        "            raise UserError('path_unwritable', 'the disk of the second one is full')\n"
         "except UserError as error:\n"
         "    print(error, error.shared)\n"
     )
