@@ -108,7 +108,7 @@ def test_training_and_a_second_export_take_an_import_as_it_is(name: str, few: Pa
     again = export_data(str(tmp_path / "back"), tmp_path / "again", name)
     assert again["rows"] == 6
     card = (tmp_path / "again" / "README.md").read_text("utf8")
-    assert "license:" in card and "| pairs | 6 |" in card and "Not known: look up the licence" in card
+    assert "license:" in card and "| pairs | 6 |" in card and "Check the license" in card
 
 
 @pytest.mark.parametrize("name", FORMATS)
