@@ -17,9 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 @dataclass
 class JobProgress:
-    """Progress of a job. `version` grows with every change."""
+    """Progress of a running job."""
 
-    version: int = 0
     step: int = 0
     steps: int = 0
     previews: dict[int, bytes] = field(default_factory=dict)  # small PNGs by the image's place in the job
@@ -42,7 +41,6 @@ class ProgressBoard:
         """Updates a job, from any thread."""
         with self._lock:
             live = self._live.setdefault(job, JobProgress())
-            live.version += 1
             live.step, live.steps = step, steps
             live.previews |= previews or {}
         self._wake(job)
