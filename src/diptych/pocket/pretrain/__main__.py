@@ -4,6 +4,7 @@
     python -m diptych.pocket.pretrain vae --minutes 20
     python -m diptych.pocket.pretrain latents
     python -m diptych.pocket.pretrain teacher --minutes 60
+    python -m diptych.pocket.pretrain decoder --teacher runs/pretrain/teacher
     python -m diptych.pocket.pretrain judges --minutes 15
     python -m diptych.pocket.pretrain export            # float16, into the package
 
@@ -59,14 +60,12 @@ def vae(
     batch: int = 32,
     rate: float = 2e-3,
     start: Path | None = None,
-    decoder_only: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Train the VAE. `--start` begins from a VAE's folder where the work folder holds no state; `--decoder-only` leaves
-    its encoder, and with it the teacher's latents, as they are."""
+    """Train the VAE. `--start` begins from a VAE's folder where the work folder holds no state."""
     from . import vae as step
 
-    step.train(work, minutes, batch, rate, start, decoder_only, device, report=_say)
+    step.train(work, minutes, batch, rate, start, device, report=_say)
 
 
 @app.command()
@@ -115,6 +114,26 @@ def teacher(
 
 
 @app.command()
+def decoder(
+    work: Work = WORK,
+    minutes: Annotated[float, typer.Option(help="Minutes of this sitting. It ends earlier after --samples.")] = 60,
+    samples: Annotated[int, typer.Option(help="Panels to train on, all sittings together.")] = 20000,
+    batch: Annotated[int, typer.Option(help="Panels in a batch.")] = 12,
+    rate: Annotated[float, typer.Option(help="Learning rate at the start. It falls to nothing over --samples.")] = 6e-4,
+    teacher: Annotated[
+        Path, typer.Option(help="Teacher folder: its VAE is trained further, its errors are learned from.")
+    ] = WEIGHTS / "teacher",
+    device: Device = "auto",
+) -> None:
+    """Train the decoder of a teacher's VAE to decode latents that are slightly off, as generated latents are. The
+    encoder stays bit for bit, so teachers, students and pairs stay valid. Needs `pairs`; writes `WORK/decoder`. The
+    same command resumes a training that was stopped."""
+    from . import decoder as step
+
+    step.train(work, teacher, minutes, samples, batch, rate, device, report=_say)
+
+
+@app.command()
 def judges(
     work: Work = WORK,
     minutes: float = 15,
@@ -155,6 +174,15 @@ def halve(source: Path, target: Path, names: tuple[str, ...] | None = None) -> N
             save_file(tensors, goal, metadata=metadata)
         else:
             shutil.copyfile(path, goal)
+
+
+def encoder_tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of the encoder's tensors in a VAE's weights file, as float16."""
+    from safetensors.torch import load_file
+
+    return {
+        name: tensor.half().numpy().tobytes() for name, tensor in load_file(path).items() if name.startswith("encoder.")
+    }
 
 
 def _machine() -> str:
@@ -201,6 +229,12 @@ def export(work: Work = WORK, student: Path | None = None) -> None:
         log[role] = _log(work / f"{role}_training", log.get(role))
         if role == "teacher" and (work / "vae_training").exists():
             log["vae"] = _log(work / "vae_training", log.get("vae"))
+    if (work / "decoder").exists():
+        shipped, weights = WEIGHTS / "teacher" / "vae", "diffusion_pytorch_model.safetensors"
+        if encoder_tensors(work / "decoder" / weights) != encoder_tensors(shipped / weights):
+            raise SystemExit(f"{work / 'decoder'} has another encoder than the VAE of {WEIGHTS / 'teacher'}")
+        halve(work / "decoder", shipped, names=(weights,))
+        log["vae"] = _log(work / "decoder_training", log.get("vae"))
     if student is not None:
         shutil.rmtree(WEIGHTS / "student", ignore_errors=True)
         lora = student / "pytorch_lora_weights.safetensors"

@@ -56,22 +56,27 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def loss(vae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstruction (absolute, squared and edge error) plus a light KL term. Returns the loss and the mean squared
+def reconstruction(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absolute, squared and edge error of images `y` to `x` `[N, 3, H, W]`. Returns the loss and the mean squared
     error."""
-    posterior = vae.encode(x).latent_dist
-    y = vae.decode(posterior.sample()).sample.float()
     square = F.mse_loss(y, x)
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+    return F.l1_loss(y, x) + 2 * square + 0.5 * edge, square.detach()
+
+
+def loss(vae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction plus a light KL term. Returns the loss and the mean squared error."""
+    posterior = vae.encode(x).latent_dist
+    error, square = reconstruction(vae.decode(posterior.sample()).sample.float(), x)
     kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return F.l1_loss(y, x) + 2 * square + 0.5 * edge + KL_WEIGHT * kl, square.detach()
+    return error + KL_WEIGHT * kl, square
 
 
 @torch.no_grad()
-def measure(vae, panels: np.ndarray) -> float:
-    """Mean PSNR in dB of reconstructions from the posterior's mode, of uint8 panels `[N, H, W, 3]`, peak 1."""
-    x = to_tensor(panels).to(vae.device)
-    y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+def psnr(vae, latents: torch.Tensor, images: np.ndarray) -> float:
+    """Mean PSNR in dB of decoded `latents`, before scaling, against uint8 images `[N, H, W, 3]`, peak 1."""
+    x = to_tensor(images)
+    y = torch.cat([vae.decode(part).sample.clamp(-1, 1).cpu() for part in latents.to(vae.device).split(50)])
     error = ((x - y) / 2).pow(2).mean(dim=(1, 2, 3))
     return float((-10 * torch.log10(error)).mean())
 
@@ -93,12 +98,11 @@ def train(
     batch: int = 32,
     rate: float = 2e-3,
     start: Path | None = None,
-    decoder_only: bool = False,
     device: str = "auto",
     report=print,
 ) -> None:
     """Train for `minutes` more (decaying the rate to nothing over them) and save a diffusers folder in `work/vae`.
-    `start` is a VAE folder to begin from where no state is; `decoder_only` changes nothing that a latent depends on."""
+    `start` is a VAE folder to begin from where no state is."""
     torch.manual_seed(0)
     place = pick_device(device)
     vae: Any = make()
@@ -106,7 +110,6 @@ def train(
         begun: Any = type(vae).from_pretrained(start)
         vae.load_state_dict(begun.state_dict())
         vae.register_to_config(shift_factor=begun.config.shift_factor, scaling_factor=begun.config.scaling_factor)
-    vae.encoder.requires_grad_(not decoder_only)
     vae.to(place, memory_format=torch.channels_last if place.type == "cuda" else torch.contiguous_format)
     trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
     if start is not None and trainer.step == 0:
@@ -130,11 +133,10 @@ def train(
             trainer.save()
     with trainer.averaged():
         latents = encode(vae, panels[:4000]).float()
-        if not decoder_only:
-            vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+        vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
         report(
             trainer.log(
-                psnr=measure(vae, held_out),
+                psnr=psnr(vae, encode(vae, held_out).float(), held_out),
                 minutes=round(passed, 2),
                 per_channel_std=[round(float(s), 3) for s in latents.std((0, 2, 3))],
             )
