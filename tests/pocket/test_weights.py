@@ -83,17 +83,6 @@ def test_the_vae_keeps_what_a_held_out_picture_shows():
     assert psnr.mean() > 25
 
 
-def test_the_decoder_forgives_latents_that_are_slightly_off():
-    from diffusers import AutoencoderKL
-
-    from diptych.pocket.pretrain import decoder
-
-    vae = AutoencoderKL.from_pretrained(resolve("pocket", "teacher") / "vae", torch_dtype=torch.float32)
-    grids = np.stack([np.concatenate([np.asarray(image) for image in images], 1) for _, _, images in renders(16, 901)])
-    psnr = decoder.measure(vae, grids, (0.1, 0.2, 0.4))
-    assert psnr["0.1"] > 24 and psnr["0.2"] > 22.5 and psnr["0.4"] > 19, psnr
-
-
 def test_the_encoder_is_the_one_that_the_teacher_the_student_and_the_pairs_were_made_with():
     from safetensors.torch import load_file
 
