@@ -45,8 +45,8 @@ HELD_OUT, NOISES = 12, (0, 0.2)
 """Grids of other renders for the PSNR in the log, and the noise of their latents."""
 SHARES_SAVED = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 """Possible shares of the trained decoder in the saved one, which is its mean with the first one (arXiv 2109.01903)."""
-LOSS = 0.3
-"""The saved decoder has the largest of these shares that costs true latents of single panels at most this many dB."""
+MOST_LOST = 0.3
+"""Most dB that true latents of single panels may lose. The saved decoder has the largest share that keeps to it."""
 
 
 def canvases(panels: np.ndarray) -> np.ndarray:
@@ -174,8 +174,7 @@ def train(
     report=print,
 ) -> None:
     """Train the decoder of the VAE of the `FluxPipeline` folder `teacher` on the renders in `work/pairs`, and save the
-    whole VAE in `work/decoder`: the mean of the decoder's averaged weights and those that it began with, `LOSS` says
-    in which shares.
+    whole VAE in `work/decoder`: a mean of the decoder's averaged weights and those that it began with (`MOST_LOST`).
 
     The rate falls to nothing over `samples` panels, all sittings together. A sitting ends after `minutes` if they are
     not reached by then, and the next one resumes. `batch` counts panels.
@@ -206,13 +205,13 @@ def train(
             for share in SHARES_SAVED:
                 set_share(share, trained)
                 psnr = measured()
-                if psnr["panels"]["0"] >= before["panels"]["0"] - LOSS:
+                if psnr["panels"]["0"] >= before["panels"]["0"] - MOST_LOST:
                     break
             report(trainer.log(samples=trainer.step * batch, share=share, psnr=psnr))
             vae.save_pretrained(work / "decoder")
 
     with trainer.averaged():
-        set_share(0, first)
+        set_share(0, first)  # a resumed training has its own weights by now
         before = measured()
     if not (trainer.folder / "log.jsonl").exists():
         trainer.log(start=teacher.name, psnr=before)
