@@ -1,13 +1,13 @@
 """The pocket VAE's decoder in the package beside an earlier one, on latents of held-out renders and on generated ones.
 
-    python benchmarks/decoder.py REVISION                        # two minutes on one core
+    python benchmarks/decoder.py REVISION                        # a minute on one core
     python benchmarks/decoder.py REVISION --sheet decoders.png   # an image to look at instead
-    python benchmarks/decoder.py REVISION --after runs/pretrain/decoder
+    python benchmarks/decoder.py REVISION --after runs/pretrain/decoder runs/other/decoder
 
-REVISION is a commit whose package has the earlier decoder. Writes `results/decoder-DEVICE-DATE.json`: mean PSNR in dB
-against the renders, of true latents, of latents with white noise (as a share of each channel's spread), and of latents
-that the teacher recovers from noise of a level σ. A sheet shows references, and the student's images of them by both
-decoders, from the same latents.
+REVISION is a commit whose package has the earlier decoder; the others go by the names of their folders. Writes
+`results/decoder-DEVICE-DATE.json`: mean PSNR in dB against the renders, of true latents, of latents with white noise
+(as a share of each channel's spread), and of latents that the teacher recovers from noise of a level σ. A sheet shows
+references, and the student's images of them by all decoders, from the same latents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diptych.utils.paths import packaged
 
 ROOT = Path(__file__).parents[1]
 TEACHER = packaged("pocket/weights") / "teacher"
-COUNT = 100
+COUNT = 32
 """Pairs of held-out renders, the first ones of the seed that the training logs use."""
 NOISES = (0, 0.1, 0.2, 0.4)
 LEVELS = (0.1, 0.3, 0.5)
@@ -113,17 +113,20 @@ def sheet(vaes: Sequence[Any], kinds: Sequence[str], seed: int = 0) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="a commit whose package has the earlier decoder")
-    parser.add_argument("--after", type=Path, default=TEACHER / "vae", help="VAE folder [default: the package's]")
+    parser.add_argument(
+        "--after", type=Path, nargs="+", default=[TEACHER / "vae"], help="VAE folders [default: the package's]"
+    )
     parser.add_argument("--sheet", type=Path, help="image file to write instead of a result")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds on the sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sheet")
     parser.add_argument("--out", type=Path, help="another result file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        vaes = {"before": opened(earlier(given.revision, Path(scratch))), "after": opened(given.after)}
+        vaes = {"before": opened(earlier(given.revision, Path(scratch)))}
+    vaes |= {folder.name: opened(folder) for folder in given.after}
     encoders = {fingerprint(each.encoder) for each in vaes.values()}
     if len(encoders) > 1:
-        parser.error("the two VAEs have different encoders, so they do not share latents")
+        parser.error("the VAEs have different encoders, so they do not share latents")
     if given.sheet:
         sheet(list(vaes.values()), given.kinds, given.seed).save(given.sheet, optimize=True)
         print(given.sheet)
