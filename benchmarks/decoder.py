@@ -96,7 +96,7 @@ def sheet(vaes: Sequence[Any], kinds: Sequence[str], seed: int = 0) -> Any:
     rows = [np.concatenate([np.asarray(reference) for reference in references], 1)]
     canvas, config = pipeline.canvas(), pipeline.vae.config
     for prompt in PROMPTS:
-        tokens = pipeline(
+        tokens: Any = pipeline(
             [prompt.format(kind) for kind in kinds],
             reference=references,
             generator=[seed] * len(kinds),
