@@ -1,8 +1,9 @@
-"""The check of the pages' language finds what it should, and the pages pass it."""
+"""The check of the language finds what it should, and the pages and docstrings pass it."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -41,5 +42,15 @@ def test_code_addresses_and_short_sentences_pass(text: str) -> None:
     assert prose.faults(text) == []
 
 
-def test_the_pages_pass() -> None:
+def test_docstrings_are_read_also_below_fields_and_without_their_examples(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""First.\n\n    draw(told)\n"""\nclass A:\n    field = 1\n    """It is told."""\n    def f(self):\n        "Anew."\n'
+    )
+    texts = dict(prose.docstrings(path))
+    assert sorted(texts) == [1, 7, 9] and "draw" not in texts[1]
+    assert [bool(prose.faults(text, prose.IN_CODE)) for _, text in sorted(texts.items())] == [False, True, True]
+
+
+def test_the_pages_and_the_docstrings_pass() -> None:
     assert prose.main() == 0

@@ -39,8 +39,8 @@ _Talk = Generator[Request, Reply, Outcome]
 class AnswerCache:
     """A cache and the model whose replies it stores.
 
-    `identity` (model and sampling) is part of every key. Undecided questions are forgotten and asked again in the next
-    run, unless `keep_undecided`.
+    `identity` (model and sampling) is part of every key. Undecided replies are forgotten and requested again in the
+    next run, unless `keep_undecided`.
     """
 
     identity: dict[str, Any]

@@ -42,7 +42,7 @@ def push(
     """Publishes `source` at `target`.
 
     Args:
-        licence: license id of the hub, for a card without a license.
+        `licence`: license id of the hub, for a card without a license.
         dry_run: check everything on this machine, without the network.
 
     Returns:

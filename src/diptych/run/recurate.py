@@ -4,8 +4,9 @@
     recurate("runs/first", ["same=0.7"], "runs/stricter")     # a run with these thresholds
     recurate("runs/first", [], "runs/decided")                # a run with people's decisions
 
-You can change `curate.thresholds` and, if the run has the measurements, the limits of its screens (`screens.blur`, or
-`screens.NAME` for a classifier's `most`) and of copies and duplicates (`copies.hash`, `duplicates.hash`, `.embedding`).
+You can change `curate.thresholds`. If the run has the measurements, you can also change the limits of its screens
+(`screens.blur`, or `screens.NAME` for a classifier's `most`), copies and duplicates (`copies.hash`, `duplicates.hash`,
+`.embedding`).
 
 A run folder belongs to one frozen recipe, so its `pairs/` never changes. Without `out` nothing is written. With `out`,
 that folder becomes the run of the recipe with the other thresholds (`run.derive`). It is the same, byte for byte, as a

@@ -3,7 +3,7 @@
     recipe = freeze(load("recipes/pocket.yaml"), Path("runs/first"))
 
 Keys that a recipe leaves to the machine (`device`, `threads`, precisions, `paint.memory: auto`) are resolved once, by
-the machine that paints, or taken from the run whose stages the new one takes over.
+the machine that paints. A run that takes over stages of another one takes their values as well.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Training a student: the two-panel objective, its data, and a loop that can be killed at any moment.
 
-distill (entry point) · prepare (everything before the first step) · loop (the steps) · objective (the loss) · schedule
-(the samples of a step) · cache (latents and captions) · parts (trained parameters, optimizer) · preference (an optional
-last stage) · validate · checkpoint, metrics (they survive a kill) · processes (several GPUs) · export (the student's
-folder and card).
+- `distill` is the entry point; `prepare` does everything before the first step; `loop` has the steps.
+- `objective` has the loss, `schedule` the samples of a step, `cache` the latents and captions.
+- `parts` has the trained parameters and the optimizer; `preference` is an optional last stage.
+- `validate` measures, `checkpoint` and `metrics` survive a kill, `processes` is for several GPUs.
+- `export` writes the student's folder and card.
 """
 
 from __future__ import annotations

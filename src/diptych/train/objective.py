@@ -157,9 +157,9 @@ def velocity_error(
 ) -> torch.Tensor:
     """Squared error of each value of the velocity, (B, N, C) float32: flow matching, with or without a reference.
 
-    `clean`, `noise` and `condition` are (B, N, C), `references` (B, R, C) clean tokens after them, which have no loss,
-    `sigma` (B,), `text` (B, L, D) and (B, P), `img_ids` (N, 3) or (N + R, 3). `guidance` is for guidance-distilled
-    transformers, None for others. `attention` are the arguments of the attention processors.
+    `clean`, `noise` and `condition` are (B, N, C), `sigma` (B,), `text` (B, L, D) and (B, P). `references` (B, R, C)
+    are clean tokens after them, without a loss; `img_ids` is then (N + R, 3), otherwise (N, 3). `guidance` is for
+    guidance-distilled transformers, None for others. `attention` are the arguments of the attention processors.
     """
     level = sigma[:, None, None]
     x_t = (1 - level) * clean + level * noise

@@ -105,8 +105,8 @@ def plain_name(name: object) -> str:
 def inside(folder: Path, name: object) -> Path:
     """The file or folder `name` of `folder`, if either comes from somebody else; it need not exist.
 
-    UserError for a name that is not a `plain_name`, for a link that leads out of the folder (except links within the
-    hub's cache), and for a device, a FIFO, or a socket, which could block forever.
+    UserError for a name that is not a `plain_name`, and for a link that leads out of the folder, except within the
+    hub's cache. Also for a device, a FIFO, or a socket, which could block forever.
     """
     path = folder / plain_name(name)
     try:

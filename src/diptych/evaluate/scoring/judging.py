@@ -1,9 +1,9 @@
 """The scorers that are vision models: the pocket judges, an embedding judge for any images, and similarity metrics.
 
 - `PocketScorer`: CP by the pocket scorer on a scale fixed by renders, PF by the attribute reader (`metrics.py`).
-- `EmbeddingScorer`: CP is a vision model's similarity. 0 is the mean over references of different subjects (of one
-  category, if it has several), and 1 the mean over two images of one subject, or a similarity of 1 if the suite has
-  only one image of each. PF is CLIP's: the share of the reference's other prompts that fit the image less than the
+- `EmbeddingScorer`: CP is a vision model's similarity. 0 is the mean over references of different subjects, of one
+  category if it has several. 1 is the mean over two images of one subject; if the suite has only one image of each, it
+  is a similarity of 1. PF is CLIP's: the share of the reference's other prompts that fit the image less than the
   sample's prompt, scaled so that a method that ignores the prompt, such as a copy, gets 0.
 - `Similarity`: CLIP-I, DINO and DINOv2 between reference and image, CLIP-T between prompt and image. These are plain
   cosines of whole images through the model's processor, as in published tables. They reward copying.

@@ -242,8 +242,8 @@ class Pairs:
 
 @torch.no_grad()
 def measure(model, side: int, panels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """On held-out triplets: the chance that a true pair scores above a drifted one (AUC), the threshold from which 95 %
-    of pairs are true ones and the share of them that it keeps, and for the reader each attribute's accuracy."""
+    """Errors on held-out triplets: the chance that a true pair scores above a drifted one (AUC), the threshold of 95 %
+    precision with its recall, and for the reader each attribute's accuracy."""
     parts = [
         outputs(model, enlarge(vae_training.to_tensor(block).to(model.device), side))
         for block in np.array_split(panels.reshape(-1, *panels.shape[2:]), 12)
@@ -299,10 +299,10 @@ def train(
 ) -> None:
     """Train `role`'s model for `minutes` and save its folder in `work/<role>`, with its held-out errors in the log.
 
-    `start` holds judges (`start/<role>`) to begin from where the work folder has no state; what reads their traits
-    while they train did not ship, and begins anew.
-    What is saved is its mean with the model of `average/<role>`, if that is given: of two trainings from one start the
-    mean is often better than either (model soups, arXiv 2203.05482).
+    `start` holds judges (`start/<role>`) to begin from if the work folder has no state. The layer that reads their
+    traits during training does not ship, so it starts from random weights.
+    With `average`, the saved model is the mean with `average/<role>`: the mean of two trainings from one start is often
+    better than either (model soups, arXiv 2203.05482).
     """
     from transformers import ViTImageProcessorPil
 

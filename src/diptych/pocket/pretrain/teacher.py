@@ -193,17 +193,17 @@ def train(
     """Train for `minutes` more: single panels only for the first `singles_until` of them, then mostly grids; the
     rate falls all along to nothing at the end if `finish`. `start` is a teacher folder to begin from where no state is.
 
-    `drifted` is the share of the rendered grids whose subject drifts that is learnt from. A teacher repeats a subject
-    less often than what it is taught (docs/pocket.md has how often). `freeze_text` leaves the text encoders as they
-    are, for a teacher whose words are right already: a sixth of the work.
+    `drifted` is the share of rendered grids with a drifting subject that is used. A teacher repeats a subject less
+    often than its training data (docs/pocket.md has the figures). `freeze_text` keeps the text encoders fixed, which
+    saves a sixth of the work.
     """
     torch.manual_seed(0)
     both = tokenizers.load_or_make(work / "teacher_training")
     if start is not None and [t.get_vocab() for t in tokenizers.load_or_make(start)] != [t.get_vocab() for t in both]:
         raise ValueError(f"{start} knows other words: its text encoders would not understand these prompts")
     teacher = Teacher(make_transformer(), *tokenizers.make_encoders(*both))
-    if start is not None and (anew := load_weights(teacher, start)):
-        report(f"begin anew: {', '.join(anew)}")
+    if start is not None and (skipped := load_weights(teacher, start)):
+        report(f"start from random weights: {', '.join(skipped)}")
     if freeze_text:
         for encoder in (teacher.clip, teacher.t5):
             encoder.requires_grad_(False)
@@ -283,8 +283,8 @@ def train(
 
 def load_weights(teacher: Teacher, folder: Path) -> list[str]:
     """Put the weights of a `FluxPipeline` folder, such as the package's, into `teacher`. Returns the names of the
-    tensors that have another shape there (another VAE's input and output layer, say): they begin anew."""
-    anew = []
+    tensors of another shape (for instance another VAE's input and output layers), which start from random weights."""
+    skipped = []
     from safetensors.torch import load_file
 
     parts = {"transformer": teacher.transformer, "text_encoder": teacher.clip, "text_encoder_2": teacher.t5}
@@ -296,8 +296,8 @@ def load_weights(teacher: Teacher, folder: Path) -> list[str]:
         missing, unexpected = module.load_state_dict({k: weights[k] for k in weights if k not in other}, strict=False)
         if unexpected or set(missing) - {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids", *other}:
             raise ValueError(f"{path} is another model: unexpected {unexpected[:3]}, missing {missing[:3]}")
-        anew += other
-    return anew
+        skipped += other
+    return skipped
 
 
 def save(folder: Path, teacher: Teacher, vae, clip_tokenizer, t5_tokenizer) -> None:

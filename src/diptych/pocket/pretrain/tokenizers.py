@@ -1,6 +1,6 @@
 """Tokenizers and text encoders of the pocket teacher: stock T5 and CLIP classes with the pocket vocabulary.
 
-T5 has one piece per known word, marks, and letters for everything else; CLIP is a byte-level BPE learnt from the
+T5 has one piece per known word, marks, and letters for everything else; CLIP is a byte-level BPE trained on the
 same words. Both are lower-case.
 """
 

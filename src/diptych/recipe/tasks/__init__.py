@@ -1,8 +1,8 @@
 """Tasks: what a pair means, as data. A task is one YAML file, in this folder or anywhere else (docs/tasks.md).
 
-It holds the layouts and templates of grid prompts, the brief for a language model that writes them, the phrases with
-which a grammar fills them, the questions for a vision-language judge (the paper's three steps), the brief for captions,
-and whether the two panels share their geometry. A new task is one file and no code.
+It holds the layouts and templates of grid prompts, the brief for a language model that writes them, and the phrases
+with which a grammar fills them. It also holds the questions for a vision-language judge (the paper's three steps), the
+brief for captions, and whether the two panels share their geometry. A new task is one file and no code.
 """
 
 from __future__ import annotations

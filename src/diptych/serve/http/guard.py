@@ -1,7 +1,7 @@
 """The guard of the server: an ASGI middleware around all routes and the web app.
 
-It checks, in this order: the host name (against DNS rebinding), the origin (CORS is closed), the owner, the routes of
-the web app's framework that may be reached, and the size and duration of the body, before anything is decoded.
+It checks, in this order: the host name (against DNS rebinding), the origin (CORS is closed), and the owner. Then it
+checks the routes of the web app's framework, and the size and duration of the body, before anything is decoded.
 Responses get security headers.
 
 It also writes the request log (`diptych.access`), one line per request. A line names the owner but never a token, and

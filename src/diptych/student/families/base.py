@@ -1,7 +1,7 @@
 """What differs between teachers, behind one interface: a family for each kind of transformer.
 
-The sampler and the loss see tokens (B, N, C), noise levels σ in [0, 1] and a velocity that is always noise − clean,
-and leave to the family how its transformer and its VAE take and give them. Shapes: B batch, N tokens of an image, C
+The sampler and the loss see tokens (B, N, C), noise levels σ in [0, 1] and a velocity that is always noise − clean.
+The family translates these for its transformer and its VAE. Shapes: B batch, N tokens of an image, C
 numbers of a token, L text tokens, D and P widths of the text.
 """
 
