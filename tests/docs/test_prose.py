@@ -44,11 +44,10 @@ def test_code_addresses_and_short_sentences_pass(text: str) -> None:
 
 def test_docstrings_are_read_also_below_fields_and_without_their_examples(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text(
-        '"""First.\n\n    draw(told)\n"""\nclass A:\n    field = 1\n    """It is told."""\n    def f(self):\n        "Anew."\n'
-    )
+    lines = ['"""First.', "", "    draw(told)", "", 'Last."""', "class A:", "    field = 1", '    """It is told."""']
+    path.write_text("\n".join([*lines, "    def f(self):", '        "Anew."']))
     texts = dict(prose.docstrings(path))
-    assert sorted(texts) == [1, 7, 9] and "draw" not in texts[1]
+    assert sorted(texts) == [1, 8, 10] and "draw" not in texts[1]
     assert [bool(prose.faults(text, prose.IN_CODE)) for _, text in sorted(texts.items())] == [False, True, True]
 
 
