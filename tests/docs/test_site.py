@@ -38,3 +38,15 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert Image.open(picture).width > 300
     assert 'src="../pictures/grids.png"' in (site / "method/index.html").read_text()
     assert (site / "repository/benchmarks/README.md.txt").exists()
+
+
+def test_files_that_pages_name_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    folders = "|".join(path.name for path in (ROOT / "src/diptych").iterdir() if path.is_dir())
+    named = re.compile(rf"(?<![\w/.])((?:src/diptych|tests|benchmarks)/[\w/]+\.\w+|(?:{folders})/[\w/]+\.(?:py|yaml))")
+    missing = []
+    for page in pages:
+        for name in named.findall(page.read_text("utf8")):
+            if not (ROOT / name).exists() and not (ROOT / "src/diptych" / name).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not missing
