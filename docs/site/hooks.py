@@ -108,7 +108,7 @@ def error_reference() -> str:
     lines = ["# Error codes", "", "Every error has a stable code; its wording may change. The command line prints"]
     lines += ['`error[CODE]: message`, or with `--json` an object `{"error": {"code", "message"}}`. The server sends']
     lines += ["the code in the body of the response (`error.code`). In Python, `UserError.code` has it."]
-    for line in Path(errors.__file__).with_suffix(".yaml").read_text("utf8").splitlines()[1:]:
+    for line in errors.TABLE.read_text("utf8").splitlines()[1:]:
         if line.startswith("# "):
             lines += ["", f"## {line[2:]}", "", "| code | meaning | what to do |", "|---|---|---|"]
         elif line:

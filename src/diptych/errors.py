@@ -4,8 +4,8 @@
 wrong request (a misspelt recipe key, a folder that another recipe made). The command line prints either without a
 traceback. Broken invariants are `assert`s and stay ordinary exceptions.
 
-Codes are stable and listed in `errors.yaml`, each with its meaning and remedy; wording may change. Programs and tests
-match the code.
+Codes are stable and listed in `utils/errors.yaml`, each with its meaning and remedy; wording may change. Programs and
+tests match the code.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+TABLE = Path(__file__).parent / "utils" / "errors.yaml"
+"""Every code with its meaning and remedy."""
+
 
 class UserError(ValueError):
     """Something failed. Exit code 1.
 
     Args:
-        code: a code of `errors.yaml`, for instance `image_not_found`.
+        code: a code of `utils/errors.yaml`, for instance `image_not_found`.
         message: what failed, the value and the place, and what to do next, in one line.
     """
 
@@ -49,7 +52,7 @@ def codes() -> Mapping[str, Mapping[str, str]]:
     """All error codes: `{code: {meaning, remedy}}`."""
     import yaml
 
-    return yaml.safe_load(Path(__file__).with_name("errors.yaml").read_text("utf8"))
+    return yaml.safe_load(TABLE.read_text("utf8"))
 
 
 def describe(error: BaseException, limit: int | None = 300, kind: bool = False) -> str:
