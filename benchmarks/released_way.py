@@ -19,7 +19,8 @@ from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift
 from PIL import Image
 from safetensors.torch import load_file
 
-from diptych.student.canvas import Canvas, condition_canvas, fit_image, pack, split_panels, to_pixels, unpack
+from diptych.student.canvas import Canvas, condition_canvas, fit_image, split_panels, to_pixels
+from diptych.student.families.base import pack, unpack
 from diptych.student.runtime.modulation import exact_timesteps
 
 
@@ -93,7 +94,7 @@ class ReleasedWay:
         return pack((latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor)
 
     def decode(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-        latents = unpack(tokens, canvas.rows, canvas.columns) / self.vae.config.scaling_factor
+        latents = unpack(tokens, canvas.size) / self.vae.config.scaling_factor
         latents = latents + (self.vae.config.shift_factor or 0.0)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return split_panels(pixels)[1]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-from diptych.student.canvas import Canvas, pack
+from diptych.student.canvas import Canvas
+from diptych.student.families.base import pack
 from diptych.student.runtime import caches
 from diptych.student.runtime.applied import apply_speed, remove_speed
 from diptych.student.runtime.modulation import precomputed

@@ -18,13 +18,12 @@ from diptych.student.canvas import (
     fit_image,
     join_panels,
     join_tokens,
-    pack,
     right_tokens,
     split_panels,
     split_tokens,
     to_pixels,
-    unpack,
 )
+from diptych.student.families.base import pack, unpack
 from raising import raises
 
 
@@ -38,7 +37,7 @@ def test_splitting_tokens_is_splitting_the_picture(rows, columns, batch):
     torch.testing.assert_close(split_tokens(tokens, canvas)[1], pack(right))
     torch.testing.assert_close(tokens[:, right_tokens(canvas)], pack(right))
     assert torch.equal(join_tokens(pack(left), pack(right), canvas), tokens)
-    assert torch.equal(split_panels(unpack(tokens, canvas.rows, canvas.columns))[1], right)
+    assert torch.equal(split_panels(unpack(tokens, canvas.size))[1], right)
 
 
 def test_packing_is_that_of_diffusers():

@@ -13,7 +13,8 @@ from diffusers import FluxControlPipeline
 
 from diptych import DiptychPipeline, student
 from diptych.errors import UsageError
-from diptych.student.canvas import Canvas, pack, split_panels, to_pixels
+from diptych.student.canvas import Canvas, split_panels, to_pixels
+from diptych.student.families.base import pack
 from raising import raises
 
 STEPS = 4

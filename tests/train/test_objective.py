@@ -8,7 +8,8 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.student.canvas import Canvas, unpack
+from diptych.student.canvas import Canvas
+from diptych.student.families.base import unpack
 from diptych.student.weights.fold import widen
 from diptych.train.objective import Batch, image_ids, panel_losses, shifted
 
@@ -51,7 +52,7 @@ def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | 
             txt_ids=torch.zeros(5, 3),
             img_ids=ids,
         ).sample
-        error = unpack(velocity - (batch.noise[i] - batch.clean[i]), CANVAS.rows, CANVAS.columns)[0] ** 2
+        error = unpack(velocity - (batch.noise[i] - batch.clean[i]), CANVAS.size)[0] ** 2
         middle = error.shape[-1] // 2
         assert left[i].item() == pytest.approx(error[..., :middle].mean().item(), rel=1e-5)
         assert right[i].item() == pytest.approx(error[..., middle:].mean().item(), rel=1e-5)

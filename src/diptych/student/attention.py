@@ -18,6 +18,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
 
+from diptych.student.families.base import Text
+from diptych.student.families.flux1 import FLUX1
+
 GUIDANCE = 1.0  # distilled guidance of the reference pass, independent of the main pass
 
 
@@ -105,17 +108,9 @@ def capture(transformer: Any, tokens: torch.Tensor, ids: torch.Tensor, attention
 
     `transformer` may wrap the model (DDP). Gradients are computed.
     """
-    keys, model = Keys(), getattr(transformer, "module", transformer)
-    rows, config = len(tokens), model.config
-    transformer(
-        hidden_states=tokens,
-        timestep=tokens.new_zeros(rows),
-        guidance=tokens.new_full((rows,), GUIDANCE) if config.guidance_embeds else None,
-        pooled_projections=tokens.new_zeros(rows, config.pooled_projection_dim),
-        encoder_hidden_states=tokens.new_zeros(rows, 0, config.joint_attention_dim),
-        txt_ids=ids.new_zeros(0, 3),
-        img_ids=ids,
-        joint_attention_kwargs={**(attention or {}), "captured": keys},
-        return_dict=False,
-    )
+    keys, config = Keys(), getattr(transformer, "module", transformer).config
+    rows = len(tokens)
+    text = tokens.new_zeros(rows, 0, config.joint_attention_dim), tokens.new_zeros(rows, config.pooled_projection_dim)
+    captured = {**(attention or {}), "captured": keys}
+    FLUX1.forward(transformer, tokens, ids, tokens.new_zeros(rows), Text(*text), GUIDANCE, captured)
     return keys

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from diptych.student.canvas import Canvas, join_panels, pack, split_panels, to_pixels, unpack
+from diptych.student.canvas import Canvas, join_panels, split_panels, to_pixels
+from diptych.student.families.base import Size, pack, unpack
 from diptych.student.sampler import Callback, on_path
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
     colors = [2 * torch.rand(FIT_IMAGES, 3, n, n, generator=generator) - 1 for n in FIT_COLORS]
     size = (factor * side, factor * side)
     pixels = torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=True) for each in colors])
-    latents = unpack(pipe.encode_canvas(pixels).float().cpu(), side // 2, side // 2)
+    latents = unpack(pipe.encode_canvas(pixels).float().cpu(), Size(side // 2, side // 2))
     means = F.avg_pool2d(pixels, factor).movedim(1, -1).reshape(-1, 3)
     return torch.linalg.lstsq(_with_one(latents).reshape(-1, latents.shape[1] + 1), means).solution
 
@@ -80,7 +81,7 @@ class Preview:
         """Target panels of canvas tokens (B, tokens, 4C), enlarged to the panel's size."""
         from PIL import Image
 
-        latents = unpack(tokens.cpu(), self.canvas.rows, self.canvas.columns)
+        latents = unpack(tokens.cpu(), self.canvas.size)
         pixels = _with_one(split_panels(latents, self.canvas.panels)[1]) @ self.projection
         arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
         size = (self.canvas.panel_width, self.canvas.panel_height)

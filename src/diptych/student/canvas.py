@@ -19,6 +19,7 @@ import torch
 
 from diptych.data.images import to_rgb
 from diptych.errors import UsageError
+from diptych.student.families.base import Size
 from diptych.student.sampling import check_fit
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Canvas:
         return self.panels * self.panel_columns
 
     @property
+    def size(self) -> Size:
+        """Rows and columns of the whole canvas in tokens."""
+        return Size(self.rows, self.columns)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the whole canvas, on which FLUX's schedule shift depends."""
         return self.rows * self.columns
@@ -86,20 +92,6 @@ def _near(value: object, unit: int) -> str:
         return str(unit)
     below = int(value // unit) * unit
     return str(below) if value == below else f"{below} or {below + unit}"
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, 2R, 2K) to tokens (B, R·K, 4C), row by row, as FLUX packs them."""
-    b, c, h, w = latents.shape
-    tokens = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(b, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Tokens (B, R·K, 4C) to latents (B, C, 2R, 2K); the inverse of `pack`."""
-    b, _, c = tokens.shape
-    latents = tokens.reshape(b, rows, columns, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(b, c // 4, 2 * rows, 2 * columns)
 
 
 def split_tokens(tokens: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,9 @@ from PIL.Image import Image
 
 from diptych.errors import UsageError, UserError
 from diptych.student import inputs, sampler
-from diptych.student.canvas import Canvas, pack, split_panels, unpack
+from diptych.student.canvas import Canvas, split_panels, split_tokens
+from diptych.student.families.base import Family, Size, pack
+from diptych.student.families.flux1 import FLUX1
 from diptych.student.guidance import Guidance
 from diptych.student.inputs import Reference, Seed
 from diptych.student.runtime.applied import Runtime, stock_parts
@@ -59,6 +61,7 @@ class DiptychPipeline(FluxControlPipeline):
     embeddings."""
 
     transformer: Any
+    family: Family = FLUX1
     _optional_components = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012 (diffusers' name)
     _lora_loadable_modules = ["transformer", "text_encoder", "text_encoder_2"]  # noqa: RUF012 (diffusers: not T5)
 
@@ -179,17 +182,12 @@ class DiptychPipeline(FluxControlPipeline):
     def encode_canvas(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to packed, scaled latents (B, tokens, 4C): the posterior's mode."""
         pixels = pixels.to(device=self._execution_device, dtype=self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode()
-        return pack((latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor)
+        return self.family.encode(self.vae, pixels)
 
     @torch.no_grad()
     def decode_canvas(self, tokens: torch.Tensor, canvas: Canvas) -> torch.Tensor:
         """Packed latents (B, tokens, 4C) to pixels (B, 3, H, W), about [-1, 1]."""
-        return self._decode(unpack(tokens, canvas.rows, canvas.columns))
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.family.decode(self.vae, tokens, canvas.size)
 
     def encode_reference(
         self, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str = "crop"
@@ -341,7 +339,7 @@ class DiptychPipeline(FluxControlPipeline):
             switches=switches,
             attention=joint_attention_kwargs,
         )
-        timesteps = sampler.schedule(self.scheduler, canvas, steps, sigmas, device)
+        timesteps = self.family.schedule(self.scheduler, canvas.tokens, steps, device, sigmas)
         self._num_timesteps = len(timesteps)
         x_0 = sampler.denoise(self, call, timesteps, self.runtime, callback_on_step_end, shown)
         images, left = self._decoded(x_0, canvas, output_type, return_reference, switches.decode)
@@ -358,8 +356,10 @@ class DiptychPipeline(FluxControlPipeline):
             return x_0, None
         self.runtime.stage("decode")
         if decode == "right":
-            left, right = split_panels(unpack(x_0, canvas.rows, canvas.columns), canvas.panels)
-            right, left = self._decode(right), self._decode(left) if return_reference else left
+            tokens, right = split_tokens(x_0, canvas)
+            side = Size(canvas.rows, canvas.panel_columns)
+            right = self.family.decode(self.vae, right, side)
+            left = self.family.decode(self.vae, tokens, side) if return_reference else tokens
         else:
             left, right = split_panels(self.decode_canvas(x_0, canvas), canvas.panels)
         finish = partial(self.image_processor.postprocess, output_type=output_type)

@@ -1,7 +1,7 @@
 """The sampler: rectified flow on the diptych canvas, as in the paper's released code.
 
     call = prepare(canvas, ...)                               # the inputs of a call, one row for each image
-    timesteps = schedule(scheduler, canvas, steps)            # noise levels σ, shifted for the canvas's size
+    timesteps = pipe.family.schedule(scheduler, tokens, steps)  # noise levels σ, shifted for the canvas's size
     x_0 = denoise(pipe, call, timesteps, pipe.runtime)        # x_{i+1} = x_i + (σ_{i+1} − σ_i)·v(x_i)
 
 The canvas [reference | target] is denoised as one wide FLUX image with plain position ids. The condition, the VAE
@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from diffusers import FluxControlPipeline
-from diffusers.pipelines.flux.pipeline_flux_control import calculate_shift, retrieve_timesteps
 
 from diptych.errors import UsageError
 from diptych.student import guidance
 from diptych.student.canvas import Canvas, right_tokens
+from diptych.student.families.base import Text as Encoded
+from diptych.student.families.base import positions
+from diptych.student.families.flux1 import FLUX1
 from diptych.student.guidance import Branch, Guidance
 from diptych.student.references import References
 from diptych.student.runtime.applied import Runtime
@@ -84,7 +84,7 @@ def prepare(
     if empty is not None:
         texts = _each(empty, repeats)
         branches |= {"reference": (condition, *texts), "null": (null, *texts)}
-    ids = FluxControlPipeline._prepare_latent_image_ids(1, canvas.rows, canvas.columns, embeds.device, embeds.dtype)
+    ids = positions(canvas.size).to(embeds)
     return Call(canvas, noise.to(device=embeds.device, dtype=embeds.dtype), branches, guides, ids, **options)
 
 
@@ -95,33 +95,6 @@ def _repeated(condition: torch.Tensor | References, times: int) -> torch.Tensor 
 def _each(text: Text, times: int) -> Text:
     embeds, pooled = (x.repeat_interleave(times, dim=0) for x in text)
     return embeds, pooled
-
-
-# Schedule ------------------------------------------------------------------------------------------------------------
-
-
-def schedule(
-    scheduler: Any, canvas: Canvas, steps: int, sigmas: Sequence[float] | None, device: torch.device
-) -> torch.Tensor:
-    """Sets the scheduler's noise levels, evenly spaced by default and shifted for the canvas. Returns timesteps (S,),
-    0 to 1000."""
-    mu = shift_exponent(scheduler.config, canvas.tokens)
-    shift: Any = {} if mu is None else {"mu": mu}
-    levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-    timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=levels, **shift)
-    scheduler.set_begin_index(0)
-    return timesteps  # pyright: ignore[reportReturnType]
-
-
-def shift_exponent(scheduler: Mapping[str, Any], tokens: int) -> float | None:
-    """FLUX's μ for a canvas of `tokens`: timesteps are shifted by e^μ. None for a scheduler with a fixed shift.
-
-    `scheduler` is a config with diffusers' keys. Missing ones have FLUX.1-dev's values.
-    """
-    if not scheduler.get("use_dynamic_shifting"):
-        return None
-    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    return calculate_shift(tokens, *(scheduler.get(key, value) for key, value in known.items()))
 
 
 # Denoise -------------------------------------------------------------------------------------------------------------
@@ -183,9 +156,6 @@ def velocity(
 
     `name` separates the branches of guidance in step caches.
     """
-    distilled = None
-    if transformer.config.guidance_embeds:
-        distilled = torch.full([len(x)], call.guidance_scale, device=x.device, dtype=torch.float32)
     ids, attention = call.image_ids, call.attention
     if isinstance(condition, References):
         tokens, ids, more = condition.beside(x, call.canvas)
@@ -194,17 +164,8 @@ def velocity(
     else:
         tokens = torch.cat([x, condition], dim=2)
     with transformer.cache_context(name):
-        v = transformer(
-            hidden_states=tokens,
-            timestep=t.expand(len(x)).to(x.dtype) / 1000,
-            guidance=distilled,
-            pooled_projections=pooled,
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=ids,
-            joint_attention_kwargs=attention,
-            return_dict=False,
-        )[0]
+        sigma = t.expand(len(x)).to(x.dtype) / 1000
+        v = FLUX1.forward(transformer, tokens, ids, sigma, Encoded(text, pooled), call.guidance_scale, attention)
     return v[:, : x.shape[1]]
 
 

@@ -22,7 +22,8 @@ import torch
 
 from diptych.student.attention import capture
 from diptych.student.canvas import Canvas, split_tokens
-from diptych.student.families.base import Size, positions
+from diptych.student.families.base import Text, positions
+from diptych.student.families.flux1 import FLUX1
 from diptych.student.references import TokenStyle, token_ids
 
 if TYPE_CHECKING:
@@ -163,25 +164,15 @@ def velocity_error(
     """
     level = sigma[:, None, None]
     x_t = (1 - level) * clean + level * noise
-    embeds, pooled = text
     inputs = x_t if condition is None else torch.cat([x_t, condition], dim=-1)
-    (velocity,) = transformer(
-        hidden_states=inputs if references is None else torch.cat([inputs, references], dim=1),
-        timestep=sigma,
-        guidance=None if guidance is None else torch.full_like(sigma, guidance),
-        pooled_projections=pooled,
-        encoder_hidden_states=embeds,
-        txt_ids=img_ids.new_zeros(embeds.shape[1], 3),
-        img_ids=img_ids,
-        joint_attention_kwargs=attention,
-        return_dict=False,
-    )
+    inputs = inputs if references is None else torch.cat([inputs, references], dim=1)
+    velocity = FLUX1.forward(transformer, inputs, img_ids, sigma, Text(*text), guidance, attention)
     return (velocity[:, : clean.shape[1]].float() - (noise - clean)).square()
 
 
 def image_ids(canvas: Canvas) -> torch.Tensor:
     """FLUX's position ids of the whole canvas, (N, 3): 0, token row, token column (float32)."""
-    return positions(Size(canvas.rows, canvas.columns))
+    return positions(canvas.size)
 
 
 def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:

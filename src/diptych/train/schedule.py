@@ -155,10 +155,8 @@ def choose(
 
 def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
     """The shift s with which the base samples a canvas of this size (`distill.shift: auto`)."""
-    from diptych.student.sampler import shift_exponent
-
     config = pipe.scheduler.config
-    mu = shift_exponent(config, canvas.tokens)
+    mu = pipe.family.shift(config, canvas.tokens, pipe.settings.steps)
     return float(config.get("shift", 1.0)) if mu is None else math.exp(mu)
 
 

@@ -135,7 +135,7 @@ def noise(pipe: Any, seeds: Sequence[int], height: int, width: int) -> torch.Ten
     """Packed float32 noise (B, tokens, 4C). Each image has a CPU generator, so a batch equals single calls."""
     import torch
 
-    from diptych.student.canvas import pack
+    from diptych.student.families.base import pack
 
     factor = pipe.vae_scale_factor
     shape = (1, pipe.transformer.config.in_channels // 4, height // factor, width // factor)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 @cache
 def families() -> dict[str, Family]:
     """Every family by name."""
-    from diptych.student.families.flux1 import Flux1
+    from diptych.student.families.flux1 import FLUX1
     from diptych.student.families.flux2 import Flux2
     from diptych.student.families.qwen_image import QwenImage
     from diptych.student.families.sd3 import StableDiffusion3
     from diptych.student.families.z_image import ZImage
 
-    return {family.name: family for family in (Flux1(), Flux2(), QwenImage(), StableDiffusion3(), ZImage())}
+    return {family.name: family for family in (FLUX1, Flux2(), QwenImage(), StableDiffusion3(), ZImage())}
 
 
 def family_of(name: str) -> Family:

@@ -53,17 +53,39 @@ class Flux1(Family):
         guidance: float | None = None,
         attention: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        hidden = x if condition is None else torch.cat([x, condition], dim=2)
         ids = [positions(size), *(positions(r.size, 1 + i) for i, r in enumerate(references))]
+        hidden = x if condition is None else torch.cat([x, condition], dim=2)
+        hidden = torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden
+        v = self.forward(transformer, hidden, torch.cat(ids).to(x), sigma, text, guidance, attention)
+        return v[:, : x.shape[1]]
+
+    def forward(
+        self,
+        transformer: Any,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        sigma: torch.Tensor,
+        text: Text,
+        guidance: float | None = None,
+        attention: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The transformer's output (B, N, C) for input tokens (B, N, ·) at positions `ids` (N, 3).
+
+        `transformer` may wrap the model (DDP). The other arguments are those of `velocity`.
+        """
+        config = getattr(transformer, "module", transformer).config
         (v,) = transformer(
-            hidden_states=torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden,
+            hidden_states=tokens,
             timestep=sigma,
-            guidance=repeated(guidance, x) if transformer.config.guidance_embeds else None,
+            guidance=repeated(guidance, tokens) if config.guidance_embeds else None,
             pooled_projections=text.pooled,
             encoder_hidden_states=text.embeds,
-            txt_ids=x.new_zeros(text.embeds.shape[1], 3),
-            img_ids=torch.cat(ids).to(x),
+            txt_ids=ids.new_zeros(text.embeds.shape[1], 3),
+            img_ids=ids,
             joint_attention_kwargs=attention,
             return_dict=False,
         )
-        return v[:, : x.shape[1]]
+        return v
+
+
+FLUX1 = Flux1()
