@@ -16,7 +16,6 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 import judged_run
 from diptych.data.store import Dataset
-from diptych.errors import UserError
 from diptych.recipe.schema import Duplicates, Thresholds
 from diptych.stages.curate import duplicates
 from diptych.stages.curate.duplicates import HashTable, Vectors, alike, pack, panel_hash, unpack
@@ -265,5 +264,5 @@ def test_each_test_is_named_and_both_can_be_off(tmp_path: Path) -> None:
 
 
 def test_candidates_without_embeddings_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"c-000000-01 has no embeddings in its evidence; curate with curate\.dupl"):
+    with raises("run_mismatch", "c-000000-01", "embeddings", "curate.duplicates"):
         found_by(tmp_path, [row(0, 0, 1, 1, 1)], hash=4, embedding=0.9)

@@ -109,7 +109,7 @@ def test_a_variant_that_needs_other_data_is_rejected_before_training(
     said = capsys.readouterr().err
     assert code == 2 and "variants.more changes write.count" in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()  # nothing was painted either
-    with pytest.raises(UsageError, match="--only nope: the study has full, adapter, again, words, tuned"):
+    with pytest.raises(UsageError, match=r"--only nope: .*full, adapter, again, words, tuned"):
         ablate.ablate(str(study), tmp_path / "out", QUIET, only=["nope"])
 
 

@@ -65,7 +65,7 @@ def test_a_run_whose_references_are_tokens_goes_as_far(
     summary = run(Recipe.model_validate(values), out, display=Display(quiet=True))
     assert set(json.loads(Path(summary["metrics"]).read_text())["methods"]) == {"student", "inpaint"}
     page = Path(summary["report"]).read_text("utf8")
-    assert f"({positions}, {attention})" in page and "left panel" not in page
+    assert f"({positions}, {attention})" in page and "is the left panel" not in page
     student = Student.load(out / "student", device="cpu", progress_bar=False)
     settings = student.pipeline.settings
     assert (settings.conditioning, settings.positions, settings.reference_attention) == ("tokens", positions, attention)

@@ -340,7 +340,7 @@ def test_a_judge_of_pictures_asks_it_too(installed: list[LLM], folder: Path, tmp
     [
         (["judge.vllm.model=m"], r"judge\.vllm\.temperature"),
         (["judge.vllm.modle=m"], "'model'"),
-        (["judge.vllm={model: m, temperature: 1.0}", "judge.local=x"], "endpoint or local or vllm"),
+        (["judge.vllm={model: m, temperature: 1.0}", "judge.local=x"], "endpoint, local or vllm"),
     ],
 )
 def test_a_judge_of_images_is_checked(sets: list[str], fact: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def visiting(browser: Any, app: Running, size: str) -> Iterator[Any]:
     with within(LIMIT):
         page = context.new_page()
         page.goto(f"{app.url}/app/")
-        page.get_by_label("Your token").fill(TOKENS["ana"])
+        page.get_by_label("Token").fill(TOKENS["ana"])
         page.keyboard.press("Enter")
         playwright.expect(page.locator("#about")).to_contain_text("pocket generates")
         page.close()

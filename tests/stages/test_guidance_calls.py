@@ -169,5 +169,5 @@ def test_a_class_that_is_not_known_keeps_the_prompt_and_is_told_about(
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion9Pipeline"}))
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="no pipeline class"):
         paint.Paint(recipe.model_copy(update={"teacher": str(tmp_path)})).load()
-    assert any("StableDiffusion9Pipeline" in r.getMessage() and "not known" in r.getMessage() for r in caplog.records)
+    assert any("StableDiffusion9Pipeline" in r.getMessage() and "unknown" in r.getMessage() for r in caplog.records)
     assert not paint.warnings(recipe, teacher)

@@ -51,10 +51,19 @@ def far(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float(np.abs(pixels(one) - pixels(other)).mean())
 
 
-def test_presets_that_only_move_or_fuse_give_the_same_bytes(of: Any) -> None:
+def same(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether grids are equal but for rounding: products of other shapes may round differently, by CPU."""
+    return all(
+        np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1 and far(one, other) < 0.001
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def test_presets_that_only_move_give_the_same_bytes_and_those_that_fuse_the_same_pixels(of: Any) -> None:
     plain = grids(of, prompts(2))
-    for changes in ({"speed": "exact"}, {"memory": "24"}, {"memory": "48"}, {"memory": "24", "speed": "exact"}):
-        assert grids(with_paint(of, **changes), prompts(2)) == plain, changes
+    assert grids(with_paint(of, memory="48"), prompts(2)) == plain
+    for changes in ({"speed": "exact"}, {"memory": "24"}, {"memory": "24", "speed": "exact"}):
+        assert same(grids(with_paint(of, **changes), prompts(2)), plain), changes
 
 
 def test_quantized_and_offloaded_teachers_draw_nearly_the_same_picture(of: Any) -> None:
@@ -158,7 +167,7 @@ def test_the_modulation_of_a_guidance_distilled_teacher_is_precomputed_for_its_g
     distilled.save_pretrained(folder / "transformer")
     dev = with_paint(recipe.model_copy(update={"teacher": str(folder)}), true_guidance=1.0, guidance=3.5)
     plain = grids(dev, prompts(2))
-    assert grids(with_paint(dev, memory="24"), prompts(2)) == plain
+    assert same(grids(with_paint(dev, memory="24"), prompts(2)), plain)
     assert grids(with_paint(dev, memory="24", guidance=30.0), prompts(2)) != plain
     pipe = paint.open_teacher(folder, torch.float32)
     stock.apply(pipe, stock.resolve_memory(folder, "24", "cpu", torch.float32, {}), speed.PLAIN, torch.device("cpu"))
@@ -168,10 +177,8 @@ def test_the_modulation_of_a_guidance_distilled_teacher_is_precomputed_for_its_g
 def test_the_pocket_teacher_paints_the_same_to_rounding_at_exact_speed_and_in_24_gib() -> None:
     pocket = load("pocket", ["paint.steps=4", "device=cpu", "threads=1", "paint.dtype=float32"])
     plain = grids(pocket, prompts(2))
-    # Products of other shapes and in other orders round differently: a level of a few pixels.
     for changes in ({"speed": "exact"}, {"memory": "24", "speed": "exact"}):
-        for one, other in zip(grids(with_paint(pocket, **changes), prompts(2)), plain, strict=True):
-            assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1 and far(one, other) < 0.001
+        assert same(grids(with_paint(pocket, **changes), prompts(2)), plain)
 
 
 def test_steps_are_skipped_along_straight_lines_of_velocity_only(folders: dict[str, Path]) -> None:

@@ -93,7 +93,7 @@ def test_a_lora_of_it_is_opened_as_it_was_trained(world: Any, tmp_path: Path) ->
         student = Student.load(place, base=world.teacher, device="cpu")
         assert student.pipeline.conditioning == "channel"
         assert student.generate(open_image(next(iter(world.pairs))["image"]), "a cat", steps=2).size == (SIDE, SIDE)
-    with raises("recipe_conflict", "distill.conditioning=channel", kind=UsageError):
+    with raises("model_mismatch", "distill.conditioning=channel", kind=UsageError):
         again = tiny_run.make_recipe(world.teacher, mode="lora", rank=4, init=str(tmp_path / "lora"))
         distill(again, world.pairs, tmp_path / "out")
 

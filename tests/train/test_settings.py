@@ -52,7 +52,7 @@ def test_what_the_recipe_says_travels_with_the_weights(world: Any, tmp_path: Pat
     out = trained(world, tmp_path / "out", said, conditioning="channel", **mode)
     wanted = Settings(
         "channel",
-        3,
+        steps=3,
         text_guidance=1.5,
         null_panel="own",
         relight={"image_guidance": 2.0},

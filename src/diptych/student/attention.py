@@ -111,6 +111,6 @@ def capture(transformer: Any, tokens: torch.Tensor, ids: torch.Tensor, attention
     keys, config = Keys(), getattr(transformer, "module", transformer).config
     rows = len(tokens)
     text = tokens.new_zeros(rows, 0, config.joint_attention_dim), tokens.new_zeros(rows, config.pooled_projection_dim)
-    captured = {**(attention or {}), "captured": keys}
-    FLUX1.forward(transformer, tokens, ids, tokens.new_zeros(rows), Text(*text), GUIDANCE, captured)
+    captured, scale = {**(attention or {}), "captured": keys}, GUIDANCE if config.guidance_embeds else None
+    FLUX1.forward(transformer, tokens, ids, tokens.new_zeros(rows), Text(*text), scale, captured)
     return keys

@@ -165,7 +165,8 @@ def velocity(
         tokens = torch.cat([x, condition], dim=2)
     with transformer.cache_context(name):
         sigma = t.expand(len(x)).to(x.dtype) / 1000
-        v = FLUX1.forward(transformer, tokens, ids, sigma, Encoded(text, pooled), call.guidance_scale, attention)
+        scale = call.guidance_scale if transformer.config.guidance_embeds else None
+        v = FLUX1.forward(transformer, tokens, ids, sigma, Encoded(text, pooled), scale, attention)
     return v[:, : x.shape[1]]
 
 

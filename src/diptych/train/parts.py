@@ -141,7 +141,7 @@ def lora_targets(transformer: Any, targets: list[str] | str, key: str = "distill
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = {name.split(".", 2)[-1] for name in names}
+            known = {name.split(".", depth)[-1] for name in names for depth in (2, 3)}
             raise UsageError("layer_unknown", f"{key}: no linear layer has the name '{target}'{nearest(target, known)}")
     return list(targets)
 

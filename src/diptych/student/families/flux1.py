@@ -56,7 +56,8 @@ class Flux1(Family):
         ids = [positions(size), *(positions(r.size, 1 + i) for i, r in enumerate(references))]
         hidden = x if condition is None else torch.cat([x, condition], dim=2)
         hidden = torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden
-        v = self.forward(transformer, hidden, torch.cat(ids).to(x), sigma, text, guidance, attention)
+        scale = guidance if transformer.config.guidance_embeds else None
+        v = self.forward(transformer, hidden, torch.cat(ids).to(x), sigma, text, scale, attention)
         return v[:, : x.shape[1]]
 
     def forward(
@@ -71,13 +72,13 @@ class Flux1(Family):
     ) -> torch.Tensor:
         """The transformer's output (B, N, C) for input tokens (B, N, ·) at positions `ids` (N, 3).
 
-        `transformer` may wrap the model (DDP). The other arguments are those of `velocity`.
+        `transformer` may wrap the model (DDP). The other arguments are those of `velocity`. `guidance` must be None for
+        a transformer without a guidance embedding.
         """
-        config = getattr(transformer, "module", transformer).config
         (v,) = transformer(
             hidden_states=tokens,
             timestep=sigma,
-            guidance=repeated(guidance, tokens) if config.guidance_embeds else None,
+            guidance=repeated(guidance, tokens),
             pooled_projections=text.pooled,
             encoder_hidden_states=text.embeds,
             txt_ids=ids.new_zeros(text.embeds.shape[1], 3),
