@@ -23,10 +23,13 @@ BATCH = 8192  # rows
 def open_run(run_dir: str | Path) -> tuple[Path, Recipe, tasks.Task]:
     """A run's folder, its frozen recipe and its task. UsageError if the folder is not a run."""
     folder = Path(run_dir)
-    if not folder.is_dir():
-        raise UsageError("run_not_found", f"{folder}: no such folder; pass a run's folder, for instance runs/first")
     if not (folder / "recipe.yaml").is_file():
-        raise UsageError("run_not_found", f"{folder}: not a run's folder, because it has no recipe.yaml")
+        reason = (
+            "it has no recipe.yaml" if folder.is_dir() else "it is a file" if folder.exists() else "it does not exist"
+        )
+        raise UsageError(
+            "run_not_found", f"{folder} is not a run's folder: {reason}. Pass a run's folder, for instance runs/first"
+        )
     recipe = recipes.load(inside(folder, "recipe.yaml"))
     return folder, recipe, tasks.load(recipe.task)
 

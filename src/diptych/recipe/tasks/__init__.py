@@ -268,7 +268,10 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def _file(name: str) -> Path:
-    path = here_or_packaged(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    path = here_or_packaged(name) if is_path else Path(__file__).parent / f"{name}.yaml"
+    if is_path and not path.is_file():
+        raise UsageError("path_not_found", f"Task file not found: {name}. Check the path.")
     if not path.is_file():
         raise UsageError("task_unknown", f"unknown task '{name}'; known: {', '.join(names())}{nearest(name, names())}")
     return path

@@ -116,8 +116,8 @@ def device_name(recipe: Recipe, gpu: str | None = None) -> str:
     if gpu.lower() not in known:
         raise UsageError(
             "hardware_unknown",
-            f"--gpu {gpu}: the speed of this device is not known. Known: {', '.join(devices())}"
-            f"{nearest(gpu, devices())}. For another device, pass --assume tflops=… and --assume device_gib=…",
+            f"--gpu {gpu}: the speed of this device is not known. For a device that is not in this list, pass --assume "
+            f"tflops=… and --assume device_gib=…. Known: {', '.join(devices())}{nearest(gpu, devices())}",
         )
     return known[gpu.lower()]
 
