@@ -144,7 +144,7 @@ def test_places_that_cannot_hold_the_images_are_rejected(out: str | None, code: 
 
 @pytest.mark.parametrize("out", ["out/{seed}-{reference}.tiff", "cat.gif"])
 def test_a_suffix_that_is_not_written_names_those_that_are(out: str) -> None:
-    with raises("file_format_unknown", out, ".png", kind=UsageError):
+    with raises("file_format_unknown", ".png", kind=UsageError):
         batch.plan(CATS, None, out)
 
 
