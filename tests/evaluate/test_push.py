@@ -135,7 +135,7 @@ def test_a_second_push_sends_nothing(run: Path, hub: Hub, diptych: Run) -> None:
 def test_a_push_that_broke_off_sends_only_what_is_missing(run: Path, hub: Hub, diptych: Run, tmp_path: Path) -> None:
     hub.break_commit = 100
     broken = diptych("push", run / "pairs", f"{OWNER}/p")
-    assert broken.returncode == 1 and "run the same command again" in broken.stderr
+    assert broken.returncode == 1 and "Run the same command again" in broken.stderr
     assert len(broken.stderr.strip().splitlines()) <= 2
     hub.break_commit = 0
     arrived = [call for call in hub.calls if call.startswith("PUT")]
