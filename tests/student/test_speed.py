@@ -98,7 +98,7 @@ def test_packed_layers_come_back_to_the_bit_and_give_the_same_pictures(quick, pi
     assert len(held) > 5 * len(blocks) and all(module.original[0].weight.numel() == 0 for module in held)
     same(latents(quick, **given), plain)
     student.save(quick, tmp_path / "saved")
-    assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)
+    assert torch.equal(latents(student.load(tmp_path / "saved", device="cpu"), **given), plain)  # pyright: ignore
     assert sum(isinstance(module, applied.PackedLinear) for module in quick.transformer.modules()) == len(held)
     remove_speed(quick)
     after = quick.transformer.state_dict()
@@ -133,7 +133,7 @@ def test_saving_writes_a_stock_student_and_leaves_the_speed_on(quick, pictures, 
     assert quick.runtime.speed.cache == "skip" and quick.runtime.step_cache is not None
     again = student.load(tmp_path / "saved", device="cpu")
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(latents(again, reference=pictures[0]), plain)
+    assert torch.equal(latents(again, reference=pictures[0]), plain)  # pyright: ignore
 
 
 # Remembering -------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_few_step_lora_is_a_lora_on_top(student_folder, teacher, pictures, tmp_p
     two = Student.load(student_folder, teacher, lora=[(path, 0.5)], **options)
     none = Student.load(student_folder, teacher, **options)
     got, expected, without = (latents(x.pipeline, reference=pictures[0]) for x in (one, two, none))
-    assert torch.equal(got, expected)
+    assert torch.equal(got, expected)  # pyright: ignore
     differs(got, without)
 
 

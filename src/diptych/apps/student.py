@@ -221,7 +221,7 @@ class Student:
                     fit=fit,
                     **callbacks,
                 )
-            assert not isinstance(output, tuple)
+            assert not isinstance(output, tuple) and isinstance(output.images, list)
             for image, (_, text, number) in zip(output.images, batch, strict=True):
                 image.info = {"prompt": text, "seed": number, **settings, **self._provenance(image)}
                 images.append(image)

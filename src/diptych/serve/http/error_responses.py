@@ -54,7 +54,7 @@ class Fault(BaseModel):
     param: str | None = Field(None, description="The field or parameter that is wrong.")
     code: str = Field(
         description="Stable code of the error. `diptych` uses the same codes on the command line and in Python.",
-        json_schema_extra=lambda schema: schema.update(enum=sorted(codes())),
+        json_schema_extra=lambda schema: schema.update({"enum": [*sorted(codes())]}),
     )
 
 
