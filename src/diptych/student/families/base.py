@@ -90,17 +90,21 @@ class Family(ABC):
 
     # The VAE ----------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
+    # By default that of an `AutoencoderKL`, whose latents are shifted and scaled.
+
     def unit(self, vae: Module) -> int:
         """Pixels of a token's side: sizes of images are multiples of it."""
+        return 2 * 2 ** (len(vae.config.block_out_channels) - 1)
 
-    @abstractmethod
     def encode(self, vae: Module, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to normalized tokens (B, N, C): the posterior's mode."""
+        latents = vae.encode(pixels).latent_dist.mode()
+        return pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
 
-    @abstractmethod
     def decode(self, vae: Module, tokens: torch.Tensor, size: Size) -> torch.Tensor:
         """The inverse of `encode`: tokens (B, N, C) to pixels (B, 3, H, W)."""
+        latents = unpack(tokens, size) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
     def size(self, vae: Module, height: int, width: int) -> Size:
         """The size in tokens of an image in pixels. UsageError unless both sides are multiples of `unit`."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, pack, positions, repeated, unpack
+from diptych.student.families.base import Family, Reference, Size, Text, positions, repeated
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
@@ -24,17 +24,6 @@ class Flux1(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     conditionings = ("diptych", "tokens", "channel")
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
-
-    def unit(self, vae: Any) -> int:
-        return 2 * 2 ** (len(vae.config.block_out_channels) - 1)
-
-    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        latents = vae.encode(pixels).latent_dist.mode()
-        return pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
-
-    def decode(self, vae: Any, tokens: torch.Tensor, size: Size) -> torch.Tensor:
-        latents = unpack(tokens, size) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
         embeds, pooled, _ = pipe.encode_prompt(list(prompts), None, max_sequence_length=length)

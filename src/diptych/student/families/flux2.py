@@ -33,9 +33,6 @@ class Flux2(Family):
     conditionings = ("diptych", "tokens", "channel")
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
-    def unit(self, vae: Any) -> int:
-        return 2 * 2 ** (len(vae.config.block_out_channels) - 1)
-
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         mean, std = _statistics(vae)
         return (pack(vae.encode(pixels).latent_dist.mode()) - mean) / std

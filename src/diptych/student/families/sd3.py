@@ -37,17 +37,6 @@ class StableDiffusion3(Family):
     conditionings = ("diptych", "channel")
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
-    def unit(self, vae: Any) -> int:
-        return 2 * 2 ** (len(vae.config.block_out_channels) - 1)
-
-    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        latents = vae.encode(pixels).latent_dist.mode()
-        return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
-
-    def decode(self, vae: Any, tokens: torch.Tensor, size: Size) -> torch.Tensor:
-        latents = unpack(tokens, size) / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
         embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=length
