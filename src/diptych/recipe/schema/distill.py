@@ -137,7 +137,7 @@ class Distill(Section):
     logit_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit-normal timestep distribution. Higher values spread the timesteps more."""
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    """Shift s of the timesteps, t' = s·t / (1 + (s − 1)·t). Values above 1 favor noisier timesteps; 1 leaves them unchanged.
+    """Shift s of the timesteps, t' = s·t / (1 + (s − 1)·t). Values above 1 favor noisier timesteps; 1 is off.
     `auto` is the shift with which the base model samples at this resolution."""
     ema: float = Field(default=0.998, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, which is what is saved. 0 turns it off."""
