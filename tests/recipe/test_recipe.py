@@ -111,6 +111,7 @@ def test_each_mistake_gets_its_own_line(tmp_path: Path) -> None:
         ("- a\n- b", "recipe_invalid", ["`key: value`"]),
         ("", "recipe_invalid", ["`key: value`"]),
         ("name: x\nwrite: {count: 1", "yaml_invalid", ["line"]),
+        ("name: x\nteacher: 'a\nseed: 1", "yaml_invalid", ["quote that opens in line 2"]),
         ("name: x\nseed: 1\nseed: 2", "yaml_invalid", ["line 3", "'seed'"]),
         ("name: x\nwrite: {count: 1, count: 2}", "yaml_invalid", ["'count'"]),
         ("name: a/b", "recipe_invalid", ["name: "]),

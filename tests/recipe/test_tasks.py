@@ -161,6 +161,15 @@ def test_the_command_lists_the_tasks_and_checks_a_file(tmp_path: Path, capsys: p
     assert [value["name"] for value in values] == SHIPPED and values[4]["layouts"]["1x2"] == 4
     assert values[4]["writers"] == ["pocket", "photo", "language model"]
     assert values[1]["writers"] == ["photo", "language model"]
+    weather = changed(tmp_path, {"name": "wet", "grammar": {"scene": "{place}, {humidity}"}})
+    assert app.call(["tasks", weather, "--json"]) == 0  # no vocabulary that ships has the list `humidity`
+    assert json.loads(capsys.readouterr().out)[0]["writers"] == ["language model"]
+    assert app.call(["tasks", weather, "--vocabulary", "photo"]) == 2
+    err = capsys.readouterr().err
+    assert all(fact in err for fact in ("error[vocabulary_invalid]: ", "'photo'", "humidity", "docs/tasks.md"))
+    assert app.call(["tasks", "subject", "--vocabulary", "photo"]) == 0
+    assert app.call(["tasks", "--vocabulary", "photo"]) == 2
+    capsys.readouterr()
     assert app.call(["tasks", changed(tmp_path, {"name": "mine"})]) == 0
     assert capsys.readouterr().out.startswith("mine, version 2: The same individual")
     assert app.call(["tasks", changed(tmp_path, {"geometry": "bent"})]) == 2

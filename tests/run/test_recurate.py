@@ -237,6 +237,7 @@ def test_a_default_that_the_task_overrules_is_told(recipe_file: Path, recipe: Re
         (["--set", "near_cpy=0.1"], "'near_copy'"),
         (["--set", "distill.steps=7"], "error[threshold_invalid]"),
         (["--set", "same"], "error[threshold_invalid]"),
+        (["--set", "change=0.1"], "measured while curating"),
         (["--set", "same=high"], "curate.thresholds.same"),
         (["--set", "near_copy=-1"], "curate.thresholds.near_copy"),
         (["--set", "same=0.7", "--out", ""], "--out"),

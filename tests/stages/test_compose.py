@@ -137,7 +137,8 @@ def test_a_row_depends_on_its_number_and_the_seed_alone() -> None:
     ("grammar", "facts"),
     [
         (None, ["'subject'", "grammar.scene"]),
-        ({"scene": "{plaec}"}, ["'photo'", "'plaec'", "'place'"]),
+        ({"scene": "{plaec}"}, ["'photo'", "plaec", "'place'"]),
+        ({"scene": "{place}, {lihgt}, {wether}"}, ["'photo'", "lihgt, wether", "'light'"]),
         ({"scene": "{place}", "subjects": ["mamals"]}, ["'photo'", "'mamals'", "'mammals'"]),
     ],
 )

@@ -66,6 +66,7 @@ def test_a_vocabulary_of_ones_own_is_one_file(tmp_path: Path) -> None:
         (("subjects", "more"), small()["subjects"]["animals"], r"subjects\.more\.kinds: 'cat'.* animals"),
         (("subjects", "animals", "description"), "{siz} {kind} {coat}", "{siz}.*'size'"),
         (("subjects", "animals", "description"), "{kind} with {coat}", "{size}"),
+        (("subjects", "animals", "description"), "A {size} {kind} with {coat}", "article out of .*'A {size}"),
         (("subjects", "animals", "looks", "coat"), ["a {color} coat"], "{color}.*'colour'"),
         (("subjects", "animals", "suits"), {"palce": ["out"]}, "suits: .*'palce'.*'place'"),
         (("subjects", "animals", "suits"), {"place": ["ouT"]}, "suits.place: .*'ouT'.*'out'"),
@@ -86,6 +87,22 @@ def test_a_wrong_file_is_refused_with_the_place(
     with raises("vocabulary_invalid", path, kind=UsageError) as caught:
         vocabulary.load(str(path))
     assert re.search(message, str(caught.value))
+
+
+def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    values = small()
+    del values["version"], values["styles"], values["subjects"]["animals"]["looks"]
+    path.write_text(yaml.safe_dump(values))
+    with raises("vocabulary_invalid", "version, styles, subjects.animals.looks: missing", kind=UsageError):
+        vocabulary.load(str(path))
+
+
+def test_a_list_may_be_its_only_group(tmp_path: Path) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text(yaml.safe_dump(small() | {"lists": {"place": ["on a rock", "in a field"]}}).replace("- out", "- all"))
+    words = vocabulary.load(str(path))
+    assert words.lists["place"].groups == {"all": ["on a rock", "in a field"]}
 
 
 def test_what_is_no_yaml_and_what_is_not_there_are_told_apart(tmp_path: Path) -> None:

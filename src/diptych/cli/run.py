@@ -159,16 +159,21 @@ def ablate(
     print_result(result, studies.format_table, as_json)
 
 
-@command("diptych tasks", "diptych tasks show subject > mine.yaml", "diptych tasks mine.yaml", Input="words")
+@command("diptych tasks", "diptych tasks show subject > mine.yaml", "diptych tasks mine.yaml", Input="words vocabulary")
 def tasks(
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="TASK", help="Name of a task or a task file to check; `show NAME` prints its YAML."),
     ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option("--vocabulary", metavar="NAME", help="Also check that this vocabulary or file can write TASK."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the tasks, check a task file, or print a task's YAML."""
     from diptych.recipe import tasks
+    from diptych.stages.write import vocabulary as vocabularies
 
     names = list(words or ())
     if names[:1] == ["show"]:
@@ -185,7 +190,13 @@ def tasks(
             "option_invalid",
             f"{len(names)} tasks were given. Pass one; `diptych tasks show NAME` prints a task's YAML.",
         )
-    print_result(tasks.summary(*names), tasks.format_summary, as_json, indent=2)
+    chosen = [tasks.load(name) for name in names or tasks.names()]
+    if vocabulary is not None:
+        if not names:
+            raise UsageError("option_missing", "--vocabulary checks one task: diptych tasks FILE --vocabulary NAME")
+        vocabularies.grids(vocabularies.load(vocabulary), chosen[0], chosen[0].layout().panels)
+    fitting = [vocabularies.fitting(task, vocabulary) for task in chosen]
+    print_result(tasks.summary(chosen, fitting), tasks.format_summary, as_json, indent=2)
 
 
 @dataclass(frozen=True)

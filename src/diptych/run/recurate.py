@@ -85,6 +85,8 @@ def with_thresholds(recipe: Recipe, task: tasks.Task, folder: Path, sets: Sequen
         key = text.partition("=")[0].strip().removeprefix(f"{SECTION}.").removeprefix("curate.")
         if key not in names or "=" not in text:
             hint = nearest(key, names) or f"; thresholds: {', '.join(names)}"
+            if key == "change" and key not in names:
+                hint = f"; `change` is measured while curating: set it in the task's file, and curate again{hint}"
             message = f"--set {text}: only thresholds can change here, for instance same=0.7{hint}"
             raise UsageError("threshold_invalid", message)
         keys.append(key)

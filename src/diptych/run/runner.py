@@ -157,7 +157,7 @@ class Stages:
         self.answers = answers(folder, everywhere=not isinstance(engine, LocalEngine))
         if recipe.curate.copies is not None and task.geometry == "aligned":
             why = f"curate.copies rejects panels that show the same image, which the task '{task.name}' needs"
-            raise UsageError("recipe_conflict", f"{why}. Leave curate.copies out; use thresholds.change instead.")
+            raise UsageError("recipe_conflict", f"{why}. Set curate.copies=null; use thresholds.change instead.")
 
     def stage(self, name: str) -> dict[str, Any]:
         """Run the stage of this name."""

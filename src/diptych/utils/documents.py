@@ -89,6 +89,9 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        opened = getattr(error, "context_mark", None)
+        if opened and "quoted scalar" in str(getattr(error, "context", "")):
+            problem += f"; the quote that opens in line {opened.line + 1} may lack its end"
         raise UsageError("yaml_invalid", f"{where}: not valid YAML{line}: {problem}") from error
     except RecursionError:
         raise UsageError("yaml_invalid", f"{where}: {_DEEP}") from None
@@ -211,7 +214,8 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 def first(error: ValidationError, keys: Iterable[str]) -> str:
-    """The first error in a file, with its place. A misspelled key or choice comes with the nearest valid one."""
+    """The first error in a file, with its place; all missing keys count as one. A misspelled key or choice comes with
+    the nearest valid one."""
     errors: list[Any] = list(error.errors())
     # A misspelled required key is also reported as missing; the misspelling is the cause.
     unknown = [each for each in errors if each["type"] == "extra_forbidden" or "[key]" in each["loc"]]
@@ -220,6 +224,9 @@ def first(error: ValidationError, keys: Iterable[str]) -> str:
     where = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{where}: no such key{nearest(place[-1], keys)}"
+    if problem["type"] == "missing":
+        absent = [".".join(map(str, each["loc"])) for each in errors if each["type"] == "missing"]
+        return f"{', '.join(absent)}: missing"
     words = re.findall(r"'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
     hint = nearest(str(problem["input"]), words)
     if "[key]" in problem["loc"]:

@@ -283,18 +283,13 @@ def source(name: str) -> str:
     return read_text(_file(name))
 
 
-def summary(name: str | None = None) -> list[dict[str, Any]]:
-    """What `diptych tasks` reports: all tasks that ship, or one by name or file. UsageError if a file is invalid."""
-    return [_summary(load(one)) for one in ([name] if name is not None else names())]
+def summary(chosen: list[Task], vocabularies: list[list[str]]) -> list[dict[str, Any]]:
+    """What `diptych tasks` reports of tasks. `vocabularies` are the names of those that can write each task."""
+    return [_summary(task, names) for task, names in zip(chosen, vocabularies, strict=True)]
 
 
-def _summary(task: Task) -> dict[str, Any]:
-    grammar = task.grammar
-    writers = {
-        "pocket": grammar is not None and grammar.pocket,
-        "photo": grammar is not None and grammar.scene + grammar.change,
-        "language model": task.writer,
-    }
+def _summary(task: Task, vocabularies: list[str]) -> dict[str, Any]:
+    pocket = ["pocket"] if task.grammar and task.grammar.pocket else []
     return {
         "name": task.name,
         "version": task.version,
@@ -302,7 +297,7 @@ def _summary(task: Task) -> dict[str, Any]:
         "geometry": task.geometry,
         "layouts": {grid.name: len(grid.templates) for grid in task.grids},
         "panel": task.panel_template,
-        "writers": [name for name, able in writers.items() if able],
+        "writers": [*pocket, *vocabularies, *(["language model"] if task.writer else [])],
         "questions": len(task.curation.questions),
         "thresholds": dict(task.curation.thresholds),
     }
@@ -325,6 +320,6 @@ def format_summary(summaries: list[dict[str, Any]]) -> list[str]:
         f"geometry    {task['geometry']}",
         f"layouts     {templates}",
         f"panel       {task['panel']}",
-        f"writers     {', '.join(task['writers']) or 'none: add a grammar or a writer'}",
+        f"writers     {', '.join(task['writers']) or 'none of those that ship: pass --vocabulary, or add a writer'}",
         f"curation    {task['questions']} questions, thresholds: {limits or 'the recipe’s'}",
     ]

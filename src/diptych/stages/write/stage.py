@@ -136,7 +136,8 @@ def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.
         raise UsageError(
             "vocabulary_invalid",
             f"The task '{task.name}' {named}. Set grammar.pocket in its file to one of {', '.join(GRAMMARS)}"
-            f"{nearest(name or task.name, GRAMMARS)}, or write.grammar to {PHOTO} for other teachers.",
+            f"{nearest(name or task.name, GRAMMARS)}. For a teacher that understands English, set write.grammar to "
+            f"{PHOTO} or to a vocabulary file instead.",
         )
     return GRAMMARS[name]
 

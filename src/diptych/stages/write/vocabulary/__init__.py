@@ -60,6 +60,8 @@ class Category(_Part):
     @model_validator(mode="after")
     def _described(self) -> Category:
         check_fields(self.description, frozenset({"kind", *self.looks}), {"kind", *self.looks})
+        if re.match(r"(an?|the)\b", self.description, re.IGNORECASE):
+            raise ValueError(f"leave the article out of the description '{self.description}'; it is added")
         return self
 
 
@@ -67,11 +69,16 @@ class Phrases(_Part):
     """A list of phrases that a task's grammar names as a field."""
 
     groups: dict[str, Words] = Field(min_length=1)
-    """Phrases without commas, by group."""
+    """Phrases without commas, by group. A file may list the phrases alone if there is one group."""
     together: bool = False
     """Whether all panels of a grid take phrases of the same group."""
     ordered: bool = False
     """Whether the phrases of a group keep their order, as in a story."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_group(cls, value: object) -> object:
+        return {"groups": {"all": value}} if isinstance(value, list) else value
 
     @field_validator("groups")
     @classmethod
@@ -131,13 +138,7 @@ class Vocabulary(_Part):
         return {name: it for name, it in self.subjects.items() if (name in names if names else not it.apart)}
 
     def phrases(self, field: str, category: Category) -> dict[str, list[str]]:
-        """Return the groups of the list `field` that suit a category. Raises UsageError for an unknown list."""
-        if field not in self.lists:
-            raise UsageError(
-                "vocabulary_invalid",
-                f"grammar: the vocabulary '{self.name}' has no list '{field}'. It has: subject, "
-                f"{', '.join(self.lists)}{nearest(field, self.lists)}",
-            )
+        """Return the groups of the list `field` that suit a category."""
         groups = self.lists[field].groups
         return {name: groups[name] for name in category.suits.get(field, groups)}
 
@@ -193,6 +194,20 @@ _PLAIN = """
 PLAIN = frozenset(_PLAIN.split())
 
 
+def fitting(task: Task, further: str | None = None) -> list[str]:
+    """Return those of the shipped vocabularies, and of a further one, that can write the task's default layout."""
+    known = names() if further is None else [*names(), further]
+    return [name for name in dict.fromkeys(known) if _fits(load(name), task)]
+
+
+def _fits(words: Vocabulary, task: Task) -> bool:
+    try:
+        grids(words, task, task.layout().panels)
+    except UsageError:
+        return False
+    return True
+
+
 def grids(words: Vocabulary, task: Task, panels: int) -> Grammar:
     """Return the grammar for a task's grids of `panels` panels. Raises UsageError if the vocabulary does not fit."""
     rules = task.grammar
@@ -200,10 +215,17 @@ def grids(words: Vocabulary, task: Task, panels: int) -> Grammar:
         how = "Set grammar.scene or grammar.change in its file."
         raise UsageError("vocabulary_invalid", f"The task '{task.name}' has no fields for a vocabulary. {how}")
     categories = words.categories(rules.subjects)
+    fields = sorted((fields_of(rules.scene) | fields_of(rules.change)) - {"subject"})
+    if missing := [field for field in fields if field not in words.lists]:
+        raise UsageError(
+            "vocabulary_invalid",
+            f"The vocabulary '{words.name}' lacks lists that grammar.scene and grammar.change of the task "
+            f"'{task.name}' name: {', '.join(missing)}. It has: {', '.join(words.lists)}"
+            f"{nearest(missing[0], words.lists)}. Add them; docs/tasks.md#vocabularies has the form.",
+        )
     for name, category in categories.items():
-        for template in (rules.scene, rules.change):
-            for field in fields_of(template) - {"subject"}:
-                _check_count(words, name, category, field, panels)
+        for field in fields:
+            _check_count(words, name, category, field, panels)
     return partial(_sample, words, task, categories, panels)
 
 
