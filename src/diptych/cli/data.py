@@ -118,7 +118,9 @@ def audit(
     print_result(result, precision.format_report, as_json)
 
 
-FORMATS = "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner or uno"  # docs/interop.md
+FORMATS = (  # docs/interop.md
+    "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner, uno, musubi, diffsynth or onetrainer"
+)
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{FORMATS}.")]
 Folder = Annotated[str, typer.Option("--out", metavar="DIR", help="New folder, or one to resume.")]
 Text = Annotated[

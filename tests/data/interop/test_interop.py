@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
@@ -179,6 +181,73 @@ def test_other_trainers_find_what_they_look_for(few: Path, tmp_path: Path) -> No
     ] * 2
 
 
+def test_musubi_tuner_opens_every_path_from_any_folder(few: Path, tmp_path: Path) -> None:
+    export_data(str(few), tmp_path / "out", "musubi")
+    (dataset,) = tomllib.loads((tmp_path / "out/dataset.toml").read_text("utf8"))["datasets"]
+    assert dataset["resolution"] == [8, 8] and not Path(dataset["cache_directory"]).is_relative_to(tmp_path / "out")
+    lines = [json.loads(line) for line in Path(dataset["image_jsonl_file"]).read_bytes().split(b"\n") if line]
+    assert [line["caption"] for line in lines] == [row(n)["caption"] for n in range(6)]
+    for n, line in enumerate(lines):
+        assert Path(line["image_path"]).read_bytes() == row(n)["image"]["bytes"]
+        assert Path(line["control_path"]).read_bytes() == row(n)["conditioning"]["bytes"]
+    # A folder that moved is still read.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert import_data(str(tmp_path / "moved"), tmp_path / "back", "musubi")["rows"] == 6
+
+
+def test_diffsynth_finds_the_reference_under_both_names(few: Path, tmp_path: Path) -> None:
+    import pandas
+
+    export_data(str(few), tmp_path / "out", "diffsynth")
+    table = pandas.read_csv(tmp_path / "out/metadata.csv")  # as DiffSynth-Studio reads it
+    assert list(table.columns) == ["image", "prompt", "edit_image", "kontext_images"]
+    assert list(table["prompt"]) == [row(n)["caption"] for n in range(6)]
+    for column, side in (("image", "image"), ("edit_image", "conditioning"), ("kontext_images", "conditioning")):
+        found = [(tmp_path / "out" / str(name)).read_bytes() for name in table[column]]
+        assert found == [row(n)[side]["bytes"] for n in range(6)]
+
+
+def test_onetrainer_finds_a_reference_beside_each_image(few: Path, tmp_path: Path) -> None:
+    export_data(str(few), tmp_path / "out", "onetrainer")
+    (concept,) = json.loads((tmp_path / "out/concepts.json").read_text("utf8"))
+    folder = Path(concept["path"])
+    images = [p for p in sorted(folder.iterdir()) if p.suffix != ".txt" and not p.stem.endswith("-condlabel")]
+    assert len(images) == 6
+    for n, path in enumerate(images):
+        assert path.read_bytes() == row(n)["image"]["bytes"]
+        reference = path.with_name(f"{path.stem}-condlabel.png")  # the only name that OneTrainer looks for
+        assert reference.read_bytes() == row(n)["conditioning"]["bytes"]
+        # Each line of the file is a prompt.
+        assert path.with_suffix(".txt").read_text("utf8").strip().split("\n") == [row(n)["caption"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "target", "text"),
+    [
+        ("parquet", "conditioning", "image", "caption"),
+        ("imagefolder", "conditioning", "image", "caption"),
+        ("edit-parquet", "original_image", "edited_image", "edit_prompt"),
+    ],
+)
+def test_the_scripts_of_diffusers_find_their_columns(
+    name: str, reference: str, target: str, text: str, few: Path, tmp_path: Path
+) -> None:
+    from datasets import load_dataset
+
+    export_data(str(few), tmp_path / "out", name)
+    # As the scripts open --dataset_name: the folder, with its card, and no loader.
+    data = load_dataset(str(tmp_path / "out"), None, cache_dir=str(tmp_path / "cache"))["train"]
+    assert {reference, target, text} <= set(data.column_names)
+    images, references, texts = ([data[i][column] for i in range(6)] for column in (target, reference, text))
+    wanted = [
+        row(n)["instruction"] or row(n)["caption"] if text == "edit_prompt" else row(n)["caption"] for n in range(6)
+    ]
+    assert texts == wanted
+    for n in range(6):
+        for shown, value in ((images[n], n), (references[n], n // 2)):
+            assert isinstance(shown, Image.Image) and abs(int(np.asarray(shown)[0, 0, 0]) - value) <= 2
+
+
 def test_a_row_that_curation_rejected_is_not_exported(tmp_path: Path) -> None:
     rows = [row(n) | ({"kept": False, "reason": "same"} if n == 1 else {}) for n in range(3)]
     export_data(str(write(tmp_path / "pairs", rows)), tmp_path / "out", "imagefolder")
@@ -265,6 +334,19 @@ def _edit_list(name: str, change: Callable[[list[Any]], Any]) -> Callable[[Path]
     return act
 
 
+def _edit_csv(n: int, key: str, value: str) -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        with (folder / "metadata.csv").open(newline="", encoding="utf8") as file:
+            rows = list(csv.DictReader(file))
+        rows[n][key] = value
+        with (folder / "metadata.csv").open("w", newline="", encoding="utf8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return act
+
+
 def _set(n: int, key: str, value: Any) -> Callable[[list[Any]], Any]:
     return lambda items: items[n].update({key: value})
 
@@ -333,6 +415,15 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str, list[str]]] = [
     ("uno", _edit_list("data.json", _set(3, "image_paths", ["a.png", "b.png"])), "row_invalid", ["item 3", "2 "]),
     ("uno", _edit_list("data.json", _set(3, "image_tgt_path", "/etc/passwd")), "path_unsafe", ["/etc/passwd"]),
     ("uno", _edit_list("data.json", _set(3, "image_tgt_path", None)), "row_invalid", ["null"]),
+    ("musubi", _edit_list("metadata.jsonl", _set(3, "control_path_1", "b.png")), "row_invalid", ["jsonl:4)", "2 "]),
+    ("musubi", _edit_list("metadata.jsonl", _set(3, "image_path", "../../up.png")), "path_unsafe", ["../../up.png"]),
+    ("musubi", _edit_list("metadata.jsonl", _set(3, "image_path", "/etc/ssl/x")), "path_not_found", ["ssl/x"]),
+    ("musubi", _edit_list("metadata.jsonl", lambda i: i.__setitem__(3, "[1]")), "json_invalid", ["list"]),
+    ("diffsynth", _edit_csv(3, "edit_image", "../up.png"), "path_unsafe", ["metadata.csv:5", "../up.png"]),
+    ("diffsynth", _edit_csv(3, "prompt", " "), "row_invalid", ["caption"]),
+    ("diffsynth", _break_file("image/*", b"MZ"), "image_unreadable", ["image: "]),
+    ("onetrainer", _break_file("images/*-condlabel.png", None), "image_missing", ["c-000003-01-condlabel.png"]),
+    ("onetrainer", _break_file("images/*.txt", None), "path_not_found", ["c-000003-01.txt"]),
 ]
 
 

@@ -8,7 +8,17 @@ One file per format; `rows` has their protocol.
 
 from __future__ import annotations
 
-from diptych.data.interop import ai_toolkit, imagefolder, parquet, simpletuner, uno, webdataset
+from diptych.data.interop import (
+    ai_toolkit,
+    diffsynth,
+    imagefolder,
+    musubi,
+    onetrainer,
+    parquet,
+    simpletuner,
+    uno,
+    webdataset,
+)
 from diptych.data.interop.rows import Format
 from diptych.errors import UsageError, nearest
 
@@ -22,6 +32,9 @@ FORMATS: dict[str, Format] = {
         ai_toolkit.FORMAT,
         simpletuner.FORMAT,
         uno.FORMAT,
+        musubi.FORMAT,
+        diffsynth.FORMAT,
+        onetrainer.FORMAT,
     )
 }
 

@@ -17,7 +17,7 @@ from diptych.data.interop.rows import Entry, NamedRows, Options, extension, text
 from diptych.data.pairs import SIDES
 from diptych.errors import UsageError, UserError
 from diptych.utils import paths
-from diptych.utils.documents import decode, parse_json, read_text, size
+from diptych.utils.documents import decode, parse_json, read_lines, read_text, size
 
 MAX_TEXT = 2**20  # bytes of a caption file
 
@@ -38,6 +38,25 @@ class ListedReader:
     def entries(self, start: int) -> Iterator[Entry]:
         for where, what in self.listed[start:]:
             yield Entry(where, lambda what=what: self.load(what))
+
+
+def listed_objects(root: Path, name: str, load: Callable[[dict[str, Any]], dict[str, Any]]) -> ListedReader:
+    """A reader of a JSON lines file `name` in `root`, one object a row. UserError if it does not exist."""
+    if not (root / name).is_file():
+        raise UserError("path_not_found", f"{root} has no {name}")
+    listed = [(n, line) for n, line in enumerate(read_lines(paths.inside(root, name)), 1) if line.strip()]
+    return ListedReader(root, [(f"{name}:{n}", line) for n, line in listed], lambda line: load(parse_object(line)))
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """The object of a line of JSON. UserError if it is not an object."""
+    try:
+        values = parse_json(line)
+    except ValueError as error:
+        raise UserError("json_invalid", f"invalid JSON ({str(error)[:80]})") from error
+    if not isinstance(values, dict):
+        raise UserError("json_invalid", f"a JSON {type(values).__name__}, not an object")
+    return values
 
 
 def folder_of(place: str) -> Path:
@@ -70,14 +89,26 @@ def inside(root: Path, name: Any) -> Path:
 
 def read_image(root: Path, name: Any) -> bytes:
     """The bytes of an image that a row names."""
-    return _read(root, name, MAX_BYTES)
+    return read_file(root, name, MAX_BYTES)
 
 
-def _read(root: Path, name: Any, limit: int) -> bytes:
+def read_file(root: Path, name: Any, limit: int) -> bytes:
+    """The bytes of a file that a row names. UserError if it is larger than `limit` bytes."""
     path = inside(root, name)
     if (length := path.stat().st_size) > limit:
         raise UserError("file_too_large", f"{name}: {size(length)} is over the limit of {size(limit)}")
     return path.read_bytes()
+
+
+def local_name(root: Path, name: Any) -> Any:
+    """An absolute path of a row as a path in the data set's folder `root`, which may have moved since it was written:
+    then the last two parts of the path. Anything else is returned as it is."""
+    if not isinstance(name, str) or not Path(name).is_absolute():
+        return name
+    for top in (root.absolute(), root.resolve()):
+        if Path(name).is_relative_to(top):
+            return Path(name).relative_to(top).as_posix()
+    return Path(*Path(name).parts[-2:]).as_posix()
 
 
 def row_text(data: bytes, name: str) -> str:
@@ -109,7 +140,7 @@ def twins(root: Path, reference: Path, target: Path, options: Options) -> Listed
         return {
             "conditioning": read_image(reference, references[name]),
             "image": read_image(target, targets[name]),
-            options.text: row_text(_read(target, f"{name}.txt", MAX_TEXT), f"{name}.txt"),
+            options.text: row_text(read_file(target, f"{name}.txt", MAX_TEXT), f"{name}.txt"),
             "id": name,
         }
 

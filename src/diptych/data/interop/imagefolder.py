@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diptych.data.interop.folders import ListedReader, folder_of, read_image, write_sides
+from diptych.data.interop.folders import ListedReader, folder_of, parse_object, read_image, write_sides
 from diptych.data.interop.rows import Format, NamedRows, Options, columns_of
 from diptych.data.pairs import find_columns, named
 from diptych.errors import UserError
-from diptych.utils.documents import parse_json, read_lines
+from diptych.utils.documents import read_lines
 from diptych.utils.io import write_atomic
 from diptych.utils.paths import inside
 
@@ -42,12 +42,7 @@ def read(place: str, options: Options) -> ListedReader:
 
 def _columns(line: str) -> dict[str, Any]:
     """The object of a line. `X_file_name` is the column X, and `file_name` is `image`."""
-    try:
-        values = parse_json(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError("json_invalid", f"invalid JSON ({str(error)[:80]})") from error
-    if not isinstance(values, dict):
-        raise UserError("json_invalid", f"a JSON {type(values).__name__}, not an object")
+    values = parse_object(line)
     return {"image" if key == "file_name" else key.removesuffix(_SUFFIX): value for key, value in values.items()}
 
 
