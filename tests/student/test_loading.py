@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from diptych import student
 from diptych.errors import UsageError, UserError
 from diptych.student.loading import pick_dtype
-from diptych.student.weights import files
+from diptych.student.weights import files, sources
 from diptych.student.weights.convert import convert
 from diptych.student.weights.lora import apply_lora
+from diptych.utils import models
 from layouts import read_state, write_gguf
 from raising import raises
 
@@ -220,6 +221,18 @@ def test_missing_base_and_missing_parts_say_what_to_give(student_folder, teacher
         student.load("nosuch", teacher)
     with raises("device_unavailable", "warp", kind=UsageError):
         student.load(student_folder, teacher, device="warp")
+
+
+def test_the_base_of_a_run_is_its_teacher(student_folder, teacher, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"{{name: mine, teacher: {teacher}}}")
+    shutil.copytree(student_folder, run / "student")
+    for model in (run, run / "student"):
+        assert sources.resolve(model, None) == (run / "student", Path(teacher))
+    assert sources.resolve(run, "pocket")[1] == models.resolve("pocket", "teacher")
+    (run / "student" / "vae").mkdir()  # a whole pipeline needs no base, which may not be on this machine
+    assert sources.resolve(run, None) == (run / "student", None)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from typing import Annotated
 
 import typer
 
-from diptych.cli import data, doctor, generate, run, serve, weights
+from diptych.cli import data, doctor, evaluate, generate, run, serve, weights
 from diptych.cli.options import register, typer_app
 from diptych.errors import UserError, describe
-from diptych.utils.console import printable_json, show
+from diptych.utils.console import one_line, printable_json, show
 
 app = typer_app(
     "diptych",
@@ -33,7 +34,7 @@ register(app, "Make pairs", run.write, run.paint, run.curate)
 app.add_typer(data.app, short_help="Count, audit, select, import, and export pairs.", rich_help_panel="Make pairs")
 register(app, "Train", run.distill, weights.convert)
 register(app, "Generate images", generate.generate, generate.relight, generate.story, generate.switches, serve.serve)
-register(app, "Evaluate", run.evaluate, run.ablate)
+register(app, "Evaluate", evaluate.evaluate, evaluate.ablate)
 register(app, "Inspect and publish", weights.trace, weights.sign, weights.push)
 
 
@@ -75,14 +76,20 @@ def call(args: list[str] | None = None) -> int:
     if not debug:
         quiet_libraries()
 
+    words = sys.argv[1:] if args is None else args
+
     def fail(code: str, message: str, exit_code: int) -> int:
-        as_json = "--json" in (sys.argv[1:] if args is None else args)
+        as_json = "--json" in words
         error = {"error": {"code": code, "message": message}}
         show(printable_json(error) if as_json else f"error[{code}]: {message}", news=True)
         return exit_code
 
     def interrupted() -> int:
-        return fail("interrupted", "Interrupted. Run the same command to resume.", 130)
+        if words[:1] == ["serve"]:
+            return fail("interrupted", "The server has stopped.", 130)
+        command = shlex.join(["diptych", *words])
+        again = f": {command}" if command == one_line(command) else "."
+        return fail("interrupted", f"Interrupted. To resume, run the same command again{again}", 130)
 
     try:
         result = app(args=args, prog_name="diptych", standalone_mode=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -166,10 +167,12 @@ def import_(
     from diptych.utils.console import Display
 
     options = _options(text, task, columns, split)
-    with Display(quiet=as_json).stage("import", "rows") as report:
+    display = Display(quiet=as_json)
+    with display.stage("import", "rows") as report:
         done = import_data(source, out, format, options, skip=skip, licence=licence, report=report)
     failed = f"; {done['failed']} rows are not pairs, see {done['out']}/failed" if done["failed"] else ""
     print_result(done, lambda done: [f"{done['rows']} pairs{failed}", done["out"]], as_json)
+    display.next(f"train on them: diptych distill RECIPE --set {quote(f'distill.data=[{{path: {out}}}]')}")
 
 
 @command("diptych data export runs/first --format uno --out for-uno", Input="source", Output="format out text verify")
@@ -186,14 +189,17 @@ def export(
     A card records the counts of each stage, models, thresholds, and license. Run an interrupted command again to
     resume it.
     """
+    from diptych.data import interop
     from diptych.data.interop.exporting import export_data
     from diptych.utils.console import Display
 
     options = _options(text, "subject", None)
-    with Display(quiet=as_json).stage("export", "rows") as report:
+    display = Display(quiet=as_json)
+    with display.stage("export", "rows") as report:
         done = export_data(source, out, format, options, verify=verify, report=report)
     check = "verified" if done["verified"] else "not verified"
     print_result(done, lambda done: [f"{done['rows']} pairs, {check}", done["out"]], as_json)
+    display.next(f"open it with {interop.find(format).loads.format(folder=out)}")
 
 
 def _options(text: str, task: str, columns: list[str] | None, split: str | None = None) -> Any:

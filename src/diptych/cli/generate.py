@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -152,6 +153,8 @@ def _report_images(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
         for image in images:
             show(image["out"])
         display.say(f"{format_counts(outcome)}, {seconds:.1f} s")
+        if images:
+            _next_image(display, images[0]["out"], "another --seed makes another image")
     if outcome.failed and plan.folder is not None:  # a single image raises its error itself
         raise UserError(
             "rows_failed",
@@ -237,6 +240,7 @@ def relight(
         whole = {**records[0], "light": light, "prompt": [record["prompt"] for record in records]}
         written = [save_image(relighting.strip(images), out, whole)]
     _print_written({"out": [str(path) for path in written], "pictures": records}, started, as_json)
+    _next_image(display, str(written[0]), "another --seed makes another image")
 
 
 @command(
@@ -332,6 +336,7 @@ def story(
     for number, (each, used) in enumerate(zip(page.panels, page.seeds, strict=True), 1):
         display.say(f"panel {number:>2}  --seed {used}  {each.prompt}")
     _print_written({"out": written, "provenance": page.provenance}, started, as_json)
+    _next_image(display, written[0], "to replace one panel, repeat the command with all seeds and change that one")
 
 
 def _write_panels(idea: str, count: int, url: str | None, model: str | None, display: Any) -> Any:
@@ -349,6 +354,11 @@ def _write_panels(idea: str, count: int, url: str | None, model: str | None, dis
     display.say(f"requesting {count} panels from {endpoint.model}")
     with Cache(enhance.CACHE.expanduser()) as cache:
         return write_panels(idea, count, endpoint, cache)
+
+
+def _next_image(display: Any, path: str, change: str) -> None:
+    traced = "" if path.lower().endswith(".pdf") else f"; diptych trace {quote(path)} shows what it came from"
+    display.next(f"{change}{traced}")
 
 
 def _file_name(light: str, seed: int) -> str:

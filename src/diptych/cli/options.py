@@ -27,7 +27,7 @@ from diptych.utils.console import printable_json, show
 from diptych.utils.models import BUILT_IN, with_scale
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-SHARED_PANELS = {"as_json": "Output", "device": "Speed and memory"}
+SHARED_PANELS = {"as_json": "Output", "hour_price": "Output", "device": "Speed and memory"}
 
 
 class Command(Protocol):

@@ -1,17 +1,17 @@
-"""The commands of a recipe: `run` and its stages `write`, `paint`, `curate`, `distill` and `evaluate`; `plan`, `ablate`
-and `tasks`."""
+"""The commands of a recipe: `run` and its stages `write`, `paint`, `curate` and `distill`; `plan` and `tasks`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from shlex import join
 from typing import Annotated, Any, ClassVar
 
 import typer
 
-from diptych.cli.options import Cluster, Device, Json, Scales, command, print_result, require_text
-from diptych.errors import UsageError, nearest
+from diptych.cli.options import Cluster, Json, command, print_result, require_text
+from diptych.errors import UsageError
 from diptych.utils.console import printable_json, show
+from diptych.utils.paths import is_remote
 
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a built-in recipe.")]
 OutDir = Annotated[
@@ -24,6 +24,12 @@ Sets = Annotated[
 From = Annotated[
     str | None,
     typer.Option("--from", metavar="RUN", help="Earlier run to reuse: stages that the recipe leaves unchanged."),
+]
+HourPrice = Annotated[
+    float | None,
+    typer.Option(
+        "--hour-price", metavar="X", min=0, help="Price of an hour of the machines; the progress shows the cost so far."
+    ),
 ]
 LOCAL = Cluster()
 
@@ -39,7 +45,14 @@ class Work:
     as_json: Json = False
 
 
-def _run(work: Work, stages: tuple[str, ...] | None, cluster: Cluster = LOCAL, source: str | None = None) -> None:
+def run_stages(
+    work: Work,
+    stages: tuple[str, ...] | None,
+    cluster: Cluster = LOCAL,
+    source: str | None = None,
+    hour_price: float | None = None,
+) -> None:
+    """Runs `stages` of a recipe, or all of them, and prints the summary and what can follow."""
     from diptych import recipe as recipes
     from diptych.run.resolve import OtherRecipe
     from diptych.run.runner import STAGES, run
@@ -47,10 +60,11 @@ def _run(work: Work, stages: tuple[str, ...] | None, cluster: Cluster = LOCAL, s
     from diptych.utils.console import Display, duration
 
     require_text(out=work.out, **{"from": source})
-    loaded, sets = recipes.load(work.recipe, work.sets or ()), work.sets or ()
+    sets = work.sets or ()
+    loaded, display = recipes.load(work.recipe, sets), Display(quiet=work.as_json)
     engine, address = cluster.engine, cluster.address
     try:
-        summary = run(loaded, work.out, stages or STAGES, Display(quiet=work.as_json), engine, address, source)
+        summary = run(loaded, work.out, stages or STAGES, display, engine, address, source, hour_price)
     except OtherRecipe as error:
         options = [("--set", text) for text in sets] + ([("--engine", engine)] if engine != "local" else [])
         options += [("--address", address)] if address is not None else []
@@ -69,41 +83,57 @@ def _run(work: Work, stages: tuple[str, ...] | None, cluster: Cluster = LOCAL, s
         )
         show(f"{name:<9} {duration(result['seconds']):>7}  {counts}")
     show(summary.get("report") or summary["run"])
+    display.next(*_next_steps(summary, loaded))
+
+
+def _next_steps(summary: dict[str, Any], recipe: Any) -> list[str]:
+    """What follows the last stage of a run: the next stage, or the report and an image of the student."""
+    last, folder = next(reversed(summary["stages"])), summary["run"]
+    if follower := {"write": "paint", "paint": "curate", "curate": "distill"}.get(last):
+        return [f"diptych {follower} {join((f'{folder}/recipe.yaml', '--out', folder))}"]
+    steps = [f"open {summary['report']} in a browser"] if last == "evaluate" and "report" in summary else []
+    if "student" in summary and not is_remote(folder):
+        reference = "examples/references/cat.png" if recipe.teacher == "pocket" else "IMAGE"
+        lit = recipe.task == "relight"
+        words = ("--light", "soft golden light from the left") if lit else ("--prompt", "a cat in a forest")
+        command = ("--model", folder, "--reference", reference, *words, "--out", "image.png")
+        steps.append(f"diptych {'relight' if lit else 'generate'} {join(command)}")
+    return steps
 
 
 @command("diptych run recipes/pocket.yaml --out runs/first --set write.count=500", Input="source")
-def run(work: Work, source: From = None, *, cluster: Cluster) -> None:
+def run(work: Work, source: From = None, *, hour_price: HourPrice = None, cluster: Cluster) -> None:
     """Run a whole recipe: write, paint, curate, distill, evaluate.
 
     Run an interrupted command again to resume it. A folder belongs to one recipe. To correct a recipe, run it with
     --from the earlier run and another --out: only the stages that the correction affects run again. With --engine ray,
     the workers of a cluster make the rows (docs/scale.md); training stays in this process.
     """
-    _run(work, None, cluster, source)
+    run_stages(work, None, cluster, source, hour_price)
 
 
 @command("diptych write recipes/pocket.yaml --out runs/first")
 def write(work: Work, cluster: Cluster) -> None:
     """Write the grid prompts only (prompts/)."""
-    _run(work, ("write",), cluster)
+    run_stages(work, ("write",), cluster)
 
 
 @command("diptych paint flux-subject --out s3://bucket/run --engine ray --address auto", Input="source")
-def paint(work: Work, source: From = None, *, cluster: Cluster) -> None:
+def paint(work: Work, source: From = None, *, hour_price: HourPrice = None, cluster: Cluster) -> None:
     """Generate the grids with the teacher only (prompts/ → grids/)."""
-    _run(work, ("paint",), cluster, source)
+    run_stages(work, ("paint",), cluster, source, hour_price)
 
 
 @command("diptych curate recipes/pocket.yaml --out runs/first", Input="source")
-def curate(work: Work, source: From = None, *, cluster: Cluster) -> None:
+def curate(work: Work, source: From = None, *, hour_price: HourPrice = None, cluster: Cluster) -> None:
     """Cut grids and select pairs only (grids/ → candidates/ → pairs/)."""
-    _run(work, ("curate",), cluster, source)
+    run_stages(work, ("curate",), cluster, source, hour_price)
 
 
 @command("diptych distill recipes/pocket.yaml --out runs/first", Input="source")
-def distill(work: Work, source: From = None) -> None:
+def distill(work: Work, source: From = None, hour_price: HourPrice = None) -> None:
     """Train the student only (pairs/ → student/)."""
-    _run(work, ("distill",), source=source)
+    run_stages(work, ("distill",), source=source, hour_price=hour_price)
 
 
 @command("diptych plan flux-subject --assume devices=8 --assume gpu_hour=2.5", Assumptions="assume gpu")
@@ -128,35 +158,6 @@ def plan(
 
     result = plans.make(recipes.load(work.recipe, work.sets or ()), assume or (), gpu, work.out)
     print_result(result, plans.format_plan, work.as_json)
-
-
-@command("diptych ablate pocket --out runs/ablations --from runs/first", Input="study base only sets", Output="out")
-def ablate(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="Study file, or the name of a built-in study.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--from", metavar="RUN", help="Curated run to share [default: a new one in DIR/base]."),
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="VARIANT", help="Run only this variant. Repeatable.")
-    ] = None,
-    sets: Sets = None,
-    *,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the study.")],
-    as_json: Json = False,
-) -> None:
-    """Train and score variants of a recipe, and compare them in a table.
-
-    Every variant is trained with several seeds on the pairs of one run, beside baselines that train nothing. Run an
-    interrupted command again to resume it. The study `pocket` (6 trained variants with 3 seeds, 4 baselines) takes
-    about 100 minutes on two CPU cores: 8 to paint, 57 to train, 25 to score, 10 for per-subject tuning.
-    """
-    from diptych.run import ablate as studies
-    from diptych.utils.console import Display
-
-    require_text(out=out)
-    result = studies.ablate(study, out, Display(quiet=as_json), base, only or (), sets or ())
-    print_result(result, studies.format_table, as_json)
 
 
 @command("diptych tasks", "diptych tasks show subject > mine.yaml", "diptych tasks mine.yaml", Input="words vocabulary")
@@ -197,188 +198,3 @@ def tasks(
         vocabularies.grids(vocabularies.load(vocabulary), chosen[0], chosen[0].layout().panels)
     fitting = [vocabularies.fitting(task, vocabulary) for task in chosen]
     print_result(tasks.summary(chosen, fitting), tasks.format_summary, as_json, indent=2)
-
-
-@dataclass(frozen=True)
-class Evaluated(Scales):
-    """The models and the suite: keys of an evaluation."""
-
-    PANELS: ClassVar = {
-        "Input": "suite data references prompts",
-        "Models": "models baselines base",
-        "Sampling": "seeds size steps guidance image_guidance text_guidance",
-    }
-    suite: Annotated[
-        str | None,
-        typer.Option("--suite", metavar="NAME", help="pocket, dreambench++, dreambench, folder, or a YAML file."),
-    ] = None
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="DIR", help="Folder with the suite's images and prompts.")
-    ] = None
-    models: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model", metavar="MODEL", help="pocket, a run, a student, or owner/name; NAME=MODEL renames. Repeatable."
-        ),
-    ] = None
-    baselines: Annotated[
-        list[str] | None,
-        typer.Option("--baseline", metavar="NAME", help="text_only, copy, inpaint, … (docs/baselines.md). Repeatable."),
-    ] = None
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Base model for baselines and for incomplete students."),
-    ] = None
-    references: Annotated[
-        int | None, typer.Option("--references", min=1, help="Use only N references, evenly spaced.")
-    ] = None
-    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Use only N prompts for each reference.")] = (
-        None
-    )
-    seeds: Annotated[
-        list[int] | None,
-        typer.Option("--seed", min=0, help="Several seeds also measure diversity. Repeatable [default: 0]."),
-    ] = None
-    size: Annotated[int | None, typer.Option("--size", help="Image side in pixels [default: the suite's, or 512].")] = (
-        None
-    )
-    device: Device = None
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The judge that gives the scores."""
-
-    PANELS: ClassVar = {"Judge": "judge judge_endpoint judge_model judge_key judge_local"}
-    judge: Annotated[
-        str | None,
-        typer.Option("--judge", metavar="KIND", help="pocket, vlm, or embedding [default: what fits the suite]."),
-    ] = None
-    judge_endpoint: Annotated[
-        str | None, typer.Option("--judge-endpoint", metavar="URL", help="OpenAI-compatible server.")
-    ] = None
-    judge_model: Annotated[
-        str | None, typer.Option("--judge-model", metavar="NAME", help="The server's name for its model.")
-    ] = None
-    judge_key: Annotated[
-        str | None, typer.Option("--judge-key", metavar="ENV", help="Environment variable with the API key.")
-    ] = None
-    judge_local: Annotated[
-        str | None, typer.Option("--judge-local", metavar="MODEL", help="A model on this machine instead of a server.")
-    ] = None
-
-    def section(self) -> dict[str, Any] | None:
-        """The judge's section of an evaluation; None if no option was passed."""
-        section: dict[str, Any] = {} if self.judge is None else {"kind": self.judge}
-        url, model = self.judge_endpoint, self.judge_model
-        if url is not None or model is not None:
-            if url is None or model is None:
-                missing = "--judge-endpoint URL" if url is None else "--judge-model NAME"
-                raise UsageError("option_missing", f"A judge on a server also needs {missing}.")
-            # The published protocol repeats an answer three times, which is pointless at temperature 0.
-            section["endpoint"] = {"base_url": url, "model": model, "temperature": 1.0, "max_tokens": 512}
-            if self.judge_key is not None:
-                section["endpoint"]["api_key_env"] = self.judge_key
-        if self.judge_local is not None:
-            section |= {"local": self.judge_local, "repeats": 1}
-        return section or None
-
-
-@command(
-    "diptych evaluate recipes/pocket.yaml --out runs/first",
-    "diptych evaluate --suite pocket --model pocket --baseline text_only --baseline copy --out scores",
-    "diptych evaluate --suite dreambench++ --data FOLDER --model FOLDER --base FLUX.1-dev --judge-endpoint "
-    "http://localhost:8000/v1 --judge-model NAME --out scores",
-    "diptych evaluate --compare a:student b:student",
-    Input="recipe sets",
-    Scoring="metric only force compare",
-    Output="out",
-)
-def evaluate(
-    *,
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="Recipe whose run is scored. Without one, pass --suite.")
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe or the evaluation. Repeatable."),
-    ] = None,
-    wanted: Evaluated,
-    judge: Judge,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metric", metavar="NAME", help="clip-i, clip-t, dino, dinov2 (or NAME=MODEL), or none. Repeatable."
-        ),
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", metavar="HALF", help="Do only one half of the work: generate or score.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Let a judge score pairs that it curated; the result records it.")
-    ] = False,
-    compare: Annotated[
-        tuple[str, str] | None,
-        typer.Option("--compare", metavar="A B", help="Compare two FOLDER:METHOD: paired differences and p-values."),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", metavar="DIR", help="Output folder [default: evaluations/SUITE, or runs/NAME]."),
-    ] = None,
-    cluster: Cluster,
-    as_json: Json = False,
-) -> None:
-    """Score students and baselines on a suite, or compare two.
-
-    With a recipe, the student of its run is scored. Run an interrupted command again to resume it.
-    """
-    require_text(out=out)
-    if compare is not None:
-        from diptych.evaluate.scoring.summary import compare_folders, format_comparison
-
-        print_result(compare_folders(*compare, Path(out) if out is not None else None), format_comparison, as_json)
-    elif recipe is not None:
-        passed = [key for key, value in {**asdict(wanted), "only": only, "judge": judge.judge}.items() if value]
-        if passed:
-            raise UsageError(
-                "option_conflict",
-                f"Options that a recipe sets itself: {', '.join(passed)}. Change the recipe with --set "
-                "evaluate.KEY=VALUE, or leave RECIPE out to evaluate other models on a suite.",
-            )
-        _run(Work(recipe, sets, out, as_json), ("evaluate",), cluster)
-    elif wanted.suite is None and out is None:
-        raise UsageError("option_missing", "Missing argument RECIPE, or --suite NAME with --model MODEL.")
-    else:
-        folder = Path(out) if out is not None else Path("evaluations") / Path(str(wanted.suite)).stem
-        keys = {**asdict(wanted), "judge": judge.section()}
-        _evaluate_suite(keys, metric, folder, only, force, sets, as_json, cluster)
-
-
-def _evaluate_suite(
-    keys: dict[str, Any],
-    metrics: list[str] | None,
-    out: Path,
-    only: str | None,
-    force: bool,
-    sets: list[str] | None,
-    as_json: bool,
-    cluster: Cluster,
-) -> None:
-    from diptych.data.places import lock
-    from diptych.data.ray_engine import open_engine
-    from diptych.evaluate import evaluation, harness
-    from diptych.evaluate.report import suite_report
-    from diptych.utils.console import Display
-
-    if only not in (None, "generate", "score"):
-        hint = nearest(str(only), ("generate", "score"))
-        raise UsageError("option_invalid", f"--only {only} is not generate or score{hint}")
-    made = evaluation.make(keys | {"models": evaluation.parse_models(keys["models"] or ()) or None}, out, sets or ())
-    if metrics is not None:
-        made = made.model_copy(update={"metrics": [] if metrics == ["none"] else metrics})
-    display = Display(quiet=as_json)
-    with open_engine(cluster.engine, cluster.address) as machines, lock(out):
-        workers = machines.of(made.recipe())
-        result = harness.evaluate(made, out, only, force, display, engine=workers)  # pyright: ignore[reportArgumentType]
-        report = None if only == "generate" else suite_report.write(out)
-    print_result(result, lambda result: [*harness.format_result(result), str(report or out)], as_json)

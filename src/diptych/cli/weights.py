@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import join, quote
 from typing import Annotated
 
 import typer
@@ -67,6 +68,10 @@ def convert(
         )
     display.say(directions.summary(done))
     print_result(done, lambda done: [done["out"]], as_json)
+    if to != "exported":
+        model = ["--lora", done["out"]] if to in directions.STYLES else ["--model", done["out"]]
+        more = [] if done["complete"] else ["--base", base or "TEACHER"]
+        display.next(f"diptych generate {join((*model, *more, '--reference', 'IMAGE', '--prompt', 'TEXT'))}")
 
 
 @command(
@@ -158,6 +163,8 @@ def sign(
     if result["signed"]:
         display.say(f"signed by {result['signer']}, whose certificate ends on {result['until']}")
     print_result(result, lambda result: [str(path) for path in (*result["signed"], *result["kept"])], as_json)
+    if result["signed"]:
+        display.next(f"diptych trace {quote(str(result['signed'][0]))} verifies the signature")
 
 
 @command("diptych trace cat.png --in runs/demo", Input="file places trust")

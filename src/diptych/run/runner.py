@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from diptych.recipe.schema import Recipe
 from diptych.run.fingerprint import Fingerprints
 from diptych.run.resolve import enter, use_threads, with_resolved
 from diptych.run.select import Select, none_accepted
+from diptych.run.spending import Spending
 from diptych.run.takeover import EarlierRun
 from diptych.student.families import teachers
 from diptych.student.runtime import parallel
@@ -49,6 +50,7 @@ def run(
     engine: str = "local",
     address: str | None = None,
     source: str | Path | None = None,
+    hour_price: float | None = None,
 ) -> dict[str, Any]:
     """Run `stages` of a recipe in the folder `out` (runs/NAME if None) and return a summary of plain values.
 
@@ -58,6 +60,7 @@ def run(
             process with both.
         source: an earlier run. Every stage whose fingerprint is the same under this recipe is taken over from it
             (`takeover`), independent of `stages`.
+        hour_price: price of an hour of the machines, for the cost so far in the progress (`spending`).
 
     Raises UsageError if `out` belongs to another recipe, UserError if another process writes it or a stage fails.
     KeyboardInterrupt passes through and leaves a folder that the same call resumes.
@@ -104,14 +107,23 @@ def run(
         if earlier is not None:
             run_stages.take_over(earlier)
         done: dict[str, Any] = {}
-        for name in STAGES:
-            if name in stages:
-                before = time.monotonic()
+        display.cost = Spending(folder, recipe, hour_price).text
+        wanted = [name for name in STAGES if name in stages]
+        for number, name in enumerate(wanted, 1):
+            before = time.monotonic()
+            display.step = f"{number}/{len(wanted)}" if len(wanted) > 1 else ""
+            try:
                 result = run_stages.stage(name)
-                seconds = round(time.monotonic() - before, 2)
-                done[name] = {**result, "seconds": seconds}
-                if first:
-                    places.append(folder, "stage", stage=name, seconds=seconds, result=result)
+            except BaseException:
+                with suppress(OSError):  # the disk may be full
+                    if first:
+                        places.append(folder, "stopped", stage=name, seconds=round(time.monotonic() - before, 2))
+                raise
+            seconds = round(time.monotonic() - before, 2)
+            done[name] = {**result, "seconds": seconds}
+            if first:
+                places.append(folder, "stage", stage=name, seconds=seconds, result=result)
+        display.cost, display.step = str, ""
     summary: dict[str, Any] = {"run": str(folder), "recipe": recipe.name, "stages": done}
     for key, path in (("report", "report/report.html"), ("metrics", "report/metrics.json"), ("student", "student")):
         if (folder / path).exists():

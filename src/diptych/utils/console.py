@@ -1,4 +1,4 @@
-"""Progress and messages for people: a bar with rate and time left, or plain lines where there is no terminal.
+"""Progress and messages for people: a bar with rate, time left and cost, or plain lines where there is no terminal.
 
 Progress goes to stderr and results go to stdout.
 """
@@ -6,6 +6,7 @@ Progress goes to stderr and results go to stdout.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -16,7 +17,9 @@ from typing import Any
 
 # Control characters that a terminal interprets (C0 and C1, except line ends and tabs), and those that reverse text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-EVERY = 10.0  # seconds between plain lines
+EVERY = 10.0  # seconds between plain lines in the first minutes of a stage
+LATER = 60.0  # and after ten times as long
+RECOUNT = 5.0  # seconds for which a cost is shown before it is counted again
 Report = Callable[..., None]  # (done, total, note="")
 
 
@@ -75,20 +78,33 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 class Display:
-    """Progress of stages that run one after the other. `quiet` prints nothing."""
+    """Progress of stages that run one after the other. `quiet` prints nothing.
+
+    Attributes:
+        step: place of the stage in its run, such as `2/5`; shown before the names of the stages.
+        cost: function that returns the cost so far, or an empty text. It is called at most every `RECOUNT` seconds.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.terminal = sys.stderr.isatty() and not quiet
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not quiet
+        self.step = ""
+        self.cost: Callable[[], str] = str
 
     def say(self, text: str) -> None:
         """Prints a message in one line."""
         if not self.quiet:
             show(text, news=True)
 
+    def next(self, *steps: str) -> None:
+        """Prints what the user can do next, one step in each line."""
+        for step in steps:
+            self.say(f"next: {step}")
+
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Report]:
         """Yields a function that shows progress: `report(done, total, note="")`."""
+        name = f"{self.step} {name}".lstrip()
         if self.quiet:
             yield lambda *_, **__: None
         elif self.terminal:
@@ -97,50 +113,61 @@ class Display:
         else:
             yield self._lines(name, unit)
 
+    def _news(self, unit: str) -> Callable[[int, int, str], str]:
+        """A function that describes progress: rate, time left, cost so far, and the stage's note."""
+        meter, costed, text = Meter(time.monotonic), float("-inf"), ""
+
+        def describe(done: int, total: int, note: str) -> str:
+            nonlocal costed, text
+            rate, left = meter.update(done, total)
+            if (now := time.monotonic()) - costed >= RECOUNT or done >= total:
+                costed, text = now, self.cost()
+            left_text = f"{duration(left)} left" if left and done < total else ""
+            return " · ".join(part for part in (rate_text(rate, unit), left_text, text, note) if part)
+
+        return describe
+
     @contextmanager
     def _bar(self, name: str, unit: str) -> Iterator[Report]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        meter = Meter()
+        console, describe = Console(stderr=True), self._news(unit)
+        length = 30 if console.width >= 110 else 10
         columns: tuple[Any, ...] = (
             SpinnerColumn(finished_text="✓"),
-            TextColumn(f"{name:<9}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[count]:<16}"),
+            TextColumn(f"{name:<9}", markup=False),
+            BarColumn(bar_width=length),
+            TextColumn("{task.fields[count]:<16}", markup=False),
             TimeElapsedColumn(),
             TextColumn("{task.fields[news]}", markup=False),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=None, count="", news="loading")
 
             def report(done: int, total: int, note: str = "") -> None:
-                rate, left = meter.update(done, total)
-                news = [rate_text(rate, unit), f"{duration(left)} left" if left and done < total else "", note]
                 count = f"{done}/{total} {unit}"
-                progress.update(
-                    task,
-                    completed=done,
-                    total=total or 1,
-                    count=count,
-                    news=printable(" · ".join(n for n in news if n)),
-                )
+                # Spinner, elapsed time and the spaces between columns take 14 cells. What does not fit is left out:
+                # a line that wraps cannot be redrawn.
+                room = console.width - 14 - max(9, len(name)) - length - max(16, len(count))
+                news = one_line(describe(done, total, note))
+                news = news if len(news) <= room else f"{news[: max(0, room - 1)]}…"
+                progress.update(task, completed=done, total=total or 1, count=count, news=news)
 
             yield report
 
     def _lines(self, name: str, unit: str) -> Report:
-        meter = Meter()
-        last = [float("-inf")]
+        describe, began, last = self._news(unit), time.monotonic(), float("-inf")
 
         def report(done: int, total: int, note: str = "") -> None:
-            rate, left = meter.update(done, total)
+            nonlocal last
             now = time.monotonic()
-            if now - last[0] < EVERY and done < total:
+            wait = EVERY if now - began < 10 * LATER else LATER
+            if now - last < wait and done < total:
                 return
-            last[0] = now
-            parts = [f"{done}/{total} {unit}", rate_text(rate, unit)]
-            parts += [f"{duration(left)} left" if left and done < total else "", note]
-            self.say(f"{name:<9} " + " · ".join(part for part in parts if part))
+            last = now
+            news = one_line(describe(done, total, note))
+            self.say(f"{name:<9} {done}/{total} {unit}" + (f" · {news}" if news else ""))
 
         return report
 

@@ -71,10 +71,11 @@ class StudentSource:
 
 def resolve(model: str | Path, base: str | Path | None) -> tuple[Path, Path | None]:
     """(path, folder of the base) of a model by name. The base defaults to that of a built-in model, and to the teacher
-    of a run's LoRA."""
+    of a run whose student lacks parts."""
     name = str(model)
     path = models.resolve(name, "student")
-    if base is None and (run := models.run_of(name)) is not None and lora_alone(path) is not None:
+    lacks = lora_alone(path) is not None or not (path / "vae").is_dir()
+    if base is None and lacks and (run := models.run_of(name)) is not None:
         base = recipes.load(run / "recipe.yaml").teacher
     if base is None:
         return path, models.resolve(name, "teacher") if name in models.BUILT_IN else None
