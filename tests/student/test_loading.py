@@ -280,6 +280,17 @@ def test_an_index_that_names_no_files_and_an_encoder_without_a_tokenizer_are_tol
         student.load(student_folder, base, device="cpu")
 
 
+def test_a_base_for_whole_weights_needs_no_transformer_weights(tmp_path):
+    """docs/flux.md: `hf download … --exclude "transformer/*.safetensors"` leaves the other files of the transformer."""
+    base = copy(GOLDEN / "base", tmp_path / "base")
+    (base / "transformer").mkdir()
+    shutil.copy(GOLDEN / "dsd_model" / "transformer" / "config.json", base / "transformer")
+    index = {"weight_map": {"x_embedder.weight": "diffusion_pytorch_model-00001-of-00003.safetensors"}}
+    (base / "transformer" / f"{files.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
+    whole, pipe = (student.load(GOLDEN / "dsd_model", each, device="cpu") for each in (GOLDEN / "base", base))
+    assert all(torch.equal(a, b) for a, b in zip(*(p.transformer.parameters() for p in (whole, pipe)), strict=True))
+
+
 def test_a_base_of_another_family_is_refused(student_folder):
     with raises("model_mismatch", "64", "16"):
         student.load(student_folder, GOLDEN / "base", device="cpu")
