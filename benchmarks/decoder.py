@@ -88,7 +88,8 @@ def sheet(vaes: Sequence[Any], kinds: Sequence[str], seed: int = 0) -> Any:
     from PIL import Image
 
     from diptych import Student
-    from diptych.student.canvas import split_panels, unpack
+    from diptych.student.canvas import split_panels
+    from diptych.student.families.base import unpack
 
     pipeline = Student.load("pocket").pipeline
     pipeline.set_progress_bar_config(disable=True)
@@ -102,7 +103,7 @@ def sheet(vaes: Sequence[Any], kinds: Sequence[str], seed: int = 0) -> Any:
             generator=[seed] * len(kinds),
             output_type="latent",
         ).images
-        latents = unpack(tokens, canvas.rows, canvas.columns) / config.scaling_factor + config.shift_factor
+        latents = unpack(tokens, canvas.size) / config.scaling_factor + config.shift_factor
         for each in vaes:
             _, right = split_panels(each.decode(latents).sample.clamp(-1, 1), canvas.panels)
             rows.append(np.concatenate(list(((right + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()), 1))
