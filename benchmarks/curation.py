@@ -37,7 +37,7 @@ from diptych.data.images import image_cell
 from diptych.data.store import Dataset
 from diptych.recipe import load
 from diptych.recipe.schema import Recipe
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 from diptych.utils.machine import machine, versions
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Colours:
         return (a * b).sum(1)
 
 
-class Stage(Curate):
+class Stage(CurateStage):
     """Curation with `Colours` for a judge."""
 
     def __init__(self, recipe: Recipe) -> None:

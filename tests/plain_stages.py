@@ -50,7 +50,7 @@ class Stage:
         raise NotImplementedError
 
 
-class Write(Stage):
+class WriteStage(Stage):
     """Prompts that say their number."""
 
     name = "write"
@@ -69,7 +69,7 @@ class Write(Stage):
         ]
 
 
-class Paint(Stage):
+class PaintStage(Stage):
     """Two plain panels in colours of the seed; every seventh grid fails."""
 
     name = "paint"
@@ -83,7 +83,7 @@ class Paint(Stage):
         return [{**grid, "rows": 1, "cols": 2, "panel_size": 8, "model": "x"}]
 
 
-class Curate(Stage):
+class CurateStage(Stage):
     """Both orders of the two panels, judged by the seed's last bits."""
 
     name = "curate"
@@ -151,8 +151,8 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
     DELAY[0] = delay
     report = module("diptych.evaluate.report.run_report", write=write_report)
     suite = module("diptych.evaluate.harness", evaluate_run=evaluate)
-    writing = module("diptych.stages.write.stage", Write=Write, words_digest=lambda recipe: "")
-    curating = module("diptych.stages.curate.stage", Curate=Curate)
+    writing = module("diptych.stages.write.stage", WriteStage=WriteStage, words_digest=lambda recipe: "")
+    curating = module("diptych.stages.curate.stage", CurateStage=CurateStage)
     distilling = module("diptych.train.distill", distill=distill)
     modules = [
         package("diptych.stages.write", stage=writing),
@@ -160,7 +160,7 @@ def install(delay: float = 0.0) -> dict[str, types.ModuleType]:
         package("diptych.train", distill=distilling),
         package("diptych.evaluate", harness=suite),
         package("diptych.evaluate.report", run_report=report),
-        module("diptych.stages.paint", Paint=Paint),
+        module("diptych.stages.paint", PaintStage=PaintStage),
         module("diptych.run.ready", check=lambda *_: None),
         writing,
         curating,

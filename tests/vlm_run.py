@@ -9,10 +9,10 @@ from typing import Any
 import plain_stages as stages
 from coloured import Colours, grid
 from diptych.data import records
-from diptych.stages.curate.stage import Curate as RealCurate
+from diptych.stages.curate.stage import CurateStage as RealCurate
 
 
-class Paint(stages.Paint):
+class PaintStage(stages.PaintStage):
     """Two panels of tiles over one red, or over two."""
 
     def one(self, row: dict[str, Any]) -> Any:
@@ -22,7 +22,7 @@ class Paint(stages.Paint):
         return [{**made, "id": records.grid_id(row["id"]), "prompt_id": row["id"], **shared}]
 
 
-class Curate(RealCurate):
+class CurateStage(RealCurate):
     """The real stage, which opens no embedding model."""
 
     def load(self) -> Any:
@@ -32,8 +32,8 @@ class Curate(RealCurate):
 def main(recipe: str, out: str) -> int:
     """Writes, paints and curates; the command's exit code."""
     made = stages.install()
-    vars(made["diptych.stages.paint"])["Paint"] = Paint
-    vars(made["diptych.stages.curate.stage"])["Curate"] = Curate
+    vars(made["diptych.stages.paint"])["PaintStage"] = PaintStage
+    vars(made["diptych.stages.curate.stage"])["CurateStage"] = CurateStage
     sys.modules.update(made)
     from diptych.cli import app
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from diptych.data.engine import Row, Work
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 
 
 def given() -> tuple[str | None, str | None]:
@@ -15,7 +15,7 @@ def given() -> tuple[str | None, str | None]:
     return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
 
 
-class StandInCurate(Curate):
+class StandInCurate(CurateStage):
     """Opens the engine on the GPUs that its worker was given. Each call leaves a line in `diary`: process, GPUs,
     whether the engine is a process of its own, and the batches it was put. While there is no file `breaks`, the engine
     does."""

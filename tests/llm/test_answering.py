@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from diptych.llm.answering import AnswerCache, Request, answer_batch, answer_one
+from diptych.llm.answering import AnswerCache, ChatRequest, answer_batch, answer_one
 from diptych.llm.cache import Cache
 from diptych.llm.local import STOP_AFTER, LocalModel
 from diptych.llm.question import GaveUp, Message, Outcome, Question, Reply, Usage, system, user
@@ -39,11 +39,11 @@ class Together(Model):
         super().__init__(*lines)
         self.batches: list[int] = []
 
-    def __call__(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, requests: Sequence[ChatRequest]) -> list[Reply | GaveUp]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.batches.append(len(requests))
         return [self._one(request) for request in requests]
 
-    def _one(self, request: Request) -> Reply | GaveUp:
+    def _one(self, request: ChatRequest) -> Reply | GaveUp:
         try:
             return super().__call__(request.messages)
         except GaveUp as error:

@@ -189,7 +189,7 @@ def test_a_recipe_s_writer_may_be_a_language_model_on_this_machine(tmp_path: Pat
     (tmp_path / "c.txt").write_text("a fox\nan owl\n")
     section = {"writer": "llm", "local": str(tmp_path / "llama"), "captions": f"{tmp_path}/c.txt", "shard_size": 2}
     recipe = Recipe.model_validate({"name": "x", "device": "cpu", "write": section})
-    work = stage.Write(recipe, tmp_path / "answers.sqlite").load()
+    work = stage.WriteStage(recipe, tmp_path / "answers.sqlite").load()
     with raises("rows_failed", "2 questions", "the reply is empty"):
         work(PromptShards(0, 2, 2)[0])
     with pytest.raises(ValueError, match="captions"):

@@ -34,7 +34,7 @@ from diptych.llm.question import Outcome, Question, system, user
 from diptych.llm.vllm import Vllm
 from diptych.recipe import tasks
 from diptych.stages.curate.captioning import Words
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 from diptych.stages.write import llm_writer
 from llm.stand_in_vllm import API, LLM, modules
 from llm.test_local import save_tiny_llava
@@ -298,7 +298,7 @@ def test_a_stage_judges_and_captions_with_it_and_asks_nothing_twice(
     rows = [grid(n, (0.8, 0.4)) for n in range(3)]
 
     def judge() -> list[Any]:
-        return list(Curate(recipe, tmp_path / "answers.sqlite").load()(rows))
+        return list(CurateStage(recipe, tmp_path / "answers.sqlite").load()(rows))
 
     found = judge()
     kept = sum(pairs[0]["kept"] for pairs in found)
@@ -316,10 +316,10 @@ def test_a_stage_judges_and_captions_with_it_and_asks_nothing_twice(
 
 def test_a_writer_drafts_with_it(installed: list[LLM], folder: Path, tmp_path: Path) -> None:
     from diptych.run.runner import PromptShards
-    from diptych.stages.write.stage import Write
+    from diptych.stages.write.stage import WriteStage
 
     recipe = recipes.load("pocket", ["write.writer=llm", f"write.vllm.model={folder}", "write.near_duplicate=1"])
-    stage = Write(recipe, tmp_path / "answers.sqlite")
+    stage = WriteStage(recipe, tmp_path / "answers.sqlite")
     results = stage.load()(PromptShards(0, 3, 3)[0])
     assert installed[0].calls[0] == 3 and len(results) == 3
 

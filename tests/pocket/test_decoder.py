@@ -30,8 +30,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def pool_of(teacher, work: Path) -> decoder.Pool:
-    return decoder.Pool(teacher, *renders.load(work / "pairs"), np.random.default_rng(0))
+def pool_of(teacher, work: Path) -> decoder.LatentPool:
+    return decoder.LatentPool(teacher, *renders.load(work / "pairs"), np.random.default_rng(0))
 
 
 def test_one_step_is_the_teachers_estimate_of_the_clean_latents(teacher, work: Path) -> None:

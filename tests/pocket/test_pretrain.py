@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from diptych.pocket import world
 from diptych.pocket.pretrain import judges, renders, teacher, tokenizers, trainer, vae
-from diptych.pocket.pretrain.trainer import Trainer
+from diptych.pocket.pretrain.trainer import Pretraining
 
 
 def test_rendering_continues_where_it_stopped(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_training_killed_and_continued_equals_one_straight_through(tmp_path):
     def train(folder, steps, trainer=None):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 1)
-        trainer = Trainer(folder, {"model": model}, rate=0.1, warmup=3)
+        trainer = Pretraining(folder, {"model": model}, rate=0.1, warmup=3)
         while trainer.step < steps:
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(trainer.step))
             trainer.update((model(x) - 1).pow(2).mean())
@@ -52,7 +52,7 @@ def test_a_training_killed_and_continued_equals_one_straight_through(tmp_path):
 
 def test_the_trainer_never_saves_over_a_good_state_after_a_loss_that_is_not_a_number(tmp_path):
     model = torch.nn.Linear(1, 1)
-    trainer = Trainer(tmp_path, {"model": model}, rate=0.1)
+    trainer = Pretraining(tmp_path, {"model": model}, rate=0.1)
     trainer.update(model(torch.ones(1, 1)).sum())
     trainer.save()
     good = (tmp_path / "state.pt").read_bytes()
@@ -144,7 +144,7 @@ def test_a_judge_learns_from_its_own_third_with_the_truth_of_every_panel(tmp_pat
     renders.make(tmp_path / "pairs", 24, processes=1, report=lambda line: None)
     vae.make().save_pretrained(tmp_path / "vae")
     quiet = {"device": "cpu", "report": lambda line: None}
-    pairs = {role: judges.Pairs(tmp_path, role, 100, **quiet) for role in judges.SEEDS}
+    pairs = {role: judges.JudgePairs(tmp_path, role, 100, **quiet) for role in judges.SEEDS}
     panels, rows = renders.load(tmp_path / "pairs")
     assert sum(len(p.panels) for p in pairs.values()) == sum(row["task"] == "subject" for row in rows)
     own = [n for n in range(1, 24, 3) if rows[n]["task"] == "subject"]

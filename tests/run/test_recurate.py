@@ -51,7 +51,7 @@ distill: {{precision: float32}}
 
 @pytest.fixture
 def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    class Curate(stages.Curate):
+    class CurateStage(stages.CurateStage):
         """As the real one, says in its evidence what it judged by, and loses a grid now and then."""
 
         def one(self, row: dict[str, Any]) -> Any:
@@ -62,7 +62,7 @@ def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
             text = json.dumps(evidence, ensure_ascii=False, sort_keys=True)
             return [{**pair, "evidence": text} for pair in super().one(row)]  # pyright: ignore[reportGeneralTypeIssues]
 
-    stages.use(monkeypatch, Curate=Curate)
+    stages.use(monkeypatch, CurateStage=CurateStage)
     return load(recipe_file)
 
 

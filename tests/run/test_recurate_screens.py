@@ -24,7 +24,7 @@ from diptych.recipe import load
 from diptych.recipe.schema import Recipe
 from diptych.run import recurate as again
 from diptych.run.runner import run
-from diptych.stages.curate.stage import Curate as RealCurate
+from diptych.stages.curate.stage import CurateStage as RealCurate
 from diptych.utils.console import Display
 from raising import raises
 
@@ -44,7 +44,7 @@ class Redness:
         return [round(float(np.asarray(panel)[..., 0].mean() / 255), 6) for panel in panels]
 
 
-class Curate(RealCurate):
+class CurateStage(RealCurate):
     """The real stage with these two."""
 
     def load(self) -> Any:
@@ -53,7 +53,7 @@ class Curate(RealCurate):
         return self.work(Colours(), None, looking)  # pyright: ignore[reportArgumentType]
 
 
-class Paint(stages.Paint):
+class PaintStage(stages.PaintStage):
     """Two panels of tiles over one colour, the same for each grid of an idea."""
 
     def one(self, row: dict[str, Any]) -> Any:
@@ -107,7 +107,7 @@ distill: {{precision: float32}}
 
 @pytest.fixture
 def recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    stages.use(monkeypatch, Paint=Paint, Curate=Curate)
+    stages.use(monkeypatch, PaintStage=PaintStage, CurateStage=CurateStage)
     return load(recipe_file)
 
 
@@ -239,7 +239,7 @@ def test_what_was_never_measured_cannot_be_set(recipe: Recipe, recipe_file: Path
 # ---- copies
 
 
-class Dimmed(Paint):
+class Dimmed(PaintStage):
     """As above, but the second panel of the first idea is its first, darker."""
 
     def one(self, row: dict[str, Any]) -> Any:
@@ -256,7 +256,7 @@ class Dimmed(Paint):
 def test_what_counts_as_a_copy_can_change_and_makes_the_bytes_of_a_run_with_it(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages.use(monkeypatch, Paint=Dimmed, Curate=Curate)
+    stages.use(monkeypatch, PaintStage=Dimmed, CurateStage=CurateStage)
     run(load(recipe_file, ["curate.copies.hash=null"]), tmp_path / "a", stages=ROWS, display=QUIET)
     stages.CALLS.clear()
     found = again.recurate(tmp_path / "a", ["copies.hash=8"], tmp_path / "b", QUIET)

@@ -29,7 +29,7 @@ LAYOUTS = ("1x2", "2x2", "1x3", "1x4")
 
 def written(task: str, count: int, layout: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
     settings = Settings(grammar="photo", layout=layout)
-    work = stage.Write(Recipe(name="x", task=task, seed=seed, write=settings)).load()
+    work = stage.WriteStage(Recipe(name="x", task=task, seed=seed, write=settings)).load()
     results = list(chain.from_iterable(work(rows) for rows in PromptShards(seed, count, 500)))
     assert not [result for result in results if isinstance(result, Failure)]
     return [row for result in results if not isinstance(result, Failure) for row in result]

@@ -21,7 +21,7 @@ from diptych.llm.client import open_model
 from diptych.recipe.schema import Copies, Recipe, Thresholds
 from diptych.run.runner import run
 from diptych.stages.curate import alignment, duplicates
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 from diptych.utils.console import Display
 from llm.chat_server import Serve, say
 from raising import raises
@@ -98,7 +98,7 @@ def of(number: int, *panels: np.ndarray) -> dict[str, Any]:
 
 
 def curated(recipe: Recipe, rows: list[dict[str, Any]], vlm: VlmJudge | None = None) -> list[Any]:
-    return list(Curate(recipe).work(Colours(), vlm)(rows))  # pyright: ignore[reportArgumentType]
+    return list(CurateStage(recipe).work(Colours(), vlm)(rows))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_copy_is_refused_by_name_with_its_numbers_and_limits(subject_panels: Pairs) -> None:
@@ -145,7 +145,7 @@ def test_a_copy_costs_no_call_and_is_unasked_when_other_limits_let_it_through(
     endpoint = {"base_url": server.url, "model": "tiny"}
     recipe = recipe_of(copies={}, vlm={"endpoint": endpoint}, thresholds={"seam": -1, "near_copy": 0.01})
     assert recipe.curate.vlm is not None
-    vlm = VlmJudge(open_model(recipe.curate.vlm.endpoint, cache=None), Curate(recipe).task)
+    vlm = VlmJudge(open_model(recipe.curate.vlm.endpoint, cache=None), CurateStage(recipe).task)
     good, copied = curated(recipe, [of(0, left, right), of(1, left, dimmed(left))], vlm)
     assert len(server.calls) == 1 and copied[0]["reason"] == "near_copy: hash" and math.isnan(copied[0]["similarity"])
     loose = records.Bounds(copies={})

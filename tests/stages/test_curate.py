@@ -18,7 +18,7 @@ from diptych.data.images import image_cell, open_image
 from diptych.recipe import tasks
 from diptych.recipe.schema import Duplicates, Screens, Thresholds
 from diptych.stages.curate.duplicates import panel_hash
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
@@ -41,7 +41,7 @@ def with_thresholds(recipe: Any, task: str = "subject", **limits: float) -> Any:
 
 
 def curate(recipe: Any, rows: list[dict[str, Any]]) -> list[Any]:
-    return list(Curate(recipe).load()(rows))
+    return list(CurateStage(recipe).load()(rows))
 
 
 def test_both_orders_of_a_grid_become_rows_with_all_they_rest_on(recipe: Any, subject_panels: Pairs) -> None:
@@ -150,7 +150,7 @@ def test_a_task_departs_from_the_defaults_and_the_recipe_has_the_last_word(tmp_p
     values["curation"]["thresholds"] = {"same": 0.9, "near_copy": 0.2}
     path = tmp_path / "strict.yaml"
     path.write_text(yaml.safe_dump(values))
-    found = Curate(with_thresholds(recipe, str(path), near_copy=0.1)).thresholds
+    found = CurateStage(with_thresholds(recipe, str(path), near_copy=0.1)).thresholds
     assert found == Thresholds(same=0.9, near_copy=0.1)
 
 

@@ -30,7 +30,7 @@ from diptych.llm.cache import Cache
 from diptych.llm.client import NobodyAnswers, open_model
 from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Thresholds, Vlm
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 from llm.chat_server import Act, Call, ChatServer, Serve, refuse, say
 from raising import raises
 
@@ -44,7 +44,7 @@ def recipe_for(server: ChatServer, same: float = 0.5, near_copy: float = 0.045, 
 
 
 def curate(recipe: Recipe, rows: list[dict[str, Any]], answers: Path | None = None) -> list[Any]:
-    stage = Curate(recipe, answers)
+    stage = CurateStage(recipe, answers)
     settings = recipe.curate.vlm
     assert settings is not None
     model = open_model(settings.endpoint, cache=settings.cache or answers)
@@ -232,7 +232,7 @@ def test_the_stage_opens_both_judges_and_keeps_the_answers_in_the_run_or_where_t
     for cache, calls in ((None, 1), (None, 1), (str(shared), 2)):
         recipe = recipe_for(server, cache=cache)
         recipe = recipe.model_copy(update={"curate": recipe.curate.model_copy(update={"judge": str(judge)})})
-        (pairs,) = Curate(recipe, answers).load()([grid(0, SAME)])
+        (pairs,) = CurateStage(recipe, answers).load()([grid(0, SAME)])
         assert isinstance(pairs, list)
         pair = pairs[0]
         assert pair["kept"] and len(pair["judge"]) == 64
@@ -249,7 +249,7 @@ def test_a_model_on_this_machine_judges_without_a_server(judge: Path, tmp_path: 
     curate = {"judge": str(judge), "thresholds": {"seam": -1}, "vlm": {"local": str(tmp_path / "llava")}}
     recipe = recipes.check({"name": "t", "device": "cpu", "threads": 1, "curate": curate}, "test")
     rows = [grid(0, SAME), grid(1, OTHER)]
-    found: list[Any] = list(Curate(recipe, tmp_path / "answers.sqlite").load()(rows))
+    found: list[Any] = list(CurateStage(recipe, tmp_path / "answers.sqlite").load()(rows))
     assert all(isinstance(one, Failure) and one.lost and "empty" in one.reason for one in found) and len(found) == 2
     with Cache(tmp_path / "answers.sqlite") as cache:
         assert len(cache) == 0 and cache.usage()["llava"].calls == 4  # two turns of each

@@ -168,6 +168,6 @@ def test_a_class_that_is_not_known_keeps_the_prompt_and_is_told_about(
     assert options == {"guidance_scale": 2.0, "negative_prompt": [""], "magic_prompt_enhance": False}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion9Pipeline"}))
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="no pipeline class"):
-        paint.Paint(recipe.model_copy(update={"teacher": str(tmp_path)})).load()
+        paint.PaintStage(recipe.model_copy(update={"teacher": str(tmp_path)})).load()
     assert any("StableDiffusion9Pipeline" in r.getMessage() and "unknown" in r.getMessage() for r in caplog.records)
     assert not paint.warnings(recipe, teacher)

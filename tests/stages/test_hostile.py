@@ -34,8 +34,8 @@ from diptych.judges.vlm import VlmJudge
 from diptych.llm.client import open_model
 from diptych.recipe.schema import Recipe
 from diptych.run.runner import PromptShards
-from diptych.stages.curate.stage import Curate
-from diptych.stages.write.stage import Write
+from diptych.stages.curate.stage import CurateStage
+from diptych.stages.write.stage import WriteStage
 from llm.chat_server import Act, Call, ChatServer, Serve, say
 
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -107,7 +107,7 @@ def recipe_for(judge: str = "pocket", **curate: Any) -> Recipe:
     return recipes.check({"name": "hostile", "device": "cpu", "threads": 1, "curate": section}, "test")
 
 
-class Told(Curate):
+class Told(CurateStage):
     """The stage with judges that are open already."""
 
     def __init__(self, recipe: Recipe, vlm: VlmJudge | None = None) -> None:
@@ -118,7 +118,7 @@ class Told(Curate):
         return self.work(Colours(), self.vlm)  # pyright: ignore[reportArgumentType]
 
 
-def curated(stage: Curate, grids: list[dict[str, Any]], run: Path) -> tuple[Result, list[Any], dict[str, str]]:
+def curated(stage: CurateStage, grids: list[dict[str, Any]], run: Path) -> tuple[Result, list[Any], dict[str, str]]:
     """What a run does with grids: the engine's result, the candidates, and why of each that is none."""
     run.mkdir(exist_ok=True)
     (run / "recipe.yaml").write_text(stage.recipe.dump())
@@ -152,7 +152,7 @@ def expect_quarantined(pairs: list[Any], failed: dict[str, str]) -> None:
 def test_hostile_pictures_are_quarantined_with_a_reason_and_the_others_judged(
     judge: Path, ghostscript: Path, tmp_path: Path
 ) -> None:
-    result, pairs, failed = curated(Curate(recipe_for(str(judge))), spoilt(), tmp_path / "run")
+    result, pairs, failed = curated(CurateStage(recipe_for(str(judge))), spoilt(), tmp_path / "run")
     expect_quarantined(pairs, failed)
     assert (result.failed, result.rows) == (len(PICTURES), 2 * len(PICTURES) + 2)
     assert not ghostscript.exists()
@@ -324,7 +324,7 @@ def test_seed_captions_that_give_orders_stay_data_and_become_rows_that_a_page_ca
     prompts = Dataset(run / "prompts", records.schema(records.PROMPT))
     failed = Dataset(run / "failed" / "write", records.schema(records.FAILED))
     before = set(tmp_path.parent.rglob("*"))
-    LocalEngine().run(Write(recipe), PromptShards(0, len(EVIL), 100), prompts, failed, "f")
+    LocalEngine().run(WriteStage(recipe), PromptShards(0, len(EVIL), 100), prompts, failed, "f")
     rows = list(prompts)
     assert [row["id"] for row in rows] == [records.prompt_id(number) for number in range(len(EVIL))], list(failed)
     for row in rows:

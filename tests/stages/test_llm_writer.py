@@ -73,7 +73,7 @@ def recipe(server: ChatServer, tmp_path: Path, task: str = "subject", **settings
 
 def run(of: Recipe, count: int = 40, seed: int = 0) -> list[Row | Failure]:
     """For each row its prompt, or why there is none."""
-    work = stage.Write(of).load()
+    work = stage.WriteStage(of).load()
     found: list[Row | Failure] = []
     for rows in PromptShards(seed, count, of.write.shard_size):
         for result in work(rows):

@@ -54,7 +54,7 @@ def recipe(folder: Path, url: str, **sections: Any) -> Path:
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_stages.use(monkeypatch, Paint=vlm_run.Paint, Curate=vlm_run.Curate)
+    plain_stages.use(monkeypatch, PaintStage=vlm_run.PaintStage, CurateStage=vlm_run.CurateStage)
 
 
 def rows(run_dir: Path) -> dict[str, list[str]]:

@@ -33,7 +33,9 @@ def with_paint(recipe: Any, **changes: Any) -> Any:
 
 
 def grids(recipe: Any, rows: list[dict[str, Any]]) -> list[Any]:
-    return [result[0] if not isinstance(result, Failure) else result for result in paint.Paint(recipe).load()(rows)]
+    return [
+        result[0] if not isinstance(result, Failure) else result for result in paint.PaintStage(recipe).load()(rows)
+    ]
 
 
 def pixels(row: dict[str, Any]) -> np.ndarray:
@@ -77,7 +79,7 @@ def test_noise_does_not_depend_on_the_batch(recipe: Any, teacher: Path) -> None:
 
 
 def test_several_images_of_a_prompt_have_names_and_noise_of_their_own(recipe: Any) -> None:
-    one, other = paint.Paint(with_paint(recipe, images=3)).load()(prompts(2))
+    one, other = paint.PaintStage(with_paint(recipe, images=3)).load()(prompts(2))
     assert [[row["id"] for row in rows] for rows in (one, other)] == [  # pyright: ignore[reportGeneralTypeIssues]
         ["g-000000", "g-000000.1", "g-000000.2"],
         ["g-000001", "g-000001.1", "g-000001.2"],
@@ -98,7 +100,7 @@ def test_one_broken_image_costs_its_prompt_and_no_other(recipe: Any, monkeypatch
         return images
 
     monkeypatch.setattr(paint, "generate", broken)
-    first, second = paint.Paint(with_paint(recipe, images=2)).load()(prompts(2))
+    first, second = paint.PaintStage(with_paint(recipe, images=2)).load()(prompts(2))
     assert isinstance(first, Failure) and not isinstance(second, Failure) and len(second) == 2 and calls == [2, 2]
 
 
@@ -158,7 +160,7 @@ def test_rows_of_a_layout_the_task_has_not_fail_and_others_are_drawn(recipe: Any
 def test_panel_sizes_come_from_the_teacher_and_wrong_ones_are_refused(recipe: Any) -> None:
     assert pixels(grids(with_paint(recipe, panel_size=32), prompts(1))[0]).shape == (32, 64, 3)
     with raises("size_invalid", "panel_size 60", 64, kind=UsageError):
-        paint.Paint(with_paint(recipe, panel_size=60)).load()
+        paint.PaintStage(with_paint(recipe, panel_size=60)).load()
     big = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(sample_size=1024)), vae_scale_factor=8)
     assert paint.panel_size(big, None) == 512
 
@@ -218,4 +220,4 @@ def test_every_family_draws_what_its_prompts_say_and_each_row_its_own(recipe: An
 def test_a_folder_that_is_no_teacher_is_one_clear_line(tmp_path: Path, recipe: Any) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=str(tmp_path / "empty")):
-        paint.Paint(recipe.model_copy(update={"teacher": str(tmp_path / "empty")})).load()
+        paint.PaintStage(recipe.model_copy(update={"teacher": str(tmp_path / "empty")})).load()

@@ -98,7 +98,7 @@ def test_skipping_no_step_changes_no_byte_so_branches_are_kept_apart(of: Any) ->
 
 
 def test_nothing_of_one_batch_is_seen_in_the_next(of: Any) -> None:
-    work = paint.Paint(with_paint(of, memory="24", speed="fast")).load()
+    work = paint.PaintStage(with_paint(of, memory="24", speed="fast")).load()
     rows = prompts(3)
     first, second = work(rows[:2]), work(rows[2:])
     assert work(rows[:2]) == first and work(rows[2:]) == second
@@ -130,7 +130,7 @@ def test_modulation_and_what_lies_outside_the_blocks_is_never_quantized(folders:
 
 def test_what_a_family_cannot_have_is_left_out_and_said(of: Any, family: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "diptych.student"):
-        paint.Paint(with_paint(of, memory="24", speed="fast")).load()
+        paint.PaintStage(with_paint(of, memory="24", speed="fast")).load()
     said = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("paint.memory 24: ") and "text encoders staged" in line for line in said)
     assert any(line.startswith("left out: guidance_until: ") for line in said)
@@ -197,7 +197,7 @@ def test_a_teacher_without_a_transformer_is_refused_before_it_is_opened(tmp_path
     there = recipe.model_copy(update={"teacher": str(tmp_path)})
     for changes in ({"memory": "24"}, {"speed": "exact"}):
         with raises("option_unsuited", "StableDiffusionXLPipeline", "paint.memory", kind=UsageError):
-            paint.Paint(with_paint(there, **changes)).load()
+            paint.PaintStage(with_paint(there, **changes)).load()
 
 
 def test_a_preset_that_cannot_work_on_the_device_is_refused_by_the_key(folders: dict[str, Path]) -> None:

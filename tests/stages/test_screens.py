@@ -20,7 +20,7 @@ from diptych.errors import UsageError, UserError
 from diptych.judges.vlm import Judgement
 from diptych.recipe.schema import Classifier, Screens
 from diptych.stages.curate import screens
-from diptych.stages.curate.stage import Curate
+from diptych.stages.curate.stage import CurateStage
 from raising import raises
 
 
@@ -222,7 +222,7 @@ def test_a_screened_pair_costs_no_call_and_keeps_its_scores() -> None:
     settings = {"screens": {"dark": 0.1}, "thresholds": {"seam": -1}, "vlm": {"local": "none"}}
     recipe = recipes.check({"name": "t", "device": "cpu", "threads": 1, "curate": settings}, "test")
     vlm = Asked()
-    found = Curate(recipe).work(Colours(), vlm)(rows)  # pyright: ignore[reportArgumentType]
+    found = CurateStage(recipe).work(Colours(), vlm)(rows)  # pyright: ignore[reportArgumentType]
     good, bad = (list(pairs) for pairs in found if not isinstance(pairs, Failure))
     assert vlm.names == ["c-000000-01"]
     assert [pair["reason"] for pair in (*good, *bad)] == ["kept", "kept", "screen: dark", "screen: dark"]

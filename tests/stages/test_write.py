@@ -27,7 +27,7 @@ from raising import raises
 
 
 def written(task: str, count: int, seed: int = 0, shard: int = 50, **settings: Any) -> list[dict[str, Any]]:
-    work = stage.Write(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
+    work = stage.WriteStage(Recipe(name="x", task=task, seed=seed, write=Settings(**settings))).load()
     results = chain.from_iterable(work(rows) for rows in PromptShards(seed, count, shard))
     return [row for result in results if not isinstance(result, Failure) for row in result]
 
@@ -89,7 +89,7 @@ def test_a_prompt_that_is_too_long_is_drawn_again(monkeypatch: pytest.MonkeyPatc
     after = written("subject", 60)
     assert before > 30 >= max(captions.count_words(row["prompt"]) for row in after) and len(after) == 60
     monkeypatch.setattr(captions, "LONGEST", 5)
-    (failure,) = stage.Write(Recipe(name="x")).load()(PromptShards(0, 1, 1)[0])
+    (failure,) = stage.WriteStage(Recipe(name="x")).load()(PromptShards(0, 1, 1)[0])
     assert "no prompt of at most 5 words" in failure.reason  # pyright: ignore
 
 

@@ -61,7 +61,7 @@ class Evaluated(Scales):
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judging:
     """The judge that gives the scores."""
 
     PANELS: ClassVar = {"Judge": "judge judge_endpoint judge_model judge_key judge_local"}
@@ -119,7 +119,7 @@ def evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe or the evaluation. Repeatable."),
     ] = None,
     wanted: Evaluated,
-    judge: Judge,
+    judge: Judging,
     metric: Annotated[
         list[str] | None,
         typer.Option(

@@ -83,7 +83,7 @@ def measure(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _spread(folder: Path) -> dict[str, float] | None:
-    """Diversity of the prompts (`stages.diversity.Spread`) that the writer logged last; None for a grammar."""
+    """Diversity of the prompts (`stages.write.diversity.Spread`) that the writer logged last; None for a grammar."""
     logged = [event.get("result", {}).get("spread") for event in places.read(folder) if event.get("stage") == "write"]
     return next((spread for spread in reversed(logged) if spread), None)
 

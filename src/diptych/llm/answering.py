@@ -22,7 +22,7 @@ SHOWN = 120  # characters of an invalid reply in an error message
 
 
 @dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """What a model answers next: the messages of a question so far, `ready`, and the key of their reply."""
 
     messages: tuple[Message, ...]
@@ -31,8 +31,8 @@ class Request:
 
 
 Ask = Callable[[tuple[Message, ...]], Reply]  # raises GaveUp for this question, UserError for the whole run
-AskBatch = Callable[[Sequence[Request]], Sequence[Reply | GaveUp]]  # in order; GaveUp is returned, not raised
-_Talk = Generator[Request, Reply, Outcome]
+AskBatch = Callable[[Sequence[ChatRequest]], Sequence[Reply | GaveUp]]  # in order; GaveUp is returned, not raised
+_Talk = Generator[ChatRequest, Reply, Outcome]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AnswerCache:
 def answer_one(ask: Ask, question: Question, memory: AnswerCache) -> Outcome:
     """Answer one question. Raises UserError only where every question would fail."""
 
-    def ask_batch(requests: Sequence[Request]) -> list[Reply | GaveUp]:
+    def ask_batch(requests: Sequence[ChatRequest]) -> list[Reply | GaveUp]:
         try:
             return [ask(request.messages) for request in requests]
         except GaveUp as error:
@@ -68,10 +68,10 @@ def answer_batch(ask: AskBatch, questions: Sequence[Question], memory: AnswerCac
     once.
     """
     outcomes: dict[int, Outcome] = {}
-    waiting: dict[int, Request] = {}
+    waiting: dict[int, ChatRequest] = {}
     talks = [_talk(question, memory) for question in questions]
 
-    def advance(number: int, step: Callable[[], Request]) -> None:
+    def advance(number: int, step: Callable[[], ChatRequest]) -> None:
         try:
             waiting[number] = step()
         except StopIteration as end:
@@ -98,12 +98,12 @@ def _talk(question: Question, memory: AnswerCache) -> _Talk:
     form = schema.full_schema(question.answer)
     keys: list[str] = []
 
-    def remembered(messages: tuple[Message, ...]) -> Generator[Request, Reply, Reply]:
+    def remembered(messages: tuple[Message, ...]) -> Generator[ChatRequest, Reply, Reply]:
         keys.append(key_of(memory.identity, messages, form, question.sample))
         known = memory.cache.get(keys[-1]) if memory.cache is not None else None
         if known is not None:
             return replace(known, cached=True)
-        reply = yield Request(messages, question, keys[-1])
+        reply = yield ChatRequest(messages, question, keys[-1])
         if memory.cache is not None and not reply.cached:
             memory.cache.put(keys[-1], reply)
         return reply
@@ -126,7 +126,7 @@ def _first_messages(question: Question) -> tuple[Message, ...]:
 
 
 def _converse(
-    ask: Callable[[tuple[Message, ...]], Generator[Request, Reply, Reply]],
+    ask: Callable[[tuple[Message, ...]], Generator[ChatRequest, Reply, Reply]],
     messages: tuple[Message, ...],
     question: Question,
 ) -> _Talk:

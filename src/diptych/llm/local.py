@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError, describe
-from diptych.llm.answering import AnswerCache, AskBatch, Request, Streak, answer_batch
+from diptych.llm.answering import AnswerCache, AskBatch, ChatRequest, Streak, answer_batch
 from diptych.llm.cache import Cache
 from diptych.llm.question import EncodedImage, GaveUp, Message, Outcome, Question, Reply, Spent, Usage, body, clean
 from diptych.utils import models
@@ -171,7 +171,7 @@ class _Generate:
         self.max_tokens = max_tokens
         self.sees = sees
 
-    def __call__(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:
+    def __call__(self, requests: Sequence[ChatRequest]) -> list[Reply | GaveUp]:
         return [self._next(request.messages) for request in requests]
 
     def _next(self, messages: tuple[Message, ...]) -> Reply | GaveUp:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diptych.errors import UsageError, UserError, describe
 from diptych.llm import schema
-from diptych.llm.answering import Request
+from diptych.llm.answering import ChatRequest
 from diptych.llm.cache import Cache
 from diptych.llm.endpoint import secret
 from diptych.llm.local import LocalModel
@@ -186,7 +186,7 @@ class _Engine:
         # The error for a rejected request: ValueError in older versions, a class of vLLM's in newer ones.
         self.refusals = (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
-    def __call__(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:
+    def __call__(self, requests: Sequence[ChatRequest]) -> list[Reply | GaveUp]:
         """Return the next turn of each request.
 
         Errors of the engine itself are raised. The engine is unusable then, and another worker, or another call of the
@@ -201,7 +201,7 @@ class _Engine:
             half = len(requests) // 2
             return [*self(requests[:half]), *self(requests[half:])]
 
-    def _batch(self, requests: Sequence[Request]) -> list[Reply | GaveUp]:
+    def _batch(self, requests: Sequence[ChatRequest]) -> list[Reply | GaveUp]:
         outputs = self.engine.chat(
             [body(request.messages) for request in requests],
             sampling_params=[self._parameters(request.question) for request in requests],

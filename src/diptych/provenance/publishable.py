@@ -31,7 +31,7 @@ _LEGAL = "\n## Licence\n\n"
 
 
 @dataclass(frozen=True)
-class Material:
+class Publication:
     """The files to publish, by their name in the target: a path on this machine, or the bytes."""
 
     kind: str  # "model" or "dataset", as the hub has it
@@ -44,7 +44,7 @@ class Material:
         return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
-def check_target(present: list[str], made: Material) -> None:
+def check_target(present: list[str], made: Publication) -> None:
     """UserError if the target has data or weights that are not in this push, because readers would load both."""
     others = sorted(name for name in present if name.endswith(_READ_TOGETHER) and name not in made.files)
     if others:
@@ -61,7 +61,7 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
 
-def material(source: str | Path, licence: str = "") -> Material:
+def material(source: str | Path, licence: str = "") -> Publication:
     """The checked files of a run (its student), a student, a dataset of a run, an import, or an export."""
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -85,7 +85,7 @@ def material(source: str | Path, licence: str = "") -> Material:
     )
 
 
-def _student(path: Path, licence: str) -> Material:
+def _student(path: Path, licence: str) -> Publication:
     edited = chain.changed(path) == [CARD]  # people may edit the card
     _verify(path, except_card=edited)
     summary = chain.read_json(path, SUMMARY)
@@ -109,16 +109,16 @@ def _student(path: Path, licence: str) -> Material:
         # The record of the copy has the hashes of the changed files.
         summary["files"] |= {name: sha256(data) for name, data in changed.items()}
         if changed.keys() - {CARD}:
-            made = Material("model", files, text)
+            made = Publication("model", files, text)
             names = sorted((name for name in summary["files"] if name.endswith((".safetensors", ".json"))), key=Path)
             entries = ((name, made.size(name), summary["files"][name]) for name in names)
             summary["fingerprint"] = models.fingerprint_of(entries)
         summary["sha256"] = text_hash({key: value for key, value in summary.items() if key != "sha256"})
         files[SUMMARY] = (json.dumps(summary, indent=2) + "\n").encode()
-    return Material("model", files, text)
+    return Publication("model", files, text)
 
 
-def _rows(path: Path, licence: str) -> Material:
+def _rows(path: Path, licence: str) -> Publication:
     manifest = chain.read_json(path, MANIFEST)
     try:
         names = [part_name(part["name"]) for part in (manifest or {})["parts"]]
@@ -130,17 +130,17 @@ def _rows(path: Path, licence: str) -> Material:
     text = _read_card(path) if (path / CARD).is_file() else card.of_rows(Dataset(path))
     text = _licensed(text, licence, path)
     files: dict[str, Path | bytes] = {name: inside(path, name) for name in (*names, MANIFEST)}
-    return Material("dataset", {**files, CARD: text.encode()}, text)
+    return Publication("dataset", {**files, CARD: text.encode()}, text)
 
 
-def _export(path: Path, licence: str) -> Material:
+def _export(path: Path, licence: str) -> Publication:
     exporting.check(path)
     text = _licensed(_read_card(path), licence, path)
     names = {p.relative_to(path): p for p in files_inside(path) if not p.is_symlink()}
     files: dict[str, Path | bytes] = {
         name.as_posix(): p for name, p in names.items() if not any(part.startswith(".") for part in name.parts)
     }
-    return Material("dataset", {**files, CARD: text.encode()}, text)
+    return Publication("dataset", {**files, CARD: text.encode()}, text)
 
 
 def _verify(path: Path, except_card: bool = False) -> None:

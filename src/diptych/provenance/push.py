@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import UsageError, UserError, describe
-from diptych.provenance.publishable import Material, check_target, material, ordered
+from diptych.provenance.publishable import Publication, check_target, material, ordered
 from diptych.utils.io import publish, sha256, sha256_file, write_atomic
 from diptych.utils.paths import inside
 
@@ -98,7 +98,7 @@ def _repo(target: str, kind: str) -> str | None:
     return match["repo"]
 
 
-def _copy(made: Material, out: Path, report: Callable[[str], None] | None) -> list[str]:
+def _copy(made: Publication, out: Path, report: Callable[[str], None] | None) -> list[str]:
     """Writes the missing files atomically, the card last, and returns their names."""
     if out.exists() and not out.is_dir():
         raise UsageError("path_wrong_kind", f"{out} is a file. Pass a folder.")
@@ -133,7 +133,7 @@ def _sha(file: Path | bytes) -> str:
 COMMIT = 100  # files; the hub is slow with commits of thousands of files
 
 
-def upload(made: Material, repo: str, private: bool, report: Callable[[str], None] | None) -> tuple[str, list[str]]:
+def upload(made: Publication, repo: str, private: bool, report: Callable[[str], None] | None) -> tuple[str, list[str]]:
     """Commits the files that the repository `owner/name` lacks; returns its address and the names of these files.
 
     A missing repository is created. UserError without a token, the right to write, or a network, and if `private` is

@@ -86,7 +86,7 @@ def _write(target: Path, data: bytes) -> None:
     write_atomic(target, data)
 
 
-def sign_bytes(data: bytes, kind: str, identity: Identity, *, title: str, timestamp: str | None = None) -> bytes:
+def sign_bytes(data: bytes, kind: str, identity: Credentials, *, title: str, timestamp: str | None = None) -> bytes:
     """The bytes of a PNG, JPEG, or WebP that diptych made, with a new manifest that replaces any other.
 
     UsageError if they have no provenance; UserError if the manifest cannot be made.
@@ -229,7 +229,7 @@ _KINDS = "P-256, P-384, P-521, Ed25519, and RSA of 2048 bits or more"
 
 
 @dataclass(frozen=True)
-class Identity:
+class Credentials:
     """A certificate chain (PEM, the signer's first), its private key (PEM), and their algorithm."""
 
     chain: bytes
@@ -240,7 +240,7 @@ class Identity:
     """The last day of the certificate, YYYY-MM-DD."""
 
 
-def load_identity(certificate: str | Path, key: str | Path | None = None, algorithm: str | None = None) -> Identity:
+def load_identity(certificate: str | Path, key: str | Path | None = None, algorithm: str | None = None) -> Credentials:
     """Loads a certificate chain and its private key from PEM files. Without `key`, the key is read from
     DIPTYCH_SIGN_KEY; the password of an encrypted key is read from DIPTYCH_SIGN_PASSWORD.
 
@@ -268,7 +268,7 @@ def load_identity(certificate: str | Path, key: str | Path | None = None, algori
         next((str(each.value) for each in leaf.subject.get_attributes_for_oid(oid)), None)
         for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME)
     ]
-    return Identity(
+    return Credentials(
         chain=b"".join(each.public_bytes(serialization.Encoding.PEM) for each in chain),
         key=private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -71,9 +71,9 @@ def write(recipe: Recipe) -> None:
     """Check the writer: its task, its vocabulary or seed captions, and the language model."""
     from diptych.llm import client
     from diptych.stages.write import llm_writer
-    from diptych.stages.write.stage import Write, grammar
+    from diptych.stages.write.stage import WriteStage, grammar
 
-    stage = Write(recipe)
+    stage = WriteStage(recipe)
     if recipe.write.writer == "grammar":
         grammar(stage)
         return

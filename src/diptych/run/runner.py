@@ -29,7 +29,7 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.run.fingerprint import Fingerprints
 from diptych.run.resolve import enter, use_threads, with_resolved
-from diptych.run.select import Select, none_accepted
+from diptych.run.select import SelectStage, none_accepted
 from diptych.run.spending import Spending
 from diptych.run.takeover import EarlierRun
 from diptych.student.families import teachers
@@ -182,7 +182,7 @@ class Stages:
             for output, stage in (("prompts", "write"), ("grids", "paint"), ("candidates", "curate")):
                 taken[output] = source.rows(output, stage, self.folder, self.fingerprints.of(stage))
             source.decisions(self.folder)
-            taken["pairs"] = source.rows("pairs", Select.name, self.folder, self.fingerprints.of("select"))
+            taken["pairs"] = source.rows("pairs", SelectStage.name, self.folder, self.fingerprints.of("select"))
             source.answers(self.folder, everywhere=not isinstance(self.engine, LocalEngine))
         shown = [f"{name} ({parts} parts)" for name, parts in taken.items() if parts]
         trained = source.student(self.recipe, self.folder)
@@ -191,10 +191,10 @@ class Stages:
 
     def write(self) -> dict[str, Any]:
         """Write `prompts/`."""
-        from diptych.stages.write.stage import Write
+        from diptych.stages.write.stage import WriteStage
 
         shards = PromptShards(self.recipe.seed, self.recipe.write.count, self.recipe.write.shard_size)
-        stage = Write(self.recipe, self.answers)
+        stage = WriteStage(self.recipe, self.answers)
         fingerprint = self.fingerprints.of("write")
         if self.recipe.write.writer != "llm":
             return self._rows(stage, shards, "prompts", "prompts", fingerprint, {})
@@ -216,22 +216,22 @@ class Stages:
 
     def paint(self) -> dict[str, Any]:
         """Paint `grids/`."""
-        from diptych.stages.paint import Paint
+        from diptych.stages.paint import PaintStage
 
         prompts = self._input("prompts", "write", self.fingerprints.of("write"))
         teacher = {"teacher": self.recipe.teacher, "teacher_sha256": self.fingerprints.teacher()}
-        return self._rows(Paint(self.recipe), prompts, "grids", "grids", self.fingerprints.of("paint"), teacher)
+        return self._rows(PaintStage(self.recipe), prompts, "grids", "grids", self.fingerprints.of("paint"), teacher)
 
     def curate(self) -> dict[str, Any]:
         """Make `candidates/` and `pairs/`."""
-        from diptych.stages.curate.stage import Curate
+        from diptych.stages.curate.stage import CurateStage
 
         grids = self._input("grids", "paint", self.fingerprints.of("paint"))
         made_by: dict[str, Any] = {"judge": self.recipe.curate.judge, "judge_sha256": self.fingerprints.judge()}
         if classifiers := self.fingerprints.screens():
             made_by["screens_sha256"] = classifiers
         fingerprint = self.fingerprints.of("curate")
-        stage = Curate(self.recipe, self.answers)
+        stage = CurateStage(self.recipe, self.answers)
         trained = (self.folder / "student").exists()
         with self._billed("curate") if self.recipe.curate.vlm else nullcontext():
             result = self._rows(stage, grids, "candidates", "grids", fingerprint, made_by, retry=not trained)
@@ -239,12 +239,12 @@ class Stages:
                 self._drop_pairs()
             result["pairs"] = self.select()
         if self.recipe.curate.duplicates:
-            result["duplicates"] = len(Dataset(self.folder / "failed" / Select.name))
+            result["duplicates"] = len(Dataset(self.folder / "failed" / SelectStage.name))
         return result | ({"asked": self._bill()} if self.recipe.curate.vlm else {})
 
     def _drop_pairs(self) -> None:
         """Remove the selection, because some of its candidates are new."""
-        for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / Select.name)):
+        for data in (Dataset(self.folder / "pairs"), Dataset(self.folder / "failed" / SelectStage.name)):
             data.unpublish()
             for shard in data.shards():
                 data.drop_shard(shard)
@@ -267,7 +267,7 @@ class Stages:
         It has the candidates that the thresholds accept. Those that repeat an earlier pair go to `failed/select/`.
         """
         candidates = self._input("candidates", "curate", self.fingerprints.of("curate"))
-        stage = Select(candidates, self.recipe, self.task, labels.applied(self.folder))
+        stage = SelectStage(candidates, self.recipe, self.task, labels.applied(self.folder))
         fingerprint, local = self.fingerprints.of("select"), LocalEngine()
         result = self._rows(stage, candidates, "pairs", "pairs", fingerprint, stage.made_by(), quiet=True, engine=local)
         if result["failed"]:

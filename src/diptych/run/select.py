@@ -32,7 +32,7 @@ def repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> dict[str, 
     return duplicates.find(candidates, settings, *limits(recipe, task)) if settings is not None else {}
 
 
-class Select:
+class SelectStage:
     """The stage that makes `pairs/` from `candidates/`."""
 
     name = "select"

@@ -33,7 +33,7 @@ MAX_TEXT_TOKENS = 512
 log = logging.getLogger(__name__)
 
 
-class Paint:
+class PaintStage:
     """Turns prompt rows into grid rows."""
 
     name = "paint"

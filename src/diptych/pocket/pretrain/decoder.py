@@ -22,7 +22,7 @@ import torch
 
 from . import renders
 from .teacher import pack
-from .trainer import Trainer, mean, pick_device
+from .trainer import Pretraining, mean, pick_device
 from .vae import psnr, reconstruction, to_tensor
 
 WHITE = 0.45
@@ -92,7 +92,7 @@ def recover(
     return unpacked / config.scaling_factor + config.shift_factor
 
 
-class Pool:
+class LatentPool:
     """Grids with their true latents and those that the teacher recovered, a portion of which is replaced at a time.
 
     `panels` uint8 `[N, 2, H, W, 3]` and `rows` are finished renders. `refresh` is slow, so each grid is used several
@@ -184,7 +184,7 @@ def train(
     vae = type(pipeline.vae).from_pretrained(teacher / "vae", torch_dtype=torch.float32).to(place)
     vae.encoder.requires_grad_(False)
     first = [p.detach().clone() for p in vae.decoder.parameters()]
-    trainer = Trainer(work / "decoder_training", {"decoder": vae.decoder}, rate=rate, weight_decay=1e-4, ema=0.998)
+    trainer = Pretraining(work / "decoder_training", {"decoder": vae.decoder}, rate=rate, weight_decay=1e-4, ema=0.998)
     panels = np.stack([renders.pair(n, seed=99)[0] for n in range(HELD_OUT)])
 
     def measured() -> dict[str, dict[str, float]]:
@@ -217,7 +217,7 @@ def train(
         trainer.log(start=teacher.name, psnr=before)
     opened = trainer.elapsed
     trainer.log(sitting={"batch": batch, "rate": rate, "until": samples, "shares": SHARES})
-    pool = Pool(pipeline, *renders.load(work / "pairs"), np.random.default_rng(trainer.step))
+    pool = LatentPool(pipeline, *renders.load(work / "pairs"), np.random.default_rng(trainer.step))
     squares, saved, used = [], trainer.elapsed, 0
     while (seen := trainer.step * batch) < samples and trainer.elapsed - opened < 60 * minutes:
         images, latents = pool.batch(batch // 2)

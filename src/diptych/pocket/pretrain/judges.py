@@ -25,7 +25,7 @@ from .. import world
 from ..render import render
 from . import renders
 from . import vae as vae_training
-from .trainer import Reading, Trainer, mean, mixed, pick_device, resident, traits_table
+from .trainer import Pretraining, TraitHead, mean, mixed, pick_device, resident, traits_table
 
 SEEDS = {"curator": 11, "scorer": 22, "reader": 33}
 HELD_OUT = 600
@@ -142,7 +142,7 @@ class Head(torch.nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.traits = Reading(width)
+        self.traits = TraitHead(width)
         self.scale, self.offset = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-6.0))
 
     def pair_loss(self, a: torch.Tensor, b: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _truths(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return labels, *traits_table(subjects for subjects, _ in plans)
 
 
-class Pairs:
+class JudgePairs:
     """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, H, W, 3]`, most of them as the VAE shows
     them, `same` bool `[N]`, and of each panel the scene's `labels` `[N, 2, 9]`, the subject's `numbers`
     `[N, 2, TRAITS]` and `choices` `[N, 2, 5]`."""
@@ -308,14 +308,14 @@ def train(
 
     torch.manual_seed(SEEDS[role])
     place = pick_device(device)
-    pairs, side = Pairs(work, role, count, device, processes, report), INPUT[role]
+    pairs, side = JudgePairs(work, role, count, device, processes, report), INPUT[role]
     model: Any = make(role)
     if start is not None:
         model.load_state_dict(type(model).from_pretrained(start / role).state_dict())
     model.train().to(place, memory_format=torch.channels_last)
     width = IDENTITY if role == "reader" else model.config.hidden_sizes[-1]
     head = Head(width).to(place)
-    trainer = Trainer(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
+    trainer = Pretraining(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
     if start is not None and trainer.step == 0:
         trainer.log(start=start.name)
     rng, generator = np.random.default_rng(trainer.step), torch.Generator(place).manual_seed(trainer.step)

@@ -21,7 +21,7 @@ from diptych.utils.machine import computing
 
 from . import renders, tokenizers
 from . import vae as vae_training
-from .trainer import Reading, Trainer, mean, pick_device, resident, traits_table
+from .trainer import Pretraining, TraitHead, mean, pick_device, resident, traits_table
 
 HEADS = 3
 HEAD = 64
@@ -211,9 +211,9 @@ def train(
     teacher.to(place)
     blocks = (teacher.transformer.transformer_blocks, teacher.transformer.single_transformer_blocks)
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    reading = Reading(HEADS * HEAD).to(place)
+    reading = TraitHead(HEADS * HEAD).to(place)
     modules = {"teacher": teacher, "reading": reading}
-    trainer = Trainer(work / "teacher_training", modules, rate, weight_decay=0.01, ema=0.9985, orthogonal=matrices)
+    trainer = Pretraining(work / "teacher_training", modules, rate, weight_decay=0.01, ema=0.9985, orthogonal=matrices)
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(work / "vae")

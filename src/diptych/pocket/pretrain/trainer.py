@@ -72,7 +72,7 @@ def mixed(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16)
 
 
-class Trainer:
+class Pretraining:
     """Trains `modules` together and keeps an exponential average of their weights.
 
     AdamW updates everything but `orthogonal`: matrices of hidden layers, which Muon updates (at AdamW's scale of step).
@@ -207,7 +207,7 @@ def traits_table(pairs: Iterable[tuple[Identity, Identity]]) -> tuple[torch.Tens
     return numbers, torch.tensor([[choices for _, choices in pair] for pair in read])
 
 
-class Reading(torch.nn.Module):
+class TraitHead(torch.nn.Module):
     """A linear layer that must read a subject's traits from features of `width` numbers."""
 
     def __init__(self, width: int):

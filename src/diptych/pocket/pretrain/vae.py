@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import world
 from . import renders
-from .trainer import Trainer, mean, mixed, pick_device, resident
+from .trainer import Pretraining, mean, mixed, pick_device, resident
 
 KL_WEIGHT = 2e-4
 WIDTHS = (24, 48, 64, 96)
@@ -111,7 +111,7 @@ def train(
         vae.load_state_dict(begun.state_dict())
         vae.register_to_config(shift_factor=begun.config.shift_factor, scaling_factor=begun.config.scaling_factor)
     vae.to(place, memory_format=torch.channels_last if place.type == "cuda" else torch.contiguous_format)
-    trainer = Trainer(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
+    trainer = Pretraining(work / "vae_training", {"vae": vae}, rate=rate, weight_decay=1e-4, ema=0.998)
     if start is not None and trainer.step == 0:
         trainer.log(start=start.name)
     held_out = np.stack([renders.pair(n, seed=99)[0][0] for n in range(200)])

@@ -95,7 +95,7 @@ class Compared:
     embeddings: list[str]  # of each panel, packed; empty like the hashes
 
 
-class Curate:
+class CurateStage:
     """Turns grid rows into candidate rows: both orders of every two panels.
 
     `answers` is the file that stores a vision-language model's answers, so that no question is sent twice, even after a

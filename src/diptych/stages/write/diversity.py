@@ -97,7 +97,7 @@ def reason(near: tuple[str, float], limit: float) -> str:
 
 
 @dataclass(frozen=True)
-class Diversity:
+class Spread:
     """How varied texts are.
 
     For equal texts `distinct` is 1 / `texts` and `distance` is 0. Without common word pairs both are 1.
@@ -114,7 +114,7 @@ class Diversity:
         return {key: round(value, 4) for key, value in asdict(self).items()}
 
 
-def measure(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Diversity:
+def measure(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Spread:
     """Measure the diversity of `count` texts from at most `sample` of them, evenly spaced. Others are not stored.
 
     Each text is compared with those one, two, four, … places after it, and from the end on with the first ones. These
@@ -126,7 +126,7 @@ def measure(texts: Iterable[str], count: int, sample: int = SAMPLE) -> Diversity
     distinct = len(frozenset().union(*sets)) / pairs if pairs else 0.0
     steps = [2**power for power in range(20) if 2**power < len(sets)]
     apart = [1 - resemblance(one, sets[(place + step) % len(sets)]) for place, one in enumerate(sets) for step in steps]
-    return Diversity(count, distinct, sum(apart) / len(apart) if apart else 0.0)
+    return Spread(count, distinct, sum(apart) / len(apart) if apart else 0.0)
 
 
 def remove_repeats(prompts: Dataset, failed: Dataset, task: Task, layout: Grid, limit: float, fingerprint: str) -> int:

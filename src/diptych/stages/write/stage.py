@@ -1,8 +1,8 @@
 """Stage 1, write: prompts for grids (paper section 3.1).
 
-`Write` turns a writer's drafts into prompts by the task's templates, one a row. The grammar writer uses a vocabulary
-that the teacher understands (`write.grammar`): the pocket world's or a vocabulary file. The other writer is a language
-model (`llm_writer`).
+`WriteStage` turns a writer's drafts into prompts by the task's templates, one a row. The grammar writer uses a
+vocabulary that the teacher understands (`write.grammar`): the pocket world's or a vocabulary file. The other writer is
+a language model (`llm_writer`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Drafter:
     max_words: int
 
 
-class Write:
+class WriteStage:
     """Turns rows {id, index, seed} into prompt rows.
 
     A prompt depends only on the row's number and the recipe's seed and, if a language model writes, on the answers to
@@ -92,7 +92,7 @@ class Write:
         return Failure(f"no prompt of at most {max_words} words and marks in {TRIES} tries")
 
 
-def grammar(stage: Write) -> Drafter:
+def grammar(stage: WriteStage) -> Drafter:
     """Return the writer that samples from a grammar."""
     from diptych.pocket import captions
     from diptych.stages.write import vocabulary
@@ -107,7 +107,7 @@ def grammar(stage: Write) -> Drafter:
     return Drafter(lambda rows: [partial(rules, Turn(recipe.seed, row["index"])) for row in rows], limit)
 
 
-def llm(stage: Write) -> Drafter:
+def llm(stage: WriteStage) -> Drafter:
     """Return the writer that uses a language model."""
     from diptych.llm.client import open_model
     from diptych.stages.write import llm_writer
@@ -142,7 +142,7 @@ def pocket_rules(recipe: Recipe, task: tasks.Task) -> Callable[[Turn, np.random.
     return GRAMMARS[name]
 
 
-WRITERS: dict[str, Callable[[Write], Drafter]] = {"grammar": grammar, "llm": llm}
+WRITERS: dict[str, Callable[[WriteStage], Drafter]] = {"grammar": grammar, "llm": llm}
 
 
 def grammar_of(recipe: Recipe) -> str:
