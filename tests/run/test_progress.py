@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,8 +21,7 @@ from diptych.recipe import check
 from diptych.run.spending import Spending
 from diptych.utils import console
 from diptych.utils.console import Display
-
-CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+from terminal import CODES, on_terminal
 
 
 @pytest.fixture
@@ -42,36 +37,14 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
-def on_terminal(command: list[str], columns: int, until: Callable[[str], bool] = lambda _: False) -> tuple[int, str]:
-    """Runs a command on a terminal, and presses Ctrl-C once `until` is true of what it printed."""
-    import pty
-
-    pid, leader = pty.fork()
-    if pid == 0:
-        os.environ |= {"TERM": "xterm-256color"}
-        os.environ.pop("COLUMNS", None)
-        os.execv(command[0], command)
-    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    shown, pressed = b"", False
-    try:
-        while chunk := os.read(leader, 65536):
-            shown += chunk
-            if not pressed and until(shown.decode(errors="replace")):
-                os.write(leader, b"\x03")
-                pressed = True
-    except OSError:
-        pass  # the end of a pseudo terminal
-    os.close(leader)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo terminal")
 def test_on_a_narrow_terminal_the_progress_stays_in_one_line_and_ctrl_c_ends_with_the_command_that_resumes(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a run"
     command = [sys.executable, stages.__file__, str(recipe_file), str(out), "0.1", "--hour-price", "3600"]
-    code, text = on_terminal(command, 80, lambda shown: re.search(r"2/5 paint.* \d+\.\d\d spent", shown) is not None)
+    costs = re.compile(r"2/5 paint.* \d+\.\d\d spent")
+    code, text = on_terminal(command, lambda new: "\x03" if costs.search(new) else None)
     lines = [CODES.sub("", line).rstrip() for line in re.split(r"[\r\n]+", text)]
     lines = [line for line in lines if line]
     assert code == 130 and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import data, doctor, evaluate, generate, run, serve, weights
+from diptych.cli import data, doctor, evaluate, generate, init, run, serve, weights
 from diptych.cli.options import register, typer_app
 from diptych.errors import UserError, describe
 from diptych.utils.console import one_line, printable_json, show
@@ -26,10 +26,9 @@ app = typer_app(
     help="Diffusion Self-Distillation: train a text-to-image model to take a reference image, on pairs that it "
     "generates and curates itself.",
     epilog="Try: diptych run demo. `diptych COMMAND --help` shows the options and an example.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-register(app, "Start", doctor.doctor, run.tasks, run.plan, run.run)
+register(app, "Start", doctor.doctor, init.init, run.tasks, run.plan, run.run)
 register(app, "Make pairs", run.write, run.paint, run.curate)
 app.add_typer(data.app, short_help="Count, audit, select, import, and export pairs.", rich_help_panel="Make pairs")
 register(app, "Train", run.distill, weights.convert)

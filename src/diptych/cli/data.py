@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from diptych.cli import complete
 from diptych.cli.options import Json, command, print_result, register, require_text, typer_app
 from diptych.errors import UsageError, UserError, nearest
 
@@ -17,7 +18,7 @@ app = typer_app(
     "other tools (import, export).",
 )
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run folder.", autocompletion=complete.runs)]
 
 
 @command("diptych data stats runs/first", Input="run")
@@ -122,7 +123,7 @@ def audit(
 FORMATS = (  # docs/interop.md
     "parquet, edit-parquet, webdataset, imagefolder, ai-toolkit, simpletuner, uno, musubi, diffsynth or onetrainer"
 )
-Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{FORMATS}.")]
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{FORMATS}.", autocompletion=complete.formats)]
 Folder = Annotated[str, typer.Option("--out", metavar="DIR", help="New folder, or one to resume.")]
 Text = Annotated[
     str, typer.Option("--text", metavar="KIND", help="Text for formats with only one: caption or instruction.")
@@ -150,7 +151,10 @@ def import_(
     ] = None,
     text: Text = "caption",
     task: Annotated[
-        str, typer.Option("--task", metavar="TASK", help="Meaning of these pairs; see `diptych tasks`.")
+        str,
+        typer.Option(
+            "--task", metavar="TASK", help="Meaning of these pairs; see `diptych tasks`.", autocompletion=complete.tasks
+        ),
     ] = "subject",
     licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="License of the pairs, for the card.")] = "",
     skip: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from diptych.cli import complete
 from diptych.cli.options import Cluster, Device, Json, Scales, command, print_result, require_text
 from diptych.cli.run import Sets, Work, run_stages
 from diptych.errors import UsageError, nearest
@@ -33,7 +34,10 @@ class Evaluated(Scales):
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", metavar="MODEL", help="pocket, a run, a student, or owner/name; NAME=MODEL renames. Repeatable."
+            "--model",
+            metavar="MODEL",
+            help="pocket, a run, a student, or owner/name; NAME=MODEL renames. Repeatable.",
+            autocompletion=complete.students,
         ),
     ] = None
     baselines: Annotated[

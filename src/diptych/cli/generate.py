@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from diptych.cli import complete
 from diptych.cli.options import Cluster, Device, Json, Loading, command, load_student, print_result, require_text
 from diptych.errors import UsageError, UserError
 from diptych.student.runtime import speed as speeds
@@ -181,7 +182,13 @@ def relight(
         typer.Option("--mask", metavar="IMAGE", help="Mask of the same size: white may change, black does not."),
     ] = None,
     task: Annotated[
-        str, typer.Option("--task", metavar="TASK", help="Task with aligned panels: a name or a YAML file.")
+        str,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="Task with aligned panels: a name or a YAML file.",
+            autocompletion=complete.tasks,
+        ),
     ] = "relight",
     seed: Annotated[int, typer.Option("--seed", min=0, help=SEED)] = 0,
     out: Annotated[

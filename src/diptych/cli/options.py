@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Protocol, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from diptych.cli import complete
 from diptych.errors import UsageError
 from diptych.student.runtime import speed as speeds
 from diptych.student.sampling import OPTIONS, Sampling, read_size
@@ -71,7 +72,7 @@ class GroupedCommands(TyperGroup):
     arguments it prints that help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args or ["--help"])
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -244,11 +245,22 @@ class Loading:
 
     PANELS: ClassVar = {"Model": "model base lora", "Speed and memory": "memory speed switch"}
     model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="Student: pocket, a run, a folder, a file, or a hub name.")
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Student: pocket, a run, a folder, a file, or a hub name.",
+            autocompletion=complete.students,
+        ),
     ] = "pocket"
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="Base model that supplies the components a student lacks."),
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Base model that supplies the components a student lacks.",
+            autocompletion=complete.teachers,
+        ),
     ] = None
     lora: Annotated[
         list[str] | None,

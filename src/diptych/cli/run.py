@@ -8,12 +8,18 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+from diptych.cli import complete
 from diptych.cli.options import Cluster, Json, command, print_result, require_text
 from diptych.errors import UsageError
 from diptych.utils.console import printable_json, show
 from diptych.utils.paths import is_remote
 
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a built-in recipe.")]
+RecipeArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="Recipe file, or the name of a built-in recipe.", autocompletion=complete.recipes
+    ),
+]
 OutDir = Annotated[
     str | None, typer.Option("--out", metavar="DIR", help="Run folder or s3:// address [default: runs/NAME].")
 ]
@@ -23,7 +29,12 @@ Sets = Annotated[
 ]
 From = Annotated[
     str | None,
-    typer.Option("--from", metavar="RUN", help="Earlier run to reuse: stages that the recipe leaves unchanged."),
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="Earlier run to reuse: stages that the recipe leaves unchanged.",
+        autocompletion=complete.runs,
+    ),
 ]
 HourPrice = Annotated[
     float | None,
@@ -164,7 +175,11 @@ def plan(
 def tasks(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TASK", help="Name of a task or a task file to check; `show NAME` prints its YAML."),
+        typer.Argument(
+            metavar="TASK",
+            help="Name of a task or a task file to check; `show NAME` prints its YAML.",
+            autocompletion=complete.tasks,
+        ),
     ] = None,
     vocabulary: Annotated[
         str | None,
