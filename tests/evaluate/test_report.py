@@ -79,7 +79,7 @@ def full(evaluated: Path, tmp_path: Path) -> Path:
     levels = {str(s / 10): 1 - s / 20 for s in (1, 5, 9)}
     rows: list[dict[str, Any]] = [{"step": i, "left": 2 / i, "right": 3 / i} for i in range(1, 81)]
     for i in (40, 80):
-        rows[i - 1]["validation"] = {"loss": 1.0, "left": levels, "right": levels}
+        rows[i - 1]["validation"] = {"loss": 1.0, "left": levels, "right": levels, "reference_influence": 0.004}
     (training / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 81, "le')
     (training / "summary.json").write_text(
         json.dumps({"summary": {"steps": 80, "pairs": 12}, "made_by": {"base": "ab"}})
@@ -104,6 +104,7 @@ def test_a_full_run_is_shown_stage_by_stage(recipe: Recipe, full: Path) -> None:
     for text in (
         "Paired comparisons", "12 prompts", "Rejected", "Validation loss, right panel", "Held-out kinds", "1 h 01 min",
         "precision is", "held-out kinds", "sha256", "image_guidance",
+        "Influence of the reference", "ignores its reference", "+0.40%",
     ):  # fmt: skip
         assert text in page.words, text
     labels = [attrs["aria-label"] for attrs in page.all("svg")]

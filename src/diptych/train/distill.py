@@ -10,6 +10,7 @@ returns its summary if it is finished.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from diptych.recipe import tasks
 from diptych.student.families import teachers
 from diptych.train import export
 from diptych.train.checkpoint import harmless
-from diptych.train.metrics import METRICS, Progress, read, report
+from diptych.train.metrics import METRICS, Progress, read, reference_warning, report
 from diptych.train.prepare import TRAINING, Material, prepare, sources
 from diptych.utils import models
 from diptych.utils.io import write_atomic
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diptych.train.loop import Trainer
 
 SUMMARY = "summary.json"
+log = logging.getLogger(__name__)
 SHOWN = 20  # the summary's losses are means over this number of last steps
 
 
@@ -97,6 +99,8 @@ def finish(trainer: Trainer, recipe: Recipe, out: Path, recipe_sha256: str | Non
     if recipe.distill.export == "best":
         trainer.take_best()
     numbers = summary(trainer)
+    if trainer.processes.first and (warning := reference_warning(numbers["validation"])):
+        log.warning("%s", warning)
     made_from, material = trainer.job.made_from, trainer.job.material
     provenance = {"teacher": recipe.teacher, "task": recipe.task, "steps": numbers["exported"], **made_from}
     provenance |= {"name": recipe.name, "mode": recipe.distill.mode, "number_of_pairs": numbers["pairs"]}

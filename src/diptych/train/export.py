@@ -28,6 +28,7 @@ from diptych.student.weights.files import HEADER_KEY
 from diptych.student.weights.lora_file import HEADER, RELEASED_LORA
 from diptych.student.weights.tensors import held, write_safetensors
 from diptych.train import parts
+from diptych.train.metrics import reference_warning
 from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
 from diptych.train.prepare import TRAINING, Material, start, student_settings
 from diptych.utils import models
@@ -223,6 +224,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "precision": numbers["precision"],
         **_losses(numbers["loss"], distill.conditioning),
         "validation loss": "none held out" if validation is None else f"{validation['loss']:.4f}",
+        **_influence(validation),
         "seed": recipe.training_seed,
         "seconds of training": f"{numbers['seconds']:,.0f}",
         "diptych": VERSION,
@@ -251,6 +253,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
             "",
             *_table(rows),
             "",
+            *([warning, ""] if (warning := reference_warning(validation)) else []),
             "## Data",
             "",
             *_data(recipe, material),
@@ -267,6 +270,12 @@ def _losses(loss: dict[str, float], conditioning: str) -> dict[str, str]:
     if conditioning == "tokens":
         return {"loss": f"{loss['right']:.4f}"}
     return {"loss, left / right panel": f"{loss['left']:.4f} / {loss['right']:.4f}"}
+
+
+def _influence(validation: dict[str, Any] | None) -> dict[str, str]:
+    if validation is None or "reference_influence" not in validation:
+        return {}
+    return {"loss with swapped references": f"{validation['reference_influence']:+.1%}"}
 
 
 def _data(recipe: Recipe, material: Material) -> list[str]:

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +85,23 @@ def read(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
     return lines
+
+
+MIN_INFLUENCE = 0.01  # a student with less uses its reference hardly, or not at all
+
+
+def reference_warning(validation: Mapping[str, Any] | None) -> str | None:
+    """The warning for a student that ignores its reference (`reference_influence` of its validation is below
+    `MIN_INFLUENCE`). None for other students, and without the figure."""
+    influence = (validation or {}).get("reference_influence")
+    if influence is None or influence >= MIN_INFLUENCE:
+        return None
+    return (
+        f"The student ignores its reference: with references swapped among the held-out pairs, its loss changes by "
+        f"{influence:+.2%} (expected: at least {MIN_INFLUENCE:+.0%}). Check that reference and target of a pair show "
+        "the same subject (diptych data audit), that the captions do not describe the subject completely, and that "
+        "distill.reference_dropout is low; then train for more steps or with a higher distill.learning_rate."
+    )
 
 
 class LossGuard:

@@ -22,6 +22,7 @@ from diptych.evaluate.report import relight_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Series, count, named, number, part, percent, plural, template, words
 from diptych.recipe import tasks
+from diptych.train.metrics import reference_warning
 from diptych.utils.io import write_atomic
 from diptych.utils.models import FLUX_DEV_NOTE
 
@@ -158,7 +159,16 @@ def distill(run: Run) -> dict[str, Any]:
         )
         for side in (points if validated else ())
     ]
-    return {"run": run, "lines": lines, "curves": curves, "levels": levels}
+    influence = [(step, 100 * v["reference_influence"]) for step, v in validated if "reference_influence" in v]
+    warning = reference_warning(validated[-1][1]) if validated else None
+    return {
+        "run": run,
+        "lines": lines,
+        "curves": curves,
+        "levels": levels,
+        "influence": [Series("", "right", influence)] if influence else [],
+        "warning": warning,
+    }
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -144,7 +144,8 @@ def distill(work: Workload) -> dict[str, Any]:
         negatives = pairs
         per_sample = sides * (per_sample + one)
     texts = samples if online else captions
-    checks = LEVELS * settings.validation_pairs * math.ceil(settings.steps / settings.validate_every)
+    swaps = 2 if settings.conditioning == "diptych" else 1  # passes with another pair's reference
+    checks = (1 + swaps) * LEVELS * settings.validation_pairs * math.ceil(settings.steps / settings.validate_every)
     sheets = 1 + (settings.steps // settings.sample_every if settings.sample_every else 0)
     sampled = (sheets * settings.sample_pairs + negatives) * settings.sample_steps
     flops = samples * per_sample + texts * work.text_flops + checks * one + sampled * step
