@@ -47,10 +47,13 @@ class Fingerprints:
 
     def screens(self) -> dict[str, str]:
         """Return the hashes of the classifiers that screen panels, by the screen's name."""
-        screens = self.recipe.curate.screens
-        return (
-            {c.name: self._hash(f"screen {c.name}", "screen", c.model) for c in screens.classifiers} if screens else {}
-        )
+        from diptych.stages.curate import screens
+
+        settings = self.recipe.curate.screens
+        classifiers = settings.classifiers if settings else ()
+        if self._weights is not None:
+            return {each.name: self._weights[f"screen {each.name}"] for each in classifiers}
+        return {each.name: screens.fingerprint(each.model) for each in classifiers}
 
     def _hash(self, role: str, kind: str, model: str) -> str:
         return models.fingerprint(models.resolve(model, kind)) if self._weights is None else self._weights[role]

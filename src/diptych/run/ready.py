@@ -101,12 +101,12 @@ def curate(recipe: Recipe) -> None:
     """Check the judge, the classifiers of the screens, and the vision-language model."""
     from diptych.judges.embedding import EmbeddingJudge
     from diptych.llm import client
-    from diptych.stages.curate.screens import PanelClassifier
+    from diptych.stages.curate import screens
 
     settings = recipe.curate
     EmbeddingJudge.check(settings.judge, "curator")
     for classifier in settings.screens.classifiers if settings.screens else ():
-        PanelClassifier.check(classifier)
+        screens.check(classifier)
     if settings.vlm is not None:
         client.check(settings.vlm.endpoint, settings.vlm.local, settings.vlm.vllm)
 

@@ -66,7 +66,8 @@ class Classifier(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Name of the screen. A pair that it rejects has the reason `screen: NAME`."""
     model: str = Field(min_length=1)
-    """Transformers image-classification model: a folder, or a hub name."""
+    """Transformers image-classification model: a folder, or a hub name. Two detectors need no download: `rapidocr` with
+    the label `writing`, and `nudenet` with the label `nudity`. `pip install 'diptych[screens]'` installs them."""
     label: str = Field(min_length=1)
     """Label of the model that a panel must not have."""
     most: float = Field(default=0.5, ge=0, le=1)

@@ -2,16 +2,16 @@
 
     scores(panels, classifiers)      # [{"dark": 0.83, "flat": 0.21, "blur": 0.034, "nsfw": 0.02}, …]
 
-The first three are computed with numpy. The others are the image classifiers that the recipe names
+The first three are computed with numpy. The others are the image classifiers and detectors that the recipe names
 (`curate.screens.classifiers`), usually for text in the image or nudity. Scores are rounded before they are tested, so
 that a test of the stored scores gives the same verdict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from diptych.errors import UsageError, nearest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from diptych.judges.detectors import Measure
     from diptych.judges.vision import Vision
     from diptych.recipe.schema import Classifier
 
@@ -32,7 +33,43 @@ FLOOR = (1 / 255) ** 2  # variance of the last bit of 8; less contrast counts as
 _BOX = 4  # Pillow's resampling filter; only callers with an image import Pillow
 
 
-def scores(panels: Sequence[Image], classifiers: Sequence[PanelClassifier] = ()) -> list[dict[str, float]]:
+class PanelScreen(Protocol):
+    """A model that gives each panel a score, 0 to 1, high for panels to reject."""
+
+    @property
+    def name(self) -> str: ...
+
+    def scores(self, panels: Sequence[Image]) -> list[float]: ...
+
+
+def load(settings: Classifier, device: str = "cpu") -> PanelScreen:
+    """Open a detector, or a classifier's folder or hub name.
+
+    Raises UsageError for an unknown label or a detector that is not installed, UserError if the model is incomplete.
+    """
+    from diptych.judges.detectors import DETECTORS
+
+    return (PanelDetector if settings.model in DETECTORS else PanelClassifier).load(settings, device)
+
+
+def check(settings: Classifier) -> None:
+    """Raise the UsageError or UserError of `load`, without reading weights."""
+    from diptych.judges.detectors import DETECTORS
+
+    (PanelDetector if settings.model in DETECTORS else PanelClassifier).check(settings)
+
+
+def fingerprint(model: str) -> str:
+    """Return the hash of the weights of a detector, or of a classifier's folder or hub name."""
+    from diptych.judges.detectors import DETECTORS
+    from diptych.utils import models
+
+    if model in DETECTORS:
+        return DETECTORS[model].fingerprint()
+    return models.fingerprint(models.resolve(model, "screen"))
+
+
+def scores(panels: Sequence[Image], classifiers: Sequence[PanelScreen] = ()) -> list[dict[str, float]]:
     """Return the scores of each panel by the screens' names."""
     results = [measure(panel) for panel in panels]
     for classifier in classifiers:
@@ -89,15 +126,17 @@ class PanelClassifier:
         vision = open_vision(settings.model, "screen", "AutoModelForImageClassification", device)
         refuse_missing(sorted(vision.missing), settings.model)
         config = vision.model.config
+        labels = {str(label): int(number) for number, label in config.id2label.items()}
         alone = config.problem_type == "multi_label_classification" or len(config.id2label) == 1
-        return cls(settings.name, vision, _label(settings, config), alone)
+        return cls(settings.name, vision, labels[_label(settings, labels)], alone)
 
     @staticmethod
     def check(settings: Classifier) -> None:
         """Raise the UsageError or UserError of `load` for the model and its label, without reading weights."""
         from diptych.judges import vision
 
-        _label(settings, vision.check(settings.model, "screen", "AutoModelForImageClassification"))
+        config = vision.check(settings.model, "screen", "AutoModelForImageClassification")
+        _label(settings, [str(label) for label in config.id2label.values()])
 
     def scores(self, panels: Sequence[Image]) -> list[float]:
         """Return the label's probability for each panel, in order, computed in batches of 32."""
@@ -109,9 +148,41 @@ class PanelClassifier:
         return results
 
 
-def _label(settings: Classifier, config: Any) -> int:
-    """Return the index of a classifier's label among its model's. Raises UsageError for an unknown label."""
-    labels = {str(label): int(number) for number, label in config.id2label.items()}
+@dataclass(frozen=True)
+class PanelDetector:
+    """A detector (`judges.detectors`), used for one of its labels."""
+
+    name: str
+    measure: Measure
+
+    @classmethod
+    def load(cls, settings: Classifier, device: str = "cpu") -> PanelDetector:
+        """Open an installed detector, which always runs on the CPU. Raises the UsageError of `check`."""
+        import torch
+
+        from diptych.judges.detectors import DETECTORS
+
+        cls.check(settings)
+        return cls(settings.name, DETECTORS[settings.model].open(settings.label, torch.get_num_threads()))
+
+    @staticmethod
+    def check(settings: Classifier) -> None:
+        """Raise UsageError for a detector that is not installed or does not have the label."""
+        from diptych.judges.detectors import DETECTORS
+
+        detector = DETECTORS[settings.model]
+        detector.folder()
+        _label(settings, detector.labels)
+
+    def scores(self, panels: Sequence[Image]) -> list[float]:
+        """Return the detector's confidence for each panel, in order."""
+        from diptych.judges.detectors import score
+
+        return [round(score(self.measure, panel), DIGITS) for panel in panels]
+
+
+def _label(settings: Classifier, labels: Sequence[str] | Mapping[str, int]) -> str:
+    """Return the label of a classifier if its model has it. Raises UsageError if not."""
     if settings.label not in labels:
         shown = ", ".join(list(labels)[:12]) + (", …" if len(labels) > 12 else "")
         raise UsageError(
@@ -119,4 +190,4 @@ def _label(settings: Classifier, config: Any) -> int:
             f"curate.screens.classifiers {settings.name}: the model '{settings.model}' has no label "
             f"'{settings.label}'. Its labels: {shown}{nearest(settings.label, labels)}",
         )
-    return labels[settings.label]
+    return settings.label

@@ -123,11 +123,11 @@ class CurateStage:
             torch.set_num_threads(self.recipe.threads)
         judge = EmbeddingJudge.load(self.recipe.curate.judge, "curator", self.recipe.device)
         settings = self.screens.classifiers if self.screens else ()
-        classifiers = [screens.PanelClassifier.load(one, self.recipe.device) for one in settings]
+        classifiers = [screens.load(one, self.recipe.device) for one in settings]
         return self.work(judge, self._vlm(), classifiers)
 
     def work(
-        self, judge: EmbeddingJudge, vlm: VlmJudge | None, classifiers: Sequence[screens.PanelClassifier] = ()
+        self, judge: EmbeddingJudge, vlm: VlmJudge | None, classifiers: Sequence[screens.PanelScreen] = ()
     ) -> Work:
         """Return the stage with its judges and the classifiers of its screens."""
         return lambda rows: self._judge(rows, judge, vlm, classifiers)
@@ -148,7 +148,7 @@ class CurateStage:
         rows: list[Row],
         judge: EmbeddingJudge,
         vlm: VlmJudge | None,
-        classifiers: Sequence[screens.PanelClassifier],
+        classifiers: Sequence[screens.PanelScreen],
     ) -> list[list[Row] | Failure]:
         # A broken grid becomes a Failure and not an exception: the others must stay one batch, for the same bits.
         cuts = [_cut(row) for row in rows]
