@@ -432,12 +432,12 @@ def _training(pipe: Any, side: int, text: int) -> Callable[[int], torch.Tensor]:
     """Forward and backward of one sample, all weights trained."""
     from diptych.student.attention import install
     from diptych.student.references import TokenStyle
-    from diptych.train.objective import Batch, image_ids, panel_losses
+    from diptych.train.objective import Batch, panel_losses
 
     model, canvas, settings = pipe.transformer, pipe.canvas(side, side), pipe.settings
     style = TokenStyle(settings.positions, settings.reference_attention) if canvas.panels == 1 else None
     install(model)
-    ids, shape = image_ids(canvas), (1, canvas.tokens, pipe.channels)
+    shape = (1, canvas.tokens, pipe.channels)
 
     def step(number: int) -> torch.Tensor:
         model.train().requires_grad_(True)
@@ -446,7 +446,7 @@ def _training(pipe: Any, side: int, text: int) -> Callable[[int], torch.Tensor]:
         embeds = torch.randn(1, text, MIDSIZE["joint_attention_dim"], generator=generator)
         pooled = torch.randn(1, MIDSIZE["pooled_projection_dim"], generator=generator)
         batch = Batch(clean, condition, noise, torch.tensor([0.6]), embeds, pooled, canvas=canvas)
-        left, right = panel_losses(model, batch, ids, 1.0, style)
+        left, right = panel_losses(model, batch, 1.0, style)
         loss = (left + right).mean()
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -29,7 +29,7 @@ from diptych.recipe.schema import Recipe
 from diptych.run.plan.sizes import known
 from diptych.student.canvas import condition_canvas, fit_image, join_panels, to_pixels
 from diptych.train.loop import Trainer
-from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.train.objective import Batch, panel_losses
 from diptych.train.prepare import Material, prepare
 from diptych.utils.machine import pick_precision
 
@@ -52,7 +52,6 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.options.learning_rate, betas=self.options.betas, weight_decay=0.01
         )
-        self.ids = image_ids(job.canvas).to(job.device)
         self.guidance = self.options.guidance if self.transformer.config.guidance_embeds else None
         self.generator = torch.Generator().manual_seed(0)
 
@@ -70,7 +69,7 @@ class PlainLoop:
         sigma = torch.sigmoid(torch.randn(size, generator=self.generator)).to(job.device)
         batch = Batch(clean.float(), condition.float(), noise, sigma, embeds, pooled, canvas=job.canvas)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
-            left, right = panel_losses(self.transformer, batch, self.ids, self.guidance)
+            left, right = panel_losses(self.transformer, batch, self.guidance)
         loss = left.mean() + right.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -226,6 +226,15 @@ def zimage() -> Any:
     return ZImagePipeline(scheduler(shift=6.0), image_vae(), language_model(tokenizer), tokenizer, transformer)
 
 
+def zimage_teacher(folder: Path) -> Path:
+    """A ZImagePipeline, as a folder."""
+    import torch
+
+    torch.manual_seed(0)
+    zimage().save_pretrained(folder)
+    return folder
+
+
 def krea2() -> Any:
     from diffusers import Krea2Pipeline, Krea2Transformer2DModel
     from transformers import Qwen3VLConfig, Qwen3VLModel
@@ -516,7 +525,8 @@ def flux2_teacher(folder: Path) -> Path:
 
     torch.manual_seed(0)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={t: i for i, t in enumerate([*letters, "<|endoftext|>"])}, merges=[])
+    vocabulary = {text: number for number, text in enumerate([*letters, "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=64)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     text = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -16,7 +16,7 @@ from diptych.evaluate.methods import baselines, common, tuning
 from diptych.evaluate.methods.common import Context
 from diptych.evaluate.methods.tuning import Tuned
 from diptych.pocket.world import PANEL
-from diptych.train.objective import image_ids, velocity_error
+from diptych.train.objective import Batch, velocity_error
 
 TUNING = {"learning_rates": [0.01], "steps": [1, 3], "rank": 4, "batch_size": 4, "crops": 4}
 
@@ -99,7 +99,8 @@ def test_training_brings_the_model_nearer_to_its_image(
     @torch.no_grad()
     def error() -> float:
         sigma = torch.tensor([0.5, 0.7])
-        return velocity_error(tuner.transformer, clean, noise, sigma, words, image_ids(canvas)).mean().item()
+        batch = Batch(clean, clean[:, :0], noise, sigma, *words, canvas=canvas)
+        return velocity_error(tuner.transformer, batch).mean().item()
 
     tuner.trained.put(tuner.start)
     before = error()

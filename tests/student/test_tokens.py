@@ -170,12 +170,12 @@ def test_cached_keys_give_what_computing_them_in_every_step_gives(
     passes = []
     beside = References.beside
 
-    def again(self: References, x: torch.Tensor, canvas: Canvas) -> Any:
+    def again(self: References, x: torch.Tensor) -> Any:
         if self.layout:
             self._keys = None
-            self.capture(pipe.transformer, canvas, None)
+            self.capture(pipe.transformer, pipe.canvas(), None)
             passes.append(self._keys)
-        return beside(self, x, canvas)
+        return beside(self, x)
 
     monkeypatch.setattr(References, "beside", again)
     assert torch.equal(drawn(pipe, "a red cat", row, 0, **GUIDED), cached)

@@ -19,7 +19,7 @@ from diptych.student.canvas import Canvas
 from diptych.student.families import shapes
 from diptych.train import canvases_at_once, captions_at_once, parts
 from diptych.train.export import as_loaded
-from diptych.train.objective import Batch, image_ids, panel_losses
+from diptych.train.objective import Batch, panel_losses
 from diptych.utils.machine import computing
 
 DEV = known()["black-forest-labs/FLUX.1-dev"]
@@ -64,7 +64,7 @@ def batch(rows: int, number: torch.dtype) -> Batch:
 
 def losses(transformer: Any, part: Batch, precision: str) -> torch.Tensor:
     with computing(precision, CPU):
-        left, right = panel_losses(transformer, part, image_ids(CANVAS), 1.0)
+        left, right = panel_losses(transformer, part, 1.0)
     return left.mean() + right.mean()
 
 

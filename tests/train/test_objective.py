@@ -9,9 +9,9 @@ import tiny_run
 import torch
 
 from diptych.student.canvas import Canvas
-from diptych.student.families.base import unpack
+from diptych.student.families.base import positions, unpack
 from diptych.student.weights.fold import widen
-from diptych.train.objective import Batch, image_ids, panel_losses, shifted
+from diptych.train.objective import Batch, panel_losses, shifted
 
 CANVAS = Canvas(16, 24, 4)  # not square, so that a transposed panel split shows
 
@@ -38,7 +38,7 @@ def trained_student(guidance: bool = False) -> Any:
 def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | None) -> None:
     student = trained_student(guidance is not None)
     batch = random_batch()
-    left, right = panel_losses(student, batch, image_ids(CANVAS), guidance)
+    left, right = panel_losses(student, batch, guidance)
     for i in range(3):
         s = batch.sigma[i]
         x_t = batch.clean[i] * (1 - s) + batch.noise[i] * s
@@ -62,13 +62,12 @@ def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | 
 def test_a_widened_teacher_starts_with_the_teachers_own_loss_whatever_the_condition() -> None:
     teacher = tiny_run.make_transformer()
     batch = random_batch()
-    ids = image_ids(CANVAS)
 
     def plain(hidden_states: torch.Tensor, **rest: Any) -> Any:
         return teacher(hidden_states=hidden_states[..., :16], **rest)
 
-    wanted = panel_losses(plain, batch, ids)
-    got = panel_losses(widen(teacher), batch, ids)
+    wanted = panel_losses(plain, batch)
+    got = panel_losses(widen(teacher), batch)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -81,7 +80,7 @@ def test_perfect_velocity_has_no_loss_and_each_panel_answers_for_itself() -> Non
     def model(**_: Any) -> tuple[torch.Tensor]:
         return (torch.where(right[:, None], batch.noise - batch.clean + 2, batch.noise - batch.clean),)
 
-    left_loss, right_loss = panel_losses(model, batch, image_ids(CANVAS))
+    left_loss, right_loss = panel_losses(model, batch)
     torch.testing.assert_close(left_loss, torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(right_loss, torch.full((3,), 4.0))
 
@@ -92,7 +91,7 @@ def test_position_ids_are_the_pipelines_own() -> None:
     theirs = FluxControlPipeline._prepare_latent_image_ids(
         1, CANVAS.rows, CANVAS.columns, torch.device("cpu"), torch.float32
     )
-    assert torch.equal(image_ids(CANVAS), theirs)
+    assert torch.equal(positions(CANVAS.size), theirs)
 
 
 def test_shift_keeps_the_ends_and_is_the_schedulers() -> None:

@@ -270,7 +270,7 @@ class Student:
         warnings = [UNKNOWN % unknown] if unknown else []
         with self._reading:
             if self._tokenizer is None:  # a copy: the pipeline's may be in use in another thread
-                self._tokenizer = copy.deepcopy(self.pipeline.tokenizer_2)
+                self._tokenizer = copy.deepcopy(self.pipeline.reader)
             for text in filter(None, (prompt, negative_prompt)):
                 if self._tokenizer is not None and (
                     cut := self.pipeline.unread(self.pipeline.settings.read(text), self._tokenizer)

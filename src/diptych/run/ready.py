@@ -28,7 +28,7 @@ from diptych.utils.opening import INDEX, check_pipeline
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
     from diptych.run.runner import Stages
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 ROWS = {"write": "prompts", "paint": "grids", "curate": "candidates"}  # a stage's output
 
@@ -144,37 +144,39 @@ def teacher(recipe: Recipe) -> Path:
     return folder
 
 
-def student(recipe: Recipe, folder: Path) -> DiptychPipeline:
-    """Return a student of the teacher in `folder` without weights. Raises UserError if it is not a FLUX.1 teacher."""
-    import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+def student(recipe: Recipe, folder: Path) -> ReferencePipeline:
+    """Return a student of the teacher in `folder` without weights. Raises UserError if no student can be made of it."""
+    import inspect
 
-    from diptych.student.pipeline import DiptychPipeline
+    import diffusers
+    import torch
+
+    from diptych.student.families import family_in
+    from diptych.student.families.flux1 import FLUX1
+    from diptych.student.pipeline import DiptychPipeline, pipeline_class
     from diptych.student.settings import KEY
     from diptych.student.weights.files import read_json
-    from diptych.train.prepare import student_settings
+    from diptych.train.prepare import check_family, student_settings
 
-    index: Any = read_json(folder / INDEX)
-    named = index.get("transformer") or [None, "no transformer"]
-    if named[1] != "FluxTransformer2DModel":
-        raise UserError(
-            "model_unsupported",
-            f"The teacher in {folder} is not a FLUX pipeline but a {index.get('_class_name')} with {named[1]}. Use a "
-            "FLUX.1 teacher for training.",
-        )
+    family, index = family_in(folder), read_json(folder / INDEX)
+    check_family(recipe, family)
     config: Any = read_json(folder / "transformer" / "config.json")
-    out = config.get("out_channels") or config["in_channels"]
-    if config["in_channels"] != out:
+    channels, out = family.channels(config)
+    if channels != out:
         message = f"{folder / 'transformer'} is widened already. Use the text-to-image model as the teacher."
         raise UserError("model_unsupported", message)
     settings = student_settings(recipe, None)
+    wide = (None if settings.conditioning == "tokens" else family.widened(config)) or {}
     with torch.device("meta"):
-        wide = {"in_channels": (1 if settings.conditioning == "tokens" else 2) * out, "out_channels": out}
-        transformer = FluxTransformer2DModel.from_config({**config, **wide, KEY: settings.values()})
-        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-    none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return DiptychPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **none)  # pyright: ignore
+        transformer = getattr(diffusers, family.transformer).from_config({**config, **wide, KEY: settings.values()})
+        vae: Any = getattr(diffusers, index["vae"][1])
+        vae = vae.from_config(read_json(folder / "vae" / "config.json"))
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler
+    scheduler = scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    cls = DiptychPipeline if family is FLUX1 else pipeline_class(index["_class_name"])
+    named = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    parts = [name for name in inspect.signature(cls.__init__).parameters if isinstance(index.get(name), list)]
+    return cls(**{**dict.fromkeys(parts), **named})
 
 
 @contextmanager

@@ -20,13 +20,14 @@ import torch
 
 from diptych.errors import UsageError
 from diptych.student.canvas import Canvas, right_tokens
+from diptych.student.families.base import has_mask, join
 
 if TYPE_CHECKING:
     from diptych.student.references import References
 
 FROM = 2  # step index at which the release switches true guidance on
-# Condition (of reference tokens, `References`), text embeddings, pooled text embeddings.
-Branch = tuple["torch.Tensor | References", torch.Tensor, torch.Tensor]
+# Condition (of reference tokens, `References`) and the tensors of the text (`Text.tensors`).
+Branch = tuple["torch.Tensor | References", *tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -165,26 +166,28 @@ def velocities(
 ) -> dict[str, torch.Tensor]:
     """v of each branch at its x (B, tokens, C), from one forward pass of all, if `batched`, or one after another.
 
-    `velocity(name, x, condition, text, pooled)` runs the transformer; `name` separates the branches in step caches.
-    Branches with and without reference tokens have sequences of different lengths, so they are never one batch.
-    UsageError for a batch of branches whose texts have different lengths.
+    `velocity(name, x, condition, *text)` runs the transformer; `name` separates the branches in step caches. Branches
+    with and without reference tokens have sequences of different lengths, so they are never one batch. UsageError for
+    a batch of branches whose texts have different lengths, unless they have masks.
     """
-    if batched and len({text.shape[1] for _, text, _ in branches.values()}) > 1:
+    texts = [text for _, *text in branches.values()]
+    if batched and len({text[0].shape[1] for text in texts}) > 1 and not has_mask(texts[0]):
         raise UsageError(
             "option_conflict",
             "Batched guidance needs prompt and negative prompt embeddings of one length. Set batched_guidance=False.",
         )
     batches: dict[Any, list[str]] = {}
-    for name, (condition, _, _) in branches.items():
+    for name, (condition, *_) in branches.items():
         batches.setdefault(getattr(condition, "layout", None) if batched else name, []).append(name)
     v: dict[str, torch.Tensor] = {}
     for names in batches.values():
         if len(names) == 1:
             v[names[0]] = velocity(names[0], x[names[0]], *branches[names[0]])
             continue
-        conditions, *texts = zip(*(branches[name] for name in names), strict=True)
+        conditions = [branches[name][0] for name in names]
         first = conditions[0]
         condition = torch.cat(conditions) if torch.is_tensor(first) else first.doubled(len(names))
-        made = velocity("guided", torch.cat([x[name] for name in names]), condition, *map(torch.cat, texts))
+        text = join([branches[name][1:] for name in names])
+        made = velocity("guided", torch.cat([x[name] for name in names]), condition, *text)
         v |= dict(zip(names, made.chunk(len(names)), strict=True))
     return v

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import FluxControlPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
 from diptych.errors import UsageError, nearest
 from diptych.student.canvas import Canvas, check_panel_size, condition_canvas, fit_image, kept_size, to_pixels
-from diptych.student.references import Layout, References, TokenStyle
+from diptych.student.families.base import Family, Text, Texts, join
+from diptych.student.families.flux1 import Layout
+from diptych.student.references import References, TokenStyle
 from diptych.student.runtime.applied import Runtime
 from diptych.student.runtime.caches import content
-from diptych.student.sampler import Text
 
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
@@ -233,59 +233,61 @@ def _encoded(pipe: DiptychPipeline, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(
-    encode: Callable[[list[str], list[str] | None], Text],
+    encode: Callable[[list[str], list[str] | None], Texts],
     what: str,
     texts_1: list[str] | None,
     texts_2: list[str] | None,
-    embeds: torch.Tensor | None,
-    pooled: torch.Tensor | None,
+    given: Text,
+    family: Family,
     count: int,
     device: torch.device,
-) -> Text:
-    """Embeddings (count, L, D) and pooled embeddings (count, P): those passed, or those that `encode` makes of
+) -> Texts:
+    """The tensors of a family's text, each with `count` rows: those passed as `given`, or those that `encode` makes of
     texts."""
+    embeds, pooled, mask = given.embeds, given.pooled, given.mask
     if embeds is None:
         if texts_1 is None:
             raise UsageError("option_missing", f"Pass {what} or {what}_embeds.")
-        embeds, pooled = encode(texts_1, texts_2)
-    elif texts_1 is not None or texts_2 is not None:
+        return tuple(tensor.to(device) for tensor in encode(texts_1, texts_2))
+    if texts_1 is not None or texts_2 is not None:
         raise UsageError("option_conflict", f"Pass {what} or {what}_embeds, not both.")
-    elif pooled is None:
+    if pooled is None and "pooled" in family.texts:
         name = "negative_pooled_prompt_embeds" if what.startswith("negative") else "pooled_prompt_embeds"
         raise UsageError("option_missing", f"{what}_embeds needs {name} of the same text.")
-    embeds, pooled = embeds.to(device), pooled.to(device)
-    if {len(embeds), len(pooled)} - {1, count}:
-        raise UsageError(
-            "count_mismatch",
-            f"{what}: {len(embeds)} embeddings and {len(pooled)} pooled embeddings for {count} images.",
+    values = {"embeds": embeds, "pooled": pooled, "mask": torch.ones(embeds.shape[:2]) if mask is None else mask}
+    values["mask"] = values["mask"].bool()
+    rows = [values[name].to(device) for name in family.texts]
+    if {len(each) for each in rows} - {1, count}:
+        counts = " and ".join(
+            f"{len(each)} {'' if name == 'embeds' else f'{name} '}{'masks' if name == 'mask' else 'embeddings'}"
+            for name, each in zip(family.texts, rows, strict=True)
         )
-    return embeds.expand(count, -1, -1), pooled.expand(count, -1)
+        raise UsageError("count_mismatch", f"{what}: {counts} for {count} images.")
+    return tuple(each.expand(count, *each.shape[1:]) for each in rows)
 
 
-def encode(
-    pipe: FluxControlPipeline, runtime: Runtime, prompt: list[str], prompt_2: list[str] | None, length: int
-) -> Text:
-    """Embeddings of prompts from the pipeline's text encoders, or from the cache."""
+def encode(pipe: Any, runtime: Runtime, prompt: list[str], prompt_2: list[str] | None, length: int) -> Texts:
+    """The tensors of prompts from the pipeline's text encoders, or from the cache."""
 
-    def encoded(first: list[str], second: list[str] | None) -> Text:
+    def encoded(first: list[str], second: list[str] | None) -> Texts:
         runtime.stage("text")
         with _quiet_truncation():
-            embeds, pooled, _ = pipe.encode_prompt(first, second, max_sequence_length=length)  # pyright: ignore
-        assert embeds is not None and pooled is not None
-        return embeds, pooled
+            if second is None:
+                return pipe.family.embed(pipe, first, length).tensors
+            embeds, pooled, _ = pipe.encode_prompt(first, second, max_sequence_length=length)
+            return embeds, pooled
 
     cache = runtime.texts
     if cache is None:
         return encoded(prompt, prompt_2)
     # Each text separately, so that an embedding does not depend on the other texts.
     # A memory preset loads its text encoders again; otherwise another object is another encoder.
-    encoders = None if runtime.memory is not None else (id(pipe.text_encoder), id(pipe.text_encoder_2))
+    encoders = None if runtime.memory is not None else tuple(id(getattr(pipe, part)) for part in pipe.text_parts)
     rows = []
     for first, second in zip(prompt, prompt_2 or [None] * len(prompt), strict=True):
         key = ("text", first, second, length, encoders, str(pipe._execution_device))
         rows.append(cache(key, partial(encoded, [first], [second] if second is not None else None)))
-    embeds, pooled = (torch.cat(parts).to(pipe._execution_device) for parts in zip(*rows, strict=True))
-    return embeds, pooled
+    return tuple(tensor.to(pipe._execution_device) for tensor in join(rows))
 
 
 @contextmanager

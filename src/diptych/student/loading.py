@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from diptych.errors import UsageError, UserError
-from diptych.student.pipeline import DiptychPipeline
+from diptych.student.families.flux1 import FLUX1
+from diptych.student.pipeline import DiptychPipeline, ReferencePipeline
 from diptych.student.runtime.applied import apply_memory
 from diptych.student.runtime.memory import Preset, prepare, shapes_in
 from diptych.student.settings import of
+from diptych.student.stock_students import family_at, open_student
 from diptych.student.weights import files, single_file
 from diptych.student.weights.fold import build
 from diptych.student.weights.lora import apply_lora, fuse_loras
@@ -55,7 +57,7 @@ def load(
     released_lora: bool = True,
     fuse: bool = False,
     memory: str | int | Preset | None = None,
-) -> DiptychPipeline:
+) -> ReferencePipeline:
     """Opens a student as a pipeline.
 
     Args:
@@ -75,10 +77,19 @@ def load(
 
     Raises:
         UserError, UsageError: a part is missing, damaged or of another family. Nothing is half loaded.
+
+    A student of another family than FLUX.1 is a complete folder, or a LoRA with its base; it takes no memory preset.
     """
     device = pick_device(device)
-    preset = prepare(memory, device) if memory is not None else None
     path, base_folder = resolve(model, base)
+    if (family := family_at(path, base_folder)) is not FLUX1:
+        if memory is not None:
+            raise UsageError("option_unsuited", f"Memory presets are for FLUX.1, not for {family.transformer}.")
+        given = [(lora_file(Path(one)), scale) for one, scale in scaled(lora)]
+        weights = path if (path / "transformer").is_dir() else base_folder or path
+        dtype = dtype or pick_dtype(weights / "transformer", device)
+        return open_student(path, base_folder, dtype, device, given, fuse)
+    preset = prepare(memory, device) if memory is not None else None
     layout, weights_place, _ = locate(path, base_folder)
     models.note_licence(str(model), weights_place)
     places = find_parts(path, base_folder)
@@ -136,7 +147,7 @@ def _read(source: StudentSource, dtype: torch.dtype) -> Any:
     return build(source.folded.config, {key: tensor.read() for key, tensor in source.tensors.items()})
 
 
-def save(pipe: DiptychPipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save(pipe: ReferencePipeline, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the student as an ordinary diffusers folder, which the stock pipeline of its conditioning opens.
 
     The folder is written under a temporary name and renamed, so that an interrupted save leaves no partial student. A

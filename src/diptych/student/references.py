@@ -2,7 +2,8 @@
 
 The transformer is the teacher's, without widening. Its input is [target tokens ; reference tokens], and the first N
 tokens of its output, the target's, are the velocity. Each reference is encoded separately, at any size that is a
-multiple of 2 × the VAE factor, and there may be any number of them. Their positions (`token_ids`) are an option:
+multiple of 2 × the VAE factor, and there may be any number of them. Their positions are the family's. For FLUX.1 they
+are an option (`flux1.token_ids`):
 
 - `frame`: reference i has ids (1 + i, row, column), like the one reference of FLUX.1 Kontext;
 - `left`: references are to the left of the target in one wide image, like the left panel of a grid. Ids are
@@ -15,7 +16,7 @@ depend on what else is generated with it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,8 @@ import torch
 
 from diptych.student import attention
 from diptych.student.canvas import Canvas
-from diptych.student.families.base import Size, positions
-
-Layout = tuple[tuple[int, int], ...]  # token rows and columns of each reference
+from diptych.student.families.base import Reference, Size
+from diptych.student.families.flux1 import Layout, token_ids
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,12 @@ class TokenStyle:
     positions: str = "frame"
     attention: str = "joint"
 
-
-def token_ids(target: tuple[int, int], layout: Layout, style: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """FLUX's position ids of the target (N, 3) and of all its references (R, 3), float32.
-
-    `target` and `layout` are in token rows and columns. `style` is `frame` or `left`. Without references, the target's
-    ids equal the teacher's.
-    """
-    column, parts = 0, [torch.zeros(0, 3)]
-    for number, shape in enumerate(layout):
-        frame, first = (1 + number, 0) if style == "frame" else (0, column)
-        parts.append(positions(Size(*shape), frame, first))
-        column += shape[1]
-    return positions(Size(*target), columns_from=column if style == "left" else 0), torch.cat(parts)
+    def of(self, tokens: torch.Tensor | None, layout: Layout) -> list[Reference]:
+        """References of this `layout`, whose tokens (B, R, C) are one after another. None if their keys and values are
+        given instead."""
+        sizes, left = [Size(*shape) for shape in layout], self.positions == "left"
+        parts = [None] * len(sizes) if tokens is None else tokens.split([size.tokens for size in sizes], dim=1)
+        return [Reference(part, size, left) for part, size in zip(parts, sizes, strict=True)]
 
 
 class References:
@@ -56,7 +49,6 @@ class References:
     def __init__(self, tokens: Sequence[torch.Tensor], layouts: Sequence[Layout], style: TokenStyle) -> None:
         self.tokens, self.layouts, self.style = list(tokens), list(layouts), style
         self._parts: dict[tuple[int, ...], References] = {}
-        self._ids: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
         self._keys: attention.Keys | None = None
 
     def __len__(self) -> int:
@@ -105,23 +97,12 @@ class References:
 
     # In the transformer's input -----------------------------------------------------------------------------------
 
-    def beside(self, x: torch.Tensor, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Input tokens, ids and attention arguments of the transformer, for the target's tokens x (B, N, C)."""
-        target_ids, ids = self.ids(canvas, x.device, x.dtype)
-        if not self.layout:
-            return x, target_ids, {}
-        if self.style.attention == "self":
-            assert self._keys is not None, "capture comes before the first step"
-            return x, target_ids, {"references": self._keys}
-        return torch.cat([x, torch.stack(self.tokens).to(x)], dim=1), torch.cat([target_ids, ids]), {}
-
-    def ids(self, canvas: Canvas, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`token_ids` of these rows."""
-        key = (canvas, self.layout, device, dtype)
-        if key not in self._ids:
-            both = token_ids((canvas.rows, canvas.columns), self.layout, self.style.positions)
-            self._ids[key] = both[0].to(device, dtype), both[1].to(device, dtype)
-        return self._ids[key]
+    def beside(self, x: torch.Tensor) -> tuple[list[Reference], dict[str, Any]]:
+        """The references and the attention arguments of the transformer, for the target's tokens x (B, N, C)."""
+        if not self.layout or self.style.attention == "joint":
+            return self.style.of(torch.stack(self.tokens).to(x), self.layout), {}
+        assert self._keys is not None, "capture comes before the first step"
+        return self.style.of(None, self.layout), {"references": self._keys}
 
     def capture(self, transformer: Any, canvas: Canvas, given: dict[str, Any] | None) -> None:
         """Computes keys and values, once for each distinct row. Does nothing for rows without a reference."""
@@ -130,6 +111,6 @@ class References:
         distinct = {id(tokens): tokens for tokens in self.tokens}
         numbers = {name: number for number, name in enumerate(distinct)}
         tokens = torch.stack(list(distinct.values()))
-        _, ids = self.ids(canvas, tokens.device, tokens.dtype)
+        _, ids = token_ids(canvas.size, self.layout, self.style.positions)
         index = torch.tensor([numbers[id(one)] for one in self.tokens])
-        self._keys = attention.capture(transformer, tokens, ids, given).rows(index)
+        self._keys = attention.capture(transformer, tokens, ids.to(tokens), given).rows(index)

@@ -14,6 +14,7 @@ denoises only the target panel, with the references as clean tokens (`references
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,7 @@ import torch
 from diptych.errors import UsageError
 from diptych.student import guidance
 from diptych.student.canvas import Canvas, right_tokens
-from diptych.student.families.base import Text as Encoded
-from diptych.student.families.base import positions
-from diptych.student.families.flux1 import FLUX1
+from diptych.student.families.base import Family, Texts
 from diptych.student.guidance import Branch, Guidance
 from diptych.student.references import References
 from diptych.student.runtime.applied import Runtime
@@ -35,7 +34,6 @@ from diptych.student.runtime.speed import Speed
 if TYPE_CHECKING:
     from diptych.student.pipeline import DiptychPipeline
 
-Text = tuple[torch.Tensor, torch.Tensor]  # embeddings (B, L, D) and pooled embeddings (B, P)
 Callback = Callable[
     ["DiptychPipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
 ]  # diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to the tensors that it changes
@@ -47,9 +45,8 @@ class Call:
 
     canvas: Canvas
     noise: torch.Tensor  # (B, tokens, C), packed, of the whole canvas
-    branches: Mapping[str, Branch]  # (condition, text, pooled text) of `cond`, and of `reference` and `null` if guided
+    branches: Mapping[str, Branch]  # (condition, *text) of `cond`, and of `reference` and `null` if guided
     guides: Sequence[Guidance]  # of each row
-    image_ids: torch.Tensor  # (tokens, 3), positions on the canvas
     guidance_scale: float  # distilled
     switches: Speed
     attention: dict[str, Any] | None = None  # diffusers' joint_attention_kwargs
@@ -60,8 +57,8 @@ class Call:
 
 def prepare(
     canvas: Canvas,
-    text: Text,
-    empty: Text | None,
+    text: Texts,
+    empty: Texts | None,
     condition: torch.Tensor | References,
     noise: torch.Tensor,
     guides: Sequence[Guidance],
@@ -69,7 +66,7 @@ def prepare(
 ) -> Call:
     """A call from one row of `text`, `empty` (None: unguided) and `condition` for each prompt, and one row of `noise`
     and `guides` for each image, in the dtype of the text. UsageError for noise of another shape."""
-    embeds, _ = text
+    embeds = text[0]
     channels = condition.channels if isinstance(condition, References) else condition.shape[-1]
     wanted = (len(guides), canvas.tokens, channels)
     if tuple(noise.shape) != wanted:
@@ -84,17 +81,15 @@ def prepare(
     if empty is not None:
         texts = _each(empty, repeats)
         branches |= {"reference": (condition, *texts), "null": (null, *texts)}
-    ids = positions(canvas.size).to(embeds)
-    return Call(canvas, noise.to(device=embeds.device, dtype=embeds.dtype), branches, guides, ids, **options)
+    return Call(canvas, noise.to(device=embeds.device, dtype=embeds.dtype), branches, guides, **options)
 
 
 def _repeated(condition: torch.Tensor | References, times: int) -> torch.Tensor | References:
     return condition.repeat(times) if isinstance(condition, References) else condition.repeat_interleave(times, dim=0)
 
 
-def _each(text: Text, times: int) -> Text:
-    embeds, pooled = (x.repeat_interleave(times, dim=0) for x in text)
-    return embeds, pooled
+def _each(text: Texts, times: int) -> Texts:
+    return tuple(tensor.repeat_interleave(times, dim=0) for tensor in text)
 
 
 # Denoise -------------------------------------------------------------------------------------------------------------
@@ -123,7 +118,8 @@ def denoise(
     if switches.null_panel == "own" and canvas.panels == 2:
         for group in groups:
             group.give_null_a_panel(x_t, canvas, sigmas)
-    pooled = [branch[2] for branch in call.branches.values()]
+    texts = [pipe.family.text(branch[1:]) for branch in call.branches.values()]
+    pooled = [text.pooled for text in texts if text.pooled is not None]
     inside = runtime.sampling(pipe.transformer, canvas, timesteps, pooled, call.guidance_scale, switches.modulation)
     bar: Any = pipe.progress_bar  # decorated in a way that hides its arguments from a type checker
     with bar(total=len(timesteps)) as progress, inside:
@@ -131,7 +127,7 @@ def denoise(
             if pipe.interrupt:
                 continue
             runtime.step(i)
-            forward = partial(velocity, pipe.transformer, call, t)
+            forward = partial(velocity, pipe.family, pipe.transformer, call, t)
             v = guidance.velocity(groups, forward, x_t, call.branches, i, len(timesteps), switches.batched_guidance)
             x_t = pipe.scheduler.step(v, t, x_t, return_dict=False)[0].to(x_t.dtype)
             if switches.clamp_left and canvas.panels == 2:
@@ -143,31 +139,29 @@ def denoise(
 
 
 def velocity(
+    family: Family,
     transformer: Any,
     call: Call,
     t: torch.Tensor,
     name: str,
     x: torch.Tensor,
     condition: torch.Tensor | References,
-    text: torch.Tensor,
-    pooled: torch.Tensor,
+    *text: torch.Tensor,
 ) -> torch.Tensor:
     """v(condition, text) at x (B, tokens, C) and time t, for any rows of the batch, from one forward pass.
 
     `name` separates the branches of guidance in step caches.
     """
-    ids, attention = call.image_ids, call.attention
+    given: dict[str, Any] = {"guidance": call.guidance_scale, "attention": call.attention}
     if isinstance(condition, References):
-        tokens, ids, more = condition.beside(x, call.canvas)
-        attention = {**(attention or {}), **more} or None
+        given["references"], more = condition.beside(x)
+        given["attention"] = {**(call.attention or {}), **more} or None
         name_layout(transformer, (condition.layout, condition.style))
     else:
-        tokens = torch.cat([x, condition], dim=2)
-    with transformer.cache_context(name):
-        sigma = t.expand(len(x)).to(x.dtype) / 1000
-        scale = call.guidance_scale if transformer.config.guidance_embeds else None
-        v = FLUX1.forward(transformer, tokens, ids, sigma, Encoded(text, pooled), scale, attention)
-    return v[:, : x.shape[1]]
+        given["condition"] = condition
+    sigma = t.expand(len(x)).to(x.dtype) / 1000
+    with transformer.cache_context(name) if hasattr(transformer, "cache_context") else nullcontext():
+        return family.velocity(transformer, x, sigma, family.text(text), call.canvas.size, **given)
 
 
 def on_path(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -197,8 +191,8 @@ def _called(
     call: Call,
 ) -> tuple[torch.Tensor, Call]:
     """x_t and the call with the changes of a callback."""
-    condition, embeds, pooled = call.branches["cond"]
+    condition, embeds, *others = call.branches["cond"]
     tensors = {"latents": x_t, "prompt_embeds": embeds}
     changed = callback(pipe, step, t, {key: tensors[key] for key in shown}) or {}
-    branches = {**call.branches, "cond": (condition, changed.get("prompt_embeds", embeds), pooled)}
+    branches = {**call.branches, "cond": (condition, changed.get("prompt_embeds", embeds), *others)}
     return changed.get("latents", x_t), replace(call, branches=branches)

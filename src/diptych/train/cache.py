@@ -30,6 +30,7 @@ from diptych.data.pairs import SIDES, pair
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
+from diptych.student.families.base import Texts, has_mask, join
 from diptych.train import canvases_at_once, captions_at_once
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
@@ -101,16 +102,15 @@ def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.T
     return digest.hexdigest()
 
 
-# Captions to (B, L, D) and (B, P); no gradient.
-EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+EncodeText = Callable[[list[str]], Texts]  # of captions; no gradient
 TEXT_IN_MEMORY = 2 * 2**30  # bytes
 
 
 class Text(Protocol):
     """The embedded captions of a training."""
 
-    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, L, D) and pooled embeddings (B, P) of these captions."""
+    def gather(self, captions: Sequence[str]) -> Texts:
+        """The tensors of these captions, such as embeddings (B, L, D) and pooled embeddings (B, P)."""
         ...
 
 
@@ -124,14 +124,23 @@ class CaptionTable:
         self._row = {caption: row for row, caption in enumerate(distinct)}
         parts = []
         for first in range(0, len(distinct), at_once):
-            embeds, pooled = encode(distinct[first : first + at_once])
-            parts.append((embeds.cpu(), pooled.cpu()))
+            parts.append(tuple(tensor.cpu() for tensor in encode(distinct[first : first + at_once])))
             report(progress, min(first + at_once, len(distinct)), len(distinct), "encoding captions")
-        self._embeds, self._pooled = (torch.cat(side) for side in zip(*parts, strict=True))
+        self._text = join(parts)
 
-    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.tensor([self._row[caption] for caption in captions])
-        return self._embeds.index_select(0, index), self._pooled.index_select(0, index)
+    def gather(self, captions: Sequence[str]) -> Texts:
+        return _rows(self._text, [self._row[caption] for caption in captions])
+
+
+def _rows(text: Texts, rows: Sequence[int]) -> Texts:
+    """Rows of a text, without padding that all of them have."""
+    index = torch.tensor(rows)
+    selected = tuple(tensor.index_select(0, index) for tensor in text)
+    if not has_mask(selected):
+        return selected
+    embeds, *pooled, mask = selected
+    length = int(mask.sum(1).max())
+    return (embeds[:, :length], *pooled, mask[:, :length])
 
 
 class Online:
@@ -140,21 +149,23 @@ class Online:
     def __init__(self, encode: EncodeText, at_once: int) -> None:
         self._encode, self._at_once = encode, at_once
 
-    def gather(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, captions: Sequence[str]) -> Texts:
         distinct = sorted(set(captions))
         firsts = range(0, len(distinct), self._at_once)
         # Moved to main memory immediately, because a complete step's embeddings do not fit on the device.
-        parts = [[each.cpu() for each in self._encode(distinct[first : first + self._at_once])] for first in firsts]
-        embeds, pooled = (torch.cat(side) for side in zip(*parts, strict=True))
-        index = torch.tensor([distinct.index(caption) for caption in captions])
-        return embeds.index_select(0, index), pooled.index_select(0, index)
+        parts = [
+            tuple(each.cpu() for each in self._encode(distinct[first : first + self._at_once])) for first in firsts
+        ]
+        return _rows(join(parts), [distinct.index(caption) for caption in captions])
 
 
 def embed_captions(encode: EncodeText, captions: Sequence[str], progress: Progress | None = None) -> Text:
     """A table if the embeddings of all distinct captions fit in memory, else an online encoder."""
-    embeds, pooled = encode([""])
-    size = (embeds.numel() * embeds.element_size() + pooled.numel() * pooled.element_size()) * (len(set(captions)) + 1)
-    at_once = captions_at_once(embeds.shape[1])
+    text = encode([""])  # for a family without padding, the longest caption bounds the table
+    if has_mask(text):
+        text = encode([max(captions, key=len, default="")])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in text) * (len(set(captions)) + 1)
+    at_once = captions_at_once(text[0].shape[1])
     return CaptionTable(encode, captions, at_once, progress) if size <= TEXT_IN_MEMORY else Online(encode, at_once)
 
 
@@ -372,7 +383,10 @@ def _panels(
 
 def vae_fingerprint(pipe: Any) -> str:
     """sha256 of the VAE's weights in memory and its scaling, which define the latents."""
-    digest = hashlib.sha256(repr((pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor)).encode())
+    config = pipe.vae.config
+    scales = [config.get(name) for name in ("scaling_factor", "shift_factor")]
+    scales += [config[name] for name in ("latents_mean", "latents_std", "batch_norm_eps") if config.get(name)]
+    digest = hashlib.sha256(repr(tuple(scales)).encode())
     for name, tensor in pipe.vae.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

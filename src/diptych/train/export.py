@@ -23,18 +23,21 @@ import yaml
 from diptych.data.records import in_force
 from diptych.data.store import Dataset
 from diptych.errors import UserError
+from diptych.student.families import family_in
+from diptych.student.families.flux1 import FLUX1
 from diptych.student.settings import OWN_CLASS
 from diptych.student.weights.files import HEADER_KEY
 from diptych.student.weights.lora_file import HEADER, RELEASED_LORA
 from diptych.student.weights.tensors import held, write_safetensors
 from diptych.train import parts
 from diptych.train.metrics import reference_warning
-from diptych.train.parts import ADAPTER, INPUT_LAYER, Trained
+from diptych.train.parts import ADAPTER, Trained
 from diptych.train.prepare import TRAINING, Material, start, student_settings
 from diptych.utils import models
 from diptych.utils.console import quiet_bars
 from diptych.utils.io import publish
 from diptych.utils.machine import VERSION
+from diptych.utils.opening import class_of
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Recipe
@@ -127,13 +130,14 @@ def save_lora(transformer: Any, trained: Trained, rank: int, folder: Path, metad
         # All adapters of a file have a bias, or none has (peft's `lora_bias` is one switch). The others' are zero.
         for layer in layers:
             state[f"{layer}.lora_B.bias"] = torch.zeros(state[f"{layer}.lora_B.weight"].shape[0])
-        change = _change(transformer.get_submodule(INPUT_LAYER), trained)
+        layer = trained.input_layer
+        change = _change(transformer.get_submodule(layer), trained)
         columns = change["weight"].shape[1]
-        state[f"{INPUT_LAYER}.lora_A.weight"] = torch.eye(columns)
-        state[f"{INPUT_LAYER}.lora_B.weight"] = change["weight"].cpu()
-        state[f"{INPUT_LAYER}.lora_B.bias"] = change["bias"].cpu()
-        layers.append(INPUT_LAYER)
-        more = {"rank_pattern": {INPUT_LAYER: columns}, "alpha_pattern": {INPUT_LAYER: columns}, "lora_bias": True}
+        state[f"{layer}.lora_A.weight"] = torch.eye(columns)
+        state[f"{layer}.lora_B.weight"] = change["weight"].cpu()
+        state[f"{layer}.lora_B.bias"] = change["bias"].cpu()
+        layers.append(layer)
+        more = {"rank_pattern": {layer: columns}, "alpha_pattern": {layer: columns}, "lora_bias": True}
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, **more).to_dict()
     # Exactly as diffusers' `save_lora_weights` writes it, but with sorted keys, so that equal weights give equal bytes.
     plain = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
@@ -152,11 +156,11 @@ def as_loaded(transformer: Any, trained: Trained) -> Iterator[None]:
     if not trained.adapters:
         yield
         return
-    layer = transformer.get_submodule(INPUT_LAYER)
+    layer = transformer.get_submodule(trained.input_layer)
     dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad and p.is_floating_point())
     float32 = [parameter.data for parameter in trained.parameters]
     if trained.start:
-        transformer.set_submodule(INPUT_LAYER, _Beside(trained.start, _change(layer, trained), dtype))
+        transformer.set_submodule(trained.input_layer, _Beside(trained.start, _change(layer, trained), dtype))
     try:
         for parameter in trained.parameters:
             parameter.data = parameter.data.to(dtype)
@@ -164,7 +168,7 @@ def as_loaded(transformer: Any, trained: Trained) -> Iterator[None]:
     finally:
         for parameter, data in zip(trained.parameters, float32, strict=True):
             parameter.data = data
-        transformer.set_submodule(INPUT_LAYER, layer)
+        transformer.set_submodule(trained.input_layer, layer)
 
 
 class _Beside(torch.nn.Module):
@@ -190,14 +194,17 @@ def _change(layer: torch.nn.Module, trained: Trained) -> dict[str, torch.Tensor]
 def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> str:
     """README.md with the hub's front matter. `numbers` is `distill.summary`'s."""
     lora = recipe.distill.mode == "lora"
-    licence, terms = models.licence_of(recipe.teacher, models.resolve(recipe.teacher, "teacher"))
+    folder = models.resolve(recipe.teacher, "teacher")
+    family = family_in(folder)
+    licence, terms = models.licence_of(recipe.teacher, folder)
+    tag = "flux" if family is FLUX1 else family.name.replace("_", "-")
     front = {
         **licence,
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "base_model": recipe.teacher,
         "base_model_relation": "adapter" if lora else "finetune",
-        "tags": ["diptych", "diffusion-self-distillation", "flux", *(["lora"] if lora else [])],
+        "tags": ["diptych", "diffusion-self-distillation", tag, *(["lora"] if lora else [])],
     }
     if "/" not in recipe.teacher or Path(recipe.teacher).exists():
         # The hub would look up a local path and reject the card.
@@ -230,6 +237,8 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
         "diptych": VERSION,
     }
     stock = student_settings(recipe, None).pipeline_class
+    if family is not FLUX1:  # the pipelines of FLUX.2 take references, those of other families do not
+        stock = class_of(folder) if family.editor and distill.conditioning == "tokens" else OWN_CLASS
     use = 'Student.load(FOLDER).generate(reference, "…", seed=0)'
     if lora and stock == OWN_CLASS:
         use = f'Student.load(FOLDER, base="{recipe.teacher}").generate(reference, "…", seed=0)'

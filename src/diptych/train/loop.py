@@ -21,10 +21,11 @@ import torch
 from diptych.data.images import save_image
 from diptych.errors import UsageError, UserError
 from diptych.student import attention
+from diptych.student.families.base import embedded
 from diptych.train import checkpoint, parts, preference, processes, validate
 from diptych.train.export import as_loaded
 from diptych.train.metrics import METRICS, LossGuard, Metrics, Progress, Trackers, report
-from diptych.train.objective import Batch, image_ids, panel_losses, token_style
+from diptych.train.objective import Batch, panel_losses, token_style
 from diptych.train.parts import Trained
 from diptych.train.prepare import TrainingJob
 from diptych.train.processes import Interrupts
@@ -59,11 +60,10 @@ class Trainer:
         self.order = Schedule(
             job.train_rows, job.latents, job.material.weights, job.options.batch_size, job.options.seed or 0
         )
-        self.img_ids = {bucket.canvas: image_ids(bucket.canvas).to(job.device) for bucket in job.buckets}
         self.tokens = token_style(job.options)
         if self.tokens is not None and self.tokens.attention == "self":
             attention.install(self.transformer)
-        self.guidance = job.options.guidance if self.transformer.config.guidance_embeds else None
+        self.guidance = embedded(self.transformer, job.options.guidance)
         self.step = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None  # {"step", "loss"} of the best validation
@@ -126,14 +126,15 @@ class Trainer:
         sigma = torch.tensor([d.sigma for d in draws])
         negative = job.negatives.gather([row for row, _ in places]) if job.negatives is not None else None
         noise = torch.stack([d.noise for d in draws])
-        text, bare = job.text.gather(captions), None if self.tokens is None else dropped
-        return Batch(clean, condition, noise, sigma, *text, negative, bare, canvas=bucket.canvas)
+        text, bare = job.family.text(job.text.gather(captions)), None if self.tokens is None else dropped
+        given = (noise, sigma, text.embeds, text.pooled, negative, bare, text.mask)
+        return Batch(clean, condition, *given, canvas=bucket.canvas)
 
     def losses(self, batch: Batch, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Left and right loss of each sample, (B,) each, in the job's precision."""
         with computing(self.options.precision, self.job.device):
-            model, ids = model or self.transformer, self.img_ids[batch.canvas]
-            return panel_losses(model, batch, ids, self.guidance, self.tokens, together=self.spread)
+            given: dict[str, Any] = {"together": self.spread, "family": self.job.family}
+            return panel_losses(model or self.transformer, batch, self.guidance, self.tokens, **given)
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
         """Takes one optimizer step and returns its line for the metrics. If the guard raises UserError, the weights are
@@ -233,7 +234,7 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Validation loss of the averaged weights, of which each process computes a part."""
         job = self.job
-        pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows)
+        pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows, job.family)
         with parts.averaged(self.ema, self.trained), _eager():
             return validate.validation_loss(self.losses, pairs, self.options, self.rows, job.device, self.processes)
 

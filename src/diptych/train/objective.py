@@ -14,7 +14,7 @@ tokens, C channels of a token, L text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ import torch
 
 from diptych.student.attention import capture
 from diptych.student.canvas import Canvas, split_tokens
-from diptych.student.families.base import Text, positions
-from diptych.student.families.flux1 import FLUX1
-from diptych.student.references import TokenStyle, token_ids
+from diptych.student.families.base import Family, Reference, Text
+from diptych.student.families.flux1 import FLUX1, token_ids
+from diptych.student.references import TokenStyle
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill
@@ -41,11 +41,16 @@ class Batch:
     condition: torch.Tensor
     noise: torch.Tensor  # (B, N, C) ε
     sigma: torch.Tensor  # (B,) in [0, 1]
-    prompt_embeds: torch.Tensor  # (B, L, D) T5's
-    pooled: torch.Tensor  # (B, P) CLIP's
+    prompt_embeds: torch.Tensor  # (B, L, D), of FLUX.1's T5
+    pooled: torch.Tensor | None = None  # (B, P), of FLUX.1's CLIP
     negative: torch.Tensor | None = None  # (B, N, C) packed latents of [reference | negative] (preference.py)
     bare: torch.Tensor | None = None  # (B,) bool: samples without reference tokens; None: no such samples
+    mask: torch.Tensor | None = None  # (B, L) bool, false on padding of the text
     canvas: Canvas = field(kw_only=True)  # of all samples
+
+    @property
+    def text(self) -> Text:
+        return Text(self.prompt_embeds, self.pooled, self.mask)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -73,26 +78,22 @@ class Batch:
 def panel_losses(
     transformer: Transformer,
     batch: Batch,
-    img_ids: torch.Tensor,
     guidance: float | None = None,
     tokens: TokenStyle | None = None,
     together: bool = False,
+    family: Family = FLUX1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared velocity error of each sample on the left and on the right panel, (B,) each, float32. The left one
     is 0 if the canvas has no left panel.
 
     Args:
-        img_ids: (N, 3), FLUX's plain position ids of the whole canvas.
         tokens: options of reference tokens. None for a condition canvas.
         together: see `token_losses`.
     """
     if tokens is not None:
-        right = token_losses(transformer, batch, tokens, guidance, together)
+        right = token_losses(transformer, batch, tokens, guidance, together, family)
         return torch.zeros_like(right), right
-    text = batch.prompt_embeds, batch.pooled
-    error = velocity_error(
-        transformer, batch.clean, batch.noise, batch.sigma, text, img_ids, guidance, condition=batch.condition
-    )
+    error = velocity_error(transformer, batch, guidance, family=family, condition=batch.condition)
     left, right = (side.mean(dim=(1, 2)) for side in split_tokens(error, batch.canvas))
     return left if batch.canvas.panels == 2 else torch.zeros_like(right), right
 
@@ -103,7 +104,12 @@ def token_style(options: Distill) -> TokenStyle | None:
 
 
 def token_losses(
-    transformer: Transformer, batch: Batch, style: TokenStyle, guidance: float | None = None, together: bool = False
+    transformer: Transformer,
+    batch: Batch,
+    style: TokenStyle,
+    guidance: float | None = None,
+    together: bool = False,
+    family: Family = FLUX1,
 ) -> torch.Tensor:
     """Mean squared velocity error of each sample on the target's tokens, (B,) float32.
 
@@ -120,24 +126,12 @@ def token_losses(
         if not rows and not together:
             continue
         part = batch.select(rows or [0])
-        target_ids, ids = (
-            x.to(part.clean.device) for x in token_ids(shape, () if without else layout, style.positions)
-        )
-        references = None if without else part.condition
-        attention = None
-        if references is not None and style.attention == "self":
-            attention, references = {"references": capture(transformer, references, ids)}, None
-        error = velocity_error(
-            transformer,
-            part.clean,
-            part.noise,
-            part.sigma,
-            (part.prompt_embeds, part.pooled),
-            target_ids if references is None else torch.cat([target_ids, ids]),
-            guidance,
-            references=references,
-            attention=attention,
-        ).mean(dim=(1, 2))
+        given: dict[str, Any] = {"references": () if without else style.of(part.condition, layout)}
+        if not without and style.attention == "self":
+            _, ids = token_ids(shape, layout, style.positions)
+            keys = capture(transformer, part.condition, ids.to(part.clean.device))
+            given = {"references": style.of(None, layout), "attention": {"references": keys}}
+        error = velocity_error(transformer, part, guidance, family=family, **given).mean(dim=(1, 2))
         losses |= dict(zip(rows, error, strict=False))
         spare = spare if rows else spare + 0 * error.sum()
     return torch.stack([losses[row] for row in range(len(bare))]) + spare
@@ -145,34 +139,24 @@ def token_losses(
 
 def velocity_error(
     transformer: Transformer,
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    text: tuple[torch.Tensor, torch.Tensor],
-    img_ids: torch.Tensor,
+    batch: Batch,
     guidance: float | None = None,
     *,
+    family: Family = FLUX1,
     condition: torch.Tensor | None = None,
-    references: torch.Tensor | None = None,
+    references: Sequence[Reference] = (),
     attention: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Squared error of each value of the velocity, (B, N, C) float32: flow matching, with or without a reference.
 
-    `clean`, `noise` and `condition` are (B, N, C), `sigma` (B,), `text` (B, L, D) and (B, P). `references` (B, R, C)
-    are clean tokens after them, without a loss; `img_ids` is then (N + R, 3), otherwise (N, 3). `guidance` is for
+    `condition` (B, N, C) is joined to the noisy tokens, and `references` follow them, without a loss. `guidance` is for
     guidance-distilled transformers, None for others. `attention` are the arguments of the attention processors.
     """
-    level = sigma[:, None, None]
-    x_t = (1 - level) * clean + level * noise
-    inputs = x_t if condition is None else torch.cat([x_t, condition], dim=-1)
-    inputs = inputs if references is None else torch.cat([inputs, references], dim=1)
-    velocity = FLUX1.forward(transformer, inputs, img_ids, sigma, Text(*text), guidance, attention)
-    return (velocity[:, : clean.shape[1]].float() - (noise - clean)).square()
-
-
-def image_ids(canvas: Canvas) -> torch.Tensor:
-    """FLUX's position ids of the whole canvas, (N, 3): 0, token row, token column (float32)."""
-    return positions(canvas.size)
+    level, size = batch.sigma[:, None, None], batch.canvas.size
+    x_t = (1 - level) * batch.clean + level * batch.noise
+    given: dict[str, Any] = {"references": references, "condition": condition, "attention": attention}
+    v = family.velocity(transformer, x_t, batch.sigma, batch.text, size, guidance=guidance, **given)
+    return (v.float() - (batch.noise - batch.clean)).square()
 
 
 def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:

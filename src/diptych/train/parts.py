@@ -16,7 +16,7 @@ import torch
 
 from diptych.data.records import seed_of
 from diptych.errors import UsageError, nearest
-from diptych.recipe.schema.distill import LORA_TARGETS
+from diptych.student.families import family_of
 from diptych.student.weights.lora_file import lora_file, read_deltas
 from diptych.train import processes
 from diptych.utils import models
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from diptych.recipe.schema import Distill
 
 ADAPTER = "default"
-INPUT_LAYER = "x_embedder"
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Trained:
     parameters: list[torch.nn.Parameter]
     start: dict[str, torch.Tensor]  # LoRA mode: a widened input layer's weight and bias before training
     adapters: bool = False  # LoRA mode
+    input_layer: str = "x_embedder"
 
     @property
     def count(self) -> int:
@@ -77,6 +77,7 @@ def select(
     `columns` (D, C) are the initial columns of the input layer for the condition; None leaves them unchanged. With
     `shard`, the weights are then sharded over all processes.
     """
+    input_layer = family_of(type(transformer).__name__).input_layer
     start: dict[str, torch.Tensor] = {}
     if options.mode == "full":
         transformer.to(device).requires_grad_(True)
@@ -90,9 +91,9 @@ def select(
         for parameter in transformer.parameters():
             if parameter.is_floating_point():  # quantized ones are not, and stay unchanged
                 parameter.data = parameter.data.to(frozen)
-        linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+        linears = _linears(transformer)
         _add_adapter(transformer, options)
-        layer = transformer.get_submodule(INPUT_LAYER)
+        layer = transformer.get_submodule(input_layer)
         if options.conditioning != "tokens":
             layer.requires_grad_(True)
         for parameter in transformer.parameters():
@@ -104,7 +105,7 @@ def select(
         if options.offload == "blocks":
             Offload(transformer, device)
     if columns is not None:
-        weight = transformer.get_submodule(INPUT_LAYER).weight.data
+        weight = transformer.get_submodule(input_layer).weight.data.flatten(1)  # a convolution's too
         weight[:, -columns.shape[1] :] = columns.to(weight)
     transformer.train()
     if options.gradient_checkpointing:
@@ -112,15 +113,18 @@ def select(
     if shard:
         processes.shard(transformer, device)
     named = [(name, p) for name, p in transformer.named_parameters() if p.requires_grad]
-    return Trained([name for name, _ in named], [p for _, p in named], start, options.mode == "lora")
+    return Trained([name for name, _ in named], [p for _, p in named], start, options.mode == "lora", input_layer)
 
 
 def _add_adapter(transformer: Any, options: Distill) -> None:
     from peft import LoraConfig
 
-    targets = lora_targets(transformer, options.lora_targets)
-    if INPUT_LAYER in targets:
-        raise UsageError("recipe_conflict", f"distill.lora_targets: {INPUT_LAYER} has no adapter. Leave it out.")
+    ends = lora_targets(transformer, options.lora_targets)
+    input_layer = family_of(type(transformer).__name__).input_layer
+    if input_layer in ends:
+        raise UsageError("recipe_conflict", f"distill.lora_targets: {input_layer} has no adapter. Leave it out.")
+    # Complete names, because in FLUX.2 the end of a linear layer's name is also that of a list of layers.
+    targets = [name for name in _linears(transformer) if any(name == end or name.endswith(f".{end}") for end in ends)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(options.seed or 0, "adapters", "start"))
         transformer.add_adapter(
@@ -128,17 +132,20 @@ def _add_adapter(transformer: Any, options: Distill) -> None:
         )
 
 
+def _linears(transformer: Any) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def lora_targets(transformer: Any, targets: list[str] | str, key: str = "distill.lora_targets") -> list[str]:
     """The names of linear layers that get adapters, from a list or a named set. UsageError for a name that the model
     does not have. `key` names the recipe key in errors."""
     if isinstance(targets, str):
-        if targets not in LORA_TARGETS:
-            hint = nearest(targets, LORA_TARGETS)
-            raise UsageError(
-                "name_unknown", f"{key}: unknown set '{targets}'. Use one of {', '.join(LORA_TARGETS)}{hint}"
-            )
-        targets = LORA_TARGETS[targets]
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        sets = family_of(type(transformer).__name__).lora_targets
+        if targets not in sets:
+            hint = nearest(targets, sets)
+            raise UsageError("name_unknown", f"{key}: unknown set '{targets}'. Use one of {', '.join(sets)}{hint}")
+        targets = list(sets[targets])
+    names = list(_linears(transformer))
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = {name.split(".", depth)[-1] for name in names for depth in (2, 3)}
@@ -161,8 +168,9 @@ def _load_init(transformer: Any, init: str, linears: dict[str, tuple[int, int]])
             f"distill.init: {path} is a DoRA on {dora}, and training resumes only from a plain LoRA. Fuse it into the "
             "weights (diptych convert --fuse) and use mode: full.",
         )
-    widened = transformer.get_submodule(INPUT_LAYER).weight.requires_grad
-    of_input = deltas.pop(INPUT_LAYER, None) if widened else None
+    input_layer = family_of(type(transformer).__name__).input_layer
+    widened = transformer.get_submodule(input_layer).weight.requires_grad
+    of_input = deltas.pop(input_layer, None) if widened else None
     adapted = {name for name in linears if hasattr(transformer.get_submodule(name), "lora_A")}
     if deltas.keys() != adapted:
         layer_name = sorted(deltas.keys() ^ adapted)[0]
@@ -190,7 +198,7 @@ def _load_init(transformer: Any, init: str, linears: dict[str, tuple[int, int]])
         a.copy_(delta.a)
         b.copy_(delta.b)
     if of_input is not None:
-        layer = transformer.get_submodule(INPUT_LAYER)
+        layer = transformer.get_submodule(input_layer)
         layer.weight += of_input.weight().to(layer.weight.device)
         if of_input.bias is not None:
             layer.bias += of_input.bias.to(layer.bias.device)
@@ -203,7 +211,7 @@ def optimizer(trained: Trained, options: Distill) -> torch.optim.Optimizer:
     """
     groups: list[dict[str, Any]] = []
     for name, parameter in zip(trained.names, trained.parameters, strict=True):
-        decay = 0.0 if trained.start and name.startswith(f"{INPUT_LAYER}.") else options.weight_decay
+        decay = 0.0 if trained.start and name.startswith(f"{trained.input_layer}.") else options.weight_decay
         if not groups or groups[-1]["weight_decay"] != decay:  # consecutive groups preserve the order of `trained`
             groups.append({"params": [], "weight_decay": decay})
         groups[-1]["params"].append(parameter)
@@ -324,7 +332,7 @@ class Offload:
         self.present: set[torch.nn.Parameter] = set()  # matrices on the device
         self._waiting: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list[Any] = []
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for block in family_of(type(transformer).__name__).block_lists(transformer):
             matrices = [p for p in block.parameters() if not p.requires_grad and p.ndim > 1]
             for matrix in matrices:
                 self._waiting[matrix] = matrix.data.pin_memory() if device.type == "cuda" else matrix.data

@@ -164,11 +164,10 @@ class NegativeSampler:
         seeds = [seed_of(options.seed or 0, sample.id, "negative") for sample in samples]
         texts = [sample.text(options.instructions == 1) for sample in samples]
         dropped = [seed / 2**63 < settings.drop_text for seed in seeds]
-        embeds, pooled = self.text.gather(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+        words = self.text.gather(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
         generated = pipe(
             reference=degrade(reference.float().clamp(-1, 1), settings.shrink),
-            prompt_embeds=embeds.to(device, dtype),
-            pooled_prompt_embeds=pooled.to(device, dtype),
+            **pipe.text_arguments(words, device, dtype),
             height=canvas.panel_height,
             width=canvas.panel_width,
             num_inference_steps=options.sample_steps,

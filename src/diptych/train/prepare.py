@@ -22,7 +22,9 @@ from diptych.errors import UsageError, UserError
 from diptych.recipe import tasks
 from diptych.recipe.schema import OWN, Data
 from diptych.student.canvas import Canvas
-from diptych.student.families import teachers
+from diptych.student.families import family_in, teachers
+from diptych.student.families.base import Family
+from diptych.student.families.flux1 import FLUX1
 from diptych.train import cache, checkpoint, preference, schedule
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
@@ -32,7 +34,7 @@ from diptych.utils.io import sha256_json
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Recipe
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
     from diptych.student.settings import Settings
 
 TRAINING = models.TRAINING
@@ -74,7 +76,7 @@ class Material:
 class TrainingJob:
     """Everything that the loop needs. `pipe.transformer` is trained in place."""
 
-    pipe: Any  # DiptychPipeline
+    pipe: Any  # ReferencePipeline
     buckets: Sequence[schedule.Bucket]  # one, unless the recipe has more
     options: Distill  # resolved: no key is `auto`, and `seed` is set
     device: torch.device
@@ -89,6 +91,7 @@ class TrainingJob:
     name: str = "student"  # of the run in trackers
     negatives: preference.Negatives | None = None  # with `options.preference`
     columns: torch.Tensor | None = None  # (D, C), the initial columns of the input layer for the condition
+    family: Family = FLUX1
 
     def __post_init__(self) -> None:
         if len(self.train_rows) < self.options.batch_size:
@@ -185,10 +188,11 @@ def prepare(
         name=recipe.name,
         negatives=negatives,
         columns=_columns(pipe, options, canvases[0]),
+        family=pipe.family,
     )
 
 
-def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.Tensor | None:
+def _columns(pipe: ReferencePipeline, options: Distill, canvas: Canvas) -> torch.Tensor | None:
     """The initial columns of the input layer for the condition (`distill.condition_init`). None leaves them at zero."""
     from PIL import Image
 
@@ -200,18 +204,19 @@ def _columns(pipe: DiptychPipeline, options: Distill, canvas: Canvas) -> torch.T
     if options.conditioning == "diptych":
         black = Image.new("RGB", (canvas.panel_width, canvas.panel_height))
         empty = pipe.encode_reference([black], canvas).mean((0, 1)).cpu()
-    return image_columns(pipe.transformer.x_embedder.weight.detach().float().cpu(), empty)
+    weight = pipe.transformer.get_submodule(pipe.family.input_layer).weight
+    return image_columns(weight.detach().float().cpu().flatten(1), empty)
 
 
-def _set_aside(pipe: DiptychPipeline) -> None:
+def _set_aside(pipe: ReferencePipeline) -> None:
     """Moves the text encoders to main memory, because all captions are encoded."""
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        if encoder is not None:
-            encoder.to("cpu")  # pyright: ignore[reportArgumentType]
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and part is not None:
+            part.to("cpu")
 
 
 @contextmanager
-def _as_it_starts(pipe: DiptychPipeline, recipe: Recipe) -> Iterator[None]:
+def _as_it_starts(pipe: Any, recipe: Recipe) -> Iterator[None]:
     """A context in which the pipeline has the LoRA that training starts from, if there is one."""
     from diptych.student.weights.lora import apply_lora
 
@@ -234,39 +239,58 @@ def sources(recipe: Recipe, material: Material) -> dict[str, str]:
     return {"base": " ".join(map(models.fingerprint, places)), "pairs": material.fingerprint()}
 
 
-def start(recipe: Recipe, device: Any) -> DiptychPipeline:
+def start(recipe: Recipe, device: Any) -> ReferencePipeline:
     """The student before its first step: the teacher, widened unless its reference comes as tokens, or, in mode full,
     the student that `distill.init` names; its frozen weights quantized as the recipe says. `parts.select` adds a LoRA
     that training continues from."""
     from diptych import student
     from diptych.student.loading import pick_dtype
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.pipeline import as_student
     from diptych.student.settings import register, resolve
     from diptych.student.weights.fold import build, widen
 
     teacher, settings = models.resolve(recipe.teacher, "teacher"), recipe.distill
-    dtype = pick_dtype(teacher / "transformer", device)
+    dtype, family = pick_dtype(teacher / "transformer", device), family_in(teacher)
+    check_family(recipe, family)
     check_init(recipe, teacher)
     if settings.init and settings.mode == "full":
         with quiet_bars():
             pipe = student.load(settings.init, base=recipe.teacher, device=device, fuse=True)
         pipe.settings = student_settings(recipe, pipe.settings.words)
         return pipe
-    stock = teachers.open_teacher(teacher, dtype, "FluxPipeline")
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    components = {name: stock.components[name] for name in names}
+    stock = teachers.open_teacher(teacher, dtype, "FluxPipeline" if family is FLUX1 else None)
     tokens, plain = settings.conditioning == "tokens", stock.transformer
-    transformer = build(plain.config, plain.state_dict()) if tokens else widen(plain)
+    transformer = build(plain.config, plain.state_dict(), type(plain)) if tokens else widen(plain)
     register(transformer, student_settings(recipe, resolve(None, [teacher]).words))
-    pipe = DiptychPipeline(transformer=transformer, **components)
+    pipe = as_student(stock, transformer)
     pipe.loaded_from = (teacher,)
     pipe.set_progress_bar_config(disable=True)
     if settings.offload == "blocks":  # `parts.select` moves the transformer
-        for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-            if part is not None:
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name != "transformer":
                 part.to(device)
         return pipe
     return _quantized(pipe, settings.quantize, device, dtype).to(device)
+
+
+def check_family(recipe: Recipe, family: Family) -> None:
+    """UsageError for a training that the teacher's family does not support."""
+    settings = recipe.distill
+    family.check(settings.conditioning, settings.positions, settings.reference_attention)
+    if family is FLUX1 or settings.mode == "full":
+        return
+    if settings.conditioning != "tokens":
+        raise UsageError(
+            "method_unsuited",
+            f"distill.mode: lora cannot be used with conditioning: {settings.conditioning} and {family.transformer}, "
+            "because diffusers loads LoRAs with a wider input layer for FLUX.1 only. Set mode: full, or conditioning: "
+            "tokens.",
+        )
+    if settings.init:
+        raise UsageError(
+            "method_unsuited",
+            f"distill.init is for mode: full with {family.transformer}; LoRAs are trained further for FLUX.1 only.",
+        )
 
 
 def check_init(recipe: Recipe, teacher: Path) -> None:
@@ -292,7 +316,7 @@ def check_init(recipe: Recipe, teacher: Path) -> None:
         )
 
 
-def _quantized(pipe: DiptychPipeline, name: str, device: torch.device, dtype: torch.dtype) -> DiptychPipeline:
+def _quantized(pipe: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     if name != "none":
         from diptych.student.runtime.quantize import problem, quantize
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from diptych.errors import UsageError, UserError
+from diptych.student.families import family_of
 from diptych.student.runtime import parallel
 
 PATIENCE = timedelta(hours=6)  # one process may encode or sample for a long time while the others wait
@@ -130,7 +131,7 @@ def shard(transformer: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    for block in family_of(type(transformer).__name__).block_lists(transformer):
         fully_shard(block, mesh=mesh)
     # The root is freed after each forward pass too, because validation and samples have no backward pass.
     fully_shard(transformer, mesh=mesh, reshard_after_forward=True)

@@ -18,6 +18,8 @@ import torch
 
 from diptych.data.records import prompt_of
 from diptych.student.canvas import join_tokens, split_tokens
+from diptych.student.families.base import Family
+from diptych.student.families.flux1 import FLUX1
 from diptych.train.cache import Latents, Text, panels_of
 from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
@@ -39,6 +41,7 @@ class HeldOut:
     latents: Latents
     text: Text
     rows: Sequence[int]
+    family: Family = FLUX1
 
 
 @torch.no_grad()
@@ -122,13 +125,13 @@ def _batch(pairs: HeldOut, part: Sequence[tuple[int, float]], options: Distill) 
     latents = pairs.latents
     clean, condition = latents.gather([row for row, _ in part])
     samples = [latents.samples[row] for row, _ in part]
-    embeds, pooled = pairs.text.gather([sample.text(options.instructions == 1) for sample in samples])
+    text = pairs.family.text(pairs.text.gather([sample.text(options.instructions == 1) for sample in samples]))
     ids = [(sample.id, sigma) for sample, (_, sigma) in zip(samples, part, strict=True)]
     shape = latents.shape(part[0][0])
     noise = torch.stack([fixed_noise(options.seed or 0, name, sigma, shape) for name, sigma in ids])
     sigmas = torch.tensor([sigma for _, sigma in part])
     canvas = pairs.buckets[samples[0].bucket].canvas
-    return Batch(clean, condition, noise, sigmas, embeds, pooled, canvas=canvas)
+    return Batch(clean, condition, noise, sigmas, text.embeds, text.pooled, mask=text.mask, canvas=canvas)
 
 
 def _batches(latents: Latents, rows: Sequence[int], size: int) -> list[list[tuple[int, float]]]:
@@ -163,12 +166,11 @@ def sample_sheet(
     for line, (row, canvas) in enumerate(zip(rows, canvases, strict=True)):
         pixels = torch.cat(panels_of(pipe, latents, [row], canvas))
         reference, target = pipe.image_processor.postprocess(pixels, output_type="pil")
-        embeds, pooled = text.gather([latents.samples[row].text(options.instructions == 1)])
+        caption = text.gather([latents.samples[row].text(options.instructions == 1)])
         with mixed:
             (generated,) = pipe(
                 reference=reference,
-                prompt_embeds=embeds.to(device, dtype),
-                pooled_prompt_embeds=pooled.to(device, dtype),
+                **pipe.text_arguments(caption, device, dtype),
                 height=canvas.panel_height,
                 width=canvas.panel_width,
                 num_inference_steps=options.sample_steps,

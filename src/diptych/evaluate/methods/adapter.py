@@ -236,16 +236,7 @@ class AdapterTrainer(Trainer):
         """0 for the left panel, which the canvas lacks, and the loss of the target; `batch.condition` is (B, 1, D)."""
         embeds = {"ip_adapter_image_embeds": [batch.condition]}
         with computing(self.options.precision, self.job.device):
-            error = velocity_error(
-                model or self.transformer,
-                batch.clean,
-                batch.noise,
-                batch.sigma,
-                (batch.prompt_embeds, batch.pooled),
-                self.img_ids[batch.canvas],
-                self.guidance,
-                attention=embeds,
-            )
+            error = velocity_error(model or self.transformer, batch, self.guidance, attention=embeds)
         right = error.mean(dim=(1, 2))
         return torch.zeros_like(right), right
 

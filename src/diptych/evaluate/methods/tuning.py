@@ -143,7 +143,7 @@ class Tuner:
         with the weights in place. The caller's time in between is not counted."""
         import torch
 
-        from diptych.train.objective import image_ids, velocity_error
+        from diptych.train.objective import Batch, velocity_error
         from diptych.utils.machine import computing
 
         settings, spent, started = self.settings, 0.0, time.perf_counter()
@@ -152,7 +152,6 @@ class Tuner:
         clean = common.encode_pixels(self.pipe, views(reference, settings.crops, generator)).float()
         prior = self._prior(caption, canvas, seed) if settings.prior else None
         text = common.encode_text(self.pipe, [caption])
-        ids = image_ids(canvas).to(self.device)
         guidance = self.recipe.distill.guidance if self.transformer.config.guidance_embeds else None
         self.trained.put(self.start)
         optimizer = torch.optim.AdamW(self.trained.parameters, lr=rate)
@@ -165,8 +164,10 @@ class Tuner:
             sigma = self._sigma(len(batch), canvas, generator)
             noise = torch.randn(batch.shape, generator=generator).to(self.device)
             embeds = (text[0].expand(len(batch), -1, -1), text[1].expand(len(batch), -1))
+            without_reference = batch[:, :0]
+            step_batch = Batch(batch, without_reference, noise, sigma.to(self.device), *embeds, canvas=canvas)
             with computing(self.precision, self.device):
-                error = velocity_error(self.transformer, batch, noise, sigma.to(self.device), embeds, ids, guidance)
+                error = velocity_error(self.transformer, step_batch, guidance)
             error.mean(dim=(1, 2)).mean().backward()
             torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
             optimizer.step()

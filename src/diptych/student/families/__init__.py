@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from diptych.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diptych.student.families.base import Family
 
 
@@ -21,6 +23,16 @@ def families() -> dict[str, Family]:
     from diptych.student.families.z_image import ZImage
 
     return {family.name: family for family in (FLUX1, Flux2(), QwenImage(), StableDiffusion3(), ZImage())}
+
+
+def family_in(folder: Path) -> Family:
+    """The family of a pipeline's folder, by the class of its transformer. UsageError if there is none."""
+    from diptych.utils.opening import INDEX, class_of, read_file
+
+    named = read_file(folder / INDEX).get("transformer")
+    name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    name = name or read_file(folder / "transformer" / "config.json").get("_class_name")
+    return family_of(str(name or class_of(folder) or "model without a transformer"))
 
 
 def family_of(name: str) -> Family:

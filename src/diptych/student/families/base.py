@@ -8,7 +8,7 @@ numbers of a token, L text tokens, D and P widths of the text.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +32,10 @@ class Size(NamedTuple):
         return self.rows * self.columns
 
 
+Texts = tuple[torch.Tensor, ...]
+"""The tensors of a `Text` that a family has, one row for each prompt. Batches and caches handle these."""
+
+
 @dataclass(frozen=True)
 class Text:
     """Encoded prompts.
@@ -46,13 +50,10 @@ class Text:
     pooled: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
-        """The same text with every tensor changed."""
-        others = (None if tensor is None else change(tensor) for tensor in (self.pooled, self.mask))
-        return Text(change(self.embeds), *others)
+    @property
+    def tensors(self) -> Texts:
+        """Those that are not None, in the order of `Family.texts`."""
+        return tuple(tensor for tensor in (self.embeds, self.pooled, self.mask) if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ class Reference:
     """A clean reference image as tokens.
 
     Attributes:
-        tokens: (B, M, C) of one image for each row of the batch, all of one size.
+        tokens: (B, M, C) of one image for each row of the batch, all of one size. None if the attention processors get
+            its keys and values instead.
         size: its height and width in tokens.
+        left: whether its position is to the left of the target in one wide image, not in a separate frame (FLUX.1).
     """
 
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
     size: Size
+    left: bool = False
 
 
 class Family(ABC):
@@ -85,8 +89,18 @@ class Family(ABC):
     """Paths of the lists of repeated blocks."""
     conditionings: ClassVar[tuple[str, ...]]
     """How a reference can enter this family's stock class."""
+    reader: ClassVar[str] = "tokenizer"
+    """The pipeline's tokenizer that limits the length of a prompt."""
+    text_tokens: ClassVar[int] = 512
+    """Maximum length of a prompt."""
+    texts: ClassVar[tuple[str, ...]]
+    """The fields of `Text` that its text encoders give: `embeds`, `pooled`, `mask`."""
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
     """Named sets of linear layers for `distill.lora_targets`, as ends of layer paths."""
+
+    def block_lists(self, transformer: Module) -> list[Module]:
+        """All repeated blocks of a transformer, in the order of `blocks`."""
+        return [block for path in self.blocks for block in transformer.get_submodule(path)]
 
     # The VAE ----------------------------------------------------------------------------------------------------------
 
@@ -118,6 +132,10 @@ class Family(ABC):
     @abstractmethod
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
         """Prompts, encoded by the pipeline's text encoders, with at most `length` tokens."""
+
+    def text(self, tensors: Texts) -> Text:
+        """The inverse of `Text.tensors`."""
+        return Text(**dict(zip(self.texts, tensors, strict=True)))
 
     # Time -------------------------------------------------------------------------------------------------------------
 
@@ -181,6 +199,27 @@ class Family(ABC):
             attention: passed to the attention processors.
         """
 
+    def check(self, conditioning: str, positions: str = "frame", attention: str = "joint") -> None:
+        """UsageError for a way in which a reference cannot enter (`distill.conditioning`, `positions` and
+        `reference_attention`)."""
+        if conditioning not in self.conditionings:
+            raise UsageError(
+                "method_unsuited",
+                f"{self.transformer} has no conditioning {conditioning}. Set distill.conditioning to "
+                f"{' or '.join(self.conditionings)}.",
+            )
+        for key, value, only in (("positions", positions, "frame"), ("reference_attention", attention, "joint")):
+            if value != only:
+                raise UsageError(
+                    "method_unsuited",
+                    f"distill.{key}: {value} is for FLUX.1, not for {self.transformer}. Set it to {only}.",
+                )
+
+    def channels(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Numbers of an input token and of an output token of a transformer with this config."""
+        out = config.get("out_channels") or config["in_channels"]
+        return config["in_channels"], config.get("patch_size", 1) ** 2 * out
+
     def widened(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The transformer's config with twice the input channels; None if the stock class fixes out = in."""
         plain = {key: value for key, value in config.items() if not key.startswith("_")}  # diffusers drops `_`'s values
@@ -208,6 +247,33 @@ def positions(size: Size, frame: int = 0, columns_from: int = 0, axes: int = 3) 
     ids = torch.zeros(size.tokens, axes)
     ids[:, 0], ids[:, 1], ids[:, 2] = frame, rows.flatten(), columns.flatten() + columns_from
     return ids
+
+
+def join(texts: Sequence[Texts]) -> Texts:
+    """The rows of several texts. Those with a mask are padded to the longest."""
+    length = max(embeds.shape[1] for embeds, *_ in texts)
+    return tuple(torch.cat(parts) for parts in zip(*(_padded(text, length) for text in texts), strict=True))
+
+
+def has_mask(text: Texts) -> bool:
+    """Whether a text has a mask, so that rows may have different lengths."""
+    return text[-1].dtype == torch.bool
+
+
+def _padded(text: Texts, length: int) -> Texts:
+    missing = length - text[0].shape[1]
+    if not missing or not has_mask(text):
+        return text
+    embeds, *pooled, mask = text
+    pad = torch.nn.functional.pad
+    return (pad(embeds, (0, 0, 0, missing)), *pooled, pad(mask, (0, missing)))
+
+
+def embedded(transformer: Module, guidance: float | None) -> float | None:
+    """The distilled guidance for a transformer, which may be wrapped (DDP). None if it has no guidance embedding."""
+    if guidance is None:
+        return None
+    return guidance if getattr(transformer, "module", transformer).config.get("guidance_embeds") else None
 
 
 def repeated(value: float | None, like: torch.Tensor) -> torch.Tensor | None:

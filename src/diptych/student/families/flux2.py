@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, pack, positions, repeated, unpack
+from diptych.student.families.base import Family, Reference, Size, Text, embedded, pack, positions, repeated, unpack
 
 ATTENTION = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -31,6 +31,7 @@ class Flux2(Family):
     input_layer = "x_embedder"
     blocks = ("transformer_blocks", "single_transformer_blocks")
     conditionings = ("diptych", "tokens", "channel")
+    texts = ("embeds",)
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Flux2(Family):
         (v,) = transformer(
             hidden_states=torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden,
             timestep=sigma,
-            guidance=repeated(guidance, x) if transformer.config.guidance_embeds else None,
+            guidance=repeated(embedded(transformer, guidance), x),
             encoder_hidden_states=text.embeds,
             txt_ids=words.expand(len(x), -1, -1),
             img_ids=torch.cat(ids).to(x.device).expand(len(x), -1, -1),

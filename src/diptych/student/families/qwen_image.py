@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, pack, repeated, unpack
+from diptych.student.families.base import Family, Reference, Size, Text, embedded, pack, repeated, unpack
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -28,6 +28,7 @@ class QwenImage(Family):
     input_layer = "img_in"
     blocks = ("transformer_blocks",)
     conditionings = ("diptych", "tokens", "channel")
+    texts = ("embeds", "mask")
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
     def unit(self, vae: Any) -> int:
@@ -45,7 +46,7 @@ class QwenImage(Family):
 
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
         embeds, mask = pipe.encode_prompt(list(prompts), max_sequence_length=length)
-        return Text(embeds, mask=None if mask is None else mask.bool())
+        return Text(embeds, mask=embeds.new_ones(embeds.shape[:2]).bool() if mask is None else mask.bool())
 
     def shift(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float | None:
         return super().shift({**scheduler, "use_dynamic_shifting": True}, tokens, steps)
@@ -65,12 +66,13 @@ class QwenImage(Family):
     ) -> torch.Tensor:
         hidden = x if condition is None else torch.cat([x, condition], dim=2)
         shapes = [(1, *size), *((1, *r.size) for r in references)]
+        mask = None if text.mask is None or text.mask.all() else text.mask  # without a mask, attention is faster
         (v,) = transformer(
             hidden_states=torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden,
             timestep=sigma,
-            guidance=repeated(guidance, x) if transformer.config.guidance_embeds else None,
+            guidance=repeated(embedded(transformer, guidance), x),
             encoder_hidden_states=text.embeds,
-            encoder_hidden_states_mask=text.mask,
+            encoder_hidden_states_mask=mask,
             img_shapes=[shapes] * len(x),
             attention_kwargs=attention or {},
             return_dict=False,

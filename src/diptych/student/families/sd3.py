@@ -35,6 +35,9 @@ class StableDiffusion3(Family):
     input_layer = "pos_embed.proj"
     blocks = ("transformer_blocks",)
     conditionings = ("diptych", "channel")
+    texts = ("embeds", "pooled")
+    reader = "tokenizer_3"
+    text_tokens = 256
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
@@ -45,6 +48,10 @@ class StableDiffusion3(Family):
 
     def shift(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float | None:
         return super().shift({"max_shift": 1.16, **scheduler}, tokens, steps)
+
+    def channels(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        into, out = super().channels(config)
+        return config["patch_size"] ** 2 * into, out
 
     def sigmas(self, steps: int) -> None:
         """Those of the scheduler."""

@@ -29,16 +29,20 @@ class ZImage(Family):
     input_layer = "all_x_embedder.2-1"
     blocks = ("noise_refiner", "context_refiner", "layers")
     conditionings = ("tokens",)
+    texts = ("embeds", "mask")
     lora_targets: ClassVar = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
     def embed(self, pipe: Any, prompts: Sequence[str], length: int) -> Text:
         # The stock function writes its chat template into the list that it is given.
         rows, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
         mask = torch.nn.utils.rnn.pad_sequence([row.new_ones(len(row)) for row in rows], batch_first=True).bool()
-        return Text(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask=None if mask.all() else mask)
+        return Text(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask=mask)
 
     def shift(self, scheduler: Mapping[str, Any], tokens: int, steps: int) -> float | None:
         return super().shift({**scheduler, "use_dynamic_shifting": True}, tokens, steps)
+
+    def channels(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 4 * config["in_channels"], 4 * config["in_channels"]
 
     def widened(self, config: Mapping[str, Any]) -> None:
         """None: the class gives as many channels as it takes."""

@@ -86,7 +86,8 @@ class Runtime:
         Step caches start empty, also after a call that was interrupted. `pooled` has the pooled texts (B, P) of every
         branch. `modulation` precomputes the modulation of all steps (`modulation.precomputed`).
         """
-        transformer._reset_stateful_cache()
+        if hasattr(transformer, "_reset_stateful_cache"):
+            transformer._reset_stateful_cache()
         if self.step_cache is not None:
             self.step_cache.begin(canvas, timesteps.tolist(), timesteps.device)
         self.stage("denoise")
@@ -177,7 +178,8 @@ def remove_speed(pipe: HasRuntime) -> None:
     if runtime.step_cache is not None:
         caches.disable(transformer)
         runtime.step_cache = None
-    transformer.unfuse_qkv_projections()
+    if type(transformer).__name__ in FUSED:
+        transformer.unfuse_qkv_projections()
     if runtime.speed.attention:
         transformer.reset_attention_backend()
     runtime.recall = Recall()

@@ -201,7 +201,7 @@ def precomputed(
         guidance: the distilled guidance, for transformers that embed it.
         wanted: use a table even if the weights are attached. They stay on their device.
     """
-    lookup = transformer.time_text_embed
+    lookup = getattr(transformer, "time_text_embed", None)
     if isinstance(lookup, Lookup):
         with lookup.owner.precomputed(timesteps, pooled, guidance):
             yield
@@ -245,8 +245,9 @@ class OncePerShape(torch.nn.Module):
 
 def name_layout(transformer: Any, layout: Hashable) -> None:
     """Before a forward: the layout of its reference tokens, where rotary embeddings are remembered."""
-    if isinstance(transformer.pos_embed, OncePerShape):
-        transformer.pos_embed.layout = layout
+    embed = getattr(transformer, "pos_embed", None)
+    if isinstance(embed, OncePerShape):
+        embed.layout = layout
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from diffusers import FluxTransformer2DModel
 
 from diptych.errors import UserError, describe
 from diptych.student import settings
+from diptych.student.families import family_of
+from diptych.student.families.base import Family
+from diptych.student.families.flux1 import FLUX1
 from diptych.utils import models
 
 RELEASED_CLASS = "FluxTransformer2DConditionalModel"
@@ -55,31 +58,32 @@ class Folded:
     adapters: tuple[str, ...] = ()  # names of the ignored adapter tensors
 
 
-def widen(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
+def widen(transformer: Any) -> Any:
     """A new student: the teacher with in_channels doubled, the same out_channels, and zero columns for the condition.
 
-    Its output is the teacher's for every condition. All tensors but `x_embedder.weight` *share* the teacher's storage,
-    so that a 12 B model is not in memory twice. Training the student in place therefore changes the teacher; pass a
-    `copy.deepcopy` to prevent that. Built explicitly, because `from_pretrained` of plain FLUX weights into a widened
-    layer leaves that layer uninitialized or on the meta device.
+    Its output is the teacher's for every condition. All tensors but the input layer's weight *share* the teacher's
+    storage, so that a 12 B model is not in memory twice. Training the student in place therefore changes the teacher;
+    pass a `copy.deepcopy` to prevent that. Built explicitly, because `from_pretrained` of plain FLUX weights into a
+    widened layer leaves that layer uninitialized or on the meta device.
     """
     config = dict(transformer.config)
     if getattr(transformer, "peft_config", None):
         raise UserError(
             "lora_unsupported", "A transformer with an unfused LoRA cannot be widened. Fuse and unload the LoRA first."
         )
-    out_channels = config.get("out_channels") or config["in_channels"]
-    if config["in_channels"] != out_channels:
+    family = family_of(type(transformer).__name__)
+    channels, out_channels = family.channels(config)
+    if channels != out_channels:
         raise UserError(
             "model_unsupported",
-            f"This transformer is already widened: it has {config['in_channels']} input channels and {out_channels} "
-            "output channels. Pass a text-to-image transformer.",
+            f"This transformer is already widened: it has {channels} input channels and {out_channels} output "
+            "channels. Pass a text-to-image transformer.",
         )
-    state = dict(transformer.state_dict())
-    weight = state["x_embedder.weight"]
-    state["x_embedder.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
-    student = build({**config, "in_channels": 2 * out_channels, "out_channels": out_channels}, state)
-    return student.train(transformer.training)
+    if (wide := family.widened(config)) is None:
+        family.check("diptych")
+    state, name = dict(transformer.state_dict()), f"{family.input_layer}.weight"
+    state[name] = torch.cat([state[name], torch.zeros_like(state[name])], dim=1)
+    return build({**config, **(wide or {})}, state, type(transformer)).train(transformer.training)
 
 
 def image_columns(weight: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
@@ -139,12 +143,12 @@ def unfold(
     return state, {"_class_name": RELEASED_CLASS, **released, "in_channels": channels}
 
 
-def student_channels(config: Mapping[str, Any], where: str = "This transformer") -> int:
+def student_channels(config: Mapping[str, Any], where: str = "This transformer", family: Family = FLUX1) -> int:
     """Channels C of a student's canvas tokens, from its folded config. UserError if it is not a student.
 
     A student has twice as many input channels as output channels, unless its settings have `conditioning: tokens`.
     """
-    channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    channels, out = family.channels(config)
     if settings.of(config).conditioning == "tokens":
         if channels != out:
             raise UserError(
@@ -168,12 +172,14 @@ def student_channels(config: Mapping[str, Any], where: str = "This transformer")
     return out
 
 
-def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> FluxTransformer2DModel:
+def build(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], cls: Any = FluxTransformer2DModel) -> Any:
     """A stock transformer in eval mode with exactly these tensors (shared, not copied). Every key must match."""
+    from accelerate import init_empty_weights
+
     check_layers(config, state_dict, "the weights")
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(stock_config(config))  # which also registers a student's settings
-    assert isinstance(model, FluxTransformer2DModel)
+    # Tables of positions, which other classes than FLUX.1's compute when they are built, stay off the meta device.
+    with torch.device("meta") if cls is FluxTransformer2DModel else init_empty_weights(include_buffers=False):
+        model = cls.from_config(stock_config(config))  # which also registers a student's settings
     check_keys(state_dict, {k: tuple(v.shape) for k, v in model.state_dict().items()}, "the weights")
     model.load_state_dict(dict(state_dict), strict=True, assign=True)
     unset = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
