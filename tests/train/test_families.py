@@ -110,7 +110,8 @@ def test_a_student_opens_and_sees_its_reference(trained: Any) -> None:
     images = student.generate([first, second, None], "a cat", batch_size=3, **given)
     assert [image.size for image in images] == [(24, 16)] * 3
     size = {"height": 16, "width": 24, "num_inference_steps": 3, "output_type": "latent"}
-    one, other, none = student.pipeline("a cat", reference=[first, second, None], generator=0, **size).images
+    pipe: Any = student.pipeline
+    one, other, none = pipe("a cat", reference=[first, second, None], generator=0, **size).images
     assert min((a - b).abs().max() for a, b in ((one, other), (one, none), (other, none))) > 1e-5
 
 

@@ -38,6 +38,8 @@ def trained_student(guidance: bool = False) -> Any:
 def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | None) -> None:
     student = trained_student(guidance is not None)
     batch = random_batch()
+    pooled = batch.text.pooled
+    assert pooled is not None
     left, right = panel_losses(student, batch, guidance)
     for i in range(3):
         s = batch.sigma[i]
@@ -47,7 +49,7 @@ def test_loss_equals_a_naive_one_written_in_pixels_of_latents(guidance: float | 
             hidden_states=torch.cat([x_t, batch.condition[i]], dim=1)[None],
             timestep=s[None],
             guidance=None if guidance is None else torch.tensor([guidance]),
-            pooled_projections=batch.pooled[i : i + 1],
+            pooled_projections=pooled[i : i + 1],
             encoder_hidden_states=batch.prompt_embeds[i : i + 1],
             txt_ids=torch.zeros(5, 3),
             img_ids=ids,

@@ -35,7 +35,7 @@ from diptych.utils.io import sha256_json
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Preference
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 FORMAT = 3  # increase it when the contents of the files change
 Losses = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (batch, model) to left and right losses, (B,) each
@@ -101,7 +101,7 @@ class Negatives:
 class NegativeSampler:
     """Generates negatives with the student that training starts from."""
 
-    pipe: DiptychPipeline
+    pipe: ReferencePipeline
     buckets: Sequence[Bucket]
     latents: Latents
     text: Text

@@ -34,7 +34,7 @@ from diptych.train.objective import Batch, shifted
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Bucket:
 
 
 def choose(
-    pipe: DiptychPipeline,
+    pipe: ReferencePipeline,
     sizes: Sequence[tuple[int, int]] | Literal["auto"],
     side: int | None,
     shift: float | Literal["auto"],
@@ -153,7 +153,7 @@ def choose(
     return [Bucket(canvas, timestep_shift(pipe, canvas) if shift == "auto" else shift) for canvas in canvases]
 
 
-def timestep_shift(pipe: DiptychPipeline, canvas: Canvas) -> float:
+def timestep_shift(pipe: ReferencePipeline, canvas: Canvas) -> float:
     """The shift s with which the base samples a canvas of this size (`distill.shift: auto`)."""
     config = pipe.scheduler.config
     mu = pipe.family.shift(config, canvas.tokens, pipe.settings.steps)

@@ -32,7 +32,15 @@ def family_in(folder: Path) -> Family:
     named = read_file(folder / INDEX).get("transformer")
     name = named[1] if isinstance(named, list) and len(named) == 2 else None
     name = name or read_file(folder / "transformer" / "config.json").get("_class_name")
-    return family_of(str(name or class_of(folder) or "model without a transformer"))
+    kind = class_of(folder)
+    family = family_of(str(name or kind or "model without a transformer"))
+    if family.name != "flux1" and kind not in family.pipelines:
+        raise UsageError(
+            "model_unsupported",
+            f"{folder} is a {kind} with a {name}, and no student can be made from it. Use a "
+            f"{' or '.join(family.pipelines)}.",
+        )
+    return family
 
 
 def family_of(name: str) -> Family:
