@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import os
@@ -247,6 +249,40 @@ def test_generate_passes_on_the_given_options_only(
     assert (student["guidance"], student["text_guidance"], student["base"]) == (3.0, 2.0, "b")
     assert student["lora"] == [(Path("x.safetensors"), 1.0), (Path("y.safetensors"), 0.5)]
     assert (student["negative_prompt"], student["background"]) == ("dog", "black")
+
+
+def test_on_a_terminal_the_image_is_shown_and_in_a_pipe_only_on_request(
+    capsys: pytest.CaptureFixture[str],
+    student: dict[str, Any],
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TMUX", "TERM_PROGRAM", "KITTY_WINDOW_ID", "LC_TERMINAL", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    out = str(tmp_path / "a.png")
+    args = ["generate", "--reference", str(picture), "--prompt", "a cat", "--out", out, "--seed"]
+    assert call(capsys, *args, "1")[1] == f"{out}\n"
+    _, shown, _ = call(capsys, *args, "2", "--show")
+    assert shown.endswith(f"\x1b[0m\n{out}\n") and shown.count("▀") == 40 * 15, "4:3, of half blocks"
+    assert json.loads(call(capsys, *args, "3", "--show", "--json")[1])["out"] == out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "▀" in call(capsys, *args, "4")[1]
+    assert "▀" not in call(capsys, *args, "5", "--no-show")[1]
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    assert call(capsys, *args, "6")[1].startswith("\x1b_Ga=T,f=100,")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("COLORTERM")
+    assert call(capsys, *args, "7")[1] == f"{out}\n"
+    for name in "xyzab":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    folder = [*args[:1], "--reference", str(tmp_path), *args[3:5], "--out", str(tmp_path / "many"), "--show"]
+    _, shown, _ = call(capsys, *folder)
+    sent = Image.open(io.BytesIO(base64.b64decode("".join(re.findall(r"m=[01];([^\x1b]*)\x1b", shown)))))
+    assert sent.size == (4 * 64 + 3 * 2, 48), "four images of six or more, side by side"
 
 
 def test_many_pictures_are_drawn_once_and_failures_are_the_exit_code(

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import data, doctor, evaluate, generate, init, run, serve, weights
+from diptych.cli import data, doctor, evaluate, generate, init, run, serve, story, weights
 from diptych.cli.options import register, typer_app
 from diptych.errors import UserError, describe
 from diptych.utils.console import one_line, printable_json, show
@@ -32,7 +32,7 @@ register(app, "Start", doctor.doctor, init.init, run.tasks, run.plan, run.run)
 register(app, "Make pairs", run.write, run.paint, run.curate)
 app.add_typer(data.app, short_help="Count, audit, select, import, and export pairs.", rich_help_panel="Make pairs")
 register(app, "Train", run.distill, weights.convert)
-register(app, "Generate images", generate.generate, generate.relight, generate.story, generate.switches, serve.serve)
+register(app, "Generate images", generate.generate, generate.relight, story.story, generate.switches, serve.serve)
 register(app, "Evaluate", evaluate.evaluate, evaluate.ablate)
 register(app, "Inspect and publish", weights.trace, weights.sign, weights.push)
 

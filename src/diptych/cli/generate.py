@@ -1,5 +1,5 @@
-"""The commands that generate images with a student: `generate`, `relight`, `story`, and `switches`, which lists the
-settings of `--speed`."""
+"""The commands that generate images with a student: `generate`, `relight`, and `switches`, which lists the settings of
+`--speed`. `story` is in a file of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from diptych.cli import complete
-from diptych.cli.options import Cluster, Device, Json, Loading, command, load_student, print_result, require_text
+from diptych.cli.options import (
+    Cluster,
+    Device,
+    Json,
+    Loading,
+    Show,
+    command,
+    load_student,
+    print_result,
+    require_text,
+    show_images,
+)
 from diptych.errors import UsageError, UserError
 from diptych.student.runtime import speed as speeds
 from diptych.student.sampling import SEED, Sampling
@@ -72,6 +83,7 @@ def generate(
     enhancing: Enhancing,
     cluster: Cluster,
     device: Device = None,
+    shown: Show = None,
     as_json: Json = False,
 ) -> None:
     """Generate images of your subject in new scenes.
@@ -114,13 +126,15 @@ def generate(
 
     try:
         with open_engine(cluster.engine, cluster.address) as machines:
-            shown = Path(preview) if preview else None
-            options = {"writes": parallel.is_first(), "preview": shown, "engine": machines}
+            progress = Path(preview) if preview else None
+            options = {"writes": parallel.is_first(), "preview": progress, "engine": machines}
             outcome = batches.generate(plan, student, load, display, **options)
     finally:
         if several:
             parallel.leave()
     if parallel.is_first():
+        if not as_json:
+            show_images([str(path) for path, _ in outcome.generated], shown)
         _report_images(plan, outcome, round(time.monotonic() - started, 2), display, as_json)
 
 
@@ -155,7 +169,7 @@ def _report_images(plan: Any, outcome: Any, seconds: float, display: Any, as_jso
             show(image["out"])
         display.say(f"{format_counts(outcome)}, {seconds:.1f} s")
         if images:
-            _next_image(display, images[0]["out"], "another --seed makes another image")
+            print_next(display, images[0]["out"], "another --seed makes another image")
     if outcome.failed and plan.folder is not None:  # a single image raises its error itself
         raise UserError(
             "rows_failed",
@@ -206,6 +220,7 @@ def relight(
         typer.Option("--detail", min=0, max=1, help="Share of the fine detail that is copied from the reference."),
     ] = 1.0,
     device: Device = None,
+    shown: Show = None,
     as_json: Json = False,
 ) -> None:
     """Put an image under another light; everything stays in place.
@@ -246,124 +261,12 @@ def relight(
     else:
         whole = {**records[0], "light": light, "prompt": [record["prompt"] for record in records]}
         written = [save_image(relighting.strip(images), out, whole)]
-    _print_written({"out": [str(path) for path in written], "pictures": records}, started, as_json)
-    _next_image(display, str(written[0]), "another --seed makes another image")
+    files = [str(path) for path in written]
+    print_written({"out": files, "pictures": records}, started, shown, as_json)
+    print_next(display, files[0], "another --seed makes another image")
 
 
-@command(
-    'diptych story --reference examples/references/cat.png --panel "a cat on the beach" --panel "a cat in a '
-    'forest | Then it got lost." --panel "a cat in a cave" --panel "a cat sleeping in a kitchen | Home." '
-    "--out story.pdf",
-    Input="reference panel panels seed",
-    Layout="title captions font",
-    Output="out",
-    **{"Panels by a language model": "idea count llm_endpoint llm_model"},
-)
-def story(
-    *,
-    reference: Annotated[str, typer.Option("--reference", metavar="IMAGE", help="Image of the character.")],
-    panel: Annotated[
-        list[str] | None,
-        typer.Option("--panel", help="Description of a panel, then its caption after a |. Repeatable."),
-    ] = None,
-    panels: Annotated[
-        str | None, typer.Option("--panels", metavar="FILE", help="Text file with a panel on each line.")
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--seed", min=0, help="Seed of the first panel, then counting up; or one for each. Repeatable [default: 0]."
-        ),
-    ] = None,
-    out: Annotated[
-        list[str] | None,
-        typer.Option("--out", metavar="FILE", help="PDF, PNG, WebP, or JPEG. Repeatable [default: story.png]."),
-    ] = None,
-    title: Annotated[str, typer.Option("--title", help="Title above the first row.")] = "",
-    captions: Annotated[
-        str, typer.Option("--captions", metavar="WHERE", help="Where captions go: below, inside, or none.")
-    ] = "below",
-    font: Annotated[
-        str | None, typer.Option("--font", metavar="FILE", help="Font with letters that the built-in one lacks.")
-    ] = None,
-    idea: Annotated[
-        str | None, typer.Option("--idea", help="Idea from which a language model writes the panels.")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=4, max=10, help="Number of panels for --idea.")] = 6,
-    llm_endpoint: Annotated[str | None, typer.Option("--llm-endpoint", metavar="URL", help=LLM_URL_HELP)] = None,
-    llm_model: Annotated[str | None, typer.Option("--llm-model", metavar="NAME", help=LLM_MODEL_HELP)] = None,
-    loading: Loading,
-    sampling: Sampling,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Generate a page of 4 to 10 panels of one character.
-
-    The seed of each panel is printed at the end. To replace one panel, repeat the command with all seeds and
-    change that one.
-    """
-    from diptych.apps import story as stories
-    from diptych.data.images import check_image, kind_of
-    from diptych.utils.console import Display
-
-    started = time.monotonic()
-    ways = [f"--{name}" for name, value in (("panel", panel), ("panels", panels), ("idea", idea)) if value]
-    if not ways:
-        raise UsageError("option_missing", "No panels. Pass --panel TEXT several times, --panels FILE, or --idea TEXT.")
-    if len(ways) > 1:
-        raise UsageError("option_conflict", f"{' and '.join(ways)} are different ways to give panels. Use one of them.")
-    names = out or ["story.png"]
-    for name in names:
-        if not name.lower().endswith(".pdf"):
-            kind_of(name)
-    origin = {"reference_file": Path(reference).name, "reference_sha256": check_image(reference)}
-    seeds: int | list[int] = list(seed) if seed else 0
-    display = Display(quiet=as_json)
-    if idea:
-        described = _write_panels(idea, count, llm_endpoint, llm_model, display)
-    else:
-        described = stories.read_panels(panels) if panels else [stories.read_panel(text) for text in panel or ()]
-    stories.check(described, seeds, captions)
-    font_of = stories.font_for((title, *(each.caption for each in described)), font)
-    student = load_student(display, {**loading.arguments(), "device": device})
-    with display.stage("story", "panels") as report:
-        page = stories.story(
-            student,
-            reference,
-            described,
-            seed=seeds,
-            title=title,
-            captions=captions,  # pyright: ignore[reportArgumentType] (checked above)
-            font=font_of,
-            on_panel=report,
-            **sampling,
-        )
-    page.provenance |= origin
-    written = [str(page.save(name)) for name in names]
-    for number, (each, used) in enumerate(zip(page.panels, page.seeds, strict=True), 1):
-        display.say(f"panel {number:>2}  --seed {used}  {each.prompt}")
-    _print_written({"out": written, "provenance": page.provenance}, started, as_json)
-    _next_image(display, written[0], "to replace one panel, repeat the command with all seeds and change that one")
-
-
-def _write_panels(idea: str, count: int, url: str | None, model: str | None, display: Any) -> Any:
-    from diptych.apps import enhance
-    from diptych.apps.story import write_panels
-    from diptych.llm.cache import Cache
-
-    endpoint = enhance.endpoint_of(url, model, "--llm-endpoint")
-    if endpoint is None:
-        raise UsageError(
-            "option_missing",
-            f"--idea needs a language model. Pass --llm-endpoint URL and --llm-model NAME (or set {enhance.URL} and "
-            f"{enhance.MODEL}), or write the panels with --panel TEXT.",
-        )
-    display.say(f"requesting {count} panels from {endpoint.model}")
-    with Cache(enhance.CACHE.expanduser()) as cache:
-        return write_panels(idea, count, endpoint, cache)
-
-
-def _next_image(display: Any, path: str, change: str) -> None:
+def print_next(display: Any, path: str, change: str) -> None:
     traced = "" if path.lower().endswith(".pdf") else f"; diptych trace {quote(path)} shows what it came from"
     display.next(f"{change}{traced}")
 
@@ -374,7 +277,9 @@ def _file_name(light: str, seed: int) -> str:
     return f"{slug}-{sha256(light)[:6]}-{seed}.png"
 
 
-def _print_written(result: dict[str, Any], started: float, as_json: bool) -> None:
+def print_written(result: dict[str, Any], started: float, shown: bool | None, as_json: bool) -> None:
+    if not as_json:
+        show_images(result["out"], shown)
     timed = {**result, "seconds": round(time.monotonic() - started, 2)}
     print_result(timed, lambda result: result["out"], as_json)
 

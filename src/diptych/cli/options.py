@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from diptych.utils.console import printable_json, show
 from diptych.utils.models import BUILT_IN, with_scale
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-SHARED_PANELS = {"as_json": "Output", "hour_price": "Output", "device": "Speed and memory"}
+SHARED_PANELS = {"as_json": "Output", "hour_price": "Output", "shown": "Output", "device": "Speed and memory"}
 
 
 class Command(Protocol):
@@ -207,6 +209,9 @@ def require_text(**options: str | None) -> None:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")]
+Show = Annotated[
+    bool | None, typer.Option("--show/--no-show", help="Show the image in the terminal [default: if stdout is one].")
+]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, or mps [default: the fastest available].")
 ]
@@ -297,6 +302,31 @@ class Loading:
 def print_result(result: Any, format: Callable[[Any], Sequence[str]], as_json: bool, indent: int | None = None) -> None:
     """Prints a result as JSON, or as the lines that `format` makes of it."""
     show(printable_json(result, indent) if as_json else "\n".join(format(result)))
+
+
+SHOWN = 4  # images in the terminal
+
+
+def show_images(paths: Sequence[str], wanted: bool | None) -> None:
+    """Shows the first images side by side in the terminal, if it can; see `utils.terminal`.
+
+    `wanted` is `--show`: None shows them only if stdout is a terminal, and True also elsewhere.
+    """
+    from diptych.utils import terminal
+
+    name = terminal.protocol(os.environ)
+    files = [path for path in paths if not path.lower().endswith(".pdf")][:SHOWN]
+    if wanted is False or not files or (wanted is None and (name is None or not sys.stdout.isatty())):
+        return
+    from diptych.apps.relight import strip
+    from diptych.data.images import open_image
+
+    images = [open_image(path).convert("RGB") for path in files]
+    height = max(image.height for image in images)
+    images = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    size = shutil.get_terminal_size()
+    columns, rows = min(size.columns - 1, 40 * len(images)), max(4, min(size.lines - 4, 20))
+    print(terminal.encode(strip(images), name or "blocks", columns, rows, os.environ), end="", flush=True)
 
 
 QUANTIZERS = ("torchao", "bitsandbytes")
