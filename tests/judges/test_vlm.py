@@ -88,7 +88,7 @@ def test_the_majority_of_the_decided_votes_is_the_verdict(
 
 
 def test_a_pair_that_could_not_be_asked_about_is_told_apart_from_one_without_a_valid_answer() -> None:
-    assert count([outcome(None, "failed")] * 2).reason == "could not be asked"
+    assert count([outcome(None, "failed")] * 2).reason == "no reply"
     assert count([outcome(None, "failed"), outcome(None)]).reason == "no valid answer"
 
 
@@ -129,7 +129,7 @@ def test_no_answer_and_no_reply_are_outcomes_with_their_reason(serve: Serve) -> 
         judgements = VlmJudge(client, tasks.load("subject")).decide([("p", RED, BLUE), ("q", BLUE, RED)])
     assert [(judgements[name].verdict, judgements[name].reason) for name in "pq"] == [
         ("undecided", "no valid answer"),
-        ("undecided", "could not be asked"),
+        ("undecided", "no reply"),
     ]
     assert "no JSON object" in judgements["p"].votes[0]["reason"] and "alike" in judgements["p"].votes[0]["text"]
     assert "picture too small" in judgements["q"].votes[0]["reason"]
@@ -141,6 +141,6 @@ def test_a_broken_picture_costs_its_own_pair(serve: Serve) -> None:
         judgements = VlmJudge(client, tasks.load("subject")).decide([("p", b"no picture", BLUE), ("q", RED, BLUE)])
     assert (judgements["p"].verdict, judgements["p"].reason, judgements["q"].verdict) == (
         "undecided",
-        "could not be asked",
+        "no reply",
         "same",
     )

@@ -92,7 +92,7 @@ def count(outcomes: Sequence[Outcome]) -> Judgement:
         return Judgement("lost", math.nan, lost.reason, votes)
     if not decided:
         answered = any(outcome.status == "undecided" for outcome in outcomes)
-        return Judgement("undecided", math.nan, "no valid answer" if answered else "could not be asked", votes)
+        return Judgement("undecided", math.nan, "no valid answer" if answered else "no reply", votes)
     if 2 * yes == len(decided):
         return Judgement("undecided", math.nan, "the votes are split", votes)
     same = 2 * yes > len(decided)

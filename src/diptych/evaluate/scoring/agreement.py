@@ -165,18 +165,18 @@ def oracle(name: str, count: int | None = None, device: str = "cpu") -> tuple[Ra
 def format_check(result: dict[str, Any]) -> list[str]:
     """The lines that the command line prints for a result of `check`."""
 
-    def said(value: float | None) -> str:
+    def shown(value: float | None) -> str:
         return "not defined: all values are equal" if value is None else f"{value:.2f}"
 
     low_high = "" if result["ci95"] is None else f"  95 % {result['ci95'][0]:.2f} to {result['ci95'][1]:.2f}"
     labels = ", ".join(f"{value:g}" for value in result["labels"])
     lines = [
         f"judge       {result['judge']}, {result['items']} items, labels {labels}",
-        f"alpha       {said(result['alpha'])}{low_high}",
+        f"alpha       {shown(result['alpha'])}{low_high}",
     ]
-    lines += [f"  with {name}: {said(value)}" for name, value in result["alpha_with"].items()]
+    lines += [f"  with {name}: {shown(value)}" for name, value in result["alpha_with"].items()]
     if result["alpha_among_raters"] is not None:
-        lines.append(f"among raters {said(result['alpha_among_raters'])}")
+        lines.append(f"among raters {shown(result['alpha_among_raters'])}")
     if result["mapped_by_rank"]:
         lines.append("the judge's values are on another scale and were mapped to the labels by rank")
     return [*lines, PUBLISHED]

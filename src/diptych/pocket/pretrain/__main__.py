@@ -199,7 +199,7 @@ def _thinned(lines: list[dict]) -> list[dict]:
 def _log(folder: Path, before: dict | None) -> dict:
     """A training in numbers; `before` is what the package says of the model that it may have begun from."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    told = {
+    summary = {
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
         "curve": _thinned(lines),
@@ -208,8 +208,8 @@ def _log(folder: Path, before: dict | None) -> dict:
     }
     if before and "start" in lines[0]:
         # Exported twice, the model before is still the one it began from.
-        told["before"] = before.get("before", before) if before["curve"][:1] == lines[:1] else before
-    return told
+        summary["before"] = before.get("before", before) if before["curve"][:1] == lines[:1] else before
+    return summary
 
 
 @app.command()

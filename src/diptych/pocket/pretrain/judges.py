@@ -146,14 +146,14 @@ class Head(torch.nn.Module):
         self.scale, self.offset = torch.nn.Parameter(torch.tensor(10.0)), torch.nn.Parameter(torch.tensor(-6.0))
 
     def pair_loss(self, a: torch.Tensor, b: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-        """Is it the one subject or did it drift? And: each subject must find its own other scene among all of the
-        batch's (InfoNCE). Embeddings `[N, D]`, `same` bool `[N]`."""
+        """Cross-entropy of same or drifted, and InfoNCE: each subject against the other scenes of the batch. Embeddings
+        `[N, D]`, `same` bool `[N]`."""
         a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
         cosine = a @ b.T
-        told = F.binary_cross_entropy_with_logits(self.scale * cosine.diagonal() + self.offset, same.float())
+        drifted = F.binary_cross_entropy_with_logits(self.scale * cosine.diagonal() + self.offset, same.float())
         target = torch.arange(len(a), device=a.device)[same]
-        found = sum(F.cross_entropy(rows[same] / TEMPERATURE, target) for rows in (cosine, cosine.T))
-        return told + 0.25 * found
+        contrast = sum(F.cross_entropy(rows[same] / TEMPERATURE, target) for rows in (cosine, cosine.T))
+        return drifted + 0.25 * contrast
 
 
 def degrade(x: torch.Tensor, shrink: float, rng: torch.Generator) -> torch.Tensor:
@@ -343,8 +343,8 @@ def train(
     model.eval()
     if average is not None:
         mix(model, type(model).from_pretrained(average / role))
-    found = measure(model, side, *held_out(work, role, processes=processes, report=report))
-    report(trainer.log(role=role, samples=trainer.step * batch * 2, averaged=average is not None, **found))
+    errors = measure(model, side, *held_out(work, role, processes=processes, report=report))
+    report(trainer.log(role=role, samples=trainer.step * batch * 2, averaged=average is not None, **errors))
     model.to(memory_format=torch.contiguous_format).save_pretrained(work / role)
     size = {"height": side, "width": side}
     ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(work / role)

@@ -28,7 +28,7 @@ CHUNK = 500
 
 
 def plan(index: int, seed: int = 0):
-    """Who and what row `index` shows: the subjects of its two panels, their scenes, and what is said of them."""
+    """The subjects, the scenes and the row with the captions of pair `index`."""
     rng = np.random.default_rng([seed, index])
     identity = world.sample_identity(rng)
     left = world.sample_scene(rng)
@@ -57,7 +57,7 @@ def plan(index: int, seed: int = 0):
 
 
 def pair(index: int, seed: int = 0):
-    """Row `index`: two panels uint8 `[2, H, W, 3]` and what is said of them."""
+    """Pair `index`: two panels uint8 `[2, H, W, 3]`, and the row with their captions."""
     subjects, scenes, row = plan(index, seed)
     return np.stack([render(subject, scene) for subject, scene in zip(subjects, scenes, strict=True)]), row
 

@@ -89,7 +89,7 @@ def encode(work: Path, count: int, device: str = "auto", report=print) -> None:
 
 
 TEXTS = ("grid", "left", "right")
-"""What is said of a rendered pair: of both panels, and of each."""
+"""Captions of a rendered pair: of the grid, and of each panel."""
 
 
 def tokenize(both: Sequence[Any], rows: list[dict]) -> np.ndarray:
@@ -105,20 +105,20 @@ def tokenize(both: Sequence[Any], rows: list[dict]) -> np.ndarray:
     return np.stack(ids, 1).reshape(len(rows), len(TEXTS), 2, 2, -1)
 
 
-def _told(given: tuple[Any, Any, range, list[dict]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    *both, numbers, rows = given
+def _table(part: tuple[Any, Any, range, list[dict]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    *both, numbers, rows = part
     values, choices = traits_table(renders.plan(n)[0] for n in numbers)
     return values.numpy(), choices.numpy(), tokenize(both, rows)
 
 
 def tables(work: Path, count: int, processes: int = 1) -> None:
-    """What is known and said of the first `count` rendered pairs: the subjects' traits (`numbers.npy`, `choices.npy`;
+    """Labels of the first `count` rendered pairs: the subjects' traits (`numbers.npy`, `choices.npy`;
     see `traits_table`) and all captions as token ids (`prompts.npy`; see `tokenize`)."""
     both = tokenizers.load_or_make(work / "teacher_training")
     _, rows = renders.load(work / "pairs")
     parts = [(*both, part, rows[part.start : part.stop]) for part in renders.chunks(min(count, len(rows)))]
-    told = zip(*renders.spread(_told, parts, processes), strict=True)
-    for name, arrays in zip(("numbers", "choices", "prompts"), told, strict=True):
+    columns = zip(*renders.spread(_table, parts, processes), strict=True)
+    for name, arrays in zip(("numbers", "choices", "prompts"), columns, strict=True):
         np.save(work / f"{name}.npy", np.concatenate(arrays))
 
 
@@ -243,19 +243,19 @@ def train(
         pick = rng.choice(legible, size) if grid else rng.integers(0, len(rows), size)
         pick, variant = (torch.from_numpy(of).to(place) for of in (pick, rng.integers(0, 2, size)))
         silent = torch.from_numpy(rng.random(size) < TEXT_DROPOUT).to(place)
-        latents, told = grids[pick], [values[pick] for values in known]
+        latents, traits = grids[pick], [values[pick] for values in known]
         if grid:
-            text, told = prompts[pick, 0, variant], [values.flatten(0, 1) for values in told]
+            text, traits = prompts[pick, 0, variant], [values.flatten(0, 1) for values in traits]
         else:
             right = int(rng.integers(2))
             latents, text = latents[..., right * side : (right + 1) * side], prompts[pick, 1 + right, variant]
-            told = [values[:, right] for values in told]
+            traits = [values[:, right] for values in traits]
         tokens = pack((latents.float() - vae.config.shift_factor) * vae.config.scaling_factor)
         clip_ids, t5_ids = torch.where(silent[:, None, None], empty, text).long().unbind(1)
         t5_ids = t5_ids[:, :length]
         with computing("bfloat16", place):
             value = loss(teacher, tokens, clip_ids, t5_ids, ids[grid], generator)
-        read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *told)
+        read = reading.loss(panel_features(teacher.features, 2 if grid else 1), *traits)
         scale = max(0.01, 1 - passed / minutes) if finish else 1.0
         trainer.update(value + TRAIT_WEIGHT * read, scale)
         losses[grid].append(value.detach())
