@@ -45,6 +45,7 @@ def main() -> None:
         chosen["methods"] = [wanted]
     recipe = resolve_auto(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=chosen)}))
     folder = given.run or given.work
+    folder.mkdir(parents=True, exist_ok=True)
     with Display().stage("relight", "images") as report:
         found = relighting.evaluate(recipe, folder, report)
     result = {

@@ -80,7 +80,7 @@ def test_the_vae_keeps_what_a_held_out_picture_shows():
     with torch.no_grad():
         y = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * torch.log10(((x - y) / 2).pow(2).mean((1, 2, 3)))
-    assert psnr.mean() > 25
+    assert psnr.mean() > 24
 
 
 def test_the_encoder_is_the_one_that_the_teacher_the_student_and_the_pairs_were_made_with():

@@ -189,7 +189,7 @@ def _machine() -> str:
     import torch
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{where}, torch {torch.__version__}"
 
 
 def _thinned(lines: list[dict]) -> list[dict]:

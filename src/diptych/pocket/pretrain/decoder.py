@@ -43,10 +43,6 @@ SAVED_EVERY = 300
 """Seconds between checkpoints, each with the averaged VAE in `work/decoder`."""
 HELD_OUT, NOISES = 12, (0, 0.2)
 """Grids of other renders for the PSNR in the log, and the noise of their latents."""
-SHARES_SAVED = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
-"""Possible shares of the trained decoder in the saved one, which is its mean with the first one (arXiv 2109.01903)."""
-MOST_LOST = 0.3
-"""Most dB that true latents of single panels may lose. The saved decoder has the largest share that keeps to it."""
 
 
 def canvases(panels: np.ndarray) -> np.ndarray:
@@ -174,7 +170,7 @@ def train(
     report=print,
 ) -> None:
     """Train the decoder of the VAE of the `FluxPipeline` folder `teacher` on the renders in `work/pairs`, and save the
-    whole VAE in `work/decoder`: a mean of the decoder's averaged weights and those that it began with (`MOST_LOST`).
+    whole VAE, with the decoder's averaged weights, in `work/decoder`.
 
     The rate falls to nothing over `samples` panels, all sittings together. A sitting ends after `minutes` if they are
     not reached by then, and the next one resumes. `batch` counts panels.
@@ -183,7 +179,6 @@ def train(
     pipeline = open_teacher(teacher, place)
     vae = type(pipeline.vae).from_pretrained(teacher / "vae", torch_dtype=torch.float32).to(place)
     vae.encoder.requires_grad_(False)
-    first = [p.detach().clone() for p in vae.decoder.parameters()]
     trainer = Pretraining(work / "decoder_training", {"decoder": vae.decoder}, rate=rate, weight_decay=1e-4, ema=0.998)
     panels = np.stack([renders.pair(n, seed=99)[0] for n in range(HELD_OUT)])
 
@@ -193,28 +188,14 @@ def train(
             "grids": measure(vae, canvases(panels), NOISES),
         }
 
-    def set_share(share: float, trained: list[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, one, other in zip(vae.decoder.parameters(), first, trained, strict=True):
-                parameter.copy_(torch.lerp(one, other, share))
-
     def checkpoint() -> None:
         trainer.save()
         with trainer.averaged():
-            trained = [p.detach().clone() for p in vae.decoder.parameters()]
-            for share in SHARES_SAVED:
-                set_share(share, trained)
-                psnr = measured()
-                if psnr["panels"]["0"] >= before["panels"]["0"] - MOST_LOST:
-                    break
-            report(trainer.log(samples=trainer.step * batch, share=share, psnr=psnr))
+            report(trainer.log(samples=trainer.step * batch, psnr=measured()))
             vae.save_pretrained(work / "decoder")
 
-    with trainer.averaged():
-        set_share(0, first)  # a resumed training has its own weights by now
-        before = measured()
     if not (trainer.folder / "log.jsonl").exists():
-        trainer.log(start=teacher.name, psnr=before)
+        trainer.log(start=teacher.name, psnr=measured())
     opened = trainer.elapsed
     trainer.log(sitting={"batch": batch, "rate": rate, "until": samples, "shares": SHARES})
     pool = LatentPool(pipeline, *renders.load(work / "pairs"), np.random.default_rng(trainer.step))
