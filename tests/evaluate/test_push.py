@@ -1,4 +1,4 @@
-"""What is pushed arrives byte for byte, once, and only what verifies and has a licence is pushed at all."""
+"""What is pushed arrives byte for byte, once, and only what verifies and has a license is pushed at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose teacher states a licence."""
+    """A run whose teacher states a license."""
     folder = tmp_path_factory.mktemp("push")
     shutil.copytree(teacher, folder / "teacher")
     (folder / "teacher" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nA teacher.\n")
@@ -241,13 +241,13 @@ def test_an_export_whose_picture_changed_is_not_published(run: Path, tmp_path: P
         push(tmp_path / "quick", "./out", dry_run=True)
 
 
-def test_a_student_without_a_licence_needs_one_named(unlicensed: Path, tmp_path: Path) -> None:
-    with raises("publish_refused", "--licence"):
+def test_a_student_without_a_license_needs_one_named(unlicensed: Path, tmp_path: Path) -> None:
+    with raises("publish_refused", "--license"):
         push(unlicensed, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with raises("option_invalid", "My own!", "apache-2.0", kind=UsageError):
-        push(unlicensed, str(tmp_path / "out"), licence="My own!")
-    push(unlicensed, str(tmp_path / "out"), licence="apache-2.0")
+        push(unlicensed, str(tmp_path / "out"), license="My own!")
+    push(unlicensed, str(tmp_path / "out"), license="apache-2.0")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n") and "look it up" not in card
     found = trace(tmp_path / "out", [unlicensed])
@@ -274,17 +274,17 @@ def test_weights_that_no_training_left_are_not_published(run: Path, tmp_path: Pa
         push(tmp_path / "student", "./out", dry_run=True)
 
 
-def test_a_licence_that_is_inherited_is_not_replaced(run: Path) -> None:
+def test_a_license_that_is_inherited_is_not_replaced(run: Path) -> None:
     with raises("license_conflict", "mit", "cc-by-4.0"):
-        push(run, "./out", licence="mit", dry_run=True)
+        push(run, "./out", license="mit", dry_run=True)
 
 
-def test_an_import_goes_out_under_the_licence_it_came_with(run: Path, tmp_path: Path) -> None:
+def test_an_import_goes_out_under_the_license_it_came_with(run: Path, tmp_path: Path) -> None:
     export_data(str(run), tmp_path / "given", "imagefolder")
     import_data(str(tmp_path / "given"), tmp_path / "in", "imagefolder")
-    with raises("publish_refused", "--licence"):
+    with raises("publish_refused", "--license"):
         push(tmp_path / "in", str(tmp_path / "out"))
-    assert push(tmp_path / "in", str(tmp_path / "out"), licence="cc0-1.0")["sent"][-1] == "README.md"
+    assert push(tmp_path / "in", str(tmp_path / "out"), license="cc0-1.0")["sent"][-1] == "README.md"
     assert "license: cc0-1.0" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def test_a_hub_name_that_cannot_be_downloaded_fails_in_one_line() -> None:
 
 
 class _Gated(BaseHTTPRequestHandler):
-    """A hub that keeps every repository behind its licence, as the real one answers who has no token."""
+    """A hub that keeps every repository behind its license, as the real one answers who has no token."""
 
     def do_GET(self) -> None:
         self.send_response(401)
@@ -126,16 +125,3 @@ def test_a_fingerprint_is_not_stale_after_a_change_in_the_same_process(tmp_path:
     path.write_text("abd")
     os.utime(path, ns=(1, 1))
     assert models.fingerprint(tmp_path) != before
-
-
-def test_the_licence_of_flux_dev_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    models._noted.clear()
-    dev = json.dumps({"guidance_embeds": True, "num_attention_heads": 24})
-    path = folder(tmp_path / "mine", transformer__config=dev)
-    models.resolve(str(path), "teacher")
-    models.resolve(str(path), "teacher")
-    assert [r.message for r in caplog.records if "Non-Commercial" in r.message] == [models.FLUX_DEV_NOTE]
-    schnell = json.dumps({"guidance_embeds": False, "num_attention_heads": 24})
-    other = folder(tmp_path / "other", transformer__config=schnell)
-    assert models.note_licence("x", other) is None
-    assert models.note_licence("black-forest-labs/FLUX.1-dev", other) is not None

@@ -27,7 +27,7 @@ from diptych.provenance.push import push
 from diptych.provenance.trace import links, trace
 from diptych.student.weights import files
 from diptych.train import checkpoint
-from diptych.utils import models
+from diptych.utils import licenses, models
 from diptych.utils.io import write_atomic
 from diptych.utils.models import check_folder
 from diptych.utils.paths import inside, private_file
@@ -62,7 +62,7 @@ def pairs(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "pairs"
     data = Dataset(folder, records.schema(records.PROMPT))
     data.write_shard(0, [])
-    data.publish({"licence": "mit"})
+    data.publish({"license": "mit"})
     (folder / "README.md").write_text("---\nlicense: mit\n---\nA card.\n")
     return folder
 
@@ -217,7 +217,7 @@ def test_special_files_are_refused_at_once(make: Callable[[Path], Path], pairs: 
         (pairs / name).write_bytes(kept)
     for name in ("config.json", "model.safetensors", "README.md"):
         make(model / name)
-        models.fingerprint(model), models.weights(model), models.licence_of("a/b", model)
+        models.fingerprint(model), models.weights(model), licenses.inherited("a/b", model)
     with pytest.raises(UserError):
         check_folder(model)
 

@@ -132,7 +132,7 @@ Text = Annotated[
 
 @command(
     "diptych data import edits/ --format imagefolder --out edits-pairs",
-    Input="source format columns split text task licence",
+    Input="source format columns split text task license",
     Output="out skip",
 )
 def import_(
@@ -156,7 +156,7 @@ def import_(
             "--task", metavar="TASK", help="Meaning of these pairs; see `diptych tasks`.", autocompletion=complete.tasks
         ),
     ] = "subject",
-    licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="License of the pairs, for the card.")] = "",
+    license: Annotated[str, typer.Option("--license", metavar="NAME", help="License of the pairs, for the card.")] = "",
     skip: Annotated[
         bool, typer.Option("--skip", help="List rows that are not pairs in OUT/failed and continue.")
     ] = False,
@@ -173,7 +173,7 @@ def import_(
     options = _options(text, task, columns, split)
     display = Display(quiet=as_json)
     with display.stage("import", "rows") as report:
-        done = import_data(source, out, format, options, skip=skip, licence=licence, report=report)
+        done = import_data(source, out, format, options, skip=skip, license=license, report=report)
     failed = f"; {done['failed']} rows are not pairs, see {done['out']}/failed" if done["failed"] else ""
     print_result(done, lambda done: [f"{done['rows']} pairs{failed}", done["out"]], as_json)
     display.next(f"train on them: diptych distill RECIPE --set {quote(f'distill.data=[{{path: {out}}}]')}")

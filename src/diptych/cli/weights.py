@@ -78,7 +78,7 @@ def convert(
     "diptych push runs/demo OWNER/demo --private",
     "diptych push runs/demo/pairs ./pairs --dry-run",
     Input="source",
-    Output="target private licence dry_run",
+    Output="target private license dry_run",
 )
 def push(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Run (its student), student, pairs, or export.")],
@@ -86,8 +86,8 @@ def push(
         str, typer.Argument(metavar="TARGET", help="OWNER/NAME or hf://datasets/OWNER/NAME on the hub, or a folder.")
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    licence: Annotated[
-        str, typer.Option("--licence", metavar="ID", help="License, if the card has none: apache-2.0, cc-by-4.0, …")
+    license: Annotated[
+        str, typer.Option("--license", metavar="ID", help="License, if the card has none: apache-2.0, cc-by-4.0, …")
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, and send nothing.")] = False,
     as_json: Json = False,
@@ -100,7 +100,7 @@ def push(
     from diptych.provenance import push as pushing
 
     report = None if as_json else lambda line: show(f"sending {line}", news=True)
-    result = pushing.push(source, target, private=private, licence=licence, dry_run=dry_run, report=report)
+    result = pushing.push(source, target, private=private, license=license, dry_run=dry_run, report=report)
     print_result(result, pushing.format_push, as_json, indent=2)
 
 

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from diptych.data.pairs import check_types, find_columns, named, pair
 from diptych.data.store import MANIFEST, Dataset, reading
 from diptych.errors import UsageError, UserError, describe, nearest
+from diptych.utils import licenses
+from diptych.utils.documents import parse_yaml, read_text
+from diptych.utils.opening import folder_of
 from diptych.utils.paths import inside, refuse_special
 
 if TYPE_CHECKING:
@@ -74,6 +77,27 @@ def open_pairs(path: str, columns: Mapping[str, str] | None = None, split: str |
             return data
         url = str(local)
     return Parquet(url, columns, split)
+
+
+def license_of(pairs: Pairs) -> str | None:
+    """The license of pairs, as a card names it (`licenses.stated`): from their manifest, the teacher of their run, or
+    the card beside them. None if none states it."""
+    manifest = pairs.manifest if isinstance(pairs, Dataset) else None
+    # Imports of earlier versions have the British spelling.
+    known = (manifest or {}).get("license") or (manifest or {}).get("licence")
+    if known:
+        return None if known == "unknown" else known
+    if "://" in pairs.url:
+        with suppress(Exception):  # a hub that cannot be reached, or has no card
+            system, root = _filesystem(pairs.url)
+            return licenses.stated(licenses.front_fields(system.cat_file(f"{root}/README.md").decode("utf8")))
+        return None
+    folder = Path(pairs.url)
+    if (recipe := folder.parent / "recipe.yaml").is_file() and isinstance(pairs, Dataset):
+        with suppress(ValueError, OSError):
+            teacher = str((parse_yaml(read_text(recipe), str(recipe)) or {}).get("teacher", ""))
+            return licenses.stated(licenses.inherited(teacher, folder_of(teacher))[0])
+    return licenses.stated(licenses.card_fields(folder if folder.is_dir() else folder.parent))
 
 
 class Parquet:

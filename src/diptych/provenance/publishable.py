@@ -27,7 +27,7 @@ CARD = "README.md"
 SUMMARY = chain.SUMMARY
 # Files of two pushes must not be read as one dataset or one model.
 _READ_TOGETHER = (".parquet", ".tar", ".safetensors")
-_LEGAL = "\n## Licence\n\n"
+_LEGAL = re.compile(r"\n## Licen[cs]e\n\n")  # earlier cards have the British spelling
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
 
-def material(source: str | Path, licence: str = "") -> Publication:
+def material(source: str | Path, license: str = "") -> Publication:
     """The checked files of a run (its student), a student, a dataset of a run, an import, or an export."""
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -73,11 +73,11 @@ def material(source: str | Path, licence: str = "") -> Publication:
             raise UsageError("run_incomplete", message)
         path = path / "student"
     if (path / MANIFEST).is_file():
-        return _rows(path, licence)
+        return _rows(path, license)
     if (path / exporting.MADE).is_file():
-        return _export(path, licence)
+        return _export(path, license)
     if chain.holds_weights(path):
-        return _student(path, licence)
+        return _student(path, license)
     raise UsageError(
         "path_wrong_kind",
         f"{path} is not a run, student, dataset, or export: it has no recipe.yaml, weights, {MANIFEST}, or "
@@ -85,7 +85,7 @@ def material(source: str | Path, licence: str = "") -> Publication:
     )
 
 
-def _student(path: Path, licence: str) -> Publication:
+def _student(path: Path, license: str) -> Publication:
     edited = chain.changed(path) == [CARD]  # people may edit the card
     _verify(path, except_card=edited)
     summary = chain.read_json(path, SUMMARY)
@@ -97,7 +97,7 @@ def _student(path: Path, licence: str) -> Publication:
         )
     files: dict[str, Path | bytes] = {name: inside(path, name) for name in summary["files"]}
     original = _read_card(path)
-    text = _licensed(original, licence, path)
+    text = _licensed(original, license, path)
     files[SUMMARY] = inside(path, SUMMARY)
     changed = {name: text.encode() for name in (CARD,) if edited or text != original}
     for name in summary["files"]:
@@ -118,7 +118,7 @@ def _student(path: Path, licence: str) -> Publication:
     return Publication("model", files, text)
 
 
-def _rows(path: Path, licence: str) -> Publication:
+def _rows(path: Path, license: str) -> Publication:
     manifest = chain.read_json(path, MANIFEST)
     try:
         names = [part_name(part["name"]) for part in (manifest or {})["parts"]]
@@ -128,14 +128,14 @@ def _rows(path: Path, licence: str) -> Publication:
         raise UserError("store_damaged", message) from None
     _verify(path)
     text = _read_card(path) if (path / CARD).is_file() else card.of_rows(Dataset(path))
-    text = _licensed(text, licence, path)
+    text = _licensed(text, license, path)
     files: dict[str, Path | bytes] = {name: inside(path, name) for name in (*names, MANIFEST)}
     return Publication("dataset", {**files, CARD: text.encode()}, text)
 
 
-def _export(path: Path, licence: str) -> Publication:
+def _export(path: Path, license: str) -> Publication:
     exporting.check(path)
-    text = _licensed(_read_card(path), licence, path)
+    text = _licensed(_read_card(path), license, path)
     names = {p.relative_to(path): p for p in files_inside(path) if not p.is_symlink()}
     files: dict[str, Path | bytes] = {
         name.as_posix(): p for name, p in names.items() if not any(part.startswith(".") for part in name.parts)
@@ -162,7 +162,7 @@ def _read_card(path: Path) -> str:
         raise UserError("publish_refused", message) from None
 
 
-def _licensed(text: str, licence: str, path: Path) -> str:
+def _licensed(text: str, license: str, path: Path) -> str:
     """The card with its license, or else the given one. UserError if there is none or if they differ."""
     import yaml
 
@@ -177,21 +177,21 @@ def _licensed(text: str, licence: str, path: Path) -> str:
         raise UserError("publish_refused", message)
     known = fields.get("license") if fields.get("license") != "other" else fields.get("license_name")
     if known:
-        if licence and licence != known:
-            message = f"--licence {licence}: {path} inherits the license {known}. Leave --licence out."
+        if license and license != known:
+            message = f"--license {license}: {path} inherits the license {known}. Leave --license out."
             raise UserError("license_conflict", message)
         return text
-    if not licence:
+    if not license:
         raise UserError(
             "publish_refused",
-            f"{path} states no license, and neither do its inputs. Look it up and pass it with --licence (apache-2.0, "
+            f"{path} states no license, and neither do its inputs. Look it up and pass it with --license (apache-2.0, "
             "cc-by-4.0, …).",
         )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence) or licence in ("other", "unknown"):
-        message = f"--licence {licence} is not a license id of the hub, such as apache-2.0, mit, or cc-by-4.0."
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license) or license in ("other", "unknown"):
+        message = f"--license {license} is not a license id of the hub, such as apache-2.0, mit, or cc-by-4.0."
         raise UsageError("option_invalid", message)
     fields = {key: value for key, value in fields.items() if not key.startswith("license")}
-    front = yaml.safe_dump({"license": licence, **fields}, sort_keys=False, allow_unicode=True)
-    before, heading, _ = body.partition(_LEGAL)
-    body = f"{before}{heading}{licence}, as whoever published it says.\n" if heading else body
+    front = yaml.safe_dump({"license": license, **fields}, sort_keys=False, allow_unicode=True)
+    if heading := _LEGAL.search(body):
+        body = f"{body[: heading.end()]}{license}, as whoever published it says.\n"
     return f"---\n{front}---\n{body}"

@@ -35,14 +35,14 @@ def push(
     target: str,
     *,
     private: bool = False,
-    licence: str = "",
+    license: str = "",
     dry_run: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Publishes `source` at `target`.
 
     Args:
-        `licence`: license id of the hub, for a card without a license.
+        `license`: license id of the hub, for a card without a license.
         dry_run: check everything on this machine, without the network.
 
     Returns:
@@ -52,7 +52,7 @@ def push(
         UsageError: `source` is neither a student nor a dataset, or `target` is ambiguous.
         UserError: a file changed since it was made, the license is unknown, or the target rejects the files.
     """
-    made = material(source, licence)
+    made = material(source, license)
     repo = _repo(target, made.kind)
     if repo is None and private:
         raise UsageError(

@@ -19,6 +19,8 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe, Thresholds
 from diptych.run.resolve import free_name
 from diptych.stages.curate import duplicates
+from diptych.utils import licenses
+from diptych.utils.opening import folder_of
 
 
 def limits(recipe: Recipe, task: tasks.Task) -> tuple[Thresholds, records.Bounds]:
@@ -46,7 +48,11 @@ class SelectStage:
         """Return the stage's settings for the manifest."""
         thresholds, bounds = limits(self.recipe, self.task)
         repeated = self.recipe.curate.duplicates
+        teacher = self.recipe.teacher
+        license = licenses.stated(licenses.inherited(teacher, folder_of(teacher))[0])
         settings = {
+            "teacher": teacher,
+            "license": license or "unknown",
             "thresholds": thresholds.model_dump(),
             "screens": bounds.screens,
             "copies": bounds.copies,

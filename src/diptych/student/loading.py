@@ -36,7 +36,7 @@ from diptych.student.weights.sources import (
     resolve,
 )
 from diptych.student.weights.tensors import open_safetensors
-from diptych.utils import models
+from diptych.utils import licenses, models
 from diptych.utils.io import publish
 from diptych.utils.machine import alone, pick_device
 
@@ -91,7 +91,7 @@ def load(
         return open_student(path, base_folder, dtype, device, given, fuse)
     preset = prepare(memory, device) if memory is not None else None
     layout, weights_place, _ = locate(path, base_folder)
-    models.note_licence(str(model), weights_place)
+    licenses.note(str(model), weights_place)
     places = find_parts(path, base_folder)
     check_parts(places, path, base_folder)
     given = [(lora_file(Path(one)), scale) for one, scale in scaled(lora)]

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 HARMLESS = frozenset(
     {
         "allow_distilled_teacher",
+        "allow_restricted_pairs",
         "checkpoint_every",
         "keep",
         "micro_batch",

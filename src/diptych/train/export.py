@@ -33,7 +33,7 @@ from diptych.train import parts
 from diptych.train.metrics import reference_warning
 from diptych.train.parts import ADAPTER, Trained
 from diptych.train.prepare import TRAINING, Material, start, student_settings
-from diptych.utils import models
+from diptych.utils import licenses, models
 from diptych.utils.console import quiet_bars
 from diptych.utils.io import publish
 from diptych.utils.machine import VERSION
@@ -196,10 +196,10 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
     lora = recipe.distill.mode == "lora"
     folder = models.resolve(recipe.teacher, "teacher")
     family = family_in(folder)
-    licence, terms = models.licence_of(recipe.teacher, folder)
+    license, terms = licenses.inherited(recipe.teacher, folder)
     tag = "flux" if family is FLUX1 else family.name.replace("_", "-")
     front = {
-        **licence,
+        **license,
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "base_model": recipe.teacher,
@@ -267,7 +267,7 @@ def model_card(recipe: Recipe, numbers: dict[str, Any], material: Material) -> s
             "",
             *_data(recipe, material),
             "",
-            "## Licence",
+            "## License",
             "",
             terms,
             "",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UsageError, UserError, describe, nearest
-from diptych.utils.documents import parse_json, parse_yaml, read_text
+from diptych.utils import licenses
+from diptych.utils.documents import parse_json
 from diptych.utils.io import sha256_file
 from diptych.utils.paths import packaged, refuse_special
 
@@ -34,12 +34,6 @@ HUB_SIZES = {"primecai/dsd_model": 24.6, "black-forest-labs/FLUX.1-dev": 33.7}
 """Download size in GB of the models in the documentation: the authors' weights and their base."""
 GATED = ("black-forest-labs/FLUX.1-dev",)
 
-FLUX_DEV_NOTE = (
-    "FLUX.1-dev and everything trained from it are under the FLUX.1-dev Non-Commercial License: "
-    "research and personal use only, unless you have a licence from Black Forest Labs."
-)
-FLUX_DEV = ("other", "flux-1-dev-non-commercial-license", "https://huggingface.co/black-forest-labs/FLUX.1-dev")
-_noted: set[str] = set()
 _fingerprints: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
@@ -69,7 +63,7 @@ def resolve(name: str, role: str) -> Path:
                     "run_incomplete", f"{run} has no student yet. Run: diptych distill {run}/recipe.yaml --out {run}"
                 )
         check_folder(path)
-        note_licence(name, path)
+        licenses.note(name, path)
         return path
     if not _HUB_NAME.fullmatch(name):
         if hint := _where_to_get(name):
@@ -81,7 +75,7 @@ def resolve(name: str, role: str) -> Path:
         )
     path = _download(name, role)
     check_folder(path)
-    note_licence(name, path)
+    licenses.note(name, path)
     return path
 
 
@@ -178,53 +172,6 @@ def _download(name: str, role: str) -> Path:
 
 def _size_of(repo: str) -> str:
     return f" ({HUB_SIZES[repo]:.1f} GB)" if repo in HUB_SIZES else ""
-
-
-def note_licence(name: str, path: Path) -> str | None:
-    """Logs the license note of FLUX.1-dev once per process if `path` looks like that base or a model made from it."""
-    if not _is_flux_dev(name, path):
-        return None
-    if FLUX_DEV_NOTE not in _noted:
-        _noted.add(FLUX_DEV_NOTE)
-        logging.getLogger("diptych").warning(FLUX_DEV_NOTE)
-    return FLUX_DEV_NOTE
-
-
-def licence_of(name: str, folder: Path | None) -> tuple[dict[str, str], str]:
-    """The license of a base, which models made from it inherit, as card fields and as a sentence.
-
-    The README in `folder`, the model on this machine if it exists, states the license.
-    """
-    if name in BUILT_IN:
-        return {"license": "apache-2.0"}, "Apache-2.0, as its base."
-    if _is_flux_dev(name, folder or Path(name)):
-        kind, licence, link = FLUX_DEV
-        return {"license": kind, "license_name": licence, "license_link": link}, FLUX_DEV_NOTE
-    front = None
-    if folder is not None:
-        try:
-            text = read_text(refuse_special(folder / "README.md"))
-            front = parse_yaml(text.split("---")[1], "README.md") if text.startswith("---") else None
-        except (ValueError, IndexError):
-            front = None
-    if isinstance(front, dict) and front.get("license"):
-        fields = {key: front[key] for key in ("license", "license_name", "license_link") if key in front}
-        return fields, f"As its base, {name}: {front.get('license_name') or front['license']}."
-    return {"license": "other"}, f"As its base, {name}, which states none here: look it up before you publish."
-
-
-def _is_flux_dev(name: str, path: Path) -> bool:
-    if re.search(r"flux\.?1-dev", f"{name} {path}", re.IGNORECASE):
-        return True
-    for config in (path / "transformer" / "config.json", path / "config.json"):
-        try:
-            values = parse_json(refuse_special(config).read_text("utf8"))
-        except (OSError, ValueError):
-            continue
-        # The guidance embedding distinguishes dev from schnell (Apache-2.0), and 24 heads from small test models.
-        if values.get("guidance_embeds") and values.get("num_attention_heads") == 24:
-            return True
-    return False
 
 
 TRAINING = "training"

@@ -280,7 +280,7 @@ def test_other_peoples_rows_keep_what_they_say_beside(tmp_path: Path) -> None:
     with raises("row_invalid", "reference", "source, image, prompt", kind=UsageError):
         import_data(str(folder), tmp_path / "no", "imagefolder")
     options = Options({"conditioning": "source", "instruction": "prompt"}, task="instruction")
-    import_data(str(folder), tmp_path / "pairs", "imagefolder", options, licence="cc-by-4.0")
+    import_data(str(folder), tmp_path / "pairs", "imagefolder", options, license="cc-by-4.0")
     (got,) = Dataset(tmp_path / "pairs")
     assert got["instruction"] == got["caption"] == "make it blue" and got["task"] == "instruction"
     assert got["conditioning"] == {"bytes": picture(6, "PNG"), "path": None} and got["id"] == "i-000000"

@@ -10,10 +10,10 @@ import yaml
 from diptych.data import funnel, records
 from diptych.data.interop.rows import Format
 from diptych.data.scan import open_run
-from diptych.data.sources import Pairs
+from diptych.data.sources import Pairs, license_of
 from diptych.data.store import Dataset
 from diptych.errors import UserError
-from diptych.utils import models
+from diptych.utils import licenses
 from diptych.utils.machine import VERSION
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -33,9 +33,9 @@ def of_import(data: Dataset) -> str:
         "rejected rows": f"{lost:,}; the reasons are in failed/import" if lost else "none",
         "curation": "none by diptych; similarity, copy_distance and seam are empty",
     }
-    terms_tag = manifest["licence"]
-    terms = _UNKNOWN if terms_tag == "unknown" else terms_tag
-    front = _front(manifest["rows"], {"license": "other" if terms_tag == "unknown" else terms_tag}, _PARTS)
+    known = license_of(data)
+    terms = known or _UNKNOWN
+    front = _front(manifest["rows"], {"license": known or "other"}, _PARTS)
     return _page(front, source["name"], facts, [], terms, f'load_dataset("parquet", data_files="{_PARTS}")')
 
 
@@ -50,8 +50,8 @@ def of_export(source: str, data: Pairs, kind: Format, rows: int) -> str:
         terms_tag, terms = _of_run(run, facts, tables)
     elif manifest and "imported" in manifest:
         facts["imported from"] = f"{manifest['imported']['name']} ({manifest['imported']['format']})"
-        if manifest["licence"] != "unknown":
-            terms_tag, terms = {"license": manifest["licence"]}, manifest["licence"]
+        if known := license_of(data):
+            terms_tag, terms = {"license": known}, known
     else:
         facts["from"] = Path(source.rstrip("/")).name
     files = {"parquet": "train-*.parquet", "edit-parquet": "train-*.parquet", "webdataset": "train-*.tar"}
@@ -107,7 +107,7 @@ def _of_run(run: Path, facts: dict[str, Any], tables: list[Any]) -> tuple[dict[s
         }
         tables.append(("Funnel", steps))
     local = Path(recipe.teacher)
-    return models.licence_of(recipe.teacher, local if local.is_dir() else None)
+    return licenses.inherited(recipe.teacher, local if local.is_dir() else None)
 
 
 def _with_hash(name: str, digest: str | None) -> str:

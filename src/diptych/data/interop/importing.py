@@ -32,7 +32,7 @@ def import_data(
     options: Options | None = None,
     *,
     skip: bool = False,
-    licence: str = "",
+    license: str = "",
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Imports `source` into the folder `out`. Returns counts.
@@ -62,7 +62,7 @@ def import_data(
                 "fingerprint": fingerprint,
                 "imported": {"format": format, "name": Path(source.rstrip("/")).name, "rows": len(reader)},
                 "task": options.task,
-                "licence": licence or "unknown",
+                "license": license or "unknown",
             }
             failed.publish({"stage": NAME})
             target.publish(manifest)

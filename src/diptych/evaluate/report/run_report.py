@@ -23,8 +23,9 @@ from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Series, count, named, number, part, percent, plural, template, words
 from diptych.recipe import tasks
 from diptych.train.metrics import reference_warning
+from diptych.utils import licenses
 from diptych.utils.io import write_atomic
-from diptych.utils.models import FLUX_DEV_NOTE
+from diptych.utils.opening import folder_of
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
@@ -47,7 +48,7 @@ def write(recipe: Recipe, run_dir: Path) -> Path:
         title=f"{recipe.name} · diptych",
         header=guarded("header", header, run, "header"),
         sections=made,
-        license=FLUX_DEV_NOTE if "flux.1-dev" in recipe.teacher.lower() else "",
+        license=row.note if (row := licenses.find(recipe.teacher, folder_of(recipe.teacher))) is not None else "",
     )
     write_atomic(path, page.encode())
     write_atomic(path.with_suffix(".md"), markdown(run).encode())

@@ -175,6 +175,9 @@ class Distill(Section):
     allow_distilled_teacher: bool = False
     """Train even though the teacher is step-distilled (FLUX.1-schnell, a Turbo model). Students trained from such a
     teacher generate gray or blocky images, so it is otherwise an error. Use the model that it was distilled from."""
+    allow_restricted_pairs: bool = False
+    """Train on pairs although the license of the model that generated them forbids it for this teacher, for example
+    pairs from FLUX.1-dev for a student of Qwen-Image. Set it only if an agreement with the licensor permits it."""
     preference: Preference | None = None
     """Preference training of the student in `init`, as a last stage. null trains on the pairs alone."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
