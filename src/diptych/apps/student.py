@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from diptych.errors import UsageError
 from diptych.student.runtime.memory import explains_exhaustion, less_than
 from diptych.student.sampling import (
+    CORRECTIONS,
     SCALES,
     GenerateOptions,
     RelightOptions,
@@ -194,12 +195,12 @@ class Student:
             log.warning(line)
         settings = {**sampling, "negative_prompt": negative_prompt, "fit": fit, "background": background}
         seen = null_panel or self.pipeline.runtime.speed.null_panel or self.pipeline.settings.null_panel
-        settings |= {"null_panel": seen} if seen != "shared" else {}
-        callbacks = self._callbacks(canvas, chosen)
+        corrections = {name: chosen[name] for name in CORRECTIONS if name in chosen}
+        settings |= corrections | ({"null_panel": seen} if seen != "shared" else {})
+        more = {"null_panel": null_panel, **corrections, **self._callbacks(canvas, chosen)}
         images: list[Image.Image] = []
         # One PIL object per reference, so that the pipeline recognizes a repeated one.
-        pairwise = chosen.get("pairwise", False)
-        if pairwise and not len(references) == len(prompts) == len(seeds):
+        if (pairwise := chosen.get("pairwise", False)) and not len(references) == len(prompts) == len(seeds):
             counts = f"{len(references)} references, {len(prompts)} prompts and {len(seeds)} seeds"
             raise UsageError("count_mismatch", f"pairwise needs equal counts, not {counts}")
         rows = list(zip(references, prompts, seeds, strict=True) if pairwise else product(references, prompts, seeds))
@@ -216,10 +217,9 @@ class Student:
                     guidance_scale=sampling["guidance"],
                     image_guidance_scale=sampling["image_guidance"],
                     text_guidance_scale=sampling["text_guidance"],
-                    null_panel=null_panel,
                     negative_prompt=negative_prompt,
                     fit=fit,
-                    **callbacks,
+                    **more,
                 )
             assert not isinstance(output, tuple) and isinstance(output.images, list)
             for image, (_, text, number) in zip(output.images, batch, strict=True):

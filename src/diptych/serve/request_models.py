@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diptych.errors import UsageError
 from diptych.serve.config import Limits
-from diptych.student.sampling import SCALES, SEED, Fit, check_options, check_prompt, field
+from diptych.student.sampling import CORRECTIONS, SCALES, SEED, Fit, check_options, check_prompt, field
 
 if TYPE_CHECKING:
     from diptych.apps.story import Panel
@@ -32,7 +32,7 @@ NEUTRAL = {
 }
 STEPS = {"low": 0.5, "high": 2.0}  # multiple of the model's default steps, by quality
 ANSWER = {"wait", "stream", "partial_images", "response_format"}  # how to respond, not what to generate
-OPTIONS = (*SCALES, "negative_prompt", "fit")
+OPTIONS = (*SCALES, *CORRECTIONS, "negative_prompt", "fit")
 
 
 class JobRequest(BaseModel):
@@ -89,6 +89,9 @@ class JobRequest(BaseModel):
     guidance: float | None = field("guidance", le=1000)
     image_guidance: float | None = field("image_guidance", le=1000)
     text_guidance: float | None = field("text_guidance", le=1000)
+    guidance_rescale: float | None = field("guidance_rescale")
+    guidance_parallel: float | None = field("guidance_parallel")
+    guidance_norm: float | None = field("guidance_norm", le=1000)
     negative_prompt: str | None = field(
         "negative_prompt", max_length=32_000, description="Needs image or text guidance above 1."
     )

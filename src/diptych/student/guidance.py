@@ -8,12 +8,21 @@ It is a weighted sum with weights 1 − i, i − t and t, so a forward pass with
 The null pass gets no reference condition, but it still sees the reference on the shared canvas: the left panel shows
 the reference once the noise is low enough. Both terms of the first difference then contain what guidance should
 strengthen. `NullPanel` gives the null pass a separate left panel, which never shows the reference.
+
+Guidance with large scales makes images too saturated. Two corrections are off by default and can be combined:
+
+- Rescaling (Lin et al. 2023, arXiv 2305.08891, equations 15 and 16): v is scaled towards the standard deviation of the
+  prediction with reference and prompt.
+- Normalized guidance (APG, Sadat et al. 2024, arXiv 2410.02416, without momentum): the part of each difference that is
+  parallel to the prediction, and mostly saturates, is reduced, and the difference's size is limited. It works on
+  denoised predictions x_t − σ·v.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +44,26 @@ class Guidance:
     """Scales i (`image`) and t (`text`), and the guided steps: from index `first` up to the share `until`.
 
     Guidance in an interval of the steps: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+
+    Attributes:
+        rescale: share φ of the rescaled prediction. 0 is off.
+        parallel: share η of the parallel part that remains. 1 is off.
+        norm: limit of the root mean square of a difference of denoised predictions. 0 is off. It is the limit r of
+            the paper, which is for the norm, divided by the root of the number of values.
     """
 
     image: float = 1.0
     text: float = 1.0
     first: int = FROM
     until: float = 1.0
+    rescale: float = 0.0
+    parallel: float = 1.0
+    norm: float = 0.0
+
+    def rows(self, references: Sequence[Any], times: int) -> list[Guidance]:
+        """The guidance of each of N images for every reference. i has no meaning for a row without a reference."""
+        bare = replace(self, image=1.0)
+        return [bare if each is None else self for each in references for _ in range(times)]
 
     @property
     def on(self) -> bool:
@@ -66,6 +89,41 @@ class Guidance:
         if self.image == 1:
             return reference + self.text * (text - reference)
         return null + self.image * (reference - null) + self.text * (text - reference)
+
+    def corrected(self, v: Mapping[str, torch.Tensor], x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The formula with rescaling and normalized guidance, if they are on. x_t is (B, tokens, C), and σ its noise
+        level."""
+        positive = v["cond"] if "cond" in v else v["reference"] if "reference" in v else v["null"]
+        if self.parallel == 1 and not self.norm:
+            guided = self.combine(v)
+        else:
+            toward = positive.float(), x_t.float(), sigma.to(x_t.device, torch.float32)
+            guided = toward[0]
+            for difference, scale in self._differences(v):
+                guided = guided + (scale - 1) * self._normalized(difference.float(), *toward)
+            guided = guided.to(x_t.dtype)
+        if not self.rescale:
+            return guided
+        ratio = positive.std(dim=(1, 2), keepdim=True) / guided.std(dim=(1, 2), keepdim=True)
+        return self.rescale * (ratio * guided) + (1 - self.rescale) * guided
+
+    def _differences(self, v: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+        """The differences of the formula whose scale is not 1, with their scales."""
+        names = [name for name in ("null", "reference", "cond") if name in v]
+        scales = {"null": self.image, "reference": self.text}  # equal where "reference" cancels
+        return [(v[b] - v[a], scales[a]) for a, b in pairwise(names)]
+
+    def _normalized(
+        self, difference: torch.Tensor, positive: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """A difference of velocities (B, tokens, C), normalized as APG does with denoised predictions."""
+        change, denoised = -sigma * difference, x_t - sigma * positive
+        if self.norm:
+            size = change.square().mean(dim=(1, 2), keepdim=True).sqrt()
+            change = change * (self.norm / size.clamp(min=1e-12)).clamp(max=1)
+        along = denoised / denoised.square().sum(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+        parallel = (change * along).sum(dim=(1, 2), keepdim=True) * along
+        return (change - (1 - self.parallel) * parallel) / -sigma
 
 
 class NullPanel:
@@ -118,9 +176,10 @@ class Alike:
         step: int,
         steps: int,
         batched: bool,
+        sigma: torch.Tensor,
     ) -> torch.Tensor:
         """v of these rows at this step, guided if the step is. x_t (B, tokens, C) and `branches` are those of the whole
-        batch; for the other arguments, see `velocities`."""
+        batch, `sigma` is the step's noise level; for the other arguments, see `velocities`."""
 
         def marked(name: str, *inputs: torch.Tensor) -> torch.Tensor:
             return run(name + self._mark, *inputs)
@@ -137,7 +196,7 @@ class Alike:
         if self._null is not None:
             seen["null"] = self._null.see(x, step)
         v = velocities(marked, needed, seen, batched)  # pyright: ignore[reportArgumentType]
-        return self.guide.combine(v if self._null is None else self._null.moved(v, step))
+        return self.guide.corrected(v if self._null is None else self._null.moved(v, step), x, sigma)
 
 
 def alike(guides: Sequence[Guidance], layouts: Sequence[Hashable] | None = None) -> list[Alike]:

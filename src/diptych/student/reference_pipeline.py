@@ -208,6 +208,9 @@ class ReferencePipeline:
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         text_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_parallel: float = 1.0,
+        guidance_norm: float = 0.0,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
@@ -249,6 +252,7 @@ class ReferencePipeline:
             guidance_scale: distilled guidance, only for a transformer with `guidance_embeds`.
             image_guidance_scale, text_guidance_scale: i and t of the formula in `guidance`; 1 is off. A negative prompt
                 replaces the empty text.
+            guidance_rescale, guidance_parallel, guidance_norm: corrections against saturation (`guidance.Guidance`).
             generator: a seed or torch.Generator, or a list with one for each image. A single seed applies to every
                 prompt, so that each image equals the one generated alone, and counts up over `num_images_per_prompt`. A
                 single Generator is used in order. Noise is float32, for a seed on the CPU.
@@ -306,12 +310,9 @@ class ReferencePipeline:
         given = Text(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)  # pyright: ignore[reportArgumentType]
         text = inputs.embedded(encode, "prompt", prompts, second, given, self.family, count, device)
         condition = self.encode_reference(references, canvas, fit)
-        # The formula's differences vanish for i = 1 or t = 1, and i has no meaning for a row without a reference.
-        guides = [
-            Guidance(1.0 if each is None else image_scale, text_scale, switches.guidance_from, switches.guidance_until)
-            for each in references
-            for _ in range(num_images_per_prompt)
-        ]
+        corrections = guidance_rescale, guidance_parallel, guidance_norm
+        guide = Guidance(image_scale, text_scale, switches.guidance_from, switches.guidance_until, *corrections)
+        guides = guide.rows(references, num_images_per_prompt)
         empty = None
         if any(guide.on for guide in guides):
             given = Text(negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask)  # pyright: ignore

@@ -128,7 +128,8 @@ def denoise(
                 continue
             runtime.step(i)
             forward = partial(velocity, pipe.family, pipe.transformer, call, t)
-            v = guidance.velocity(groups, forward, x_t, call.branches, i, len(timesteps), switches.batched_guidance)
+            given = call.branches, i, len(timesteps), switches.batched_guidance, sigmas[i]
+            v = guidance.velocity(groups, forward, x_t, *given)
             x_t = pipe.scheduler.step(v, t, x_t, return_dict=False)[0].to(x_t.dtype)
             if switches.clamp_left and canvas.panels == 2:
                 x_t = clamp_left(x_t, call, sigmas[i + 1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeGuard, TypeVar, get_args, get_type_hints
@@ -54,6 +55,17 @@ class Sampling(TypedDict, total=False):
     image_guidance: Annotated[float | None, Option("Strength of the reference; 1 is off.", 0)]
     text_guidance: Annotated[float | None, Option("Strength of the prompt; 1 is off.", 0)]
     null_panel: Annotated[str | None, Option("Left panel that the null pass of guidance sees.", choices=NULL_PANELS)]
+    guidance_rescale: Annotated[
+        float | None,
+        Option("Rescaling of guidance against saturation, up to 1; 0 is off.", 0, 1, default="0"),
+    ]
+    guidance_parallel: Annotated[
+        float | None,
+        Option("Share of guidance along the prediction, which saturates; 1 is off, 0 is best.", 0, 1, default="1"),
+    ]
+    guidance_norm: Annotated[
+        float | None, Option("Limit of a guidance difference (root mean square); 0 is off.", 0, default="0")
+    ]
     negative_prompt: Annotated[str | None, Option("What to avoid; needs image or text guidance above 1.")]
     size: Annotated[int | tuple[int, int] | None, Option("Image size in pixels.", default="the model's")]
     fit: Annotated[str | None, Option("How to fit the reference to the image size.", choices=FITS, default="crop")]
@@ -64,6 +76,7 @@ OPTIONS: Mapping[str, Option] = {
     name: get_args(hint)[1] for name, hint in get_type_hints(Sampling, include_extras=True).items()
 }
 SCALES = ("steps", "guidance", "image_guidance", "text_guidance")  # their defaults are a model's settings
+CORRECTIONS = ("guidance_rescale", "guidance_parallel", "guidance_norm")  # of `guidance.Guidance`
 
 
 class CallOptions(Sampling, total=False):
@@ -172,6 +185,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UsageError("option_invalid", f"steps must be a whole number from 1 to {MAX_STEPS}, not {value!r}.")
         if name.endswith("guidance") and not ((_is_whole(value) or isinstance(value, float)) and 0 <= value < math.inf):
             raise UsageError("option_invalid", f"{name} must be a number of at least 0, not {value!r}.")
+        if name in CORRECTIONS:
+            least, most = OPTIONS[name].least, OPTIONS[name].most
+            limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+            if not ((_is_whole(value) or isinstance(value, float)) and 0 <= value <= (most or sys.float_info.max)):
+                raise UsageError("option_invalid", f"{name} must be a number {limits}, not {value!r}.")
         if name == "negative_prompt" and not isinstance(value, str):
             raise UsageError("argument_type", f"negative_prompt must be a string, not {type(value).__name__}.")
         if name == "size":
