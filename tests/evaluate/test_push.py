@@ -285,7 +285,8 @@ def test_an_import_goes_out_under_the_license_it_came_with(run: Path, tmp_path: 
     with raises("publish_refused", "--license"):
         push(tmp_path / "in", str(tmp_path / "out"))
     assert push(tmp_path / "in", str(tmp_path / "out"), license="cc0-1.0")["sent"][-1] == "README.md"
-    assert "license: cc0-1.0" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc0-1.0" in card and card.split("\n## License\n\n")[1].startswith("cc0-1.0")
 
 
 def test_a_folder_gets_what_it_lacks_and_nothing_twice(run: Path, tmp_path: Path) -> None:
