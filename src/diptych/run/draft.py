@@ -22,7 +22,7 @@ from diptych.recipe import tasks
 from diptych.recipe.schema import Recipe
 from diptych.run import plan as plans
 from diptych.run.plan import assumptions, sizes
-from diptych.stages.write.stage import Write
+from diptych.stages.write.stage import WriteStage
 from diptych.student.families import teachers
 from diptych.utils.documents import parse_yaml, read_text
 from diptych.utils.paths import place
@@ -80,7 +80,7 @@ def read_teacher(text: str) -> str:
 
 def read_task(text: str, teacher: str) -> str:
     """A task's name or file. UsageError if it is unknown, or if no grammar can write it for this teacher."""
-    Write(recipes.check({"name": "draft", "teacher": teacher, "task": text}, "--task")).load()
+    WriteStage(recipes.check({"name": "draft", "teacher": teacher, "task": text}, "--task")).load()
     return text
 
 
