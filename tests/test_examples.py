@@ -64,11 +64,20 @@ def test_the_notebook_runs_from_top_to_bottom_and_holds_no_outputs(tmp_path: Pat
     cells = json.loads((EXAMPLES / "diptych.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
-    check = "import json; print(json.dumps([verdict, [image.size for image in lights], two[0] != two[1]]))"
+    check = """
+import json
+parts = [report, report.grids(4), report.funnel(), report.pairs(2), report.pairs(2, "different"), report.training()]
+shown = [*parts, student]
+print(json.dumps([verdict, [image.size for image in lights], two[0] != two[1], [each._repr_html_() for each in shown]]))
+"""
     script = tmp_path / "notebook.py"
     script.write_text("\n".join(["".join(cell["source"]) for cell in code] + [check]))
     done = subprocess.run([sys.executable, str(script)], cwd=EXAMPLES, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    verdict, sizes, differ = json.loads(done.stdout.splitlines()[-1])
-    assert verdict["the drawn picture"] > verdict["a stranger"]
+    verdict, sizes, differ, shown = json.loads(done.stdout.splitlines()[-1])
+    assert verdict["the generated image"] > verdict["another subject"]
     assert sizes == [[world.PANEL, world.PANEL]] * 2 and differ
+    header, grids, funnel, accepted, rejected, training, student = shown
+    assert "48</b><span>grids painted" in header and grids.count("<img") == 4 and "accepted pairs" in funnel
+    assert accepted.count("<img") == rejected.count("<img") == 4 and "<svg" in training
+    assert "<td" in student and "pocket" in student and " words</td>" in student

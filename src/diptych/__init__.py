@@ -1,7 +1,7 @@
 """diptych: Diffusion Self-Distillation. A text-to-image model learns to take a reference from data that it generates.
 
-`Student` is the object that most users need. `load` opens a student as a `DiptychPipeline`, a diffusers pipeline. They
-are imported on first use, so that `import diptych` is fast.
+`Student` is the object that most users need. `Report` shows a run in a notebook. `load` opens a student as a
+`DiptychPipeline`, a diffusers pipeline. They are imported on first use, so that `import diptych` is fast.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from diptych.utils.machine import VERSION as __version__
 
 if TYPE_CHECKING:
     from diptych.apps.student import Student
+    from diptych.evaluate.report.notebook import Report
     from diptych.student import load
     from diptych.student.pipeline import DiptychPipeline
 
-__all__ = ["DiptychPipeline", "Student", "__version__", "load"]
-_HOMES = {"DiptychPipeline": "student.pipeline", "Student": "apps.student", "load": "student"}
+__all__ = ["DiptychPipeline", "Report", "Student", "__version__", "load"]
+_HOMES = {
+    "DiptychPipeline": "student.pipeline",
+    "Report": "evaluate.report.notebook",
+    "Student": "apps.student",
+    "load": "student",
+}
 
 
 def __dir__() -> list[str]:

@@ -21,13 +21,16 @@ from PIL import Image
 from diptych.data import funnel, places, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
+from diptych.errors import UsageError
 from diptych.evaluate.report import run_report
 from diptych.evaluate.report.gather import Run
+from diptych.evaluate.report.notebook import Report, style
 from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers, words
 from diptych.evaluate.scoring import curation
 from diptych.evaluate.scoring.curation import Witness
 from diptych.recipe.schema import Recipe
 from hostile_text import EVIL, FILE, RAN, check
+from raising import raises
 
 VOID = {"meta", "img", "br", "path", "circle", "rect"}
 
@@ -283,3 +286,40 @@ def with_recipe(recipe: Recipe, run: Path) -> Path:
 
 def reasons_of(run: Path) -> Counter[str]:
     return Counter(row["reason"] for row in Dataset(run / "candidates").columns("reason"))
+
+
+def test_a_notebook_shows_the_parts_of_a_run(recipe: Recipe, full: Path, tmp_path: Path) -> None:
+    (full / "recipe.yaml").write_text(recipe.dump())
+    report = Report(full)
+    page = page_of(recipe, full)
+    parts = {
+        "header": report, "grids": report.grids(3), "funnel": report.funnel(), "pairs": report.pairs(6),
+        "training": report.training(), "images": report.images(), "scores": report.scores(),
+    }  # fmt: skip
+    shown = {name: Page(each._repr_html_()) for name, each in parts.items()}
+    for name, part in shown.items():
+        assert part.found[0] == ("div", {"class": "diptych-report"}) and not part.all("script"), name
+        for text in part.words.split("\n"):
+            assert " ".join(text.split()) in " ".join(page.words.split()), "as in the report"
+    assert len(shown["grids"].all("img")) == 3 and len(shown["pairs"].all("img")) == 2 * len(
+        run_report.curate(report.run)["strips"][0][1]
+    )
+    assert "12 prompts" in shown["funnel"].words.replace("\u202f", " ") and shown["scores"].all("table")
+    assert shown["training"].all("svg") and len(shown["images"].all("img")) > 4
+    assert "CP·PF" in repr(report) and "<" not in repr(report.scores()) and "font" not in repr(report)
+    with raises("path_not_found", tmp_path, kind=UsageError):
+        Report(tmp_path)
+
+
+def test_a_notebook_shows_what_an_unfinished_run_has(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    report = Report(tmp_path)
+    for part, command in ((report.grids(), "paint"), (report.funnel(), "curate"), (report.pairs(), "curate")):
+        assert f"Run diptych {command}" in repr(part)
+    assert "This run has no scores yet" in repr(report)
+
+
+def test_the_style_of_a_part_stays_inside_it() -> None:
+    css = style()
+    assert css.startswith(".diptych-report {") and css.count("{") == css.count("}")
+    assert not re.search(r":root|\bbody\b", css), "these would not match inside"

@@ -16,6 +16,7 @@ from diptych.evaluate import evaluation, harness
 from diptych.evaluate.evaluation import Evaluation, Judge
 from diptych.evaluate.methods import students
 from diptych.evaluate.report import suite_report
+from diptych.evaluate.report.notebook import Report
 from diptych.evaluate.scoring import judging
 from diptych.evaluate.scoring.summary import compare_folders as compare
 from raising import raises
@@ -239,3 +240,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     code = app.call(["evaluate", *args.format(out=tmp_path / "out").split()])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error[") and fact in error and error.count("\n") == 1
+
+
+def test_a_notebook_shows_an_evaluation(scored: Path) -> None:
+    report, text = Report(scored), " ".join((suite_report.write(scored)).read_text("utf8").split())
+    for part in (report.header(), report.scores(), report.images()):
+        assert " ".join(part.html.split()) in text, "as in the report"
+    assert "<img" in report.images().html and "<table" in report.scores().html
+    with raises("option_unsuited", scored):
+        report.pairs()

@@ -16,11 +16,11 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
+from diptych.apps import about
 from diptych.errors import UsageError
 from diptych.student.runtime.memory import explains_exhaustion, less_than
 from diptych.student.sampling import (
@@ -35,8 +35,8 @@ from diptych.student.sampling import (
     given,
     lists,
 )
-from diptych.utils.machine import VERSION, check_device
-from diptych.utils.models import quick_fingerprint, with_scale
+from diptych.utils.machine import check_device
+from diptych.utils.models import with_scale
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +223,7 @@ class Student:
                 )
             assert not isinstance(output, tuple) and isinstance(output.images, list)
             for image, (_, text, number) in zip(output.images, batch, strict=True):
-                image.info = {"prompt": text, "seed": number, **settings, **self._provenance(image)}
+                image.info = {"prompt": text, "seed": number, **settings, **about.provenance(self, image)}
                 images.append(image)
         return images if any(isinstance(x, (list, tuple)) for x in (reference, prompt, seed)) else images[0]
 
@@ -379,22 +379,8 @@ class Student:
         instead = f"Use a smaller size, {less}, or {less_than(self.pipeline.runtime.memory)}"
         return f"generating {what} of {canvas.panel_width}×{canvas.panel_height}", instead
 
-    def _provenance(self, image: Image.Image) -> dict[str, Any]:
-        import diffusers
-        import torch
+    def _repr_html_(self) -> str:
+        return about.html(self)
 
-        pipeline = self.pipeline
-        loras = [{"file": p.name, "scale": scale, "fingerprint": quick_fingerprint(p)} for p, scale in pipeline.loras]
-        memory = {} if pipeline.runtime.memory is None else {"memory": asdict(pipeline.runtime.memory.preset)}
-        return {
-            "model": self.name,
-            "fingerprints": [quick_fingerprint(folder) for folder in pipeline.loaded_from],
-            **({"loras": loras} if loras else {}),
-            **memory,
-            "width": image.width,
-            "height": image.height,
-            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-            "device": pipeline.device.type,
-            "speed": pipeline.runtime.speed.changed(),
-            "versions": {"diptych": VERSION, "diffusers": diffusers.__version__, "torch": torch.__version__},
-        }
+    def __repr__(self) -> str:
+        return f"Student({', '.join(f'{name}: {text}' for name, text in about.facts(self).items())})"
