@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.data.engine import failed_row
 from diptych.data.labels import Labels
 from diptych.data.store import Dataset
@@ -69,7 +69,7 @@ def grid(row: dict[str, Any]) -> dict[str, Any]:
 
 def candidate(i: int, a: int, b: int, similarity: float, distance: float, seam: float) -> dict[str, Any]:
     of = records.grid_id(records.prompt_id(i))
-    kept, reason = records.verdict(similarity, distance, seam, Thresholds())
+    kept, reason = verdicts.verdict(similarity, distance, seam, Thresholds())
     row = {"conditioning": cell(i, a), "image": cell(i, b), "caption": f"a {KINDS[i % len(KINDS)]}"}
     row |= {"instruction": "", "id": records.pair_id(of, a, b), "grid_id": of, "reference_caption": ""}
     row |= {"task": "subject", "subject": KINDS[i % len(KINDS)], "reference_panel": a, "target_panel": b, "seed": i}

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import diptych
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell
 from diptych.data.store import Dataset
@@ -92,7 +92,7 @@ class CurateStage(Stage):
         pairs = []
         for reference, target in ((0, 1), (1, 0)):
             numbers = (row["seed"] % 100 / 100, 1.0, 1.0)
-            kept, reason = records.verdict(*numbers, self.recipe.curate.thresholds)
+            kept, reason = verdicts.verdict(*numbers, self.recipe.curate.thresholds)
             pair = {"conditioning": row["image"], "image": row["image"], "caption": row["panels"][target]}
             pair |= {"instruction": "", "id": records.pair_id(row["id"], reference, target), "grid_id": row["id"]}
             pair |= {"reference_caption": "", "task": row["task"], "subject": "cat", "reference_panel": reference}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import plain_stages as stages
-from diptych.data import funnel, labels, records
+from diptych.data import funnel, labels, records, verdicts
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.provenance.trace import trace
@@ -47,11 +47,11 @@ def test_accepted_and_rejected_pairs_come_and_go_in_a_new_run_with_their_mirrors
     gone, come = (set(both(id)) for id in (before[0], refused))
     after = {row["id"]: row for row in Dataset(tmp_path / "b" / "pairs")}
     assert set(after) == {*before, *come} - gone and rows == len(after) and gone < set(before)
-    assert {(after[id]["kept"], after[id]["reason"]) for id in come} == {(True, records.ACCEPTED)}
+    assert {(after[id]["kept"], after[id]["reason"]) for id in come} == {(True, verdicts.ACCEPTED)}
     failed = list(Dataset(tmp_path / "b" / "failed" / "select"))
-    assert {row["id"]: row["reason"] for row in failed} == dict.fromkeys(gone, records.REJECTED)
+    assert {row["id"]: row["reason"] for row in failed} == dict.fromkeys(gone, verdicts.REJECTED)
     last = funnel.measure(tmp_path / "b")["steps"][-1]
-    assert last["count"] == len(after) and last["lost"].get(records.REJECTED) == 2
+    assert last["count"] == len(after) and last["lost"].get(verdicts.REJECTED) == 2
     # The run that was trained is as it was: every file of it, its numbers, its chain, and it goes on.
     assert {name: data for name, data in stages.data(judged).items() if not name.startswith("audit/")} == whole
     assert funnel.measure(judged)["steps"][-1]["count"] == len(before)

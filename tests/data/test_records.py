@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.recipe.schema import Thresholds
 
 T = Thresholds(same=0.5, near_copy=0.1, seam=0.2)
@@ -42,20 +42,20 @@ def test_a_seed_depends_on_run_row_and_purpose_and_never_changes() -> None:
     ],
 )
 def test_the_first_failed_test_is_the_reason(similarity: float, distance: float, seam: float, reason: str) -> None:
-    assert records.verdict(similarity, distance, seam, T) == (reason == "kept", reason)
+    assert verdicts.verdict(similarity, distance, seam, T) == (reason == "kept", reason)
 
 
 def test_select_follows_new_thresholds_without_a_judge(pair_rows: list[dict[str, Any]]) -> None:
     def ids(**changes: float) -> list[str]:
-        return [row["id"] for row in records.select(pair_rows, T.model_copy(update=changes))]
+        return [row["id"] for row in verdicts.select(pair_rows, T.model_copy(update=changes))]
 
     assert ids() == ["c-000000-01"]
     assert ids(near_copy=0.0) == ["c-000000-01", "c-000001-01"]
     assert ids(same=0.1) == ["c-000000-01", "c-000002-01"]
     assert ids(same=0.95) == []
-    assert all(row["kept"] and row["reason"] == "kept" for row in records.select(pair_rows, T))
+    assert all(row["kept"] and row["reason"] == "kept" for row in verdicts.select(pair_rows, T))
 
 
 def test_select_never_accepts_a_pair_rejected_for_another_reason(pair_rows: list[dict[str, Any]]) -> None:
     refused = {**pair_rows[0], "kept": False, "reason": "blurred"}
-    assert records.select([refused], T) == []
+    assert verdicts.select([refused], T) == []

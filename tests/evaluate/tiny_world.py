@@ -100,7 +100,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
     import numpy as np
     from PIL import Image
 
-    from diptych.data import records
+    from diptych.data import records, verdicts
     from diptych.data.images import image_cell
     from diptych.data.store import Dataset
     from diptych.evaluate.scoring import metrics
@@ -126,7 +126,7 @@ def make_data(folder: Path, grids: int = 12) -> None:
         rows["grids"].append({**grid, "rows": 1, "cols": 2, "panel_size": 32, "model": "renderer"})
         alike = float(np.clip(rng.normal(0.75 if i % 2 else 0.35, 0.12), 0, 1))
         distance = float(metrics.copy_distances(panels[:1], panels[1:])[0])
-        kept, reason = records.verdict(alike, distance, 1.0, Thresholds())
+        kept, reason = verdicts.verdict(alike, distance, 1.0, Thresholds())
         for a, b in ((0, 1), (1, 0)):
             pair = {"conditioning": image_cell(panels[a]), "image": image_cell(panels[b]), "caption": said[b]}
             pair |= {"instruction": "", "id": records.pair_id(name, a, b), "grid_id": name}

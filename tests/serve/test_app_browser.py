@@ -15,7 +15,7 @@ from PIL import Image
 
 import plain_stages
 from diptych import Student
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.data.store import Dataset
 from diptych.serve.config import ServerSettings
 from serve.browsing import (
@@ -209,7 +209,7 @@ def test_people_accept_and_reject_pairs_and_see_what_thresholds_would_keep(runs:
     playwright.expect(page.locator("#decisions")).to_contain_text("0 accepted and 1 rejected")
     for id in gone:
         card = panel.locator(f"[data-pair='{id}']")
-        playwright.expect(card).to_contain_text(records.REJECTED)
+        playwright.expect(card).to_contain_text(verdicts.REJECTED)
         playwright.expect(card).not_to_contain_text("accepted")
         playwright.expect(card.get_by_role("button", name="Reject")).to_have_attribute("aria-pressed", "true")
     choose(page, "Pairs", "rejected")

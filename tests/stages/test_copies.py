@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych.data import funnel, records
+from diptych.data import funnel, verdicts
 from diptych.data.images import image_cell
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
@@ -53,7 +53,7 @@ def measured(one: np.ndarray, other: np.ndarray, similarity: float = 0.5) -> dic
 @pytest.mark.parametrize("name", COPIES)
 def test_hashes_find_copies_that_pixels_do_not(subject_panels: Pairs, name: str) -> None:
     made = [(panel, COPIES[name](panel)) for panel, _ in subject_panels]
-    found = [records.failed_copy(measured(*pair), LIMITS) for pair in made]
+    found = [verdicts.failed_copy(measured(*pair), LIMITS) for pair in made]
     assert "" not in found
     if name == "mirrored":
         assert set(found) == {"mirrored"}
@@ -62,7 +62,7 @@ def test_hashes_find_copies_that_pixels_do_not(subject_panels: Pairs, name: str)
 
 
 def test_one_subject_in_two_scenes_is_no_copy(subject_panels: Pairs) -> None:
-    assert [records.failed_copy(measured(*pair), LIMITS) for pair in subject_panels] == [""] * len(subject_panels)
+    assert [verdicts.failed_copy(measured(*pair), LIMITS) for pair in subject_panels] == [""] * len(subject_panels)
 
 
 def test_the_order_of_two_panels_plays_no_part(subject_panels: Pairs) -> None:
@@ -74,12 +74,12 @@ def test_each_limit_refuses_by_its_own_name_and_what_is_not_measured_fails() -> 
     far = {"hash": 30, "mirrored": 28, "embedding": 0.4}
     for name, number, said in (("hash", 8, "hash"), ("mirrored", 8, "mirrored"), ("embedding", 0.9, "embedding")):
         both = Copies(hash=8, embedding=0.9).limits()
-        assert records.failed_copy({**far, name: number}, both) == said
+        assert verdicts.failed_copy({**far, name: number}, both) == said
         beyond = math.nextafter(0.9, 0) if name == "embedding" else number + 1
-        assert records.failed_copy({**far, name: beyond}, both) == ""
-        assert records.failed_copy({**far, name: math.nan}, both) == said
-        assert records.failed_copy({key: far[key] for key in far if key != name}, both) == said
-    assert records.failed_copy({"hash": 0, "mirrored": 0, "embedding": 1.0}, Copies(hash=None).limits()) == ""
+        assert verdicts.failed_copy({**far, name: beyond}, both) == ""
+        assert verdicts.failed_copy({**far, name: math.nan}, both) == said
+        assert verdicts.failed_copy({key: far[key] for key in far if key != name}, both) == said
+    assert verdicts.failed_copy({"hash": 0, "mirrored": 0, "embedding": 1.0}, Copies(hash=None).limits()) == ""
 
 
 # ---- in the stage
@@ -129,10 +129,10 @@ def test_embeddings_refuse_what_shows_nearly_the_same(subject_panels: Pairs) -> 
     limit = sorted(cosines)[-3]
     strict = [pairs[0] for pairs in curated(recipe_of(copies={"hash": None, "embedding": limit}), rows)]
     assert [pair["reason"] == "near_copy: embedding" for pair in strict] == [cosine >= limit for cosine in cosines]
-    again = [records.judged_again(pair, Thresholds(seam=-1, same=-1), records.Bounds(copies={})) for pair in strict]
+    again = [verdicts.judged_again(pair, Thresholds(seam=-1, same=-1), verdicts.Bounds(copies={})) for pair in strict]
     assert again == [(True, "kept")] * 8
-    bounds = records.Bounds(copies={"embedding": limit})
-    assert [records.judged_again(pair, Thresholds(seam=-1, same=-1), bounds)[1] for pair in free] == [
+    bounds = verdicts.Bounds(copies={"embedding": limit})
+    assert [verdicts.judged_again(pair, Thresholds(seam=-1, same=-1), bounds)[1] for pair in free] == [
         pair["reason"] for pair in strict
     ]
 
@@ -148,13 +148,13 @@ def test_a_copy_costs_no_call_and_is_unasked_when_other_limits_let_it_through(
     vlm = VlmJudge(open_model(recipe.curate.vlm.endpoint, cache=None), CurateStage(recipe).task)
     good, copied = curated(recipe, [of(0, left, right), of(1, left, dimmed(left))], vlm)
     assert len(server.calls) == 1 and copied[0]["reason"] == "near_copy: hash" and math.isnan(copied[0]["similarity"])
-    loose = records.Bounds(copies={})
+    loose = verdicts.Bounds(copies={})
     limits = recipe.curate.thresholds
-    assert records.judged_again(good[0], limits, loose) == (True, "kept")
-    keep, reason = records.judged_again(copied[0], limits, loose)
-    assert (keep, reason) == (False, records.UNASKED) and not funnel.reached_judge(reason)
+    assert verdicts.judged_again(good[0], limits, loose) == (True, "kept")
+    keep, reason = verdicts.judged_again(copied[0], limits, loose)
+    assert (keep, reason) == (False, verdicts.UNASKED) and not funnel.reached_judge(reason)
     # And back again: what was never asked is no verdict that stays.
-    back = records.judged_again({**copied[0], "reason": reason}, limits, records.Bounds.of(recipe.curate))
+    back = verdicts.judged_again({**copied[0], "reason": reason}, limits, verdicts.Bounds.of(recipe.curate))
     assert back == (False, "near_copy: hash")
 
 

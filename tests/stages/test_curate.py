@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image, ImageFilter
 
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.data.engine import Failure
 from diptych.data.images import image_cell, open_image
 from diptych.recipe import tasks
@@ -95,8 +95,8 @@ def test_other_thresholds_need_only_the_stored_numbers(recipe: Any, subject_pane
     strict, loose = Thresholds(same=middle), Thresholds(same=-1)
     judged = [pair for pairs in curate(with_thresholds(recipe, same=middle), rows) for pair in pairs]
     again = [pair for pairs in curate(with_thresholds(recipe, same=-1), rows) for pair in pairs]
-    assert [p["id"] for p in judged if p["kept"]] == [p["id"] for p in records.select(again, strict)]
-    assert [p["id"] for p in again if p["kept"]] == [p["id"] for p in records.select(judged, loose)]
+    assert [p["id"] for p in judged if p["kept"]] == [p["id"] for p in verdicts.select(again, strict)]
+    assert [p["id"] for p in again if p["kept"]] == [p["id"] for p in verdicts.select(judged, loose)]
     assert 0 < sum(p["kept"] for p in judged) < len(judged)
 
 
@@ -109,7 +109,7 @@ def test_relit_panels_must_align(recipe: Any, relit_panels: Pairs, subject_panel
     assert json.loads(found[1][0]["evidence"])["structure"]["shift"] == pytest.approx(4 / 64, abs=0.02)
     assert "dim blue light from the right" in found[0][0]["instruction"] and "cave" not in found[0][0]["instruction"]
     refused = [pair for pairs in found[1:] for pair in pairs]
-    assert records.select(refused, Thresholds(same=-1, near_copy=0, seam=-1)) == []
+    assert verdicts.select(refused, Thresholds(same=-1, near_copy=0, seam=-1)) == []
 
 
 def test_relit_panels_must_change_as_a_whole(recipe: Any, relit_panels: Pairs) -> None:
@@ -123,7 +123,7 @@ def test_relit_panels_must_change_as_a_whole(recipe: Any, relit_panels: Pairs) -
     assert found[4][0]["copy_distance"] > 0.02, "it is no copy either"
     told = [json.loads(pairs[0]["evidence"])["change"] for pairs in found]
     assert all(one["least"] == 0.06 for one in told) and told[0]["whole"] > 0.06 > told[4]["whole"]
-    assert records.select(found[4], Thresholds(same=-1, near_copy=0, seam=-1)) == []
+    assert verdicts.select(found[4], Thresholds(same=-1, near_copy=0, seam=-1)) == []
 
 
 def test_a_broken_grid_costs_itself_and_changes_no_other_row(recipe: Any, subject_panels: Pairs) -> None:
@@ -193,12 +193,12 @@ def test_other_limits_need_only_the_stored_scores(recipe: Any, subject_panels: P
     free = [pair for pairs in curate(screened(recipe), rows) for pair in pairs]
     assert {pair["reason"] for pair in free} <= {"kept", "seam", "near_copy"}
     middle = sorted(json.loads(pair["evidence"])["screens"]["target"]["blur"] for pair in free)[6]
-    limits = records.Bounds(Screens(blur=middle).limits())
+    limits = verdicts.Bounds(Screens(blur=middle).limits())
     strict = [pair for pairs in curate(screened(recipe, blur=middle), rows) for pair in pairs]
-    again = [records.judged_again(pair, Thresholds(same=-1), limits) for pair in free]
+    again = [verdicts.judged_again(pair, Thresholds(same=-1), limits) for pair in free]
     assert again == [(pair["kept"], pair["reason"]) for pair in strict]
     assert {"kept", "screen: blur"} <= {reason for _, reason in again}
-    back = [records.judged_again(pair, Thresholds(same=-1), records.Bounds({})) for pair in strict]
+    back = [verdicts.judged_again(pair, Thresholds(same=-1), verdicts.Bounds({})) for pair in strict]
     assert back == [(pair["kept"], pair["reason"]) for pair in free]
 
 

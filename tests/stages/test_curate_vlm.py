@@ -20,10 +20,10 @@ from PIL import Image
 
 from coloured import Colours, grid, opinion
 from diptych import recipe as recipes
-from diptych.data import funnel, records
+from diptych.data import funnel, records, verdicts
 from diptych.data.engine import Failure
 from diptych.data.images import open_image
-from diptych.data.records import judged_again
+from diptych.data.verdicts import judged_again
 from diptych.errors import UsageError
 from diptych.judges.vlm import VlmJudge
 from diptych.llm.cache import Cache
@@ -142,8 +142,8 @@ def test_other_thresholds_ask_nobody(serve: Serve) -> None:
     assert [row["reason"] for row in rows[::2]] == ["kept", "kept", "undecided: no valid answer"]
     unanimous = Thresholds(same=1.0, seam=-1)
     assert [judged_again(row, unanimous)[1] for row in rows[::2]] == ["kept", "different", "undecided: no valid answer"]
-    assert [row["id"] for row in records.select(rows, unanimous)] == ["c-000000-01", "c-000000-10"]
-    assert len(records.select(rows, Thresholds(same=-1, near_copy=0, seam=-1))) == 4
+    assert [row["id"] for row in verdicts.select(rows, unanimous)] == ["c-000000-01", "c-000000-10"]
+    assert len(verdicts.select(rows, Thresholds(same=-1, near_copy=0, seam=-1))) == 4
     assert len(server.calls) == calls
 
 

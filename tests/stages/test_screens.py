@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
 from diptych import recipe as recipes
-from diptych.data import records
+from diptych.data import verdicts
 from diptych.data.engine import Failure
 from diptych.data.images import image_cell
 from diptych.errors import UsageError, UserError
@@ -105,9 +105,9 @@ def test_the_first_screen_that_either_panel_fails_is_named() -> None:
         ({"dark": 0.0}, "dark"),
     ):
         for pair in ((good, {**good, **bad}), ({**good, **bad}, good)):
-            assert records.failed_screen(pair, settings.limits()) == name
-    assert records.failed_screen(({**good, "nsfw": float("nan")}, good), settings.limits()) == "nsfw"
-    assert records.failed_screen(({"dark": 0.5}, good), settings.limits()) == "blur"
+            assert verdicts.failed_screen(pair, settings.limits()) == name
+    assert verdicts.failed_screen(({**good, "nsfw": float("nan")}, good), settings.limits()) == "nsfw"
+    assert verdicts.failed_screen(({"dark": 0.5}, good), settings.limits()) == "blur"
 
 
 CLASSIFIERS = "curate.screens.classifiers"
@@ -227,5 +227,5 @@ def test_a_screened_pair_costs_no_call_and_keeps_its_scores() -> None:
     assert vlm.names == ["c-000000-01"]
     assert [pair["reason"] for pair in (*good, *bad)] == ["kept", "kept", "screen: dark", "screen: dark"]
     assert json.loads(bad[0]["evidence"])["screens"]["target"]["dark"] < 0.1 and np.isnan(bad[0]["similarity"])
-    free = records.Bounds(screens={})
-    assert records.judged_again(bad[0], recipe.curate.thresholds, free) == (False, "unasked")
+    free = verdicts.Bounds(screens={})
+    assert verdicts.judged_again(bad[0], recipe.curate.thresholds, free) == (False, "unasked")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_run
 
-from diptych.data.records import in_force
+from diptych.data.verdicts import in_force
 from diptych.recipe.schema import Recipe
 from diptych.train.export import model_card
 from diptych.train.prepare import Material

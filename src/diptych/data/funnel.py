@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from diptych.data import bill as bills
-from diptych.data import places, records
+from diptych.data import places, records, verdicts
 from diptych.data.scan import batches, open_run, selected
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
@@ -27,10 +27,10 @@ from diptych.utils.console import one_line
 # need no judge.
 OF_THE_CUT = ("seam",)
 UNDECIDED = "undecided"
-BY_THE_JUDGE = (records.DIFFERENT, UNDECIDED)
+BY_THE_JUDGE = (verdicts.DIFFERENT, UNDECIDED)
 # The selection follows all judging. It rejects repeats and what people rejected, although those candidates say "kept".
 # What people accepted counts as kept.
-OF_THE_SELECTION = (records.DUPLICATE, records.REJECTED)
+OF_THE_SELECTION = (verdicts.DUPLICATE, verdicts.REJECTED)
 
 NUMBERS = {"similarity": "same", "copy_distance": "near_copy", "seam": "seam"}  # column → its threshold
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
-from diptych.data import labels, records
+from diptych.data import labels, records, verdicts
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
 from diptych.recipe import tasks
@@ -42,7 +42,7 @@ def batches(data: Dataset, *columns: str) -> Iterator[tuple[int, int, dict[str, 
             for batch in part.iter_batches(BATCH, columns=list(columns)):
                 values = batch.to_pydict()
                 if "reason" in values:
-                    values["reason"] = [records.reason_now(reason) for reason in values["reason"]]
+                    values["reason"] = [verdicts.reason_now(reason) for reason in values["reason"]]
                 yield shard, start, values
                 start += batch.num_rows
 
@@ -65,10 +65,10 @@ def selected(folder: str | Path, *columns: str) -> Iterator[dict[str, list[Any]]
         for i, name in enumerate(batch["id"] if reasons or decided else ()):
             if name in decided:
                 batch["kept"][i] = decided[name]
-                batch["reason"][i] = "kept" if decided[name] else records.REJECTED
-            elif reasons.get(name, "").startswith(records.DUPLICATE):
+                batch["reason"][i] = "kept" if decided[name] else verdicts.REJECTED
+            elif reasons.get(name, "").startswith(verdicts.DUPLICATE):
                 batch["kept"][i] = False
-                batch["reason"][i] = f"{records.DUPLICATE}:{reasons[name].rpartition(':')[2]}"
+                batch["reason"][i] = f"{verdicts.DUPLICATE}:{reasons[name].rpartition(':')[2]}"
         yield batch
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych import recipe as recipes
-from diptych.data import labels, records
+from diptych.data import labels, verdicts
 from diptych.data.scan import batches, open_run
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, nearest
@@ -122,7 +122,7 @@ def settable(recipe: Recipe, task: tasks.Task) -> dict[str, float | None]:
     return {**task.thresholds(recipe.curate.thresholds).model_dump(), **recipe.curate.further()}
 
 
-def compare(candidates: Dataset, thresholds: records.Thresholds, bounds: records.Bounds) -> dict[str, Any]:
+def compare(candidates: Dataset, thresholds: Thresholds, bounds: verdicts.Bounds) -> dict[str, Any]:
     """Count the pairs that become accepted or rejected, and the changes of reasons, with a few ids.
 
     Reads small columns, and the evidence if screens or copies have limits.
@@ -135,7 +135,7 @@ def compare(candidates: Dataset, thresholds: records.Thresholds, bounds: records
     for _, _, batch in batches(candidates, *columns):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            keep, reason = records.judged_again(row, thresholds, bounds)
+            keep, reason = verdicts.judged_again(row, thresholds, bounds)
             total, kept_before, kept_after = total + 1, kept_before + row["kept"], kept_after + keep
             if reason != row["reason"]:
                 moves[row["reason"], reason] += 1

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from diptych.data import labels, records
+from diptych.data import labels, verdicts
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
@@ -23,9 +23,9 @@ from diptych.utils import licenses
 from diptych.utils.opening import folder_of
 
 
-def limits(recipe: Recipe, task: tasks.Task) -> tuple[Thresholds, records.Bounds]:
+def limits(recipe: Recipe, task: tasks.Task) -> tuple[Thresholds, verdicts.Bounds]:
     """Return the thresholds with the task's values, and the limits of screens and copies."""
-    return task.thresholds(recipe.curate.thresholds), records.Bounds.of(recipe.curate)
+    return task.thresholds(recipe.curate.thresholds), verdicts.Bounds.of(recipe.curate)
 
 
 def repeats(candidates: Dataset, recipe: Recipe, task: tasks.Task) -> dict[str, duplicates.Repeat]:
@@ -70,10 +70,10 @@ class SelectStage:
         def one(row: Row) -> list[Row] | Failure:
             accepted = by_hand.get(row["id"])
             if accepted is not None:
-                return [{**row, "kept": True, "reason": records.ACCEPTED}] if accepted else Failure(records.REJECTED)
+                return [{**row, "kept": True, "reason": verdicts.ACCEPTED}] if accepted else Failure(verdicts.REJECTED)
             if row["id"] in repeated:
                 return Failure(repeated[row["id"]].reason)
-            return records.select([row], thresholds, bounds)
+            return verdicts.select([row], thresholds, bounds)
 
         return lambda rows: [one(row) for row in rows]
 
@@ -89,9 +89,9 @@ def none_accepted(candidates: Dataset, folder: Path) -> UserError:
     )
 
 
-def reconsidered(row: Row, thresholds: Thresholds, bounds: records.Bounds) -> Row:
+def reconsidered(row: Row, thresholds: Thresholds, bounds: verdicts.Bounds) -> Row:
     """Return a candidate with the verdict of these limits, and with these limits in its evidence."""
-    kept, reason = records.judged_again(row, thresholds, bounds)
+    kept, reason = verdicts.judged_again(row, thresholds, bounds)
     evidence = json.loads(row["evidence"])
     if "thresholds" in evidence:
         evidence["thresholds"] = {name: getattr(thresholds, name) for name in evidence["thresholds"]}

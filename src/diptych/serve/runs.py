@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diptych.data import labels, records
+from diptych.data import labels, records, verdicts
 from diptych.data.scan import row
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
@@ -110,7 +110,7 @@ class Runs:
         for shard in data.shards():
             with data.open_part(shard) as part:
                 table = part.read(columns=list(SMALL))
-            reasons = [records.reason_now(reason) for reason in table["reason"].to_pylist()]
+            reasons = [verdicts.reason_now(reason) for reason in table["reason"].to_pylist()]
             table = table.set_column(SMALL.index("reason"), "reason", pa.array(reasons, pa.string()))
             table = table.append_column("shard", pa.array([shard] * len(table), pa.int64()))
             tables.append(table.append_column("number", pa.array(range(len(table)), pa.int64())))

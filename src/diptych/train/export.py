@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from diptych.data.records import in_force
 from diptych.data.store import Dataset
+from diptych.data.verdicts import in_force
 from diptych.errors import UserError
 from diptych.student.families import family_in
 from diptych.student.families.flux1 import FLUX1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from markupsafe import Markup
 
-from diptych.data import records
+from diptych.data import verdicts
 from diptych.errors import UserError, describe
 from diptych.evaluate.report import relight_report
 from diptych.evaluate.report.gather import Run
@@ -107,14 +107,14 @@ def curate(run: Run) -> dict[str, Any]:
     reasons = Counter(row["reason"] for row in rows)
     limits = tasks.load(run.recipe.task).thresholds(run.recipe.curate.thresholds)
     order = ["kept", *(reason for reason, _ in reasons.most_common() if reason != "kept")]
-    strips = [(r, run.examples(r, 6 if r in ("kept", records.DIFFERENT) else 3)) for r in order if rows]
+    strips = [(r, run.examples(r, 6 if r in ("kept", verdicts.DIFFERENT) else 3)) for r in order if rows]
     return {
         "run": run,
         "total": len(rows),
         "accepted": reasons.get("kept", 0),
         "funnel": funnel(run, reasons) if rows else [],
         "strips": [(reason, examples) for reason, examples in strips if examples],
-        "similarities": [row["similarity"] for row in rows if row["reason"] in ("kept", records.DIFFERENT)],
+        "similarities": [row["similarity"] for row in rows if row["reason"] in ("kept", verdicts.DIFFERENT)],
         "threshold": limits.same,
         "measured": run.metrics.get("curation"),
     }

@@ -24,8 +24,8 @@ from diptych.evaluate.scoring.metrics import auc, interval
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.data.records import Thresholds
     from diptych.evaluate.suites import Prior
+    from diptych.recipe.schema import Thresholds
 
 ENOUGH = 0.95  # default precision of `threshold_for`
 JUDGED = 300  # pairs of the run that the attribute reader compares

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from diptych.data import funnel, labels, records
+from diptych.data import funnel, labels, verdicts
 from diptych.data.scan import open_run
 from diptych.errors import UserError
 from diptych.run import recurate
@@ -146,8 +146,8 @@ def listed(runs: Runs, name: str | None, shown: str, subject: str, start: int) -
         pair["address"] = quote(pair["id"], safe="")
         measured = {words: pair[key] for key, words in NUMBERS.items()}
         pair["numbers"] = ", ".join(f"{words} {n:.2f}" for words, n in measured.items() if n is not None)
-    verdicts = {True: records.ACCEPTED, False: records.REJECTED}
-    page = render("pairs.html", run=name, pairs=pairs, start=start, limit=PAGE, total=total, verdicts=verdicts)
+    by_hand = {True: verdicts.ACCEPTED, False: verdicts.REJECTED}
+    page = render("pairs.html", run=name, pairs=pairs, start=start, limit=PAGE, total=total, verdicts=by_hand)
     choices = [*SHOWN, *((reason, reason) for reason in reasons if (reason, reason) not in SHOWN)]
     return page, gr.Dropdown(choices=choices, value=shown), len(pairs)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych.data import records
+from diptych.data import verdicts
 from diptych.data.scan import batches
 from diptych.data.store import Dataset
 from diptych.errors import UserError
@@ -37,7 +37,7 @@ from diptych.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diptych.recipe.schema import Duplicates
+    from diptych.recipe.schema import Duplicates, Thresholds
 
 SIDE = 32  # pixels to which a panel is reduced
 LOW = 8  # frequencies along each side that the hash uses
@@ -77,7 +77,7 @@ class Repeat:
     @property
     def reason(self) -> str:
         """The reason in `failed/select/`."""
-        return f"{records.DUPLICATE} of {self.of}: {self.test}"
+        return f"{verdicts.DUPLICATE} of {self.of}: {self.test}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Pair:
 
 
 def find(
-    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds = records.NONE
+    candidates: Dataset, settings: Duplicates, thresholds: Thresholds, bounds: verdicts.Bounds = verdicts.NONE
 ) -> dict[str, Repeat]:
     """Return the repeats among the candidates that thresholds and bounds accept, by the pair's id.
 
@@ -130,14 +130,14 @@ def find(
 
 
 def _kept(
-    candidates: Dataset, settings: Duplicates, thresholds: records.Thresholds, bounds: records.Bounds
+    candidates: Dataset, settings: Duplicates, thresholds: Thresholds, bounds: verdicts.Bounds
 ) -> Iterator[_Pair]:
     if settings.hash is None and settings.embedding is None:
         return
     for _, _, batch in batches(candidates, *_COLUMNS):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
-            if not records.judged_again(row, thresholds, bounds)[0]:
+            if not verdicts.judged_again(row, thresholds, bounds)[0]:
                 continue
             evidence = json.loads(row["evidence"])
             hashes, codes = (), ()

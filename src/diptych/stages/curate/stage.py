@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diptych.data import records
+from diptych.data import records, verdicts
 from diptych.data.engine import Failure, Row, Work
 from diptych.data.images import image_cell, open_image
 from diptych.errors import UserError
@@ -111,7 +111,7 @@ class CurateStage:
         self.task = tasks.load(recipe.task)
         self.thresholds = self.task.thresholds(recipe.curate.thresholds)
         self.screens = recipe.curate.screens
-        self.bounds = records.Bounds.of(recipe.curate)
+        self.bounds = verdicts.Bounds.of(recipe.curate)
 
     def load(self) -> Work:
         """Open the judges."""
@@ -192,10 +192,10 @@ class CurateStage:
             similarity = float(judge.similarity(embeddings[a : a + 1], embeddings[b : b + 1])[0])
             pair = compare(cut.panels[a], cut.panels[b], similarity, self.task)
             if self.bounds.screens:
-                pair = replace(pair, screen=records.failed_screen((scores[a], scores[b]), self.bounds.screens))
+                pair = replace(pair, screen=verdicts.failed_screen((scores[a], scores[b]), self.bounds.screens))
             if self.bounds.copies is not None:
                 likeness = duplicates.measure(both[a], both[b], similarity)
-                copied = records.failed_copy(likeness, self.bounds.copies)
+                copied = verdicts.failed_copy(likeness, self.bounds.copies)
                 pair = replace(pair, likeness=likeness, copied=copied)
             pairs[a, b] = pair
         return Compared(row, cut, cells, pairs, scores, hashes, packed)
@@ -267,7 +267,7 @@ class CurateStage:
             "copy": compared.copy.evidence(),
             "structure": compared.structure.evidence() if compared.structure else None,
             "judge": self.recipe.curate.judge,
-            "thresholds": {test: getattr(self.thresholds, test) for test in records.TESTS},
+            "thresholds": {test: getattr(self.thresholds, test) for test in verdicts.TESTS},
             "task_version": self.task.version,
             "grid_prompt": row["prompt"],
             "grid_seed": row["seed"],
@@ -349,4 +349,4 @@ def verdict(compared: Comparison, seam: float, limits: Thresholds) -> tuple[bool
 
 
 def _test(compared: Comparison, similarity: float, seam: float, limits: Thresholds) -> tuple[bool, str]:
-    return records.verdict(similarity, compared.copy.distance, seam, limits, compared.screen, compared.copied)
+    return verdicts.verdict(similarity, compared.copy.distance, seam, limits, compared.screen, compared.copied)
