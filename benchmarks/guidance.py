@@ -36,7 +36,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych.data.store import Dataset
     from diptych.evaluate import generation, harness, suites
     from diptych.evaluate.evaluation import Evaluation
-    from diptych.evaluate.methods.common import Context, sample_student
+    from diptych.evaluate.methods.common import Context
+    from diptych.evaluate.methods.students import sample_student
     from diptych.evaluate.methods.students import PackagedStudent
     from diptych.evaluate.scoring import judging, metrics, summary
 
