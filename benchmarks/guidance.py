@@ -37,8 +37,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from diptych.evaluate import generation, harness, suites
     from diptych.evaluate.evaluation import Evaluation
     from diptych.evaluate.methods.common import Context
-    from diptych.evaluate.methods.students import sample_student
-    from diptych.evaluate.methods.students import PackagedStudent
+    from diptych.evaluate.methods.students import PackagedStudent, sample_student
     from diptych.evaluate.scoring import judging, metrics, summary
 
     sizes = [f"evaluate.samples={arguments.samples}", f"evaluate.prompts={arguments.prompts}", "evaluate.seeds=[0]"]
