@@ -16,6 +16,9 @@ from diptych.data import records
 from diptych.data.engine import Engine, Failure, Result, Row, Work
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.llm.client import Client, answers
+from diptych.llm.endpoint import Endpoint
+from llm.counting import number
 
 PROMPTS = records.schema(records.PROMPT)
 FAILED = records.schema(records.FAILED)
@@ -58,6 +61,27 @@ class Doubling:
         return [Failure("a seventh") if r["seed"] % 7 == 6 else [r, {**r, "id": r["id"] + "b"}] for r in rows]
 
 
+class Asking:
+    """Asks an endpoint one question a row, and leaves its process in `diary` for each batch."""
+
+    name = "write"  # the stage of whose endpoint the workers share the limits
+    batch_size = 4
+
+    def __init__(self, endpoint: Endpoint, diary: Path) -> None:
+        self.endpoint, self.diary = endpoint, diary
+
+    def load(self) -> Work:
+        client = Client(self.endpoint)
+
+        def work(rows: list[Row]) -> list[list[Row] | Failure]:
+            with self.diary.open("a") as stream:
+                stream.write(f"{os.getpid()}\n")
+            replies = answers(client, [number(row["seed"]) for row in rows])
+            return [[row] if replies[str(row["seed"])].status == "answered" else Failure("no answer") for row in rows]
+
+        return work
+
+
 class Trouble:
     """What befalls a worker at a row, or at `load`: `kind` is an entry of `KINDS`; `once` is a file that remembers."""
 
@@ -95,7 +119,9 @@ def crash() -> None:
 KINDS: dict[str, Callable[[], None]] = {"die": die, "stop": stop, "misuse": misuse, "crash": crash}
 
 
-def run(engine: Engine, folder: str | Path, stage: Doubling, inputs: list[list[Row]], **more: object) -> Result:
+def run(
+    engine: Engine, folder: str | Path, stage: Doubling | Asking, inputs: list[list[Row]], **more: object
+) -> Result:
     """A stage with an engine, into `folder/out` and `folder/failed`."""
     output, failed = Dataset(f"{folder}/out", PROMPTS), Dataset(f"{folder}/failed", FAILED)
     return engine.run(stage, inputs, output, failed, "f", **more)  # pyright: ignore[reportArgumentType]

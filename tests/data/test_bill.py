@@ -46,11 +46,12 @@ def test_each_model_has_its_calls_tokens_and_money_whenever_they_were_paid_for(t
     assert found == [
         {
             "model": "big-2026-01-01",
+            "where": "endpoint",
             "calls": 2,
             "tokens": {"in": 1500, "out": 150},
             "money": pytest.approx(1500 * 2e-6 + 150 * 1e-5),
         },
-        {"model": "small", "calls": 1, "tokens": {"in": 7, "out": 3}, "money": None},
+        {"model": "small", "where": "endpoint", "calls": 1, "tokens": {"in": 7, "out": 3}, "money": None},
     ]
     assert bill.format_bill(found) == [
         "big-2026-01-01: 2 calls, 1,500 tokens in, 150 out, 0.0045 spent",
@@ -64,6 +65,24 @@ def test_a_name_that_no_endpoint_knows_has_the_price_of_the_only_one_there_is(tm
     assert only["money"] == pytest.approx(0.002)
     (unknown,) = bill.bill(tmp_path, asking("small", "big"))  # it may be either's
     assert unknown["money"] is None
+
+
+def test_models_of_this_machine_never_have_an_endpoints_price(tmp_path: Path) -> None:
+    mine, big = ("a", "tiny", Usage(1, 1000, 0)), ("b", "big", Usage(1, 1000, 0))
+    for key, model in (("local", "models/tiny"), ("vllm", {"model": "owner/tiny"})):
+        put(tmp_path / key / "answers.sqlite", mine, big)
+        values = asking("big").values()
+        values["write"]["endpoint"] |= PRICES
+        values["curate"]["vlm"] = {key: model}
+        priced, free = bill.bill(tmp_path / key, recipes.check(values, "test"))
+        assert (priced["model"], priced["where"]) == ("big", "endpoint")
+        assert priced["money"] == pytest.approx(0.002)
+        assert (free["model"], free["where"], free["money"]) == ("tiny", key, None)
+        assert bill.format_bill([free]) == [f"tiny: 1 calls, 1,000 tokens in, 0 out ({key}, no price per token)"]
+        # One name for both: which of them replied is not stored, so there is no price.
+        values["write"]["endpoint"]["model"] = "tiny"
+        _, unclear = bill.bill(tmp_path / key, recipes.check(values, "test"))
+        assert unclear["where"] is None and unclear["money"] is None
 
 
 def test_files_that_a_recipe_names_are_read_and_a_run_without_language_models_has_none(

@@ -23,10 +23,13 @@ from diptych.cli.app import call
 from diptych.data.engine import LocalEngine
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError
+from diptych.llm.endpoint import Endpoint
 from diptych.recipe import load
-from diptych.recipe.schema import Pool, Ray, Recipe
+from diptych.recipe.schema import Pool, Ray, Recipe, Write
 from diptych.run import runner as runs
 from diptych.utils.console import Display
+from llm.chat_server import ChatServer
+from llm.counting import right
 from raising import raises
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -87,6 +90,22 @@ def test_three_nodes_make_the_same_files_as_one_process(engine: Any, alone: dict
     assert seen[0] == (0, 54) and seen[-1][:2] == (54, 54) and sum(timed) == 54
     assert "on 3 nodes" in " ".join(news[2] for news in seen if len(news) > 2)
     assert stages.run(engine, tmp_path, Doubling(), shards(9, 6)).processed == 0
+
+
+def test_workers_share_one_rate_limit(engine: Any, tmp_path: Path) -> None:
+    server = ChatServer(right)
+    try:
+        endpoint = Endpoint(base_url=server.url, model="tiny", concurrency=4, requests_per_minute=300)
+        recipe = engine.recipe.model_copy(update={"write": Write(writer="llm", endpoint=endpoint)})
+        asking = stages.Asking(endpoint, tmp_path / "diary")
+        result = stages.run(engine.of(recipe), tmp_path, asking, shards(6, 4))
+    finally:
+        server.close()
+    assert (result.rows, result.failed) == (24, 0)
+    assert len(set((tmp_path / "diary").read_text().split())) > 1, "one worker did everything"
+    times = sorted(call.time for call in server.calls)
+    # A fifth of a second apart, whoever asks, so at most six in a second; a limit of its own would let each send six.
+    assert len(times) == 24 and max(sum(start <= time < start + 1 for time in times) for start in times) <= 7
 
 
 def test_a_worker_that_dies_costs_its_shard_alone(
@@ -216,7 +235,7 @@ def test_an_unknown_engine_is_an_error(capsys: pytest.CaptureFixture[str], tmp_p
     assert capsys.readouterr().err.startswith("error[option_conflict]: --address")
 
 
-def test_only_one_module_knows_of_ray() -> None:
+def test_only_two_modules_know_of_ray() -> None:
     source = Path(runs.__file__).parents[1]
     knowing = [p.name for p in source.rglob("*.py") if "import ray\n" in p.read_text() or "from ray" in p.read_text()]
-    assert knowing == ["ray_engine.py"]
+    assert sorted(knowing) == ["ray_engine.py", "ray_pace.py"]

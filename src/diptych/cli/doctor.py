@@ -23,6 +23,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "gradio"),
     "flux": ("sentencepiece",),
     "c2pa": ("c2pa", "cryptography"),
+    "screens": ("rapidocr", "nudenet"),
     "vllm": ("vllm",),
     "dev": ("pytest", "hypothesis", "datasets"),
 }

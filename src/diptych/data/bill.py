@@ -3,7 +3,8 @@
     format_bill(bill("runs/first", recipe))  # ["tiny: 12,400 calls, 31,000,000 tokens in, 3,100,000 out, 4.2100 spent"]
 
 A reply is stored when it arrives, so the cost includes interrupted attempts of a run. It does not include requests
-whose reply never came, although a server may charge for them. With `--engine ray` each machine has its file, and only
+whose reply never came, although a server may charge for them. Models that diptych itself runs (`local`, `vllm`) have no
+price per token: their cost is the time of the machine. With `--engine ray` each machine has its file, and only
 this machine's is read.
 """
 
@@ -22,6 +23,8 @@ from diptych.recipe.schema import Recipe
 def bill(run_dir: str | Path, recipe: Recipe) -> list[dict[str, Any]]:
     """Calls, tokens and money of each model, by its server's name for it. Money is None without a price.
 
+    `where` is `endpoint`, `local` or `vllm`, or None if the recipe uses two models of this name in different places.
+
     Empty for a run without language models. A file that runs share (`write.cache`, `curate.vlm.cache`) counts whole.
     """
     usages: dict[str, Usage] = {}
@@ -29,13 +32,14 @@ def bill(run_dir: str | Path, recipe: Recipe) -> list[dict[str, Any]]:
         with Cache(path) as cache:
             for model, usage in cache.usage().items():
                 usages[model] = usages.get(model, Usage()) + usage
-    endpoints = _endpoints(recipe)
+    endpoints, local = _endpoints(recipe), _local(recipe)
     return [
         {
             "model": model,
+            "where": (where := _where(model, endpoints, local)),
             "calls": usage.calls,
             "tokens": {"in": usage.input_tokens, "out": usage.output_tokens},
-            "money": _money(model, usage, endpoints),
+            "money": _money(model, usage, endpoints) if where == "endpoint" else None,
         }
         for model, usage in sorted(usages.items())
     ]
@@ -46,6 +50,7 @@ def format_bill(items: list[dict[str, Any]]) -> list[str]:
     lines = []
     for item in items:
         money = "" if item["money"] is None else f", {item['money']:.4f} spent"
+        money = money or (f" ({item['where']}, no price per token)" if item["where"] in ("local", "vllm") else "")
         usage = f"{item['calls']:,} calls, {item['tokens']['in']:,} tokens in, {item['tokens']['out']:,} out"
         lines.append(f"{item['model'] or 'a model without a name'}: {usage}{money}")
     return lines
@@ -64,6 +69,19 @@ def _files(run_dir: str | Path, recipe: Recipe) -> list[Path]:
 def _endpoints(recipe: Recipe) -> list[Endpoint]:
     vlm = recipe.curate.vlm
     return [one for one in (recipe.write.endpoint, vlm.endpoint if vlm else None) if one is not None]
+
+
+def _local(recipe: Recipe) -> dict[str, str]:
+    """The models that diptych runs: the name in their replies → `local` or `vllm`."""
+    users = (recipe.write, recipe.curate.vlm) if recipe.curate.vlm else (recipe.write,)
+    local = {Path(one.local).name: "local" for one in users if one.local}
+    return local | {Path(one.vllm.model).name: "vllm" for one in users if one.vllm}
+
+
+def _where(model: str, endpoints: list[Endpoint], local: dict[str, str]) -> str | None:
+    if model not in local:
+        return "endpoint"
+    return None if any(one.model == model for one in endpoints) else local[model]
 
 
 def _money(model: str, usage: Usage, endpoints: list[Endpoint]) -> float | None:

@@ -1,4 +1,4 @@
-"""Shards on a Ray cluster. This is the only module that uses Ray, and it needs only actors and `ray.wait`.
+"""Shards on a Ray cluster. Only this module and `ray_pace` use Ray, and they need only actors and `ray.wait`.
 
 A pool of actors holds the stage's models. Each actor works on one shard at a time and writes it to storage that all
 nodes share. The driver sends shard numbers, keeps the list of missing shards, and publishes the manifest, so a worker
@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diptych.data.engine import Engine, LocalEngine, Row, Setup, StageJob, Timed, Work, idle
+from diptych.data.ray_pace import SharedLimit, shared
 from diptych.data.store import Dataset
 from diptych.errors import UsageError, UserError, describe, nearest
+from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import IN_WORKERS
 from diptych.recipe.schema import Pool, Recipe
 from diptych.utils.machine import thread_variables
@@ -133,7 +135,8 @@ class RayEngine(Engine):
         variables = thread_variables(recipe.threads) if recipe.threads else {}
         if recipe.vllm(name) is not None:
             variables |= IN_WORKERS
-        return _Workers(name, setup, items, again, request, variables, recipe.ray.retries, recipe.ray.wait)
+        server = recipe.endpoint(name)
+        return _Workers(name, setup, items, again, request, variables, recipe.ray.retries, recipe.ray.wait, server)
 
 
 def _gpus(recipe: Recipe, stage: str) -> float:
@@ -196,7 +199,9 @@ class _Raised:
 class _Worker:
     """The actor: one process, which holds the models that `setup` opens."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, limit: SharedLimit | None) -> None:
+        if limit is not None:
+            limit.use()
         self.setup = setup
         self.work: Callable[[Any], Any] | None = None
 
@@ -239,6 +244,7 @@ class _Workers:
     variables: dict[str, str]
     retries: int
     patience: float
+    endpoint: Endpoint | None
     members: dict[Any, _Member] = field(default_factory=dict)  # by their current call
     losses: dict[int, list[str]] = field(default_factory=dict)  # item → the node and reason of each loss
     starts: list[str] = field(default_factory=list)  # reasons of the last failed starts
@@ -247,13 +253,17 @@ class _Workers:
     def results(self, say: Callable[[str], None]) -> Iterator[tuple[int, str, Any]]:
         """Yields (index, node, result) of every item as it finishes. UserError at the end if items were lost for
         good."""
+        with shared(self.endpoint) as limit:
+            yield from self._results(limit, say)
+
+    def _results(self, limit: SharedLimit | None, say: Callable[[str], None]) -> Iterator[tuple[int, str, Any]]:
         import ray
 
         self.waiting = deque(range(len(self.items)))
         self.seen = time.monotonic()  # when a worker last ran
         try:
             while self.waiting or any(member.item is not None for member in self.members.values()):
-                self._fill()
+                self._fill(limit)
                 calls, _ = ray.wait(list(self.members), timeout=TICK)
                 for call in calls:
                     yield from self._take(call)
@@ -281,13 +291,13 @@ class _Workers:
         parts += [f"{sum(map(len, self.losses.values()))} lost"] if self.losses else []
         return ", ".join(parts)
 
-    def _fill(self) -> None:
+    def _fill(self, limit: SharedLimit | None) -> None:
         """Requests workers from Ray: one for each item, up to the limit of the recipe or the cluster."""
         import ray
 
         busy = sum(member.item is not None for member in self.members.values())
         wanted = len(self.waiting) + busy
-        if len(self.members) >= wanted or len(self.members) >= (limit := self.request.workers or self._room()):
+        if len(self.members) >= wanted or len(self.members) >= (most := self.request.workers or self._room()):
             return
         options: dict[str, Any] = {"num_cpus": self.request.cpus, "num_gpus": self.request.gpus}
         if self.request.memory is not None:
@@ -295,8 +305,8 @@ class _Workers:
         if self.variables:
             options["runtime_env"] = {"env_vars": self.variables}
         worker = ray.remote(_Worker).options(**options)
-        for _ in range(min(limit, wanted) - len(self.members)):
-            actor = worker.remote(self.setup)
+        for _ in range(min(most, wanted) - len(self.members)):
+            actor = worker.remote(self.setup, limit)
             self.members[actor.node.remote()] = _Member(actor)
 
     def _take(self, call: Any) -> Iterator[tuple[int, str, Any]]:

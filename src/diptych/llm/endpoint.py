@@ -70,9 +70,9 @@ class Endpoint(BaseModel):
     concurrency: int = Field(default=16, ge=1, le=1024)
     """Maximum number of requests in flight."""
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Maximum requests of this process a minute, evenly spaced. Null sets no limit."""
+    """Maximum requests a minute, evenly spaced, of all workers of the stage together. Null sets no limit."""
     tokens_per_minute: float | None = Field(default=None, gt=0)
-    """Maximum tokens of this process a minute, input and output. Null sets no limit."""
+    """Maximum tokens a minute, input and output, of all workers of the stage together. Null sets no limit."""
     retries: int = Field(default=6, ge=0, le=100)
     """Further tries after 429, 5xx, a time-out, a lost connection, or a reply that is not a chat completion."""
     backoff: float = Field(default=1.0, gt=0)

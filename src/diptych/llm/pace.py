@@ -14,9 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from diptych.llm.endpoint import Endpoint
 
 MAX_PAUSE = 60.0  # seconds between two tries, unless the server requests more
+
+
+class Pacing(Protocol):
+    """What a client asks before and after each request: a `Pace`, or one that the workers of a cluster share."""
+
+    def book(self, estimate: float) -> tuple[float, float]: ...
+    def correct(self, booked: float, spent: int) -> None: ...
+    def hold(self, seconds: float) -> None: ...
+    def held(self) -> float: ...
 
 
 class Pace:
@@ -69,6 +81,21 @@ class Pace:
         """Return the seconds until the next request may be sent."""
         with self._lock:
             return max(0.0, self._held - self._clock())
+
+
+_shared: dict[tuple[str, str], Pacing] = {}
+
+
+def share(base_url: str, model: str, pace: Pacing) -> None:
+    """Make all later clients of the endpoint in this process use `pace`, because other processes use it too."""
+    _shared[base_url, model] = pace
+
+
+def pace_of(endpoint: Endpoint) -> Pacing:
+    """Return the pace that is shared for the endpoint, or else a new one with its limits."""
+    return _shared.get((endpoint.base_url, endpoint.model)) or Pace(
+        endpoint.requests_per_minute, endpoint.tokens_per_minute
+    )
 
 
 def pause(attempt: int, first: float) -> float:

@@ -19,7 +19,7 @@ from diptych.errors import UserError
 from diptych.llm import question as questions
 from diptych.llm import schema
 from diptych.llm.endpoint import Endpoint
-from diptych.llm.pace import Network, Pace, pause, retry_after
+from diptych.llm.pace import Network, Pacing, pace_of, pause, retry_after
 from diptych.llm.question import EncodedImage, GaveUp, Message, Question, Reply, Usage, clean
 
 MAX_REPLY = 16 * 2**20  # bytes
@@ -42,11 +42,11 @@ class _Again(Exception):
 class Transport:
     """The connection to an endpoint, shared by threads. Raises UserError if no HTTP library is installed."""
 
-    def __init__(self, endpoint: Endpoint, pace: Pace | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, pace: Pacing | None = None) -> None:
         self.endpoint = endpoint
         self.sent = 0
         self._httpx = _library()
-        self._pace = pace or Pace(endpoint.requests_per_minute, endpoint.tokens_per_minute)
+        self._pace = pace or pace_of(endpoint)
         self._lock = threading.Lock()
         self._answered = False
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)

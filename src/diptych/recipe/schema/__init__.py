@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from diptych.llm.endpoint import Endpoint
 from diptych.llm.vllm import Vllm
 from diptych.recipe.schema.base import Section, flat
 from diptych.recipe.schema.curate import Classifier, Copies, Curate, Duplicates, Screens, Thresholds, Vlm
@@ -73,6 +74,12 @@ class Recipe(Section):
         if stage == "write":
             return self.write.vllm if self.write.writer == "llm" else None
         return self.curate.vlm.vllm if stage == "curate" and self.curate.vlm else None
+
+    def endpoint(self, stage: str) -> Endpoint | None:
+        """Returns the server that each worker of a stage sends its questions to, if any."""
+        if stage == "write":
+            return self.write.endpoint if self.write.writer == "llm" else None
+        return self.curate.vlm.endpoint if stage == "curate" and self.curate.vlm else None
 
     @property
     def training_seed(self) -> int:
