@@ -27,8 +27,8 @@ def shared(endpoint: Endpoint | None) -> Iterator[SharedLimit | None]:
     import ray
 
     # It takes no CPU from the workers. If its node dies, Ray starts it again on another one, with nothing booked.
-    remote = ray.remote(pace.Pace).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-    actor = remote.remote(endpoint.requests_per_minute, endpoint.tokens_per_minute)
+    remote: Any = ray.remote(pace.Pace).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    actor: Any = remote.remote(endpoint.requests_per_minute, endpoint.tokens_per_minute)
     try:
         yield SharedLimit(endpoint.base_url, endpoint.model, actor)
     finally:
