@@ -203,7 +203,7 @@ def export(
         done = export_data(source, out, format, options, verify=verify, report=report)
     check = "verified" if done["verified"] else "not verified"
     print_result(done, lambda done: [f"{done['rows']} pairs, {check}", done["out"]], as_json)
-    display.next(f"open it with {interop.find(format).loads.format(folder=out)}")
+    display.next(f"open it ({format}): {interop.find(format).loads.format(folder=out)}")
 
 
 def _options(text: str, task: str, columns: list[str] | None, split: str | None = None) -> Any:
