@@ -72,3 +72,44 @@ def test_a_run_whose_references_are_tokens_goes_as_far(
     assert settings.image_guidance == 2.0 and settings.null_panel == "shared"  # there is no left panel
     image = student.generate(None, "a cat", steps=2)
     assert student.generate([[image, image]], "a cat", steps=2)[0].size == image.size
+
+
+SOAK = pytest.mark.soak  # the same stages again, with other teachers
+
+
+@pytest.mark.parametrize(
+    ("family", "distill"),
+    [
+        ("zimage", {"conditioning": "tokens"}),
+        pytest.param("flux2", {"conditioning": "tokens", "mode": "lora", "rank": 4}, marks=SOAK),
+        pytest.param("flux2", {"conditioning": "diptych"}, marks=SOAK),
+        pytest.param("qwen", {"conditioning": "tokens", "mode": "lora", "rank": 4}, marks=SOAK),
+        pytest.param("qwen", {"conditioning": "diptych"}, marks=SOAK),
+        pytest.param("sd3", {"conditioning": "diptych"}, marks=SOAK),
+        pytest.param("sd3", {"conditioning": "channel"}, marks=SOAK),
+    ],
+    ids=str,
+)
+def test_a_run_with_a_teacher_of_another_family_goes_as_far(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, distill: dict[str, Any]
+) -> None:
+    import tiny as models
+    from diptych import Student
+    from diptych.evaluate import suites
+    from diptych.run.runner import run
+    from diptych.utils.console import Display
+
+    few = tiny.make_suite(10, 10)
+    monkeypatch.setattr(suites, "load", lambda name: few)
+    values = recipe.values()
+    values["teacher"] = str(getattr(models, f"{family}_teacher")(tmp_path / "other"))
+    values["paint"] |= {"panel_size": 32}
+    values["distill"] |= distill
+    values["evaluate"] |= {"methods": ["student"], "image_guidance": 2.0}
+    out = tmp_path / "run"
+    summary = run(Recipe.model_validate(values), out, display=Display(quiet=True))
+    assert set(json.loads(Path(summary["metrics"]).read_text())["methods"]) == {"student"}
+    student = Student.load(out, device="cpu", progress_bar=False)
+    assert student.pipeline.settings.conditioning == distill["conditioning"]
+    image = student.generate(None, "a cat", steps=2, size=32)
+    assert student.generate(image, "a cat", steps=2, size=32).size == image.size == (32, 32)

@@ -195,6 +195,7 @@ def evaluate(recipe: Recipe) -> None:
     """Check the judges, which must differ from the one that curated, and the models of the methods."""
     from diptych.judges.attributes import AttributeReader
     from diptych.judges.embedding import EmbeddingJudge
+    from diptych.student.families import is_flux1
 
     settings = recipe.evaluate
     if settings.suite == "none" and not settings.relight:
@@ -206,6 +207,13 @@ def evaluate(recipe: Recipe) -> None:
     if settings.suite == "none":
         return
     suites.load(settings.suite)
+    baselines = [name for name in ("text_only", "inpaint", "tuned", "adapter") if name in settings.methods]
+    if baselines and not is_flux1(teacher(recipe)):
+        raise UsageError(
+            "method_unsuited",
+            f"evaluate.methods: {', '.join(baselines)} needs a FLUX.1 teacher, and {recipe.teacher} is not one. Leave "
+            "it out; student, copy and pipeline work with every teacher.",
+        )
     if "pipeline" in settings.methods:
         from diptych.evaluate.methods.baselines import model_of
 

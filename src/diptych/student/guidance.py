@@ -229,7 +229,7 @@ def velocities(
     with and without reference tokens have sequences of different lengths, so they are never one batch. UsageError for
     a batch of branches whose texts have different lengths, unless they have masks.
     """
-    texts = [text for _, *text in branches.values()]
+    texts = [tuple(text) for _, *text in branches.values()]
     if batched and len({text[0].shape[1] for text in texts}) > 1 and not has_mask(texts[0]):
         raise UsageError(
             "option_conflict",
@@ -243,7 +243,7 @@ def velocities(
         if len(names) == 1:
             v[names[0]] = velocity(names[0], x[names[0]], *branches[names[0]])
             continue
-        conditions = [branches[name][0] for name in names]
+        conditions: list[Any] = [branches[name][0] for name in names]
         first = conditions[0]
         condition = torch.cat(conditions) if torch.is_tensor(first) else first.doubled(len(names))
         text = join([branches[name][1:] for name in names])

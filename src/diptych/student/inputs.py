@@ -23,7 +23,7 @@ from diptych.student.runtime.applied import Runtime
 from diptych.student.runtime.caches import content
 
 if TYPE_CHECKING:
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 Reference = Image.Image | torch.Tensor | None
 Seed = int | torch.Generator
@@ -170,7 +170,7 @@ def reference_pixels(reference: Reference, canvas: Canvas, fit: str) -> torch.Te
 
 
 def conditions(
-    pipe: DiptychPipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
+    pipe: ReferencePipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
 ) -> torch.Tensor | References:
     """The condition of a batch: [reference | black] encoded jointly, (B, tokens, 4C), with zeros for a reference of
     None; or, for tokens conditioning, `References`, of which a row may have several.
@@ -197,7 +197,7 @@ def conditions(
 
 
 def _clean(
-    pipe: DiptychPipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
+    pipe: ReferencePipeline, references: Sequence[Reference | Sequence[Reference]], canvas: Canvas, fit: str
 ) -> References:
     settings, unit = pipe.settings, 2 * canvas.factor
     known: dict[tuple[int, ...], tuple[torch.Tensor, Layout]] = {}
@@ -220,7 +220,7 @@ def _clean(
     return References([tokens for tokens, _ in rows], [layout for _, layout in rows], style)
 
 
-def _encoded(pipe: DiptychPipeline, pixels: torch.Tensor) -> torch.Tensor:
+def _encoded(pipe: ReferencePipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Packed latents of pixels (1, 3, H, W), cached between calls if the speed setting has `remember`."""
     recall = pipe.runtime.recall
     if not recall.limit:

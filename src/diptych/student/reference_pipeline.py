@@ -162,7 +162,7 @@ class ReferencePipeline:
     def _argument(field: str) -> str:
         return {"embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_embeds_mask"}[field]
 
-    def text_arguments(self, text: Texts, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def text_arguments(self, text: Texts, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Encoded prompts as arguments of `__call__`, on this device and in this dtype."""
         moved = (x.to(device, dtype if x.is_floating_point() else None) for x in text)
         return dict(zip(map(self._argument, self.family.texts), moved, strict=True))

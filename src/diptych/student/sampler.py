@@ -32,10 +32,10 @@ from diptych.student.runtime.modulation import name_layout
 from diptych.student.runtime.speed import Speed
 
 if TYPE_CHECKING:
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 Callback = Callable[
-    ["DiptychPipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
+    ["ReferencePipeline", int, torch.Tensor, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor] | None"
 ]  # diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to the tensors that it changes
 
 
@@ -96,7 +96,7 @@ def _each(text: Texts, times: int) -> Texts:
 
 
 def denoise(
-    pipe: DiptychPipeline,
+    pipe: ReferencePipeline,
     call: Call,
     timesteps: torch.Tensor,
     runtime: Runtime,
@@ -112,7 +112,9 @@ def denoise(
     clean = condition if isinstance(condition, References) else None
     groups = guidance.alike(call.guides, clean.layouts if clean is not None else None)
     if clean is not None and clean.style.attention == "self":
-        with runtime.capturing(pipe.transformer, pooled_like=call.branches["cond"][2]):
+        pooled = pipe.family.text(call.branches["cond"][1:]).pooled
+        assert pooled is not None, "only FLUX.1 has this attention"
+        with runtime.capturing(pipe.transformer, pooled_like=pooled):
             for group in groups:
                 clean[group.rows].capture(pipe.transformer, canvas, call.attention)
     if switches.null_panel == "own" and canvas.panels == 2:
@@ -185,7 +187,7 @@ def clamp_left(x_t: torch.Tensor, call: Call, sigma: torch.Tensor) -> torch.Tens
 def _called(
     callback: Callback,
     shown: Sequence[str],
-    pipe: DiptychPipeline,
+    pipe: ReferencePipeline,
     step: int,
     t: torch.Tensor,
     x_t: torch.Tensor,

@@ -41,7 +41,7 @@ from diptych.utils.opening import class_of
 
 if TYPE_CHECKING:
     from diptych.recipe.schema import Distill, Recipe
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 ORIGIN = "origin.json"
 INDEX = "model_index.json"
@@ -54,7 +54,7 @@ COLUMNS = {"zeros": "zeros", "teacher": "the teacher's columns for an image"}
 
 
 def write(
-    pipe: DiptychPipeline,
+    pipe: ReferencePipeline,
     trained: Trained,
     ema: Any | None,
     recipe: Recipe,
@@ -93,7 +93,7 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def assembled(recipe: Recipe, options: Distill, weights: dict[str, torch.Tensor]) -> tuple[DiptychPipeline, Trained]:
+def assembled(recipe: Recipe, options: Distill, weights: dict[str, torch.Tensor]) -> tuple[ReferencePipeline, Trained]:
     """A student on the CPU with these trained weights, which were sharded over several processes."""
     cpu = torch.device("cpu")
     pipe = start(recipe, cpu)

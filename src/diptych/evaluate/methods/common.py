@@ -87,12 +87,14 @@ class Base:
 
 
 def teacher_of(recipe: Recipe, precision: str | None = None) -> Any:
-    """The recipe's teacher as a stock FluxPipeline on the recipe's device, in `precision` or in `paint.dtype`.
+    """The recipe's teacher as a stock pipeline (of FLUX.1, a FluxPipeline) on the recipe's device, in `precision` or
+    in `paint.dtype`.
 
     UserError if it cannot be opened.
     """
     import torch
 
+    from diptych.student.families import is_flux1
     from diptych.student.settings import Settings
     from diptych.utils.machine import pick_device, pick_precision
 
@@ -102,7 +104,8 @@ def teacher_of(recipe: Recipe, precision: str | None = None) -> Any:
         log.warning("%s", advice)
     device = pick_device(recipe.device)
     dtype = getattr(torch, pick_precision(precision or recipe.paint.dtype, device)[0])
-    return teachers.open_teacher(models.resolve(recipe.teacher, "teacher"), dtype, "FluxPipeline", device)
+    folder = models.resolve(recipe.teacher, "teacher")
+    return teachers.open_teacher(folder, dtype, "FluxPipeline" if is_flux1(folder) else None, device)
 
 
 def sample_teacher(

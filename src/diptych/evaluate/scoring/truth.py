@@ -169,13 +169,17 @@ def round_trip(vae: Any, batch: int = 32) -> RoundTrip:
 
     from diptych.student.canvas import to_pixels
 
+    video = "temperal_downsample" in vae.config  # Qwen-Image's, whose images are single frames
+
     @torch.no_grad()
     def through(images: Sequence[Image]) -> list[Image]:
         decoded: list[Image] = []
         for start in range(0, len(images), batch):
             pixels = torch.stack([to_pixels(image) for image in images[start : start + batch]])
             pixels = pixels.to(vae.device, vae.dtype)
+            pixels = pixels[:, :, None] if video else pixels
             out = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
+            out = out[:, :, 0] if video else out
             eight = ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             decoded += [fromarray(panel) for panel in eight]
         return decoded

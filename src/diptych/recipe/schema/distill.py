@@ -59,7 +59,8 @@ class Distill(Section):
     conditioning: Literal["diptych", "tokens", "channel"] = "diptych"
     """How the reference enters the model. `diptych` makes it the left panel of the canvas, as in the paper. `tokens`
     appends its clean tokens to the target's and widens nothing, as in FLUX.1 Kontext. `channel` puts it in condition
-    channels of the target panel, without a left panel (stock FLUX-Control, the paper's baseline)."""
+    channels of the target panel, without a left panel (stock FLUX-Control, the paper's baseline). Stable Diffusion 3.5
+    has no `tokens`, and Z-Image has only `tokens`."""
     positions: Literal["frame", "left"] = "frame"
     """Positions of the reference tokens with `conditioning: tokens`. `frame` gives each reference a separate frame
     index, as in FLUX.1 Kontext. `left` puts it where the left panel of a grid is, so that the teacher's ability to

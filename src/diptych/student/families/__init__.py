@@ -43,6 +43,14 @@ def family_in(folder: Path) -> Family:
     return family
 
 
+def is_flux1(folder: Path) -> bool:
+    """Whether the pipeline in a folder is of FLUX.1's family. False for those without a family."""
+    try:
+        return family_in(folder).name == "flux1"
+    except UsageError:
+        return False
+
+
 def family_of(name: str) -> Family:
     """The family of a transformer or pipeline by its class name. UsageError if there is none."""
     for family in families().values():

@@ -269,6 +269,12 @@ def _padded(text: Texts, length: int) -> Texts:
     return (pad(embeds, (0, 0, 0, missing)), *pooled, pad(mask, (0, missing)))
 
 
+def beside(tokens: torch.Tensor, references: Sequence[Reference]) -> torch.Tensor:
+    """Input tokens (B, N, ·), and after them those of the references that have any."""
+    clean = [reference.tokens for reference in references if reference.tokens is not None]
+    return torch.cat([tokens, *clean], dim=1) if clean else tokens
+
+
 def embedded(transformer: Module, guidance: float | None) -> float | None:
     """The distilled guidance for a transformer, which may be wrapped (DDP). None if it has no guidance embedding."""
     if guidance is None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, embedded, positions, repeated
+from diptych.student.families.base import Family, Reference, Size, Text, beside, embedded, positions, repeated
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
@@ -72,8 +72,8 @@ class Flux1(Family):
         layout, left = tuple(r.size for r in references), any(r.left for r in references)
         ids, of_references = _ids(size, layout, left, x.device, x.dtype)
         hidden = x if condition is None else torch.cat([x, condition], dim=2)
-        if clean := [r.tokens for r in references if r.tokens is not None]:
-            hidden, ids = torch.cat([hidden, *clean], dim=1), torch.cat([ids, of_references])
+        hidden = beside(hidden, references)
+        ids = torch.cat([ids, of_references]) if hidden.shape[1] > len(ids) else ids
         v = self.forward(transformer, hidden, ids, sigma, text, embedded(transformer, guidance), attention)
         return v[:, : x.shape[1]]
 

@@ -11,7 +11,18 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, embedded, pack, positions, repeated, unpack
+from diptych.student.families.base import (
+    Family,
+    Reference,
+    Size,
+    Text,
+    beside,
+    embedded,
+    pack,
+    positions,
+    repeated,
+    unpack,
+)
 
 ATTENTION = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -72,7 +83,7 @@ class Flux2(Family):
         words = torch.zeros(length, 4, device=x.device)
         words[:, 3] = torch.arange(length)
         (v,) = transformer(
-            hidden_states=torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden,
+            hidden_states=beside(hidden, references),
             timestep=sigma,
             guidance=repeated(embedded(transformer, guidance), x),
             encoder_hidden_states=text.embeds,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from diptych.student.families.base import Family, Reference, Size, Text, embedded, pack, repeated, unpack
+from diptych.student.families.base import Family, Reference, Size, Text, beside, embedded, pack, repeated, unpack
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -68,7 +68,7 @@ class QwenImage(Family):
         shapes = [(1, *size), *((1, *r.size) for r in references)]
         mask = None if text.mask is None or text.mask.all() else text.mask  # without a mask, attention is faster
         (v,) = transformer(
-            hidden_states=torch.cat([hidden, *(r.tokens for r in references)], dim=1) if references else hidden,
+            hidden_states=beside(hidden, references),
             timestep=sigma,
             guidance=repeated(embedded(transformer, guidance), x),
             encoder_hidden_states=text.embeds,

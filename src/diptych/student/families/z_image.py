@@ -67,7 +67,9 @@ class ZImage(Family):
                 "size_invalid",
                 f"Z-Image takes references of the image's size, {tuple(size)} tokens, not {tuple(other)}",
             )
-        frames = torch.stack([unpack(x, size), *(unpack(r.tokens, size) for r in references)], dim=2)
+        frames = torch.stack(
+            [unpack(x, size), *(unpack(r.tokens, size) for r in references if r.tokens is not None)], dim=2
+        )
         lengths = [len(row) for row in text.embeds] if text.mask is None else text.mask.sum(1).tolist()
         (v,) = transformer(
             list(frames),

@@ -31,10 +31,10 @@ from diptych.student.weights.lora_delta import Delta, factor, ranks_of
 from diptych.student.weights.lora_file import COMPONENTS, check_widths, lora_file, read_lora
 
 if TYPE_CHECKING:
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 
-def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: str | None = None) -> str:
+def apply_lora(pipe: ReferencePipeline, path: Path, scale: float = 1.0, *, name: str | None = None) -> str:
     """Loads a LoRA file onto `pipe`, in addition to active ones, and returns its adapter name.
 
     UserError that names the keys, if any of them has no layer.
@@ -58,7 +58,7 @@ def apply_lora(pipe: DiptychPipeline, path: Path, scale: float = 1.0, *, name: s
     return name
 
 
-def fuse_loras(pipe: DiptychPipeline) -> None:
+def fuse_loras(pipe: ReferencePipeline) -> None:
     """Adds the active LoRAs, at their scales, to the weights of every component and removes the adapter layers. This is
     faster, and required before quantizing or saving.
 
@@ -137,7 +137,7 @@ def _module_name(model: Any, layer: str) -> str:
     return f"text_model.{layer}" if hasattr(model, "text_model") else layer
 
 
-def _widths(pipe: DiptychPipeline, layer: str) -> tuple[int, int, bool] | None:
+def _widths(pipe: ReferencePipeline, layer: str) -> tuple[int, int, bool] | None:
     """(in features, out features, has a bias) of a linear layer of the pipeline, or of the layer that an adapter wraps.
     None if there is no such layer."""
     component, _, name = layer.partition(".")
@@ -152,7 +152,7 @@ def _widths(pipe: DiptychPipeline, layer: str) -> tuple[int, int, bool] | None:
     return module.in_features, module.out_features, module.bias is not None
 
 
-def _free_name(pipe: DiptychPipeline, path: Path) -> str:
+def _free_name(pipe: ReferencePipeline, path: Path) -> str:
     stem = "".join(c if c.isalnum() else "_" for c in path.stem) or "lora"
     taken = {name for component in COMPONENTS for name in getattr(getattr(pipe, component, None), "peft_config", ())}
     names = [stem, *(f"{stem}_{i}" for i in range(2, len(taken) + 3))]

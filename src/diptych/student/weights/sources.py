@@ -120,7 +120,7 @@ def read_settings(model: Path, base: Path | None) -> Settings:
     place = lora if layout == "control-lora" and lora is not None else place
     config: dict[str, Any] = {}
     if layout == "folded":
-        config = files.read_config(place)
+        config = files.read_json(place / "config.json")  # of any family
     elif layout != "gguf":
         config = files.read_header(open_safetensors(place)[1])[0]
     places = [model, *([base] if base is not None else [])]
