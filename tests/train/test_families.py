@@ -115,6 +115,25 @@ def test_a_student_opens_and_sees_its_reference(trained: Any) -> None:
     assert min((a - b).abs().max() for a, b in ((one, other), (one, none), (other, none))) > 1e-5
 
 
+@pytest.mark.parametrize("name", ["z_image", "flux2"])
+def test_exact_speed_changes_nothing_and_step_caches_are_refused(name: str, teachers: Any) -> None:
+    from diptych.student import settings
+    from diptych.student.pipeline import as_student
+    from diptych.student.runtime.applied import apply_speed
+    from diptych.student.runtime.speed import parse
+
+    stock = getattr(diffusers, STOCK[name]).from_pretrained(teachers(name))
+    settings.register(stock.transformer, settings.Settings(conditioning="tokens"))
+    pipe = as_student(stock, stock.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "generator": 0}
+    plain = pipe("a cat", **given, output_type="latent").images
+    with raises("speed_unsupported", "Step caches", kind=UsageError):
+        apply_speed(pipe, parse("fast"))
+    apply_speed(pipe, parse("exact"))
+    torch.testing.assert_close(pipe("a cat", **given, output_type="latent").images, plain, rtol=0, atol=1e-5)
+
+
 def test_the_stock_pipeline_opens_it_and_agrees(trained: Any) -> None:
     stock = stock_pipeline(trained)
     if trained.conditioning != "tokens":  # it has no input for the condition

@@ -142,6 +142,11 @@ def apply_speed(pipe: HasRuntime, speed: Speed) -> list[str]:
         raise UsageError(
             "speed_unsupported", "A step cache of diffusers is active. Call transformer.disable_cache() first."
         )
+    kind = type(transformer).__name__
+    if speed.cache != "none" and kind != "FluxTransformer2DModel":
+        raise UsageError(
+            "speed_unsupported", f"Step caches are for FLUX.1, not for {kind}. Use --speed exact, or set cache=none."
+        )
     if speed.attention:
         one_of("attention", speed.attention, _attention_backends())
     remove_speed(pipe)
@@ -155,6 +160,9 @@ def apply_speed(pipe: HasRuntime, speed: Speed) -> list[str]:
             speed = replace(speed, **{switch: False})
     if speed.modulation and getattr(transformer, "peft_config", None):
         left_out.append("modulation: an unfused LoRA may adapt the modulation (fused_lora=on)")
+        speed = replace(speed, modulation=False)
+    if speed.modulation and kind != "FluxTransformer2DModel":
+        left_out.append(f"modulation: only for FLUX.1, not for {kind}")
         speed = replace(speed, modulation=False)
     speed, reasons = transform(transformer, speed)
     left_out += reasons
