@@ -23,6 +23,7 @@ from diptych.recipe import load as load_recipe
 from diptych.recipe.schema import Distill, Preference
 from diptych.run.runner import run
 from diptych.train import cache, checkpoint, processes
+from diptych.train.captions import OnlineCaptions
 from diptych.train.checkpoint import identity, may_change
 from diptych.train.distill import distill, finish
 from diptych.train.loop import Trainer, train
@@ -253,9 +254,9 @@ def test_what_does_not_fit_into_memory_is_read_and_encoded_as_it_is_needed(
     world: Any, straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "LATENTS_IN_MEMORY", 0)
-    monkeypatch.setattr(cache, "TEXT_IN_MEMORY", 0)
+    monkeypatch.setattr("diptych.train.captions.TEXT_IN_MEMORY", 0)
     recipe = tiny_run.make_recipe(world.teacher)
-    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, cache.Online)
+    assert isinstance(tiny_run.prepare(recipe, world.pairs, tmp_path / "out").text, OnlineCaptions)
     distill(recipe, world.pairs, tmp_path / "out")
     got, wanted = ([line["loss"] for line in kills.result(out)[0]] for out in (tmp_path / "out", straight.out))
     assert got == pytest.approx(wanted, rel=1e-5)

@@ -12,7 +12,8 @@ import pytest
 import tiny_run
 import torch
 
-from diptych.train import cache, canvases_at_once, captions_at_once, checkpoint, validate
+from diptych.train import canvases_at_once, captions_at_once, checkpoint, validate
+from diptych.train.captions import OnlineCaptions, embed_captions
 from diptych.train.distill import distill
 from diptych.train.loop import Trainer, train
 from diptych.train.processes import Processes
@@ -41,7 +42,9 @@ def test_no_forward_pass_has_more_rows_than_the_micro_batch(trainer: Callable[..
     small.train_step(small.next_batch(1))
     small.validate()
     small.generate_samples()
-    assert max(rows) == 2 and rows.count(2) == 2 + 4 * 5 / 2  # a step's, and four pairs at five levels
+    assert (
+        max(rows) == 2 and rows.count(2) == 2 + 3 * 4 * 5 / 2
+    )  # a step's, and four pairs at five levels: true, and swapped twice
 
 
 def test_a_validation_in_small_batches_has_the_same_figures(trainer: Callable[..., Trainer]) -> None:
@@ -94,8 +97,8 @@ def test_latents_and_captions_go_through_in_batches_of_a_fixed_size() -> None:
         return values.view(-1, 1, 1).expand(-1, 512, 2), values.view(-1, 1)
 
     captions = ["a" * number for number in range(1, 11)]
-    table = cache.embed_captions(encode, captions)
-    online = cache.Online(encode, captions_at_once(512))
+    table = embed_captions(encode, captions)
+    online = OnlineCaptions(encode, captions_at_once(512))
     for one, other in zip(table.gather(captions), online.gather(captions), strict=True):
         assert torch.equal(one, other) and one[:, 0].flatten()[0] == 1
     assert max(sizes) == 4

@@ -1,4 +1,4 @@
-"""What training computes only once: the latents of the pairs and the embeddings of their captions.
+"""The latents of the pairs, which training computes only once.
 
 The VAE encodes every pair once, before training, into one safetensors file for each shard of the pairs. The folder's
 name depends on the VAE, the panel size and the pairs, so that a cache is never used for other data. Files are published
@@ -6,9 +6,6 @@ by renaming, so a killed build resumes. Each has a hash of its contents, so that
 when training starts, and made again. The VAE encodes complete canvases, [reference | target] and [reference | black],
 because its convolutions and its attention cross the seam. It takes the posterior's mode; nothing is sampled. With
 several sizes (`schedule.Bucket`), each pair is encoded at the size nearest to its target's shape.
-
-Captions are encoded in one pass and stay in memory, or, if they do not fit, batch by batch. T5's embeddings of 400k
-captions take 1.7 TB at FLUX's size, while encoding them online costs 3.6 % of a step.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,8 +27,7 @@ from diptych.data.pairs import SIDES, pair
 from diptych.data.sources import Pairs
 from diptych.errors import UserError
 from diptych.student.canvas import Canvas, condition_canvas, fit_image, join_panels, split_panels, to_pixels
-from diptych.student.families.base import Texts, has_mask, join
-from diptych.train import canvases_at_once, captions_at_once
+from diptych.train import canvases_at_once
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 from diptych.utils.io import publish, sha256
@@ -100,73 +96,6 @@ def _digest(path: Path, header: Mapping[str, str], tensors: Mapping[str, torch.T
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-EncodeText = Callable[[list[str]], Texts]  # of captions; no gradient
-TEXT_IN_MEMORY = 2 * 2**30  # bytes
-
-
-class Text(Protocol):
-    """The embedded captions of a training."""
-
-    def gather(self, captions: Sequence[str]) -> Texts:
-        """The tensors of these captions, such as embeddings (B, L, D) and pooled embeddings (B, P)."""
-        ...
-
-
-class CaptionTable:
-    """All distinct captions and the empty prompt, encoded once. The encoders are not needed afterwards."""
-
-    def __init__(
-        self, encode: EncodeText, captions: Sequence[str], at_once: int, progress: Progress | None = None
-    ) -> None:
-        distinct = ["", *sorted(set(captions) - {""})]
-        self._row = {caption: row for row, caption in enumerate(distinct)}
-        parts = []
-        for first in range(0, len(distinct), at_once):
-            parts.append(tuple(tensor.cpu() for tensor in encode(distinct[first : first + at_once])))
-            report(progress, min(first + at_once, len(distinct)), len(distinct), "encoding captions")
-        self._text = join(parts)
-
-    def gather(self, captions: Sequence[str]) -> Texts:
-        return _rows(self._text, [self._row[caption] for caption in captions])
-
-
-def _rows(text: Texts, rows: Sequence[int]) -> Texts:
-    """Rows of a text, without padding that all of them have."""
-    index = torch.tensor(rows)
-    selected = tuple(tensor.index_select(0, index) for tensor in text)
-    if not has_mask(selected):
-        return selected
-    embeds, *pooled, mask = selected
-    length = int(mask.sum(1).max())
-    return (embeds[:, :length], *pooled, mask[:, :length])
-
-
-class Online:
-    """Captions encoded for each batch. The encoders stay on their device."""
-
-    def __init__(self, encode: EncodeText, at_once: int) -> None:
-        self._encode, self._at_once = encode, at_once
-
-    def gather(self, captions: Sequence[str]) -> Texts:
-        distinct = sorted(set(captions))
-        firsts = range(0, len(distinct), self._at_once)
-        # Moved to main memory immediately, because a complete step's embeddings do not fit on the device.
-        parts = [
-            tuple(each.cpu() for each in self._encode(distinct[first : first + self._at_once])) for first in firsts
-        ]
-        return _rows(join(parts), [distinct.index(caption) for caption in captions])
-
-
-def embed_captions(encode: EncodeText, captions: Sequence[str], progress: Progress | None = None) -> Text:
-    """A table if the embeddings of all distinct captions fit in memory, else an online encoder."""
-    text = encode([""])  # for a family without padding, the longest caption bounds the table
-    if has_mask(text):
-        text = encode([max(captions, key=len, default="")])
-    size = sum(tensor.numel() * tensor.element_size() for tensor in text) * (len(set(captions)) + 1)
-    at_once = captions_at_once(text[0].shape[1])
-    return CaptionTable(encode, captions, at_once, progress) if size <= TEXT_IN_MEMORY else Online(encode, at_once)
 
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

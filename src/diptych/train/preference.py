@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from diptych.data.records import seed_of
 from diptych.student.canvas import Canvas, join_tokens, split_tokens
 from diptych.train import cache, canvases_at_once
-from diptych.train.cache import Latents, Text, panels_of
+from diptych.train.cache import Latents, panels_of
+from diptych.train.captions import Captions
 from diptych.train.metrics import Progress, report
 from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
@@ -104,7 +105,7 @@ class NegativeSampler:
     pipe: ReferencePipeline
     buckets: Sequence[Bucket]
     latents: Latents
-    text: Text
+    text: Captions
     options: Distill
 
     @property

@@ -26,6 +26,7 @@ from diptych.student.families import family_in, teachers
 from diptych.student.families.base import Family
 from diptych.student.families.flux1 import FLUX1
 from diptych.train import cache, checkpoint, preference, schedule
+from diptych.train.captions import Captions, CaptionTable, embed_captions
 from diptych.train.metrics import Progress, report
 from diptych.train.processes import ALONE, Processes
 from diptych.utils import licenses, models
@@ -99,7 +100,7 @@ class TrainingJob:
     options: Distill  # resolved: no key is `auto`, and `seed` is set
     device: torch.device
     latents: cache.Latents
-    text: cache.Text
+    text: Captions
     train_rows: list[int]
     validation_rows: list[int]
     folder: Path  # checkpoints, metrics.jsonl, samples/
@@ -178,8 +179,8 @@ def prepare(
     captions = [sample.caption for sample in encoded.samples]
     if options.instructions:
         captions += [sample.instruction for sample in encoded.samples if sample.instruction]
-    embeddings = cache.embed_captions(torch.no_grad()(pipe.encode_text), captions, preparing)
-    if isinstance(embeddings, cache.CaptionTable) and device.type != "cpu":
+    embeddings = embed_captions(torch.no_grad()(pipe.encode_text), captions, preparing)
+    if isinstance(embeddings, CaptionTable) and device.type != "cpu":
         _set_aside(pipe)
     train_rows, validation_rows = schedule.split(encoded.samples, options.validation_pairs)
     negatives = None

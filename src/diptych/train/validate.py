@@ -20,7 +20,8 @@ from diptych.data.records import prompt_of
 from diptych.student.canvas import join_tokens, split_tokens
 from diptych.student.families.base import Family
 from diptych.student.families.flux1 import FLUX1
-from diptych.train.cache import Latents, Text, panels_of
+from diptych.train.cache import Latents, panels_of
+from diptych.train.captions import Captions
 from diptych.train.objective import Batch
 from diptych.train.processes import ALONE, Processes
 from diptych.train.schedule import Bucket, fixed_noise
@@ -39,7 +40,7 @@ class HeldOut:
 
     buckets: Sequence[Bucket]
     latents: Latents
-    text: Text
+    text: Captions
     rows: Sequence[int]
     family: Family = FLUX1
 
@@ -146,7 +147,7 @@ def _batches(latents: Latents, rows: Sequence[int], size: int) -> list[list[tupl
 
 @torch.no_grad()
 def sample_sheet(
-    pipe: Any, buckets: Sequence[Bucket], latents: Latents, text: Text, rows: Sequence[int], options: Distill
+    pipe: Any, buckets: Sequence[Bucket], latents: Latents, text: Captions, rows: Sequence[int], options: Distill
 ) -> Image:
     """An image with one line for each row: reference | target | the student's image for the target's caption.
 

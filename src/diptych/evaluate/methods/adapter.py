@@ -282,6 +282,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
 
     from diptych.stages.paint import panel_size
     from diptych.train import cache
+    from diptych.train.captions import embed_captions
     from diptych.train.metrics import report
     from diptych.train.schedule import Bucket, split
 
@@ -328,7 +329,7 @@ def prepare(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> 
     latents = cache.Latents(*files)
     captions = [sample.text(False) for sample in latents.samples]
     captions += [sample.instruction for sample in latents.samples if options.instructions and sample.instruction]
-    table = cache.embed_captions(lambda texts: common.encode_text(pipe, texts), captions, preparing)
+    table = embed_captions(lambda texts: common.encode_text(pipe, texts), captions, preparing)
     _, embeds = latents.gather([0])
     attach(pipe, start(pipe, embeds.shape[-1], seed_of(recipe.training_seed, KEY, "start")))
     train_rows, validation_rows = split(latents.samples, options.validation_pairs)
