@@ -72,8 +72,8 @@ def test_several_processes_share_a_validation_and_have_its_very_figures(
     job, rows = one.job, seen_rows(one)
     pairs = validate.HeldOut(job.buckets, job.latents, job.text, job.validation_rows)
     alone = validate.validation_loss(one.losses, pairs, one.options, 3, job.device)
-    passes = len(rows)
-    assert passes == 7  # twenty samples, three at once
+    batches = 7  # of twenty samples, three at once
+    assert len(rows) == 3 * batches  # with the true references, and twice with swapped ones
     total, found, each = torch.zeros(2, 20, dtype=torch.float64), {}, []
     for rank in range(count):
         rows.clear()
@@ -82,7 +82,7 @@ def test_several_processes_share_a_validation_and_have_its_very_figures(
         found = validate.validation_loss(one.losses, pairs, one.options, 3, job.device, member)
         each.append(len(rows))
     assert found == alone
-    assert set(each) == {-(-passes // count)}  # all the same number, as spread weights need it
+    assert set(each) == {3 * -(-batches // count)}  # all the same number, as spread weights need it
 
 
 def test_latents_and_captions_go_through_in_batches_of_a_fixed_size() -> None:
