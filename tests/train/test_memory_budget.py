@@ -74,7 +74,7 @@ def test_several_processes_share_a_validation_and_have_its_very_figures(
     alone = validate.validation_loss(one.losses, pairs, one.options, 3, job.device)
     batches = 7  # of twenty samples, three at once
     assert len(rows) == 3 * batches  # with the true references, and twice with swapped ones
-    total, found, each = torch.zeros(2, 20, dtype=torch.float64), {}, []
+    total, found, each = torch.zeros(4, 20, dtype=torch.float64), {}, []
     for rank in range(count):
         rows.clear()
         member = Member(rank, count)
