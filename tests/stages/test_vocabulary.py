@@ -100,7 +100,7 @@ def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
 
 def test_a_list_may_be_its_only_group(tmp_path: Path) -> None:
     path = tmp_path / "plain.yaml"
-    values = small() | {"lists": {"place": ["on a rock", "in a field"]}}
+    values: dict[str, Any] = small() | {"lists": {"place": ["on a rock", "in a field"]}}
     values["subjects"]["animals"]["suits"] = {}
     path.write_text(yaml.safe_dump(values))
     words = vocabulary.load(str(path))

@@ -146,7 +146,7 @@ def test_a_training_refuses_them_before_it_starts(tmp_path: Path) -> None:
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-    from tiny_run import make_pairs
+    from tiny_run import make_pairs  # pyright: ignore[reportMissingImports]
 
     data = make_pairs(tmp_path / "pairs", grids=2)
     data.publish({"fingerprint": "test", "license": FLUX_2})

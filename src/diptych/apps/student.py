@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from diptych.apps.story import Captions, Page, Panel
     from diptych.student.canvas import Canvas
     from diptych.student.loading import Loras
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
     from diptych.student.runtime.memory import Preset
     from diptych.student.runtime.speed import Speed
 
@@ -60,7 +60,7 @@ class Student:
 
     def __init__(
         self,
-        pipeline: DiptychPipeline,
+        pipeline: ReferencePipeline,
         name: str = "",
         *,
         sampling: dict[str, float] | None = None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 Show = Callable[[int, int, "list[Image]"], None]  # (steps done, number of steps, one image for each of the batch)
 FIT_COLORS = (4, 8, 16, 32)  # random colors along a side of the fitting images, because detail has other channels
@@ -34,7 +34,7 @@ FIT_IMAGES = 4  # of each
 FIT_LATENTS = 16  # side of a fitting image, in latents
 
 
-def fit_projection(pipe: DiptychPipeline) -> torch.Tensor:
+def fit_projection(pipe: ReferencePipeline) -> torch.Tensor:
     """A matrix (C + 1, 3) from scaled latents of the pipeline's VAE, and a constant 1, to RGB in [-1, 1]. Fitted by
     least squares with a fixed seed."""
     factor, side = pipe.vae_scale_factor, FIT_LATENTS
@@ -92,7 +92,7 @@ def in_turn(callbacks: Sequence[Callback]) -> Callback:
     """Several `callback_on_step_end`s as one. Each gets the changes of those before it."""
 
     def call(
-        pipe: DiptychPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        pipe: ReferencePipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         changed: dict[str, torch.Tensor] = {}
         for callback in callbacks:
@@ -111,7 +111,9 @@ def _with_one(latents: torch.Tensor) -> torch.Tensor:
 class Hold:
     """A callback for one image. `picture` has the panel's size; `kept` (H, W) is true where it is kept."""
 
-    def __init__(self, pipeline: DiptychPipeline, picture: Image, kept: np.ndarray, canvas: Canvas, seed: int) -> None:
+    def __init__(
+        self, pipeline: ReferencePipeline, picture: Image, kept: np.ndarray, canvas: Canvas, seed: int
+    ) -> None:
         pixels = to_pixels(picture)[None]
         self.clean = pipeline.encode_canvas(join_panels(pixels, pixels, canvas.panels))  # (1, tokens, 4C)
         self.noise = pipeline.noise([seed], canvas)

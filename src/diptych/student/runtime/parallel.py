@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from diptych.student.canvas import Canvas
-    from diptych.student.pipeline import DiptychPipeline
+    from diptych.student.reference_pipeline import ReferencePipeline
 
 
 def processes() -> int:
@@ -69,7 +69,7 @@ def join(device: str | torch.device | None = None, patience: timedelta | None = 
     return used
 
 
-def split(pipe: DiptychPipeline) -> None:
+def split(pipe: ReferencePipeline) -> None:
     """Makes the pipeline's transformer share its tokens with the other processes. UsageError if its heads do not
     divide.
 
@@ -94,7 +94,7 @@ def split(pipe: DiptychPipeline) -> None:
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=number, ulysses_anything=uneven))
 
 
-def check(pipe: DiptychPipeline, canvas: Canvas) -> None:
+def check(pipe: ReferencePipeline, canvas: Canvas) -> None:
     """UsageError if the processes of a pipeline that was split cannot share the canvas's tokens evenly."""
     config = getattr(getattr(pipe.transformer, "_parallel_config", None), "context_parallel_config", None)
     if config is not None and not config.ulysses_anything and canvas.tokens % config.ulysses_degree:
