@@ -84,6 +84,16 @@ def test_stock_diffusers_opens_the_files_and_generates_the_same(
     assert plain[2].tobytes() != drawn[2].tobytes()
 
 
+def test_an_automatic_shift_is_that_of_the_stock_teacher(
+    teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any
+) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    tuner = tuning.Tuner(context(teacher, judge_folders, tmp_path, suite, steps=[1]))
+    tuner.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert common.shift(tuner.pipe, common.canvas(tuner.pipe, PANEL, PANEL), "auto") == 3.0
+
+
 def test_training_brings_the_model_nearer_to_its_image(
     teacher: Path, judge_folders: Path, tmp_path: Path, suite: Any, samples: Any
 ) -> None:

@@ -73,9 +73,9 @@ def test_an_automatic_shift_is_what_the_base_samples_with(world: Any, tmp_path: 
     assert job.options.shift == 1.0 == job.pipe.scheduler.config.shift
     job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     line = 0.5 + (1.15 - 0.5) * (job.canvas.tokens - 256) / (4096 - 256)  # FLUX.1-dev's
-    assert timestep_shift(job.pipe, job.canvas) == pytest.approx(math.exp(line))
+    assert timestep_shift(job.pipe, job.canvas, 28) == pytest.approx(math.exp(line))
     job.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    assert timestep_shift(job.pipe, job.canvas) == 3.0
+    assert timestep_shift(job.pipe, job.canvas, 28) == 3.0
 
 
 def test_prodigy_finds_its_rate_and_resumes_exactly(world: Any, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from diptych.data.records import prompt_of, seed_of
 from diptych.student.canvas import Canvas
+from diptych.student.families import family_of
 from diptych.train.cache import CachedPair, Latents
 from diptych.train.objective import Batch, shifted
 
@@ -150,13 +151,17 @@ def choose(
     if sizes == "auto":
         sizes = generate_aspect_ratio_buckets(side, 2 * pipe.vae_scale_factor)
     canvases = [pipe.canvas(*size) for size in sizes or [(side, side)]]
-    return [Bucket(canvas, timestep_shift(pipe, canvas) if shift == "auto" else shift) for canvas in canvases]
+    return [
+        Bucket(canvas, timestep_shift(pipe, canvas, pipe.settings.steps) if shift == "auto" else shift)
+        for canvas in canvases
+    ]
 
 
-def timestep_shift(pipe: ReferencePipeline, canvas: Canvas) -> float:
-    """The shift s with which the base samples a canvas of this size (`distill.shift: auto`)."""
+def timestep_shift(pipe: Any, canvas: Canvas, steps: int) -> float:
+    """The shift s with which the model of a pipeline, a student's or a stock one, samples a canvas of this size in so
+    many steps (`distill.shift: auto`)."""
     config = pipe.scheduler.config
-    mu = pipe.family.shift(config, canvas.tokens, pipe.settings.steps)
+    mu = family_of(type(pipe.transformer).__name__).shift(config, canvas.tokens, steps)
     return float(config.get("shift", 1.0)) if mu is None else math.exp(mu)
 
 

@@ -176,9 +176,10 @@ def frozen_teacher(recipe: Recipe) -> tuple[Any, str]:
 
 def shift(pipe: Any, canvas: Canvas, setting: float | str) -> float:
     """`distill.shift` as a number; for `auto`, the shift with which the teacher samples one panel."""
+    from diptych.student.settings import Settings
     from diptych.train.schedule import timestep_shift
 
-    return timestep_shift(pipe, canvas) if setting == "auto" else float(setting)
+    return timestep_shift(pipe, canvas, Settings().steps) if setting == "auto" else float(setting)
 
 
 def encode_text(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
