@@ -254,7 +254,7 @@ class Loading:
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="Student: pocket, a run, a folder, a file, or a hub name.",
+            help="Student: pocket, run, folder, file, or hub name.",
             autocompletion=complete.students,
         ),
     ] = "pocket"

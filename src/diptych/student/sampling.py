@@ -57,18 +57,16 @@ class Sampling(TypedDict, total=False):
     null_panel: Annotated[str | None, Option("Left panel that the null pass of guidance sees.", choices=NULL_PANELS)]
     guidance_rescale: Annotated[
         float | None,
-        Option("Rescaling of guidance against saturation, up to 1; 0 is off.", 0, 1, default="0"),
+        Option("Rescaling against saturation; 0 is off.", 0, 1, default="0"),
     ]
     guidance_parallel: Annotated[
         float | None,
-        Option("Share of guidance along the prediction, which saturates; 1 is off, 0 is best.", 0, 1, default="1"),
+        Option("Share along the prediction; 1 is off.", 0, 1, default="1"),
     ]
-    guidance_norm: Annotated[
-        float | None, Option("Limit of a guidance difference (root mean square); 0 is off.", 0, default="0")
-    ]
+    guidance_norm: Annotated[float | None, Option("Limit of the guidance; 0 is off.", 0, default="0")]
     negative_prompt: Annotated[str | None, Option("What to avoid; needs image or text guidance above 1.")]
     size: Annotated[int | tuple[int, int] | None, Option("Image size in pixels.", default="the model's")]
-    fit: Annotated[str | None, Option("How to fit the reference to the image size.", choices=FITS, default="crop")]
+    fit: Annotated[str | None, Option("Fit of the reference.", choices=FITS, default="crop")]
     background: Annotated[str | None, Option("Color under a transparent reference.", default="white")]
 
 

@@ -33,7 +33,7 @@ def family_in(folder: Path) -> Family:
     name = named[1] if isinstance(named, list) and len(named) == 2 else None
     name = name or read_file(folder / "transformer" / "config.json").get("_class_name")
     kind = class_of(folder)
-    family = family_of(str(name or kind or "model without a transformer"))
+    family = family_of(str(name or kind or "model without a transformer"), f"{folder}: ")
     if family.name != "flux1" and kind not in family.pipelines:
         raise UsageError(
             "model_unsupported",
@@ -51,13 +51,15 @@ def is_flux1(folder: Path) -> bool:
         return False
 
 
-def family_of(name: str) -> Family:
-    """The family of a transformer or pipeline by its class name. UsageError if there is none."""
+def family_of(name: str, where: str = "") -> Family:
+    """The family of a transformer or pipeline by its class name. UsageError, which begins with `where`, if there is
+    none."""
     for family in families().values():
         if name in (family.transformer, family.editor, *family.pipelines):
             return family
     known = [family.transformer for family in families().values()]
     raise UsageError(
         "model_unsupported",
-        f"no student can be made from a {name}; transformers with a family: {', '.join(known)}{nearest(name, known)}",
+        f"{where}no student can be made from a {name}; transformers with a family: {', '.join(known)}"
+        f"{nearest(name, known)}",
     )
