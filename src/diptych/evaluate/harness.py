@@ -25,7 +25,7 @@ from diptych.evaluate.evaluation import FILE, Evaluation, dump, read
 from diptych.evaluate.generation import Progress, use_threads
 from diptych.evaluate.methods import available, build, method_names, of_evaluation, students
 from diptych.evaluate.methods.common import Context, Method
-from diptych.evaluate.scoring import judging, summary, truth
+from diptych.evaluate.scoring import judging, quality, summary, truth
 from diptych.evaluate.scoring.scorers import Scorer, score, score_file
 from diptych.evaluate.suites import MAIN, Sample, Suite, images
 from diptych.evaluate.suites.images import ImageSuite
@@ -38,7 +38,7 @@ from diptych.utils.paths import place
 if TYPE_CHECKING:
     from diptych.recipe.schema import Recipe
 
-SCORING = 3  # raised when equal images would get other numbers
+SCORING = 4  # raised when equal images would get other numbers
 POCKET_SIZE = (40, 5)  # references and prompts of the pocket suite, which could give any number
 COPIED = ("id", "method", "split", "identity", "kind", "level", "seed")  # columns of an image in its line of scores
 Only = Literal["generate", "score"]
@@ -179,6 +179,9 @@ def evaluate(
         lines = score_images(plan, scorers, report)
     result = plan.summarize(lines)
     summary.add_details(result, evaluation, lines, out)
+    for scorer in scorers:
+        if isinstance(scorer, (judging.PocketScorer, judging.EmbeddingScorer)):
+            quality.add_kernel_distances(result, out, scorer.features, scorer.like)
     names = {name: None if by is None else [c.name for c in by] for name, by in curators.items()}
     result |= {"judges": identities | {"curated_by": names, "forced": forced}}
     result |= {"settings": evaluation.model_dump(mode="json"), "machine": machine_used(evaluation.device)}
@@ -264,6 +267,7 @@ def score_run(plan: EvaluationPlan, judges: dict[str, dict[str, Any]]) -> dict[s
     opened = judging.VisionModels(recipe.device)
     judge = judging.pocket(plan.evaluation, plan.context.suite, opened)
     result = plan.summarize(score_images(plan, [judge]))
+    quality.add_kernel_distances(result, plan.context.run_dir, judge.features, judge.like)
     result |= {"prompts": recipe.evaluate.prompts}
     result["calibration"] = {s: {k: round(v, 5) for k, v in asdict(x).items()} for s, x in judge.scales.items()}
     if recipe.evaluate.yardsticks:

@@ -66,6 +66,25 @@ class Identity:
     marks: float
 
 
+SECONDS = ("none", "pale", "dark", "red", "yellow", "green", "cyan", "blue", "magenta")
+"""Names of the second color. `none`: the subject has no pattern that would show it."""
+TRAITS = {"pattern": PATTERNS, "second": SECONDS, "accessory": ACCESSORIES, "eyes": ("1", "2", "3")}
+"""What distinguishes subjects of one kind and can be named, with its values. No caption names it."""
+
+
+def traits(identity: Identity) -> dict[str, str]:
+    """The value of each of `TRAITS`."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*identity.second)
+    second = SECONDS[3 + round(hue * 6) % 6] if saturation > 0.3 else "pale"
+    second = "none" if identity.pattern == "plain" else "dark" if value < 0.5 else second
+    return {
+        "pattern": identity.pattern,
+        "second": second,
+        "accessory": identity.accessory,
+        "eyes": str(identity.eyes),
+    }
+
+
 @dataclass(frozen=True)
 class Light:
     """Direction, color and strength of the light. `azimuth` and `elevation` are in degrees; azimuth 0° is from the

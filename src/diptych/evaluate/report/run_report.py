@@ -266,6 +266,12 @@ def choose(run: Run) -> list[str]:
     return chosen
 
 
+def measured(result: dict[str, Any]) -> dict[str, str]:
+    """The columns in which a method or an anchor has a number."""
+    everyone = [*result.get("methods", {}).values(), *result.get("anchors", {}).values()]
+    return {key: label for key, label in words()["scores"].items() if any(key in scores for scores in everyone)}
+
+
 def scores(run: Run) -> dict[str, Any]:
     """The table, the charts, difficulty, attributes, comparisons, held-out kinds."""
     result = run.metrics
@@ -276,6 +282,7 @@ def scores(run: Run) -> dict[str, Any]:
     names = [*methods, *anchors]
     return {
         "result": result,
+        "shown": measured(result),
         "how": how(run),
         "colors": {m: m for m in names},
         "notes": {m: words()["methods"].get(m, ["", ""])[1] for m in names},

@@ -15,7 +15,7 @@ from diptych.errors import UserError
 from diptych.evaluate.evaluation import Evaluation
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import count, digits, named, number, part, percent, signed, template, words
-from diptych.evaluate.report.run_report import side_by_side
+from diptych.evaluate.report.run_report import measured, side_by_side
 from diptych.evaluate.results import has_scores
 from diptych.evaluate.scoring.metrics import format_p
 from diptych.utils.io import write_atomic
@@ -86,11 +86,6 @@ def headline(result: dict[str, Any]) -> str:
     c = result["comparisons"][best][rival]
     gap = f"{signed(c['difference'])} ({signed(c['ci95'][0])} to {signed(c['ci95'][1])}, p {format_p(c)})"
     return f"{text} Difference from the best baseline, {named(rival)}: {gap}."
-
-
-def measured(result: dict[str, Any]) -> dict[str, str]:
-    """The columns in which a method has a number."""
-    return {key: label for key, label in words()["scores"].items() if any(key in s for s in everyone(result).values())}
 
 
 def scores(result: dict[str, Any]) -> dict[str, Any]:

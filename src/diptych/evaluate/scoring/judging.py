@@ -22,9 +22,9 @@ import numpy as np
 
 from diptych.errors import UsageError
 from diptych.evaluate.evaluation import METRICS, POCKET, Evaluation
-from diptych.evaluate.scoring import curation, metrics, truth
+from diptych.evaluate.scoring import curation, metrics, quality, truth
 from diptych.evaluate.scoring.scorers import CopyScorer, Row, Scorer, Values, VlmScorer, images_of
-from diptych.evaluate.suites import Suite
+from diptych.evaluate.suites import MAIN, Split, Suite
 from diptych.evaluate.suites.images import ImageSuite, square
 from diptych.judges import vision
 from diptych.utils import models
@@ -75,6 +75,7 @@ class PocketScorer:
 
     def __init__(self, suite: Suite, scorer: str, reader: str, models: VisionModels) -> None:
         self.suite, self.scorer, self.reader, self.models = suite, scorer, reader, models
+        self._galleries: dict[tuple[Split, int], np.ndarray] = {}
 
     def identity(self) -> dict[str, Any]:
         judges = {"scorer": vision.pinned(self.scorer, "scorer"), "reader": vision.pinned(self.reader, "reader")}
@@ -86,15 +87,34 @@ class PocketScorer:
         embed = self.models.embed(self.scorer)
         return {split: truth.scale(self.suite, split, embed) for split in self.suite.splits}
 
+    def _rivals(self, split: Split, identity: int) -> np.ndarray:
+        """The embeddings of the other subjects of a sample's gallery."""
+        if (split, identity) not in self._galleries:
+            others = self.suite.rivals(split, identity, quality.GALLERY - 1)
+            self._galleries[split, identity] = self.models.embed(self.scorer)(others)
+        return self._galleries[split, identity]
+
+    def features(self, images: Sequence[Any]) -> np.ndarray:
+        """What the kernel distance compares: the reader's features."""
+        return self.models.reader(self.reader).features(images)
+
+    def like(self, split: Split) -> list[Any]:
+        """What good images of a split look like: renders of other subjects."""
+        return truth.targets(truth.checked(self.suite, split))
+
     def score(self, rows: Sequence[Row]) -> list[Values | None]:
         embed, read = self.models.embed(self.scorer), self.models.reader(self.reader).read
         images, references = images_of(rows, "image"), images_of(rows, "reference")
         similarity = curation.similarities(references, images, embed)
         distances = metrics.copy_distances(references, images)
+        embedded, readings = embed(images), read(images)
         scored: list[Values | None] = []
-        for row, alike, distance, reading in zip(rows, similarity, distances, read(images), strict=True):
+        for number, row in enumerate(rows):
+            alike, distance, reading = similarity[number], distances[number], readings[number]
             scale, asked = self.scales[row["split"]], json.loads(row["asked"])
             met = metrics.following(asked, reading.values)
+            rivals = self._rivals(row["split"], row["identity"])
+            carried = quality.traits(self.suite.traits(row["split"], row["identity"]), reading.values)
             scored.append(
                 {
                     "similarity": round(float(alike), 5),
@@ -105,6 +125,10 @@ class PocketScorer:
                     "asked": asked,
                     "read": {group: reading.values.get(group) for group in asked},
                     "met": met,
+                    "retrieved": quality.retrieved(alike, rivals @ embedded[number]),
+                    "traits": round(sum(carried.values()) / len(carried), 5) if carried else None,
+                    "carried": carried,
+                    "sharpness": round(quality.sharpness(images[number]), 4),
                 }
             )
         return scored
@@ -124,11 +148,23 @@ class EmbeddingScorer:
         return {"kind": "embedding", "suite": self.suite.fingerprint(), **judges}
 
     @cached_property
+    def references(self) -> np.ndarray:
+        """The embeddings of the suite's references, in order."""
+        return self.features(self.like(MAIN))
+
+    def features(self, images: Sequence[Any]) -> np.ndarray:
+        """What the kernel distance compares: the scoring model's embeddings."""
+        return self.models.embed(self.scorer)(images)
+
+    def like(self, split: Split) -> list[Any]:
+        """What good images look like: the references."""
+        return [square(s.image, self.suite.size, self.suite.spec.fit) for s in self.suite.subjects]
+
+    @cached_property
     def scale(self) -> metrics.Scale:
         """The scale of CP, from the suite's references. UsageError if the suite has one subject."""
         subjects = self.suite.subjects
-        embed = self.models.embed(self.scorer)
-        first = embed([square(s.image, self.suite.size, self.suite.spec.fit) for s in subjects])
+        embed, first = self.models.embed(self.scorer), self.references
         near = first @ first.T
         apart = [
             near[i, j]
@@ -166,14 +202,19 @@ class EmbeddingScorer:
         images = images_of(rows, "image")
         similarity = curation.similarities(images_of(rows, "reference"), images, embed)
         concept = self.scale.concept(similarity)
+        pictured, embedded = clip.images(images), embed(images)
         scored: list[Values | None] = []
-        for row, image, alike, cp in zip(rows, clip.images(images), similarity, concept, strict=True):
+        for number, row in enumerate(rows):
+            alike, cp = similarity[number], concept[number]
             prompts, texts = self._options(row)
-            fits = texts @ image
+            fits = texts @ pictured[number]
             fit = fits[prompts.index(row["prompt"])]
             others = np.delete(fits, prompts.index(row["prompt"]))
             pf = float(2 * ((others < fit).mean() + 0.5 * (others == fit).mean()) - 1)
-            scored.append({"similarity": round(float(alike), 5), "cp": round(float(cp), 5), "pf": round(pf, 5)})
+            rivals = self.suite.rivals(row["identity"], quality.GALLERY - 1)
+            own = quality.retrieved(alike, self.references[rivals] @ embedded[number]) if rivals else None
+            values = {"similarity": round(float(alike), 5), "cp": round(float(cp), 5), "pf": round(pf, 5)}
+            scored.append(values | {"retrieved": own, "sharpness": round(quality.sharpness(images[number]), 4)})
         return scored
 
 

@@ -26,7 +26,7 @@ from diptych.llm.question import EncodedImage, Message, Outcome, Question, encod
 from diptych.utils.io import sha256_json
 from diptych.utils.paths import refuse_link
 
-SCORING = 1  # raised when equal images would get other values
+SCORING = 2  # raised when equal images would get other values
 BATCH = 32  # images of a batch, at least
 Row = dict[str, Any]
 Values = dict[str, Any]

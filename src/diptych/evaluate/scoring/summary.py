@@ -22,11 +22,12 @@ from diptych.evaluate import results
 from diptych.evaluate.evaluation import FILE, Evaluation
 from diptych.evaluate.methods import ANCHORS, tuning
 from diptych.evaluate.results import has_scores
-from diptych.evaluate.scoring import metrics
+from diptych.evaluate.scoring import metrics, quality
 from diptych.evaluate.suites import MAIN, Sample
 
-COSINE = (-1.0, 1.0)
+COSINE, SHARE = (-1.0, 1.0), (0.0, 1.0)
 MEANS = {"clip_i": COSINE, "clip_t": COSINE, "dino": COSINE, "dinov2": COSINE, "diversity": (0.0, 2.0)}  # bounds
+MEANS |= {"retrieved": SHARE, "traits": SHARE, "sharpness": quality.LAPLACIAN}
 Line = dict[str, Any]
 
 
@@ -60,7 +61,8 @@ def summarize(
             if split != MAIN
         },
         "levels": {name: grouped(judged, name, "level") for name in names},
-        "attributes": {name: attribute_rates([x for x in judged if "met" in x], name) for name in names},
+        "attributes": {name: attribute_rates(judged, name, "met") for name in names},
+        "traits": {name: attribute_rates(judged, name, "carried") for name in names},
         "comparisons": {
             name: {
                 other: compare(judged, judged, name, other, evaluation.bootstrap, ("cp_pf",))["cp_pf"]
@@ -112,12 +114,13 @@ def grouped(lines: Sequence[Line], name: str, key: str) -> dict[str, dict[str, f
     return groups
 
 
-def attribute_rates(lines: Sequence[Line], name: str) -> dict[str, float]:
-    """How often the reader found each attribute in a method's images of the main split."""
+def attribute_rates(lines: Sequence[Line], name: str, key: str) -> dict[str, float]:
+    """How often the reader found each attribute in a method's images of the main split: those that the prompt names
+    (`met`), or traits of the subject (`carried`)."""
     hits: dict[str, list[bool]] = {}
     for line in lines:
         if line["method"] == name and line["split"] == MAIN:
-            for group, met in line["met"].items():
+            for group, met in line.get(key, {}).items():
                 hits.setdefault(group, []).append(met)
     return {group: round(float(np.mean(met)), 4) for group, met in hits.items()}
 

@@ -223,6 +223,20 @@ class Suite(Part):
         rng = self.rng("suite", sample.split, sample.identity, 4)
         return render(world.sample_identity(rng, known.subject.kind), known.target)
 
+    def traits(self, split: Split, identity: int) -> dict[str, str]:
+        """The named traits of a subject."""
+        from diptych.pocket import world
+
+        return world.traits(self.subject("suite", split, identity))
+
+    def rivals(self, split: Split, identity: int, count: int) -> list[Image]:
+        """`count` other subjects of the kind, in the scene of the reference: only the subject distinguishes them."""
+        from diptych.pocket import world
+
+        known = self.known(split, identity, self.levels[0])
+        rng = self.rng("suite", split, identity, 5)
+        return [render(world.sample_identity(rng, known.subject.kind), known.reference) for _ in range(count)]
+
 
 def seed_of(sample_id: str, seed: int) -> int:
     """The noise seed of a sample, equal for every method, so that comparisons are paired."""

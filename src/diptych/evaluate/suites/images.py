@@ -136,6 +136,12 @@ class ImageSuite:
         """The reference of a sample as a square. UserError if its file cannot be read."""
         return square(self.of(sample).image, self.size, self.spec.fit)
 
+    def rivals(self, identity: int, count: int) -> list[int]:
+        """Numbers of `count` other subjects, or of all if there are fewer: those of the category come first."""
+        after = [*range(identity + 1, len(self.subjects)), *range(identity)]
+        category = self.subjects[identity].category
+        return sorted(after, key=lambda number: self.subjects[number].category != category)[:count]
+
 
 @lru_cache(maxsize=64)
 def square(path: Path, size: int, fit: str) -> Image:

@@ -44,6 +44,7 @@ GROUPS = {
     "framing": world.FRAMINGS,
     "weather": world.WEATHERS,
     "kind": world.TRAIN_KINDS,
+    **world.TRAITS,
 }
 LABELS = [f"{group}:{value}" for group, values in GROUPS.items() for value in values] + [
     f"identity:{n}" for n in range(IDENTITY)
@@ -65,13 +66,14 @@ def truth(identity: world.Identity, scene: world.Scene) -> list[int]:
         scene.framing,
         scene.weather,
         identity.kind,
+        *world.traits(identity).values(),
     )
     return [options.index(value) for options, value in zip(GROUPS.values(), values, strict=True)]
 
 
 def triplet(index: int, seed: int):
     """A subject, the same one in another scene, and one that drifted from it: uint8 `[3, H, W, 3]`, labels
-    `[3, 9]`."""
+    `[3, groups]`."""
     rng = np.random.default_rng([seed, index])
     identity = world.sample_identity(rng)
     drifted = world.drift(rng, identity)
@@ -212,7 +214,7 @@ def _truths(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 class JudgePairs:
     """A role's third of the rendered subject pairs: `panels` uint8 `[N, 2, H, W, 3]`, most of them as the VAE shows
-    them, `same` bool `[N]`, and of each panel the scene's `labels` `[N, 2, 9]`, the subject's `numbers`
+    them, `same` bool `[N]`, and of each panel `labels` `[N, 2, groups]`, the subject's `numbers`
     `[N, 2, TRAITS]` and `choices` `[N, 2, 5]`."""
 
     def __init__(self, work: Path, role: str, count: int, device: str = "auto", processes: int = 1, report=print):
