@@ -17,11 +17,11 @@ from diptych.utils.paths import is_remote
 RecipeArg = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="Recipe file, or the name of a built-in recipe.", autocompletion=complete.recipes
+        metavar="RECIPE", help="Recipe file, name of a built-in recipe, or run folder.", autocompletion=complete.recipes
     ),
 ]
 OutDir = Annotated[
-    str | None, typer.Option("--out", metavar="DIR", help="Run folder or s3:// address [default: runs/NAME].")
+    str | None, typer.Option("--out", metavar="DIR", help="Run folder or s3:// address [default: runs/NAME, or RECIPE if it is a run folder].")
 ]
 Sets = Annotated[
     list[str] | None,
@@ -73,9 +73,10 @@ def run_stages(
     require_text(out=work.out, **{"from": source})
     sets = work.sets or ()
     loaded, display = recipes.load(work.recipe, sets), Display(quiet=work.as_json)
+    out = work.out if work.out is not None else recipes.run_of(work.recipe)
     engine, address = cluster.engine, cluster.address
     try:
-        summary = run(loaded, work.out, stages or STAGES, display, engine, address, source, hour_price)
+        summary = run(loaded, out, stages or STAGES, display, engine, address, source, hour_price)
     except OtherRecipe as error:
         options = [("--set", text) for text in sets] + ([("--engine", engine)] if engine != "local" else [])
         options += [("--address", address)] if address is not None else []

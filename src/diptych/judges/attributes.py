@@ -63,14 +63,13 @@ class AttributeReader:
             readings += self._read(self.vision.model(pixel_values=pixels).logits.double().cpu().numpy())
         return readings
 
-    def features(self, images: Sequence[Image]) -> np.ndarray:
-        """The features before the labels, float32 [N, D] with norm 1, in batches of 32."""
-        pooled = [
-            self.vision.model.base_model(pixel_values=pixels).pooler_output.flatten(1).double().cpu().numpy()
-            for pixels in self.vision.batches(images)
-        ]
-        rows = np.concatenate(pooled)
-        return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    def texture(self, images: Sequence[Image]) -> np.ndarray:
+        """The mean and the standard deviation of each channel of the first feature map, float64 [N, 2 D]."""
+        rows = []
+        for pixels in self.vision.batches(images):
+            first = self.vision.model(pixel_values=pixels, output_hidden_states=True).hidden_states[0].double()
+            rows.append(np.concatenate([first.mean((2, 3)).cpu().numpy(), first.std((2, 3)).cpu().numpy()], 1))
+        return np.concatenate(rows)
 
     def _read(self, logits: np.ndarray) -> list[Reading]:
         """Readings of logits (B, labels)."""

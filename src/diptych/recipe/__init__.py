@@ -59,6 +59,12 @@ def find(path: str | Path) -> Path:
     )
 
 
+def run_of(path: str | Path) -> str | None:
+    """`path` if it is the folder of a run; None for a recipe's file or name."""
+    where = find(path)
+    return str(path) if where.name == "recipe.yaml" and where.parent == place(path) else None
+
+
 def check(values: Any, where: str, overlay: dict[str, Any] | None = None) -> Recipe:
     """Plain values as a Recipe. Messages name the file `where`, or --set for the keys in `overlay`."""
     try:

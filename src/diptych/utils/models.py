@@ -73,6 +73,11 @@ def resolve(name: str, role: str) -> Path:
             f"Unknown {role} model '{name}': not a built-in model ({', '.join(BUILT_IN)}), a local folder or file, or "
             f"a hub name (owner/name){nearest(name, BUILT_IN)}",
         )
+    beside = Path(name).parent
+    if beside.is_dir() and not _where_to_get(name):  # a mistyped path, not owner/name on the hub
+        there = sorted(str(each) for each in beside.iterdir() if each.is_dir())
+        hint = nearest(name, there) or f"; folders there: {', '.join(there[:8]) or 'none'}"
+        raise UserError("model_not_found", f"{role} model '{name}': no such folder{hint}")
     path = _download(name, role)
     check_folder(path)
     licenses.note(name, path)

@@ -95,8 +95,8 @@ class PocketScorer:
         return self._galleries[split, identity]
 
     def features(self, images: Sequence[Any]) -> np.ndarray:
-        """What the kernel distance compares: the reader's features."""
-        return self.models.reader(self.reader).features(images)
+        """What the kernel distance compares: the reader's texture statistics."""
+        return self.models.reader(self.reader).texture(images)
 
     def like(self, split: Split) -> list[Any]:
         """What good images of a split look like: renders of other subjects."""

@@ -7,8 +7,9 @@
 - *Sharpness* (`sharpness`): the mean absolute Laplacian of the brightness. Blur lowers it, and specks raise it above
   that of `truth`.
 - *Kernel distance* (`kid`, Bińkowski et al. 2018, eq. 4): the squared maximum mean discrepancy of two sets of images
-  in a judge's features, with the kernel (cosine + 1)³. 0 means that the sets look alike; an unbiased estimate may be
-  slightly negative.
+  in a model's features. 0 means that the sets look alike; an unbiased estimate may be slightly negative. The pocket
+  suite takes the statistics of the reader's first feature maps, because its last features are trained to ignore blur
+  and specks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GALLERY = 10  # references among which an image must find its own
-KID_SCALE = 1000.0  # kernel distances are reported in thousandths, as is usual
 LAPLACIAN = (0.0, 1020.0)  # bounds of the sharpness
 Features = Callable[[Sequence["Image"]], np.ndarray]
 
@@ -51,17 +51,18 @@ def sharpness(image: Image) -> float:
 
 
 def kernel_distance(first: np.ndarray, second: np.ndarray, groups: np.ndarray) -> tuple[float, list[float]]:
-    """The kernel distance of features (N, D) to features (M, D) of norm 1, in thousandths, and its 95 % interval.
+    """The kernel distance of features (N, D) to features (M, D), and its 95 % interval.
 
-    The interval is a jackknife over the `groups` (N,) of the first set, since images of
+    Features are standardized by the second set, and the kernel is (x·y / D + 1)³. The interval is a jackknife over the `groups` (N,) of the first set, since images of
     one subject are not independent. ValueError for fewer than two images or groups.
     """
     if len(first) < 2 or len(second) < 2 or len(np.unique(groups)) < 2:
         raise ValueError("a kernel distance needs two images and two groups")
-    first, second = first.astype(np.float64), second.astype(np.float64)
+    middle, spread = second.mean(0), second.std(0) + 1e-12
+    first, second = (first - middle) / spread, (second - middle) / spread
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T + 1) ** 3
+        return (a @ b.T / a.shape[1] + 1) ** 3
 
     xx, xy, yy = kernel(first, first), kernel(first, second), kernel(second, second)
     np.fill_diagonal(xx, 0)
@@ -69,7 +70,7 @@ def kernel_distance(first: np.ndarray, second: np.ndarray, groups: np.ndarray) -
     within = (yy.sum() - np.trace(yy)) / (m * (m - 1))
 
     def distance(total: float, cross: float, n: int) -> float:
-        return KID_SCALE * (total / (n * (n - 1)) - 2 * cross / (n * m) + within)
+        return total / (n * (n - 1)) - 2 * cross / (n * m) + within
 
     n = len(first)
     value = distance(xx.sum(), xy.sum(), n)

@@ -142,17 +142,19 @@ def judges(
     rate: float = 2e-3,
     start: Path | None = None,
     average: Path | None = None,
+    only_new: bool = False,
     batch: int = 128,
     device: Device = "auto",
     processes: Processes = 0,
 ) -> None:
     """Train the curator, the scorer and the attribute reader, each on its own third of the renders. `--start`
     begins from the judges of that folder (the package's, say) where the work folder holds no state, `--average` saves
-    the mean with that folder's."""
+    the mean with that folder's. `--only-new` trains the reader's labels that the start lacks, and nothing else."""
     from . import judges as step
     from .trainer import cores
 
     options: dict = {"batch": batch, "rate": rate, "start": start, "average": average, "device": device}
+    options["only_new"] = only_new
     for role in roles.split():
         step.train(work, role, minutes, count, **options, processes=processes or cores(), report=_say)
 

@@ -272,6 +272,22 @@ def measure(model, side: int, panels: np.ndarray, labels: np.ndarray) -> dict[st
     return {name: round(value, 4) for name, value in result.items()}
 
 
+def begin(model, start: Path) -> torch.Tensor:
+    """Load the judge in `start` into `model`, a label by its name. Returns which labels are new, bool `[labels]`: empty
+    for a model without labels."""
+    before = type(model).from_pretrained(start)
+    weights, new = before.state_dict(), torch.zeros(0, dtype=torch.bool)
+    if hasattr(before, "classifier"):
+        rows = before.config.label2id
+        new = torch.tensor([label not in rows for label in LABELS])
+        for name in ("classifier.1.weight", "classifier.1.bias"):
+            grown = model.state_dict()[name].clone()
+            grown[~new] = weights[name][[rows[label] for label in LABELS if label in rows]]
+            weights[name] = grown
+    model.load_state_dict(weights)
+    return new
+
+
 @torch.no_grad()
 def mix(model, other) -> None:
     """Put the mean of both models' weights into `model`."""
@@ -295,6 +311,7 @@ def train(
     rate: float = 2e-3,
     start: Path | None = None,
     average: Path | None = None,
+    only_new: bool = False,
     device: str = "auto",
     processes: int = 1,
     report=print,
@@ -305,6 +322,8 @@ def train(
     traits during training does not ship, so it starts from random weights.
     With `average`, the saved model is the mean with `average/<role>`: the mean of two trainings from one start is often
     better than either (model soups, arXiv 2203.05482).
+    With `only_new`, only the reader's labels that `start` lacks are trained; whatever it could read stays equal to the
+    bit.
     """
     from transformers import ViTImageProcessorPil
 
@@ -312,9 +331,11 @@ def train(
     place = pick_device(device)
     pairs, side = JudgePairs(work, role, count, device, processes, report), INPUT[role]
     model: Any = make(role)
-    if start is not None:
-        model.load_state_dict(type(model).from_pretrained(start / role).state_dict())
-    model.train().to(place, memory_format=torch.channels_last)
+    new = begin(model, start / role) if start is not None else torch.zeros(0, dtype=torch.bool)
+    model.train(not only_new).to(place, memory_format=torch.channels_last)
+    known = {k: v.detach().clone() for k, v in model.named_parameters() if k.startswith("classifier")}
+    if only_new:
+        model.resnet.requires_grad_(False)
     width = IDENTITY if role == "reader" else model.config.hidden_sizes[-1]
     head = Head(width).to(place)
     trainer = Pretraining(work / f"{role}_training", {"model": model, "head": head}, rate, weight_decay=0.02, ema=0.99)
@@ -343,6 +364,10 @@ def train(
             losses.clear()
     trainer.save()
     model.eval()
+    if only_new:
+        with torch.no_grad():
+            for name, before in known.items():
+                model.get_parameter(name)[~new] = before[~new]
     if average is not None:
         mix(model, type(model).from_pretrained(average / role))
     errors = measure(model, side, *held_out(work, role, processes=processes, report=report))

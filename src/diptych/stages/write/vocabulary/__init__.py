@@ -165,8 +165,7 @@ def find(name: str) -> Path:
         known = ["auto", "pocket", *names()]
         raise UsageError(
             "name_unknown",
-            f"write.grammar: unknown grammar '{name}'. Known: {', '.join(known)}, or a vocabulary file"
-            f"{nearest(name, known)}",
+            f"Unknown vocabulary '{name}'. Known: {', '.join(known)}, or a YAML file{nearest(name, known)}",
         )
     return path
 
