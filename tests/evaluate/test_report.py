@@ -22,7 +22,7 @@ from diptych.data import funnel, places, records
 from diptych.data.engine import failed_row
 from diptych.data.store import Dataset
 from diptych.errors import UsageError
-from diptych.evaluate.report import run_report
+from diptych.evaluate.report import galleries, run_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.notebook import Report, style
 from diptych.evaluate.report.render import Dot, Series, histogram, lines, percent, scatter, ticks, whiskers, words
@@ -112,6 +112,49 @@ def test_a_full_run_is_shown_stage_by_stage(recipe: Recipe, full: Path) -> None:
         assert text in page.words, text
     labels = [attrs["aria-label"] for attrs in page.all("svg")]
     assert len(labels) >= 6 and all(labels)
+
+
+def test_the_report_opens_with_every_image_of_the_student(recipe: Recipe, full: Path) -> None:
+    run = Run(recipe, full)
+    view = galleries.gallery(run)
+    lines = [*view["first"], *view["rest"]]
+    shown = {cell["row"]["id"] for line in lines for cell in line["cells"]}
+    assert shown == {id for method, id in run.scores if method == "student"} and len(shown) > 3
+    for line in lines:
+        assert len({cell["row"]["identity"] for cell in line["cells"]}) == 1
+    assert view["total"] == len(lines) and len(view["first"]) <= galleries.OPENING
+    page = page_of(recipe, full)
+    assert next(attrs["id"] for attrs in page.all("section")) == "gallery"
+    assert "How the student learned" in page.words and "a kind that was not in training" in page.words
+
+
+def test_a_failed_image_has_its_place_in_the_gallery(recipe: Recipe, full: Path) -> None:
+    data = Dataset(full / "samples" / "student")
+    rows = data.read_shard(0)
+    data.write_shard(0, rows[1:], data.part_fingerprint(0))
+    view = galleries.gallery(Run(recipe, full))
+    cells = [cell for line in [*view["first"], *view["rest"]] for cell in line["cells"]]
+    assert [cell["line"]["id"] for cell in cells if cell["row"] is None] == [rows[0]["id"]]
+    assert "failed" in page_of(recipe, full).words
+
+
+def test_the_sheets_of_a_training_become_one_strip() -> None:
+    def sheet(step: int) -> Image.Image:
+        made = Image.new("RGB", (24, 80), (200, 0, 0))
+        made.paste((0, 0, step), (16, 0, 24, 80))
+        return made
+
+    steps, strip = galleries.learned([(step, sheet(step)) for step in range(10, 90, 10)]) or (
+        [],
+        Image.new("RGB", (1, 1)),
+    )
+    assert steps == [10, 20, 40, 50, 70, 80]
+    assert strip.size == (8 * 8, 4 * 8)
+    colors = [strip.getpixel((8 * column + 4, 20)) for column in range(8)]
+    assert colors == [(200, 0, 0)] * 2 + [(0, 0, step) for step in steps]
+    assert galleries.learned([]) is None
+    only = galleries.learned([(7, sheet(7))])
+    assert only is not None and only[0] == [7] and only[1].width == 24
 
 
 def test_a_pair_that_repeats_another_is_not_counted_as_kept(recipe: Recipe, full: Path) -> None:

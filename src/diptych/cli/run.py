@@ -21,7 +21,12 @@ RecipeArg = Annotated[
     ),
 ]
 OutDir = Annotated[
-    str | None, typer.Option("--out", metavar="DIR", help="Run folder or s3:// address [default: runs/NAME, or RECIPE if it is a run folder].")
+    str | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Run folder or s3:// address [default: runs/NAME, or RECIPE if it is a run folder].",
+    ),
 ]
 Sets = Annotated[
     list[str] | None,

@@ -91,10 +91,11 @@ class Run:
         return self.json("student/training/summary.json").get("summary", {})
 
     @cached_property
-    def sheet(self) -> tuple[str, Image] | None:
-        """The last sample sheet, and its name."""
-        sheets = sorted((self.folder / "student" / "training" / "samples").glob("step-*.png"))
-        return (sheets[-1].stem, open_image(sheets[-1])) if sheets else None
+    def sheets(self) -> list[tuple[int, Image]]:
+        """The sample sheets of the training, and their steps."""
+        found = (self.folder / "student" / "training" / "samples").glob("step-*.png")
+        steps = {path: path.stem.removeprefix("step-") for path in sorted(found)}
+        return [(int(step), open_image(path)) for path, step in steps.items() if step.isdecimal()]
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from diptych import recipe as recipes
 from diptych.errors import UsageError
 from diptych.evaluate.evaluation import Evaluation
-from diptych.evaluate.report import run_report, suite_report
+from diptych.evaluate.report import galleries, run_report, suite_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import FOLDER, part
 
@@ -93,7 +93,7 @@ class Report:
         """References and prompts with the image of every method."""
         if self.suite:
             return Section(part("suite.html.j2", "side", samples=suite_report.side(self.run)))
-        return self._guarded("images", run_report.images)
+        return self._guarded("images", galleries.images)
 
     def scores(self) -> Section:
         """The scores of every method, with their intervals, and the charts."""

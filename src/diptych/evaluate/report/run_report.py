@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from diptych.data import verdicts
 from diptych.errors import UserError, describe
-from diptych.evaluate.report import relight_report
+from diptych.evaluate.report import galleries, relight_report
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import Series, count, named, number, part, percent, plural, template, words
 from diptych.recipe import tasks
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("diptych.report")
 SEAM = "seam"  # the reason that rejects a grid, and so all its pairs
 SMOOTH = 0.96
-ORDER = ("truth", "text_only", "copy", "inpaint", "student", "student_shipped")
 BASELINES = ("text_only", "copy", "inpaint")
-SHOWN = (("identities", 6), ("kinds", 2))  # references of each split
 
 
 def write(recipe: Recipe, run_dir: Path) -> Path:
@@ -169,6 +167,7 @@ def distill(run: Run) -> dict[str, Any]:
         "levels": levels,
         "influence": [Series("", "right", influence)] if influence else [],
         "warning": warning,
+        "learned": galleries.learned(run.sheets),
     }
 
 
@@ -218,54 +217,6 @@ def headline(run: Run) -> str:
     return text
 
 
-def images(run: Run) -> dict[str, Any]:
-    """References × prompts: each method's image, with its scores."""
-    methods = [m for m in ORDER if m in run.metrics.get("methods", {}) or m in run.metrics.get("anchors", {})]
-    chosen = choose(run) if methods else []
-    rows = {m: run.images(m, set(chosen)) for m in methods}
-    samples: list[tuple[dict[str, Any], list[dict[str, Any]], bool]] = []
-    for sample in chosen:
-        row = rows[methods[0]].get(sample)
-        if row is None:
-            continue
-        kinds = row["split"] != "identities" and not any(before["split"] != "identities" for before, *_ in samples)
-        samples.append((row, side_by_side(run, row, {m: rows[m].get(sample) for m in methods}, counted=True), kinds))
-    return {"samples": samples, "how": how(run)}
-
-
-def side_by_side(
-    run: Run, reference: Mapping[str, Any], rows: Mapping[str, Any], counted: bool = False
-) -> list[dict[str, Any]]:
-    """The cells of one sample: its reference, then every method's row, which is None if it failed."""
-    cells = [{"image": reference["reference"], "alt": "The reference", "name": "reference", "line": None}]
-    for method, row in rows.items():
-        cell = {"name": named(method), "image": None, "alt": "", "line": None, "counted": counted}
-        if row is not None:
-            line = run.scores.get((method, row["id"]))
-            cell |= {"image": row["image"], "alt": f"{named(method)}: {row['prompt']}", "line": line}
-        cells.append(cell)
-    return cells
-
-
-def choose(run: Run) -> list[str]:
-    """Samples to show: references evenly spaced over each split, difficulties in turn, the first seed."""
-    lines = [line for (method, _), line in run.scores.items() if method == "truth"]
-    chosen = []
-    for split, wanted in SHOWN:
-        by_identity: dict[int, list[dict[str, Any]]] = {}
-        for line in lines:
-            if line["split"] == split and line["seed"] == lines[0]["seed"]:
-                by_identity.setdefault(line["identity"], []).append(line)
-        identities = sorted(by_identity)
-        # An odd stride walks through the kinds, which take turns.
-        stride = max(1, len(identities) // wanted) | 1 if len(identities) > wanted else 1
-        taken = [identities[(i * stride) % len(identities)] for i in range(min(wanted, len(identities)))]
-        for place, identity in enumerate(dict.fromkeys(taken)):
-            lines_of = by_identity[identity]
-            chosen.append(lines_of[place % len(lines_of)]["id"])
-    return chosen
-
-
 def measured(result: dict[str, Any]) -> dict[str, str]:
     """The columns in which a method or an anchor has a number."""
     everyone = [*result.get("methods", {}).values(), *result.get("anchors", {}).values()]
@@ -283,7 +234,7 @@ def scores(run: Run) -> dict[str, Any]:
     return {
         "result": result,
         "shown": measured(result),
-        "how": how(run),
+        "how": galleries.how(run),
         "colors": {m: m for m in names},
         "notes": {m: words()["methods"].get(m, ["", ""])[1] for m in names},
         "levels": {"names": list(next(iter(by.values()), {})), "by": by, "rates": rates, "groups": groups},
@@ -292,13 +243,7 @@ def scores(run: Run) -> dict[str, Any]:
 
 def trust(run: Run) -> dict[str, Any]:
     """The judges' errors, and the scale of the scores."""
-    return {"result": run.metrics, "how": how(run)}
-
-
-def how(run: Run) -> str:
-    """How to get scores that are missing."""
-    none = run.recipe.evaluate.suite == "none"
-    return "The recipe has no suite (evaluate.suite: none)." if none else "Run diptych evaluate."
+    return {"result": run.metrics, "how": galleries.how(run)}
 
 
 # ---- cost and provenance
@@ -333,12 +278,13 @@ def provenance(run: Run) -> dict[str, Any]:
 
 
 PARTS: tuple[tuple[str, str, Callable[[Run], dict[str, Any]]], ...] = (
+    ("gallery", "Held-out references and the student’s images", galleries.gallery),
     ("method", "The method", lambda run: {"run": run}),
     ("write", "1 · Write", write_view),
     ("paint", "2 · Paint", lambda run: {"run": run, "rows": run.first("grids", 6)}),
     ("curate", "3 · Curate", curate),
     ("distill", "4 · Distill", distill),
-    ("images", "5 · Side by side", images),
+    ("images", "5 · Side by side", galleries.images),
     ("scores", "6 · Scores", scores),
     ("relight", "Relighting, against the truth", relight_report.view),
     ("trust", "7 · Errors of the judges", trust),

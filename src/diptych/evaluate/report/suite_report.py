@@ -13,9 +13,10 @@ from typing import Any
 
 from diptych.errors import UserError
 from diptych.evaluate.evaluation import Evaluation
+from diptych.evaluate.report.galleries import side_by_side
 from diptych.evaluate.report.gather import Run
 from diptych.evaluate.report.render import count, digits, named, number, part, percent, signed, template, words
-from diptych.evaluate.report.run_report import measured, side_by_side
+from diptych.evaluate.report.run_report import measured
 from diptych.evaluate.results import has_scores
 from diptych.evaluate.scoring.metrics import format_p
 from diptych.utils.io import write_atomic

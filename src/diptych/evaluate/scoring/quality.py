@@ -53,8 +53,9 @@ def sharpness(image: Image) -> float:
 def kernel_distance(first: np.ndarray, second: np.ndarray, groups: np.ndarray) -> tuple[float, list[float]]:
     """The kernel distance of features (N, D) to features (M, D), and its 95 % interval.
 
-    Features are standardized by the second set, and the kernel is (x·y / D + 1)³. The interval is a jackknife over the `groups` (N,) of the first set, since images of
-    one subject are not independent. ValueError for fewer than two images or groups.
+    Features are standardized by the second set, and the kernel is (x·y / D + 1)³. The interval is a jackknife over the
+    `groups` (N,) of the first set, since images of one subject are not independent. ValueError for fewer than two
+    images or groups.
     """
     if len(first) < 2 or len(second) < 2 or len(np.unique(groups)) < 2:
         raise ValueError("a kernel distance needs two images and two groups")
