@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from diptych.evaluate import suites
-from diptych.evaluate.scoring import truth
+from diptych.evaluate.scoring import quality, truth
 from diptych.evaluate.suites import Known, Suite
 from diptych.pocket import world
 
@@ -26,7 +26,7 @@ class Reading:
 
 
 class Oracle:
-    """Both judges in one: `embed` and `read`."""
+    """Both judges in one: `embed`, `read` and `texture`."""
 
     def __init__(self, suite: Suite, identities: int, prompts: int, noise: float = 0.1) -> None:
         self.noise = noise
@@ -44,6 +44,9 @@ class Oracle:
             self._learn(k.subject, k.target)
             other = world.sample_identity(suite.rng("suite", sample.split, sample.identity, 4), k.subject.kind)
             self._learn(other, k.target)
+            rng = suite.rng("suite", sample.split, sample.identity, 5)
+            for _ in range(quality.GALLERY - 1):
+                self._learn(world.sample_identity(rng, k.subject.kind), k.reference)
         self._table = np.stack(self.thumbs)
 
     def _learn(self, subject: world.Identity, scene: world.Scene) -> None:
@@ -68,8 +71,14 @@ class Oracle:
         found = []
         for image, identity in zip(images, self.embed(images), strict=True):
             subject, scene = self._find(image)
-            found.append(Reading(truth.attributes(Known(subject, scene, scene)), identity))
+            values = truth.attributes(Known(subject, scene, scene)) | world.traits(subject)
+            found.append(Reading(values, identity))
         return found
+
+    def texture(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Statistics of the pixels."""
+        pixels = np.stack([np.asarray(image, float) for image in images])
+        return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2))], 1)
 
 
 def _thumb(image: Image.Image) -> np.ndarray:

@@ -131,7 +131,9 @@ def test_the_report_opens_with_every_image_of_the_student(recipe: Recipe, full: 
 def test_a_failed_image_has_its_place_in_the_gallery(recipe: Recipe, full: Path) -> None:
     data = Dataset(full / "samples" / "student")
     rows = data.read_shard(0)
+    manifest = {key: value for key, value in (data.manifest or {}).items() if key not in ("format", "rows", "parts")}
     data.write_shard(0, rows[1:], data.part_fingerprint(0))
+    data.publish(manifest)
     view = galleries.gallery(Run(recipe, full))
     cells = [cell for line in [*view["first"], *view["rest"]] for cell in line["cells"]]
     assert [cell["line"]["id"] for cell in cells if cell["row"] is None] == [rows[0]["id"]]
@@ -231,7 +233,7 @@ def test_words_from_data_are_shown_and_never_run(recipe: Recipe, full: Path) -> 
     metrics = full / "report" / "metrics.json"
     metrics.write_text(json.dumps(hostile(json.loads(metrics.read_text()), "")))
     sheet = full / "student" / "training" / "samples" / "step-000080.png"
-    sheet.rename(sheet.with_name(f"step-{FILE}.png"))
+    shutil.copy(sheet, sheet.with_name(f"step-{FILE}.png"))  # not a step: it is left out
     places.append(full, "start", machine={"system": EVIL, EVIL: 2}, versions={EVIL: EVIL})
     named = recipe.model_copy(update={"teacher": EVIL, "name": EVIL})
     page_of(named, full)  # and all elements are closed
@@ -242,7 +244,7 @@ def test_words_from_data_are_shown_and_never_run(recipe: Recipe, full: Path) -> 
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(path.as_uri())
-        check(page, EVIL, f"teacher {EVIL}", f"Step {FILE}")
+        check(page, EVIL, f"teacher {EVIL}")
         # Should a text ever come through: the page itself allows no script.
         page.evaluate(f"document.body.append(Object.assign(document.createElement('script'), {{text: '{RAN}'}}))")
         assert page.evaluate("window.ran") is None

@@ -43,6 +43,12 @@ def test_the_metrics_keep_their_contract(done: dict[str, Any]) -> None:
     assert found["methods"]["student"]["n"] == 8 and found["splits"]["kinds"]["methods"]["student"]["n"] == 4
     assert found["methods"]["copy"]["copy_rate"] == 1
     assert found["anchors"]["truth"]["cp_pf"] > 0.9 and found["anchors"]["other"]["cp"] < 0.2
+    # These judges know the truth. One image of another subject resembles a reference by chance.
+    true, other = found["anchors"]["truth"], found["anchors"]["other"]
+    assert true["retrieved"] == true["traits"] == 1 and other["retrieved"] <= 0.5 and other["traits"] < 0.6
+    assert found["traits"]["truth"] == dict.fromkeys(("pattern", "second", "accessory", "eyes"), 1.0)
+    assert abs(true["kid"]) < found["methods"]["text_only"]["kid"]
+    assert found["methods"]["copy"]["sharpness"] > 0
     assert found["judges"]["reader"]["accuracy"]["identities"]["place"] == 1
     assert found["judges"]["scorer"]["auc"]["identities"] > 0.99
     assert set(found["comparisons"]["student"]) == {"text_only", "copy", "inpaint"}
